@@ -1,0 +1,107 @@
+"""Packing: many traces in one row, none of which sees another.
+
+Shapes: L tokens of a packed row, D hidden intervals a token, K = 2 + 2 D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_parallel_r1.thought.layout import Int32, Row
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PackedRow:
+    """Rows laid one behind the other.
+
+    Attributes:
+        tokens_L, positions_L: token ids and rotary positions.
+        layout_KL: int32, what Megatron carries as `attention_mask`: row 0 the index of the query itself, row
+            1 the start of its document, then lo and hi of each hidden interval.
+        labels_L: the token that index l predicts, where that carries loss, else -1.
+        members: which of the packed rows stand here, in order.
+        member_L, source_L: of the token that index l predicts, its place in `members` and its index in that
+            trace's response; -1 where nothing is predicted.
+    """
+
+    tokens_L: Int32
+    positions_L: Int32
+    layout_KL: Int32
+    labels_L: Int32
+    members: tuple[int, ...]
+    member_L: Int32
+    source_L: Int32
+
+    def __len__(self) -> int:
+        return len(self.tokens_L)
+
+    @property
+    def target_count(self) -> int:
+        """Tokens with loss."""
+        return int((self.labels_L >= 0).sum())
+
+    def gather(self, values: Sequence[Sequence[float]]) -> NDArray[np.float32]:
+        """Spreads per-token values of the original traces over the row; 0 where nothing is predicted.
+
+        Args:
+            values: for each of the rows given to `pack`, one value for each response token.
+        """
+        values_L = np.zeros(len(self), np.float32)
+        for place, member in enumerate(self.members):
+            here = self.member_L == place
+            values_L[here] = np.asarray(values[member], np.float32)[self.source_L[here]]
+        return values_L
+
+
+def pack(rows: Sequence[Row], capacity: int) -> list[PackedRow]:
+    """Packs rows first-fit by falling length, so that no packed row exceeds `capacity` tokens.
+
+    A row longer than `capacity` stands alone: a trace is never cut.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])):
+        size = len(rows[index])
+        place = next((place for place, free in enumerate(room) if free >= size), None)
+        if place is None:
+            bins.append([index])
+            room.append(capacity - size)
+        else:
+            bins[place].append(index)
+            room[place] -= size
+    return [concatenate(rows, sorted(members)) for members in bins]
+
+
+def concatenate(rows: Sequence[Row], members: Sequence[int]) -> PackedRow:
+    """Lays `rows[m] for m in members` one behind the other."""
+    chosen = [rows[member] for member in members]
+    starts = np.cumsum([0, *(len(row) for row in chosen)])
+    length, levels = int(starts[-1]), max(len(row.hide_lo_DL) for row in chosen)
+    layout_KL = np.zeros((2 + 2 * levels, length), np.int32)
+    layout_KL[0] = np.arange(length)
+    source_L = np.full(length, -1, np.int32)
+    member_L = np.full(length, -1, np.int32)
+    for place, (row, start) in enumerate(zip(chosen, starts[:-1], strict=True)):
+        here = slice(start, start + len(row))
+        layout_KL[1, here] = start
+        for level in range(len(row.hide_lo_DL)):
+            used_L = row.hide_lo_DL[level] < row.hide_hi_DL[level]
+            layout_KL[2 + 2 * level, here] = np.where(used_L, row.hide_lo_DL[level] + start, 0)
+            layout_KL[3 + 2 * level, here] = np.where(used_L, row.hide_hi_DL[level] + start, 0)
+        # What index l predicts is the token at l + 1, and a document's first token is never predicted.
+        source_L[start : start + len(row) - 1] = row.source_L[1:]
+        member_L[start : start + len(row) - 1] = np.where(row.source_L[1:] >= 0, place, -1)
+    tokens_L = np.concatenate([row.tokens_L for row in chosen])
+    return PackedRow(
+        tokens_L=tokens_L,
+        positions_L=np.concatenate([row.positions_L for row in chosen]),
+        layout_KL=layout_KL,
+        labels_L=np.where(source_L >= 0, np.roll(tokens_L, -1), -1).astype(np.int32),
+        members=tuple(members),
+        member_L=member_L,
+        source_L=source_L,
+    )

@@ -1,0 +1,115 @@
+"""The tree that a flat trace spells: blocks, their paths, their summary.
+
+All indices point into the flat token list that was parsed; `stop` is exclusive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """`<Path> … </Path>`; `start` is the index of `<Path>`. Not closed: the trace ended inside it."""
+
+    start: int
+    stop: int
+    closed: bool
+    blocks: tuple[Block, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.start < self.stop, f"empty path {self.start}..{self.stop}"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """`<Summary> … </Summary>`; `start` is the index of `<Summary>`."""
+
+    start: int
+    stop: int
+    closed: bool
+
+    def __post_init__(self) -> None:
+        assert self.start < self.stop, f"empty summary {self.start}..{self.stop}"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`<Parallel>` path+ `</Parallel> <Summary> … </Summary>`; `start` is the index of `<Parallel>`.
+
+    `end` is the index of `</Parallel>`, None where the trace ended before it.
+    """
+
+    start: int
+    paths: tuple[Path, ...]
+    end: int | None
+    summary: Summary | None
+
+    def __post_init__(self) -> None:
+        assert self.paths, f"the block at {self.start} has no path"
+        edges = [self.start, *(edge for path in self.paths for edge in (path.start, path.stop))]
+        assert edges[1:] == sorted(edges[1:]) and edges[0] < edges[1], f"paths overlap: {edges}"
+        assert self.summary is None or (self.end is not None and self.end < self.summary.start)
+
+    @property
+    def well_formed(self) -> bool:
+        """Two paths or more, all closed, and a closed summary."""
+        paths_closed = len(self.paths) >= 2 and all(path.closed for path in self.paths)
+        return paths_closed and self.summary is not None and self.summary.closed
+
+    def segments(self, length: int) -> tuple[tuple[int, int], ...]:
+        """Each path with what follows it up to the next path, `</Parallel>` or the trace's end.
+
+        A lenient parse may leave stray text between paths; it belongs to the path before it.
+        """
+        starts = [path.start for path in self.paths]
+        last = self.end if self.end is not None else length
+        return tuple(zip(starts, [*starts[1:], last], strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a lenient parse found wrong, and at which token."""
+
+    index: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """One parsed trace of `length` tokens. No blocks: a sequential trace."""
+
+    length: int
+    blocks: tuple[Block, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+    def all_blocks(self) -> Iterator[tuple[int, Block]]:
+        """(depth, block) in order of appearance; depth 0 is the main chain."""
+        yield from _walk(self.blocks, 0)
+
+    def forced(self) -> frozenset[int]:
+        """Indices of the tags that an engine inserts: `<Path>`, `</Parallel>` and `<Summary>`.
+
+        In a rollout a cut path's `</Path>` is forced too; a text alone cannot tell, a trace records it.
+        """
+        indices: set[int] = set()
+        for _, block in self.all_blocks():
+            indices.update(path.start for path in block.paths)
+            if block.end is not None:
+                indices.add(block.end)
+            if block.summary is not None:
+                indices.add(block.summary.start)
+        return frozenset(indices)
+
+    @property
+    def depth(self) -> int:
+        """Levels of nesting: 0 without blocks."""
+        return max((depth + 1 for depth, _ in self.all_blocks()), default=0)
+
+
+def _walk(blocks: tuple[Block, ...], depth: int) -> Iterator[tuple[int, Block]]:
+    for block in blocks:
+        yield depth, block
+        for path in block.paths:
+            yield from _walk(path.blocks, depth + 1)
