@@ -1,0 +1,94 @@
+"""Which cache slots each context sees: a table of slot numbers, shared by reference counts.
+
+A slot holds the key and value of one token in every layer. A fork copies slot numbers, never keys; a join
+lays the paths' slot numbers behind the trunk's.
+
+Shapes: C contexts, T tokens of the longest context, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class SlotTable:
+    """Grows by doubling, so that its size follows the work and not a setting."""
+
+    def __init__(self, contexts: int = 64, tokens: int = 64, slots: int = 4096) -> None:
+        self.slots_CT = np.zeros((contexts, tokens), np.int64)
+        self.lengths_C = np.zeros(contexts, np.int64)
+        self._free_rows = list(range(contexts))
+        self._owners_S = np.zeros(slots, np.int32)
+        self._free_slots_S = np.arange(slots, dtype=np.int64)
+        self._free_count = slots
+
+    @property
+    def slot_count(self) -> int:
+        return len(self._owners_S)
+
+    @property
+    def used(self) -> int:
+        """Slots that some context sees."""
+        return self.slot_count - self._free_count
+
+    def open(self) -> int:
+        """The row of a new, empty context."""
+        if not self._free_rows:
+            rows = len(self.lengths_C)
+            self.slots_CT = np.concatenate([self.slots_CT, np.zeros_like(self.slots_CT)])
+            self.lengths_C = np.concatenate([self.lengths_C, np.zeros_like(self.lengths_C)])
+            self._free_rows = list(range(rows, 2 * rows))
+        row = self._free_rows.pop()
+        self.lengths_C[row] = 0
+        return row
+
+    def extend(self, row: int, count: int) -> NDArray[np.int64]:
+        """Gives `count` fresh slots to a context and returns their numbers."""
+        while self._free_count < count:
+            self._grow_slots()
+        self._free_count -= count
+        fresh = self._free_slots_S[self._free_count : self._free_count + count].copy()
+        self._owners_S[fresh] = 1
+        self._append(row, fresh)
+        return fresh
+
+    def fork(self, row: int) -> int:
+        """A context that sees the same slots."""
+        return self.join(row, ())
+
+    def join(self, trunk: int, paths: Sequence[int]) -> int:
+        """A context that sees the trunk's slots, then of each path those behind the trunk."""
+        joined = self.open()
+        shared = self.lengths_C[trunk]
+        for row, start in ((trunk, 0), *((path, shared) for path in paths)):
+            seen = self.slots_CT[row, start : self.lengths_C[row]].copy()
+            self._owners_S[seen] += 1
+            self._append(joined, seen)
+        return joined
+
+    def close(self, row: int) -> None:
+        seen = self.slots_CT[row, : self.lengths_C[row]]
+        self._owners_S[seen] -= 1
+        freed = seen[self._owners_S[seen] == 0]
+        self._free_slots_S[self._free_count : self._free_count + len(freed)] = freed
+        self._free_count += len(freed)
+        self.lengths_C[row] = 0
+        self._free_rows.append(row)
+
+    def _append(self, row: int, slots: NDArray[np.int64]) -> None:
+        start = self.lengths_C[row]
+        while start + len(slots) > self.slots_CT.shape[1]:
+            self.slots_CT = np.concatenate([self.slots_CT, np.zeros_like(self.slots_CT)], axis=1)
+        self.slots_CT[row, start : start + len(slots)] = slots
+        self.lengths_C[row] += len(slots)
+
+    def _grow_slots(self) -> None:
+        old = self.slot_count
+        fresh = np.arange(old, 2 * old, dtype=np.int64)
+        free = np.concatenate([self._free_slots_S[: self._free_count], fresh])
+        self._free_slots_S = np.concatenate([free, np.zeros(2 * old - len(free), np.int64)])
+        self._free_count += old
+        self._owners_S = np.concatenate([self._owners_S, np.zeros_like(self._owners_S)])

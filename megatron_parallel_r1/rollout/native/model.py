@@ -1,0 +1,176 @@
+"""Qwen3's forward pass for decoding: rows of tokens, each with its own list of cache slots.
+
+Takes weights under their Hugging Face names, as a server does, and fuses them once per update. Prefill and
+decode are the same pass: a row is one token, wherever in whichever context it stands.
+
+Shapes: N rows, T longest context, E hidden size, H query heads, K key/value heads, G = H / K, D head size,
+F feed-forward size, V vocabulary, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What the forward pass needs of a Qwen3 `config.json`."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    tied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm_E: torch.Tensor
+    qkv_AE: torch.Tensor
+    query_norm_D: torch.Tensor
+    key_norm_D: torch.Tensor
+    output_EA: torch.Tensor
+    mlp_norm_E: torch.Tensor
+    gate_up_FE: torch.Tensor
+    down_EF: torch.Tensor
+
+
+class DecodeModel:
+    """The weights, the cache tensors, and the pass over them."""
+
+    def __init__(
+        self, architecture: Architecture, tensors: Iterable[tuple[str, torch.Tensor]], slots: int
+    ) -> None:
+        self.architecture = architecture
+        # Copies: the trainer goes on to change its own tensors in place.
+        by_name = {name: tensor.detach().clone() for name, tensor in tensors}
+        prefix = "model.layers."
+        self.embedding_VE = by_name["model.embed_tokens.weight"]
+        self.head_VE = self.embedding_VE if architecture.tied else by_name["lm_head.weight"]
+        self.norm_E = by_name["model.norm.weight"]
+        self.layers = [_fused(by_name, f"{prefix}{index}.") for index in range(architecture.layers)]
+        dim = architecture.head_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+        self.frequencies = (1.0 / architecture.rope_theta**exponents).to(self.embedding_VE.device)
+        self.cache_LSX = [self._empty_cache(slots) for _ in self.layers]
+
+    def grow(self, slots: int) -> None:
+        """Makes room for `slots` slots; what is cached stays."""
+        for index, cache_SX in enumerate(self.cache_LSX):
+            more_SX = self._empty_cache(slots - len(cache_SX))
+            self.cache_LSX[index] = torch.cat([cache_SX, more_SX])
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens_N: torch.Tensor,
+        positions_N: torch.Tensor,
+        slots_N: torch.Tensor,
+        seen_NT: torch.Tensor,
+        lengths_N: torch.Tensor,
+        wanted: torch.Tensor,
+    ) -> torch.Tensor:
+        """Writes each row's key and value into its slot and returns logits [len(wanted), V], float32.
+
+        Args:
+            seen_NT: slots that a row sees, itself last; padded with any slot number.
+            lengths_N: how many of those count.
+            wanted: rows whose next token is asked for.
+        """
+        a = self.architecture
+        cos_N1D, sin_N1D = self._rotation(positions_N)
+        hidden_NE = F.embedding(tokens_N, self.embedding_VE)
+        key_sizes = [a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim]
+        groups = _groups(lengths_N)
+        for layer, cache_SX in zip(self.layers, self.cache_LSX, strict=True):
+            normed_NE = _rms_norm(hidden_NE, layer.attention_norm_E, a.norm_eps)
+            query_NX, key_NX, value_NX = F.linear(normed_NE, layer.qkv_AE).split(key_sizes, dim=-1)
+            query_NHD = _rms_norm(query_NX.unflatten(-1, (a.heads, -1)), layer.query_norm_D, a.norm_eps)
+            key_NKD = _rms_norm(key_NX.unflatten(-1, (a.kv_heads, -1)), layer.key_norm_D, a.norm_eps)
+            query_NHD = _rotate(query_NHD, cos_N1D, sin_N1D)
+            key_NKD = _rotate(key_NKD, cos_N1D, sin_N1D)
+            cache_SX[slots_N] = torch.cat([key_NKD.flatten(1), value_NX], dim=-1)
+            attended_NX = self._attend(query_NHD, cache_SX, seen_NT, lengths_N, groups)
+            hidden_NE = hidden_NE + F.linear(attended_NX, layer.output_EA)
+            normed_NE = _rms_norm(hidden_NE, layer.mlp_norm_E, a.norm_eps)
+            gate_NF, up_NF = F.linear(normed_NE, layer.gate_up_FE).chunk(2, dim=-1)
+            hidden_NE = hidden_NE + F.linear(F.silu(gate_NF) * up_NF, layer.down_EF)
+        last_NE = _rms_norm(hidden_NE[wanted], self.norm_E, a.norm_eps)
+        return F.linear(last_NE, self.head_VE).float()
+
+    def _attend(
+        self,
+        query_NHD: torch.Tensor,
+        cache_SX: torch.Tensor,
+        seen_NT: torch.Tensor,
+        lengths_N: torch.Tensor,
+        groups: list[tuple[torch.Tensor, int]],
+    ) -> torch.Tensor:
+        """Attention of each row over its own slots, in groups of similar length: little padding."""
+        a = self.architecture
+        out_NKGD = query_NHD.new_empty(len(query_NHD), a.kv_heads, a.heads // a.kv_heads, a.head_dim)
+        query_NKGD = query_NHD.unflatten(1, (a.kv_heads, -1)) * a.head_dim**-0.5
+        for rows, longest in groups:
+            both_NT2KD = cache_SX[seen_NT[rows, :longest]].unflatten(-1, (2, a.kv_heads, a.head_dim))
+            key_NKTD, value_NKTD = both_NT2KD.permute(2, 0, 3, 1, 4)
+            scores_NKGT = torch.matmul(query_NKGD[rows], key_NKTD.transpose(-1, -2)).float()
+            unseen_NT = torch.arange(longest, device=rows.device) >= lengths_N[rows, None]
+            scores_NKGT.masked_fill_(unseen_NT[:, None, None], float("-inf"))
+            out_NKGD[rows] = torch.matmul(scores_NKGT.softmax(-1).to(value_NKTD.dtype), value_NKTD)
+        return out_NKGD.flatten(1)
+
+    def _rotation(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles_N1D = (positions_N[:, None].float() * self.frequencies).repeat(1, 2)[:, None]
+        dtype = self.embedding_VE.dtype
+        return angles_N1D.cos().to(dtype), angles_N1D.sin().to(dtype)
+
+    def _empty_cache(self, slots: int) -> torch.Tensor:
+        return self.embedding_VE.new_zeros(
+            slots, 2 * self.architecture.kv_heads * self.architecture.head_dim
+        )
+
+
+def _fused(by_name: dict[str, torch.Tensor], prefix: str) -> _Layer:
+    def weight(name: str) -> torch.Tensor:
+        return by_name[f"{prefix}{name}.weight"]
+
+    return _Layer(
+        attention_norm_E=weight("input_layernorm"),
+        qkv_AE=torch.cat([weight(f"self_attn.{part}_proj") for part in "qkv"]),
+        query_norm_D=weight("self_attn.q_norm"),
+        key_norm_D=weight("self_attn.k_norm"),
+        output_EA=weight("self_attn.o_proj"),
+        mlp_norm_E=weight("post_attention_layernorm"),
+        gate_up_FE=torch.cat([weight("mlp.gate_proj"), weight("mlp.up_proj")]),
+        down_EF=weight("mlp.down_proj"),
+    )
+
+
+def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = hidden.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(hidden.dtype)
+
+
+def _rotate(x_NHD: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor) -> torch.Tensor:
+    low, high = x_NHD.chunk(2, dim=-1)
+    return x_NHD * cos_N1D + torch.cat([-high, low], dim=-1) * sin_N1D
+
+
+def _groups(lengths_N: torch.Tensor, most_cells: int = 2**16) -> list[tuple[torch.Tensor, int]]:
+    """Rows of rising length, cut so that a group has at most `most_cells` (row, slot) pairs."""
+    order = lengths_N.argsort(stable=True)
+    sorted_lengths = lengths_N[order].tolist()
+    groups, start = [], 0
+    for stop in range(1, len(sorted_lengths) + 1):
+        full = stop == len(sorted_lengths) or (stop + 1 - start) * sorted_lengths[stop] > most_cells
+        if full:
+            groups.append((order[start:stop], sorted_lengths[stop - 1]))
+            start = stop
+    return groups

@@ -1,0 +1,270 @@
+"""The parallel-thinking loop: how one trace is written, with any engine.
+
+    chain:  sample until <Parallel>, eos, the chain's own end, or a limit; at <Parallel> a block, then on
+    block:  N forks each write <Path> and a chain of their own; </Path> is forced where one was cut;
+            join, force </Parallel> <Summary>, sample the summary
+
+What differs between modes is only what the paths and the summary see:
+- `isolated`: paths are forks, and the join sees their caches as they are.
+- `replay`: paths are forks, and what follows sees the flat text: path 1's own context, in which the other
+  paths are written once more. Exact with any engine that continues a token list.
+- `causal`: one path after the other in a single context.
+- `sequential`: `<Parallel>` is suppressed.
+
+Departs from the paper's released loop: sampled end tokens stay in the trace as sampled, forced tags carry no
+loss, and after `max_blocks` the trace goes on to its answer instead of ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Generic, Literal
+
+from megatron_parallel_r1.rollout.base import Completion, Context, Engine, Sampling
+from megatron_parallel_r1.rollout.draft import Draft, Room
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.thought.parser import parse
+from megatron_parallel_r1.thought.tags import Tags
+from megatron_parallel_r1.thought.trace import Trace
+
+End = Literal["eos", "length", "closed"]
+Branch = tuple[int, ...]
+NOTHING: frozenset[int] = frozenset()
+
+
+class Thinker(Generic[Context]):
+    """Writes traces with one engine under one set of settings.
+
+    Raises:
+        ValueError: the engine is not exact in `settings.mode`.
+    """
+
+    def __init__(self, engine: Engine[Context], tags: Tags, settings: Thinking) -> None:
+        if settings.mode not in engine.modes:
+            raise ValueError(
+                f"mode {settings.mode} is not one of the engine's modes: {', '.join(sorted(engine.modes))}"
+            )
+        self.engine = engine
+        self.tags = tags
+        self.settings = settings
+
+    async def trace(
+        self, prompt: Sequence[int], opened: Context, seed: int, paths: int | None = None
+    ) -> Trace:
+        """Writes one response behind a prompt.
+
+        Args:
+            prompt: token ids, already written in `opened`.
+            opened: a context of the caller; a fork of it is used.
+            seed: fixes every draw of this trace.
+            paths: sibling paths of its blocks, 1..8; None: as the settings say.
+        """
+        settings = self.settings if paths is None else replace(self.settings, paths=paths)
+        room = Room(
+            settings.max_response_tokens, settings.max_critical_tokens or settings.max_response_tokens
+        )
+        writing = _Writing(self.engine, self.tags, settings, seed)
+        draft, end, context = await writing.chain(self.engine.fork(opened), Draft(), room, depth=0)
+        self.engine.close(context)
+        return Trace(
+            prompt=tuple(prompt),
+            tokens=tuple(draft.tokens),
+            sampled=tuple(draft.sampled),
+            logprobs=tuple(draft.logprobs),
+            finish="eos" if end == "eos" else "length",
+            tree=parse(draft.tokens, self.tags),
+            version=self.engine.version,
+        )
+
+
+class _Writing(Generic[Context]):
+    """One trace being written."""
+
+    def __init__(
+        self, engine: Engine[Context], tags: Tags, settings: Thinking, seed: int
+    ) -> None:
+        self.engine = engine
+        self.tags = tags
+        self.settings = settings
+        self.seed = seed
+
+    async def chain(
+        self, context: Context, draft: Draft, room: Room, depth: int, branch: Branch = ()
+    ) -> tuple[Draft, End, Context]:
+        """Samples the main chain (depth 0) or the inside of a path, blocks included.
+
+        Args:
+            context: holds all of the past; this call owns it.
+            draft: of this chain; a path's begins with `<Path>`.
+            room: for all of `draft`.
+            branch: block and path numbers down to this chain; they tell its draws from its siblings'.
+        """
+        tags, blocks = self.tags, 0
+        ends = frozenset({tags.eos, tags.path_end}) if depth else frozenset({tags.eos})
+        while True:
+            left = room.without(len(draft), draft.critical)
+            if left.least < 1:
+                return draft, "length", context
+            # Only up to where a block no longer fits: `<Parallel>`, once drawn, always has its room.
+            before_block = left.without(*self._least_block(depth)).least
+            may_open = (
+                self.settings.mode != "sequential"
+                and blocks < self.settings.max_blocks
+                and depth < self.settings.max_depth
+                and before_block >= 1
+            )
+            limit = before_block if may_open else left.least
+            stop = ends | {tags.parallel} if may_open else ends
+            suppress = NOTHING if may_open else frozenset({tags.parallel})
+            drawn = await self._sample(context, limit, stop, suppress, branch)
+            draft.add_sampled(drawn)
+            if not drawn.stopped:
+                continue
+            if drawn.tokens[-1] == tags.eos:
+                return draft, "eos", context
+            if drawn.tokens[-1] == tags.path_end:
+                return draft, "closed", context
+            blocks += 1
+            end, context = await self._block(context, draft, room, depth, (*branch, blocks))
+            if end != "closed":
+                return draft, end, context
+
+    async def _block(
+        self, trunk: Context, draft: Draft, room: Room, depth: int, branch: Branch
+    ) -> tuple[End, Context]:
+        """Writes the rest of a block whose `<Parallel>` was just drawn, and its summary."""
+        engine, tags = self.engine, self.tags
+        await engine.write(trunk, ())
+        share = self._share(room.without(len(draft), draft.critical), depth)
+        if self.settings.mode == "causal":
+            paths = []
+            for index in range(self.settings.paths):
+                written = await self._path(trunk, share, depth + 1, (*branch, index))
+                paths.append(written)
+                trunk = written[1]
+            context = trunk
+        else:
+            paths = await asyncio.gather(
+                *(
+                    self._path(engine.fork(trunk), share, depth + 1, (*branch, index))
+                    for index in range(self.settings.paths)
+                )
+            )
+            context = await self._joined(trunk, paths)
+        draft.add_siblings([path for path, _ in paths])
+        await engine.write(context, (tags.parallel_end, tags.summary))
+        draft.add_forced((tags.parallel_end, tags.summary))
+        end = await self._summary(context, draft, room, depth, branch)
+        if end != "closed" and depth:
+            # The path around it goes on to its own forced end; the text must say where the summary ended.
+            draft.add_forced((tags.summary_end,))
+            await engine.write(context, (tags.summary_end,))
+        return end, context
+
+    async def _path(
+        self, context: Context, share: Room, depth: int, branch: Branch
+    ) -> tuple[Draft, Context]:
+        """One `<Path> … </Path>` in `context`, which comes back written."""
+        draft = Draft()
+        draft.add_forced((self.tags.path,))
+        await self.engine.write(context, (self.tags.path,))
+        draft, end, context = await self.chain(context, draft, share, depth, branch)
+        closing = () if end == "closed" else (self.tags.path_end,)
+        draft.add_forced(closing)
+        await self.engine.write(context, closing)
+        return draft, context
+
+    async def _joined(self, trunk: Context, paths: Sequence[tuple[Draft, Context]]) -> Context:
+        contexts = [context for _, context in paths]
+        if self.settings.mode == "isolated":
+            joined = self.engine.join(trunk, contexts)
+        else:
+            joined = self.engine.fork(contexts[0])
+            others = [token for draft, _ in paths[1:] for token in draft.tokens]
+            await self.engine.write(joined, others)
+        for context in (trunk, *contexts):
+            self.engine.close(context)
+        return joined
+
+    async def _summary(
+        self, context: Context, draft: Draft, room: Room, depth: int, branch: Branch
+    ) -> End:
+        limit = room.without(len(draft), draft.critical).least - (depth > 0)
+        if limit < 1:
+            return "length"
+        stop = frozenset({self.tags.eos, self.tags.summary_end})
+        drawn = await self._sample(context, limit, stop, frozenset({self.tags.parallel}), branch)
+        draft.add_sampled(drawn)
+        if not drawn.stopped:
+            return "length"
+        return "eos" if drawn.tokens[-1] == self.tags.eos else "closed"
+
+    def _least_block(self, depth: int) -> tuple[int, int]:
+        """Flat and critical tokens behind `<Parallel>` of a block whose paths draw one token each.
+
+        A path has `<Path>`, what it draws, and maybe a forced `</Path>`; the block ends with two tags, a
+        nested one maybe with a forced `</Summary>` too.
+        """
+        ending = 2 + (depth > 0) + self.settings.reserve_tokens
+        return 3 * self.settings.paths + ending, 3 + ending
+
+    def _share(self, left: Room, depth: int) -> Room:
+        """Of each path of a block that begins now: `<Path>` and what the path may draw."""
+        flat, critical = self._least_block(depth)
+        spare = left.without(flat, critical)
+        most = min(1 + spare.flat // self.settings.paths, 1 + spare.critical, self.settings.max_path_tokens)
+        return Room(1 + most, 1 + most)
+
+    async def _sample(
+        self, context: Context, limit: int, stop: frozenset[int], suppress: frozenset[int], branch: Branch
+    ) -> Completion:
+        settings = self.settings
+        seed = _mix(self.seed, branch)
+        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, seed)
+        return await self.engine.sample(context, sampling, limit, stop, suppress)
+
+
+def _mix(seed: int, branch: Branch) -> int:
+    """A seed of 63 bits for one branch of a trace."""
+    digest = hashlib.blake2b(repr((seed, branch)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+async def roll_out(
+    thinker: Thinker[Any],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    concurrent: int = 256,
+    paths: Sequence[int] | None = None,
+) -> list[Trace]:
+    """One trace for each (prompt, seed), in order; equal prompts are written once and shared.
+
+    Args:
+        concurrent: traces in flight at most.
+        paths: of each trace; None: as the settings say.
+    """
+    engine = thinker.engine
+    slots = asyncio.Semaphore(concurrent)
+    opened: dict[tuple[int, ...], asyncio.Task[Any]] = {}
+
+    async def write_prompt(prompt: tuple[int, ...]) -> Any:
+        context = engine.open()
+        await engine.write(context, prompt)
+        return context
+
+    async def one(index: int) -> Trace:
+        prompt = tuple(prompts[index])
+        async with slots:
+            if prompt not in opened:
+                opened[prompt] = asyncio.ensure_future(write_prompt(prompt))
+            context = await opened[prompt]
+            return await thinker.trace(prompt, context, seeds[index], paths[index] if paths else None)
+
+    try:
+        return list(await asyncio.gather(*(one(index) for index in range(len(prompts)))))
+    finally:
+        for writing in opened.values():
+            engine.close(await writing)

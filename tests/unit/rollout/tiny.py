@@ -1,0 +1,96 @@
+"""A random tiny Qwen3, with the likelihood of tags raised so that traces have blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from megatron_parallel_r1.rollout.native.engine import NativeEngine
+from megatron_parallel_r1.rollout.native.model import Architecture
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.thought.packing import PackedRow
+from megatron_parallel_r1.thought.trace import Trace
+from tests.reference.dense import row_sees
+from tests.reference.traces import TAGS
+
+VOCABULARY = 40
+# How much likelier than other tokens, in nats: blocks open often, paths and summaries end soon.
+EAGER = {TAGS.parallel: 1.6, TAGS.path_end: 1.9, TAGS.summary_end: 1.9, TAGS.eos: 0.6}
+
+
+def tiny_qwen3(seed: int = 0, tied: bool = False) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_theta=1000.0,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+    )
+    model = Qwen3ForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * (0.15 if weight.dim() > 1 else 0.1))
+        if not tied:
+            # A unit feature that every hidden state has carries the tags' bias.
+            model.model.embed_tokens.weight[:, 0] = 8.0
+            model.lm_head.weight[:, 0] = 0.0
+            for token, nats in EAGER.items():
+                model.lm_head.weight[token, 0] = nats / 4.15
+    return model
+
+
+def native_engine(model: Qwen3ForCausalLM, **settings: int) -> NativeEngine:
+    config = model.config
+    architecture = Architecture(
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        norm_eps=config.rms_norm_eps,
+        rope_theta=1000.0,
+        tied=config.tie_word_embeddings,
+    )
+    engine = NativeEngine(architecture, **settings)
+    engine.load_weights(model.state_dict().items(), version=0)
+    return engine
+
+
+def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(7, VOCABULARY) for _ in range(rng.randint(1, 6))] for _ in range(count)]
+
+
+def traces_of(
+    engine: NativeEngine,
+    thinking: Thinking,
+    prompts: list[list[int]],
+    seeds: list[int] | None = None,
+    paths: list[int] | None = None,
+    concurrent: int = 256,
+) -> list[Trace]:
+    thinker = Thinker(engine, TAGS, thinking)
+    seeds = list(range(len(prompts))) if seeds is None else seeds
+    return asyncio.run(roll_out(thinker, prompts, seeds, concurrent, paths))
+
+
+@torch.no_grad()
+def transformers_logprobs(model: Qwen3ForCausalLM, packed: PackedRow) -> torch.Tensor:
+    """Log-probs [L, V] under a packed row's dense mask and positions, by `transformers`."""
+    sees_LL = torch.from_numpy(row_sees(packed))
+    mask_LL = torch.zeros(sees_LL.shape).masked_fill(~sees_LL, torch.finfo(torch.float32).min)
+    logits = model(
+        input_ids=torch.from_numpy(packed.tokens_L).long()[None],
+        position_ids=torch.from_numpy(packed.positions_L).long()[None],
+        attention_mask=mask_LL[None, None],
+    ).logits[0]
+    return logits.log_softmax(-1)
