@@ -1,0 +1,64 @@
+r"""The final answer of a response's main text.
+
+The caller gives the text outside the parallel blocks: an answer inside a path or a summary is none.
+
+Which one wins: the last `Final Answer: …` line that says something; if that line holds a `\boxed{…}`, the
+box's content. Without such a line, the last box of the text. A box is `\boxed{…}` or `\fbox{…}` with its
+braces balanced, or `\boxed 5` up to the next blank; of nested ones the inner. One that never closes (a
+truncated response) and an empty one are none.
+
+Everything here is one pass over the text, whatever it contains.
+"""
+
+from __future__ import annotations
+
+import re
+
+_MARKER = re.compile(r"final[ \t]{1,4}answer[ \t*_]{0,8}[:：][*_]{0,4}", re.IGNORECASE)
+_BRACES = re.compile(
+    r"\\(?:boxed|fbox)\s{0,8}(?P<open>\{)"
+    r"|\\(?:boxed|fbox)[ \t]{1,8}(?P<bare>[^\s${}\\]*[^\s${}\\.,;:])"
+    r"|\\."
+    r"|[{}]",
+    re.DOTALL,
+)
+_NOTHING = {"", "$", "$$", "\\[", "\\("}  # a display formula opens: the answer stands on the next line
+
+
+def extract_answer(text: str) -> str | None:
+    """The final answer in `text`, stripped of surrounding blanks; None if there is none."""
+    stop = len(text)
+    for marker in reversed(list(_MARKER.finditer(text))):
+        if answer := _first_line(text[marker.end() : stop]):
+            return answer
+        stop = marker.start()
+    return _last_box(text, len(text))
+
+
+def _first_line(text: str) -> str | None:
+    """The first line that says something, or the box that it opens (a matrix may span lines)."""
+    start = 0
+    for line in text.splitlines(keepends=True):
+        start += len(line)
+        if line.strip(" \t\r\n*_") not in _NOTHING:
+            return _last_box(text, start) or line.strip().strip("*_ \t") or None
+    return None
+
+
+def _last_box(text: str, stop: int) -> str | None:
+    """The content of the last closed, not empty box that opens before `stop`."""
+    spans: list[tuple[int, int]] = []
+    braces: list[int | None] = []  # an open box's content start, None for an ordinary brace
+    for token in _BRACES.finditer(text):
+        if token["open"]:
+            braces.append(token.end())
+        elif token["bare"]:
+            spans.append(token.span("bare"))
+        elif token[0] == "{":
+            braces.append(None)
+        elif token[0] == "}" and braces and (start := braces.pop()) is not None:
+            spans.append((start, token.start()))
+    for start, end in sorted(spans, reverse=True):
+        if start < stop and (content := text[start:end].strip()):
+            return content
+    return None

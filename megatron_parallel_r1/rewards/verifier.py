@@ -1,0 +1,121 @@
+"""Many answers against their references, in worker processes with a hard time-out.
+
+A pair that takes too long costs its worker's life: the parent kills it and starts another. So no answer
+can hang or end the training process, and a verdict comes for every pair, in order.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import wait
+from types import TracebackType
+
+from megatron_parallel_r1.rewards.normalize import clean
+from megatron_parallel_r1.rewards.settle import Verdict, settle
+from megatron_parallel_r1.rewards.worker import Worker
+
+Pair = tuple[str, str]
+
+
+class Verifier:
+    """Checks answers; its workers start with the first pair that needs one, and end with it.
+
+    Any thread may call it, one at a time gets served. `close`, the end of a `with` block, garbage
+    collection and the interpreter's end all kill the workers.
+
+    Args:
+        limit_s: wall time for one pair. Typical ones take milliseconds, so that a busy machine does not
+            change a verdict.
+        workers: processes.
+        memory_bytes: the address space of each.
+    """
+
+    def __init__(self, limit_s: float = 3.0, workers: int = 1, memory_bytes: int = 4 << 30) -> None:
+        assert limit_s > 0 and workers >= 1, (limit_s, workers)
+        self._limit_s = limit_s
+        self._workers = [Worker(limit_s, memory_bytes) for _ in range(workers)]
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _stop_all, self._workers)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that run now."""
+        return tuple(worker.pid for worker in self._workers if worker.pid is not None)
+
+    def check(self, answer: str | None, reference: str) -> Verdict:
+        """The verdict on one pair."""
+        return self.check_many([(answer, reference)])[0]
+
+    def check_many(self, pairs: Iterable[tuple[str | None, str]]) -> list[Verdict]:
+        """The verdicts on (answer, reference) pairs, in their order; equal pairs are worked out once.
+
+        Raises:
+            RuntimeError: no worker can be started.
+        """
+        pairs = [(answer or "", reference) for answer, reference in pairs]
+        settled = [settle(*pair) for pair in pairs]
+        open_pairs = [pair for pair, verdict in zip(pairs, settled, strict=True) if verdict is None]
+        solved = self._solve(list(dict.fromkeys(open_pairs)))
+        return [verdict or solved[pair] for pair, verdict in zip(pairs, settled, strict=True)]
+
+    def close(self) -> None:
+        """Kills the workers. A later check starts new ones."""
+        with self._lock:
+            _stop_all(self._workers)
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _solve(self, pairs: Sequence[Pair]) -> dict[Pair, Verdict]:
+        solved: dict[Pair, Verdict] = {}
+        todo = deque(pairs)
+        idle = self._workers[: len(pairs)]
+        busy: dict[Worker, tuple[Pair, float]] = {}  # with the time at which the pair's patience ends
+        with self._lock:
+            try:
+                for worker in idle:
+                    worker.launch()
+                while todo or busy:
+                    while todo and idle:
+                        worker, pair = idle.pop(), todo.popleft()
+                        worker.send(*map(clean, pair))
+                        busy[worker] = (pair, time.monotonic() + self._limit_s)
+                    first = min(deadline for _, deadline in busy.values())
+                    answered = wait(list(busy), max(0.0, first - time.monotonic()))
+                    now = time.monotonic()
+                    for worker, (pair, deadline) in list(busy.items()):
+                        if worker in answered:
+                            solved[pair] = _read(worker)
+                        elif now >= deadline:
+                            solved[pair] = Verdict(False, "timeout")
+                            worker.stop()
+                        else:
+                            continue
+                        del busy[worker]
+                        idle.append(worker)
+            except BaseException:
+                _stop_all(busy)  # an answer that nobody awaits any more would be taken for the next one
+                raise
+        return solved
+
+
+def _read(worker: Worker) -> Verdict:
+    byte = worker.receive()
+    if not byte:
+        worker.stop()
+        return Verdict(False, "crash")
+    return Verdict(byte == b"1", "algebra")
+
+
+def _stop_all(workers: Iterable[Worker]) -> None:
+    for worker in workers:
+        worker.stop()

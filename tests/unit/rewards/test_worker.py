@@ -1,0 +1,165 @@
+"""Hostile answers, and what is left of the processes.
+
+Not covered: a machine so loaded that an ordinary pair takes longer than the limit.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_parallel_r1.rewards.settle import Verdict
+from megatron_parallel_r1.rewards.verifier import Verifier
+
+ROOT = Path(__file__).resolve().parents[3]
+TOWER = "9^{9^{9^9}}"
+
+
+def gone(pid: int) -> bool:
+    """No such process, or only its exit status left for a parent to read."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.02)
+    return true()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "{" * 10**6,
+        "{" * 10**6 + "}" * 10**6,
+        "9" * 10**5,
+        "\\frac{" * 10**5,
+        "\ud800",
+        "4\x002",
+        "\x00",
+        "\\",
+        "}{",
+        "^" * 900,
+        "__import__('os').system('exit 1')",
+        "lambda: 42",
+        "\\input{/etc/passwd}",
+        "\\begin{pmatrix}",
+        "1/0",
+        "9" * 900,
+        "🙂",
+        "\n",
+    ],
+    ids=lambda answer: ascii(answer[:12]),
+)
+def test_hostile_answers_are_wrong(answer: str, verifier: Verifier) -> None:
+    assert not verifier.check(answer, "42").correct
+    assert not verifier.check(answer, "x+1").correct
+    assert not verifier.check("x+1", answer).correct
+
+
+def test_a_hard_time_out_costs_the_worker_and_nothing_else() -> None:
+    with Verifier(limit_s=1.0) as verifier:
+        assert verifier.check("1+x", "x+1") == Verdict(True, "algebra")
+        (first,) = verifier.pids
+        start = time.monotonic()
+        assert verifier.check(TOWER, "3") == Verdict(False, "timeout")
+        assert 1.0 <= time.monotonic() - start < 8.0
+        assert gone(first)
+        assert verifier.check("1+x", "x+1") == Verdict(True, "algebra")
+        assert len(verifier.pids) == 1 and verifier.pids != (first,)
+
+
+def test_two_workers_answer_in_order_and_solve_equal_pairs_once() -> None:
+    pairs = [("1+x", "x+1"), (TOWER, "3"), ("7", "7"), (TOWER, "3"), ("2x", "x+x"), ("2x", "x"), (TOWER, "3")]
+    with Verifier(limit_s=1.0, workers=2) as verifier:
+        verifier.check_many([("a+b", "b+a"), ("a b", "b a")])
+        before = set(verifier.pids)
+        verdicts = verifier.check_many(pairs)
+        assert len(before) == 2 and len(before & set(verifier.pids)) == 1, "one tower, one time-out"
+    assert [verdict.correct for verdict in verdicts] == [True, False, True, False, True, False, False]
+    assert [verdict.reason for verdict in verdicts[1::2]] == ["timeout", "timeout", "algebra"]
+
+
+def test_a_worker_that_dies_by_itself_is_replaced() -> None:
+    with Verifier(limit_s=30.0) as verifier:
+        verifier.check("1+x", "x+1")
+        (first,) = verifier.pids
+        os.kill(first, signal.SIGKILL)
+        assert wait_until(lambda: gone(first), 5)
+        assert verifier.check("1+x", "x+1").correct
+        (second,) = verifier.pids
+        killer = threading.Timer(0.3, os.kill, (second, signal.SIGKILL))
+        killer.start()
+        assert verifier.check(TOWER, "3") == Verdict(False, "crash")
+        killer.join()
+        assert gone(second) and verifier.check("1+x", "x+1").correct
+
+
+def test_it_works_off_the_main_thread(verifier: Verifier) -> None:
+    verdicts: list[Verdict] = []
+    threads = [
+        threading.Thread(target=lambda n=n: verdicts.append(verifier.check(f"{n}+y", f"y+{n}")))
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == [Verdict(True, "algebra")] * 4
+
+
+def test_close_and_garbage_collection_end_the_process() -> None:
+    verifier = Verifier()
+    verifier.check("1+x", "x+1")
+    (first,) = verifier.pids
+    verifier.close()
+    assert gone(first) and verifier.pids == ()
+    assert verifier.check("1+x", "x+1").correct
+    (second,) = verifier.pids
+    del verifier
+    assert wait_until(lambda: gone(second), 5)
+
+
+def parent(code: str) -> subprocess.Popen[str]:
+    """A process that makes a verifier `v` with a limit of 1 s, prints its worker's pid and runs `code`."""
+    head = (
+        "from megatron_parallel_r1.rewards.verifier import Verifier; v = Verifier(limit_s=1.0); "
+        "v.check('1+x', 'x+1'); print(v.pids[0], flush=True); "
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", head + code],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_the_interpreters_end_leaves_no_process() -> None:
+    with parent("pass") as process:
+        assert process.stdout
+        worker = int(process.stdout.readline())
+    assert process.returncode == 0 and gone(worker)
+
+
+@pytest.mark.parametrize("code", ["import time; time.sleep(60)", f"v._limit_s = 60; v.check('{TOWER}', '3')"])
+def test_a_killed_parent_leaves_no_process(code: str) -> None:
+    with parent(code) as process:
+        assert process.stdout
+        worker = int(process.stdout.readline())
+        time.sleep(0.5)  # the worker is idle, or deep in one multiplication
+        assert not gone(worker)
+        process.kill()
+    assert wait_until(lambda: gone(worker), 10)
