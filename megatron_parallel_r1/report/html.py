@@ -1,0 +1,144 @@
+"""Builds `report.html`: one file that needs no network, for a person who was not there.
+
+Everything that a model or a user wrote is escaped by the templates. Should one ever slip through, the
+page's content policy still runs no script but its own, which it names by hash, and loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from megatron_parallel_r1.report import formats
+from megatron_parallel_r1.report.curves import draw_curves
+from megatron_parallel_r1.report.run_folder import Run, read_run
+from megatron_parallel_r1.report.showcase import choose_traces
+from megatron_parallel_r1.report.tables import COLUMNS
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A figure of the headline, with where it came from."""
+
+    name: str
+    value: str
+    note: str
+
+
+def build_report(run_folder: Path) -> Path:
+    """Writes `run_folder/report.html` and returns its path.
+
+    What the run lacks (evaluations, curves, traces, the recipe) is left out with a line that says so.
+
+    Raises:
+        UserError: the folder is absent, holds no run, or one of its files is malformed.
+    """
+    run = read_run(run_folder)
+    template = _environment().get_template("report.html.j2")
+    script = _script()
+    page = template.render(
+        run=run,
+        facts=_facts(run),
+        tiles=_tiles(run),
+        columns=COLUMNS,
+        curves=draw_curves(run),
+        traces=choose_traces(run),
+        script=script,
+        script_hash=_hash(script),
+    )
+    report = run_folder / "report.html"
+    fresh = run_folder / "report.html.new"
+    fresh.write_bytes(page.encode("utf-8", errors="replace"))
+    os.replace(fresh, report)
+    return report
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("megatron_parallel_r1.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = formats.number
+    return environment
+
+
+def _script() -> Markup:
+    """The page's script, exactly as it stands between its tags."""
+    text = (Path(__file__).parent / "templates" / "report.js").read_text(encoding="utf-8")
+    return Markup(text)
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _facts(run: Run) -> list[str]:
+    """The run in a line."""
+    facts = []
+    if run.stages:
+        names = " → ".join(stage.name for stage in run.stages)
+        facts.append(names)
+        facts.append(f"{sum(stage.last_step for stage in run.stages):,} steps")
+    tokens = sum(stage.sum("tokens") for stage in run.stages)
+    if tokens:
+        facts.append(f"{formats.count(int(tokens))} tokens")
+    seconds = sum(s.sum("time_s", "time_rollout_s", "time_train_s") for s in run.stages)
+    if seconds:
+        facts.append(f"{formats.duration(seconds)} of training")
+    return facts
+
+
+def _tiles(run: Run) -> list[Tile]:
+    """The headline: what the last evaluation found, against the one before RL; and the exactness."""
+    tiles = []
+    if run.evals:
+        last, base = run.evals[-1], _base(run)
+        if last.get("accuracy") is not None:
+            value = formats.accuracy(last["accuracy"], last.get("ci95"))
+            tiles.append(Tile("accuracy, held-out", value, _before(base, "accuracy")))
+        if last.get("parallel_ratio") is not None:
+            value = formats.percent(last["parallel_ratio"])
+            tiles.append(Tile("traces that think in parallel", value, _before(base, "parallel_ratio")))
+        if last.get("well_formed_blocks") is not None:
+            value = formats.percent(last["well_formed_blocks"])
+            tiles.append(Tile("well-formed blocks", value, _before(base, "well_formed_blocks")))
+        if last.get("critical_length") is not None and last.get("length"):
+            value = f"{formats.number(last['critical_length'])} tokens"
+            note = f"of {formats.number(last['length'])} in the whole response"
+            tiles.append(Tile("critical path", value, note))
+    mismatches = _values(run, "mismatch_max")
+    if mismatches:
+        note = "largest |Δ log p| of rollout and trainer"
+        tiles.append(Tile("mismatch", formats.number(max(mismatches)), note))
+    return tiles
+
+
+def _base(run: Run) -> dict[str, Any] | None:
+    """The evaluation to compare the last one with: after the last SFT stage, else the first; same mode."""
+    last = run.evals[-1]
+    alike = [r for r in run.evals if r.get("mode") == last.get("mode") and r is not last]
+    kinds = {stage.name: stage.kind for stage in run.stages}
+    after_sft = [record for record in alike if kinds.get(record["stage"]) == "sft"]
+    return (after_sft[-1:] or alike[:1] or [None])[0]
+
+
+def _before(base: dict[str, Any] | None, key: str) -> str:
+    if base is None or base.get(key) is None:
+        return ""
+    return f"{formats.percent(base[key])} after {base['stage']}"
+
+
+def _values(run: Run, key: str) -> Sequence[float]:
+    rows = [row for stage in run.stages for row in stage.metrics]
+    return [row[key] for row in rows if row.get(key) is not None]

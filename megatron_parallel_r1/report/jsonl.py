@@ -1,0 +1,119 @@
+"""JSON-lines files that survive a kill and a resume.
+
+A record is one line, written with one system call, so a reader sees whole records and at most one
+torn line at the very end. A run that resumes at step k first drops what was written beyond k.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_parallel_r1.errors import UserError
+
+
+class JsonLines:
+    """Appends records to a file.
+
+    Args:
+        path: the file; its folder is made if absent.
+        through: keep existing records up to this step only (a resumed run passes the step of its
+            checkpoint, a fresh one 0); None keeps all. A torn last line is dropped in any case.
+    """
+
+    def __init__(self, path: Path, through: int | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _trim(path, through)
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record; NaN and infinities become null.
+
+        Raises:
+            OSError: the line did not fit on the disk.
+        """
+        line = (json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n").encode(
+            "utf-8", errors="replace"
+        )
+        if os.write(self._file, line) != len(line):
+            raise OSError(f"{self._path}: only a part of a record could be written")
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All records of a file, without a torn last line.
+
+    Raises:
+        UserError: the file is absent, or a line is no JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    lines.pop()
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); repair or delete it") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: a JSON object was expected")
+        records.append(record)
+    return records
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: tensor and numpy scalars unwrapped, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if not isinstance(value, str | bool | int | float) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _trim(path: Path, through: int | None) -> None:
+    old = path.read_bytes()
+    lines = old.split(b"\n")[:-1]
+    if through is not None:
+        lines = [line for line in lines if line.strip() and _step(path, line) <= through]
+    new = b"".join(line + b"\n" for line in lines)
+    if new != old:
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_bytes(new)
+        os.replace(fresh, path)
+
+
+def _step(path: Path, line: bytes) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: a line has no step: {line[:80]!r}; repair or delete it") from None

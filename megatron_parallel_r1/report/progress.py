@@ -1,0 +1,120 @@
+"""Live progress of one stage: a bar on a terminal, a plain line every few seconds in a log."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from megatron_parallel_r1.report.formats import duration, number, percent
+
+SHOWN: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("loss", "loss", number),
+    ("reward", "reward", number),
+    ("accuracy", "accuracy", percent),
+    ("parallel_ratio", "parallel", percent),
+)
+REDRAW_S = 0.1
+RECENT_STEPS = 20
+
+
+class StageProgress:
+    """Shows a stage's step, numbers and time left; use it as a context manager around the steps.
+
+    Args:
+        stage: its name.
+        steps: where it ends.
+        done: steps that a resumed stage has behind it.
+        later_s: estimated seconds of the stages after this one, for the overall time left; None shows
+            the stage's alone.
+        console: where to draw; its kind (terminal or not) decides between bar and lines.
+        every_s: seconds between two lines of a log.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        steps: int,
+        *,
+        done: int = 0,
+        later_s: float | None = None,
+        console: Console | None = None,
+        every_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stage, self._steps, self._step = stage, steps, done
+        self._later_s = later_s
+        self._console = console or Console()
+        self._clock = clock
+        self._numbers = ""
+        self._recent = deque([(done, clock())], maxlen=RECENT_STEPS)
+        self._drawn_at = float("-inf")
+        bar = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live = Live(console=self._console, auto_refresh=False) if bar else None
+        self._pause_s = REDRAW_S if bar else every_s
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds to the end of the stage at the pace of the recent steps; None before the first."""
+        (first, began), (last, now) = self._recent[0], self._recent[-1]
+        if last == first:
+            return None
+        return (now - began) / (last - first) * (self._steps - last)
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Shows a step that is done; `metrics` is its record, of which it picks what it knows."""
+        self._step = step
+        self._recent.append((step, self._clock()))
+        self._numbers = "  ".join(
+            f"{label} {form(metrics[key])}" for key, label, form in SHOWN if key in metrics
+        )
+        if step >= self._steps or self._clock() - self._drawn_at >= self._pause_s:
+            self._drawn_at = self._clock()
+            self._draw()
+
+    def __enter__(self) -> StageProgress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.update(self._bar(), refresh=True)
+            self._live.stop()
+
+    def _draw(self) -> None:
+        if self._live:
+            self._live.update(self._bar(), refresh=True)
+            return
+        line = f"{self._stage}  step {self._step}/{self._steps}  {self._numbers}  {self._time_left()}"
+        self._console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+    def _bar(self) -> RenderableType:
+        row = Table.grid(padding=(0, 2), expand=True)
+        row.add_column(no_wrap=True, style="bold")
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True, justify="right")
+        row.add_column(no_wrap=True, style="cyan")
+        bar = ProgressBar(total=max(1, self._steps), completed=self._step)
+        row.add_row(Text(self._stage), bar, f"{self._step}/{self._steps}", self._time_left())
+        return Group(row, Text(f"  {self._numbers}", style="dim"))
+
+    def _time_left(self) -> str:
+        if self.left_s is None:
+            return ""
+        text = f"{duration(self.left_s)} left"
+        return text if self._later_s is None else f"{text}, {duration(self.left_s + self._later_s)} in all"

@@ -1,0 +1,105 @@
+"""Reads a run folder: stages in order, their metrics and traces, evaluations, the recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.report.jsonl import read_jsonl
+from megatron_parallel_r1.report.tables import latest_evals
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage; `metrics` by ascending step."""
+
+    name: str
+    metrics: tuple[Record, ...]
+    traces: tuple[Record, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.metrics[0]["kind"] if self.metrics else ""
+
+    @property
+    def last_step(self) -> int:
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    def sum(self, *names: str) -> float:
+        """Of some metrics over all steps, nulls as 0."""
+        return sum(row.get(name) or 0 for row in self.metrics for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as it lies on disk; what is absent is empty."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    evals: tuple[Record, ...]
+    config: str
+
+    @property
+    def last_steps(self) -> dict[str, int]:
+        return {stage.name: stage.last_step for stage in self.stages}
+
+
+def read_run(folder: Path) -> Run:
+    """Reads `folder`.
+
+    Raises:
+        UserError: it is absent, holds no run, or one of its files is malformed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder; give the folder that holds the run's stages")
+    stages = tuple(_read_stage(folder / name) for name in _stage_names(folder))
+    evals = tuple(latest_evals(_read_if_there(folder / "eval.jsonl", "stage", "step")))
+    config = folder / "config.yaml"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    if not (stages or evals or text):
+        raise UserError(f"{folder}: no run in this folder (no <stage>/metrics.jsonl, no eval.jsonl)")
+    return Run(folder.resolve().name, stages, evals, text)
+
+
+def _read_stage(folder: Path) -> Stage:
+    metrics = _read_if_there(folder / "metrics.jsonl", "kind", "step")
+    traces = _read_if_there(folder / "traces.jsonl", "step", "text_parts")
+    by_step = {row["step"]: row for row in metrics}
+    return Stage(folder.name, tuple(by_step[step] for step in sorted(by_step)), tuple(traces))
+
+
+def _read_if_there(path: Path, *keys: str) -> Sequence[Record]:
+    if not path.is_file():
+        return ()
+    records = read_jsonl(path)
+    for number, record in enumerate(records, 1):
+        missing = [key for key in keys if key not in record]
+        if missing:
+            raise UserError(f"{path}, record {number}: no {' and no '.join(missing)}")
+    return records
+
+
+def _stage_names(folder: Path) -> list[str]:
+    """Stages with something to show: as `stages.json` lists them, the others by age of their files."""
+    listed = folder / "stages.json"
+    names: list[str] = []
+    if listed.is_file():
+        try:
+            names = json.loads(listed.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{listed}: not JSON ({error})") from None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{listed}: a list of stage names was expected")
+    ages = {
+        file.parent.name: file.stat().st_mtime
+        for pattern in ("*/traces.jsonl", "*/metrics.jsonl")
+        for file in folder.glob(pattern)
+    }
+    unlisted = sorted(ages.keys() - set(names), key=lambda name: (ages[name], name))
+    return [name for name in names if name in ages] + unlisted

@@ -1,0 +1,172 @@
+"""The report of a made-up run: complete, escaped, self-contained, small."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.report.html import build_report
+from megatron_parallel_r1.report.panels import PANELS
+from megatron_parallel_r1.report.run_folder import read_run
+from megatron_parallel_r1.report.showcase import MOST_BYTES, choose_traces
+from tests.unit.report.synthetic import CONFIG, HOSTILE, STAGES, write_lines, write_run
+
+LOADS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background")
+
+
+class Page(HTMLParser):
+    """Collects tags with their attributes, ids and the text of each element kind."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def all(self, tag: str, name: str = "") -> list[dict[str, str | None]]:
+        found = [attributes for other, attributes in self.tags if other == tag]
+        return [a for a in found if not name or name in (a.get("class") or "").split()]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_report(write_run(tmp_path_factory.mktemp("runs") / "tiny")).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(report: str) -> Page:
+    return Page(report)
+
+
+def test_all_curves_are_there_in_words_and_points(page: Page) -> None:
+    panels = page.all("figure", "panel")
+    titles = [(panel["aria-label"] or "").split(":")[0] for panel in panels]
+    assert titles == [panel.title for panel in PANELS]
+    for panel in panels:
+        points = json.loads(panel["data-points"] or "")
+        assert len(points) > 100 and all(0 <= x <= 336 and 0 <= y <= 204 for x, y, _ in points)
+    assert "Accuracy: training from" in (panels[2]["aria-label"] or "")
+
+
+def test_drawings_use_the_pages_colours_only(report: str) -> None:
+    drawings = "".join(re.findall(r"<svg.*?</svg>", report, re.DOTALL))
+    assert "var(--first)" in drawings and "var(--second)" in drawings and "var(--eval)" in drawings
+    assert not re.search(r"#[0-9a-f]{6}\b", drawings)
+
+
+def test_ids_are_unique_and_every_reference_has_one(report: str, page: Page) -> None:
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', report)
+    assert references and set(references) <= set(ids)
+
+
+def test_it_loads_nothing(report: str, page: Page) -> None:
+    outside = re.sub(r"<p class=\"text\">.*?</p>|<dd.*?</dd>", "", report, flags=re.DOTALL)
+    assert not re.search(r"https?://|@import|fetch\(|XMLHttp|import\(", outside)
+    links = [attributes[name] for _, attributes in page.tags for name in LOADS if name in attributes]
+    assert all((link or "").startswith("#") for link in links)
+    assert not {"link", "iframe", "object", "embed", "img", "base"} & {tag for tag, _ in page.tags}
+
+
+def test_what_a_model_or_user_wrote_stays_text(report: str, page: Page) -> None:
+    assert len(page.all("script")) == 1
+    assert "<script>document" not in report and "<img" not in report and "<b>" not in report
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    text = "".join(page.words)
+    assert text.count(HOSTILE) >= 6 * 2
+    assert CONFIG in text
+
+
+def test_the_policy_names_the_only_script(page: Page) -> None:
+    policy = next(a["content"] for a in page.all("meta") if "http-equiv" in a) or ""
+    assert "default-src 'none'" in policy and re.search(r"script-src 'sha256-[\w+/=]{44}'", policy)
+
+
+def test_table_tiles_and_facts(page: Page) -> None:
+    text = " ".join("".join(page.words).split())
+    assert "arithmetic → cold_start → rl_easy → rl_hard" in text and "610 steps" in text
+    assert text.index("Evaluation") < text.index("Training") < text.index("Traces")
+    assert text.count("64.2 ± 4.2 %") == 2 and "39.1 % after cold_start" in text
+    assert len(page.all("tr")) == 1 + 4
+
+
+def test_traces_are_marked_in_word_and_icon(page: Page) -> None:
+    traces = page.all("article", "trace")
+    assert {trace["data-stage"] for trace in traces} == {"rl_easy", "rl_hard"}
+    assert {trace["data-verdict"] for trace in traces} == {"right", "wrong"}
+    assert {trace["data-step"] for trace in traces if trace["data-stage"] == "rl_hard"} >= {"5", "120"}
+    for verdict, icon in (("right", "✓"), ("wrong", "✗"), ("unknown", "?")):
+        assert page.all("div", verdict) and icon in page.words
+    for mark in ("closed by the engine", "cut off", "truncated", "not well-formed", "No summary"):
+        assert any(mark in words for words in page.words), mark
+    assert any("--n:6" in (paths["style"] or "") for paths in page.all("div", "paths"))
+
+
+def test_the_same_run_gives_the_same_file_of_a_moderate_size(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "tiny")
+    first = build_report(folder).read_bytes()
+    assert build_report(folder).read_bytes() == first
+    assert len(first) < 5e6
+    assert sorted(path.name for path in folder.glob("report*")) == ["report.html"]
+
+
+def test_long_traces_stay_within_the_budget(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "tiny")
+    record = {"step": 1, "problem": "p", "correct": True}
+    long = record | {"text_parts": [{"kind": "text", "text": "<b>&é" * (MOST_BYTES // 90)}]}
+    write_lines(folder / "rl_hard" / "traces.jsonl", [long | {"step": step} for step in range(12)])
+    chosen = choose_traces(read_run(folder))
+    assert 0 < sum(trace.stage == "rl_hard" for trace in chosen.shown) < 8
+    assert build_report(folder).stat().st_size < 5e6
+
+
+def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "early"
+    write_lines(folder / "sft" / "metrics.jsonl", [{"kind": "sft", "step": 1, "loss": 3.0}])
+    text = "".join(Page(build_report(folder).read_text()).words)
+    for line in ("No evaluation: the run", "No traces: no stage", "No recipe: the run"):
+        assert line in text
+    assert "Loss of SFT" in text and "Reward" not in text
+    (folder / "sft" / "metrics.jsonl").unlink()
+    (folder / "config.yaml").write_text("name: early\n")
+    assert "No curves: no stage" in build_report(folder).read_text()
+
+
+def test_a_folder_without_a_run_is_a_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run folder"):
+        build_report(tmp_path / "absent")
+    with pytest.raises(UserError, match="no run in this folder"):
+        build_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_malformed_record_is_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "sft" / "metrics.jsonl", [{"kind": "sft", "step": 1}, {"loss": 1.0}])
+    with pytest.raises(UserError, match=r"metrics\.jsonl, record 2: no kind and no step"):
+        build_report(tmp_path)
+
+
+def test_stages_come_as_listed_else_by_age(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "tiny", stages_json=False)
+    for age, name in enumerate(("rl_hard", "cold_start", "rl_easy", "arithmetic")):
+        os.utime(folder / name / "metrics.jsonl", (age, age))
+    names = [stage.name for stage in read_run(folder).stages]
+    assert names == ["rl_hard", "cold_start", "rl_easy", "arithmetic"]
+    (folder / "stages.json").write_text(json.dumps(["not_yet_run", *list(STAGES)[:3]]))
+    assert [stage.name for stage in read_run(folder).stages] == list(STAGES)
+    (folder / "stages.json").write_text("{}")
+    with pytest.raises(UserError, match=r"stages\.json: a list of stage names"):
+        read_run(folder)
