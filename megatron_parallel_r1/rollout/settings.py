@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from megatron_parallel_r1.thought.layout import Mode
 
@@ -25,6 +26,9 @@ class Thinking:
         reserve_tokens: kept free behind each block for its summary and the answer.
         temperature, top_p, top_k: of sampling; temperature 0 is greedy.
     """
+
+    # For pydantic, which reads these settings from a recipe: an unknown key is an error.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     mode: Mode = "isolated"
     paths: int = 2

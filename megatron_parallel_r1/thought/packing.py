@@ -57,14 +57,19 @@ class PackedRow:
         return values_L
 
 
-def pack(rows: Sequence[Row], capacity: int) -> list[PackedRow]:
+def pack(
+    rows: Sequence[Row], capacity: int, members: Sequence[int] | None = None
+) -> list[PackedRow]:
     """Packs rows first-fit by falling length, so that no packed row exceeds `capacity` tokens.
 
     A row longer than `capacity` stands alone: a trace is never cut.
+
+    Args:
+        members: indices of the rows to pack; None: all.
     """
     bins: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])):
+    for index in sorted(members if members is not None else range(len(rows)), key=lambda i: -len(rows[i])):
         size = len(rows[index])
         place = next((place for place, free in enumerate(room) if free >= size), None)
         if place is None:
@@ -73,7 +78,7 @@ def pack(rows: Sequence[Row], capacity: int) -> list[PackedRow]:
         else:
             bins[place].append(index)
             room[place] -= size
-    return [concatenate(rows, sorted(members)) for members in bins]
+    return [concatenate(rows, sorted(chosen)) for chosen in bins]
 
 
 def concatenate(rows: Sequence[Row], members: Sequence[int]) -> PackedRow:

@@ -102,6 +102,17 @@ class Tree:
                 indices.add(block.summary.start)
         return frozenset(indices)
 
+    def main_spans(self) -> Iterator[tuple[int, int]]:
+        """What lies outside all blocks and summaries, as (start, stop) in order; an answer counts only there."""
+        start = 0
+        for block in self.blocks:
+            yield start, block.start
+            if block.summary is not None:
+                start = block.summary.stop
+            else:
+                start = self.length if block.end is None else block.end + 1
+        yield start, self.length
+
     @property
     def depth(self) -> int:
         """Levels of nesting: 0 without blocks."""
