@@ -1,0 +1,81 @@
+"""Megatron-Core on a machine without CUDA.
+
+Megatron names CUDA devices, streams and tensor types in its Python code, though nothing that it computes here
+needs them. `bring_up` redirects exactly those names to the CPU. It patches names, never wraps operators, so
+forward and backward run at the speed of plain torch. On a machine with CUDA it does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads, optimizer
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+
+class _CpuTorch(ModuleType):
+    """`torch` as seen by one Megatron module, whose tensor factories read device="cuda" as the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in ("tensor", "zeros", "ones", "empty"):
+            setattr(self, name, _without_cuda(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _cuda_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> str | torch.Tensor:
+    result = torch._C.TensorBase.type(tensor, *args, **kwargs)
+    return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+
+def _get_rng_state(device: object = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(state)
+
+
+def _cpu_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    return None
+
+
+def bring_up() -> None:
+    """Lets Megatron-Core run on this machine's CPU; a no-op where CUDA is available. Safe to call twice."""
+    if torch.cuda.is_available() or isinstance(schedules.torch, _CpuTorch):
+        return
+    # Where Megatron allocates weights, gradient buffers and receive buffers.
+    torch.cuda.current_device = _cpu_device
+    # Called around communication, timers and checkpoints; CPU work is never pending.
+    torch.cuda.synchronize = _nothing
+    # The states that activation checkpointing and sequence-parallel regions fork and restore.
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = _get_rng_state
+    tensor_parallel_random._set_cuda_rng_state = _set_rng_state
+    # The token count of a step, the loss scale and the norm buffers are born with device="cuda".
+    for module in (schedules, optimizer, clip_grads, utils):
+        module.torch = _CpuTorch()
+    # The optimizers tell parameters by their type's name and refuse any that is not torch.cuda.*.
+    torch.Tensor.type = _cuda_type_name

@@ -1,0 +1,67 @@
+"""What trains a model: Megatron's data-parallel wrapper and its Adam, both Megatron's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_parallel_r1.model.gpt import PathGPT
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """AdamW (arXiv 1711.05101). Weight decay spares norms; `clip` bounds the gradient norm, 0 is off."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+def trainable(model: PathGPT, adam: Adam) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    """Wraps the model for gradient accumulation in float32 and makes its optimizer.
+
+    A step is `wrapped.zero_grad_buffer(); optimizer.zero_grad()`, then Megatron's
+    `get_forward_backward_func()`, whose loss function returns the loss summed over its tokens, their number
+    (int32) and a dict to report, then `optimizer.step()`. The schedule itself calls `finalize_model_grads`,
+    which divides by the tokens of all micro-batches and processes. A schedule of the learning rate sets
+    `group["lr"]` of `optimizer.param_groups`.
+    """
+    config = model.config
+    wrapped = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False),
+        model,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=adam.lr,
+            min_lr=0.0,
+            weight_decay=adam.weight_decay,
+            adam_beta1=adam.betas[0],
+            adam_beta2=adam.betas[1],
+            adam_eps=adam.eps,
+            clip_grad=adam.clip,
+            bf16=config.params_dtype == torch.bfloat16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=False,
+        ),
+        [wrapped],
+    )
+    # Megatron marks norms with wd_mult = 0, but only its own scheduler would ever multiply by it.
+    for group in optimizer.param_groups:
+        group["weight_decay"] = adam.weight_decay * group["wd_mult"]
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = wrapped.no_sync
+    config.grad_scale_func = optimizer.scale_loss
+    return wrapped, optimizer

@@ -1,0 +1,58 @@
+"""What a config.json may ask for."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.config import ModelConfig, transformer_config
+from megatron_parallel_r1.model.process import Parallel
+
+QWEN3 = ModelConfig(
+    hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=112, vocab=97, rope_theta=1e4, tied=False
+)
+
+
+def test_round_trip() -> None:
+    assert ModelConfig.from_hf(QWEN3.to_hf()) == QWEN3
+    theirs = Qwen3Config.from_dict(QWEN3.to_hf(torch.bfloat16))
+    assert ModelConfig.from_hf(theirs.to_dict()) == QWEN3
+    assert theirs.dtype == torch.bfloat16
+
+
+def test_a_config_of_transformers_4_is_read() -> None:
+    old = QWEN3.to_hf()
+    del old["rope_parameters"]
+    assert ModelConfig.from_hf(old) == QWEN3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_key_value_heads": 3}, "cannot share 3"),
+    ],
+)
+def test_what_is_not_computed_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ModelConfig.from_hf(QWEN3.to_hf() | change)
+
+
+def test_a_missing_field_is_named() -> None:
+    broken = QWEN3.to_hf()
+    del broken["hidden_size"]
+    with pytest.raises(UserError, match="'hidden_size' is missing"):
+        ModelConfig.from_hf(broken)
+
+
+def test_a_split_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match="2-way tensor parallelism must divide"):
+        transformer_config(QWEN3, parallel=Parallel(tensor=2))
