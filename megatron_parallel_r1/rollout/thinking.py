@@ -83,9 +83,7 @@ class Thinker(Generic[Context]):
 class _Writing(Generic[Context]):
     """One trace being written."""
 
-    def __init__(
-        self, engine: Engine[Context], tags: Tags, settings: Thinking, seed: int
-    ) -> None:
+    def __init__(self, engine: Engine[Context], tags: Tags, settings: Thinking, seed: int) -> None:
         self.engine = engine
         self.tags = tags
         self.settings = settings
@@ -164,9 +162,7 @@ class _Writing(Generic[Context]):
             await engine.write(context, (tags.summary_end,))
         return end, context
 
-    async def _path(
-        self, context: Context, share: Room, depth: int, branch: Branch
-    ) -> tuple[Draft, Context]:
+    async def _path(self, context: Context, share: Room, depth: int, branch: Branch) -> tuple[Draft, Context]:
         """One `<Path> … </Path>` in `context`, which comes back written."""
         draft = Draft()
         draft.add_forced((self.tags.path,))
@@ -189,9 +185,7 @@ class _Writing(Generic[Context]):
             self.engine.close(context)
         return joined
 
-    async def _summary(
-        self, context: Context, draft: Draft, room: Room, depth: int, branch: Branch
-    ) -> End:
+    async def _summary(self, context: Context, draft: Draft, room: Room, depth: int, branch: Branch) -> End:
         limit = room.without(len(draft), draft.critical).least - (depth > 0)
         if limit < 1:
             return "length"

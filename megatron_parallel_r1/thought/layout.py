@@ -107,9 +107,7 @@ def critical_length(tree: Tree) -> int:
     return int(isolated_positions(tree).max(initial=-1)) + 1
 
 
-def _place(
-    positions: Int32, start: int, stop: int, blocks: tuple[Block, ...], first: int
-) -> int:
+def _place(positions: Int32, start: int, stop: int, blocks: tuple[Block, ...], first: int) -> int:
     """Numbers [start, stop) from `first`; returns the position after it."""
     for block in blocks:
         fork = block.paths[0].start
@@ -124,9 +122,7 @@ def _place(
     return first + stop - start
 
 
-def _isolated(
-    prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bool], tree: Tree
-) -> Row:
+def _isolated(prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bool], tree: Tree) -> Row:
     row = _flat(prompt, tokens, sampled)
     offset = len(prompt)
     row.positions_L[offset:] = offset + isolated_positions(tree)
@@ -158,9 +154,7 @@ class _Branch:
     hides: tuple[tuple[int, int], ...]
 
 
-def _replay(
-    prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bool], tree: Tree
-) -> Row:
+def _replay(prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bool], tree: Tree) -> Row:
     flat = _flat(prompt, tokens, sampled)
     branches: list[_Branch] = []
     end = len(flat)

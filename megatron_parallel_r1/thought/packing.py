@@ -57,9 +57,7 @@ class PackedRow:
         return values_L
 
 
-def pack(
-    rows: Sequence[Row], capacity: int, members: Sequence[int] | None = None
-) -> list[PackedRow]:
+def pack(rows: Sequence[Row], capacity: int, members: Sequence[int] | None = None) -> list[PackedRow]:
     """Packs rows first-fit by falling length, so that no packed row exceeds `capacity` tokens.
 
     A row longer than `capacity` stands alone: a trace is never cut.

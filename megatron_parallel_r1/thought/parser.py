@@ -85,7 +85,7 @@ class Parser:
         if name == "eos":
             name = None
         match self._state, name:
-            case (State.TEXT | State.PATH), "<Parallel>":
+            case ((State.TEXT | State.PATH), "<Parallel>"):
                 self._open.append(_OpenBlock(index))
                 self._state = State.BLOCK
             case State.BLOCK, "<Path>":

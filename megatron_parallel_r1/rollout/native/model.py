@@ -131,9 +131,7 @@ class DecodeModel:
         return angles_N1D.cos().to(dtype), angles_N1D.sin().to(dtype)
 
     def _empty_cache(self, slots: int) -> torch.Tensor:
-        return self.embedding_VE.new_zeros(
-            slots, 2 * self.architecture.kv_heads * self.architecture.head_dim
-        )
+        return self.embedding_VE.new_zeros(slots, 2 * self.architecture.kv_heads * self.architecture.head_dim)
 
 
 def _fused(by_name: dict[str, torch.Tensor], prefix: str) -> _Layer:

@@ -42,9 +42,7 @@ def test_logprobs_equal_a_recomputation(mode: Mode, depth: int) -> None:
     model = tiny_qwen3()
     engine = native_engine(model)
     prompts = random_prompts(24)
-    thinking = Thinking(
-        mode=mode, max_blocks=3, max_depth=depth, max_path_tokens=20, max_response_tokens=110
-    )
+    thinking = Thinking(mode=mode, max_blocks=3, max_depth=depth, max_path_tokens=20, max_response_tokens=110)
     paths = [1 + index % 8 for index in range(24)]
     traces = traces_of(engine, thinking, prompts, paths=paths)
     if mode == "sequential":

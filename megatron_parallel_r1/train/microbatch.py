@@ -1,0 +1,58 @@
+"""What one forward pass takes: a packed row as tensors, with what the loss needs of each target.
+
+Shapes: L tokens of the row, N targets (tokens with loss), K rows of the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_parallel_r1.thought.packing import PackedRow
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MicroBatch:
+    """A packed row on the training device.
+
+    Attributes:
+        at_N: the index of the row that predicts each target.
+        labels_N: the target's token id.
+        values: named float32 vectors over the targets, such as advantages.
+    """
+
+    tokens_1L: torch.Tensor
+    positions_1L: torch.Tensor
+    layout_KL: torch.Tensor
+    at_N: torch.Tensor
+    labels_N: torch.Tensor
+    values: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        row: PackedRow,
+        device: torch.device,
+        values: dict[str, Sequence[Sequence[float]]] | None = None,
+    ) -> MicroBatch:
+        """Args:
+        values: for each name, per-token values of all traces given to `pack`.
+        """
+        at_N = np.flatnonzero(row.labels_L >= 0)
+        gathered = {name: row.gather(per_trace)[at_N] for name, per_trace in (values or {}).items()}
+
+        def tensor(array: NDArray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        return cls(
+            tokens_1L=tensor(row.tokens_L.astype(np.int64))[None],
+            positions_1L=tensor(row.positions_L.astype(np.int64))[None],
+            layout_KL=tensor(row.layout_KL),
+            at_N=tensor(at_N),
+            labels_N=tensor(row.labels_L[at_N].astype(np.int64)),
+            values={name: tensor(array) for name, array in gathered.items()},
+        )

@@ -1,0 +1,59 @@
+"""Traces against their problems: who was right, and what the traces look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from megatron_parallel_r1.data.encode import decode
+from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.rewards.base import Judged
+from megatron_parallel_r1.rewards.judge import Attempt, judge
+from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.thought.layout import critical_length
+from megatron_parallel_r1.thought.trace import Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def judge_traces(
+    traces: Sequence[Trace],
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    verifier: Verifier,
+) -> list[Judged]:
+    """Judges each trace by the final answer of its main text and by its form."""
+    attempts = [
+        Attempt(main_text(trace, tokenizer), trace.tree, problem.answers, trace.sampled)
+        for trace, problem in zip(traces, problems, strict=True)
+    ]
+    return judge(attempts, verifier)
+
+
+def main_text(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text outside blocks and summaries."""
+    spans = trace.tree.main_spans()
+    return "\n".join(decode(tokenizer, trace.tokens[start:stop]) for start, stop in spans)
+
+
+def trace_metrics(traces: Sequence[Trace], judged: Sequence[Judged]) -> dict[str, float | None]:
+    """Means over traces; those of blocks are None where no trace has one.
+
+    `first_block` is the place of a trace's first block, 0 at its begin and 1 at its end: it tells exploration
+    from verification. `well_formed` is the share of blocks that the policy itself closed in good form.
+    """
+    blocks = sum(j.format.blocks for j in judged)
+    places = [t.tree.blocks[0].start / len(t.tokens) for t in traces if t.tree.blocks]
+    return {
+        "accuracy": fmean(j.correct for j in judged),
+        "parallel_ratio": fmean(j.format.parallel for j in judged),
+        "well_formed": sum(j.format.well_formed_blocks for j in judged) / blocks if blocks else None,
+        "blocks_per_trace": blocks / len(traces),
+        "paths_per_block": sum(j.format.paths for j in judged) / blocks if blocks else None,
+        "first_block": fmean(places) if places else None,
+        "length": fmean(len(t.tokens) for t in traces),
+        "critical_length": fmean(critical_length(t.tree) for t in traces),
+        "truncated": fmean(t.finish == "length" for t in traces),
+    }

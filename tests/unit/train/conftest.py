@@ -1,0 +1,32 @@
+"""A world of one process, and a trainer of the tiny Qwen3 that the rollout tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.model.optimizer import Adam
+from megatron_parallel_r1.model.weights import load_hf_tensors
+from megatron_parallel_r1.train.trainer import Trainer
+from tests.unit.rollout.tiny import tiny_qwen3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    with process.running(seed=1):
+        yield
+
+
+@pytest.fixture
+def trainer_of() -> Callable[..., Trainer]:
+    def make(seed: int = 0, lr: float = 1e-3, temperature: float = 1.0) -> Trainer:
+        hf = tiny_qwen3(seed)
+        model = build_model(ModelConfig.from_hf(hf.config.to_dict()))
+        load_hf_tensors(model, hf.state_dict().items())
+        return Trainer(model, Adam(lr=lr), temperature)
+
+    return make
