@@ -36,8 +36,8 @@ class Completion:
 
     Attributes:
         tokens: at least one; a stop token, if met, is the last.
-        logprobs: natural log-probability of each under softmax(logits / temperature) over the whole
-            vocabulary, before top-k, top-p and suppression (temperature 0 counts as 1).
+        logprobs: natural log-probability of each under softmax(logits / temperature) over all tokens but
+            the suppressed ones, before top-k and top-p (temperature 0 counts as 1).
         stopped: the last token is a stop token; else the limit was reached.
     """
 

@@ -29,6 +29,7 @@ class Draft:
 
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
+    barred: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     critical: int = 0
 
@@ -38,12 +39,14 @@ class Draft:
     def add_forced(self, tokens: Sequence[int]) -> None:
         self.tokens += tokens
         self.sampled += [False] * len(tokens)
+        self.barred += [False] * len(tokens)
         self.logprobs += [0.0] * len(tokens)
         self.critical += len(tokens)
 
-    def add_sampled(self, completion: Completion) -> None:
+    def add_sampled(self, completion: Completion, barred: bool) -> None:
         self.tokens += completion.tokens
         self.sampled += [True] * len(completion.tokens)
+        self.barred += [barred] * len(completion.tokens)
         self.logprobs += completion.logprobs
         self.critical += len(completion.tokens)
 
@@ -51,5 +54,6 @@ class Draft:
         for path in paths:
             self.tokens += path.tokens
             self.sampled += path.sampled
+            self.barred += path.barred
             self.logprobs += path.logprobs
         self.critical += max(path.critical for path in paths)

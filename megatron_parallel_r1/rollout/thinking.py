@@ -11,6 +11,10 @@ What differs between modes is only what the paths and the summary see:
 - `causal`: one path after the other in a single context.
 - `sequential`: `<Parallel>` is suppressed.
 
+Where `<Parallel>` cannot be drawn (no block left, or none would fit), it is taken out of the distribution,
+for the trainer too. Suppressed in the rollout alone, it collapsed the embedded curriculum's training: a wrong
+trace lowers what was drawn in the tag's stead, which raises the tag, which leaves less to draw from.
+
 Departs from the paper's released loop: sampled end tokens stay in the trace as sampled, forced tags carry no
 loss, and after `max_blocks` the trace goes on to its answer instead of ending.
 """
@@ -73,6 +77,7 @@ class Thinker(Generic[Context]):
             prompt=tuple(prompt),
             tokens=tuple(draft.tokens),
             sampled=tuple(draft.sampled),
+            barred=tuple(draft.barred),
             logprobs=tuple(draft.logprobs),
             finish="eos" if end == "eos" else "length",
             tree=parse(draft.tokens, self.tags),
@@ -118,7 +123,7 @@ class _Writing(Generic[Context]):
             stop = ends | {tags.parallel} if may_open else ends
             suppress = NOTHING if may_open else frozenset({tags.parallel})
             drawn = await self._sample(context, limit, stop, suppress, branch)
-            draft.add_sampled(drawn)
+            draft.add_sampled(drawn, barred=not may_open)
             if not drawn.stopped:
                 continue
             if drawn.tokens[-1] == tags.eos:
@@ -191,7 +196,7 @@ class _Writing(Generic[Context]):
             return "length"
         stop = frozenset({self.tags.eos, self.tags.summary_end})
         drawn = await self._sample(context, limit, stop, frozenset({self.tags.parallel}), branch)
-        draft.add_sampled(drawn)
+        draft.add_sampled(drawn, barred=True)
         if not drawn.stopped:
             return "length"
         return "eos" if drawn.tokens[-1] == self.tags.eos else "closed"

@@ -18,8 +18,11 @@ class Trace:
         prompt: token ids of the prompt.
         tokens: token ids of the flat response, forced tags included.
         sampled: which of `tokens` the policy drew; only these carry loss.
-        logprobs: natural log-probability of each sampled token under the policy at the rollout's
-            temperature, before top-k, top-p and suppression; 0.0 for forced tokens.
+        barred: whether `<Parallel>` could not be drawn there: no further block was allowed, or none fitted.
+            Such a token was drawn from the others, and is trained so: held against a distribution that has
+            the tag, a wrong trace would raise the tag's probability just where it cannot be drawn.
+        logprobs: natural log-probability of each sampled token among those that could be drawn, at the
+            rollout's temperature and before top-k and top-p; 0.0 for forced tokens.
         finish: the policy ended it, or a limit did.
         tree: the parse of `tokens`.
         version: of the weights that drew it.
@@ -28,6 +31,7 @@ class Trace:
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     sampled: tuple[bool, ...]
+    barred: tuple[bool, ...]
     logprobs: tuple[float, ...]
     finish: Finish
     tree: Tree
@@ -35,7 +39,8 @@ class Trace:
 
     def __post_init__(self) -> None:
         assert self.prompt, "a trace needs a prompt"
-        assert len(self.tokens) == len(self.sampled) == len(self.logprobs) == self.tree.length
+        lengths = {len(part) for part in (self.tokens, self.sampled, self.barred, self.logprobs)}
+        assert lengths == {self.tree.length}, lengths
 
     @property
     def sampled_count(self) -> int:

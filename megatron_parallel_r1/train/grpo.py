@@ -129,11 +129,16 @@ class Grpo:
             ],
             "engine": [t.logprobs for t in traces],
         }
+        barred = [t.barred for t in traces]
         # Groups stay whole, so that each mini-batch has advantages that balance.
         groups = np.array_split(np.arange(len(traces)).reshape(-1, settings.samples), settings.mini_batches)
         packed = [pack(rows, settings.micro_tokens, group.ravel().tolist()) for group in groups]
         batches = [
-            [MicroBatch.of(row, self.trainer.device, values) for row in mini_batch] for mini_batch in packed
+            [
+                MicroBatch.of(row, self.trainer.device, values, barred, self.thinker.tags.parallel)
+                for row in mini_batch
+            ]
+            for mini_batch in packed
         ]
         alone = settings.epochs * settings.mini_batches == 1
         if not alone:

@@ -21,6 +21,21 @@ def target_logprobs(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Te
     return -vocab_parallel_cross_entropy(logits_NV.float()[:, None], labels_N[:, None])[:, 0]
 
 
+def bar(logits_NV: torch.Tensor, barred_N: torch.Tensor) -> torch.Tensor:
+    """Logits without the token that could not be drawn in a target's place.
+
+    Args:
+        logits_NV: float32.
+        barred_N: ids in the whole vocabulary, -1 for none.
+    """
+    first = parallel_state.get_tensor_model_parallel_rank() * logits_NV.shape[1]
+    here_N = (barred_N >= 0) & (barred_N >= first) & (barred_N < first + logits_NV.shape[1])
+    rows_N = here_N.nonzero()[:, 0]
+    # Finite, so that an entropy's 0 x logit stays 0.
+    lowest = torch.full_like(rows_N, -1e30, dtype=logits_NV.dtype)
+    return logits_NV.index_put((rows_N, barred_N[rows_N] - first), lowest)
+
+
 @torch.no_grad()
 def entropies(logits_NV: torch.Tensor, chunk: int = 4096) -> torch.Tensor:
     """Entropy of softmax(logits) in nats, float32, `chunk` targets at a time."""

@@ -22,6 +22,7 @@ class MicroBatch:
     Attributes:
         at_N: the index of the row that predicts each target.
         labels_N: the target's token id.
+        barred_N: the token that could not be drawn in its place, -1 where every token could.
         values: named float32 vectors over the targets, such as advantages.
     """
 
@@ -30,6 +31,7 @@ class MicroBatch:
     layout_KL: torch.Tensor
     at_N: torch.Tensor
     labels_N: torch.Tensor
+    barred_N: torch.Tensor
     values: dict[str, torch.Tensor]
 
     @classmethod
@@ -38,11 +40,17 @@ class MicroBatch:
         row: PackedRow,
         device: torch.device,
         values: dict[str, Sequence[Sequence[float]]] | None = None,
+        barred: Sequence[Sequence[bool]] | None = None,
+        barred_token: int = -1,
     ) -> MicroBatch:
-        """Args:
-        values: for each name, per-token values of all traces given to `pack`.
+        """Puts a row and what belongs to its targets on a device.
+
+        Args:
+            values: for each name, per-token values of all traces given to `pack`.
+            barred: of all those traces, where `barred_token` could not be drawn.
         """
         at_N = np.flatnonzero(row.labels_L >= 0)
+        barred_L = np.zeros(len(row)) if barred is None else row.gather(barred)
         gathered = {name: row.gather(per_trace)[at_N] for name, per_trace in (values or {}).items()}
 
         def tensor(array: NDArray) -> torch.Tensor:
@@ -54,5 +62,6 @@ class MicroBatch:
             layout_KL=tensor(row.layout_KL),
             at_N=tensor(at_N),
             labels_N=tensor(row.labels_L[at_N].astype(np.int64)),
+            barred_N=tensor(np.where(barred_L[at_N] > 0, barred_token, -1)),
             values={name: tensor(array) for name, array in gathered.items()},
         )

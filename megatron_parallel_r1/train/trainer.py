@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_parallel_r1.model.gpt import PathGPT
 from megatron_parallel_r1.model.optimizer import Adam, trainable
-from megatron_parallel_r1.train.logprobs import entropies, target_logprobs
+from megatron_parallel_r1.train.logprobs import bar, entropies, target_logprobs
 from megatron_parallel_r1.train.microbatch import MicroBatch
 
 # From log-probs of the targets and their micro-batch: the loss summed over targets, and sums to report.
@@ -123,7 +123,7 @@ class Trainer:
         )
 
     def _target_logits(self, batch: MicroBatch, logits_1LV: torch.Tensor) -> torch.Tensor:
-        return logits_1LV[0, batch.at_N].float() / self.temperature
+        return bar(logits_1LV[0, batch.at_N].float() / self.temperature, batch.barred_N)
 
     def _only_logprobs(
         self, batch: MicroBatch, logits_1LV: torch.Tensor, non_loss_data: bool = False

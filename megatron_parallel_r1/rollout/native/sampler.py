@@ -22,8 +22,9 @@ def draw(
 ) -> tuple[list[int], list[float]]:
     """Tokens and their log-probs (rollout.base.Completion says of which distribution)."""
     temperatures_N = torch.tensor([s.temperature or 1.0 for s in samplings], device=logits_NV.device)
-    logprobs_NV = torch.log_softmax(logits_NV.float() / temperatures_N[:, None], dim=-1)
-    weights_NV = _suppressed(logprobs_NV, suppress).exp()
+    logits_NV = _suppressed(logits_NV.float() / temperatures_N[:, None], suppress)
+    logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
+    weights_NV = logprobs_NV.exp()
     greedy_N = weights_NV.argmax(-1)
     weights_NV = _top(weights_NV, samplings)
     cumulative_NV = weights_NV.double().cumsum(-1)
@@ -46,13 +47,13 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _suppressed(logprobs_NV: torch.Tensor, suppress: Sequence[frozenset[int]]) -> torch.Tensor:
+def _suppressed(logits_NV: torch.Tensor, suppress: Sequence[frozenset[int]]) -> torch.Tensor:
     rows = [row for row, ids in enumerate(suppress) for _ in ids]
     if not rows:
-        return logprobs_NV
+        return logits_NV
     columns = [token for ids in suppress for token in ids]
-    return logprobs_NV.index_put(
-        (torch.tensor(rows), torch.tensor(columns)), torch.tensor(float("-inf")).to(logprobs_NV)
+    return logits_NV.index_put(
+        (torch.tensor(rows), torch.tensor(columns)), torch.tensor(float("-inf")).to(logits_NV)
     )
 
 

@@ -13,6 +13,7 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Mode, lay_out
 from megatron_parallel_r1.thought.packing import pack
 from megatron_parallel_r1.thought.trace import Trace
+from tests.reference.traces import TAGS
 from tests.unit.rollout.tiny import (
     native_engine,
     random_prompts,
@@ -28,7 +29,7 @@ def largest_difference(model: torch.nn.Module, traces: list[Trace], mode: Mode) 
     rows = [lay_out(t.prompt, t.tokens, t.sampled, t.tree, mode) for t in traces]
     worst = 0.0
     for packed in pack(rows, capacity=500):
-        expected_LV = transformers_logprobs(model, packed)
+        expected_LV = transformers_logprobs(model, packed, traces)
         at = np.flatnonzero(packed.labels_L >= 0)
         expected = expected_LV[at, packed.labels_L[at].astype(np.int64)].numpy()
         drawn = packed.gather([t.logprobs for t in traces])[at]
@@ -78,6 +79,7 @@ def test_temperature_is_part_of_the_logprob() -> None:
     row = pack([lay_out(trace.prompt, trace.tokens, trace.sampled, trace.tree, "sequential")], 64)[0]
     with torch.no_grad():
         logits_LV = model(torch.from_numpy(row.tokens_L).long()[None]).logits[0]
+    logits_LV[:, TAGS.parallel] = -torch.inf
     expected = (logits_LV / 0.5).log_softmax(-1)[torch.arange(1, 1 + len(trace.tokens)), trace.tokens]
     assert np.abs(expected.numpy() - trace.logprobs).max() <= TOLERANCE
 

@@ -44,6 +44,8 @@ def check_limits(trace: Trace, thinking: Thinking) -> None:
     forced = {index for index, sampled in enumerate(trace.sampled) if not sampled}
     assert forced - cut_ends <= trace.tree.forced() <= forced
     assert all(trace.logprobs[index] == 0.0 for index in forced)
+    opened = [index for index, token in enumerate(trace.tokens) if token == TAGS.parallel]
+    assert not any(trace.barred[index] for index in opened)
 
 
 @settings(max_examples=60, deadline=None)
@@ -144,10 +146,9 @@ def test_draws_follow_the_distribution_top_k_and_top_p() -> None:
     def frequencies(sampling: dict, suppress: frozenset[int] = frozenset()) -> torch.Tensor:
         samplings = [Sampling(seed=3, **sampling)] * 20000
         tokens, logprobs = draw(logits_NV, samplings, range(20000), [suppress] * 20000)
-        assert torch.allclose(
-            torch.tensor(logprobs),
-            (logits_NV / (sampling.get("temperature") or 1.0)).log_softmax(-1)[0][tokens],
-        )
+        allowed_V = logits_NV[0] / (sampling.get("temperature") or 1.0)
+        allowed_V[list(suppress)] = -torch.inf
+        assert torch.allclose(torch.tensor(logprobs), allowed_V.log_softmax(-1)[tokens])
         return torch.bincount(torch.tensor(tokens), minlength=4) / 20000
 
     def near(expected: list[float], found: torch.Tensor) -> bool:

@@ -84,7 +84,7 @@ def traces_of(
 
 
 @torch.no_grad()
-def transformers_logprobs(model: Qwen3ForCausalLM, packed: PackedRow) -> torch.Tensor:
+def transformers_logprobs(model: Qwen3ForCausalLM, packed: PackedRow, traces: list[Trace]) -> torch.Tensor:
     """Log-probs [L, V] under a packed row's dense mask and positions, by `transformers`."""
     sees_LL = torch.from_numpy(row_sees(packed))
     mask_LL = torch.zeros(sees_LL.shape).masked_fill(~sees_LL, torch.finfo(torch.float32).min)
@@ -93,4 +93,6 @@ def transformers_logprobs(model: Qwen3ForCausalLM, packed: PackedRow) -> torch.T
         position_ids=torch.from_numpy(packed.positions_L).long()[None],
         attention_mask=mask_LL[None, None],
     ).logits[0]
+    barred_L = torch.from_numpy(packed.gather([trace.barred for trace in traces])) > 0
+    logits[barred_L, TAGS.parallel] = -torch.inf
     return logits.log_softmax(-1)

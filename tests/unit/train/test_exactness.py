@@ -18,6 +18,7 @@ from megatron_parallel_r1.train.losses import sft_loss
 from megatron_parallel_r1.train.microbatch import MicroBatch
 from megatron_parallel_r1.train.mismatch import mismatch
 from megatron_parallel_r1.train.trainer import Trainer
+from tests.reference.traces import TAGS
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
 TOLERANCE = 2e-5  # float32, logits of some units: a few hundred roundings of 6e-8
@@ -26,7 +27,8 @@ TOLERANCE = 2e-5  # float32, logits of some units: a few hundred roundings of 6e
 def micro_batches(trainer: Trainer, traces: list[Trace], mode: Mode, capacity: int) -> list[MicroBatch]:
     rows = [lay_out(t.prompt, t.tokens, t.sampled, t.tree, mode) for t in traces]
     values = {"engine": [t.logprobs for t in traces]}
-    return [MicroBatch.of(row, trainer.device, values) for row in pack(rows, capacity)]
+    barred = [t.barred for t in traces]
+    return [MicroBatch.of(row, trainer.device, values, barred, TAGS.parallel) for row in pack(rows, capacity)]
 
 
 def largest_difference(trainer: Trainer, batches: list[MicroBatch]) -> float:
