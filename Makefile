@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 CONSTRAINTS ?= constraints.txt
+# A demo that shows every part within a minute, and learns nothing.
+SHORT := name=tiny_short stages.arithmetic.steps=30 stages.cold_start.steps=20 stages.rl_easy.steps=2 \
+	stages.rl_hard.steps=3 evaluation.count=64
 
 .PHONY: demo demo-short test test-all lint clean
 
@@ -14,7 +17,7 @@ demo: $(VENV)/ready
 	$(BIN)/parallel-r1 curriculum recipes/tiny/demo.yaml
 
 demo-short: $(VENV)/ready
-	$(BIN)/parallel-r1 curriculum recipes/tiny/demo.yaml $(SHORT)
+	$(BIN)/parallel-r1 curriculum recipes/tiny/demo.yaml --fresh $(SHORT)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow"

@@ -72,7 +72,7 @@ def eval_table(records: Sequence[Record], title: str = "Evaluation on held-out p
     """A table for a terminal."""
     table = Table(title=title, title_style="bold", title_justify="left")
     for column in COLUMNS:
-        table.add_column(column.title, justify="left" if column.is_text else "right", no_wrap=True)
+        table.add_column(column.title, justify="left" if column.is_text else "right")
     for record in latest_evals(records):
         table.add_row(*(Text(column.cell(record)) for column in COLUMNS))
     return table

@@ -14,14 +14,9 @@ from __future__ import annotations
 
 import re
 
+from megatron_parallel_r1.latex import last_box
+
 _MARKER = re.compile(r"final[ \t]{1,4}answer[ \t*_]{0,8}[:：][*_]{0,4}", re.IGNORECASE)
-_BRACES = re.compile(
-    r"\\(?:boxed|fbox)\s{0,8}(?P<open>\{)"
-    r"|\\(?:boxed|fbox)[ \t]{1,8}(?P<bare>[^\s${}\\]*[^\s${}\\.,;:])"
-    r"|\\."
-    r"|[{}]",
-    re.DOTALL,
-)
 _NOTHING = {"", "$", "$$", "\\[", "\\("}  # a display formula opens: the answer stands on the next line
 
 
@@ -32,7 +27,7 @@ def extract_answer(text: str) -> str | None:
         if answer := _first_line(text[marker.end() : stop]):
             return answer
         stop = marker.start()
-    return _last_box(text, len(text))
+    return last_box(text)
 
 
 def _first_line(text: str) -> str | None:
@@ -41,24 +36,5 @@ def _first_line(text: str) -> str | None:
     for line in text.splitlines(keepends=True):
         start += len(line)
         if line.strip(" \t\r\n*_") not in _NOTHING:
-            return _last_box(text, start) or line.strip().strip("*_ \t") or None
-    return None
-
-
-def _last_box(text: str, stop: int) -> str | None:
-    """The content of the last closed, not empty box that opens before `stop`."""
-    spans: list[tuple[int, int]] = []
-    braces: list[int | None] = []  # an open box's content start, None for an ordinary brace
-    for token in _BRACES.finditer(text):
-        if token["open"]:
-            braces.append(token.end())
-        elif token["bare"]:
-            spans.append(token.span("bare"))
-        elif token[0] == "{":
-            braces.append(None)
-        elif token[0] == "}" and braces and (start := braces.pop()) is not None:
-            spans.append((start, token.start()))
-    for start, end in sorted(spans, reverse=True):
-        if start < stop and (content := text[start:end].strip()):
-            return content
+            return last_box(text, before=start) or line.strip().strip("*_ \t") or None
     return None

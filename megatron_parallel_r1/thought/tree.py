@@ -103,7 +103,7 @@ class Tree:
         return frozenset(indices)
 
     def main_spans(self) -> Iterator[tuple[int, int]]:
-        """What lies outside all blocks and summaries, as (start, stop) in order; an answer counts only there."""
+        """What lies outside all blocks and summaries, as (start, stop); an answer counts only there."""
         start = 0
         for block in self.blocks:
             yield start, block.start

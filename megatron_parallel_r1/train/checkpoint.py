@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: model and optimizer through Megatron's distributed checkpointing, and the loop's state.
+"""Checkpoints of a stage: model and optimizer by Megatron's distributed checkpointing, and the loop's state.
 
 A checkpoint is written beside its final name and renamed when it is complete, so that a folder named
 `step_…` can be trusted however the run ended.

@@ -44,7 +44,7 @@ class GrpoSettings:
     """Settings of a step; see `config.RlStage`."""
 
     samples: int
-    clip: Clip = Clip()
+    clip: Clip
     epochs: int = 1
     mini_batches: int = 1
     micro_tokens: int = 4096

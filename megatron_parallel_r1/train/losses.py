@@ -1,6 +1,6 @@
 """Losses over targets. Each returns a sum; the trainer divides by the targets of the whole batch.
 
-So every token weighs the same however the batch is packed or split (token-level loss, DAPO, arXiv 2503.14476).
+So every token weighs the same however the batch is packed or split: token-level (DAPO, arXiv 2503.14476).
 
 Shapes: N targets.
 """

@@ -1,0 +1,119 @@
+"""The command line: `parallel-r1 curriculum | sft | rl | eval | report`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_parallel_r1.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train language models to think in parallel with reinforcement learning.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="A YAML recipe, such as recipes/tiny/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as seed=3 stages.rl_hard.steps=10."),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left, and start anew.")]
+StageName = Annotated[str | None, typer.Option("--stage", help="The stage to run, if there are several.")]
+
+
+@app.command()
+def curriculum(recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Run all stages of a recipe, evaluate, release, report. Started again, it goes on where it stopped."""
+    from megatron_parallel_r1.config import read_recipe
+    from megatron_parallel_r1.curriculum.run import run
+
+    for outcome in run(read_recipe(recipe, overrides or ()), fresh=fresh):
+        typer.echo(f"release  {outcome.release}")
+        typer.echo(f"report   {outcome.report}")
+
+
+@app.command()
+def sft(
+    recipe: RecipePath, overrides: Overrides = None, stage: StageName = None, fresh: Fresh = False
+) -> None:
+    """Run one supervised stage of a recipe."""
+    _run_kind("sft", recipe, overrides, stage, fresh)
+
+
+@app.command()
+def rl(
+    recipe: RecipePath, overrides: Overrides = None, stage: StageName = None, fresh: Fresh = False
+) -> None:
+    """Run one reinforcement-learning stage of a recipe; the stage that it starts from must be done."""
+    _run_kind("rl", recipe, overrides, stage, fresh)
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A released folder; default: the recipe's own release.")
+    ] = None,
+) -> None:
+    """Evaluate a released checkpoint with the recipe's evaluation and thinking settings."""
+    from megatron_parallel_r1.config import read_recipe
+    from megatron_parallel_r1.curriculum.evaluation import evaluate_checkpoint
+    from megatron_parallel_r1.curriculum.run import open_console
+    from megatron_parallel_r1.report.tables import eval_table
+
+    record = evaluate_checkpoint(read_recipe(recipe, overrides or ()), checkpoint)
+    open_console().print(eval_table([record]))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/tiny.")],
+) -> None:
+    """Build report.html from a run folder, also while the run goes on."""
+    from megatron_parallel_r1.report.html import build_report
+
+    typer.echo(build_report(folder))
+
+
+def _run_kind(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None, fresh: bool) -> None:
+    from megatron_parallel_r1.config import read_recipe
+    from megatron_parallel_r1.curriculum.run import run
+
+    told = read_recipe(recipe, overrides or ())
+    names = [other.name for other in told.stages if other.kind == kind]
+    if stage is not None and stage not in names:
+        raise UserError(f"{recipe}: no {kind} stage is called {stage}; it has {', '.join(names) or 'none'}")
+    if stage is None and len(names) != 1:
+        raise UserError(f"{recipe}: name one of its {kind} stages with --stage: {', '.join(names) or 'none'}")
+    for outcome in run(told, only={stage or names[0]}, fresh=fresh):
+        typer.echo(f"report   {outcome.report}")
+
+
+def main() -> None:
+    """Entry point. What a user can mend ends in one line and exit code 2."""
+    # Megatron-Core announces at import what a CPU does not have; it is true and of no use here.
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # As torchrun does: threads of several small processes on few cores only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""A recipe: everything that a run is told, typed, validated once when it is read.
+
+The same file, with every default filled in, is written into the run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from megatron_parallel_r1.data.embedded.traces import TraceStyle
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.rewards.registry import make_reward
+from megatron_parallel_r1.rollout.settings import Thinking
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Shape(Strict):
+    """A fresh Qwen3; the vocabulary is the tokenizer's. Attributes as `model.config.ModelConfig`.
+
+    `init_std` is that of its weights; narrow models learn sooner with about 1 / sqrt(hidden).
+    """
+
+    hidden: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    ffn: Count
+    rope_theta: float = 1e6
+    rms_eps: float = 1e-6
+    tied: bool = True
+    max_positions: Count = 32768
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+
+    def config(self, vocab: int) -> ModelConfig:
+        return ModelConfig(vocab=vocab, **self.model_dump(exclude={"init_std"}))
+
+
+class Model(Strict):
+    """Either `shape`, trained from scratch, or `path`, a Hugging Face folder of a Qwen3."""
+
+    shape: Shape | None = None
+    path: Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Model:
+        if (self.shape is None) == (self.path is None):
+            raise ValueError("give either shape (a fresh model) or path (a Hugging Face folder)")
+        return self
+
+
+class DataSet(Strict):
+    """A published data set by its name, from the Hub or from a local copy of the same schema."""
+
+    source: Literal["dataset"]
+    name: str
+    path: Path | None = None
+    limit: Count | None = None
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+
+
+class EmbeddedProblems(Strict):
+    """Congruences made in process."""
+
+    source: Literal["embedded"]
+    kind: Literal["easy", "hard"] = "hard"
+
+
+class EmbeddedArithmetic(Strict):
+    """Drills of the arithmetic that the embedded problems need; `easy` is the share of easy ones."""
+
+    source: Literal["embedded_arithmetic"]
+    easy: Share = 0.3
+
+
+class EmbeddedColdStart(Strict):
+    """Worked examples of the embedded problems, in the style of a solver that guesses."""
+
+    source: Literal["embedded_cold_start"]
+    easy: Share = 0.3
+    style: TraceStyle = TraceStyle()
+
+
+ProblemSource = Annotated[EmbeddedProblems | DataSet, Field(discriminator="source")]
+ExampleSource = Annotated[EmbeddedArithmetic | EmbeddedColdStart | DataSet, Field(discriminator="source")]
+
+
+class EmbeddedTokenizer(Strict):
+    """One token a word of the embedded curriculum."""
+
+    kind: Literal["embedded"]
+
+
+class BpeTokenizer(Strict):
+    """A byte-level BPE trained on the texts of the data sets named here."""
+
+    kind: Literal["bpe"]
+    vocab: Annotated[int, Field(ge=300)]
+    texts: tuple[DataSet, ...]
+
+
+class FolderTokenizer(Strict):
+    """A Hugging Face folder, or `model.path` if none is given."""
+
+    kind: Literal["folder"]
+    path: Path | None = None
+
+
+Tokenizer = Annotated[EmbeddedTokenizer | BpeTokenizer | FolderTokenizer, Field(discriminator="kind")]
+
+
+class Optimizer(Strict):
+    """AdamW; the rate rises over `warmup` steps and then falls linearly to `final` x `lr`.
+
+    A larger `eps` holds parameters still whose gradient is mere noise, such as rows of unused tokens.
+    """
+
+    lr: Annotated[float, Field(gt=0)]
+    warmup: Annotated[int, Field(ge=0)] = 0
+    final: Share = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(ge=0)] = 1.0
+
+
+class Stage(Strict):
+    """What all stages have.
+
+    Attributes:
+        start: the stage whose weights it begins with; None: the stage before it, or the model.
+        thinking: settings that differ from the recipe's.
+        evaluate: whether to evaluate when the stage is done.
+        save_every: steps between two checkpoints.
+    """
+
+    name: Name
+    start: Name | None = None
+    steps: Count
+    optimizer: Optimizer
+    thinking: dict[str, Any] = {}
+    evaluate: bool = False
+    save_every: Count = 50
+
+
+class SftStage(Stage):
+    """Supervised: `batch` worked examples a step, trained under the layout of the thinking mode."""
+
+    kind: Literal["sft"]
+    data: ExampleSource
+    batch: Count
+
+
+class Reward(Strict):
+    name: str = "accuracy"
+    settings: dict[str, float | int | bool | str] = {}
+
+    @model_validator(mode="after")
+    def _known(self) -> Reward:
+        try:
+            make_reward(self.name, self.settings)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class RlStage(Stage):
+    """GRPO: `samples` traces of each of `prompts` problems a step.
+
+    Attributes:
+        epochs, mini_batches: the traces of a step are gone through `epochs` times, in `mini_batches` updates
+            each.
+        clip_low, clip_high: bounds of the ratio.
+        concurrent: traces in flight at most.
+        keep_traces: traces of each step that are kept for the report.
+    """
+
+    kind: Literal["rl"]
+    data: ProblemSource
+    prompts: Count
+    samples: Annotated[int, Field(ge=2)]
+    reward: Reward = Reward()
+    epochs: Count = 1
+    mini_batches: Count = 1
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    concurrent: Count = 512
+    keep_traces: Annotated[int, Field(ge=0)] = 2
+
+    @model_validator(mode="after")
+    def _divisible(self) -> RlStage:
+        if self.mini_batches > self.prompts:
+            raise ValueError(
+                f"{self.mini_batches} mini-batches need as many prompts, there are {self.prompts}"
+            )
+        return self
+
+
+class Evaluation(Strict):
+    """Plain accuracy on problems that no stage trains on."""
+
+    data: ProblemSource
+    count: Count = 512
+    samples: Count = 1
+    concurrent: Count = 512
+
+
+class Recipe(Strict):
+    """One run. `seeds` repeats it from several seeds, each in a folder of its own."""
+
+    name: Name
+    seed: int = 0
+    seeds: tuple[int, ...] | None = None
+    out: Path = Path("runs")
+    model: Model
+    tokenizer: Tokenizer
+    prompt: str = "plain"
+    thinking: Thinking = Thinking()
+    micro_tokens: Count = 4096
+    stages: Annotated[
+        tuple[Annotated[SftStage | RlStage, Field(discriminator="kind")], ...], Field(min_length=1)
+    ]
+    evaluation: Evaluation | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names: list[str] = []
+        for stage in self.stages:
+            if stage.name in names:
+                raise ValueError(f"two stages are called {stage.name}")
+            if stage.start is not None and stage.start not in names:
+                raise ValueError(f"stage {stage.name} starts from {stage.start}, which is no stage before it")
+            if stage.evaluate and self.evaluation is None:
+                raise ValueError(
+                    f"stage {stage.name} wants an evaluation, but the recipe has no `evaluation`"
+                )
+            self.thinking_of(stage)
+            names.append(stage.name)
+        return self
+
+    def thinking_of(self, stage: Stage) -> Thinking:
+        """The recipe's settings with the stage's on top."""
+        merged = asdict(self.thinking) | stage.thinking
+        try:
+            return TypeAdapter(Thinking).validate_python(merged)
+        except ValidationError as error:
+            raise ValueError(f"stage {stage.name}: {_first(error, 'thinking')}") from None
+
+    def start_of(self, stage: Stage) -> str | None:
+        """The stage whose weights `stage` begins with; None: the model itself."""
+        names = [other.name for other in self.stages]
+        place = names.index(stage.name)
+        return stage.start or (names[place - 1] if place else None)
+
+    def yaml(self) -> str:
+        """The whole recipe, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML recipe and applies `key=value` overrides.
+
+    Args:
+        overrides: such as `seed=3` or `stages.cold_start.steps=10`; a list's member is named by its index, or
+            by its `name`. Values are YAML.
+
+    Raises:
+        UserError: the file is missing or no YAML, or a key is unknown, missing or ill-typed.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give the path of a recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first(error)}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write key=value, such as stages.rl.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is no valid YAML") from None
+    *way, last = key.split(".")
+    here: Any = tree
+    for part in way:
+        here = _step_into(here, part, override)
+    if isinstance(here, list):
+        here[_index(here, last, override)] = value
+    elif isinstance(here, dict):
+        here[last] = value
+    else:
+        raise UserError(f"override {override!r}: {'.'.join(way)} holds a single value, it has no {last}")
+
+
+def _step_into(here: Any, part: str, override: str) -> Any:
+    if isinstance(here, list):
+        return here[_index(here, part, override)]
+    if not isinstance(here, dict):
+        raise UserError(f"override {override!r}: there is nothing inside {part}")
+    return here.setdefault(part, {})
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    known = ", ".join(str(name) for name in names if name) or f"0..{len(items) - 1}"
+    raise UserError(f"override {override!r}: no {part} in the list, it has {known}")
+
+
+# Pydantic names the chosen member of a union in the path of an error; no recipe has such a key.
+UNION_TAGS = (
+    "sft",
+    "rl",
+    "dataset",
+    "embedded",
+    "embedded_arithmetic",
+    "embedded_cold_start",
+    "bpe",
+    "folder",
+)
+
+
+def _first(error: ValidationError, inside: str | None = None) -> str:
+    """The first problem of a failed validation, in one line that names the key."""
+    problems = error.errors()
+    first = problems[0]
+    place = (inside, *(part for part in first["loc"] if part not in UNION_TAGS))
+    where = ".".join(str(part) for part in place if part is not None) or "recipe"
+    known = {
+        "extra_forbidden": "unknown key",
+        "unexpected_keyword_argument": "unknown key",
+        "missing": "missing key",
+    }
+    what = known.get(first["type"], first["msg"].removeprefix("Value error, "))
+    given = first.get("input")
+    shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) else ""
+    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return f"{where}: {what}{shown}{more}"

@@ -1,0 +1,125 @@
+"""Evaluation on held-out problems: plain accuracy, in the decoding loop that training uses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.sources import evaluation_problems, open_tokenizer
+from megatron_parallel_r1.curriculum.viewing import trace_record
+from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine
+from megatron_parallel_r1.data.encode import encode_prompt
+from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.gpt import PathGPT
+from megatron_parallel_r1.model.hf import load_hf_folder
+from megatron_parallel_r1.model.weights import hf_tensors
+from megatron_parallel_r1.report.jsonl import JsonLines
+from megatron_parallel_r1.rewards.base import Judged
+from megatron_parallel_r1.rewards.terms import score_accuracy
+from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.thought.tags import Tags
+from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.train.scoring import judge_traces, trace_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 6  # traces of an evaluation that the report shows
+
+
+def evaluate(
+    thinker: Thinker[Any],
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    verifier: Verifier,
+    template: str,
+    asked: config.Evaluation,
+    seed: int,
+) -> tuple[dict[str, Any], list[Trace], list[Judged]]:
+    """`asked.samples` traces of each problem, scored by accuracy whatever the model was trained on.
+
+    `ci95` is half the width of the 95 % interval of the mean over problems (normal approximation).
+    """
+    each = [problem for problem in problems for _ in range(asked.samples)]
+    prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in each]
+    seeds = np.random.SeedSequence([seed]).generate_state(len(each), np.uint64) >> np.uint64(1)
+    traces = asyncio.run(roll_out(thinker, prompts, seeds.tolist(), asked.concurrent))
+    judged = judge_traces(traces, each, tokenizer, verifier)
+    scores_PS = np.reshape([score_accuracy(j) for j in judged], (len(problems), asked.samples))
+    means_P = scores_PS.mean(1)
+    error = means_P.std(ddof=1) / len(means_P) ** 0.5 if len(means_P) > 1 else float("nan")
+    metrics = trace_metrics(traces, judged)
+    metrics["well_formed_blocks"] = metrics.pop("well_formed")
+    record = {
+        "kind": "eval",
+        "mode": thinker.settings.mode,
+        "paths": thinker.settings.paths,
+        "problems": len(problems),
+        "samples": asked.samples,
+        **metrics,
+        "accuracy": float(means_P.mean()),
+        "ci95": float(1.96 * error),
+    }
+    return record, traces, judged
+
+
+def evaluate_stage(
+    bench: Workbench, stage: config.Stage, model: PathGPT, verifier: Verifier
+) -> dict[str, Any]:
+    """Evaluates a finished stage; the record goes to `eval.jsonl`, a few traces to the stage's."""
+    recipe = bench.recipe
+    engine = native_engine(bench.shape)
+    engine.load_weights(hf_tensors(model), version=stage.steps)
+    thinker = Thinker(engine, bench.tags, recipe.thinking_of(stage))
+    problems = evaluation_problems(recipe.evaluation.data, recipe.evaluation.count)
+    seed = bench.seed_of("evaluation")
+    measured, traces, judged = evaluate(
+        thinker, problems, bench.tokenizer, verifier, recipe.prompt, recipe.evaluation, seed
+    )
+    record = {"stage": stage.name, "step": stage.steps, **measured}
+    with JsonLines(bench.stage_folder(stage.name) / "traces.jsonl") as kept:
+        for index in range(0, len(traces), max(1, len(traces) // SHOWN)):
+            problem = problems[index // recipe.evaluation.samples]
+            line = trace_record(traces[index], problem, judged[index], None, bench.tokenizer)
+            kept.write({"stage": stage.name, "step": stage.steps, **line})
+    with JsonLines(bench.folder / "eval.jsonl") as lines:
+        lines.write(record)
+    return record
+
+
+def evaluate_checkpoint(recipe: config.Recipe, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Evaluates a Hugging Face folder with the recipe's evaluation and its last stage's thinking.
+
+    Args:
+        checkpoint: None: the release of the recipe's own run.
+
+    Raises:
+        UserError: the folder is none, or the recipe has no evaluation.
+    """
+    folder = checkpoint or recipe.out / recipe.name / "release"
+    if recipe.evaluation is None:
+        raise UserError("the recipe has no `evaluation`; add one to say on which problems")
+    shape, tensors = load_hf_folder(folder)
+    tokenizer = open_tokenizer(folder)
+    engine = native_engine(shape)
+    engine.load_weights(tensors, version=0)
+    thinker = Thinker(engine, Tags.of(tokenizer), recipe.thinking_of(recipe.stages[-1]))
+    asked = recipe.evaluation
+    with Verifier() as verifier:
+        record, _, _ = evaluate(
+            thinker,
+            evaluation_problems(asked.data, asked.count),
+            tokenizer,
+            verifier,
+            recipe.prompt,
+            asked,
+            recipe.seed,
+        )
+    return {"stage": folder.name, "step": 0, **record}

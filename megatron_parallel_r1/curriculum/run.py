@@ -1,0 +1,121 @@
+"""A run from its recipe to the report. Started again, it goes on where it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
+from megatron_parallel_r1.curriculum.folder import open_run_folder, past_evaluations
+from megatron_parallel_r1.curriculum.release import write_release
+from megatron_parallel_r1.curriculum.sources import check_sources
+from megatron_parallel_r1.curriculum.stages import run_rl, run_sft
+from megatron_parallel_r1.curriculum.workbench import Workbench
+from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model.gpt import PathGPT
+from megatron_parallel_r1.model.hf import save_hf_folder
+from megatron_parallel_r1.model.weights import hf_tensors
+from megatron_parallel_r1.report.html import build_report
+from megatron_parallel_r1.report.tables import eval_table
+from megatron_parallel_r1.rewards.verifier import Verifier
+
+
+def open_console() -> Console:
+    """As wide as the terminal; a log takes the whole table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where a run left its results; `release` is None for a run of single stages."""
+
+    folder: Path
+    report: Path
+    release: Path | None
+    evaluations: list[dict[str, Any]]
+
+
+def run(
+    recipe: config.Recipe,
+    only: Collection[str] | None = None,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> list[Outcome]:
+    """Runs a recipe, once for each of its seeds.
+
+    Args:
+        only: names of the stages to run; None: all of them, and the release.
+        fresh: delete what an earlier run left in the folder.
+
+    Raises:
+        UserError: a file or setting is wrong; what earlier stages made stays.
+    """
+    console = console or open_console()
+    if recipe.seeds is None:
+        return [_run_seed(recipe, recipe.out / recipe.name, only, fresh, console)]
+    outcomes = []
+    for seed in recipe.seeds:
+        console.rule(f"seed {seed}")
+        single = recipe.model_copy(update={"seed": seed, "seeds": None})
+        folder = recipe.out / recipe.name / f"seed{seed}"
+        outcomes.append(_run_seed(single, folder, only, fresh, console))
+    return outcomes
+
+
+def _run_seed(
+    recipe: config.Recipe, folder: Path, only: Collection[str] | None, fresh: bool, console: Console
+) -> Outcome:
+    check_sources(recipe)
+    open_run_folder(recipe, folder, fresh)
+    with process.running(recipe.seed), Verifier() as verifier:
+        bench = Workbench.set_up(recipe, folder)
+        last: PathGPT | None = None
+        for stage in recipe.stages:
+            if only is not None and stage.name not in only:
+                continue
+            last = _run_stage(bench, stage, verifier, console)
+        evaluations = past_evaluations(folder)
+        release = None
+        if only is None:
+            release = write_release(bench, last or bench.model_of(recipe.stages[-1]), evaluations)
+    if evaluations:
+        console.print(eval_table(evaluations))
+    return Outcome(folder, build_report(folder), release, evaluations)
+
+
+def _run_stage(
+    bench: Workbench, stage: config.SftStage | config.RlStage, verifier: Verifier, console: Console
+) -> PathGPT | None:
+    """Trains a stage, keeps its model, evaluates it; whatever is already done is not done again."""
+    folder = bench.stage_folder(stage.name)
+    model: PathGPT | None = None
+    if not (folder / "model").is_dir():
+        folder.mkdir(exist_ok=True)
+        trained = (
+            run_sft(bench, stage) if isinstance(stage, config.SftStage) else run_rl(bench, stage, verifier)
+        )
+        model = trained.model
+        save_hf_folder(folder / "model", bench.shape, hf_tensors(model), bench.tokenizer)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    else:
+        console.print(f"{stage.name}  done before", highlight=False)
+    evaluated = {record["stage"] for record in past_evaluations(bench.folder)}
+    if stage.evaluate and stage.name not in evaluated:
+        model = model or bench.model_of(stage)
+        record = evaluate_stage(bench, stage, model, verifier)
+        console.print(_in_words(record), highlight=False)
+    return model
+
+
+def _in_words(record: dict[str, Any]) -> str:
+    return (
+        f"{record['stage']}  accuracy {record['accuracy']:.1%} ± {record['ci95']:.1%} "
+        f"on {record['problems']} held-out problems, parallel ratio {record['parallel_ratio']:.1%}"
+    )

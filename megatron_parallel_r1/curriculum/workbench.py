@@ -1,0 +1,139 @@
+"""What all stages of a run share: folder, tokenizer, shape, and where their weights come from."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.sources import load_tokenizer, open_tokenizer
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.gpt import PathGPT, build_model
+from megatron_parallel_r1.model.hf import load_hf_folder
+from megatron_parallel_r1.model.optimizer import Adam
+from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.rollout.native.engine import NativeEngine
+from megatron_parallel_r1.rollout.native.model import Architecture
+from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
+from megatron_parallel_r1.thought.tokenizer import add_tags, spread_new_embeddings
+from megatron_parallel_r1.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """One run's fixed things.
+
+    Attributes:
+        folder: of the run.
+        shape: of the model, its vocabulary at least the tokenizer's.
+        new_ids: tags that `model.path` did not know; their embeddings start fresh.
+    """
+
+    recipe: config.Recipe
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    tags: Tags
+    shape: ModelConfig
+    new_ids: tuple[int, ...]
+
+    @classmethod
+    def set_up(cls, recipe: config.Recipe, folder: Path) -> Workbench:
+        """Opens a run's tokenizer, or makes and keeps it when the run is new.
+
+        Raises:
+            UserError: the model or the tokenizer cannot be read.
+        """
+        bare = load_tokenizer(recipe) if recipe.model.path or not (folder / "tokenizer").is_dir() else None
+        known = bare.get_vocab() if bare else {}
+        if (folder / "tokenizer").is_dir():
+            tokenizer = open_tokenizer(folder / "tokenizer")
+            tags = Tags.of(tokenizer)
+        else:
+            tokenizer, tags = bare, add_tags(bare)
+            tokenizer.save_pretrained(folder / "tokenizer")
+        vocabulary = tokenizer.get_vocab()
+        new_ids = tuple(vocabulary[text] for text in TAG_TEXTS if text not in known)
+        if recipe.model.shape is not None:
+            shape = recipe.model.shape.config(len(tokenizer))
+        else:
+            shape, _ = load_hf_folder(recipe.model.path)
+            shape = replace(shape, vocab=max(shape.vocab, len(tokenizer)))
+        return cls(recipe, folder, tokenizer, tags, shape, new_ids)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.recipe.model.dtype)
+
+    def stage_folder(self, name: str) -> Path:
+        return self.folder / name
+
+    def seed_of(self, *words: str | int) -> int:
+        """A seed for one purpose of this run, different for each."""
+        keys = [zlib.crc32(str(word).encode()) for word in words]
+        return int(np.random.SeedSequence([self.recipe.seed, *keys]).generate_state(1)[0])
+
+    def trainer(self, stage: config.Stage) -> Trainer:
+        """A trainer with the weights that the stage begins with, and a fresh optimizer."""
+        model = build_model(self.shape, self.dtype)
+        load_hf_tensors(model, self._start_tensors(stage))
+        given = stage.optimizer
+        adam = Adam(given.lr, given.betas, given.eps, given.weight_decay, given.clip)
+        return Trainer(model, adam, self.recipe.thinking_of(stage).temperature or 1.0)
+
+    def model_of(self, stage: config.Stage) -> PathGPT:
+        """The finished model of a stage."""
+        model = build_model(self.shape, self.dtype)
+        load_hf_tensors(model, load_hf_folder(self.stage_folder(stage.name) / "model")[1])
+        return model
+
+    def _start_tensors(self, stage: config.Stage) -> Iterable[tuple[str, Tensor]]:
+        before = self.recipe.start_of(stage)
+        if before is not None:
+            folder = self.stage_folder(before) / "model"
+            if not folder.is_dir():
+                raise UserError(
+                    f"stage {stage.name} starts from {before}, which is not done: {folder} is missing"
+                )
+            return load_hf_folder(folder)[1]
+        if self.recipe.model.shape is not None:
+            return random_hf_tensors(self.shape, self.recipe.seed, self.recipe.model.shape.init_std)
+        released = load_hf_folder(self.recipe.model.path)[1]
+        return ((name, self._with_tags(name, tensor)) for name, tensor in released)
+
+    def _with_tags(self, name: str, tensor: Tensor) -> Tensor:
+        """Gives an embedding the rows that the tags need."""
+        if name not in EMBEDDINGS or not self.new_ids:
+            return tensor
+        missing = self.shape.vocab - tensor.shape[0]
+        grown_VE = torch.cat([tensor, tensor.new_zeros(missing, tensor.shape[1])])
+        fresh = sorted({*self.new_ids, *range(tensor.shape[0], self.shape.vocab)})
+        spread_new_embeddings(grown_VE, fresh, self.recipe.seed)
+        return grown_VE
+
+
+def native_engine(shape: ModelConfig) -> NativeEngine:
+    """An engine of the model's shape, without weights."""
+    return NativeEngine(
+        Architecture(
+            layers=shape.layers,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            norm_eps=shape.rms_eps,
+            rope_theta=shape.rope_theta,
+            tied=shape.tied,
+        )
+    )

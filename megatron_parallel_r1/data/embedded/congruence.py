@@ -1,0 +1,73 @@
+"""The task: solve `a x² + b x + d = c (mod 13)`, or the easy `a x + d = c (mod 13)`.
+
+Three choices make it learnable from scratch within some two hundred steps (measured):
+- Every number is a word of its role (`+5x`, `ax=2`, `found=7`): a small model learns tables over typed
+  words, over bare digits hardly ever. A bare integer stands for one thing only, the final answer.
+- Each word follows from the word before it and one other: the square is tried by Horner's rule, as
+  `(a x + b) x`. With `a x²` and `b x` side by side the second product needs two look-ups and stayed at
+  chance twice as long.
+- The prompt ends in the right side, so that `need`, which is `c - d`, follows by the same rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MODULUS = 13
+Kind = Literal["easy", "hard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Congruence:
+    """`a x² + b x + d = c (mod 13)`; if easy, `a x + d = c`, and b is 0."""
+
+    kind: Kind
+    a: int
+    b: int
+    d: int
+    c: int
+
+    def __post_init__(self) -> None:
+        assert all(0 <= n < MODULUS for n in (self.a, self.b, self.d, self.c)), self
+        assert self.a and (self.kind == "hard" or not self.b), self
+
+    @property
+    def need(self) -> int:
+        """The right side once the constant has moved over: what `left` has to be."""
+        return (self.c - self.d) % MODULUS
+
+    def left(self, x: int) -> int:
+        """`(a x + b) x`, or the easy `a x`, modulo 13."""
+        inner = self.a * x + self.b
+        return (inner * x if self.kind == "hard" else inner) % MODULUS
+
+    @property
+    def roots(self) -> tuple[int, ...]:
+        """All solutions in 0..12, ascending: at most two, exactly one if easy."""
+        return tuple(x for x in range(MODULUS) if self.left(x) == self.need)
+
+    @property
+    def question(self) -> str:
+        """For example `Solve mod 13: 3x² +5x +4 =7`, or `Solve mod 13: 3x +4 =7`."""
+        unknown = f"{self.a}x² +{self.b}x" if self.kind == "hard" else f"{self.a}x"
+        return f"Solve mod {MODULUS}: {unknown} +{self.d} ={self.c}"
+
+    def attempt(self, x: int) -> list[str]:
+        """The words that try a value, step by step, ending in the verdict `ok` or `no`."""
+        ax = self.a * x % MODULUS
+        verdict = "ok" if self.left(x) == self.need else "no"
+        if self.kind == "easy":
+            return [f"x={x}", f"ax={ax}", verdict]
+        inner = (ax + self.b) % MODULUS
+        return [f"x={x}", f"ax={ax}", f"ax+b={inner}", f"s={self.left(x)}", verdict]
+
+
+def vocabulary() -> list[str]:
+    """Every word that a problem or its trace can hold, tags aside."""
+    residues = range(MODULUS)
+    roles = ("+{}x", "+{}", "={}", "need={}", "x={}", "ax={}", "ax+b={}", "s={}", "found={}")
+    words = ["Solve", "mod", f"{MODULUS}:", "ok", "no", "none", "Final", "Answer:"]
+    words += [f"{n}{power}" for power in ("x", "x²") for n in residues[1:]]
+    words += [role.format(n) for role in (*roles, "{}") for n in residues]
+    return words

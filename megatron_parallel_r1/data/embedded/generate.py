@@ -1,0 +1,78 @@
+"""What the curriculum's stages draw from: each item a pure function of its seed and its place.
+
+So a stream over any of them is resumed from its position alone.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import astuple, replace
+from itertools import islice
+
+from megatron_parallel_r1.data.embedded.arithmetic import write_drill
+from megatron_parallel_r1.data.embedded.congruence import MODULUS, Congruence, Kind
+from megatron_parallel_r1.data.embedded.split import reduced_forms
+from megatron_parallel_r1.data.embedded.traces import TraceStyle, write_trace
+from megatron_parallel_r1.data.problems import Example, Problem
+from megatron_parallel_r1.errors import UserError
+
+SOURCE = "embedded"
+
+
+def as_problem(congruence: Congruence) -> Problem:
+    """The question with all its solutions; any of them is right."""
+    return Problem(
+        id="-".join(map(str, astuple(congruence))),
+        prompt=congruence.question,
+        answers=tuple(map(str, congruence.roots)),
+        source=SOURCE,
+    )
+
+
+def training_problem(kind: Kind, seed: int, index: int) -> Problem:
+    """Problem `index` of an endless stream; none is held out."""
+    return as_problem(_draw(kind, random.Random(f"problem/{seed}/{index}")))
+
+
+def cold_start_example(style: TraceStyle, easy: float, seed: int, index: int) -> Example:
+    """Worked example `index` of an endless stream over training problems, a share `easy` of them easy."""
+    rng = random.Random(f"cold start/{seed}/{index}")
+    congruence = _draw("easy" if rng.random() < easy else "hard", rng)
+    return Example(as_problem(congruence), write_trace(congruence, style, rng))
+
+
+def arithmetic_example(easy: float, seed: int, index: int) -> Example:
+    """Drill `index` of an endless stream over training problems, without tags."""
+    rng = random.Random(f"arithmetic/{seed}/{index}")
+    congruence = _draw("easy" if rng.random() < easy else "hard", rng)
+    return Example(as_problem(congruence), write_drill(congruence, rng))
+
+
+def evaluation_problems(kind: Kind, count: int) -> tuple[Problem, ...]:
+    """The first `count` held-out problems in a fixed order.
+
+    No reduced form comes twice before all (552 hard, 39 easy) came once.
+
+    Raises:
+        UserError: fewer are held out (7176 hard, 507 easy).
+    """
+    forms = list(reduced_forms(kind, held_out=True))
+    if count > len(forms) * MODULUS:
+        raise UserError(
+            f"embedded {kind} evaluation: {count} problems wanted, {len(forms) * MODULUS} are held out"
+        )
+    rng = random.Random(f"evaluation/{kind}")
+    rng.shuffle(forms)
+    constants = [rng.sample(range(MODULUS), MODULUS) for _ in forms]
+    laps = (zip(forms, constant, strict=True) for constant in zip(*constants, strict=True))
+    order = (_with_constant(form, d) for lap in laps for form, d in lap)
+    return tuple(as_problem(congruence) for congruence in islice(order, count))
+
+
+def _draw(kind: Kind, rng: random.Random) -> Congruence:
+    form = rng.choice(reduced_forms(kind, held_out=False))
+    return _with_constant(form, rng.randrange(MODULUS))
+
+
+def _with_constant(form: Congruence, d: int) -> Congruence:
+    return replace(form, d=d, c=(form.need + d) % MODULUS)

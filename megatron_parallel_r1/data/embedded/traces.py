@@ -1,0 +1,126 @@
+"""Cold-start traces: how a solver that guesses writes down its search.
+
+A hard problem with one parallel block (line breaks added):
+
+    need=3 <Parallel><Path> x=5 ax=2 ax+b=7 s=9 no x=2 ax=6 ax+b=11 s=9 no none </Path>
+    <Path> x=12 ax=10 ax+b=2 s=11 no none </Path></Parallel><Summary> none </Summary> Final Answer: none
+
+A path states its result last and the summary copies it, so that each step is a look one hop away.
+Guesses are partly random and paths short: what is left to learn by reinforcement is how long to search.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_parallel_r1.data.canonical import canonical
+from megatron_parallel_r1.data.embedded.congruence import MODULUS, Congruence
+
+
+@dataclass(frozen=True, slots=True)
+class TraceStyle:
+    """How a solver searches.
+
+    Attributes:
+        sequential: share of traces that search in the main text, without blocks.
+        paths: fewest and most paths of a block.
+        tries: weights of 1, 2, 3, … tries in a path before it gives up.
+        sequential_tries: the same for a search in the main text.
+        blocks: most blocks of a trace.
+        again: chance to open another block where none of the paths found a solution.
+        guess: chance that a trace that found nothing ends with a value not yet tried; otherwise it says
+            `Final Answer: none`. Lucky guesses blur both the copying of results and the reward.
+        good: chance that a try is a solution on purpose; otherwise it is any value not yet tried.
+    """
+
+    sequential: float = 0.5
+    paths: tuple[int, int] = (2, 4)
+    tries: tuple[float, ...] = (0.6, 0.25, 0.1, 0.05)
+    sequential_tries: tuple[float, ...] = (0.6, 0.25, 0.1, 0.05)
+    blocks: int = 2
+    again: float = 0.4
+    guess: float = 0.0
+    good: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("sequential", "again", "guess", "good"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, a share lies in 0..1")
+        for name in ("tries", "sequential_tries"):
+            weights = getattr(self, name)
+            if min(weights, default=0) < 0 or sum(weights) <= 0:
+                raise ValueError(f"{name} is {weights}, give weights of 1, 2, … tries, not all 0")
+        if not 1 <= self.paths[0] <= self.paths[1]:
+            raise ValueError(f"paths is {self.paths}, give the fewest, 1 or more, then the most")
+        if self.blocks < 1:
+            raise ValueError(f"blocks is {self.blocks}, give 1 or more")
+
+
+def write_trace(congruence: Congruence, style: TraceStyle, rng: random.Random) -> str:
+    """A response to `congruence.question`, in canonical text.
+
+    It ends in `Final Answer: v`. Where a try succeeded v solves the problem; else it is `none`, or a guess.
+    """
+    words = [f"need={congruence.need}"]
+    tried: set[int] = set()
+    found: list[int] = []
+    if rng.random() < style.sequential:
+        search, found = _search(congruence, style, style.sequential_tries, tried, rng)
+        return _close(words + search, found, tried, style, rng)
+    for block in range(style.blocks):
+        if block and rng.random() >= style.again:
+            break
+        words.append("<Parallel>")
+        before = frozenset(tried)
+        for _ in range(rng.randint(*style.paths)):
+            # Siblings do not see each other, so each starts from what was tried before the block.
+            own = set(before)
+            search, path_found = _search(congruence, style, style.tries, own, rng)
+            words += ["<Path>", *search, "</Path>"]
+            found += path_found
+            tried |= own
+        taken = [rng.choice(found)] if found else []
+        words += ["</Parallel>", "<Summary>", f"found={taken[0]}" if taken else "none", "</Summary>"]
+        if taken:
+            break
+    return _close(words, taken, tried, style, rng)
+
+
+def stated_result(text: str) -> str | None:
+    """The value that a path or a summary states last (`found=7`), None without one."""
+    stated = [word for word in text.split() if word.startswith("found=")]
+    return stated[-1].split("=")[1] if stated else None
+
+
+def _close(words: list[str], found: list[int], tried: set[int], style: TraceStyle, rng: random.Random) -> str:
+    if not found and rng.random() < style.guess:
+        found = [_untried(tried, rng)]
+    answer = str(found[0]) if found else "none"
+    return canonical(" ".join([*words, "Final", "Answer:", answer]))
+
+
+def _search(
+    congruence: Congruence,
+    style: TraceStyle,
+    weights: Sequence[float],
+    tried: set[int],
+    rng: random.Random,
+) -> tuple[list[str], list[int]]:
+    """Words of a search and what it found (one value or none); adds its tries to `tried`."""
+    words: list[str] = []
+    budget = rng.choices(range(1, len(weights) + 1), weights)[0]
+    for _ in range(min(budget, MODULUS - len(tried))):
+        roots = [x for x in congruence.roots if x not in tried]
+        x = rng.choice(roots) if roots and rng.random() < style.good else _untried(tried, rng)
+        tried.add(x)
+        words += congruence.attempt(x)
+        if x in congruence.roots:
+            return [*words, f"found={x}"], [x]
+    return [*words, "none"], []
+
+
+def _untried(tried: set[int], rng: random.Random) -> int:
+    """A value not yet tried, any value where all were."""
+    return rng.choice([x for x in range(MODULUS) if x not in tried] or range(MODULUS))

@@ -1,0 +1,164 @@
+"""Readers on small files of the published schemas, good rows and bad."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_parallel_r1.data.readers import BadRow, read_examples, read_problems
+from megatron_parallel_r1.errors import UserError
+
+WRAPPED = (
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+GSM8K = "openai/gsm8k"
+MATH = "DigitalLearningGmbH/MATH-lighteval"
+DAPO = "BytedTsinghua-SIA/DAPO-Math-17k"
+
+
+def jsonl(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def dapo(text: str, answer: str) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": text}], "reward_model": {"ground_truth": answer}}
+
+
+def test_gsm8k(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"question": " How many? ", "answer": "9 <<9*120=1080>>\n#### 1,080"})
+    problem = read_problems(GSM8K, path).items[0]
+    assert (problem.id, problem.prompt, problem.answers, problem.source) == (
+        "0",
+        "How many?",
+        ("1080",),
+        GSM8K,
+    )
+
+
+def test_math_takes_the_last_box(tmp_path: Path) -> None:
+    solution = r"First $\boxed{1}$, then $\boxed{\frac{1}{\sqrt{2}}}$."
+    path = jsonl(tmp_path, {"problem": "p", "solution": solution})
+    assert read_problems(MATH, path).items[0].answers == (r"\frac{1}{\sqrt{2}}",)
+
+
+def test_dapo_unwraps_and_drops_repeats(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path,
+        dapo(WRAPPED.format("Find $x$."), "34"),
+        dapo("Find $y$.", "1"),
+        dapo("Find $x$.", "34"),
+        dapo("Find $y$.", "2"),
+        dapo("Find $z$.", "5"),
+    )
+    reading = read_problems(DAPO, path)
+    assert [(problem.prompt, problem.answer) for problem in reading.items] == [
+        ("Find $x$.", "34"),
+        ("Find $z$.", "5"),
+    ]
+    assert (reading.rows, reading.repeated, reading.disputed) == (5, 1, 2)
+
+
+def test_parallel_examples_are_canonical(tmp_path: Path) -> None:
+    response = "<Parallel>\n<Path>a</Path>\n<Path>b</Path></Parallel>\n<Summary>c</Summary>\nFinal Answer: 3"
+    path = jsonl(tmp_path, {"question": "q", "response": response, "answer": "3"})
+    example = read_examples("Parallel-R1/Parallel-GSM8K", path).items[0]
+    assert "</Parallel><Summary>" in example.response and "<Parallel><Path>a</Path><Path>" in example.response
+    assert example.problem.answers == ("3",)
+
+
+@pytest.mark.parametrize(("answer", "read"), [(27, "27"), (27.0, "27"), (0.5, "0.5"), ("\\pi", "\\pi")])
+def test_answers_kept_as_numbers(answer: object, read: str, tmp_path: Path) -> None:
+    for name, column in (("math-ai/amc23", "question"), ("math-ai/amc23", "problem")):
+        path = jsonl(tmp_path, {column: "p", "answer": answer})
+        assert read_problems(name, path).items[0].answers == (read,)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "what"),
+    [
+        (GSM8K, {"question": "q", "answer": "no mark"}, "column 'answer': no value behind ####"),
+        (GSM8K, {"question": "q", "answer": "#### "}, "column 'answer': no value behind ####"),
+        (GSM8K, {"question": "  ", "answer": "#### 1"}, "column 'question': blank"),
+        (GSM8K, {"question": None, "answer": "#### 1"}, "column 'question': missing"),
+        (GSM8K, {"question": 7, "answer": "#### 1"}, "column 'question': int instead of text"),
+        (GSM8K, {"problem": "q", "answer": "#### 1"}, "column 'question': missing"),
+        (MATH, {"problem": "p", "solution": r"so \boxed{}"}, r"column 'solution': no \boxed value"),
+        (DAPO, {"prompt": "p", "reward_model": {"ground_truth": "1"}}, "column 'prompt': not a list"),
+        (DAPO, {"prompt": [], "reward_model": {"ground_truth": "1"}}, "column 'prompt': not a list"),
+        (DAPO, dapo(" ", "1"), "column 'prompt': blank"),
+        (DAPO, {"prompt": [{"role": "user", "content": "p"}]}, "column 'reward_model': missing"),
+        (DAPO, dapo("p", ""), "column 'ground_truth': blank"),
+        ("math-ai/aime25", {"problem": "p", "answer": True}, "column 'answer': bool instead of text"),
+    ],
+)
+def test_a_bad_row_is_refused_by_file_row_and_column(
+    name: str, row: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    path = jsonl(tmp_path, row)
+    with pytest.raises(UserError) as caught:
+        read_problems(name, path)
+    assert f"{path}: row 0 (from 0), {what}" in str(caught.value)
+    with pytest.raises(UserError, match="no usable row"):
+        read_problems(name, path, bad_rows="skip")
+
+
+def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
+    good = {"question": "q", "answer": "#### 1"}
+    path = jsonl(tmp_path, good, {"question": "q", "answer": "1"}, good)
+    reading = read_problems(GSM8K, path, bad_rows="skip")
+    assert [problem.id for problem in reading.items] == ["0", "2"]
+    assert reading.rows == 3
+    assert reading.bad == (BadRow(1, "column 'answer': no value behind ####"),)
+    assert len(read_problems(GSM8K, path, limit=1).items) == 1
+
+
+def test_broken_utf8_is_a_bad_row(tmp_path: Path) -> None:
+    bytes_ = pa.array([b"fine", b"bro\xffken", b"fine too"], pa.binary())
+    broken = pa.StringArray.from_buffers(3, bytes_.buffers()[1], bytes_.buffers()[2])
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"problem": broken, "answer": ["1", "2", "3"]}), path)
+    with pytest.raises(UserError, match=r"row 1 \(from 0\), .*not UTF-8"):
+        read_problems("math-ai/aime25", path)
+    reading = read_problems("math-ai/aime25", path, bad_rows="skip")
+    assert [problem.prompt for problem in reading.items] == ["fine", "fine too"]
+    assert len(reading.bad) == 1
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such data file"):
+        read_problems(GSM8K, tmp_path / "absent.parquet")
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match=r"rows\.csv: not one of \.parquet"):
+        read_problems(GSM8K, tmp_path / "rows.csv")
+    for name in ("rows.parquet", "rows.jsonl"):
+        (tmp_path / name).write_text("{ nothing of the kind")
+        with pytest.raises(UserError, match=f"{name}: cannot be read as"):
+            read_problems(GSM8K, tmp_path / name)
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=name):
+            read_problems(GSM8K, tmp_path / name)
+
+
+def test_unknown_data_set_and_missing_responses(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'openai/gsm9k': unknown, use one of"):
+        read_problems("openai/gsm9k")
+    with pytest.raises(UserError, match="no worked responses"):
+        read_examples(GSM8K, tmp_path / "rows.jsonl")
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route\nat all")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"openai/gsm8k, split test: cannot load .*\(no route\)"):
+        read_problems(GSM8K, split="test")

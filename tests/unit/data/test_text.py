@@ -1,0 +1,72 @@
+"""Canonical traces, prompt templates and the last box."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_parallel_r1.data.canonical import canonical
+from megatron_parallel_r1.data.form import malformed
+from megatron_parallel_r1.data.prompts import TEMPLATES, render
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.latex import last_box
+from megatron_parallel_r1.thought.tags import TAG_TEXTS
+
+
+def test_canonical_closes_the_gaps_that_an_engine_never_leaves() -> None:
+    loose = (
+        "a\n<Parallel>\n <Path>\nb\n</Path> \n<Path> c </Path>\n</Parallel>\n\n<Summary>\nd\n</Summary>\n\ne"
+    )
+    tight = "a\n<Parallel><Path>\nb\n</Path><Path> c </Path></Parallel><Summary>\nd\n</Summary>\n\ne"
+    assert canonical(loose) == tight
+    assert canonical(tight) == tight
+
+
+def test_canonical_keeps_sampled_gaps() -> None:
+    nested = "<Path> <Parallel><Path> </Path></Parallel><Summary> </Summary> </Path>"
+    assert canonical(nested) == nested
+    assert canonical("</Summary>\n<Parallel>") == "</Summary>\n<Parallel>"
+
+
+def test_form_is_what_the_parser_says() -> None:
+    block = "<Parallel><Path>b</Path><Path>c</Path></Parallel><Summary>d</Summary>"
+    assert malformed(f"a {block} e {block}") is None
+    assert malformed("no blocks") is None
+    assert malformed(block.replace("<Path>b", "First, <Path>b")).startswith("text between the paths")
+    assert malformed(block.replace("<Summary>", "So ")).startswith("text where <Summary> must follow")
+    unclosed = malformed(block.removesuffix("</Summary>"))
+    assert unclosed.startswith("the trace ends inside a summary, behind ")
+    assert unclosed.endswith("</Parallel><Summary>d'")
+
+
+def test_templates_pose_the_problem_and_ask_for_the_final_line() -> None:
+    problem = r"Find {x} if \frac{1}{2} + {problem} = $x$."
+    assert render("plain", problem) == problem
+    for name in ("sequential", "parallel"):
+        text = render(name, problem)
+        assert text.endswith(problem)
+        assert "Final Answer:" in text
+    assert all(tag in TEMPLATES["parallel"] for tag in TAG_TEXTS)
+    assert not any(tag in TEMPLATES["sequential"] for tag in TAG_TEXTS)
+
+
+def test_unknown_template() -> None:
+    with pytest.raises(UserError, match="'parallell': unknown, use one of plain"):
+        render("parallell", "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed{1} or \boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+        (r"is $\boxed 9$.", "9"),
+        (r"is \fbox{ 7 }", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{3} then cut \boxed{4", "3"),
+        (r"\boxed{8}, never \boxed{}", "8"),
+        (r"there are \boxed{} primes", None),
+        ("nothing", None),
+    ],
+)
+def test_last_box(text: str, box: str | None) -> None:
+    assert last_box(text) == box
