@@ -14,6 +14,7 @@ from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
 from megatron_parallel_r1.curriculum.folder import open_run_folder, past_evaluations
 from megatron_parallel_r1.curriculum.release import write_release
+from megatron_parallel_r1.curriculum.seeds import across_seeds
 from megatron_parallel_r1.curriculum.sources import check_sources
 from megatron_parallel_r1.curriculum.stages import run_rl, run_sft
 from megatron_parallel_r1.curriculum.workbench import Workbench
@@ -48,7 +49,7 @@ def run(
     fresh: bool = False,
     console: Console | None = None,
 ) -> list[Outcome]:
-    """Runs a recipe, once for each of its seeds.
+    """Runs a recipe, once for each of its seeds; those side by side go to `<out>/<name>/seeds.md`.
 
     Args:
         only: names of the stages to run; None: all of them, and the release.
@@ -66,6 +67,10 @@ def run(
         single = recipe.model_copy(update={"seed": seed, "seeds": None})
         folder = recipe.out / recipe.name / f"seed{seed}"
         outcomes.append(_run_seed(single, folder, only, fresh, console))
+    by_seed = {seed: done.evaluations for seed, done in zip(recipe.seeds, outcomes, strict=True)}
+    table = across_seeds(by_seed)
+    (recipe.out / recipe.name / "seeds.md").write_text(table + "\n")
+    console.print(table, highlight=False, markup=False)
     return outcomes
 
 

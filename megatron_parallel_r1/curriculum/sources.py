@@ -13,6 +13,7 @@ from megatron_parallel_r1.data import bpe, readers
 from megatron_parallel_r1.data.embedded import generate
 from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer as build_embedded_tokenizer
 from megatron_parallel_r1.data.problems import Example, Problem
+from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.data.readers import Reading
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.data.schemas import schema_of
@@ -39,7 +40,7 @@ def check_sources(recipe: config.Recipe) -> None:
         _rows(recipe.evaluation.data, readers.read_problems)
     if isinstance(recipe.tokenizer, config.BpeTokenizer):
         for data in recipe.tokenizer.texts:
-            _texts(data)
+            _texts(data, recipe.prompt)
 
 
 def load_tokenizer(recipe: config.Recipe) -> PreTrainedTokenizerBase:
@@ -52,7 +53,9 @@ def load_tokenizer(recipe: config.Recipe) -> PreTrainedTokenizerBase:
         case config.EmbeddedTokenizer():
             return build_embedded_tokenizer()
         case config.BpeTokenizer(vocab=vocab, texts=sets):
-            return bpe.train_tokenizer([text for data in sets for text in _texts(data)], vocab_size=vocab)
+            return bpe.train_tokenizer(
+                [text for data in sets for text in _texts(data, recipe.prompt)], vocab_size=vocab
+            )
         case config.FolderTokenizer(path=path):
             folder = path or recipe.model.path
             if folder is None:
@@ -132,12 +135,12 @@ def _laid_out(source: config.DataSet, to_row: Callable[[Example], Row]) -> list[
     return laid_out
 
 
-def _texts(source: config.DataSet) -> list[str]:
+def _texts(source: config.DataSet, template: str) -> list[str]:
     """All that a model trained on the data set reads and writes."""
     if schema_of(source.name).response is None:
-        return [problem.prompt for problem in _rows(source, readers.read_problems)]
+        return [render(template, problem.prompt) for problem in _rows(source, readers.read_problems)]
     examples = _rows(source, readers.read_examples)
-    return [f"{example.problem.prompt}\n{example.response}" for example in examples]
+    return [f"{render(template, example.problem.prompt)}\n{example.response}" for example in examples]
 
 
 def _report(source: config.DataSet, kept: int, dropped: dict[str, int]) -> None:

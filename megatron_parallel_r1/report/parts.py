@@ -37,7 +37,7 @@ def trace_parts(
         `{"kind": "text", "text"}` or `{"kind": "block", "paths", "summary", "summary_closed",
         "well_formed", "stray"}`; a path is `{"text", "closed", "forced", "answer", "correct"}`, and a
         path with blocks of its own also has its "parts". `stray` is text that a malformed block holds
-        outside its paths.
+        outside its paths. A block that the engine had to close somewhere is not well formed.
     """
     return list(_Speller(tokens, tokenizer, judge, sampled).parts(0, tree.length, tree.blocks))
 
@@ -67,12 +67,14 @@ class _Speller:
         gaps += [(path.stop, stop) for path, (_, stop) in zip(block.paths, segments, strict=True)]
         stray = " ".join(self._text(start, stop).strip() for start, stop in gaps).strip()
         summary = block.summary
+        ends = [*(path.stop for path in block.paths), *([summary.stop] if summary else [])]
+        own = self.sampled is None or all(self.sampled[end - 1] for end in ends)
         return {
             "kind": "block",
             "paths": [self._path(path) for path in block.paths],
             "summary": summary and self._text(summary.start + 1, summary.stop - summary.closed),
             "summary_closed": bool(summary and summary.closed),
-            "well_formed": block.well_formed,
+            "well_formed": block.well_formed and own,
             "stray": stray or None,
         }
 
