@@ -7,11 +7,13 @@ A checkpoint is written beside its final name and renamed when it is complete, s
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_parallel_r1.train.trainer import Trainer
 
@@ -36,6 +38,7 @@ class Checkpoints:
         work = self._folder / f".{final.name}"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
+        _collect_in_process()
         dist_checkpointing.save(_sharded(trainer, loading=False), str(work))
         (work / "loop.json").write_text(json.dumps({"step": step, "state": state}))
         shutil.rmtree(final, ignore_errors=True)
@@ -56,6 +59,16 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         return sorted(self._folder.glob("step_*"))
+
+
+def _collect_in_process() -> None:
+    """Gives Megatron's writer a plain queue for its results.
+
+    Its own one lives in a server process, for writers that outlast the call. A save that waits for its writers
+    needs none, and the server would outlive a killed run.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _sharded(trainer: Trainer, loading: bool) -> dict[str, Any]:
