@@ -40,19 +40,15 @@ def curriculum(recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = F
 
 
 @app.command()
-def sft(
-    recipe: RecipePath, overrides: Overrides = None, stage: StageName = None, fresh: Fresh = False
-) -> None:
+def sft(recipe: RecipePath, overrides: Overrides = None, stage: StageName = None) -> None:
     """Run one supervised stage of a recipe."""
-    _run_kind("sft", recipe, overrides, stage, fresh)
+    _run_kind("sft", recipe, overrides, stage)
 
 
 @app.command()
-def rl(
-    recipe: RecipePath, overrides: Overrides = None, stage: StageName = None, fresh: Fresh = False
-) -> None:
+def rl(recipe: RecipePath, overrides: Overrides = None, stage: StageName = None) -> None:
     """Run one reinforcement-learning stage of a recipe; the stage that it starts from must be done."""
-    _run_kind("rl", recipe, overrides, stage, fresh)
+    _run_kind("rl", recipe, overrides, stage)
 
 
 @app.command("eval")
@@ -83,7 +79,7 @@ def report(
     typer.echo(build_report(folder))
 
 
-def _run_kind(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None, fresh: bool) -> None:
+def _run_kind(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None) -> None:
     from megatron_parallel_r1.config import read_recipe
     from megatron_parallel_r1.curriculum.run import run
 
@@ -93,7 +89,7 @@ def _run_kind(kind: str, recipe: Path, overrides: list[str] | None, stage: str |
         raise UserError(f"{recipe}: no {kind} stage is called {stage}; it has {', '.join(names) or 'none'}")
     if stage is None and len(names) != 1:
         raise UserError(f"{recipe}: name one of its {kind} stages with --stage: {', '.join(names) or 'none'}")
-    for outcome in run(told, only={stage or names[0]}, fresh=fresh):
+    for outcome in run(told, only={stage or names[0]}):
         typer.echo(f"report   {outcome.report}")
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from megatron_parallel_r1.data.embedded.traces import TraceStyle
+from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.rewards.registry import make_reward
@@ -46,6 +47,14 @@ class Shape(Strict):
     tied: bool = True
     max_positions: Count = 32768
     init_std: Annotated[float, Field(gt=0)] = 0.02
+
+    @model_validator(mode="after")
+    def _possible(self) -> Shape:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.kv_heads} kv_heads cannot be shared evenly by {self.heads} heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+        return self
 
     def config(self, vocab: int) -> ModelConfig:
         return ModelConfig(vocab=vocab, **self.model_dump(exclude={"init_std"}))
@@ -221,12 +230,17 @@ class Evaluation(Strict):
     concurrent: Count = 512
 
 
+# Names that a run folder uses itself.
+RESERVED = ("release", "tokenizer", "config.yaml", "stages.json", "eval.jsonl", "report.html")
+Seed = Annotated[int, Field(ge=0)]
+
+
 class Recipe(Strict):
     """One run. `seeds` repeats it from several seeds, each in a folder of its own."""
 
     name: Name
-    seed: int = 0
-    seeds: tuple[int, ...] | None = None
+    seed: Seed = 0
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
     out: Path = Path("runs")
     model: Model
     tokenizer: Tokenizer
@@ -241,16 +255,24 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         names: list[str] = []
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed stands twice in `seeds`")
+        if self.prompt not in TEMPLATES:
+            raise ValueError(f"prompt {self.prompt!r} is no template, use one of {', '.join(TEMPLATES)}")
         for stage in self.stages:
             if stage.name in names:
                 raise ValueError(f"two stages are called {stage.name}")
+            if stage.name in RESERVED:
+                raise ValueError(f"a stage cannot be called {stage.name}, the run folder uses that name")
             if stage.start is not None and stage.start not in names:
                 raise ValueError(f"stage {stage.name} starts from {stage.start}, which is no stage before it")
             if stage.evaluate and self.evaluation is None:
                 raise ValueError(
                     f"stage {stage.name} wants an evaluation, but the recipe has no `evaluation`"
                 )
-            self.thinking_of(stage)
+            thinking = self.thinking_of(stage)
+            if isinstance(stage, RlStage) and thinking.temperature == 0:
+                raise ValueError(f"stage {stage.name}: at temperature 0 all traces of a group are the same")
             names.append(stage.name)
         return self
 

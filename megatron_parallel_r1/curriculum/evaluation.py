@@ -12,13 +12,13 @@ import numpy as np
 from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.sources import evaluation_problems, open_tokenizer
 from megatron_parallel_r1.curriculum.viewing import trace_record
-from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine
+from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine, seed_of
 from megatron_parallel_r1.data.encode import encode_prompt
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import PathGPT
-from megatron_parallel_r1.model.hf import load_hf_folder
-from megatron_parallel_r1.model.weights import hf_tensors
+from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
+from megatron_parallel_r1.model.weights import check_fit, hf_tensors
 from megatron_parallel_r1.report.jsonl import JsonLines
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.terms import score_accuracy
@@ -73,7 +73,7 @@ def evaluate(
 def evaluate_stage(
     bench: Workbench, stage: config.Stage, model: PathGPT, verifier: Verifier
 ) -> dict[str, Any]:
-    """Evaluates a finished stage; the record goes to `eval.jsonl`, a few traces to the stage's."""
+    """Evaluates a finished stage; the record goes to `eval.jsonl`, a few traces to `eval_traces.jsonl`."""
     recipe = bench.recipe
     engine = native_engine(bench.shape)
     engine.load_weights(hf_tensors(model), version=stage.steps)
@@ -84,7 +84,8 @@ def evaluate_stage(
         thinker, problems, bench.tokenizer, verifier, recipe.prompt, recipe.evaluation, seed
     )
     record = {"stage": stage.name, "step": stage.steps, **measured}
-    with JsonLines(bench.stage_folder(stage.name) / "traces.jsonl") as kept:
+    # Anew each time: an evaluation that was killed before its record may have left some.
+    with JsonLines(bench.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as kept:
         for index in range(0, len(traces), max(1, len(traces) // SHOWN)):
             problem = problems[index // recipe.evaluation.samples]
             line = trace_record(traces[index], problem, judged[index], None, bench.tokenizer)
@@ -107,10 +108,15 @@ def evaluate_checkpoint(recipe: config.Recipe, checkpoint: Path | None = None) -
     if recipe.evaluation is None:
         raise UserError("the recipe has no `evaluation`; add one to say on which problems")
     shape, tensors = load_hf_folder(folder)
+    check_fit(shape, hf_sizes(folder))
     tokenizer = open_tokenizer(folder)
+    try:
+        tags = Tags.of(tokenizer)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; give a model that was trained to think in parallel") from None
     engine = native_engine(shape)
     engine.load_weights(tensors, version=0)
-    thinker = Thinker(engine, Tags.of(tokenizer), recipe.thinking_of(recipe.stages[-1]))
+    thinker = Thinker(engine, tags, recipe.thinking_of(recipe.stages[-1]))
     asked = recipe.evaluation
     with Verifier() as verifier:
         record, _, _ = evaluate(
@@ -120,6 +126,6 @@ def evaluate_checkpoint(recipe: config.Recipe, checkpoint: Path | None = None) -
             verifier,
             recipe.prompt,
             asked,
-            recipe.seed,
+            seed_of(recipe, "evaluation"),
         )
     return {"stage": folder.name, "step": 0, **record}

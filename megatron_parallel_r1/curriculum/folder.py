@@ -2,7 +2,8 @@
 
 <out>/<name>/config.yaml   the recipe, defaults included     stages.json   names of the stages, in order
              tokenizer/    with the tags                     eval.jsonl    one record an evaluation
-             <stage>/      metrics.jsonl, tensorboard/, traces.jsonl, checkpoints/ until it is done, model/
+             <stage>/      metrics.jsonl, tensorboard/, traces.jsonl, eval_traces.jsonl,
+                           checkpoints/ until it is done, then model/
              release/      the released checkpoint           report.html
 """
 
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,35 +21,63 @@ from megatron_parallel_r1 import config
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.report.jsonl import read_jsonl
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def open_run_folder(recipe: config.Recipe, folder: Path, fresh: bool) -> None:
-    """Makes the run's folder, or checks that it belongs to the same recipe.
 
-    A folder in which nothing has been trained yet takes the new recipe.
+def is_resumable(recipe: config.Recipe, folder: Path, fresh: bool) -> bool:
+    """Whether a run goes on with what the folder holds; otherwise it begins, and that is cleared away.
+
+    A folder in which nothing has been trained yet takes any recipe, and further stages may be appended to
+    what has been.
 
     Args:
-        fresh: delete what an earlier run left.
+        fresh: begin anew whatever is there.
 
     Raises:
         UserError: the folder is none of a run, or what it holds was trained by another recipe.
     """
+    if not folder.exists():
+        return False
     written = folder / "config.yaml"
-    if fresh and folder.exists():
-        if not written.is_file():
-            raise UserError(
-                f"{folder} is no run folder (no config.yaml); it is not deleted, choose another name"
-            )
-        shutil.rmtree(folder)
-    if written.is_file() and any((*folder.glob("*/model"), *folder.glob("*/checkpoints/step_*"))):
-        difference = _difference(yaml.safe_load(written.read_text()), yaml.safe_load(recipe.yaml()))
-        if difference:
-            raise UserError(
-                f"{folder} was begun with another recipe ({difference}); "
-                "start anew with --fresh, or choose another name"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir() or not (written.is_file() and (folder / "stages.json").is_file()):
+        raise UserError(f"{folder} exists and is no run folder; it is left alone, choose another name or out")
+    if fresh or not any((*folder.glob("*/model"), *folder.glob("*/checkpoints/step_*"))):
+        return False
+    difference = _difference(yaml.safe_load(written.read_text()), yaml.safe_load(recipe.yaml()))
+    if difference:
+        raise UserError(
+            f"{folder} was begun with another recipe ({difference}); "
+            "start anew with --fresh, or choose another name"
+        )
+    return True
+
+
+def open_run_folder(recipe: config.Recipe, folder: Path, resume: bool) -> None:
+    """Makes the run's folder and keeps the recipe in it.
+
+    Args:
+        resume: keep what is there; otherwise it is deleted.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    try:
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}; choose another out") from None
+    _write_atomically(folder / "config.yaml", recipe.yaml())
     _write_atomically(folder / "stages.json", json.dumps([stage.name for stage in recipe.stages]))
-    _write_atomically(written, recipe.yaml())
+
+
+def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a run's tokenizer, whole or not at all."""
+    work = folder / ".tokenizer"
+    shutil.rmtree(work, ignore_errors=True)
+    tokenizer.save_pretrained(work)
+    work.rename(folder / "tokenizer")
 
 
 def past_evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -57,17 +86,23 @@ def past_evaluations(folder: Path) -> list[dict[str, Any]]:
     return read_jsonl(file) if file.is_file() else []
 
 
+# What can change without changing what was trained.
+HARMLESS = ("out", "keep_traces", "save_every")
+
+
 def _difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first key at which two recipes differ, None if none; `out` may differ, a folder can move."""
+    """The first key at which two recipes differ in earnest, None if none."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(key for key in old if key not in new)]:
-            if (where, key) == ("", "out"):
+            if key in HARMLESS:
                 continue
             if found := _difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key)):
                 return found
         return None
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new) and (where != "stages" or len(new) < len(old)):
+            return f"{where}: {len(old)} entries then, {len(new)} now"
+        pairs = enumerate(zip(old, new, strict=False))
         return next((f for i, (a, b) in pairs if (f := _difference(a, b, f"{where}.{i}"))), None)
     return None if old == new else f"{where}: {old!r} then, {new!r} now"
 

@@ -17,6 +17,16 @@ from megatron_parallel_r1.model.hf import save_hf_folder
 from megatron_parallel_r1.model.weights import hf_tensors, table
 from megatron_parallel_r1.report.tables import eval_markdown
 
+_BLOCKS = (
+    "that thinks in parallel: it opens `<Parallel>` blocks, reads their `<Path>`s in a `<Summary>`, goes on;"
+)
+_HABIT = {
+    "isolated": f"{_BLOCKS} paths do not see one another",
+    "replay": f"{_BLOCKS} paths do not see one another, a summary reads them as one text",
+    "causal": f"{_BLOCKS} each path sees the ones before it",
+    "sequential": "that thinks in one chain, the baseline of parallel thinking",
+}
+
 
 def write_release(bench: Workbench, model: PathGPT, evaluations: Sequence[dict[str, Any]]) -> Path:
     """Writes `<run>/release` and returns its path.
@@ -40,8 +50,10 @@ def write_release(bench: Workbench, model: PathGPT, evaluations: Sequence[dict[s
 
 def _card(bench: Workbench, evaluations: Sequence[dict[str, Any]]) -> str:
     recipe = bench.recipe
+    lineage = _lineage(recipe)
+    thinking = recipe.thinking_of(lineage[-1])
     stages = "\n".join(
-        f"| {stage.name} | {stage.kind} | {_data(stage)} | {stage.steps} |" for stage in recipe.stages
+        f"| {stage.name} | {stage.kind} | {_data(stage)} | {stage.steps} |" for stage in lineage
     )
     figures = eval_markdown(evaluations) if evaluations else "This run was not evaluated."
     parameters = sum(prod(shape) for weight in table(bench.shape) for _, shape in weight.parts)
@@ -53,12 +65,11 @@ tags: [parallel-thinking, reinforcement-learning, grpo]
 
 # {recipe.name}
 
-A Qwen3 of {parameters / 1e6:.2f} M parameters that thinks in parallel: it opens `<Parallel>` blocks whose
-`<Path>`s do not see one another, reads them in a `<Summary>`, and goes on. Trained with
-megatron_parallel_r1 after Parallel-R1 (arXiv 2509.07980).
+A Qwen3 of {parameters / 1e6:.2f} M parameters {_HABIT[thinking.mode]}.
+Trained with megatron_parallel_r1 after Parallel-R1 (arXiv 2509.07980).
 
-`AutoModelForCausalLM` loads it. Plain generation writes paths one after the other, each seeing the last;
-to decode as trained, use the settings in `thinking.json` with megatron_parallel_r1.
+`AutoModelForCausalLM` loads it. To decode as trained, use the settings in `thinking.json` with
+megatron_parallel_r1.
 
 ## Training
 
@@ -66,7 +77,7 @@ to decode as trained, use the settings in `thinking.json` with megatron_parallel
 |---|---|---|---|
 {stages}
 
-Seed {recipe.seed}; rollouts in mode `{recipe.thinking.mode}`, {recipe.thinking.paths} paths a block.
+Seed {recipe.seed}; the last stage in mode `{thinking.mode}` with {thinking.paths} paths a block.
 
 ## Evaluation
 
@@ -74,6 +85,15 @@ Plain accuracy on held-out problems, ± half the 95 % interval.
 
 {figures}
 """
+
+
+def _lineage(recipe: config.Recipe) -> list[config.SftStage | config.RlStage]:
+    """The stages that the released weights went through, the first one first."""
+    by_name = {stage.name: stage for stage in recipe.stages}
+    chain = [recipe.stages[-1]]
+    while (before := recipe.start_of(chain[0])) is not None:
+        chain.insert(0, by_name[before])
+    return chain
 
 
 def _data(stage: config.SftStage | config.RlStage) -> str:

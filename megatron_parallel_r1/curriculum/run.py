@@ -8,16 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 
 from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
-from megatron_parallel_r1.curriculum.folder import open_run_folder, past_evaluations
+from megatron_parallel_r1.curriculum.folder import (
+    is_resumable,
+    keep_tokenizer,
+    open_run_folder,
+    past_evaluations,
+)
 from megatron_parallel_r1.curriculum.release import write_release
 from megatron_parallel_r1.curriculum.seeds import across_seeds
 from megatron_parallel_r1.curriculum.sources import check_sources
 from megatron_parallel_r1.curriculum.stages import run_rl, run_sft
 from megatron_parallel_r1.curriculum.workbench import Workbench
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.gpt import PathGPT
 from megatron_parallel_r1.model.hf import save_hf_folder
@@ -77,15 +84,21 @@ def run(
 def _run_seed(
     recipe: config.Recipe, folder: Path, only: Collection[str] | None, fresh: bool, console: Console
 ) -> Outcome:
+    names = {stage.name for stage in recipe.stages} if only is None else set(only)
+    resume = is_resumable(recipe, folder, fresh)
     check_sources(recipe)
-    open_run_folder(recipe, folder, fresh)
+    bench = Workbench.set_up(recipe, folder, resume)
+    bench.check_starts(names)
     with process.running(recipe.seed), Verifier() as verifier:
-        bench = Workbench.set_up(recipe, folder)
+        if dist.get_world_size() > 1:
+            raise UserError("a run is one process for now; start it without torchrun, or with one process")
+        open_run_folder(recipe, folder, resume)
+        if not resume:
+            keep_tokenizer(bench.tokenizer, folder)
         last: PathGPT | None = None
         for stage in recipe.stages:
-            if only is not None and stage.name not in only:
-                continue
-            last = _run_stage(bench, stage, verifier, console)
+            if stage.name in names:
+                last = _run_stage(bench, stage, verifier, console)
         evaluations = past_evaluations(folder)
         release = None
         if only is None:
@@ -108,9 +121,9 @@ def _run_stage(
         )
         model = trained.model
         save_hf_folder(folder / "model", bench.shape, hf_tensors(model), bench.tokenizer)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     else:
         console.print(f"{stage.name}  done before", highlight=False)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     evaluated = {record["stage"] for record in past_evaluations(bench.folder)}
     if stage.evaluate and stage.name not in evaluated:
         model = model or bench.model_of(stage)

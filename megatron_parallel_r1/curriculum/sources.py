@@ -30,14 +30,23 @@ def check_sources(recipe: config.Recipe) -> None:
     """Reads every data set that the recipe names, so that a bad one stops the run before it begins.
 
     Raises:
-        UserError: a file is missing, or a row is unusable and none may be skipped.
+        UserError: a file is missing, a row is unusable and none may be skipped, or an evaluation problem is
+            trained on.
     """
     for stage in recipe.stages:
         if isinstance(stage.data, config.DataSet):
             is_sft = isinstance(stage, config.SftStage)
             _rows(stage.data, readers.read_examples if is_sft else readers.read_problems)
-    if recipe.evaluation is not None and isinstance(recipe.evaluation.data, config.DataSet):
-        _rows(recipe.evaluation.data, readers.read_problems)
+    if recipe.evaluation is not None:
+        held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.count)
+        asked = {problem.prompt for problem in held_out}
+        for stage in recipe.stages:
+            seen = asked & _questions(stage)
+            if seen:
+                raise UserError(
+                    f"evaluation: stage {stage.name} trains on {len(seen)} of its {len(asked)} problems, "
+                    f"such as {min(seen)[:60]!r}; evaluate on others"
+                )
     if isinstance(recipe.tokenizer, config.BpeTokenizer):
         for data in recipe.tokenizer.texts:
             _texts(data, recipe.prompt)
@@ -109,6 +118,15 @@ def evaluation_problems(source: config.ProblemSource, count: int) -> tuple[Probl
             return generate.evaluation_problems(kind, count)
         case config.DataSet():
             return tuple(_rows(source, readers.read_problems)[:count])
+
+
+def _questions(stage: config.SftStage | config.RlStage) -> set[str]:
+    """All questions of a stage's data set; the embedded curriculum keeps its own apart by construction."""
+    if not isinstance(stage.data, config.DataSet):
+        return set()
+    if isinstance(stage, config.SftStage):
+        return {example.problem.prompt for example in _rows(stage.data, readers.read_examples)}
+    return {problem.prompt for problem in _rows(stage.data, readers.read_problems)}
 
 
 @lru_cache(maxsize=16)

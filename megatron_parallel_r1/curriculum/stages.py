@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.sources import example_rows, problem_stream
 from megatron_parallel_r1.curriculum.viewing import trace_record
 from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.report.jsonl import JsonLines
 from megatron_parallel_r1.report.metrics import MetricsWriter
@@ -46,7 +48,8 @@ def run_sft(bench: Workbench, stage: config.SftStage) -> Trainer:
             began = time.monotonic()
             lr = schedule.at(step, stage.steps)
             rows = stream.next_batch(stage.batch)
-            update = sft_step(trainer, rows, recipe.micro_tokens, lr)
+            with _named(stage, step):
+                update = sft_step(trainer, rows, recipe.micro_tokens, lr)
             record = _heading(stage, step) | {
                 "loss": update.loss,
                 "grad_norm": update.grad_norm,
@@ -96,7 +99,8 @@ def run_rl(bench: Workbench, stage: config.RlStage, verifier: Verifier) -> Train
         for step in range(done + 1, stage.steps + 1):
             engine.load_weights(hf_tensors(trainer.model), version=step - 1)
             problems = stream.next_batch(stage.prompts)
-            measured, rollouts = grpo.step(problems, step, seed, schedule.at(step, stage.steps))
+            with _named(stage, step):
+                measured, rollouts = grpo.step(problems, step, seed, schedule.at(step, stage.steps))
             record = _heading(stage, step) | measured
             metrics.write(record)
             for line in _kept(bench, rollouts, stage.keep_traces):
@@ -105,6 +109,18 @@ def run_rl(bench: Workbench, stage: config.RlStage, verifier: Verifier) -> Train
             if step % stage.save_every == 0 and step < stage.steps:
                 checkpoints.save(trainer, step, {"stream": stream.state()})
     return trainer
+
+
+@contextmanager
+def _named(stage: config.Stage, step: int) -> Iterator[None]:
+    """Ends a run whose numbers are no longer finite, with the place and the way out."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(
+            f"stage {stage.name}, step {step}: {error}; lower its optimizer.lr and start anew, the last "
+            "checkpoint was written before this"
+        ) from None
 
 
 def _heading(stage: config.SftStage | config.RlStage, step: int) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,9 @@ from megatron_parallel_r1.curriculum.sources import load_tokenizer, open_tokeniz
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import PathGPT, build_model
-from megatron_parallel_r1.model.hf import load_hf_folder
+from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
 from megatron_parallel_r1.model.optimizer import Adam
-from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.model.weights import check_fit, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
@@ -50,28 +50,44 @@ class Workbench:
     new_ids: tuple[int, ...]
 
     @classmethod
-    def set_up(cls, recipe: config.Recipe, folder: Path) -> Workbench:
-        """Opens a run's tokenizer, or makes and keeps it when the run is new.
+    def set_up(cls, recipe: config.Recipe, folder: Path, resume: bool) -> Workbench:
+        """Brings everything together and checks that it fits; writes nothing.
+
+        Args:
+            resume: take the tokenizer that the run's folder holds.
 
         Raises:
-            UserError: the model or the tokenizer cannot be read.
+            UserError: the model or the tokenizer cannot be read, or they do not fit.
         """
-        bare = load_tokenizer(recipe) if recipe.model.path or not (folder / "tokenizer").is_dir() else None
+        bare = load_tokenizer(recipe) if recipe.model.path or not resume else None
         known = bare.get_vocab() if bare else {}
-        if (folder / "tokenizer").is_dir():
-            tokenizer = open_tokenizer(folder / "tokenizer")
-            tags = Tags.of(tokenizer)
-        else:
-            tokenizer, tags = bare, add_tags(bare)
-            tokenizer.save_pretrained(folder / "tokenizer")
+        try:
+            tokenizer = open_tokenizer(folder / "tokenizer") if resume else bare
+            tags = Tags.of(tokenizer) if resume else add_tags(tokenizer)
+        except ValueError as error:
+            raise UserError(f"tokenizer: {error}; use one that has it") from None
         vocabulary = tokenizer.get_vocab()
         new_ids = tuple(vocabulary[text] for text in TAG_TEXTS if text not in known)
         if recipe.model.shape is not None:
             shape = recipe.model.shape.config(len(tokenizer))
         else:
             shape, _ = load_hf_folder(recipe.model.path)
+            check_fit(shape, hf_sizes(recipe.model.path))
             shape = replace(shape, vocab=max(shape.vocab, len(tokenizer)))
         return cls(recipe, folder, tokenizer, tags, shape, new_ids)
+
+    def check_starts(self, names: Collection[str]) -> None:
+        """Whether the stages to run will find the ones that they start from.
+
+        Raises:
+            UserError: one is neither done nor among them.
+        """
+        for stage in self.recipe.stages:
+            before = self.recipe.start_of(stage)
+            if stage.name not in names or before is None or before in names:
+                continue
+            if not (self.stage_folder(before) / "model").is_dir():
+                raise UserError(f"stage {stage.name} starts from {before}, which is not done; run that first")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,10 +96,9 @@ class Workbench:
     def stage_folder(self, name: str) -> Path:
         return self.folder / name
 
-    def seed_of(self, *words: str | int) -> int:
+    def seed_of(self, *words: str) -> int:
         """A seed for one purpose of this run, different for each."""
-        keys = [zlib.crc32(str(word).encode()) for word in words]
-        return int(np.random.SeedSequence([self.recipe.seed, *keys]).generate_state(1)[0])
+        return seed_of(self.recipe, *words)
 
     def trainer(self, stage: config.Stage) -> Trainer:
         """A trainer with the weights that the stage begins with, and a fresh optimizer."""
@@ -102,26 +117,35 @@ class Workbench:
     def _start_tensors(self, stage: config.Stage) -> Iterable[tuple[str, Tensor]]:
         before = self.recipe.start_of(stage)
         if before is not None:
-            folder = self.stage_folder(before) / "model"
-            if not folder.is_dir():
-                raise UserError(
-                    f"stage {stage.name} starts from {before}, which is not done: {folder} is missing"
-                )
-            return load_hf_folder(folder)[1]
+            return load_hf_folder(self.stage_folder(before) / "model")[1]
         if self.recipe.model.shape is not None:
             return random_hf_tensors(self.shape, self.recipe.seed, self.recipe.model.shape.init_std)
         released = load_hf_folder(self.recipe.model.path)[1]
         return ((name, self._with_tags(name, tensor)) for name, tensor in released)
 
     def _with_tags(self, name: str, tensor: Tensor) -> Tensor:
-        """Gives an embedding the rows that the tags need."""
-        if name not in EMBEDDINGS or not self.new_ids:
+        """Gives an embedding the rows that the tags need, each its own.
+
+        Rows of tags that a tokenizer has but no training ever saw can be equal to each other; they count as
+        missing.
+        """
+        if name not in EMBEDDINGS:
             return tensor
-        missing = self.shape.vocab - tensor.shape[0]
-        grown_VE = torch.cat([tensor, tensor.new_zeros(missing, tensor.shape[1])])
-        fresh = sorted({*self.new_ids, *range(tensor.shape[0], self.shape.vocab)})
-        spread_new_embeddings(grown_VE, fresh, self.recipe.seed)
+        rows = tensor.shape[0]
+        fresh = {*self.new_ids, *range(rows, self.shape.vocab)}
+        tag_ids = [*astuple(self.tags)[: len(TAG_TEXTS)]]
+        trained = tensor[[id for id in tag_ids if id < rows]]
+        if len(trained.unique(dim=0)) < len(trained):
+            fresh.update(tag_ids)
+        grown_VE = torch.cat([tensor, tensor.new_zeros(self.shape.vocab - rows, tensor.shape[1])])
+        spread_new_embeddings(grown_VE, sorted(fresh), self.recipe.seed)
         return grown_VE
+
+
+def seed_of(recipe: config.Recipe, *words: str) -> int:
+    """A seed for one purpose of a recipe, different for each."""
+    keys = [zlib.crc32(word.encode()) for word in words]
+    return int(np.random.SeedSequence([recipe.seed, *keys]).generate_state(1)[0])
 
 
 def native_engine(shape: ModelConfig) -> NativeEngine:

@@ -30,15 +30,39 @@ def load_hf_folder(path: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, T
     try:
         config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
     except FileNotFoundError:
-        raise UserError(f"{folder}: no config.json; give the folder of a Hugging Face model") from None
+        raise UserError(
+            f"{folder}: no config.json; give the folder of a Hugging Face model on this machine"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{folder}/config.json is no valid JSON ({error}); copy it again") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+    return config, _read(_weight_files(folder))
+
+
+def hf_sizes(path: Path | str) -> dict[str, tuple[int, ...]]:
+    """Names and sizes of a folder's weights, without reading them.
+
+    Raises:
+        UserError: as `load_hf_folder`.
+    """
+    sizes: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(Path(path)):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                sizes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}); copy it again") from None
+    return sizes
+
+
+def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{folder}: no *.safetensors; save the model with transformers' save_pretrained")
-    return config, _read(files)
+        raise UserError(
+            f"{folder}: no *.safetensors files; convert the model with transformers' save_pretrained"
+        )
+    return files
 
 
 def _read(files: list[Path]) -> Iterator[tuple[str, Tensor]]:

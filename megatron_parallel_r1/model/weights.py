@@ -8,7 +8,7 @@ Megatron tensor is the Hugging Face tensors cut into equal groups of rows, and t
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -93,33 +93,42 @@ def hf_tensors(model: PathGPT) -> Iterator[tuple[str, Tensor]]:
         yield from zip((name for name, _shape in weight.parts), parts, strict=True)
 
 
-@torch.no_grad()
-def load_hf_tensors(model: PathGPT, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Sets all weights of a whole, unsplit model, cast to its dtype, from Hugging Face tensors in any order.
+def check_fit(shape: ModelConfig, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """Holds the names and sizes of Hugging Face tensors against the model that they are for.
 
     Some released checkpoints of tied models carry a copy of the embedding as lm_head; it is ignored, as
     transformers does.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape; the model is then unchanged.
+        UserError: a tensor is missing, unknown or of another size.
     """
-    weights = table(model.shape)
-    given = dict(tensors)
-    if model.shape.tied:
-        given.pop("lm_head.weight", None)
-    wanted = dict(part for weight in weights for part in weight.parts)
-    problems = [f"{name} is missing" for name in wanted.keys() - given.keys()]
-    problems += [f"{name} is unknown" for name in given.keys() - wanted.keys()]
+    wanted = dict(part for weight in table(shape) for part in weight.parts)
+    given = {name for name in sizes if not (shape.tied and name == "lm_head.weight")}
+    problems = [f"{name} is missing" for name in wanted.keys() - given]
+    problems += [f"{name} is unknown" for name in given - wanted.keys()]
     problems += [
-        f"{name} is {tuple(given[name].shape)} instead of {wanted[name]}"
-        for name in wanted.keys() & given.keys()
-        if tuple(given[name].shape) != wanted[name]
+        f"{name} is {tuple(sizes[name])} instead of {wanted[name]}"
+        for name in wanted.keys() & given
+        if tuple(sizes[name]) != wanted[name]
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
-        raise UserError(f"weights do not fit the model: {shown}; use those that belong to its config.json")
+        raise UserError(
+            f"weights do not fit the model: {shown}. Use the weights that belong to its config.json"
+        )
+
+
+@torch.no_grad()
+def load_hf_tensors(model: PathGPT, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Sets all weights of the model, cast to its dtype, from Hugging Face tensors in any order.
+
+    Raises:
+        UserError: they do not fit (`check_fit`); the model is then unchanged.
+    """
+    given = dict(tensors)
+    check_fit(model.shape, {name: tuple(tensor.shape) for name, tensor in given.items()})
     parameters = dict(model.named_parameters())
-    for weight in weights:
+    for weight in table(model.shape):
         parameters[weight.name].copy_(weight.join([given[name] for name, _shape in weight.parts]))
 
 

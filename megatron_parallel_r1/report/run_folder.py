@@ -69,7 +69,11 @@ def read_run(folder: Path) -> Run:
 
 def _read_stage(folder: Path) -> Stage:
     metrics = _read_if_there(folder / "metrics.jsonl", "kind", "step")
-    traces = _read_if_there(folder / "traces.jsonl", "step", "text_parts")
+    traces = [
+        trace
+        for name in ("traces.jsonl", "eval_traces.jsonl")
+        for trace in _read_if_there(folder / name, "step", "text_parts")
+    ]
     by_step = {row["step"]: row for row in metrics}
     return Stage(folder.name, tuple(by_step[step] for step in sorted(by_step)), tuple(traces))
 
@@ -98,7 +102,7 @@ def _stage_names(folder: Path) -> list[str]:
             raise UserError(f"{listed}: a list of stage names was expected")
     ages = {
         file.parent.name: file.stat().st_mtime
-        for pattern in ("*/traces.jsonl", "*/metrics.jsonl")
+        for pattern in ("*/traces.jsonl", "*/eval_traces.jsonl", "*/metrics.jsonl")
         for file in folder.glob(pattern)
     }
     unlisted = sorted(ages.keys() - set(names), key=lambda name: (ages[name], name))

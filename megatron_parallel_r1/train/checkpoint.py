@@ -64,8 +64,8 @@ class Checkpoints:
 def _collect_in_process() -> None:
     """Gives Megatron's writer a plain queue for its results.
 
-    Its own one lives in a server process, for writers that outlast the call. A save that waits for its writers
-    needs none, and the server would outlive a killed run.
+    Its own one lives in a server process, for writers that outlast the call. A save that waits for its
+    writers needs none, and the server would outlive a killed run.
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()

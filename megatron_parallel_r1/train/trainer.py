@@ -5,6 +5,7 @@ Shapes: L tokens of a row, N targets of a micro-batch, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,14 +85,22 @@ class Trainer:
             return self._run(batches, self._only_logprobs, forward_only=True)
 
     def update(self, batches: Sequence[MicroBatch], loss: Loss, lr: float) -> Update:
-        """One optimizer step on the mean loss over all targets of `batches`."""
+        """One optimizer step on the mean loss over all targets of `batches`.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite; the weights are then of no more use.
+        """
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self._run(batches, partial(self._with_loss, loss), forward_only=False)
+        sums = _total([report for report, _ in reports])
+        if not math.isfinite(sums["loss"]):
+            raise FloatingPointError(f"the loss is {sums['loss']}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         _, grad_norm, _ = self.optimizer.step()
-        sums = _total([report for report, _ in reports])
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"the gradient norm is {grad_norm}")
         targets = sums.pop("targets")
         means = {name: value / max(1.0, targets) for name, value in sums.items()}
         return Update(

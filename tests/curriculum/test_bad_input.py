@@ -37,6 +37,17 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         ("model.path=/somewhere", "give either shape"),
         ("evaluation=null", "wants an evaluation"),
         ("steps", "write key=value"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0"),
+        ("seeds=[]", "seeds: Tuple should have at least 1 item"),
+        ("seeds=[1, 1]", "a seed stands twice"),
+        ("prompt=nonsense", "prompt 'nonsense' is no template"),
+        ("model.shape.head_dim=7", "head_dim 7 is odd"),
+        ("model.shape.kv_heads=3", "3 kv_heads cannot be shared evenly by 4 heads"),
+        ("model={path: /nope}", "/nope: no config.json"),
+        ("stages.cold_start.name=release", "a stage cannot be called release"),
+        ("stages.rl.thinking.temperature=0", "at temperature 0 all traces of a group are the same"),
+        ("evaluation.count=100000", "100000 problems wanted, 7176 are held out"),
+        ("tokenizer={kind: folder}", "tokenizer: give path"),
         ("name.first=x", "name holds a single value"),
     ],
 )
@@ -72,12 +83,34 @@ def test_bad_rows_are_named_before_anything_is_written(capsys, monkeypatch, tmp_
     assert not out.exists()
 
 
+def test_evaluation_problems_that_a_stage_trains_on_are_refused(capsys, monkeypatch, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?", "answer": "#### 4"}\n')
+    data = f"{{source: dataset, name: openai/gsm8k, path: {rows}}}"
+    words = (f"out={tmp_path}/out", f"stages.rl.data={data}", f"evaluation.data={data}", "evaluation.count=1")
+    shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
+    assert "stage rl trains on 1 of its 1 problems, such as '1+1?'" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_impossible_folder(capsys, monkeypatch) -> None:
+    assert "choose another" in fail(capsys, monkeypatch, "curriculum", RECIPE, "out=/dev/null")
+
+
+def test_numbers_that_are_no_longer_finite_end_the_run(capsys, monkeypatch, tmp_path: Path) -> None:
+    words = (f"out={tmp_path}", "stages.cold_start.optimizer={lr: 1.0e+30}")
+    shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
+    assert "stage cold_start, step " in shown and "lower its optimizer.lr" in shown
+    assert not (tmp_path / "mini/cold_start/model").exists()
+
+
 def test_a_folder_of_another_recipe_or_of_no_run_is_left_alone(capsys, monkeypatch, tmp_path: Path) -> None:
     folder = tmp_path / "mini"
     (folder / "cold_start/model").mkdir(parents=True)
     from megatron_parallel_r1.config import read_recipe
 
     (folder / "config.yaml").write_text(read_recipe(Path(RECIPE)).yaml())
+    (folder / "stages.json").write_text('["cold_start", "rl"]')
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}", "stages.rl.steps=9")
     assert "stages.1.steps: 8 then, 9 now" in shown
     (folder / "config.yaml").unlink()

@@ -30,7 +30,9 @@ def test_sft_and_grpo_run_on_published_files(tmp_path: Path) -> None:
         "thinking.max_response_tokens=128",
     )
     folder = tmp_path / "real_data"
-    losses = [json.loads(line)["loss"] for line in (folder / "cold_start/metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (folder / "cold_start/metrics.jsonl").read_text().splitlines()
+    ]
     assert len(losses) == 12 and losses[-1] < 0.9 * losses[0]
     (step,) = [json.loads(line) for line in (folder / "rl/metrics.jsonl").read_text().splitlines()]
     assert step["mismatch_max"] <= 2e-5

@@ -56,6 +56,7 @@ def test_it_leaves_metrics_models_evaluations_and_a_report(whole: Path) -> None:
     ]
     assert "rl" in (whole / "report.html").read_text()
     assert list(whole.glob("rl/tensorboard/events*"))
+    assert len((whole / "rl/eval_traces.jsonl").read_text().splitlines()) == 6
     assert not list(whole.glob("*/checkpoints"))
 
 
@@ -118,6 +119,9 @@ def test_killed_and_started_again_it_ends_the_same(
 def test_eval_and_report_on_a_finished_run(whole: Path) -> None:
     shown = run(whole.parent, "eval", str(RECIPE)).stdout
     assert "release" in shown and "isolated" in shown
+    last = json.loads((whole / "eval.jsonl").read_text().splitlines()[-1])
+    for figure in (f"{100 * last['accuracy']:.1f} ±", f"{last['length']:.1f}"):
+        assert figure in shown, shown
     done = subprocess.run(
         [sys.executable, "-m", "megatron_parallel_r1.cli", "report", str(whole)],
         capture_output=True,
@@ -131,6 +135,7 @@ def test_single_stages_chain(whole: Path, tmp_path: Path) -> None:
     early = subprocess.run(command(tmp_path, "rl", str(RECIPE), *words), capture_output=True, text=True)
     assert early.returncode == 2
     assert "stage rl starts from cold_start, which is not done" in early.stderr
+    assert not list(tmp_path.iterdir())
     run(tmp_path, "sft", str(RECIPE), *words)
     run(tmp_path, "rl", str(RECIPE), *words)
     assert (tmp_path / "mini/rl/model/model.safetensors").is_file()

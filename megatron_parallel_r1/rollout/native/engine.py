@@ -178,13 +178,14 @@ class NativeEngine:
             self._model.grow(self._table.slot_count)
         tokens = [token for c, count in zip(contexts, counts, strict=True) for token in c.pending[:count]]
         positions_N = np.repeat([context.position for context in contexts], counts) + steps
+        device = self._model.device
         return self._model.forward(
-            tokens_N=torch.tensor(tokens),
-            positions_N=torch.from_numpy(positions_N),
-            slots_N=torch.from_numpy(slots_N),
-            seen_NT=torch.from_numpy(self._table.slots_CT[rows, : lengths_N.max()]),
-            lengths_N=torch.from_numpy(lengths_N),
-            wanted=torch.from_numpy(ends - 1),
+            tokens_N=torch.tensor(tokens, device=device),
+            positions_N=torch.from_numpy(positions_N).to(device),
+            slots_N=torch.from_numpy(slots_N).to(device),
+            seen_NT=torch.from_numpy(self._table.slots_CT[rows, : lengths_N.max()]).to(device),
+            lengths_N=torch.from_numpy(lengths_N).to(device),
+            wanted=torch.from_numpy(ends - 1).to(device),
         )
 
     def _draw(self, requests: list[_Request]) -> None:

@@ -60,6 +60,10 @@ class DecodeModel:
         self.frequencies = (1.0 / architecture.rope_theta**exponents).to(self.embedding_VE.device)
         self.cache_LSX = [self._empty_cache(slots) for _ in self.layers]
 
+    @property
+    def device(self) -> torch.device:
+        return self.embedding_VE.device
+
     def grow(self, slots: int) -> None:
         """Makes room for `slots` slots; what is cached stays."""
         for index, cache_SX in enumerate(self.cache_LSX):
