@@ -77,5 +77,7 @@ def bring_up() -> None:
     # The token count of a step, the loss scale and the norm buffers are born with device="cuda".
     for module in (schedules, optimizer, clip_grads, utils):
         module.torch = _CpuTorch()
+    # Pipeline stages with tied embeddings pass their copies of the weight through it.
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
     # The optimizers tell parameters by their type's name and refuse any that is not torch.cuda.*.
     torch.Tensor.type = _cuda_type_name

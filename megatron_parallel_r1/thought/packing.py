@@ -79,6 +79,29 @@ def pack(rows: Sequence[Row], capacity: int, members: Sequence[int] | None = Non
     return [concatenate(rows, sorted(chosen)) for chosen in bins]
 
 
+def padded(row: PackedRow, multiple: int) -> PackedRow:
+    """The row filled up to a multiple of so many tokens; a filler sees itself alone and carries no loss."""
+    count = -len(row) % multiple
+    if not count:
+        return row
+    index_N = np.arange(len(row), len(row) + count, dtype=np.int32)
+    layout_KN = np.zeros((len(row.layout_KL), count), np.int32)
+    layout_KN[:2] = index_N
+
+    def fill(values_L: Int32, value: int) -> Int32:
+        return np.concatenate([values_L, np.full(count, value, np.int32)])
+
+    return PackedRow(
+        tokens_L=fill(row.tokens_L, 0),
+        positions_L=fill(row.positions_L, 0),
+        layout_KL=np.concatenate([row.layout_KL, layout_KN], axis=1),
+        labels_L=fill(row.labels_L, -1),
+        members=row.members,
+        member_L=fill(row.member_L, -1),
+        source_L=fill(row.source_L, -1),
+    )
+
+
 def concatenate(rows: Sequence[Row], members: Sequence[int]) -> PackedRow:
     """Lays `rows[m] for m in members` one behind the other."""
     chosen = [rows[member] for member in members]

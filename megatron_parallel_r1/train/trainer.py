@@ -34,7 +34,8 @@ class Update:
         grad_norm: of the whole gradient before clipping.
         targets: tokens with loss, over all processes.
         means: of what the loss reported, per target.
-        logprobs: of the targets before the update, one vector a micro-batch of this process.
+        logprobs: of the targets before the update, one vector a micro-batch of this process; on the last
+            pipeline stage only.
     """
 
     loss: float
@@ -93,7 +94,7 @@ class Trainer:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self._run(batches, partial(self._with_loss, loss), forward_only=False)
-        sums = _total([report for report, _ in reports])
+        sums = _total([report for report, _ in reports], self.device)
         if not math.isfinite(sums["loss"]):
             raise FloatingPointError(f"the loss is {sums['loss']}")
         for group in self.optimizer.param_groups:
@@ -152,10 +153,21 @@ class Trainer:
         return loss_sum, targets, (report, logprobs_N.detach())
 
 
-def _total(reports: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Sums over micro-batches and data-parallel processes."""
-    names = list(reports[0])
-    table = torch.stack([torch.stack([report[name].double() for name in names]) for report in reports])
-    sums = table.sum(0)
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+def _total(reports: Sequence[dict[str, torch.Tensor]], device: torch.device) -> dict[str, float]:
+    """Sums over micro-batches and data-parallel processes; the last pipeline stage tells the others."""
+    names: list[str] = sorted(reports[0]) if reports else []
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if pipeline.size() > 1:
+        told = [names]
+        dist.broadcast_object_list(
+            told, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline
+        )
+        names = told[0]
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    for report in reports:
+        sums += torch.stack([report[name].double() for name in names])
+    if reports:
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if pipeline.size() > 1:
+        dist.broadcast(sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
     return dict(zip(names, sums.tolist(), strict=True))

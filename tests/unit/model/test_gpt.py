@@ -58,7 +58,7 @@ def test_gradients_equal_transformers() -> None:
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     parameters = dict(ours.named_parameters())
     for weight in weights.table(ours.shape):
-        parts = weight.split(parameters[weight.name].grad)
+        parts = weight.split([parameters[weight.name].grad])
         for (name, _shape), grad in zip(weight.parts, parts, strict=True):
             assert (grad - grads[name]).abs().max() <= 1e-5 * grads[name].abs().max(), name
 
