@@ -142,6 +142,14 @@ def transformer_config(
             f"model: {parallel.tensor}-way tensor parallelism must divide kv_heads {model.kv_heads}, "
             f"ffn {model.ffn} and vocab {model.vocab}; choose a smaller tensor size"
         )
+    if model.layers % parallel.pipeline:
+        raise UserError(
+            f"model: {model.layers} layers cannot be cut into {parallel.pipeline} equal pipeline stages; "
+            "choose a pipeline size that divides layers"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError("parallel: sequence needs a tensor size of 2 or more; there is nothing to split over")
+    full = parallel.recompute == "full"
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -173,6 +181,10 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        recompute_modules=["mlp"] if parallel.recompute == "selective" else None,
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -18,13 +18,17 @@ from megatron_parallel_r1.model.gpt import PathGPT
 
 @dataclass(frozen=True, slots=True)
 class Adam:
-    """AdamW (arXiv 1711.05101). Weight decay spares norms; `clip` bounds the gradient norm, 0 is off."""
+    """AdamW (arXiv 1711.05101). Weight decay spares norms; `clip` bounds the gradient norm, 0 is off.
+
+    `sharded` splits its state over the data-parallel processes (Megatron's distributed optimizer).
+    """
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    sharded: bool = False
 
 
 def trainable(model: PathGPT, adam: Adam) -> tuple[DistributedDataParallel, MegatronOptimizer]:
@@ -39,7 +43,7 @@ def trainable(model: PathGPT, adam: Adam) -> tuple[DistributedDataParallel, Mega
     config = model.config
     wrapped = DistributedDataParallel(
         config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False),
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=adam.sharded),
         model,
     )
     optimizer = get_megatron_optimizer(
@@ -54,7 +58,7 @@ def trainable(model: PathGPT, adam: Adam) -> tuple[DistributedDataParallel, Mega
             clip_grad=adam.clip,
             bf16=config.params_dtype == torch.bfloat16,
             params_dtype=config.params_dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=adam.sharded,
         ),
         [wrapped],
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -23,11 +24,14 @@ class Parallel:
     Attributes:
         tensor, pipeline: sizes of the groups that share one copy of the model.
         sequence: whether norms and residuals are split along the tokens within a tensor group.
+        recompute: what backward computes anew instead of keeping it: `full`, each layer from its input;
+            `selective`, the inside of the MLP (attention keeps no scores in any case).
     """
 
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
 
 
 def start(seed: int, parallel: Parallel | None = None, timeout_minutes: float = 30) -> None:

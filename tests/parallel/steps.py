@@ -54,10 +54,12 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--sequence", action="store_true")
     parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--recompute", default="none")
+    parser.add_argument("--sharded", action="store_true")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    parallel = process.Parallel(given.tensor, given.pipeline, given.sequence)
+    parallel = process.Parallel(given.tensor, given.pipeline, given.sequence, given.recompute)
     shape = ModelConfig(
         **{f: getattr(SHAPE, f) for f in SHAPE.__dataclass_fields__} | {"tied": not given.untied}
     )
@@ -66,7 +68,7 @@ def main() -> None:
         load_hf_tensors(model, random_hf_tensors(shape, seed=7, std=0.2))
         # eps above the rounding noise of gradients that are 0 in exact arithmetic (rows of unused tokens):
         # Adam would blow that noise up to full steps, in a direction that depends on the order of sums.
-        trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1))
+        trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1, sharded=given.sharded))
         packed, values = packed_rows()
         mine = packed[
             parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()

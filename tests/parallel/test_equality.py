@@ -1,6 +1,6 @@
 """A parallel layout changes nothing but speed: three GRPO updates against one process, by torchrun over gloo.
 
-Not covered yet: context parallelism, interleaved pipeline stages, recompute, the distributed optimizer, bf16.
+Not covered yet: context parallelism, interleaved pipeline stages, bf16.
 """
 
 from __future__ import annotations
@@ -56,7 +56,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[
         (2, "--tensor 2 --sequence --untied"),
         (2, "--pipeline 2"),
         (2, ""),
+        (1, "--recompute full"),
+        pytest.param(1, "--recompute selective", marks=pytest.mark.slow),
         pytest.param(2, "--pipeline 2 --untied", marks=pytest.mark.slow),
+        pytest.param(2, "--pipeline 2 --recompute selective", marks=pytest.mark.slow),
+        pytest.param(2, "--sharded", marks=pytest.mark.slow),
+        pytest.param(4, "--tensor 2 --sharded", marks=pytest.mark.slow),
+        pytest.param(4, "--tensor 2 --pipeline 2 --sequence --recompute full", marks=pytest.mark.slow),
         pytest.param(4, "--tensor 2 --pipeline 2 --sequence", marks=pytest.mark.slow),
         pytest.param(4, "--tensor 2", marks=pytest.mark.slow),
         pytest.param(4, "--pipeline 2", marks=pytest.mark.slow),

@@ -56,3 +56,10 @@ def test_a_missing_field_is_named() -> None:
 def test_a_split_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="2-way tensor parallelism must divide"):
         transformer_config(QWEN3, parallel=Parallel(tensor=2))
+
+
+def test_layers_that_no_pipeline_cuts_evenly_and_sequence_without_tensor_are_refused() -> None:
+    with pytest.raises(UserError, match="layers cannot be cut into 5 equal pipeline stages"):
+        transformer_config(QWEN3, parallel=Parallel(pipeline=5))
+    with pytest.raises(UserError, match="sequence needs a tensor size of 2"):
+        transformer_config(QWEN3, parallel=Parallel(sequence=True))
