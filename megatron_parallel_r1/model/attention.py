@@ -13,15 +13,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_parallel_r1.model.tiles import QueryTile, Span, plan_tiles, visible
+from megatron_parallel_r1.thought.packing import context_indices
 
 TILE = 64
 
@@ -124,6 +128,20 @@ def path_attention(
     return out_GRQD.flatten(0, 1).transpose(0, 1)
 
 
+def _whole_row(part_QGD: Tensor) -> Tensor:
+    """Keys or values of the whole row, from each context-parallel rank's part, in the order of the row.
+
+    Backward sums the gradients of all ranks and gives each its part.
+    """
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return part_QGD
+    gathered_LGD = gather_from_sequence_parallel_region(part_QGD, group=group)
+    held = [context_indices(len(gathered_LGD), rank, group.size()) for rank in range(group.size())]
+    order_L = torch.from_numpy(np.argsort(np.concatenate(held))).to(part_QGD.device)
+    return gathered_LGD[order_L]
+
+
 class PathAttention(MegatronModule):
     """Megatron's core attention, where `attention_mask` carries the layout of the one packed row.
 
@@ -156,5 +174,6 @@ class PathAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Returns [Q, B, H * D]; `attn_mask_type` is Megatron's and says nothing here."""
-        out_QHD = path_attention(query_QBHD[:, 0], key_LBGD[:, 0], value_LBGD[:, 0], layout_KQ, self.scale)
+        key_LGD, value_LGD = _whole_row(key_LBGD[:, 0]), _whole_row(value_LBGD[:, 0])
+        out_QHD = path_attention(query_QBHD[:, 0], key_LGD, value_LGD, layout_KQ, self.scale)
         return out_QHD.flatten(1).unsqueeze(1)

@@ -180,6 +180,7 @@ def transformer_config(
         deterministic_mode=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
         recompute_method="uniform" if full else None,

@@ -22,7 +22,8 @@ class Parallel:
     """How a model is split over processes; what is left of the world is data parallel.
 
     Attributes:
-        tensor, pipeline: sizes of the groups that share one copy of the model.
+        tensor, pipeline, context: sizes of the groups that share one copy of the model; a context group
+            shares each row.
         sequence: whether norms and residuals are split along the tokens within a tensor group.
         recompute: what backward computes anew instead of keeping it: `full`, each layer from its input;
             `selective`, the inside of the MLP (attention keeps no scores in any case).
@@ -31,6 +32,7 @@ class Parallel:
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
+    context: int = 1
     recompute: Literal["none", "selective", "full"] = "none"
 
 
@@ -45,7 +47,7 @@ def start(seed: int, parallel: Parallel | None = None, timeout_minutes: float = 
         timeout_minutes: how long a collective may wait for the others.
 
     Raises:
-        UserError: the number of processes is no multiple of tensor x pipeline.
+        UserError: the number of processes is no multiple of tensor x pipeline x context.
     """
     parallel = parallel or Parallel()
     cpu.bring_up()
@@ -57,17 +59,18 @@ def start(seed: int, parallel: Parallel | None = None, timeout_minutes: float = 
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    copy = parallel.tensor * parallel.pipeline
+    copy = parallel.tensor * parallel.pipeline * parallel.context
     if dist.get_world_size() % copy:
         world = dist.get_world_size()
         dist.destroy_process_group()
         raise UserError(
-            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} = {copy} does not divide the "
-            f"{world} processes; start a multiple of {copy}"
+            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} "
+            f"= {copy} does not divide the {world} processes; start a multiple of {copy}"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

@@ -102,6 +102,34 @@ def padded(row: PackedRow, multiple: int) -> PackedRow:
     )
 
 
+def context_indices(length: int, rank: int, size: int) -> NDArray[np.int64]:
+    """The indices of a row that a context-parallel rank of `size` holds: two chunks, one early and one late.
+
+    Under causal order late queries see more; with chunks r and 2 size - 1 - r every rank has equal work.
+
+    Args:
+        length: of the row, a multiple of 2 size (`padded`).
+    """
+    if size == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * size, -1)
+    return np.concatenate([chunks[rank], chunks[2 * size - 1 - rank]])
+
+
+def context_part(row: PackedRow, rank: int, size: int) -> PackedRow:
+    """What one context-parallel rank computes of a row. Its layout keeps the indices of the whole row."""
+    here = context_indices(len(row), rank, size)
+    return PackedRow(
+        tokens_L=row.tokens_L[here],
+        positions_L=row.positions_L[here],
+        layout_KL=row.layout_KL[:, here],
+        labels_L=row.labels_L[here],
+        members=row.members,
+        member_L=row.member_L[here],
+        source_L=row.source_L[here],
+    )
+
+
 def concatenate(rows: Sequence[Row], members: Sequence[int]) -> PackedRow:
     """Lays `rows[m] for m in members` one behind the other."""
     chosen = [rows[member] for member in members]

@@ -20,7 +20,7 @@ from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.thought.layout import lay_out
-from megatron_parallel_r1.thought.packing import PackedRow, pack, padded
+from megatron_parallel_r1.thought.packing import PackedRow, context_part, pack, padded
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.train.losses import Clip, grpo_loss
 from megatron_parallel_r1.train.microbatch import MicroBatch
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--context", type=int, default=1)
     parser.add_argument("--sequence", action="store_true")
     parser.add_argument("--untied", action="store_true")
     parser.add_argument("--recompute", default="none")
@@ -59,7 +60,7 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    parallel = process.Parallel(given.tensor, given.pipeline, given.sequence, given.recompute)
+    parallel = process.Parallel(given.tensor, given.pipeline, given.sequence, given.context, given.recompute)
     shape = ModelConfig(
         **{f: getattr(SHAPE, f) for f in SHAPE.__dataclass_fields__} | {"tied": not given.untied}
     )
@@ -73,8 +74,17 @@ def main() -> None:
         mine = packed[
             parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()
         ]
+        multiple = (2 * given.context if given.context > 1 else 1) * (given.tensor if given.sequence else 1)
         batches = [
-            MicroBatch.of(padded(row, given.tensor if given.sequence else 1), trainer.device, values)
+            MicroBatch.of(
+                context_part(
+                    padded(row, multiple),
+                    parallel_state.get_context_parallel_rank(),
+                    given.context,
+                ),
+                trainer.device,
+                values,
+            )
             for row in mine
         ]
 

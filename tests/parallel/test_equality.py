@@ -1,6 +1,6 @@
 """A parallel layout changes nothing but speed: three GRPO updates against one process, by torchrun over gloo.
 
-Not covered yet: context parallelism, interleaved pipeline stages, bf16.
+Not covered yet: interleaved pipeline stages, bf16, SFT's loss (a simpler one through the same step).
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[
         (2, "--pipeline 2"),
         (2, ""),
         (1, "--recompute full"),
+        (2, "--context 2"),
+        pytest.param(4, "--context 2 --tensor 2 --sequence", marks=pytest.mark.slow),
+        pytest.param(4, "--context 2", marks=pytest.mark.slow),
+        pytest.param(8, "--context 2 --pipeline 2 --tensor 2 --recompute full", marks=pytest.mark.slow),
         pytest.param(1, "--recompute selective", marks=pytest.mark.slow),
         pytest.param(2, "--pipeline 2 --untied", marks=pytest.mark.slow),
         pytest.param(2, "--pipeline 2 --recompute selective", marks=pytest.mark.slow),
