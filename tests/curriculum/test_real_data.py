@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_sft_and_grpo_run_on_published_files(tmp_path: Path) -> None:
-    data = Path(os.environ.get("MPR1_SHARED") or ROOT.parent / "shared") / "data"
-    if not data.is_dir():
-        pytest.skip("no real data: set MPR1_SHARED to the folder that holds data/")
+def test_sft_and_grpo_run_on_published_files(tmp_path: Path, real_data: Path) -> None:
     run(
         tmp_path,
         "curriculum",
         str(ROOT / "recipes/tiny/real_data.yaml"),
-        f"stages.cold_start.data.path={data}/parallel_gsm8k.parquet",
-        f"tokenizer.texts.0.path={data}/parallel_gsm8k.parquet",
-        f"stages.rl.data.path={data}/gsm8k_train.parquet",
+        f"stages.cold_start.data.path={real_data}/parallel_gsm8k.parquet",
+        f"tokenizer.texts.0.path={real_data}/parallel_gsm8k.parquet",
+        f"stages.rl.data.path={real_data}/gsm8k_train.parquet",
         "stages.cold_start.steps=12",
         "stages.rl.steps=1",
         "thinking.max_response_tokens=128",

@@ -94,9 +94,9 @@ def test_settling_never_fails(answer: str, reference: str) -> None:
     settle(answer, reference)
 
 
-def math_solutions(shared: Path) -> list[str]:
+def math_solutions(real_data: Path) -> list[str]:
     pandas = pytest.importorskip("pandas")
-    return pandas.read_parquet(shared / "data" / "math_train.parquet")["solution"].tolist()
+    return pandas.read_parquet(real_data / "math_train.parquet")["solution"].tolist()
 
 
 def respell(answer: str) -> str:
@@ -115,10 +115,10 @@ def check_references(solutions: list[str]) -> int:
     return sum(answer is not None for answer in answers)
 
 
-def test_reference_answers_are_extracted_and_equal_themselves(shared: Path) -> None:
-    assert check_references(math_solutions(shared)[::25]) == 300
+def test_reference_answers_are_extracted_and_equal_themselves(real_data: Path) -> None:
+    assert check_references(math_solutions(real_data)[::25]) == 300
 
 
 @pytest.mark.slow
-def test_all_reference_answers(shared: Path) -> None:
-    assert check_references(math_solutions(shared)) == 7498
+def test_all_reference_answers(real_data: Path) -> None:
+    assert check_references(math_solutions(real_data)) == 7498
