@@ -50,10 +50,10 @@ class Shape(Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> Shape:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"{self.kv_heads} kv_heads cannot be shared evenly by {self.heads} heads")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+        try:
+            self.config(vocab=1)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("model: ")) from None
         return self
 
     def config(self, vocab: int) -> ModelConfig:

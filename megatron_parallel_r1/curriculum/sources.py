@@ -33,18 +33,14 @@ def check_sources(recipe: config.Recipe) -> None:
         UserError: a file is missing, a row is unusable and none may be skipped, or an evaluation problem is
             trained on.
     """
-    for stage in recipe.stages:
-        if isinstance(stage.data, config.DataSet):
-            is_sft = isinstance(stage, config.SftStage)
-            _rows(stage.data, readers.read_examples if is_sft else readers.read_problems)
+    trained_on = {stage.name: _questions(stage) for stage in recipe.stages}
     if recipe.evaluation is not None:
         held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.count)
         asked = {problem.prompt for problem in held_out}
-        for stage in recipe.stages:
-            seen = asked & _questions(stage)
-            if seen:
+        for stage, questions in trained_on.items():
+            if seen := asked & questions:
                 raise UserError(
-                    f"evaluation: stage {stage.name} trains on {len(seen)} of its {len(asked)} problems, "
+                    f"evaluation: stage {stage} trains on {len(seen)} of its {len(asked)} problems, "
                     f"such as {min(seen)[:60]!r}; evaluate on others"
                 )
     if isinstance(recipe.tokenizer, config.BpeTokenizer):
@@ -99,7 +95,7 @@ def example_rows(
         case config.EmbeddedColdStart(easy=easy, style=style):
             return ProblemStream(lambda i: to_row(generate.cold_start_example(style, easy, seed, i)), seed)
         case config.DataSet():
-            return ProblemStream(_laid_out(source, to_row), seed)
+            return ProblemStream([to_row(example) for example in _rows(source, readers.read_examples)], seed)
 
 
 def problem_stream(source: config.ProblemSource, seed: int) -> ProblemStream[Problem]:
@@ -135,22 +131,6 @@ def _rows(source: config.DataSet, read: Callable[..., Reading[T]]) -> tuple[T, .
     dropped = {"unusable": len(reading.bad), "repeated": reading.repeated, "disputed": reading.disputed}
     _report(source, len(reading.items), dropped)
     return reading.items
-
-
-def _laid_out(source: config.DataSet, to_row: Callable[[Example], Row]) -> list[Row]:
-    laid_out: list[Row] = []
-    examples = _rows(source, readers.read_examples)
-    for example in examples:
-        try:
-            laid_out.append(to_row(example))
-        except UserError:
-            if source.bad_rows == "refuse":
-                raise
-    if not laid_out:
-        raise UserError(f"{source.path or source.name}: none of its {len(examples)} responses is well-formed")
-    if len(laid_out) < len(examples):
-        _report(source, len(laid_out), {"malformed": len(examples) - len(laid_out)})
-    return laid_out
 
 
 def _texts(source: config.DataSet, template: str) -> list[str]:

@@ -46,6 +46,10 @@ class ModelConfig:
                 f"model: {self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly; "
                 "choose a kv_heads that divides heads"
             )
+        if self.head_dim % 2:
+            raise UserError(
+                f"model: head_dim {self.head_dim} is odd; rotary positions turn pairs, make it even"
+            )
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:

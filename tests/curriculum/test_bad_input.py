@@ -42,7 +42,7 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         ("seeds=[1, 1]", "a seed stands twice"),
         ("prompt=nonsense", "prompt 'nonsense' is no template"),
         ("model.shape.head_dim=7", "head_dim 7 is odd"),
-        ("model.shape.kv_heads=3", "3 kv_heads cannot be shared evenly by 4 heads"),
+        ("model.shape.kv_heads=3", "4 attention heads cannot share 3 key/value heads evenly"),
         ("model={path: /nope}", "/nope: no config.json"),
         ("stages.cold_start.name=release", "a stage cannot be called release"),
         ("stages.rl.thinking.temperature=0", "at temperature 0 all traces of a group are the same"),

@@ -113,9 +113,7 @@ def test_packing_shows_each_trace_only_itself(trace_seeds: list[int], mode: str)
 
 
 def test_sequential_refuses_blocks() -> None:
-    trace = random_trace(3)
     tree = parse([0, 2, 3, 1, 4, 5], TAGS)
-    assert parse(trace, TAGS)
     with pytest.raises(ValueError, match="no blocks"):
         lay_out(PROMPT, [0, 2, 3, 1, 4, 5], [True] * 6, tree, "sequential")
 
