@@ -16,7 +16,7 @@ _UNICODE = str.maketrans(
     {
         "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ",
         "°": r"^\circ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
-        "％": "%", "，": ",", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+        "√": r"\sqrt ", "≈": r"\approx ", "％": "%", "，": ",", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
     }
 )  # fmt: skip
 
@@ -24,6 +24,17 @@ _BLANKS = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s+")
 _MATH_MARKS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]!]")  # behind a backslash it ends a matrix row
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d))")
 _CLOSING = " .,;:"
+_ROUGHLY = re.compile(r"\s{0,9}(?:\\displaystyle\s{0,9})?\\approx(?:eq)?(?![A-Za-z])")
+_BARE_PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
+_BARE_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\s?(\d+|[A-Za-z](?![A-Za-z]))")
+_ROOT_OF = re.compile(r"(?:\\|(?<![A-Za-z\\]))sqrt\s?\(([^()]*)\)")
+_OTHER_NAMES = re.compile(r"\*\*|\\(?:varnothing|[lr]angle)(?![A-Za-z])")
+_ONE_NAME = {"**": "^", r"\varnothing": r"\emptyset", r"\langle": "(", r"\rangle": ")"}
+_LEAD = re.compile(
+    r"(?P<words>[A-Za-z][A-Za-z' ]{0,80}?)(?: (?:is|are|was|equals) |(?P<colon>: ?))(?=[-+.(\\]?[\d(\\.{\[])"
+)
+_BEFORE_COLON = frozenset({"answer", "result", "solution", "value", "total", "sum"})
+_NO_LEAD = frozenset({"if", "not", "no", "or", "when", "where", "suppose", "unless"})
 
 _SIZES = re.compile(r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])")
 _FRACTION_NAMES = re.compile(r"\\[dtc]frac(?![A-Za-z])")
@@ -32,16 +43,18 @@ _FRACTION = re.compile(rf"\\frac{_ARGUMENT}{_ARGUMENT}")
 _ROOT = re.compile(r"\\sqrt\s?([0-9A-Za-z])")
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s?\{(?P<text>[^{}]*)\}")
 _UNIT_TEXT = re.compile(rf"(?<=[\d}})%.])\s?{_TEXT.pattern}(?:\s?\^\{{?[23]\}}?)?$")
-_UNIT_WORDS = re.compile(
-    r"(?P<number>[-+]?(?:\d[\d.,/ ]*|\.\d+|\d*\s?\\frac\{[^{}]*\}\{[^{}]*\}))\s?"
-    r"(?P<text>[A-Za-z]{2,}(?:[. ]+[A-Za-z]{2,})*\.?)(?:\s?\^\{?[23]\}?)?"
+_MEASURED = r"(?P<number>[-+]?(?:\d[\d.,/ ]*|\.\d+|\d*\s?\\frac\{[^{}]*\}\{[^{}]*\}))\s?"
+_UNIT_RATE = re.compile(
+    _MEASURED + r"(?:[ckm]?m|ft|mi|miles|k?g|lb|L|dollars)\s?/\s?(?:s|sec|h|hr|hour|min|[ckm]?m|L)"
+    r"(?:\s?\^\{?[23]\}?)?"
 )
+_UNIT_WORDS = re.compile(_MEASURED + r"(?P<text>[A-Za-z]{2,}(?:[. ]+[A-Za-z]{2,})*\.?)(?:\s?\^\{?[23]\}?)?")
 _NOT_UNITS = frozenset(
     {
         "pi", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "mod", "or", "and", "to",
         "over", "times", "choose", "base", "factorial", "squared", "cubed", "half", "third", "quarter",
         "dozen", "score", "hundred", "thousand", "million", "billion", "trillion", "inf", "infinity", "am",
-        "pm", "percent",
+        "pm", "percent", "than", "not", "plus", "minus",
     }
 )  # fmt: skip
 _PERCENT = re.compile(r"\s?(?:\\?%|(?<![A-Za-z])percent)$")
@@ -51,6 +64,7 @@ _ASSIGNMENT = re.compile(
     r"(?P<name>(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([a-z]\))?|[A-Z]{2,3})=(?P<body>[^=<>,;]+)"
 )
 _CHOICE = re.compile(r"\(([A-Z])\)")
+_WORD = re.compile(r"[A-Za-z]{2}")
 _WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
 
 
@@ -62,27 +76,51 @@ class Canonical:
         name: what a leading `x =` assigned to, else None.
         body: the rest, without blanks save between letters or digits.
         number: the body's exact value where it is a plain number.
+        has_words: there is a `\text{…}` of more than single letters, dropped or unwrapped.
     """
 
     name: str | None
     body: str
     number: Number | None
+    has_words: bool
 
     @property
     def is_words(self) -> bool:
         """Plain words, such as `odd` or `none`: a text answer, no formula."""
         return _WORDS.fullmatch(self.body) is not None
 
+    @property
+    def letters(self) -> str:
+        """Words run together: `non-zero` is `nonzero`."""
+        return self.body.replace(" ", "").replace("-", "")
+
+    @property
+    def may_be_product(self) -> bool:
+        """Words that a formula may mean: `abc` is `bca`, but `listen` is not `silent`."""
+        return len(self.body) <= 3
+
+    @property
+    def is_formula(self) -> bool:
+        """Each letter in it is a variable."""
+        return self.number is not None or not self.has_words
+
 
 def clean(text: str) -> str:
-    """The answer without dollars, spacing commands and closing punctuation; still LaTeX with its blanks."""
-    text = _THOUSANDS.sub("", text.translate(_UNICODE))
-    return _BLANKS.sub(" ", _MATH_MARKS.sub("", text)).strip().rstrip(_CLOSING)
+    """The answer without dollars, spacing commands, closing punctuation and a lead-in (`the answer is`).
+
+    It is LaTeX still, with its blanks; bare names (`2 pi`, `sqrt(3)`, `x**2`) are spelled as LaTeX.
+    """
+    text = text if text.isascii() else text.translate(_UNICODE)
+    text = _MATH_MARKS.sub("", _THOUSANDS.sub("", text))
+    text = _BLANKS.sub(" ", _in_latex(text)).strip().rstrip(_CLOSING)
+    return _without_lead(text)
 
 
 def canonical(text: str) -> Canonical:
     """The one spelling of an answer. For answers of at most a few thousand characters."""
-    body = _FRACTION_NAMES.sub(r"\\frac", _SIZES.sub("", clean(text)))
+    cleaned = clean(text)
+    has_words = any(_WORD.search(match["text"]) for match in _TEXT.finditer(cleaned))
+    body = _FRACTION_NAMES.sub(r"\\frac", _SIZES.sub("", cleaned))
     body = _ROOT.sub(r"\\sqrt{\1}", _FRACTION.sub(r"\\frac{\1\2}{\3\4}", body))
     body = _DEGREE.sub("", _PERCENT.sub("%", _without_unit(body)))
     body = _INNER_BLANK.sub("", body)
@@ -95,14 +133,16 @@ def canonical(text: str) -> Canonical:
         body = choice[1]
     if _WORDS.fullmatch(body):
         body = body.casefold()
-    return Canonical(name, body, read_number(body))
+    return Canonical(name, body, read_number(body), has_words)
 
 
 def _without_unit(body: str) -> str:
     r"""Drops `\text{ cm}^2` behind anything and ` cm^2` behind a number; unwraps any other `\text`."""
     if (unit := _UNIT_TEXT.search(body)) and _is_unit(unit["text"]):
         body = body[: unit.start()]
-    body = " ".join(_TEXT.sub(r" \g<text> ", body).split()).rstrip(_CLOSING)
+    body = _without_lead(" ".join(_TEXT.sub(r" \g<text> ", body).split()).rstrip(_CLOSING))
+    if rate := _UNIT_RATE.fullmatch(body):
+        return rate["number"].rstrip(_CLOSING)
     if (words := _UNIT_WORDS.fullmatch(body)) and _is_unit(words["text"]):
         body = words["number"].rstrip(_CLOSING)
     return body
@@ -111,3 +151,25 @@ def _without_unit(body: str) -> str:
 def _is_unit(text: str) -> bool:
     words = text.casefold().replace(".", "").split()
     return all(word.isalpha() for word in words) and bool(words) and _NOT_UNITS.isdisjoint(words)
+
+
+def _in_latex(text: str) -> str:
+    """Spells bare names as LaTeX; most answers have none of them."""
+    if "\\approx" in text and (roughly := _ROUGHLY.match(text)):
+        text = text[roughly.end() :]
+    if "sqrt" in text:
+        text = _ROOT_OF.sub(r"\\sqrt{\1}", _BARE_ROOT.sub(r"\\sqrt{\1}", text))
+    if "pi" in text:
+        text = _BARE_PI.sub(r"\\pi ", text)
+    if "**" in text or "ang" in text or "var" in text:
+        text = _OTHER_NAMES.sub(lambda match: _ONE_NAME[match[0]], text)
+    return text
+
+
+def _without_lead(text: str) -> str:
+    """Drops `The answer is`, `Total:` in front of a formula."""
+    if not (lead := _LEAD.match(text)):
+        return text
+    words = lead["words"].casefold().split()
+    known = not lead["colon"] or words[-1] in _BEFORE_COLON
+    return text[lead.end() :] if known and _NO_LEAD.isdisjoint(words) else text

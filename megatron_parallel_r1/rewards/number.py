@@ -1,4 +1,4 @@
-r"""Plain numbers, exactly: integers, decimals, fractions, mixed numbers, percentages.
+r"""Plain numbers, exactly: integers, decimals (repeating ones too), fractions, mixed numbers, percentages.
 
 What this module reads never reaches a computer algebra system.
 """
@@ -13,7 +13,7 @@ MAX_DIGITS = 400
 """Longer ones are compared as text: converting digits takes quadratic time."""
 
 ROUNDED_DIGITS = 6
-"""A decimal with this many places or more may stand for the number that it rounds."""
+"""A decimal with this many places or more may stand for the number that it was computed from."""
 
 _PLAIN = r"(?:\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 _SIGN = r"[-+]?"
@@ -23,6 +23,7 @@ _NUMBER = re.compile(
     rf"|(?P<words>\d+) (?P<words_top>\d+)/(?P<words_bottom>\d+)"
     rf"|\\frac\{{(?P<top>{_SIGN}{_PLAIN})\}}\{{(?P<bottom>{_SIGN}{_PLAIN})\}}"
     rf"|(?P<left>{_PLAIN})/(?P<right>{_SIGN}{_PLAIN})"
+    r"|(?P<fixed>\d*\.\d*)\\(?:overline|bar|dot)\{(?P<repeated>\d+)\}"
     rf"|(?P<plain>{_PLAIN})"
     r") ?(?P<percent>%?)",
     re.ASCII,
@@ -45,9 +46,9 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    r"""Reads `-12`, `1,080.50`, `3/4`, `\frac{3}{4}`, `1 1/2`, `1\frac{1}{2}`, `40%`; else None.
+    r"""Reads `-12`, `1,080.50`, `3/4`, `\frac{3}{4}`, `1 1/2`, `1\frac{1}{2}`, `0.1\overline{6}`, `40%`.
 
-    `text` has no blanks around it, and its fractions are braced.
+    Returns None for anything else. `text` has no blanks around it, and its fractions are braced.
     """
     if len(text) > MAX_DIGITS or not (match := _NUMBER.fullmatch(text)):
         return None
@@ -57,6 +58,8 @@ def read_number(text: str) -> Number | None:
         if part["plain"]:
             value = _fraction(part["plain"])
             places = len(part["plain"].partition(".")[2])
+        elif part["repeated"]:
+            value = _repeating(part["fixed"], part["repeated"])
         elif part["whole"] or part["words"]:
             kind = "mixed" if part["whole"] else "words"
             share = Fraction(int(part[f"{kind}_top"]), int(part[f"{kind}_bottom"]))
@@ -73,23 +76,30 @@ def read_number(text: str) -> Number | None:
 def same_number(answer: Number, reference: Number) -> bool:
     """Whether an answer gives the reference's value.
 
-    `40%` is the same as `40` and as `0.4`: data sets leave the sign to the question. A decimal of six
-    places or more is the number that it correctly rounds, so `0.333333` is `1/3` and `0.333` is not.
+    `40%` is the same as `40` and as `0.4`: data sets leave the sign to the question. A decimal of six places
+    is the number that it correctly rounds, so `0.333333` is `1/3`, but `0.333` is not, nor is `0.666666`
+    `2/3`; one of more places may be cut instead of rounded. That holds for answer and reference alike.
     """
+    if _stands_for(answer, reference.value) or _stands_for(reference, answer.value):
+        return True
     if answer.percent == reference.percent:
-        return _rounds_to(answer, answer.value, reference.value)
-    scaled = Fraction(1, 100)
-    return (
-        _rounds_to(answer, answer.value, reference.value)
-        or (answer.percent and answer.value * scaled == reference.value)
-        or (reference.percent and answer.value == reference.value * scaled)
-    )
+        return False
+    percent, plain = (answer, reference) if answer.percent else (reference, answer)
+    return percent.value == plain.value * 100
 
 
-def _rounds_to(answer: Number, value: Fraction, exact: Fraction) -> bool:
-    if value == exact or value == 0 or answer.places < ROUNDED_DIGITS:
-        return value == exact
-    return abs(value - exact) * 2 <= Fraction(1, 10**answer.places)
+def _stands_for(number: Number, exact: Fraction) -> bool:
+    if number.value == exact or number.value == 0 or number.places < ROUNDED_DIGITS:
+        return number.value == exact
+    units = abs(number.value - exact) * 10**number.places
+    return units <= Fraction(1, 2) or (number.places > ROUNDED_DIGITS and units < 1)
+
+
+def _repeating(fixed: str, repeated: str) -> Fraction:
+    """`0.1` and `6` are 0.1666…"""
+    places = len(fixed.partition(".")[2])
+    tail = Fraction(int(repeated), 10**places * (10 ** len(repeated) - 1))
+    return Fraction(fixed + "0") + tail  # a bare `.` is 0
 
 
 def _fraction(digits: str) -> Fraction:

@@ -1,39 +1,113 @@
-"""Rewards by name, as a recipe asks for them."""
+"""Rewards by name, as a recipe asks for them: a name of its own, or a list of components."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import MappingProxyType
+from typing import TypeVar
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rewards.base import Reward
-from megatron_parallel_r1.rewards.schedule import S2
-from megatron_parallel_r1.rewards.terms import Accuracy, AccuracyTimesParallel, ParallelBonus
+from megatron_parallel_r1.rewards.base import Component, Reward, Term
+from megatron_parallel_r1.rewards.terms import Accuracy, AccuracyTimesParallel, Diversity, Length, Parallel
+from megatron_parallel_r1.rewards.user import load_user_term
+from megatron_parallel_r1.rewards.weights import ONE, Constant, Weight, Window
 
 Setting = bool | int | float | str
+Made = TypeVar("Made")
 
-REWARDS: Mapping[str, Callable[..., Reward]] = MappingProxyType(
+TERMS: Mapping[str, Callable[..., Term]] = MappingProxyType(
     {
         "accuracy": Accuracy,
-        "s1": Accuracy,
-        "s2": S2,
-        "parallel_bonus": ParallelBonus,
+        "parallel": Parallel,
         "accuracy_x_parallel": AccuracyTimesParallel,
+        "diversity": Diversity,
+        "length": Length,
     }
 )
 """Name to frozen dataclass; its fields are the settings that the name takes."""
 
 
+@dataclass(frozen=True, slots=True)
+class ParallelBonus:
+    """For a right answer +1, of a well-formed parallel trace 1 + `bonus`; else -1."""
+
+    bonus: float = 0.2
+
+    def reward(self) -> Reward:
+        return _accuracy_with_bonus(Constant(self.bonus))
+
+
+@dataclass(frozen=True, slots=True)
+class S2:
+    """The paper's S2: accuracy, and a bonus for parallel thinking in the last steps of every window.
+
+    Settings and defaults are those of `weights.Window`.
+    """
+
+    window: int = 10
+    share: float = 0.2
+    bonus: float = 0.2
+
+    def reward(self) -> Reward:
+        return _accuracy_with_bonus(Window(self.window, self.share, self.bonus))
+
+
+PRESETS: Mapping[str, type[ParallelBonus] | type[S2]] = MappingProxyType(
+    {"parallel_bonus": ParallelBonus, "s2": S2}
+)
+"""Names for a list of components."""
+
+REWARDS = (*TERMS, "s1", *PRESETS)
+"""Every name that a recipe can give as its reward."""
+
+
 def make_reward(name: str, settings: Mapping[str, Setting] | None = None) -> Reward:
     """The reward called `name` with the given settings, the paper's defaults for the rest.
+
+    A name of `REWARDS`, or `module:function` (`user.py`).
 
     Raises:
         UserError: no such name or setting, or a value of the wrong type or range.
     """
-    if name not in REWARDS:
-        raise UserError(f"reward {name!r}: unknown, use one of {', '.join(REWARDS)}")
-    kind = REWARDS[name]
+    if name not in PRESETS:
+        return Reward((make_component("accuracy" if name == "s1" else name, settings),))
+    preset = _build(name, PRESETS[name], settings)
+    try:
+        return preset.reward()
+    except ValueError as error:
+        raise UserError(f"reward {name}: {error}") from None
+
+
+def make_component(
+    term: str,
+    settings: Mapping[str, Setting] | None = None,
+    weight: Weight = ONE,
+    name: str | None = None,
+) -> Component:
+    """One component of a reward.
+
+    Args:
+        term: a name of `TERMS`, or `module:function`, which takes no settings.
+        name: of its metric; None: the term's, or the function's.
+
+    Raises:
+        UserError: no such term or setting, or a value of the wrong type or range.
+    """
+    if ":" in term:
+        if settings:
+            raise UserError(f"reward {term}: a function takes no settings; write them in its module")
+        return Component(name or term.partition(":")[2], load_user_term(term), weight)
+    if term not in TERMS:
+        raise UserError(f"reward {term!r}: unknown, use one of {', '.join(REWARDS)}, or module:function")
+    return Component(name or term, _build(term, TERMS[term], settings), weight)
+
+
+def _accuracy_with_bonus(weight: Weight) -> Reward:
+    return Reward((Component("accuracy", Accuracy()), Component("parallel_bonus", Parallel(), weight)))
+
+
+def _build(name: str, kind: Callable[..., Made], settings: Mapping[str, Setting] | None) -> Made:
     assert is_dataclass(kind), name
     known = {field.name: type(field.default) for field in fields(kind)}
     values = dict(settings or {})
@@ -43,4 +117,7 @@ def make_reward(name: str, settings: Mapping[str, Setting] | None = None) -> Rew
         accepted = (int, float) if known[key] is float else (known[key],)
         if not isinstance(value, accepted) or (isinstance(value, bool) and known[key] is not bool):
             raise UserError(f"reward {name}: {key} is {value!r}, it must be of type {known[key].__name__}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"reward {name}: {error}") from None

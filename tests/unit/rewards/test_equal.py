@@ -30,6 +30,14 @@ from megatron_parallel_r1.rewards.verifier import Verifier
         ("x=5", "5", True, "normalised"),
         ("none", "5", False, "normalised"),
         ("12", r"\text{even}", False, "normalised"),
+        ("two-lines", r"\text{two lines}", True, "normalised"),
+        ("silent", "listen", False, "normalised"),
+        ("the answer is 5 apples", "5", True, "normalised"),
+        (r"0.\overline{3}", r"\frac{1}{3}", True, "number"),
+        ("2 pi", r"2\pi", True, "normalised"),
+        (r"\sqrt{2}", r"\sqrt{3}", False, "value"),
+        (r"\frac{\pi}{6}", "30", False, "value"),
+        ("40", r"(40, 50)", False, "value"),
         ("x" * MAX_CHARS + "y", "5", False, "too long"),
         ("x" * 10**6, "x" * 10**6, True, "text"),
     ],
@@ -55,6 +63,19 @@ RESPELLED = [
     (r"2^{10}", "1024"),
     (r"i - 3", "-3+i"),
     (r"0.5\pi", r"\frac{\pi}{2}"),
+    ("pi/2", r"\frac{\pi}{2}"),
+    ("2*sqrt(3)/3", r"\frac{2}{\sqrt{3}}"),
+    ("the answer is 1 + x", "x + 1"),
+    ("bca", "abc"),
+    ("2", "2s"),
+    ("b", r"\text{(B)}"),
+    (r"30^\circ, 60^\circ", "60, 30"),
+    (r"x \in [0, 0.5]", r"\left[0, \frac12\right]"),
+    ("x = 1 or x = 2", "1, 2"),
+    (r"1.5 \times 10^{-3}", "0.0015"),
+    (r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right)", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"7 \pm \sqrt{2}", r"7 - \sqrt{2}, 7 + \sqrt{2}"),
+    (r"-12 \text{ or } -30", r"-30, -12"),
 ]
 DIFFERENT = [
     ("(2,1)", "(1,2)"),
@@ -99,8 +120,30 @@ def math_solutions(real_data: Path) -> list[str]:
     return pandas.read_parquet(real_data / "math_train.parquet")["solution"].tolist()
 
 
-def respell(answer: str) -> str:
-    return f"$\\displaystyle {answer.replace(chr(92) + 'frac', chr(92) + 'dfrac')}$."
+def respellings(answer: str) -> list[str]:
+    """The same answer as other people write it."""
+    spelled = [
+        f"$\\displaystyle {answer.replace(chr(92) + 'frac', chr(92) + 'dfrac')}$.",
+        answer.replace(r"\left", "").replace(r"\right", ""),
+        f" {answer}\\, ",
+    ]
+    if re.fullmatch(r"-?\d+", answer):
+        number = int(answer)
+        spelled += [
+            f"{number}.0",
+            f"{number:,}",
+            f"{number:,}".replace(",", "{,}"),
+            f"x = {number}",
+            f"+{number}",
+        ]
+        spelled += [rf"{number}^\circ", rf"{number}\text{{ cm}}^2", f"{number} apples", rf"\text{{{number}}}"]
+        spelled += [rf"\frac{{{2 * number}}}{{2}}", f"the answer is {number}", rf"\${number}", rf"{number}\%"]
+        return [one for one in spelled if not one.startswith("+-")]
+    if fraction := re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", answer):
+        sign, top, bottom = fraction[1], int(fraction[2]), int(fraction[3])
+        spelled += [f"{sign}{top}/{bottom}", rf"\frac{{{sign}{top}}}{{{bottom}}}", f"x={answer}"]
+        spelled += [rf"{sign}\tfrac{{{3 * top}}}{{{3 * bottom}}}", f"{sign}{top / bottom:.9f}"]
+    return spelled
 
 
 def check_references(solutions: list[str]) -> int:
@@ -111,7 +154,8 @@ def check_references(solutions: list[str]) -> int:
         else:
             assert answer.count("{") - answer.count(r"\{") == answer.count("}") - answer.count(r"\}"), answer
             assert equivalent(answer, answer), answer
-            assert equivalent(respell(answer), answer), answer
+            for spelled in respellings(answer):
+                assert equivalent(spelled, answer), (spelled, answer)
     return sum(answer is not None for answer in answers)
 
 

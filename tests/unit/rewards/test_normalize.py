@@ -27,6 +27,11 @@ from megatron_parallel_r1.rewards.number import MAX_DIGITS, read_number, same_nu
         (r"-1\frac{1}{2}", Fraction(-3, 2), False, 0),
         ("1 1/2", Fraction(3, 2), False, 0),
         ("40%", Fraction(40), True, 0),
+        (r"0.\overline{3}", Fraction(1, 3), False, 0),
+        (r"-.1\overline{6}", Fraction(-1, 6), False, 0),
+        (r"2.\overline{27}", Fraction(25, 11), False, 0),
+        (r"0.\dot{9}", Fraction(1), False, 0),
+        (r".\bar{3}", Fraction(1, 3), False, 0),
     ],
 )
 def test_numbers_by_hand(text: str, value: Fraction, percent: bool, places: int) -> None:
@@ -38,7 +43,7 @@ def test_numbers_by_hand(text: str, value: Fraction, percent: bool, places: int)
 @pytest.mark.parametrize(
     "text",
     ["", "x", "1,08", "12,34,567", "1/0", r"\frac{1}{0}", "1e9", "1.2.3", "--1", "3 4", "1_000", "٣",
-     "9" * (MAX_DIGITS + 1), r"2\frac{3}{2}", "1/2/3", "(1)", "0x10", "nan", "inf", "∞"],
+     "9" * (MAX_DIGITS + 1), r"2\frac{3}{2}", "1/2/3", "(1)", "0x10", r"\overline{3}", "nan", "inf", "∞"],
 )  # fmt: skip
 def test_what_is_no_plain_number(text: str) -> None:
     assert read_number(text) is None
@@ -56,6 +61,10 @@ def test_what_is_no_plain_number(text: str) -> None:
         ("0.333333", "1/3", True),
         ("0.33333", "1/3", False),  # five places are too few
         ("0.666666", "2/3", False),  # cut, not rounded
+        ("0.6666666", "2/3", True),  # a seventh place may be cut
+        ("0.6666665", "2/3", False),
+        ("1/3", "0.333333", True),  # references are rounded too
+        ("1/3", "0.33", False),
         ("0.0000001", "0", False),
         ("0.000000", "1/99999999", False),
         ("1000000.0000001", "1000000", False),
@@ -109,13 +118,28 @@ def test_spellings_of_a_fraction_agree_and_those_of_two_differ(one: Fraction, ot
         ([r"-2 \text{ or } -12", "-2 or -12"], "-2or-12"),
         (["{5}", "5", "5.", " 5 ;"], "5"),
         ([r"\sin x", r"\sin  x"], r"\sin x"),
+        (["2 pi", "2pi", "2π", r"2\pi", r"2 \pi"], r"2\pi"),
+        (["sqrt(3)", "sqrt3", "sqrt 3", "√3", r"\sqrt(3)", r"\sqrt3"], r"\sqrt{3}"),
+        (["x**2", "x^2"], "x^2"),
+        ([r"\langle 1, 2\rangle", "(1,2)"], "(1,2)"),
+        ([r"\varnothing", r"\emptyset"], r"\emptyset"),
+        ([r"\approx 5", "≈ 5", "5"], "5"),
+        (["5 m/s", "5 km/h", r"5\text{ m/s}", r"5 \mathrm{m}/\mathrm{s}^2", "5 ft / sec"], "5"),
+        (["the answer is 5", "The answer is 5 apples.", "There are 5 ways", "x is 5", "Total: 5"], "5"),
+        ([r"\text{the answer is } 5", r"\text{Answer: }5"], "5"),
         # What carries meaning stays.
         (["3 million"], "3million"),
         ([r"3\text{ million}"], "3million"),
-        (["2 pi"], "2pi"),
+        (["at least 5"], "at least5"),
+        (["if x is 5"], "if x is5"),
+        (["the answer is not 5"], "the answer is not5"),
+        (["5 is 5"], "5is5"),
+        (["spin"], "spin"),
+        (["5 x/y"], "5x/y"),
+        (["lambda: 42"], "lambda:42"),
+        (["the number is 5 less than ten"], "5less than ten"),
         (["7 am"], "7am"),
         (["3 4"], "3 4"),
-        (["2**3"], "2**3"),
         ([".5"], ".5"),
         (["(100,200)"], "(100,200)"),
     ],

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_parallel_r1.rewards.extract import extract_answer
 from megatron_parallel_r1.rewards.settle import Verdict
 from megatron_parallel_r1.rewards.verifier import Verifier
 
@@ -60,6 +61,27 @@ def wait_until(true: Callable[[], bool], seconds: float) -> bool:
         "9" * 900,
         "🙂",
         "\n",
+        "",
+        "(" * 10**6,
+        "\\frac{1}{" * 10**6 + "2" + "}" * 10**6,
+        "\\sqrt{" * 150 + "2" + "}" * 150,
+        "(" * 100 + "7" + ")" * 100,
+        "-" * 900,
+        "2^" * 450,
+        "9" * 300 + "." + "9" * 300,
+        "\\frac{1}{" + "9" * 390 + "}",
+        "0.\\overline{" + "9" * 380 + "8}",
+        "9" * 300 + "!",
+        "\\begin{pmatrix}" + "1 & " * 200 + "\\end{pmatrix}",
+        "(" + "1," * 400 + "1)",
+        "the answer is " * 60,
+        "a b " * 200,
+        "sqrt(" * 150,
+        "\udcff\udcfe",
+        "\x1b[2J",
+        "import os; os._exit(1)",
+        "\\def\\x{\\x}\\x",
+        "exec('x')",
     ],
     ids=lambda answer: ascii(answer[:12]),
 )
@@ -67,6 +89,25 @@ def test_hostile_answers_are_wrong(answer: str, verifier: Verifier) -> None:
     assert not verifier.check(answer, "42").correct
     assert not verifier.check(answer, "x+1").correct
     assert not verifier.check("x+1", answer).correct
+
+
+@pytest.mark.parametrize("digits", [10**5, 10**6])
+def test_huge_integers_take_no_time(digits: int) -> None:
+    huge = "7" * digits
+    start = time.process_time()
+    with Verifier() as verifier:
+        assert verifier.check(huge, huge) == Verdict(True, "text")
+        assert verifier.check(huge, huge[:-1]) == Verdict(False, "too long")
+        assert verifier.check(f"\\frac{{{huge}}}{{3}}", "5") == Verdict(False, "too long")
+        assert verifier.pids == ()
+    assert time.process_time() - start < 2.0  # milliseconds here; digits to a number are quadratic
+
+
+def test_bytes_that_are_no_text_are_wrong_and_nothing_more(verifier: Verifier) -> None:
+    text = bytes(range(256)).decode("utf-8", errors="surrogateescape")
+    for answer in (text, f"\\boxed{{{text}}}", f"Final Answer: {text}"):
+        assert not verifier.check(extract_answer(answer), "42").correct
+        assert not verifier.check(extract_answer(answer), "x+1").correct
 
 
 def test_a_hard_time_out_costs_the_worker_and_nothing_else() -> None:
@@ -81,8 +122,25 @@ def test_a_hard_time_out_costs_the_worker_and_nothing_else() -> None:
         assert len(verifier.pids) == 1 and verifier.pids != (first,)
 
 
+def test_towers_of_powers_are_wrong_and_cost_one_time_out_each() -> None:
+    towers = ["10^{10^{10}}", "2^{2^{2^{2^{2^2}}}}", "x^{" * 100 + "2" + "}" * 100, "(9^9)^{9^9}!"]
+    with Verifier(limit_s=1.0) as verifier:
+        start = time.monotonic()
+        verdicts = verifier.check_many([(tower, "42") for tower in towers])
+        assert time.monotonic() - start < 4 * 8.0  # a second each, and a new worker behind each
+    assert not any(verdict.correct for verdict in verdicts)
+
+
 def test_two_workers_answer_in_order_and_solve_equal_pairs_once() -> None:
-    pairs = [("1+x", "x+1"), (TOWER, "3"), ("7", "7"), (TOWER, "3"), ("2x", "x+x"), ("2x", "x"), (TOWER, "3")]
+    pairs = [
+        ("1+x", "x+1"),
+        (TOWER, "3"),
+        ("7", "7"),
+        (TOWER, "3"),
+        ("2x", "x+x"),
+        ("[1,2]", "(1,2)"),
+        (TOWER, "3"),
+    ]
     with Verifier(limit_s=1.0, workers=2) as verifier:
         verifier.check_many([("a+b", "b+a"), ("a b", "b a")])
         before = set(verifier.pids)

@@ -1,0 +1,179 @@
+r"""Answers checked per second, this project's verifier against math-verify, side by side in one run.
+
+    python benchmarks/verifier.py [--data DATA.parquet] [--pairs 400] [--repeats 5] [--seed 0]
+
+Both get the same texts, `… $\boxed{answer}$.` and `$\boxed{reference}$`, and read the answer out of them:
+ours with `extract_answer` and one worker process with its time limit, math-verify with `parse` and `verify`
+in this process, its time limits off. Each repeat draws pairs of its own, so that no cache answers, and the
+two take turns at going first.
+
+The answers are those of a `solution` column, by default of `math_train.parquet` in `data/` of the folder that
+MPR1_SHARED names, or of `../shared`; where there is none, they are made here, and the table says so.
+
+    integers                   an integer against the same or another one
+    plain fractions            `\dfrac{6}{8}` against `\frac{3}{4}` or another one
+    boxed answers, re-spelled  an answer against its own re-spelling
+    boxed answers, wrong       an answer against that of another problem, different as a text
+
+"agree" counts the pairs with the same verdict from both; the first of the others are listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from math_verify import parse, verify
+
+from megatron_parallel_r1.data.tables import open_file
+from megatron_parallel_r1.rewards.extract import extract_answer
+from megatron_parallel_r1.rewards.verifier import Verifier
+
+Pair = tuple[str, str]
+Check = Callable[[Sequence[Pair]], list[bool]]
+
+MADE = (
+    r"2\sqrt{3}", r"\frac{\sqrt{3}}{2}", r"3\pi", "(2, -1)", r"[0, \infty)", "x^2 + 2x + 1", r"\{1, 2, 5\}",
+    "-3, 4", r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", "y = 2x + 1", "3 + 4i", r"60^\circ", r"\text{even}",
+    r"1 + \sqrt{5}", r"\left(\frac{1}{2}, 3\right)", r"(-\infty, 2) \cup (3, \infty)", "(x+1)(x-2)", r"40\%",
+    r"\frac{5\pi}{6}", "2^{10}",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One kind of pairs: per repeat the pairs a second of both, and all pairs on which they disagree."""
+
+    pairs: int
+    ours: list[float]
+    theirs: list[float]
+    apart: list[tuple[Pair, bool]]
+
+    def row(self, name: str) -> str:
+        ratios = [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+        agree = self.pairs - len(self.apart)
+        return (
+            f"| {name} | {_spread(self.ours, '.0f')} | {_spread(self.theirs, '.0f')} "
+            f"| x{_spread(ratios, '.1f')} | {agree} of {self.pairs} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="a table with a `solution` column")
+    parser.add_argument("--pairs", type=int, default=400, help="of each kind, in each repeat")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    answers, where = _answers(asked.data)
+    print(f"{asked.repeats} repeats of {asked.pairs} pairs of each kind; boxed answers: {where}\n")
+    print("pairs a second: median (lowest to highest)\n")
+    print("| pairs | this verifier | math-verify | ratio | agree |\n|---|---|---|---|---|")
+    apart: list[str] = []
+    with Verifier() as verifier:
+
+        def ours(pairs: Sequence[Pair]) -> list[bool]:
+            read = [(extract_answer(answer), extract_answer(reference) or "") for answer, reference in pairs]
+            return [verdict.correct for verdict in verifier.check_many(read)]
+
+        ours([("$\\boxed{x+1}$", "$\\boxed{1+x}$")])  # starts the worker
+        for name, draw in _kinds(answers).items():
+            measured = _measure(draw, ours, asked.pairs, asked.repeats, random.Random(asked.seed))
+            print(measured.row(name), flush=True)
+            apart += [f"{name}: {pair} ours {verdict}" for pair, verdict in measured.apart[:5]]
+    print("\n" + "\n".join(apart or ["No verdict differs."]))
+
+
+def _kinds(answers: Sequence[str]) -> dict[str, Callable[[random.Random], Pair]]:
+    def integers(rng: random.Random) -> Pair:
+        number = rng.randrange(-999, 10_000)
+        return str(number), str(number + rng.choice((0, 1)))
+
+    def fractions(rng: random.Random) -> Pair:
+        top, bottom, times = rng.randrange(1, 99), rng.randrange(2, 99), rng.randrange(1, 5)
+        other = top + rng.choice((0, 1))
+        return rf"\dfrac{{{times * top}}}{{{times * bottom}}}", rf"\frac{{{other}}}{{{bottom}}}"
+
+    def respelled(rng: random.Random) -> Pair:
+        answer = rng.choice(answers)
+        return _respelled(answer, rng), answer
+
+    def wrong(rng: random.Random) -> Pair:
+        answer, reference = rng.choice(answers), rng.choice(answers)
+        return (answer, reference) if answer != reference else wrong(rng)
+
+    return {
+        "integers": integers,
+        "plain fractions": fractions,
+        "boxed answers, re-spelled": respelled,
+        "boxed answers, wrong": wrong,
+    }
+
+
+def _respelled(answer: str, rng: random.Random) -> str:
+    if re.fullmatch(r"-?\d+", answer):
+        return rng.choice([f"{answer}.0", f"x = {answer}", rf"{answer} \text{{ units}}", f"{int(answer):,}"])
+    return rng.choice(
+        [
+            rf"\displaystyle {answer}",
+            answer.replace(r"\frac", r"\dfrac"),
+            re.sub(r"(?<!\\left)\(", r"\\left(", re.sub(r"(?<!\\right)\)", r"\\right)", answer)),
+        ]
+    )
+
+
+def _measure(
+    draw: Callable[[random.Random], Pair], ours: Check, count: int, repeats: int, rng: random.Random
+) -> Measured:
+    measured = Measured(count * repeats, [], [], [])
+    for repeat in range(repeats):
+        drawn = [draw(rng) for _ in range(count)]
+        pairs = [(f"So it is $\\boxed{{{answer}}}$.", f"$\\boxed{{{other}}}$") for answer, other in drawn]
+        verdicts: dict[Check, list[bool]] = {}
+        for check in (ours, math_verify) if repeat % 2 else (math_verify, ours):
+            began = time.perf_counter()
+            verdicts[check] = check(pairs)
+            speeds = measured.ours if check is ours else measured.theirs
+            speeds.append(count / (time.perf_counter() - began))
+        for pair, mine, other in zip(drawn, verdicts[ours], verdicts[math_verify], strict=True):
+            if mine != other:
+                measured.apart.append((pair, mine))
+    return measured
+
+
+def math_verify(pairs: Sequence[Pair]) -> list[bool]:
+    """math-verify as its documentation calls it, without the time limits."""
+    return [
+        verify(
+            parse(reference, parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None
+        )
+        for answer, reference in pairs
+    ]
+
+
+def _answers(path: Path | None) -> tuple[list[str], str]:
+    """Reference answers, and where they are from."""
+    repository = Path(__file__).resolve().parents[1]
+    shared = Path(os.environ.get("MPR1_SHARED") or repository.parent / "shared")
+    path = path or shared / "data" / "math_train.parquet"
+    if not path.is_file():
+        return list(MADE), f"{len(MADE)} answers made here, there is no {path.name}"
+    found = [answer for text in open_file(path)["solution"] if (answer := extract_answer(text))]
+    return found, f"{len(found)} answers of {path.name}"
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+if __name__ == "__main__":
+    main()

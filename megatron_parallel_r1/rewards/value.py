@@ -1,0 +1,282 @@
+r"""Formulas at one point, in floating point: enough to tell two answers apart, never to call them equal.
+
+Each letter stands for a fixed number, the same in both answers, so formulas that differ there are different
+ones. What is not read for sure (functions, units, factorials, bases, mixed numbers inside a formula)
+has no value, and the decision is left to algebra. Bounded time and depth for any text.
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import ascii_lowercase
+
+MAX_CHARS = 200
+MAX_DEPTH = 12
+MAX_EXPONENT = 1000
+MAX_TERM = 1e9
+"""A larger term of a sum would swallow what the others say."""
+
+TOLERANCE = 1e-4
+"""Relative, absolute below 1: a hundred times what math-verify rounds to, so no rounded decimal differs."""
+
+_SPECIAL = {r"\pi": math.pi, r"\infty": 1e30, "i": 1j, "e": math.e}
+_GREEK = ("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "rho", "sigma", "tau", "phi", "omega")
+_COMMANDS = ("frac", "sqrt", "cdot", "times", "div", "pi", "infty", *_GREEK)
+_TOKEN = re.compile(
+    r"(?P<number>\d+(?:\.\d+)?|\.\d+)"
+    r"|(?P<letters>[A-Za-z]{1,2}(?![A-Za-z]))"
+    rf"|(?P<command>\\(?:{'|'.join(_COMMANDS)})(?![A-Za-z]))"
+    r"|(?P<mark>\\[{}]|[-+*/^(){}\[\],])"
+    r"|(?P<blank>\s+)"
+)
+_WORDS = frozenset(
+    {"am", "cm", "ft", "hr", "in", "is", "kg", "km", "lb", "mi", "mm", "no", "or", "oz", "pm", "to"}
+)
+_THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")  # one number or two
+_IN_BASE = re.compile(r"(\d+)_(?:\d|\{\d{1,2}\})")
+_MAYBE_UNIT = re.compile(r"(?<=[\d})])\s?[ghlmsJLNVW]$")  # `2s` may be two seconds
+_MATRIX = re.compile(r"\\begin\{(?P<kind>[pbvBV]?matrix)\}(?P<body>.*)\\end\{(?P=kind)\}")
+_CLOSE = {"(": ")", "{": "}", "[": "]", r"\{": r"\}"}
+
+
+class _Unreadable(Exception):
+    """The formula says something that this module does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What an answer holds.
+
+    Attributes:
+        items: the values in it, in reading order.
+        kind: its brackets, such as `()` or `[)`; `2x3` of a matrix; `union` of intervals; else empty.
+    """
+
+    items: tuple[complex, ...]
+    kind: str = ""
+
+    @property
+    def ordered(self) -> bool:
+        return len(self.items) == 1 or (self.kind != "union" and self.kind[:1] not in ("", "\\"))
+
+    @property
+    def is_no_set(self) -> bool:
+        """A single value or a matrix."""
+        return self.kind[:1].isdigit() or (not self.kind and len(self.items) == 1)
+
+
+def differ(mine: Values, theirs: Values) -> bool:
+    """Whether two answers surely differ. False: they may be equal."""
+    if "union" in (mine.kind, theirs.kind):  # (0,1] and (1,2] make (0,2], {1} and {2} make {1,2}
+        return any(values.is_no_set for values in (mine, theirs))
+    if mine.ordered and theirs.ordered and mine.kind == theirs.kind:
+        return len(mine.items) != len(theirs.items) or not all(map(_near, mine.items, theirs.items))
+    # Sets, bare lists, unlike brackets: whatever is meant, they hold the same values if they are equal.
+    return not (_within(mine.items, theirs.items) and _within(theirs.items, mine.items))
+
+
+def read_values(body: str) -> Values | None:
+    """The values of a canonical body; None where some of it is not read for sure."""
+    if len(body) > MAX_CHARS or _THOUSANDS.search(body) or _MAYBE_UNIT.search(body):
+        return None
+    try:
+        values = _values(body)
+    except (_Unreadable, ZeroDivisionError, OverflowError):
+        return None
+    return values if all(map(cmath.isfinite, values.items)) else None
+
+
+def _values(body: str) -> Values:
+    if in_base := _IN_BASE.fullmatch(body):  # the base is often left out, so it says nothing here
+        body = in_base[1]
+    if matrix := _MATRIX.fullmatch(body):
+        rows = [row.split("&") for row in matrix["body"].removesuffix(r"\\").split(r"\\")]
+        items = tuple(_Reader(_tokens(cell)).single() for row in rows for cell in row)
+        return Values(items, f"{len(rows)}x{len(rows[0])}")
+    if r"\cup" in body:
+        sets = [_Reader(_tokens(part)).answer() for part in body.split(r"\cup")]
+        return Values(tuple(item for one in sets for item in one.items), "union")
+    return _Reader(_tokens(body)).answer()
+
+
+def _near(one: complex, other: complex) -> bool:
+    return abs(one - other) <= TOLERANCE * max(1.0, abs(one), abs(other))
+
+
+def _within(items: Sequence[complex], others: Sequence[complex]) -> bool:
+    return all(any(_near(item, other) for other in others) for item in items)
+
+
+def _tokens(body: str) -> list[str]:
+    tokens: list[str] = []
+    end = 0
+    while end < len(body):
+        match = _TOKEN.match(body, end)
+        if not match or match["letters"] in _WORDS:
+            raise _Unreadable
+        end = match.end()
+        if match["letters"]:
+            tokens += match["letters"]
+        elif not match["blank"]:
+            tokens.append(match[0])
+    return tokens
+
+
+class _Reader:
+    """Recursive descent over the tokens of one answer."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._tokens = [*tokens, ""]
+        self._at = 0
+        self._depth = 0
+
+    def single(self) -> complex:
+        """All tokens as one formula."""
+        value = self._sum()
+        if self._next:
+            raise _Unreadable
+        return value
+
+    def answer(self) -> Values:
+        """All tokens as a tuple, an interval, a set or a bare list; a single formula is a list of one."""
+        opening = self._tokens[0]
+        if opening in _CLOSE and opening != "{":
+            self._take()
+            try:
+                items = self._items()
+                closing = self._take()
+                # `(x+1)(x-2)` only begins with a bracket, and `(5)` is a number.
+                if self._next == "" and closing in (")", "]", r"\}") and (len(items) > 1 or opening == r"\{"):
+                    return Values(items, opening + closing)
+            except _Unreadable:
+                pass
+            self._at = self._depth = 0
+        items = self._items()
+        if self._next:
+            raise _Unreadable
+        return Values(items)
+
+    @property
+    def _next(self) -> str:
+        return self._tokens[self._at]
+
+    def _take(self, expected: str | None = None) -> str:
+        token = self._next
+        if token == "" or (expected is not None and token != expected):
+            raise _Unreadable
+        self._at += 1
+        return token
+
+    def _items(self) -> tuple[complex, ...]:
+        items = [self._sum()]
+        while self._next == ",":
+            self._take()
+            items.append(self._sum())
+        return tuple(items)
+
+    def _sum(self) -> complex:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _Unreadable
+        terms = [self._signed()]
+        while self._next in ("+", "-"):
+            terms.append(self._signed())
+        self._depth -= 1
+        if len(terms) > 1 and max(map(abs, terms)) > MAX_TERM:
+            raise _Unreadable
+        return sum(terms)
+
+    def _signed(self) -> complex:
+        if self._next in ("+", "-") and self._take() == "-":
+            return -self._product()
+        return self._product()
+
+    def _product(self) -> complex:
+        value = self._power()
+        while True:
+            if self._next in (r"\cdot", r"\times", "*"):
+                self._take()
+                value *= self._power()
+            elif self._next in ("/", r"\div"):
+                self._take()
+                value /= self._power()
+                if self._begins_factor():  # `1/2x` is read either way
+                    raise _Unreadable
+            elif self._begins_factor():
+                before = self._tokens[self._at - 1]
+                if _is_number(self._next) or (self._next == r"\frac" and _is_number(before)):
+                    raise _Unreadable  # `3 4`, `1\frac{1}{2}`
+                value *= self._power()
+            else:
+                return value
+
+    def _begins_factor(self) -> bool:
+        token = self._next
+        return token in ("(", "{", r"\frac", r"\sqrt") or token in _NAMES or _is_number(token)
+
+    def _power(self) -> complex:
+        value = self._atom()
+        if self._next != "^":
+            return value
+        self._take()
+        exponent = self._atom() if self._next == "{" else _value_of(self._take())
+        root_of_negative = value.real < 0 and exponent != round(exponent.real)
+        if self._next == "^" or abs(exponent) > MAX_EXPONENT or root_of_negative:
+            raise _Unreadable
+        return value**exponent
+
+    def _atom(self) -> complex:
+        token = self._take()
+        if token in ("(", "{"):
+            value = self._sum()
+            self._take(_CLOSE[token])
+            return value
+        if token == r"\frac":
+            return self._argument() / self._argument()
+        if token == r"\sqrt":
+            degree = complex(2)
+            if self._next == "[":
+                self._take()
+                degree = self._sum()
+                self._take("]")
+            radicand = self._argument()
+            if radicand.imag or (radicand.real < 0 and degree != 2):  # which root is meant?
+                raise _Unreadable
+            return radicand ** (1 / degree)
+        return _value_of(token)
+
+    def _argument(self) -> complex:
+        if self._next != "{":
+            raise _Unreadable
+        return self._atom()
+
+
+def _is_number(token: str) -> bool:
+    return token[:1].isdigit() or token[:1] == "."
+
+
+def _value_of(token: str) -> complex:
+    if _is_number(token):
+        return complex(float(token))
+    if token not in _NAMES:
+        raise _Unreadable
+    return _NAMES[token]
+
+
+def _names() -> dict[str, complex]:
+    """A number in 1..2 for each letter; irrational steps keep them apart and free of simple relations.
+
+    A capital has its small letter's, since math-verify makes no difference between the two.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    names = [*ascii_lowercase, *("\\" + name for name in _GREEK)]
+    values = {name: complex(1 + (golden * place**1.5) % 1) for place, name in enumerate(names, start=1)}
+    values |= {name: complex(value) for name, value in _SPECIAL.items()}
+    return values | {name.upper(): values[name] for name in ascii_lowercase}
+
+
+_NAMES = _names()
