@@ -38,12 +38,18 @@ class Completion:
         tokens: at least one; a stop token, if met, is the last.
         logprobs: natural log-probability of each under softmax(logits / temperature) over all tokens but
             the suppressed ones, before top-k and top-p (temperature 0 counts as 1).
+        versions: of the weights that drew each.
         stopped: the last token is a stop token; else the limit was reached.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
     stopped: bool
+
+
+class Interrupted(Exception):
+    """What an engine was asked for will not come: somebody called `interrupt`."""
 
 
 class Engine(Protocol, Generic[Context]):
@@ -61,6 +67,22 @@ class Engine(Protocol, Generic[Context]):
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes new weights under their Hugging Face names; no context may be open."""
+        ...
+
+    def offer_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Has new weights taken between two passes, contexts open or not; any thread may call it.
+
+        What the open contexts have in the cache stays as the old weights made it, as in inference servers
+        that update without a flush (`mismatch` in a step's metrics shows it, and a correction bounds it). A token drawn after that is drawn from a mixture that no single version
+        would give; its version is that of the pass that made its distribution.
+
+        Args:
+            tensors: not to be changed any more by the caller.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """Ends what is under way or asked later with `Interrupted`; any thread may call it."""
         ...
 
     def open(self) -> Context:

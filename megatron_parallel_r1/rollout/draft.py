@@ -31,16 +31,18 @@ class Draft:
     sampled: list[bool] = field(default_factory=list)
     barred: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     critical: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def add_forced(self, tokens: Sequence[int]) -> None:
+    def add_forced(self, tokens: Sequence[int], version: int) -> None:
         self.tokens += tokens
         self.sampled += [False] * len(tokens)
         self.barred += [False] * len(tokens)
         self.logprobs += [0.0] * len(tokens)
+        self.versions += [version] * len(tokens)
         self.critical += len(tokens)
 
     def add_sampled(self, completion: Completion, barred: bool) -> None:
@@ -48,6 +50,7 @@ class Draft:
         self.sampled += [True] * len(completion.tokens)
         self.barred += [barred] * len(completion.tokens)
         self.logprobs += completion.logprobs
+        self.versions += completion.versions
         self.critical += len(completion.tokens)
 
     def add_siblings(self, paths: Sequence[Draft]) -> None:
@@ -56,4 +59,5 @@ class Draft:
             self.sampled += path.sampled
             self.barred += path.barred
             self.logprobs += path.logprobs
+            self.versions += path.versions
         self.critical += max(path.critical for path in paths)

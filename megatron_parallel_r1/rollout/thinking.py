@@ -79,9 +79,9 @@ class Thinker(Generic[Context]):
             sampled=tuple(draft.sampled),
             barred=tuple(draft.barred),
             logprobs=tuple(draft.logprobs),
+            versions=tuple(draft.versions),
             finish="eos" if end == "eos" else "length",
             tree=parse(draft.tokens, self.tags),
-            version=self.engine.version,
         )
 
 
@@ -159,22 +159,22 @@ class _Writing(Generic[Context]):
             context = await self._joined(trunk, paths)
         draft.add_siblings([path for path, _ in paths])
         await engine.write(context, (tags.parallel_end, tags.summary))
-        draft.add_forced((tags.parallel_end, tags.summary))
+        draft.add_forced((tags.parallel_end, tags.summary), engine.version)
         end = await self._summary(context, draft, room, depth, branch)
         if end != "closed" and depth:
             # The path around it goes on to its own forced end; the text must say where the summary ended.
-            draft.add_forced((tags.summary_end,))
+            draft.add_forced((tags.summary_end,), engine.version)
             await engine.write(context, (tags.summary_end,))
         return end, context
 
     async def _path(self, context: Context, share: Room, depth: int, branch: Branch) -> tuple[Draft, Context]:
         """One `<Path> … </Path>` in `context`, which comes back written."""
         draft = Draft()
-        draft.add_forced((self.tags.path,))
+        draft.add_forced((self.tags.path,), self.engine.version)
         await self.engine.write(context, (self.tags.path,))
         draft, end, context = await self.chain(context, draft, share, depth, branch)
         closing = () if end == "closed" else (self.tags.path_end,)
-        draft.add_forced(closing)
+        draft.add_forced(closing, self.engine.version)
         await self.engine.write(context, closing)
         return draft, context
 

@@ -1,18 +1,24 @@
-"""The native engine: collects what all contexts ask for, and serves it one batched pass at a time."""
+"""The native engine: collects what all contexts ask for, and serves it one batched pass at a time.
+
+Under tensor parallelism each process runs an engine and asks it for the same, in the same order. What is
+served when depends on the requests alone, so the engines stay in step; what is drawn, rank 0 says.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from megatron_parallel_r1.rollout.base import Completion, Sampling
+from megatron_parallel_r1.rollout.base import Completion, Interrupted, Sampling
 from megatron_parallel_r1.rollout.native.cache import SlotTable
 from megatron_parallel_r1.rollout.native.model import Architecture, DecodeModel
 from megatron_parallel_r1.rollout.native.sampler import draw
+from megatron_parallel_r1.rollout.native.team import Team
 from megatron_parallel_r1.thought.layout import Mode
 
 
@@ -23,13 +29,15 @@ class NativeContext:
     Attributes:
         position: of the next token.
         pending: tokens that are part of the context but not in the cache yet.
-        logits_V: for the next token, once nothing is pending.
+        logits_V: for the next token, once nothing is pending; of a team, rank 0 alone has all of them.
+        version: of the weights that made `logits_V`.
     """
 
     row: int
     position: int = 0
     pending: list[int] = field(default_factory=list)
     logits_V: torch.Tensor | None = None
+    version: int = -1
 
 
 @dataclass(slots=True)
@@ -44,6 +52,7 @@ class _Request:
     suppress: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
 
 class NativeEngine:
@@ -51,31 +60,54 @@ class NativeEngine:
 
     Args:
         architecture: of the model whose weights `load_weights` will bring.
+        team: the processes that share the engine's weights; None for this process alone.
         max_rows: tokens in one pass at most; longer prompts take several.
+
+    Raises:
+        UserError: the team's size does not divide the model's heads.
     """
 
     modes: frozenset[Mode] = frozenset({"isolated", "replay", "causal", "sequential"})
 
-    def __init__(self, architecture: Architecture, max_rows: int = 1024) -> None:
+    def __init__(self, architecture: Architecture, team: Team | None = None, max_rows: int = 1024) -> None:
         self.version = -1
         self.computed_tokens = 0
+        self._team = team or Team.alone()
+        architecture.shared(self._team.size)
         self._architecture = architecture
         self._max_rows = max_rows
         self._table = SlotTable()
         self._model: DecodeModel | None = None
         self._requests: list[_Request] = []
         self._driver: asyncio.Task[None] | None = None
+        self._offers: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        self._offering = threading.Lock()
+        self._interrupted = False
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Copies new weights.
+        """Copies new weights, of a team's each tensor this process's part.
 
         Raises:
             RuntimeError: a context is still open; its cache would mix two weights.
         """
         if self._table.used:
             raise RuntimeError(f"{self._table.used} cache slots are in use; close all contexts first")
-        self._model = DecodeModel(self._architecture, tensors, self._table.slot_count)
+        self._team.agree(0, ("weights", version))
+        self._model = None  # The old weights make room before the new ones come.
+        self._model = DecodeModel(self._architecture, tensors, self._table.slot_count, self._team)
         self.version = version
+
+    def offer_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Keeps new weights, which must not change any more, for the next pass; see `Engine`.
+
+        A team takes them when all its ranks have been offered them. Until then they are kept beside those in
+        use.
+        """
+        with self._offering:
+            self._offers[version] = list(tensors)
+
+    def interrupt(self) -> None:
+        self._interrupted = True
 
     def open(self) -> NativeContext:
         return NativeContext(self._table.open())
@@ -83,7 +115,7 @@ class NativeEngine:
     def fork(self, context: NativeContext) -> NativeContext:
         assert not context.pending, "write a context before forking it"
         row = self._table.fork(context.row)
-        return NativeContext(row, context.position, logits_V=context.logits_V)
+        return NativeContext(row, context.position, logits_V=context.logits_V, version=context.version)
 
     def join(self, trunk: NativeContext, paths: Sequence[NativeContext]) -> NativeContext:
         assert not any(path.pending for path in paths), "write the paths before joining them"
@@ -92,6 +124,9 @@ class NativeEngine:
 
     def close(self, context: NativeContext) -> None:
         self._table.close(context.row)
+        if not self._table.used:
+            # A rank that is done must not go on alone while another still decodes.
+            self._team.agree(0, ("closed", self.computed_tokens))
 
     async def write(self, context: NativeContext, tokens: Sequence[int]) -> None:
         context.pending += tokens
@@ -134,8 +169,18 @@ class NativeEngine:
             raise
 
     def _step(self) -> None:
+        if self._interrupted:
+            raise Interrupted("the engine was told to end")
+        self._take_offer()
         self._requests = [request for request in self._requests if not request.done.done()]
-        self._forward([request for request in self._requests if request.context.pending])
+        counts = self._counts()
+        if self._team.size > 1:
+            work = [
+                (request.context.position, request.limit, request.context.pending[:count])
+                for request, count in zip(self._requests, counts, strict=True)
+            ]
+            self._team.agree(len(work), work)
+        self._forward(counts)
         ready = [request for request in self._requests if not request.context.pending]
         drawing = [request for request in ready if request.limit]
         if drawing:
@@ -145,15 +190,34 @@ class NativeEngine:
                 request.done.set_result(None)
         self._requests = [request for request in self._requests if not request.done.done()]
 
-    def _forward(self, requests: list[_Request]) -> None:
-        """Brings pending tokens into the cache, up to `max_rows` of them in this pass."""
-        counts, contexts, left = [], [], self._max_rows
-        for request in requests:
-            count = min(len(request.context.pending), left)
-            if count:
-                counts.append(count)
-                contexts.append(request.context)
-                left -= count
+    def _take_offer(self) -> None:
+        """Swaps in the newest weights that all ranks of the team have been offered; the cache stays."""
+        with self._offering:
+            newest = max(self._offers, default=self.version)
+        version = self._team.least(newest)
+        if version <= self.version:
+            return
+        with self._offering:
+            tensors = self._offers[version]
+            self._offers = {other: kept for other, kept in self._offers.items() if other > version}
+        cache_LSX = self._model.cache_LSX if self._model else None
+        self._model = None
+        self._model = DecodeModel(self._architecture, tensors, 0, self._team)
+        self._model.cache_LSX = cache_LSX or self._model.cache_LSX
+        self.version = version
+
+    def _counts(self) -> list[int]:
+        """How many of each request's pending tokens go through the next pass: `max_rows` in all at most."""
+        counts, left = [], self._max_rows
+        for request in self._requests:
+            counts.append(min(len(request.context.pending), left))
+            left -= counts[-1]
+        return counts
+
+    def _forward(self, request_counts: list[int]) -> None:
+        """Brings so many pending tokens of each request into the cache."""
+        contexts = [r.context for r, count in zip(self._requests, request_counts, strict=True) if count]
+        counts = [count for count in request_counts if count]
         if not contexts:
             return
         logits_CV = self._pass(contexts, counts)
@@ -161,7 +225,7 @@ class NativeEngine:
         for context, count, logits_V in zip(contexts, counts, logits_CV, strict=True):
             del context.pending[:count]
             context.position += count
-            context.logits_V = logits_V
+            context.logits_V, context.version = logits_V, self.version
 
     def _pass(self, contexts: list[NativeContext], counts: list[int]) -> torch.Tensor:
         """One forward pass; the logits behind the last of each context's `counts` tokens, [C, V]."""
@@ -189,17 +253,27 @@ class NativeEngine:
         )
 
     def _draw(self, requests: list[_Request]) -> None:
-        tokens, logprobs = draw(
-            torch.stack([request.context.logits_V for request in requests]),
-            [request.sampling for request in requests],
-            [request.context.position for request in requests],
-            [request.suppress for request in requests],
-        )
+        """One token for each; of a team rank 0 draws, so that rounding cannot make the ranks part ways."""
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        if self._team.rank == 0:
+            tokens, logprobs = draw(
+                torch.stack([request.context.logits_V for request in requests]),
+                [request.sampling for request in requests],
+                [request.context.position for request in requests],
+                [request.suppress for request in requests],
+            )
+        if self._team.size > 1:
+            drawn, logprobs = self._team.broadcast((tokens, logprobs), (2, len(requests)))
+            tokens = [int(token) for token in drawn]
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
             request.tokens.append(token)
             request.logprobs.append(logprob)
+            request.versions.append(request.context.version)
             request.context.pending.append(token)
             stopped = token in request.stop
             if stopped or len(request.tokens) == request.limit:
-                completion = Completion(tuple(request.tokens), tuple(request.logprobs), stopped)
+                completion = Completion(
+                    tuple(request.tokens), tuple(request.logprobs), tuple(request.versions), stopped
+                )
                 request.done.set_result(completion)

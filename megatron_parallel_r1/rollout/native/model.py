@@ -1,19 +1,27 @@
 """Qwen3's forward pass for decoding: rows of tokens, each with its own list of cache slots.
 
 Takes weights under their Hugging Face names, as a server does, and fuses them once per update. Prefill and
-decode are the same pass: a row is one token, wherever in whichever context it stands.
+decode are the same pass: a row is one token, wherever in whichever context it stands. In a team each process
+computes its own heads, features and logits of every row; their sums are the whole model's.
 
 Shapes: N rows, T longest context, E hidden size, H query heads, K key/value heads, G = H / K, D head size,
-F feed-forward size, V vocabulary, S slots.
+F feed-forward size, V vocabulary, S slots; H, K, F and a weight's V count this process's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+
+from megatron_parallel_r1.rollout.native.limits import check_heads
+from megatron_parallel_r1.rollout.native.parts import own_part
+from megatron_parallel_r1.rollout.native.team import Team
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +35,15 @@ class Architecture:
     norm_eps: float
     rope_theta: float
     tied: bool
+
+    def shared(self, size: int) -> Architecture:
+        """What each of `size` processes computes.
+
+        Raises:
+            UserError: a head would be cut.
+        """
+        check_heads(self.heads, self.kv_heads, size)
+        return replace(self, heads=self.heads // size, kv_heads=self.kv_heads // size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +59,33 @@ class _Layer:
 
 
 class DecodeModel:
-    """The weights, the cache tensors, and the pass over them."""
+    """The weights, the cache tensors, and the pass over them; in a team this process's part of all three.
+
+    Args:
+        architecture: of the whole model.
+        tensors: whole, under their Hugging Face names; no two need to exist at once.
+        slots: of the cache.
+        team: the processes that share the model.
+    """
 
     def __init__(
-        self, architecture: Architecture, tensors: Iterable[tuple[str, torch.Tensor]], slots: int
+        self,
+        architecture: Architecture,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        slots: int,
+        team: Team,
     ) -> None:
-        self.architecture = architecture
-        # Copies: the trainer goes on to change its own tensors in place.
-        by_name = {name: tensor.detach().clone() for name, tensor in tensors}
+        self.architecture = architecture.shared(team.size)
+        self.team = team
+        by_name: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors:
+            if name == EMBEDDING:
+                self.vocabulary = len(tensor)
+            # Copies: the trainer goes on to change its own tensors in place.
+            by_name[name] = own_part(name, tensor, team)
         prefix = "model.layers."
-        self.embedding_VE = by_name["model.embed_tokens.weight"]
-        self.head_VE = self.embedding_VE if architecture.tied else by_name["lm_head.weight"]
+        self.embedding_VE = by_name[EMBEDDING]
+        self.head_VE = self.embedding_VE if architecture.tied else by_name[HEAD]
         self.norm_E = by_name["model.norm.weight"]
         self.layers = [_fused(by_name, f"{prefix}{index}.") for index in range(architecture.layers)]
         dim = architecture.head_dim
@@ -82,6 +115,8 @@ class DecodeModel:
     ) -> torch.Tensor:
         """Writes each row's key and value into its slot and returns logits [len(wanted), V], float32.
 
+        Of a team only rank 0 gets the whole vocabulary's logits, the others those of their own part.
+
         Args:
             seen_NT: slots that a row sees, itself last; padded with any slot number.
             lengths_N: how many of those count.
@@ -89,7 +124,7 @@ class DecodeModel:
         """
         a = self.architecture
         cos_N1D, sin_N1D = self._rotation(positions_N)
-        hidden_NE = F.embedding(tokens_N, self.embedding_VE)
+        hidden_NE = self._embed(tokens_N)
         key_sizes = [a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim]
         groups = _groups(lengths_N)
         for layer, cache_SX in zip(self.layers, self.cache_LSX, strict=True):
@@ -101,12 +136,22 @@ class DecodeModel:
             key_NKD = _rotate(key_NKD, cos_N1D, sin_N1D)
             cache_SX[slots_N] = torch.cat([key_NKD.flatten(1), value_NX], dim=-1)
             attended_NX = self._attend(query_NHD, cache_SX, seen_NT, lengths_N, groups)
-            hidden_NE = hidden_NE + F.linear(attended_NX, layer.output_EA)
+            hidden_NE = hidden_NE + self.team.sum(F.linear(attended_NX, layer.output_EA))
             normed_NE = _rms_norm(hidden_NE, layer.mlp_norm_E, a.norm_eps)
             gate_NF, up_NF = F.linear(normed_NE, layer.gate_up_FE).chunk(2, dim=-1)
-            hidden_NE = hidden_NE + F.linear(F.silu(gate_NF) * up_NF, layer.down_EF)
+            hidden_NE = hidden_NE + self.team.sum(F.linear(F.silu(gate_NF) * up_NF, layer.down_EF))
         last_NE = _rms_norm(hidden_NE[wanted], self.norm_E, a.norm_eps)
-        return F.linear(last_NE, self.head_VE).float()
+        logits_NV = self.team.gather_columns(F.linear(last_NE, self.head_VE))
+        return logits_NV[:, : self.vocabulary].float()
+
+    def _embed(self, tokens_N: torch.Tensor) -> torch.Tensor:
+        """Each token's row of the embedding, which one process of the team has."""
+        if self.team.size == 1:
+            return F.embedding(tokens_N, self.embedding_VE)
+        rows_N = tokens_N - self.team.rank * len(self.embedding_VE)
+        elsewhere_N = (rows_N < 0) | (rows_N >= len(self.embedding_VE))
+        found_NE = F.embedding(rows_N.masked_fill(elsewhere_N, 0), self.embedding_VE)
+        return self.team.sum(found_NE.masked_fill(elsewhere_N[:, None], 0.0))
 
     def _attend(
         self,
@@ -139,8 +184,10 @@ class DecodeModel:
 
 
 def _fused(by_name: dict[str, torch.Tensor], prefix: str) -> _Layer:
+    """Takes a layer's weights out of `by_name`: fused and unfused, only one layer's exist at once."""
+
     def weight(name: str) -> torch.Tensor:
-        return by_name[f"{prefix}{name}.weight"]
+        return by_name.pop(f"{prefix}{name}.weight")
 
     return _Layer(
         attention_norm_E=weight("input_layernorm"),

@@ -10,6 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
+from megatron_parallel_r1.rollout.native.team import Team
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.packing import PackedRow
@@ -22,15 +23,17 @@ VOCABULARY = 40
 EAGER = {TAGS.parallel: 1.6, TAGS.path_end: 1.9, TAGS.summary_end: 1.9, TAGS.eos: 0.6}
 
 
-def tiny_qwen3(seed: int = 0, tied: bool = False) -> Qwen3ForCausalLM:
+def tiny_qwen3(
+    seed: int = 0, tied: bool = False, vocabulary: int = VOCABULARY, ffn: int = 48, kv_heads: int = 2
+) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=ffn,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=16,
         rope_theta=1000.0,
         tie_word_embeddings=tied,
@@ -49,7 +52,7 @@ def tiny_qwen3(seed: int = 0, tied: bool = False) -> Qwen3ForCausalLM:
     return model
 
 
-def native_engine(model: Qwen3ForCausalLM, **settings: int) -> NativeEngine:
+def native_engine(model: Qwen3ForCausalLM, team: Team | None = None, **settings: int) -> NativeEngine:
     config = model.config
     architecture = Architecture(
         layers=config.num_hidden_layers,
@@ -60,7 +63,7 @@ def native_engine(model: Qwen3ForCausalLM, **settings: int) -> NativeEngine:
         rope_theta=1000.0,
         tied=config.tie_word_embeddings,
     )
-    engine = NativeEngine(architecture, **settings)
+    engine = NativeEngine(architecture, team, **settings)
     engine.load_weights(model.state_dict().items(), version=0)
     return engine
 

@@ -1,0 +1,104 @@
+"""The processes that share one engine: each holds a part of every weight, and all decode the same rows.
+
+They run the same loop over the same requests, in lockstep, and meet in every pass. Alone, nobody is asked.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """This process's place in its team.
+
+    Attributes:
+        rank: of this process, 0..size-1.
+        size: processes in the team.
+        group: of those; None for a process alone.
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def alone(cls) -> Team:
+        return cls(0, 1, None)
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> Team:
+        """All processes of a group that this process is in."""
+        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors; may be written into `part`."""
+        if self.size > 1:
+            dist.all_reduce(part, group=self.group)
+        return part
+
+    def gather_columns(self, part_NX: torch.Tensor) -> torch.Tensor:
+        """On rank 0 all ranks' columns side by side, in order of rank; elsewhere the rank's own."""
+        if self.size == 1:
+            return part_NX
+        parts = [torch.empty_like(part_NX) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(part_NX, parts, dst=self._first(), group=self.group)
+        return torch.cat(parts, dim=-1) if parts else part_NX
+
+    def broadcast(self, told: Sequence[Sequence[float]], shape: tuple[int, int]) -> list[list[float]]:
+        """Rank 0's numbers (rows of doubles; integers up to 2**53 stay exact), on every rank.
+
+        Args:
+            told: what rank 0 says; other ranks' is not read.
+            shape: of `told`.
+        """
+        numbers = torch.empty(shape, dtype=torch.float64, device=self._device())
+        if self.rank == 0:
+            numbers.copy_(torch.tensor(told, dtype=torch.float64))
+        dist.broadcast(numbers, src=self._first(), group=self.group)
+        return numbers.tolist()
+
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        if self.size == 1:
+            return number
+        numbers = torch.tensor([number], device=self._device())
+        dist.all_reduce(numbers, op=dist.ReduceOp.MIN, group=self.group)
+        return int(numbers.item())
+
+    def agree(self, count: int, work: object) -> None:
+        """Returns if all ranks are about to do the same work.
+
+        Without it, ranks that ever parted ways would wait for each other, or add up unrelated rows.
+
+        Args:
+            count: of requests; for the message.
+            work: anything whose `repr` tells it from other work.
+
+        Raises:
+            RuntimeError: on every rank, if they differ.
+        """
+        if self.size == 1:
+            return
+        mine = torch.tensor([count, zlib.crc32(repr(work).encode())], device=self._device())
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self.group)
+        said = torch.stack(everyone).tolist()
+        if any(one != said[0] for one in said):
+            counts = ", ".join(str(count) for count, _ in said)
+            raise RuntimeError(
+                f"native engine: the {self.size} processes of a tensor group parted ways (requests: "
+                f"{counts}); prompts, settings and weights must be the same on all of them"
+            )
+
+    def _first(self) -> int:
+        assert self.group is not None
+        return dist.get_global_rank(self.group, 0)
+
+    def _device(self) -> torch.device:
+        return torch.device("cuda" if "nccl" in dist.get_backend(self.group) else "cpu")
