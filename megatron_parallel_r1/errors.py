@@ -1,4 +1,7 @@
-"""The one error that a user can cause and mend."""
+"""The errors that end a command with one line instead of a traceback."""
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong with what was asked, the same command may be started again.
+LOST_EXIT_CODE = 75
 
 
 class UserError(Exception):
@@ -6,4 +9,12 @@ class UserError(Exception):
 
     The message says what is wrong, where, and what to do. The command line prints it without a traceback
     and exits with code 2.
+    """
+
+
+class PeerLost(RuntimeError):
+    """Another rank is gone, so that no collective can complete any more.
+
+    The message names this rank, the missing one, and the place of both. Whoever catches it ends the process
+    by `os._exit(LOST_EXIT_CODE)`: a usual exit takes the process groups down, which may wait for it.
     """

@@ -1,4 +1,4 @@
-"""The shape of a Qwen3 model, from and to Hugging Face, and the Megatron configuration that follows."""
+"""The shape of a Qwen3 model, from and to Hugging Face."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.process import Parallel
 
 # Fields of a config.json that change the mathematics, and the only values that this model computes.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -121,81 +118,3 @@ class ModelConfig:
             "use_sliding_window": False,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-
-
-def _leave_unset(weight: torch.Tensor) -> None:
-    pass
-
-
-def transformer_config(
-    model: ModelConfig, dtype: torch.dtype = torch.float32, parallel: Parallel | None = None
-) -> TransformerConfig:
-    """The Megatron configuration of `model`: no dropout, no biases, no fused kernels, deterministic.
-
-    Args:
-        model: the architecture.
-        dtype: of parameters and activations, float32 or bfloat16.
-        parallel: how the model is split; None for one process.
-
-    Raises:
-        UserError: the model cannot be split so.
-    """
-    parallel = parallel or Parallel()
-    if model.kv_heads % parallel.tensor or model.ffn % parallel.tensor or model.vocab % parallel.tensor:
-        raise UserError(
-            f"model: {parallel.tensor}-way tensor parallelism must divide kv_heads {model.kv_heads}, "
-            f"ffn {model.ffn} and vocab {model.vocab}; choose a smaller tensor size"
-        )
-    if model.layers % parallel.pipeline:
-        raise UserError(
-            f"model: {model.layers} layers cannot be cut into {parallel.pipeline} equal pipeline stages; "
-            "choose a pipeline size that divides layers"
-        )
-    if parallel.sequence and parallel.tensor == 1:
-        raise UserError("parallel: sequence needs a tensor size of 2 or more; there is nothing to split over")
-    full = parallel.recompute == "full"
-    return TransformerConfig(
-        num_layers=model.layers,
-        hidden_size=model.hidden,
-        num_attention_heads=model.heads,
-        num_query_groups=model.kv_heads,
-        kv_channels=model.head_dim,
-        ffn_hidden_size=model.ffn,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.rms_eps,
-        qk_layernorm=True,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        pipeline_dtype=dtype,
-        # Weights come from Hugging Face tensors or a seed, the same ones under every parallel layout. Without
-        # perform_initialization Megatron would not mark which weights are split over a tensor group.
-        init_method=_leave_unset,
-        output_layer_init_method=_leave_unset,
-        embedding_init_method=_leave_unset,
-        # A step's gradient is the sum over its tokens divided by their number, however they are packed.
-        calculate_per_token_loss=True,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it even without experts
-        deterministic_mode=True,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=1 if full else None,
-        recompute_modules=["mlp"] if parallel.recompute == "selective" else None,
-        persist_layer_norm=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        cross_entropy_loss_fusion=False,
-        cuda_graph_scope=[],  # the default warns that it is deprecated
-    )

@@ -13,7 +13,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_parallel_r1.model.gpt import PathGPT
+from megatron_parallel_r1.model.gpt import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +31,20 @@ class Adam:
     sharded: bool = False
 
 
-def trainable(model: PathGPT, adam: Adam) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    """Wraps the model for gradient accumulation in float32 and makes its optimizer.
+def trainable(model: Model, adam: Adam) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """Wraps each stage for gradient accumulation in float32 and makes their optimizer.
 
-    A step is `wrapped.zero_grad_buffer(); optimizer.zero_grad()`, then Megatron's
+    A step is `zero_grad_buffer()` of each, `optimizer.zero_grad()`, then Megatron's
     `get_forward_backward_func()`, whose loss function returns the loss summed over its tokens, their number
     (int32) and a dict to report, then `optimizer.step()`. The schedule itself calls `finalize_model_grads`,
     which divides by the tokens of all micro-batches and processes. A schedule of the learning rate sets
     `group["lr"]` of `optimizer.param_groups`.
     """
     config = model.config
-    wrapped = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=adam.sharded),
-        model,
+    reduction = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=adam.sharded
     )
+    wrapped = [DistributedDataParallel(config, reduction, stage) for stage in model]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -60,12 +59,13 @@ def trainable(model: PathGPT, adam: Adam) -> tuple[DistributedDataParallel, Mega
             params_dtype=config.params_dtype,
             use_distributed_optimizer=adam.sharded,
         ),
-        [wrapped],
+        wrapped,
     )
     # Megatron marks norms with wd_mult = 0, but only its own scheduler would ever multiply by it.
     for group in optimizer.param_groups:
         group["weight_decay"] = adam.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = wrapped.no_sync
+    syncs = [stage.no_sync for stage in wrapped]
+    config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer

@@ -5,87 +5,159 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.errors import PeerLost
 from megatron_parallel_r1.model import cpu
+from megatron_parallel_r1.model.beats import first_line
+from megatron_parallel_r1.model.parallel import Parallel, check_world
+from megatron_parallel_r1.model.watch import Watch
 
 
-@dataclass(frozen=True, slots=True)
-class Parallel:
-    """How a model is split over processes; what is left of the world is data parallel.
-
-    Attributes:
-        tensor, pipeline, context: sizes of the groups that share one copy of the model; a context group
-            shares each row.
-        sequence: whether norms and residuals are split along the tokens within a tensor group.
-        recompute: what backward computes anew instead of keeping it: `full`, each layer from its input;
-            `selective`, the inside of the MLP (attention keeps no scores in any case).
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    sequence: bool = False
-    context: int = 1
-    recompute: Literal["none", "selective", "full"] = "none"
+def world_size() -> int:
+    """Processes that were launched together; known before they have met."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 1
 
 
-def start(seed: int, parallel: Parallel | None = None, timeout_minutes: float = 30) -> None:
-    """Joins the processes that torchrun started (RANK, WORLD_SIZE), or becomes a world of one, and splits it.
+def is_first() -> bool:
+    """Whether this process writes the run's files and speaks to the user."""
+    return world_size() == 1 or os.environ["RANK"] == "0"
+
+
+def start(
+    seed: int,
+    parallel: Parallel | None = None,
+    timeout_s: float = 1800,
+    heartbeat_s: float = 60,
+    join_s: float = 1800,
+) -> Watch:
+    """Joins the processes of one launch (RANK, WORLD_SIZE), or becomes a world of one, and splits it.
 
     Uses nccl and the local rank's GPU where CUDA is available, else gloo and the CPU.
 
     Args:
         seed: of Megatron's random states; the same on all processes.
         parallel: sizes of the model-parallel groups; None for one process a copy.
-        timeout_minutes: how long a collective may wait for the others.
+        timeout_s: how long a collective may wait for the others.
+        heartbeat_s: how long a rank may be silent before every other one ends; at least 5.
+        join_s: how long the processes may take to come together.
+
+    Returns:
+        What ends this process once another is gone. To be given to `stop`, or to `fail` after an error.
 
     Raises:
         UserError: the number of processes is no multiple of tensor x pipeline x context.
+        PeerLost: a process did not come, or went away.
     """
     parallel = parallel or Parallel()
+    check_world(parallel, world_size())
     cpu.bring_up()
-    timeout = timedelta(minutes=timeout_minutes)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend, timeout = "gloo", timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
+        backend = "nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    copy = parallel.tensor * parallel.pipeline * parallel.context
-    if dist.get_world_size() % copy:
-        world = dist.get_world_size()
-        dist.destroy_process_group()
-        raise UserError(
-            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} "
-            f"= {copy} does not divide the {world} processes; start a multiple of {copy}"
+    rank = int(os.environ["RANK"]) if world_size() > 1 else 0
+    watch = Watch(rank, world_size(), heartbeat_s)
+    store = dist.HashStore()
+    if world_size() > 1:
+        # torchrun keeps a store of its own; under srun or by hand rank 0 does.
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        host = f"{'the launcher' if hosted else 'rank 0'}, which hosts the store,"
+        store, own = _meet(rank, rank == 0 and not hosted, host, join_s)
+        watch.begin(store, own, host)
+    try:
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=timeout_s / 60,
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        context_parallel_size=parallel.context,
-    )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    except BaseException as error:
+        fail(watch, error)
+        raise
+    return watch
 
 
-def stop() -> None:
-    """Leaves the world that `start` joined."""
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+def stop(watch: Watch) -> None:
+    """Leaves the world that `start` joined; the host of the store leaves it last."""
+    _leave_groups()
+    watch.close()
+
+
+def fail(watch: Watch, error: BaseException) -> None:
+    """Leaves the world after an error, and tells the other processes why.
+
+    Among several processes the groups are left as they are: to leave them may wait for a lost process.
+
+    Raises:
+        PeerLost: `error` is that of a collective; it names who is missing, or who is somewhere else.
+    """
+    if world_size() == 1:
+        _leave_groups()
+    if lost := watch.fail(error):
+        raise lost from error
 
 
 @contextmanager
-def running(seed: int, parallel: Parallel | None = None) -> Iterator[None]:
-    """`start` on entry, `stop` on exit."""
-    start(seed, parallel)
+def running(
+    seed: int,
+    parallel: Parallel | None = None,
+    timeout_s: float = 1800,
+    heartbeat_s: float = 60,
+    join_s: float = 1800,
+) -> Iterator[Watch]:
+    """`start` on entry; on exit `stop`, or `fail` after an error. Say where the process is by `Watch.at`."""
+    watch = start(seed, parallel, timeout_s, heartbeat_s, join_s)
     try:
-        yield
-    finally:
-        stop()
+        yield watch
+    except BaseException as error:
+        fail(watch, error)
+        raise
+    stop(watch)
+
+
+def _meet(rank: int, hosts: bool, host: str, join_s: float) -> tuple[dist.Store, dist.Store]:
+    """The store that all processes share, and a second connection to it, once all of them have both."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    patience = timedelta(seconds=join_s)
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            world_size(),
+            is_master=hosts,
+            timeout=patience,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        own = store.clone()
+    except dist.DistError as error:
+        where = f"rank {rank}: {host} was not reached at {address}:{port} within {join_s:g} s"
+        raise PeerLost(f"{where} ({first_line(error)})") from error
+    names = [f"joined/{other}" for other in range(world_size())]
+    try:
+        store.set(names[rank], "")
+        store.wait(names, patience)
+    except dist.DistStoreError as error:
+        missing = [other for other, name in enumerate(names) if not store.check([name])]
+        raise PeerLost(f"rank {rank}: {_ranks(missing)} did not come within {join_s:g} s") from error
+    except dist.DistNetworkError as error:
+        raise PeerLost(f"rank {rank}: {host} went away before all had come") from error
+    return store, own
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"{len(ranks)} ranks, rank {ranks[0]} first," if len(ranks) > 1 else f"rank {ranks[0]}"
+
+
+def _leave_groups() -> None:
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

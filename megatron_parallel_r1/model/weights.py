@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.gpt import PathGPT
+from megatron_parallel_r1.model.gpt import Model, padded_vocab
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
@@ -34,15 +35,19 @@ class Weight:
         parts: name and shape of the Hugging Face tensors that it is made of.
         groups: into how many groups of rows each of them is cut.
         cut: the dimension along which tensor parallelism splits it; None: every rank has all of it.
+        vocabulary: whether its rows are tokens, filled up with zeros where the ranks do not divide them.
     """
 
     name: str
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     groups: int = 1
     cut: int | None = None
+    vocabulary: bool = False
 
     def join(self, tensors: list[Tensor], rank: int = 0, size: int = 1) -> Tensor:
         """Hugging Face tensors to the Megatron parameter of a tensor-parallel rank."""
+        if self.vocabulary:
+            tensors = [F.pad(tensor, (0, 0, 0, -len(tensor) % size)) for tensor in tensors]
         if self.cut == 0:
             tensors = [tensor.chunk(size)[rank] for tensor in tensors]
         groups = self._groups(size)
@@ -51,6 +56,8 @@ class Weight:
 
     def split(self, shards: list[Tensor]) -> list[Tensor]:
         """The Megatron parameters of all tensor-parallel ranks to Hugging Face tensors."""
+        if self.vocabulary:
+            return [torch.cat(shards)[: self.parts[0][1][0]]]
         if self.cut == 1:
             shards = [torch.cat(shards, 1)]
         if self.cut is None:
@@ -64,7 +71,7 @@ class Weight:
     def shard_shape(self, size: int) -> tuple[int, ...]:
         """Of the Megatron parameter of one of `size` tensor-parallel ranks."""
         rows, *rest = (sum(shape[0] for _, shape in self.parts), *self.parts[0][1][1:])
-        sizes = [rows, *rest]
+        sizes = [padded_vocab(rows, size) if self.vocabulary else rows, *rest]
         if self.cut is not None:
             sizes[self.cut] //= size
         return tuple(sizes)
@@ -81,7 +88,10 @@ def table(shape: ModelConfig) -> list[Weight]:
     def plain(name: str, hf_name: str, *size: int, cut: int | None = None) -> Weight:
         return Weight(name, ((hf_name, size),), cut=cut)
 
-    weights = [plain(EMBEDDING, "model.embed_tokens.weight", shape.vocab, hidden, cut=0)]
+    def rows_of_tokens(name: str, hf_name: str) -> Weight:
+        return Weight(name, ((hf_name, (shape.vocab, hidden)),), cut=0, vocabulary=True)
+
+    weights = [rows_of_tokens(EMBEDDING, "model.embed_tokens.weight")]
     for i in range(shape.layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
         attention, mlp = theirs + "self_attn.", theirs + "mlp."
@@ -112,28 +122,29 @@ def table(shape: ModelConfig) -> list[Weight]:
         ]
     weights.append(plain("decoder.final_layernorm.weight", "model.norm.weight", hidden))
     if not shape.tied:
-        weights.append(plain(HEAD, "lm_head.weight", shape.vocab, hidden, cut=0))
+        weights.append(rows_of_tokens(HEAD, "lm_head.weight"))
     return weights
 
 
-def own_parameters(model: PathGPT) -> dict[str, Parameter]:
+def own_parameters(model: Model) -> dict[str, Parameter]:
     """This process's parameters under the names of a whole model.
 
     A pipeline stage counts its layers from 0; the last stage of a tied model has a copy of the embedding as
     its output layer.
     """
     named: dict[str, Parameter] = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, local, rest = name.split(".", 3)
-            number = model.decoder.layers[int(local)].layer_number
-            name = f"decoder.layers.{number - 1}.{rest}"
-        named[EMBEDDING if name == HEAD and model.shape.tied else name] = parameter
+    for stage in model:
+        for name, parameter in stage.named_parameters():
+            if name.startswith("decoder.layers."):
+                _, _, local, rest = name.split(".", 3)
+                number = stage.decoder.layers[int(local)].layer_number
+                name = f"decoder.layers.{number - 1}.{rest}"
+            named[EMBEDDING if name == HEAD and model.shape.tied else name] = parameter
     return named
 
 
 @torch.no_grad()
-def hf_tensors(model: PathGPT) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
     """The model's weights under their Hugging Face names, detached; some share memory with the model.
 
     Of a split model every process yields every tensor, whole, one at a time: all of them must iterate.
@@ -186,7 +197,7 @@ def check_fit(shape: ModelConfig, sizes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 @torch.no_grad()
-def load_hf_tensors(model: PathGPT, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def load_hf_tensors(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Sets this process's weights, cast to the model's dtype, from all Hugging Face tensors in any order.
 
     Raises:

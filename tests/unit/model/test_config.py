@@ -7,8 +7,7 @@ import torch
 from transformers import Qwen3Config
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import ModelConfig, transformer_config
-from megatron_parallel_r1.model.process import Parallel
+from megatron_parallel_r1.model.config import ModelConfig
 
 QWEN3 = ModelConfig(
     hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=112, vocab=97, rope_theta=1e4, tied=False
@@ -51,15 +50,3 @@ def test_a_missing_field_is_named() -> None:
     del broken["hidden_size"]
     with pytest.raises(UserError, match="'hidden_size' is missing"):
         ModelConfig.from_hf(broken)
-
-
-def test_a_split_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(UserError, match="2-way tensor parallelism must divide"):
-        transformer_config(QWEN3, parallel=Parallel(tensor=2))
-
-
-def test_layers_that_no_pipeline_cuts_evenly_and_sequence_without_tensor_are_refused() -> None:
-    with pytest.raises(UserError, match="layers cannot be cut into 5 equal pipeline stages"):
-        transformer_config(QWEN3, parallel=Parallel(pipeline=5))
-    with pytest.raises(UserError, match="sequence needs a tensor size of 2"):
-        transformer_config(QWEN3, parallel=Parallel(sequence=True))

@@ -6,9 +6,10 @@ from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from megatron_parallel_r1.model import gpt, weights
-from megatron_parallel_r1.model.config import ModelConfig, transformer_config
+from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.rotary import PositionRotary
 from megatron_parallel_r1.model.spec import RMSNorm
+from megatron_parallel_r1.model.transformer import transformer_config
 from tests.unit.model.qwen3 import hf_logits, hf_model
 from tests.unit.model.rows import Row, causal_row, random_row
 
@@ -56,7 +57,7 @@ def test_gradients_equal_transformers() -> None:
     (gpt.logits(ours, tokens_1L, row.positions_1L, row.layout_KL) * weight_1LV).sum().backward()
     (hf_logits(theirs, tokens_1L, row) * weight_1LV).sum().backward()
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    parameters = dict(ours.named_parameters())
+    parameters = weights.own_parameters(ours)
     for weight in weights.table(ours.shape):
         parts = weight.split([parameters[weight.name].grad])
         for (name, _shape), grad in zip(weight.parts, parts, strict=True):

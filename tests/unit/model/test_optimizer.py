@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("world")
 ROWS = [random_row(seed, documents=2) for seed in (1, 2, 3)]
 
 
-def fresh(dtype: torch.dtype = torch.float32) -> gpt.PathGPT:
+def fresh(dtype: torch.dtype = torch.float32) -> gpt.Model:
     theirs = hf_model(tied=True)
     model = gpt.build_model(ModelConfig.from_hf(theirs.config.to_dict()), dtype)
     weights.load_hf_tensors(model, theirs.state_dict().items())
@@ -36,13 +36,15 @@ def loss_and_count(logits_1LV: Tensor, row: Row) -> tuple[Tensor, Tensor]:
 
 def forward_step(rows: Iterator[Row], model: nn.Module) -> tuple[Tensor, Any]:
     row = next(rows)
-    output = model(tokens_of(row), row.positions_1L, row.layout_KL)
+    hidden_T1E = model(tokens_of(row), row.positions_1L, row.layout_KL)
 
-    def loss_func(logits_1LV: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        loss, count = loss_and_count(logits_1LV, row)
+    def loss_func(hidden_T1E: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+        stage = model.module
+        logits_LV = stage.whole_hidden(hidden_T1E) @ stage.head_weight().T
+        loss, count = loss_and_count(logits_LV[None], row)
         return loss, count, {"loss": loss.item(), "count": count.item()}
 
-    return output, loss_func
+    return hidden_T1E, loss_func
 
 
 def tokens_of(row: Row) -> Tensor:
@@ -68,20 +70,20 @@ def test_micro_batches_add_up_to_the_mean_over_their_tokens() -> None:
     losses, counts = zip(*map(loss_and_count, outputs, ROWS), strict=True)
     (sum(losses) / sum(counts)).backward()
 
-    wrapped, _ = trainable(fresh(), Adam(lr=1e-3))
+    (wrapped,), _ = trainable(fresh(), Adam(lr=1e-3))
     for _ in range(2):  # the second time from a buffer that was used before
         reports = accumulate(wrapped, ROWS)
     assert [report["loss"] for report in reports] == pytest.approx([loss.item() for loss in losses])
     grads = {name: parameter.main_grad for name, parameter in wrapped.module.named_parameters()}
-    for name, parameter in whole.named_parameters():
+    for name, parameter in whole[0].named_parameters():
         assert (grads[name] - parameter.grad).abs().max() <= 1e-5 * parameter.grad.abs().max(), name
 
 
 def test_a_step_is_that_of_adamw_with_clipping_and_no_decay_of_norms() -> None:
     adam = Adam(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, clip=0.5)
-    wrapped, optimizer = trainable(fresh(), adam)
+    (wrapped,), optimizer = trainable(fresh(), adam)
     reference = fresh()
-    parameters = dict(reference.named_parameters())
+    parameters = dict(reference[0].named_parameters())
     decayed = [p for p in parameters.values() if p.ndim > 1]
     others = [p for p in parameters.values() if p.ndim == 1]
     expected = torch.optim.AdamW(
@@ -106,7 +108,7 @@ def test_a_step_is_that_of_adamw_with_clipping_and_no_decay_of_norms() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_few_steps_lower_the_loss_and_repeat_bit_for_bit(dtype: torch.dtype) -> None:
     def train() -> list[float]:
-        wrapped, optimizer = trainable(fresh(dtype), Adam(lr=3e-3))
+        (wrapped,), optimizer = trainable(fresh(dtype), Adam(lr=3e-3))
         curve = []
         for _ in range(4):
             optimizer.zero_grad()

@@ -1,13 +1,15 @@
 """A world of one comes and goes, and the CPU bring-up stays inside Megatron."""
 
 import os
+import socket
+import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.errors import PeerLost, UserError
 from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.process import Parallel
 
@@ -25,6 +27,35 @@ def test_a_world_of_one_can_be_left_and_joined_again() -> None:
 def test_too_few_processes_are_named() -> None:
     with pytest.raises(UserError, match="= 4 does not divide the 1 processes"):
         process.start(seed=1, parallel=Parallel(tensor=2, pipeline=2))
+    assert not dist.is_initialized()
+
+
+def test_the_launch_is_checked_before_the_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "6")  # and no MASTER_ADDR: nothing could meet
+    with pytest.raises(UserError, match="= 4 does not divide the 6 processes; start a multiple of 4"):
+        process.start(seed=1, parallel=Parallel(tensor=2, pipeline=2))
+    assert not dist.is_initialized()
+
+
+def test_a_process_that_nobody_joins_says_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PeerLost, match="rank 0: 2 ranks, rank 1 first, did not come within 0"):
+        process.start(seed=1, join_s=0.5)
+    assert not dist.is_initialized()
+
+
+def test_a_world_of_one_has_no_watching_thread_and_keeps_its_errors() -> None:
+    threads = threading.active_count()
+    with pytest.raises(RuntimeError, match="its own"), process.running(seed=1) as watch:
+        watch.at("stage rl, step 1")
+        assert threading.active_count() == threads
+        raise RuntimeError("its own, [/x/gloo/y.cc] and what it may say")
     assert not dist.is_initialized()
 
 

@@ -1,0 +1,78 @@
+"""The Megatron configuration of a model under a parallel layout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.parallel import Parallel
+
+
+def _leave_unset(weight: torch.Tensor) -> None:
+    pass
+
+
+def transformer_config(
+    model: ModelConfig, dtype: torch.dtype = torch.float32, parallel: Parallel | None = None
+) -> TransformerConfig:
+    """The Megatron configuration of `model`: no dropout, no biases, no fused kernels, deterministic.
+
+    Args:
+        model: the architecture.
+        dtype: of parameters and activations, float32 or bfloat16.
+        parallel: how the model is split, checked by `check_parallel`; None for one process.
+    """
+    parallel = parallel or Parallel()
+    full = parallel.recompute == "full"
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_eps,
+        qk_layernorm=True,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        # Weights come from Hugging Face tensors or a seed, the same ones under every parallel layout. Without
+        # perform_initialization Megatron would not mark which weights are split over a tensor group.
+        init_method=_leave_unset,
+        output_layer_init_method=_leave_unset,
+        embedding_init_method=_leave_unset,
+        # A step's gradient is the sum over its tokens divided by their number, however they are packed.
+        calculate_per_token_loss=True,
+        variable_seq_lengths=parallel.virtual == 1,
+        # Of two interleaved processes each is before and behind the other. Sent in one batch, activations and
+        # gradients between them are matched by order and swapped; so are the lengths of variable rows.
+        overlap_p2p_comm=parallel.virtual > 1,
+        batch_p2p_comm=parallel.virtual == 1,
+        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it even without experts
+        deterministic_mode=True,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        recompute_modules=["mlp"] if parallel.recompute == "selective" else None,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=False,
+        cuda_graph_scope=[],  # the default warns that it is deprecated
+    )
