@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.errors import LOST_EXIT_CODE, PeerLost, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,11 +33,12 @@ StageName = Annotated[str | None, typer.Option("--stage", help="The stage to run
 def curriculum(recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Run all stages of a recipe, evaluate, release, report. Started again, it goes on where it stopped."""
     from megatron_parallel_r1.config import read_recipe
-    from megatron_parallel_r1.curriculum.run import run
+    from megatron_parallel_r1.curriculum.run import open_console, run
 
-    for outcome in run(read_recipe(recipe, overrides or ()), fresh=fresh):
-        typer.echo(f"release  {outcome.release}")
-        typer.echo(f"report   {outcome.report}")
+    console = open_console()
+    for outcome in run(read_recipe(recipe, overrides or ()), fresh=fresh, console=console):
+        console.print(f"release  {outcome.release}", soft_wrap=True, highlight=False)
+        console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -81,16 +83,29 @@ def report(
 
 def _run_kind(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None) -> None:
     from megatron_parallel_r1.config import read_recipe
-    from megatron_parallel_r1.curriculum.run import run
+    from megatron_parallel_r1.curriculum.run import open_console, run
 
+    console = open_console()
     told = read_recipe(recipe, overrides or ())
     names = [other.name for other in told.stages if other.kind == kind]
     if stage is not None and stage not in names:
         raise UserError(f"{recipe}: no {kind} stage is called {stage}; it has {', '.join(names) or 'none'}")
     if stage is None and len(names) != 1:
         raise UserError(f"{recipe}: name one of its {kind} stages with --stage: {', '.join(names) or 'none'}")
-    for outcome in run(told, only={stage or names[0]}):
-        typer.echo(f"report   {outcome.report}")
+    for outcome in run(told, only={stage or names[0]}, console=console):
+        console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
+
+
+def _explain(error: UserError) -> None:
+    """One line for all processes of a launch: what a user did wrong is wrong on every one of them.
+
+    The others speak too if the first one has not failed with them; the launcher ends them if it has.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(3)
+    who = "" if rank == "0" else f"rank {rank}: "
+    typer.echo(f"{who}error: {' '.join(str(error).split())}", err=True)
 
 
 def main() -> None:
@@ -103,8 +118,14 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         app()
+    except PeerLost as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Anything cleaner may wait for the process that is gone.
+        os._exit(LOST_EXIT_CODE)
     except UserError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        _explain(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on from the last checkpoint", err=True)

@@ -11,14 +11,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
+from megatron_parallel_r1.curriculum.plateau import Plateau
 from megatron_parallel_r1.data.embedded.traces import TraceStyle
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.rewards.registry import make_reward
+from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.rewards import base as rewards
+from megatron_parallel_r1.rewards.registry import make_component, make_reward
+from megatron_parallel_r1.rewards.weights import ONE, Constant, Linear, Window
 from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.train.policy.filtering import Dynamic
+from megatron_parallel_r1.train.policy.objective import Objective
 
 
 class Strict(BaseModel):
@@ -155,8 +169,13 @@ class Stage(Strict):
     Attributes:
         start: the stage whose weights it begins with; None: the stage before it, or the model.
         thinking: settings that differ from the recipe's.
+        carry_optimizer: begin with the optimizer's state of the stage before, not with a fresh one.
+        until: end before `steps` when a metric rises no more.
         evaluate: whether to evaluate when the stage is done.
         save_every: steps between two checkpoints.
+        keep_last: how many of them are kept.
+        keep_best: keep also the one of the best score (`curriculum.loop.SCORES`), beyond the stage's end.
+        max_bad_steps: steps in a row whose loss or gradient is not finite that end the run; each is left out.
     """
 
     name: Name
@@ -164,8 +183,13 @@ class Stage(Strict):
     steps: Count
     optimizer: Optimizer
     thinking: dict[str, Any] = {}
+    carry_optimizer: bool = False
+    until: Plateau | None = None
     evaluate: bool = False
     save_every: Count = 50
+    keep_last: Count = 2
+    keep_best: bool = False
+    max_bad_steps: Count = 3
 
 
 class SftStage(Stage):
@@ -176,17 +200,52 @@ class SftStage(Stage):
     batch: Count
 
 
+def _constant(given: Any) -> Any:
+    """A bare number is a constant weight."""
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    return {"kind": "constant", "value": given} if is_number else given
+
+
+Setting = bool | int | float | str
+Weight = Annotated[
+    Annotated[Constant | Linear | Window, Field(discriminator="kind")], BeforeValidator(_constant)
+]
+
+
+class RewardComponent(Strict):
+    """One term of a reward with its weight over the steps; `name` is its metric's."""
+
+    term: str
+    settings: dict[str, Setting] = {}
+    weight: Weight = ONE
+    name: str | None = None
+
+
 class Reward(Strict):
+    """Either the `name` of a reward with its `settings`, or the `components` that it adds up.
+
+    A name or a term may be `module:function` (rewards/user.py).
+    """
+
     name: str = "accuracy"
-    settings: dict[str, float | int | bool | str] = {}
+    settings: dict[str, Setting] = {}
+    components: tuple[RewardComponent, ...] = ()
 
     @model_validator(mode="after")
-    def _known(self) -> Reward:
+    def _possible(self) -> Reward:
+        if self.components and (self.name != "accuracy" or self.settings):
+            raise ValueError("give either name (and its settings) or components")
         try:
-            make_reward(self.name, self.settings)
+            self.make()
         except UserError as error:
             raise ValueError(str(error)) from None
         return self
+
+    def make(self) -> rewards.Reward:
+        if not self.components:
+            return make_reward(self.name, self.settings)
+        parts = [make_component(c.term, c.settings, c.weight, c.name) for c in self.components]
+        return rewards.Reward(tuple(parts))
 
 
 class RlStage(Stage):
@@ -195,7 +254,10 @@ class RlStage(Stage):
     Attributes:
         epochs, mini_batches: the traces of a step are gone through `epochs` times, in `mini_batches` updates
             each.
-        clip_low, clip_high: bounds of the ratio.
+        objective: advantage, loss and corrections.
+        dynamic: dynamic sampling; None: every group is trained.
+        reference_every: after so many steps the reference of a KL term takes the trained weights; 0: it stays
+            the policy that the stage began with.
         concurrent: traces in flight at most.
         keep_traces: traces of each step that are kept for the report.
     """
@@ -207,8 +269,9 @@ class RlStage(Stage):
     reward: Reward = Reward()
     epochs: Count = 1
     mini_batches: Count = 1
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    objective: Objective = Objective()
+    dynamic: Dynamic | None = None
+    reference_every: Annotated[int, Field(ge=0)] = 0
     concurrent: Count = 512
     keep_traces: Annotated[int, Field(ge=0)] = 2
 
@@ -230,13 +293,27 @@ class Evaluation(Strict):
     concurrent: Count = 512
 
 
+class Wandb(Strict):
+    """Weights & Biases; `offline` writes what `wandb sync` uploads later."""
+
+    project: str
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
 # Names that a run folder uses itself.
 RESERVED = ("release", "tokenizer", "config.yaml", "stages.json", "eval.jsonl", "report.html")
 Seed = Annotated[int, Field(ge=0)]
 
 
 class Recipe(Strict):
-    """One run. `seeds` repeats it from several seeds, each in a folder of its own."""
+    """One run. `seeds` repeats it from several seeds, each in a folder of its own.
+
+    Attributes:
+        micro_tokens: tokens of a packed row at most.
+        parallel: how the model is split over processes; it may change when a run goes on.
+        collective_timeout_s: a process that waits longer for another ends the run.
+    """
 
     name: Name
     seed: Seed = 0
@@ -247,10 +324,13 @@ class Recipe(Strict):
     prompt: str = "plain"
     thinking: Thinking = Thinking()
     micro_tokens: Count = 4096
+    parallel: Parallel = Parallel()
+    collective_timeout_s: Count = 1800
     stages: Annotated[
         tuple[Annotated[SftStage | RlStage, Field(discriminator="kind")], ...], Field(min_length=1)
     ]
     evaluation: Evaluation | None = None
+    wandb: Wandb | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -270,6 +350,8 @@ class Recipe(Strict):
                 raise ValueError(
                     f"stage {stage.name} wants an evaluation, but the recipe has no `evaluation`"
                 )
+            if stage.carry_optimizer and not names:
+                raise ValueError(f"stage {stage.name} is the first: there is no optimizer to carry over")
             thinking = self.thinking_of(stage)
             if isinstance(stage, RlStage) and thinking.temperature == 0:
                 raise ValueError(f"stage {stage.name}: at temperature 0 all traces of a group are the same")
@@ -283,6 +365,11 @@ class Recipe(Strict):
             return TypeAdapter(Thinking).validate_python(merged)
         except ValidationError as error:
             raise ValueError(f"stage {stage.name}: {_first(error, 'thinking')}") from None
+
+    def keeps_checkpoints(self, stage: Stage) -> bool:
+        """Whether they are of use when the stage is done."""
+        carried = any(other.carry_optimizer and self.start_of(other) == stage.name for other in self.stages)
+        return stage.keep_best or carried
 
     def start_of(self, stage: Stage) -> str | None:
         """The stage whose weights `stage` begins with; None: the model itself."""
@@ -369,6 +456,9 @@ UNION_TAGS = (
     "embedded_cold_start",
     "bpe",
     "folder",
+    "constant",
+    "linear",
+    "window",
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,20 +12,23 @@ from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.sources import evaluation_problems, open_tokenizer
 from megatron_parallel_r1.curriculum.viewing import trace_record
 from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine, seed_of
-from megatron_parallel_r1.data.encode import encode_prompt
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.gpt import PathGPT
+from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
+from megatron_parallel_r1.model.parallel import check_parallel
 from megatron_parallel_r1.model.weights import check_fit, hf_tensors
 from megatron_parallel_r1.report.jsonl import JsonLines
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.terms import score_accuracy
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.rollout.native import limits
+from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.scoring import judge_traces, trace_metrics
+from megatron_parallel_r1.train.rolling import roll_out_and_judge
+from megatron_parallel_r1.train.scoring import trace_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,10 +50,10 @@ def evaluate(
     `ci95` is half the width of the 95 % interval of the mean over problems (normal approximation).
     """
     each = [problem for problem in problems for _ in range(asked.samples)]
-    prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in each]
     seeds = np.random.SeedSequence([seed]).generate_state(len(each), np.uint64) >> np.uint64(1)
-    traces = asyncio.run(roll_out(thinker, prompts, seeds.tolist(), asked.concurrent))
-    judged = judge_traces(traces, each, tokenizer, verifier)
+    traces, judged = roll_out_and_judge(
+        thinker, each, seeds.tolist(), tokenizer, template, verifier, asked.concurrent
+    )
     scores_PS = np.reshape([score_accuracy(j) for j in judged], (len(problems), asked.samples))
     means_P = scores_PS.mean(1)
     error = means_P.std(ddof=1) / len(means_P) ** 0.5 if len(means_P) > 1 else float("nan")
@@ -70,9 +72,7 @@ def evaluate(
     return record, traces, judged
 
 
-def evaluate_stage(
-    bench: Workbench, stage: config.Stage, model: PathGPT, verifier: Verifier
-) -> dict[str, Any]:
+def evaluate_stage(bench: Workbench, stage: config.Stage, model: Model, verifier: Verifier) -> dict[str, Any]:
     """Evaluates a finished stage; the record goes to `eval.jsonl`, a few traces to `eval_traces.jsonl`."""
     recipe = bench.recipe
     engine = native_engine(bench.shape)
@@ -84,6 +84,8 @@ def evaluate_stage(
         thinker, problems, bench.tokenizer, verifier, recipe.prompt, recipe.evaluation, seed
     )
     record = {"stage": stage.name, "step": stage.steps, **measured}
+    if not process.is_first():
+        return record
     # Anew each time: an evaluation that was killed before its record may have left some.
     with JsonLines(bench.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as kept:
         for index in range(0, len(traces), max(1, len(traces) // SHOWN)):
@@ -114,11 +116,13 @@ def evaluate_checkpoint(recipe: config.Recipe, checkpoint: Path | None = None) -
         tags = Tags.of(tokenizer)
     except ValueError as error:
         raise UserError(f"{folder}: {error}; give a model that was trained to think in parallel") from None
-    engine = native_engine(shape)
-    engine.load_weights(tensors, version=0)
-    thinker = Thinker(engine, tags, recipe.thinking_of(recipe.stages[-1]))
-    asked = recipe.evaluation
-    with Verifier() as verifier:
+    parallel, asked = recipe.parallel, recipe.evaluation
+    check_parallel(shape, parallel, process.world_size())
+    limits.refuse(parallel.pipeline, parallel.context)
+    with process.running(recipe.seed, parallel), Verifier() as verifier:
+        engine = native_engine(shape)
+        engine.load_weights(tensors, version=0)
+        thinker = Thinker(engine, tags, recipe.thinking_of(recipe.stages[-1]))
         record, _, _ = evaluate(
             thinker,
             evaluation_problems(asked.data, asked.count),

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.keeping import save_model
 from megatron_parallel_r1.curriculum.workbench import Workbench
 from megatron_parallel_r1.data.prompts import TEMPLATES
-from megatron_parallel_r1.model.gpt import PathGPT
-from megatron_parallel_r1.model.hf import save_hf_folder
-from megatron_parallel_r1.model.weights import hf_tensors, table
+from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.report.tables import eval_markdown
 
 _BLOCKS = (
@@ -28,7 +28,7 @@ _HABIT = {
 }
 
 
-def write_release(bench: Workbench, model: PathGPT, evaluations: Sequence[dict[str, Any]]) -> Path:
+def write_release(bench: Workbench, model: Model, evaluations: Sequence[dict[str, Any]]) -> Path:
     """Writes `<run>/release` and returns its path.
 
     Beside the usual files: `thinking.json`, the decoding settings and prompt that training used, and
@@ -44,7 +44,7 @@ def write_release(bench: Workbench, model: PathGPT, evaluations: Sequence[dict[s
         "thinking.json": json.dumps(thinking, indent=2) + "\n",
         "README.md": _card(bench, evaluations),
     }
-    save_hf_folder(release, bench.shape, hf_tensors(model), bench.tokenizer, extra)
+    save_model(bench, model, release, extra)
     return release
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from rich.console import Console
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.board import check_wandb
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
 from megatron_parallel_r1.curriculum.folder import (
     is_resumable,
@@ -19,25 +19,26 @@ from megatron_parallel_r1.curriculum.folder import (
     open_run_folder,
     past_evaluations,
 )
+from megatron_parallel_r1.curriculum.keeping import save_model
+from megatron_parallel_r1.curriculum.loop import checkpoint_folder
 from megatron_parallel_r1.curriculum.release import write_release
 from megatron_parallel_r1.curriculum.seeds import across_seeds
 from megatron_parallel_r1.curriculum.sources import check_sources
 from megatron_parallel_r1.curriculum.stages import run_rl, run_sft
 from megatron_parallel_r1.curriculum.workbench import Workbench
-from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.gpt import PathGPT
-from megatron_parallel_r1.model.hf import save_hf_folder
-from megatron_parallel_r1.model.weights import hf_tensors
+from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.model.watch import Watch
 from megatron_parallel_r1.report.html import build_report
 from megatron_parallel_r1.report.tables import eval_table
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.train.ranks import wait_for_all
 
 
 def open_console() -> Console:
-    """As wide as the terminal; a log takes the whole table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=150)
+    """As wide as the terminal; a log takes the whole table. Only the first process of a run speaks."""
+    console = Console(quiet=not process.is_first())
+    return console if console.is_terminal else Console(width=150, quiet=console.quiet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ def run(
         outcomes.append(_run_seed(single, folder, only, fresh, console))
     by_seed = {seed: done.evaluations for seed, done in zip(recipe.seeds, outcomes, strict=True)}
     table = across_seeds(by_seed)
-    (recipe.out / recipe.name / "seeds.md").write_text(table + "\n")
+    if process.is_first():
+        (recipe.out / recipe.name / "seeds.md").write_text(table + "\n")
     console.print(table, highlight=False, markup=False)
     return outcomes
 
@@ -87,48 +89,60 @@ def _run_seed(
     names = {stage.name for stage in recipe.stages} if only is None else set(only)
     resume = is_resumable(recipe, folder, fresh)
     check_sources(recipe)
+    check_wandb(recipe)
     bench = Workbench.set_up(recipe, folder, resume)
     bench.check_starts(names)
-    with process.running(recipe.seed), Verifier() as verifier:
-        if dist.get_world_size() > 1:
-            raise UserError("a run is one process for now; start it without torchrun, or with one process")
-        open_run_folder(recipe, folder, resume)
-        if not resume:
-            keep_tokenizer(bench.tokenizer, folder)
-        last: PathGPT | None = None
+    bench.check_split(names, process.world_size())
+    split, patience = recipe.parallel, recipe.collective_timeout_s
+    with process.running(recipe.seed, split, patience) as watch, Verifier() as verifier:
+        # Every process has looked at the folder by now; the first one may change it.
+        if process.is_first():
+            open_run_folder(recipe, folder, resume)
+            if not resume:
+                keep_tokenizer(bench.tokenizer, folder)
+        wait_for_all()
+        last: Model | None = None
         for stage in recipe.stages:
             if stage.name in names:
-                last = _run_stage(bench, stage, verifier, console)
+                last = _run_stage(bench, stage, verifier, console, watch)
         evaluations = past_evaluations(folder)
         release = None
         if only is None:
             release = write_release(bench, last or bench.model_of(recipe.stages[-1]), evaluations)
-    if evaluations:
-        console.print(eval_table(evaluations))
-    return Outcome(folder, build_report(folder), release, evaluations)
+        if evaluations:
+            console.print(eval_table(evaluations))
+        report = build_report(folder) if process.is_first() else folder / "report.html"
+    return Outcome(folder, report, release, evaluations)
 
 
 def _run_stage(
-    bench: Workbench, stage: config.SftStage | config.RlStage, verifier: Verifier, console: Console
-) -> PathGPT | None:
+    bench: Workbench,
+    stage: config.SftStage | config.RlStage,
+    verifier: Verifier,
+    console: Console,
+    watch: Watch,
+) -> Model | None:
     """Trains a stage, keeps its model, evaluates it; whatever is already done is not done again."""
     folder = bench.stage_folder(stage.name)
-    model: PathGPT | None = None
+    model: Model | None = None
     if not (folder / "model").is_dir():
         folder.mkdir(exist_ok=True)
-        trained = (
-            run_sft(bench, stage) if isinstance(stage, config.SftStage) else run_rl(bench, stage, verifier)
-        )
-        model = trained.model
-        save_hf_folder(folder / "model", bench.shape, hf_tensors(model), bench.tokenizer)
+        if isinstance(stage, config.SftStage):
+            model = run_sft(bench, stage, watch).model
+        else:
+            model = run_rl(bench, stage, verifier, watch).model
+        watch.at(f"stage {stage.name}, its end")
+        save_model(bench, model, folder / "model")
     else:
         console.print(f"{stage.name}  done before", highlight=False)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if process.is_first() and not bench.recipe.keeps_checkpoints(stage):
+        shutil.rmtree(checkpoint_folder(folder), ignore_errors=True)
     evaluated = {record["stage"] for record in past_evaluations(bench.folder)}
     if stage.evaluate and stage.name not in evaluated:
         model = model or bench.model_of(stage)
         record = evaluate_stage(bench, stage, model, verifier)
         console.print(_in_words(record), highlight=False)
+    wait_for_all()
     return model
 
 

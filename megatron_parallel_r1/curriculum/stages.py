@@ -3,135 +3,130 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.loop import StageLoop
 from megatron_parallel_r1.curriculum.sources import example_rows, problem_stream
 from megatron_parallel_r1.curriculum.viewing import trace_record
 from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.data.embedded.traces import stated_result
+from megatron_parallel_r1.model.watch import Watch
 from megatron_parallel_r1.model.weights import hf_tensors
-from megatron_parallel_r1.report.jsonl import JsonLines
-from megatron_parallel_r1.report.metrics import MetricsWriter
-from megatron_parallel_r1.report.progress import StageProgress
-from megatron_parallel_r1.rewards.registry import make_reward
+from megatron_parallel_r1.rewards.extract import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.thinking import Thinker
-from megatron_parallel_r1.train.checkpoint import Checkpoints
-from megatron_parallel_r1.train.grpo import Grpo, GrpoSettings, Rollouts
-from megatron_parallel_r1.train.losses import Clip
+from megatron_parallel_r1.thought.layout import Row
+from megatron_parallel_r1.train.grpo import Grpo
+from megatron_parallel_r1.train.learning import Learner, Schooling
+from megatron_parallel_r1.train.rollouts import Collected, Rollouts
 from megatron_parallel_r1.train.sft import example_row, sft_step
-from megatron_parallel_r1.train.trainer import Schedule, Trainer
+from megatron_parallel_r1.train.shape import stated_value
+from megatron_parallel_r1.train.trainer import Trainer
 
 
-def run_sft(bench: Workbench, stage: config.SftStage) -> Trainer:
+def run_sft(bench: Workbench, stage: config.SftStage, watch: Watch) -> Trainer:
     """Trains a supervised stage and returns its trainer."""
-    recipe, folder = bench.recipe, bench.stage_folder(stage.name)
+    recipe = bench.recipe
     mode = recipe.thinking_of(stage).mode
     to_row = partial(
         example_row, tokenizer=bench.tokenizer, tags=bench.tags, template=recipe.prompt, mode=mode
     )
     stream = example_rows(stage.data, bench.seed_of(stage.name, "data"), to_row)
     trainer = bench.trainer(stage)
-    checkpoints = Checkpoints(folder / "checkpoints")
-    done, state = checkpoints.restore(trainer)
-    stream.restore(state.get("stream", stream.state()))
-    schedule = _schedule(stage)
-    with (
-        MetricsWriter(folder, resume_step=done) as metrics,
-        StageProgress(stage.name, stage.steps, done=done) as progress,
-    ):
-        for step in range(done + 1, stage.steps + 1):
+    with StageLoop(bench, stage, trainer, stream, watch) as loop:
+        for step, lr in loop:
             began = time.monotonic()
-            lr = schedule.at(step, stage.steps)
             rows = stream.next_batch(stage.batch)
-            with _named(stage, step):
-                update = sft_step(trainer, rows, recipe.micro_tokens, lr)
-            record = _heading(stage, step) | {
-                "loss": update.loss,
-                "grad_norm": update.grad_norm,
-                "entropy": update.entropy,
-                "lr": lr,
-                "tokens": sum(len(row) for row in rows),
-                "time_s": time.monotonic() - began,
-            }
-            metrics.write(record)
-            progress.update(step, record)
-            if step % stage.save_every == 0 and step < stage.steps:
-                checkpoints.save(trainer, step, {"stream": stream.state()})
+            learned = loop.guard.learn(
+                step, partial(_learn_sft, trainer, rows, recipe.micro_tokens, lr), partial(_rows_kept, rows)
+            )
+            tokens = sum(len(row) for row in rows)
+            loop.end(step, learned | {"lr": lr, "tokens": tokens, "time_s": time.monotonic() - began})
     return trainer
 
 
-def run_rl(bench: Workbench, stage: config.RlStage, verifier: Verifier) -> Trainer:
+def run_rl(bench: Workbench, stage: config.RlStage, verifier: Verifier, watch: Watch) -> Trainer:
     """Trains a reinforcement-learning stage and returns its trainer."""
-    recipe, folder = bench.recipe, bench.stage_folder(stage.name)
     stream = problem_stream(stage.data, bench.seed_of(stage.name, "data"))
-    trainer = bench.trainer(stage)
-    engine = native_engine(bench.shape)
-    grpo = Grpo(
+    seed = bench.seed_of(stage.name, "rollout")
+    trainer, engine = bench.trainer(stage), native_engine(bench.shape)
+    grpo = _grpo(bench, stage, trainer, engine, verifier)
+    with StageLoop(bench, stage, trainer, stream, watch) as loop:
+        for step, lr in loop:
+            began = time.monotonic()
+            engine.load_weights(hf_tensors(trainer.model), version=step - 1)
+            collected = grpo.roll_out(stream.next_batch, step, seed)
+            rolled_out = time.monotonic()
+            learned = loop.guard.learn(
+                step, partial(grpo.learn, collected, step, lr), partial(_traces_kept, collected)
+            )
+            times = {"time_rollout_s": rolled_out - began, "time_train_s": time.monotonic() - rolled_out}
+            measured = grpo.measure(collected, step) | learned | {"lr": lr} | times
+            loop.end(step, measured, _shown(bench, collected.all, stage.keep_traces))
+    return trainer
+
+
+def _learn_sft(trainer: Trainer, rows: Sequence[Row], micro_tokens: int, lr: float) -> dict[str, float]:
+    update = sft_step(trainer, rows, micro_tokens, lr)
+    return {"loss": update.loss, "grad_norm": update.grad_norm, "entropy": update.entropy}
+
+
+def _rows_kept(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [{"tokens": row.tokens_L.tolist(), "source": row.source_L.tolist()} for row in rows]
+
+
+def _traces_kept(collected: Collected) -> list[dict[str, Any]]:
+    pairs = zip(collected.kept.traces, collected.kept.rewards, strict=True)
+    return [
+        {"prompt": t.prompt, "tokens": t.tokens, "logprobs": t.logprobs, "reward": reward}
+        for t, reward in pairs
+    ]
+
+
+def _grpo(
+    bench: Workbench, stage: config.RlStage, trainer: Trainer, engine: NativeEngine, verifier: Verifier
+) -> Grpo:
+    """A stage's settings as one object that makes its steps."""
+    recipe, thinking = bench.recipe, bench.recipe.thinking_of(stage)
+    needs_reference = stage.objective.kl != "none"
+    learner = Learner(
         trainer=trainer,
-        thinker=Thinker(engine, bench.tags, recipe.thinking_of(stage)),
+        objective=stage.objective,
+        schooling=Schooling(
+            stage.samples,
+            stage.epochs,
+            stage.mini_batches,
+            recipe.micro_tokens,
+            thinking.max_response_tokens,
+        ),
+        mode=thinking.mode,
+        tags=bench.tags,
+        reference=bench.reference(stage) if needs_reference else None,
+    )
+    return Grpo(
+        learner=learner,
+        thinker=Thinker(engine, bench.tags, thinking),
         tokenizer=bench.tokenizer,
         verifier=verifier,
-        reward=make_reward(stage.reward.name, stage.reward.settings),
+        reward=stage.reward.make(),
         template=recipe.prompt,
-        settings=GrpoSettings(
-            samples=stage.samples,
-            clip=Clip(stage.clip_low, stage.clip_high),
-            epochs=stage.epochs,
-            mini_batches=stage.mini_batches,
-            micro_tokens=recipe.micro_tokens,
-            concurrent=stage.concurrent,
-        ),
+        prompts=stage.prompts,
+        samples=stage.samples,
+        dynamic=stage.dynamic,
+        concurrent=stage.concurrent,
+        stated=stated_value if isinstance(stage.data, config.DataSet) else _stated_embedded,
     )
-    checkpoints = Checkpoints(folder / "checkpoints")
-    done, state = checkpoints.restore(trainer)
-    stream.restore(state.get("stream", stream.state()))
-    schedule, seed = _schedule(stage), bench.seed_of(stage.name, "rollout")
-    with (
-        MetricsWriter(folder, resume_step=done) as metrics,
-        JsonLines(folder / "traces.jsonl", through=done) as kept,
-        StageProgress(stage.name, stage.steps, done=done) as progress,
-    ):
-        for step in range(done + 1, stage.steps + 1):
-            engine.load_weights(hf_tensors(trainer.model), version=step - 1)
-            problems = stream.next_batch(stage.prompts)
-            with _named(stage, step):
-                measured, rollouts = grpo.step(problems, step, seed, schedule.at(step, stage.steps))
-            record = _heading(stage, step) | measured
-            metrics.write(record)
-            for line in _kept(bench, rollouts, stage.keep_traces):
-                kept.write({"stage": stage.name, "step": step, **line})
-            progress.update(step, record)
-            if step % stage.save_every == 0 and step < stage.steps:
-                checkpoints.save(trainer, step, {"stream": stream.state()})
-    return trainer
 
 
-@contextmanager
-def _named(stage: config.Stage, step: int) -> Iterator[None]:
-    """Ends a run whose numbers are no longer finite, with the place and the way out."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise UserError(
-            f"stage {stage.name}, step {step}: {error}; lower its optimizer.lr and start anew, the last "
-            "checkpoint was written before this"
-        ) from None
+def _stated_embedded(text: str) -> str | None:
+    return extract_answer(text) or stated_result(text)
 
 
-def _heading(stage: config.SftStage | config.RlStage, step: int) -> dict[str, Any]:
-    return {"stage": stage.name, "kind": stage.kind, "step": step, "steps": stage.steps}
-
-
-def _schedule(stage: config.Stage) -> Schedule:
-    return Schedule(stage.optimizer.lr, stage.optimizer.warmup, stage.optimizer.final)
-
-
-def _kept(bench: Workbench, rollouts: Rollouts, count: int) -> Sequence[dict[str, Any]]:
+def _shown(bench: Workbench, rollouts: Rollouts, count: int) -> Sequence[dict[str, Any]]:
     """Traces of different problems, right and wrong ones in turn where the step has both."""
     total = len(rollouts.traces)
     ranked = sorted(range(total), key=lambda i: (i * 7919 % total, i))

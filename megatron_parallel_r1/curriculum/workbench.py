@@ -10,20 +10,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.sources import load_tokenizer, open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.gpt import PathGPT, build_model
+from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
 from megatron_parallel_r1.model.optimizer import Adam
+from megatron_parallel_r1.model.parallel import check_parallel
 from megatron_parallel_r1.model.weights import check_fit, load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
+from megatron_parallel_r1.rollout.native.team import Team
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags, spread_new_embeddings
+from megatron_parallel_r1.train.reference import Reference
 from megatron_parallel_r1.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -89,6 +94,21 @@ class Workbench:
             if not (self.stage_folder(before) / "model").is_dir():
                 raise UserError(f"stage {stage.name} starts from {before}, which is not done; run that first")
 
+    def check_split(self, names: Collection[str], world: int) -> None:
+        """Whether `world` processes can run the stages under the recipe's parallel layout.
+
+        Raises:
+            UserError: something does not divide, or a stage decodes in process a model that is cut in layers.
+        """
+        parallel = self.recipe.parallel
+        check_parallel(self.shape, parallel, world, self.recipe.micro_tokens)
+        if any(
+            isinstance(stage, config.RlStage) or stage.evaluate
+            for stage in self.recipe.stages
+            if stage.name in names
+        ):
+            limits.refuse(parallel.pipeline, parallel.context)
+
     @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.recipe.model.dtype)
@@ -102,15 +122,22 @@ class Workbench:
 
     def trainer(self, stage: config.Stage) -> Trainer:
         """A trainer with the weights that the stage begins with, and a fresh optimizer."""
-        model = build_model(self.shape, self.dtype)
+        model = build_model(self.shape, self.dtype, self.recipe.parallel)
         load_hf_tensors(model, self._start_tensors(stage))
         given = stage.optimizer
-        adam = Adam(given.lr, given.betas, given.eps, given.weight_decay, given.clip)
+        sharded = self.recipe.parallel.sharded_optimizer
+        adam = Adam(given.lr, given.betas, given.eps, given.weight_decay, given.clip, sharded)
         return Trainer(model, adam, self.recipe.thinking_of(stage).temperature or 1.0)
 
-    def model_of(self, stage: config.Stage) -> PathGPT:
+    def reference(self, stage: config.RlStage) -> Reference:
+        """The policy that the stage begins with, for its KL term."""
+        model = build_model(self.shape, self.dtype, self.recipe.parallel)
+        load_hf_tensors(model, self._start_tensors(stage))
+        return Reference(model, self.recipe.thinking_of(stage).temperature or 1.0, stage.reference_every)
+
+    def model_of(self, stage: config.Stage) -> Model:
         """The finished model of a stage."""
-        model = build_model(self.shape, self.dtype)
+        model = build_model(self.shape, self.dtype, self.recipe.parallel)
         load_hf_tensors(model, load_hf_folder(self.stage_folder(stage.name) / "model")[1])
         return model
 
@@ -149,7 +176,7 @@ def seed_of(recipe: config.Recipe, *words: str) -> int:
 
 
 def native_engine(shape: ModelConfig) -> NativeEngine:
-    """An engine of the model's shape, without weights."""
+    """An engine of the model's shape, without weights, shared by this process's tensor group."""
     return NativeEngine(
         Architecture(
             layers=shape.layers,
@@ -159,5 +186,6 @@ def native_engine(shape: ModelConfig) -> NativeEngine:
             norm_eps=shape.rms_eps,
             rope_theta=shape.rope_theta,
             tied=shape.tied,
-        )
+        ),
+        Team.of(parallel_state.get_tensor_model_parallel_group()),
     )

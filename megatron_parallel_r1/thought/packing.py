@@ -65,23 +65,42 @@ def pack(rows: Sequence[Row], capacity: int, members: Sequence[int] | None = Non
     Args:
         members: indices of the rows to pack; None: all.
     """
-    bins: list[list[int]] = []
+    return [concatenate(rows, chosen) for chosen in bins(rows, capacity, members)]
+
+
+def bins(rows: Sequence[Row], capacity: int, members: Sequence[int] | None = None) -> list[list[int]]:
+    """Which rows `pack` lays together, each list in rising order."""
+    chosen: list[list[int]] = []
     room: list[int] = []
     for index in sorted(members if members is not None else range(len(rows)), key=lambda i: -len(rows[i])):
         size = len(rows[index])
         place = next((place for place, free in enumerate(room) if free >= size), None)
         if place is None:
-            bins.append([index])
+            chosen.append([index])
             room.append(capacity - size)
         else:
-            bins[place].append(index)
+            chosen[place].append(index)
             room[place] -= size
-    return [concatenate(rows, sorted(chosen)) for chosen in bins]
+    return [sorted(together) for together in chosen]
+
+
+def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
+    """Indices of `sizes` in so many hands of nearly equal sum: the largest first, to whoever has least."""
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    sums = [0] * hands
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        hand = sums.index(min(sums))
+        dealt[hand].append(index)
+        sums[hand] += sizes[index]
+    return [sorted(hand) for hand in dealt]
 
 
 def padded(row: PackedRow, multiple: int) -> PackedRow:
-    """The row filled up to a multiple of so many tokens; a filler sees itself alone and carries no loss."""
-    count = -len(row) % multiple
+    """The row filled up to a multiple of so many tokens; a filler sees itself alone and carries no loss.
+
+    An empty row becomes one of fillers, for a process that has nothing to do while others have.
+    """
+    count = -len(row) % multiple if len(row) else multiple
     if not count:
         return row
     index_N = np.arange(len(row), len(row) + count, dtype=np.int32)
@@ -134,7 +153,7 @@ def concatenate(rows: Sequence[Row], members: Sequence[int]) -> PackedRow:
     """Lays `rows[m] for m in members` one behind the other."""
     chosen = [rows[member] for member in members]
     starts = np.cumsum([0, *(len(row) for row in chosen)])
-    length, levels = int(starts[-1]), max(len(row.hide_lo_DL) for row in chosen)
+    length, levels = int(starts[-1]), max((len(row.hide_lo_DL) for row in chosen), default=0)
     layout_KL = np.zeros((2 + 2 * levels, length), np.int32)
     layout_KL[0] = np.arange(length)
     source_L = np.full(length, -1, np.int32)
@@ -149,10 +168,10 @@ def concatenate(rows: Sequence[Row], members: Sequence[int]) -> PackedRow:
         # What index l predicts is the token at l + 1, and a document's first token is never predicted.
         source_L[start : start + len(row) - 1] = row.source_L[1:]
         member_L[start : start + len(row) - 1] = np.where(row.source_L[1:] >= 0, place, -1)
-    tokens_L = np.concatenate([row.tokens_L for row in chosen])
+    tokens_L = np.concatenate([np.zeros(0, np.int32), *(row.tokens_L for row in chosen)])
     return PackedRow(
         tokens_L=tokens_L,
-        positions_L=np.concatenate([row.positions_L for row in chosen]),
+        positions_L=np.concatenate([np.zeros(0, np.int32), *(row.positions_L for row in chosen)]),
         layout_KL=layout_KL,
         labels_L=np.where(source_L >= 0, np.roll(tokens_L, -1), -1).astype(np.int32),
         members=tuple(members),

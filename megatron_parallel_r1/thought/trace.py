@@ -25,7 +25,8 @@ class Trace:
             rollout's temperature and before top-k and top-p; 0.0 for forced tokens.
         finish: the policy ended it, or a limit did.
         tree: the parse of `tokens`.
-        version: of the weights that drew it.
+        versions: of the weights that drew each token; for a forced one, of those that the engine held then.
+            Left out: 0 throughout.
     """
 
     prompt: tuple[int, ...]
@@ -35,13 +36,20 @@ class Trace:
     logprobs: tuple[float, ...]
     finish: Finish
     tree: Tree
-    version: int = 0
+    versions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.prompt, "a trace needs a prompt"
         lengths = {len(part) for part in (self.tokens, self.sampled, self.barred, self.logprobs)}
         assert lengths == {self.tree.length}, lengths
+        assert len(self.versions) in (0, self.tree.length), len(self.versions)
 
     @property
     def sampled_count(self) -> int:
         return sum(self.sampled)
+
+    @property
+    def version(self) -> int:
+        """Of the oldest weights that drew any of it; 0 where nothing was drawn."""
+        drawn = (version for version, sampled in zip(self.versions, self.sampled, strict=False) if sampled)
+        return min(drawn, default=0)

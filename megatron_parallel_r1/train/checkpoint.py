@@ -1,77 +1,243 @@
-"""Checkpoints of a stage: model and optimizer by Megatron's distributed checkpointing, and the loop's state.
+"""Checkpoints of a stage: model, optimizer and the loop's state, in Megatron's distributed format.
 
-A checkpoint is written beside its final name and renamed when it is complete, so that a folder named
-`step_…` can be trusted however the run ended.
+A checkpoint is written beside its final name and renamed when all of it is on the disk, so a folder named
+`step_…` was complete once; whether it still is, its manifest tells. One can be loaded under any parallel
+layout, with or without a distributed optimizer.
+
+No random state is kept, since training draws from none: every draw is a function of the recipe's seed and the
+step, and so is the learning rate.
 """
 
 from __future__ import annotations
 
 import json
-import queue
+import math
+import re
+import secrets
 import shutil
+import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.train.agreement import all_agree, first_does, told_all
+from megatron_parallel_r1.train.manifest import Damaged, Manifest, fault, read_manifest, sync
+from megatron_parallel_r1.train.sharded import live_parts, set_steps_taken, steps_taken
 from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.writing import WriteFailed, Writing
 
-# How the optimizer's state is laid out in the file: any later parallel layout can read it.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Names of folders on their way in and out; what a killed run leaves of them is of no use.
+WRITING, DELETING = ".writing_", ".deleting_"
+
+
+@dataclass(frozen=True, slots=True)
+class _Underway:
+    writing: Writing
+    work: Path
+    final: Path
+    device: torch.device
 
 
 class Checkpoints:
-    """The checkpoints in one folder.
+    """The checkpoints in one folder, which all processes see. All of them make every call, at the same place.
 
     Args:
-        keep: how many to keep.
+        folder: made when the first is saved.
+        keep_last: how many to keep.
+        keep_best: besides these, the one with the lowest or highest score, the later of equals; None: no one.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(
+        self, folder: Path, keep_last: int = 2, keep_best: Literal["min", "max"] | None = None
+    ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}; a run goes on from its last checkpoint")
         self._folder = folder
-        self._keep = keep
+        self._keep_last = keep_last
+        self._keep_best = keep_best
+        self._underway: _Underway | None = None
 
-    def save(self, trainer: Trainer, step: int, state: dict[str, Any]) -> None:
-        """Keeps weights, optimizer and `state` (JSON) as of `step`."""
+    def save(self, trainer: Trainer, step: int, state: dict[str, Any], score: float | None = None) -> None:
+        """Begins to keep weights, optimizer and `state` (JSON) as they are now, after `step`.
+
+        It is there once a later `poll` or `settle` has found it written; an earlier one is settled first.
+
+        Raises:
+            UserError: as `settle`.
+        """
+        self.settle()
+        parts = live_parts(trainer)
+        taken = max(told_all(steps_taken(trainer.optimizer)))
+        about = Manifest(step, taken, score, json.loads(json.dumps(state)), files={})
         final = self._folder / f"step_{step:06d}"
-        work = self._folder / f".{final.name}"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        _collect_in_process()
-        dist_checkpointing.save(_sharded(trainer, loading=False), str(work))
-        (work / "loop.json").write_text(json.dumps({"step": step, "state": state}))
-        shutil.rmtree(final, ignore_errors=True)
-        work.rename(final)
-        for old in self._complete()[: -self._keep]:
-            shutil.rmtree(old)
+        try:
+            work = first_does(self._new_work_folder)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint {final} cannot be written: {error.strerror}; make room, or choose another out"
+            ) from None
+        self._underway = _Underway(Writing(work, parts, about), work, final, trainer.device)
+
+    def poll(self) -> None:
+        """Completes what was begun if it is written everywhere by now; free where nothing is under way.
+
+        Raises:
+            UserError: as `settle`.
+        """
+        if self._underway and all_agree(self._underway.writing.is_written, self._underway.device):
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits until what was begun is complete.
+
+        Raises:
+            UserError: it could not be written. What was written of it is gone; earlier ones are untouched.
+        """
+        if self._underway is None:
+            return
+        underway, self._underway = self._underway, None
+        try:
+            underway.writing.complete()
+            first_does(lambda: self._instate(underway.work, underway.final))
+        except (WriteFailed, OSError) as error:
+            first_does(lambda: shutil.rmtree(underway.work, ignore_errors=True))
+            raise UserError(
+                f"checkpoint {underway.final} could not be written: {error}; mend that and start again, the "
+                "run goes on from the checkpoint before it"
+            ) from None
 
     def restore(self, trainer: Trainer) -> tuple[int, dict[str, Any]]:
-        """Brings the trainer to the last checkpoint; its step and state, or 0 and {} if there is none."""
-        found = self._complete()
-        if not found:
-            return 0, {}
-        loaded = dist_checkpointing.load(_sharded(trainer, loading=True), str(found[-1]))
-        trainer.model.load_state_dict(loaded["model"])
-        trainer.optimizer.load_state_dict(loaded["optimizer"])
-        loop = json.loads((found[-1] / "loop.json").read_text())
-        return loop["step"], loop["state"]
+        """Brings the trainer to the last whole checkpoint; its step and state, or 0 and {} if there is none.
+
+        Damaged ones after it are named on standard error and set aside as `damaged_…`.
+
+        Raises:
+            UserError: all are damaged, or the last whole one is of another model.
+        """
+        self.settle()
+        found = first_does(self._open)
+        rejected: list[tuple[Path, str]] = []
+        for folder in reversed(found):
+            manifest, faults = self._verified(folder)
+            if faults:
+                rejected.append((folder, faults[0] + (f", and {len(faults) - 1} more" if faults[1:] else "")))
+                continue
+            _load(trainer, folder, manifest)
+            first_does(partial(self._set_aside, rejected, manifest.step))
+            return manifest.step, manifest.state
+        if rejected:
+            told = "; ".join(f"{folder.name}: {why}" for folder, why in rejected)
+            raise UserError(
+                f"{self._folder}: no checkpoint is whole ({told}); put an undamaged copy in its place, or "
+                "delete the folder to begin the stage anew"
+            )
+        return 0, {}
+
+    def _verified(self, folder: Path) -> tuple[Manifest, list[str]]:
+        """A checkpoint's manifest and what is wrong with its files, of which each process reads its share."""
+        try:
+            manifest = first_does(lambda: read_manifest(folder))
+        except Damaged as damage:
+            return Manifest(0, 0, None, {}, {}), [str(damage)]
+        share = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
+        found = (fault(folder / name, manifest.files[name]) for name in share)
+        return manifest, sorted(why for some in told_all([why for why in found if why]) for why in some)
+
+    # What follows is done by the first process alone.
+
+    def _open(self) -> list[Path]:
+        """All checkpoints, oldest first; what was left half done is cleared away."""
+        for left in (*self._folder.glob(f"{WRITING}*"), *self._folder.glob(f"{DELETING}*")):
+            shutil.rmtree(left, ignore_errors=True)
+        return self._complete()
 
     def _complete(self) -> list[Path]:
-        return sorted(self._folder.glob("step_*"))
+        numbered = {re.fullmatch(r"step_(\d+)", path.name): path for path in self._folder.glob("step_*")}
+        return [path for _, path in sorted((int(name[1]), path) for name, path in numbered.items() if name)]
+
+    def _new_work_folder(self) -> Path:
+        work = self._folder / f"{WRITING}{secrets.token_hex(8)}"
+        work.mkdir(parents=True)
+        return work
+
+    def _instate(self, work: Path, final: Path) -> None:
+        """Gives a complete checkpoint its name, and deletes those that need not be kept any more."""
+        if final.exists():
+            self._delete(final)
+        work.rename(final)
+        sync(self._folder)
+        complete = self._complete()
+        keep = {*complete[-self._keep_last :], *self._best(complete)}
+        for old in complete:
+            if old not in keep:
+                self._delete(old)
+
+    def _best(self, complete: list[Path]) -> list[Path]:
+        if self._keep_best is None:
+            return []
+        sign = 1 if self._keep_best == "max" else -1
+        scored = [
+            (sign * score, place)
+            for place, path in enumerate(complete)
+            if (score := _score(path)) is not None
+        ]
+        return [complete[max(scored)[1]]] if scored else []
+
+    def _delete(self, folder: Path) -> None:
+        """At once in name, so that a run killed here leaves no half checkpoint that looks like one."""
+        doomed = folder.rename(self._folder / f"{DELETING}{secrets.token_hex(8)}")
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _set_aside(self, rejected: list[tuple[Path, str]], step: int) -> None:
+        for folder, why in rejected:
+            aside = folder.with_name(f"damaged_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            print(
+                f"checkpoint {folder.name} is damaged: {why}; going on from step {step}, it is now {aside}",
+                file=sys.stderr,
+            )
 
 
-def _collect_in_process() -> None:
-    """Gives Megatron's writer a plain queue for its results.
+def _score(folder: Path) -> float | None:
+    try:
+        score = read_manifest(folder).score
+    except Damaged:
+        return None
+    return score if score is not None and math.isfinite(score) else None
 
-    Its own one lives in a server process, for writers that outlast the call. A save that waits for its
-    writers needs none, and the server would outlive a killed run.
+
+def _load(trainer: Trainer, folder: Path, manifest: Manifest) -> None:
+    """Reads a verified checkpoint right into the trainer's memory.
+
+    Raises:
+        UserError: it holds other tensors than the trainer has.
     """
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
-
-
-def _sharded(trainer: Trainer, loading: bool) -> dict[str, Any]:
-    model = trainer.model.sharded_state_dict(metadata=METADATA)
-    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
-    return {"model": model, "optimizer": optimizer}
+    parts = live_parts(trainer)
+    mine = {part.key: tuple(part.global_shape) for part in parts}
+    wanted = {key: shape for some in told_all(mine) for key, shape in some.items()}
+    held = {
+        key: tuple(tensor.global_shape)
+        for key, tensor in dist_checkpointing.serialization.load_tensors_metadata(str(folder)).items()
+    }
+    problems = [f"{key} is not in it" for key in wanted.keys() - held]
+    problems += [f"{key} is not in the model" for key in held.keys() - wanted]
+    problems += [
+        f"{key} is {held[key]} instead of {wanted[key]}"
+        for key in wanted.keys() & held
+        if held[key] != wanted[key]
+    ]
+    if problems:
+        raise UserError(
+            f"checkpoint {folder} is of another model: {min(problems)}"
+            + (f", and {len(problems) - 1} more" if problems[1:] else "")
+            + "; go on with the recipe that made it, or begin anew in another folder"
+        )
+    dist_checkpointing.load({str(number): part for number, part in enumerate(parts)}, str(folder))
+    set_steps_taken(trainer.optimizer, manifest.optimizer_steps)

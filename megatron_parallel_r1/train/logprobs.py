@@ -1,57 +1,121 @@
-"""Log-probs of targets and entropies from logits whose vocabulary is split over the tensor-parallel group.
+"""Log-probs of targets and entropies from hidden states, over a vocabulary that the tensor group shares.
 
-Shapes: N targets, V this process's part of the vocabulary.
+Logits are made for the targets alone, a chunk of them at a time, and made again in backward, so that memory
+grows neither with the length of a row times the vocabulary nor with the number of targets times it. No
+process ever holds logits of another one's part of the vocabulary: the group exchanges sums of [N].
+
+Shapes: N targets, C of a chunk, E hidden size, V this process's part of the vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor
+
+CHUNK_LOGITS = 2**24  # logits that exist at a time: 64 MiB in float32
+# Of a token that cannot be drawn. Finite, so that its share 0 x logit of an entropy stays 0.
+NEVER = -1e30
 
 
-def target_logprobs(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """Natural log-prob of each label under softmax(logits), float32, differentiable.
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of the distribution behind each hidden state.
 
-    Args:
-        logits_NV: already divided by the temperature. Overwritten if it is float32.
-        labels_N: ids in the whole vocabulary.
+    Attributes:
+        labels_N: ids, in the whole vocabulary, whose log-probs are wanted.
+        barred_N: the token that could not be drawn there, -1 where every token could.
+        temperature: by which logits are divided.
+        vocab: real size of the vocabulary; further rows of the head are no tokens.
+        chunk: targets whose logits exist at a time; None: as many as CHUNK_LOGITS allow.
     """
-    return -vocab_parallel_cross_entropy(logits_NV.float()[:, None], labels_N[:, None])[:, 0]
+
+    labels_N: Tensor
+    barred_N: Tensor
+    temperature: float
+    vocab: int
+    chunk: int | None = None
 
 
-def bar(logits_NV: torch.Tensor, barred_N: torch.Tensor) -> torch.Tensor:
-    """Logits without the token that could not be drawn in a target's place.
+def target_logprobs(hidden_NE: Tensor, head_VE: Tensor, question: Question) -> tuple[Tensor, Tensor]:
+    """Natural log-prob of each label, and the entropy in nats of the distribution that it is drawn from.
 
-    Args:
-        logits_NV: float32.
-        barred_N: ids in the whole vocabulary, -1 for none.
+    Both float32 [N] and differentiable. The gradient of `hidden_NE` is this process's share: it is to be
+    summed over the tensor group (`PathGPT.whole_hidden` does). The softmax is in float32, the product with
+    the head in the model's dtype, as in inference engines.
     """
-    first = parallel_state.get_tensor_model_parallel_rank() * logits_NV.shape[1]
-    here_N = (barred_N >= 0) & (barred_N >= first) & (barred_N < first + logits_NV.shape[1])
-    rows_N = here_N.nonzero()[:, 0]
-    # Finite, so that an entropy's 0 x logit stays 0.
-    lowest = torch.full_like(rows_N, -1e30, dtype=logits_NV.dtype)
-    return logits_NV.index_put((rows_N, barred_N[rows_N] - first), lowest)
+    return _TargetLogprobs.apply(hidden_NE, head_VE, question)
 
 
-@torch.no_grad()
-def entropies(logits_NV: torch.Tensor, chunk: int = 4096) -> torch.Tensor:
-    """Entropy of softmax(logits) in nats, float32, `chunk` targets at a time."""
+class _TargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NE: Tensor, head_VE: Tensor, question: Question) -> tuple[Tensor, ...]:
+        logprobs_N, entropies_N, logsums_N = (
+            hidden_NE.new_empty(len(hidden_NE), dtype=torch.float32) for _ in range(3)
+        )
+        for part, logits_CV, here_C, column_C in _chunks(hidden_NE, head_VE, question):
+            highest_C = _over_group(logits_CV.amax(-1), dist.ReduceOp.MAX)
+            weights_CV = (logits_CV - highest_C[:, None]).exp()
+            chosen_C = logits_CV.gather(1, column_C[:, None])[:, 0] * here_C
+            sums_3C = torch.stack([weights_CV.sum(-1), (weights_CV * logits_CV).sum(-1), chosen_C])
+            total_C, weighted_C, label_C = _over_group(sums_3C, dist.ReduceOp.SUM)
+            logsums_N[part] = total_C.log() + highest_C
+            logprobs_N[part] = label_C - logsums_N[part]
+            entropies_N[part] = logsums_N[part] - weighted_C / total_C
+        ctx.save_for_backward(hidden_NE, head_VE, logsums_N, entropies_N)
+        ctx.question = question
+        ctx.set_materialize_grads(False)
+        return logprobs_N, entropies_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden_NE, head_VE, logsums_N, entropies_N = ctx.saved_tensors
+        logprobs_grad_N, entropies_grad_N = grads
+        hidden_grad_NE = torch.empty_like(hidden_NE)
+        head_grad_VE = torch.zeros_like(head_VE, dtype=torch.float32)
+        for part, logits_CV, here_C, column_C in _chunks(hidden_NE, head_VE, ctx.question):
+            logshare_CV = logits_CV - logsums_N[part, None]
+            share_CV = logshare_CV.exp()
+            grad_CV = torch.zeros_like(share_CV)
+            if logprobs_grad_N is not None:
+                grad_CV -= share_CV * logprobs_grad_N[part, None]
+                grad_CV.scatter_add_(1, column_C[:, None], (logprobs_grad_N[part] * here_C)[:, None])
+            if entropies_grad_N is not None:
+                # dH / d logit = -p (log p + H)
+                grad_CV -= share_CV * (logshare_CV + entropies_N[part, None]) * entropies_grad_N[part, None]
+            grad_CV = (grad_CV / ctx.question.temperature).to(head_VE.dtype)
+            hidden_grad_NE[part] = grad_CV @ head_VE
+            head_grad_VE += grad_CV.T @ hidden_NE[part]
+        return hidden_grad_NE, head_grad_VE.to(head_VE.dtype), None
+
+
+def _chunks(
+    hidden_NE: Tensor, head_VE: Tensor, question: Question
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """A chunk's place, its logits [C, V] in float32, whether its labels are among this process's rows of the
+    head, and their columns (0 where they are not)."""
+    rows = len(head_VE)
+    first = parallel_state.get_tensor_model_parallel_rank() * rows
+    size = question.chunk or max(1, CHUNK_LOGITS // rows)
+    for start in range(0, len(hidden_NE), size):
+        part = slice(start, min(start + size, len(hidden_NE)))
+        logits_CV = (hidden_NE[part] @ head_VE.T).float() / question.temperature
+        logits_CV[:, max(0, question.vocab - first) :] = NEVER
+        barred_C = question.barred_N[part] - first
+        cut = ((barred_C >= 0) & (barred_C < rows) & (question.barred_N[part] >= 0)).nonzero()[:, 0]
+        logits_CV[cut, barred_C[cut]] = NEVER
+        column_C = question.labels_N[part] - first
+        here_C = (column_C >= 0) & (column_C < rows)
+        yield part, logits_CV, here_C, column_C.where(here_C, 0)
+
+
+def _over_group(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
-
-    def total(values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
-        if group.size() > 1:
-            dist.all_reduce(values, op=op, group=group)
-        return values
-
-    found = []
-    for part_NV in logits_NV.split(chunk):
-        wide_NV = part_NV.float()
-        wide_NV = wide_NV - total(wide_NV.amax(-1), dist.ReduceOp.MAX)[:, None]
-        weights_NV = wide_NV.exp()
-        sum_N = total(weights_NV.sum(-1), dist.ReduceOp.SUM)
-        mean_N = total((weights_NV * wide_NV).sum(-1), dist.ReduceOp.SUM) / sum_N
-        found.append(sum_N.log() - mean_N)
-    return torch.cat(found)
+    if group.size() > 1:
+        dist.all_reduce(values, op=op, group=group)
+    return values

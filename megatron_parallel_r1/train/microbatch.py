@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from numpy.typing import NDArray
 
 from megatron_parallel_r1.thought.packing import PackedRow
+from megatron_parallel_r1.train.policy.members import Members
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -23,7 +25,9 @@ class MicroBatch:
         at_N: the index of the row that predicts each target.
         labels_N: the target's token id.
         barred_N: the token that could not be drawn in its place, -1 where every token could.
+        members: which trace each target belongs to; places in `row.members`.
         values: named float32 vectors over the targets, such as advantages.
+        row: what the tensors were made of.
     """
 
     tokens_1L: torch.Tensor
@@ -32,7 +36,9 @@ class MicroBatch:
     at_N: torch.Tensor
     labels_N: torch.Tensor
     barred_N: torch.Tensor
+    members: Members
     values: dict[str, torch.Tensor]
+    row: PackedRow
 
     @classmethod
     def of(
@@ -51,17 +57,34 @@ class MicroBatch:
         """
         at_N = np.flatnonzero(row.labels_L >= 0)
         barred_L = np.zeros(len(row)) if barred is None else row.gather(barred)
-        gathered = {name: row.gather(per_trace)[at_N] for name, per_trace in (values or {}).items()}
 
         def tensor(array: NDArray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        return cls(
+        batch = cls(
             tokens_1L=tensor(row.tokens_L.astype(np.int64))[None],
             positions_1L=tensor(row.positions_L.astype(np.int64))[None],
             layout_KL=tensor(row.layout_KL),
             at_N=tensor(at_N),
             labels_N=tensor(row.labels_L[at_N].astype(np.int64)),
             barred_N=tensor(np.where(barred_L[at_N] > 0, barred_token, -1)),
-            values={name: tensor(array) for name, array in gathered.items()},
+            members=Members(
+                tensor(row.member_L[at_N].astype(np.int64)),
+                len(row.members),
+                parallel_state.get_context_parallel_group(),
+            ),
+            values={},
+            row=row,
         )
+        for name, per_trace in (values or {}).items():
+            batch.spread(name, per_trace)
+        return batch
+
+    def spread(self, name: str, per_trace: Sequence[Sequence[float]]) -> None:
+        """Takes values of the targets.
+
+        Args:
+            per_trace: one for each response token of all traces given to `pack`.
+        """
+        values_N = self.row.gather(per_trace)[self.row.labels_L >= 0]
+        self.values[name] = torch.from_numpy(values_N).to(self.at_N.device)

@@ -13,6 +13,7 @@ from megatron_parallel_r1.rewards.judge import Attempt, judge
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.layout import critical_length
 from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.train.shape import mean, path_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ def judge_traces(
 ) -> list[Judged]:
     """Judges each trace by the final answer of its main text and by its form."""
     attempts = [
-        Attempt(main_text(trace, tokenizer), trace.tree, problem.answers, trace.sampled)
+        Attempt(main_text(trace, tokenizer), trace.tree, problem.answers, trace.sampled, trace.tokens)
         for trace, problem in zip(traces, problems, strict=True)
     ]
     return judge(attempts, verifier)
@@ -38,11 +39,21 @@ def main_text(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> str:
     return "\n".join(decode(tokenizer, trace.tokens[start:stop]) for start, stop in spans)
 
 
+def group_metrics(judged: Sequence[Judged], size: int) -> dict[str, float]:
+    """Of groups of `size` traces: the share with a right one (pass@size), and with nothing but right ones."""
+    groups = [judged[start : start + size] for start in range(0, len(judged), size)]
+    return {
+        "group_pass": fmean(any(j.correct for j in group) for group in groups),
+        "group_solved": fmean(all(j.correct for j in group) for group in groups),
+    }
+
+
 def trace_metrics(traces: Sequence[Trace], judged: Sequence[Judged]) -> dict[str, float | None]:
     """Means over traces; those of blocks are None where no trace has one.
 
     `first_block` is the place of a trace's first block, 0 at its begin and 1 at its end: it tells exploration
     from verification. `well_formed` is the share of blocks that the policy itself closed in good form.
+    `path_length` is in tokens between the path's tags, `path_difference` as in `rewards/siblings.py`.
     """
     blocks = sum(j.format.blocks for j in judged)
     places = [t.tree.blocks[0].start / len(t.tokens) for t in traces if t.tree.blocks]
@@ -52,6 +63,8 @@ def trace_metrics(traces: Sequence[Trace], judged: Sequence[Judged]) -> dict[str
         "well_formed": sum(j.format.well_formed_blocks for j in judged) / blocks if blocks else None,
         "blocks_per_trace": blocks / len(traces),
         "paths_per_block": sum(j.format.paths for j in judged) / blocks if blocks else None,
+        "path_length": mean(length for trace in traces for length in path_lengths(trace.tree)),
+        "path_difference": mean(j.difference for j in judged if j.difference is not None),
         "first_block": fmean(places) if places else None,
         "length": fmean(len(t.tokens) for t in traces),
         "critical_length": fmean(critical_length(t.tree) for t in traces),

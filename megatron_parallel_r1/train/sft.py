@@ -14,11 +14,10 @@ from megatron_parallel_r1.data.encode import encode_prompt, encode_response
 from megatron_parallel_r1.data.problems import Example
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.layout import Mode, Row, lay_out
-from megatron_parallel_r1.thought.packing import pack
 from megatron_parallel_r1.thought.parser import ParseError, parse
 from megatron_parallel_r1.thought.tags import Tags
-from megatron_parallel_r1.train.losses import sft_loss
 from megatron_parallel_r1.train.microbatch import MicroBatch
+from megatron_parallel_r1.train.share import share_out
 from megatron_parallel_r1.train.trainer import Trainer, Update
 
 if TYPE_CHECKING:
@@ -46,11 +45,23 @@ def example_row(
     return lay_out(encode_prompt(tokenizer, template, problem.prompt), tokens, sampled, tree, mode)
 
 
-def sft_step(trainer: Trainer, rows: Sequence[Row], micro_tokens: int, lr: float) -> Update:
-    """One optimizer step on the mean negative log-likelihood of the rows' targets."""
-    batches = [MicroBatch.of(row, trainer.device) for row in pack(rows, micro_tokens)]
+def sft_loss(logprobs_N: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood, summed over targets; the trainer divides by those of the whole update."""
+    return -logprobs_N.sum()
 
-    def loss(logprobs_N: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+
+def sft_step(trainer: Trainer, rows: Sequence[Row], micro_tokens: int, lr: float) -> Update:
+    """One optimizer step on the mean negative log-likelihood of the rows' targets.
+
+    Args:
+        rows: of the whole batch, the same on every process.
+    """
+    mine = share_out(rows, micro_tokens, trainer.place)
+    batches = [MicroBatch.of(row, trainer.device) for row in mine]
+
+    def loss(
+        logprobs_N: torch.Tensor, entropies_N: torch.Tensor, batch: MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return sft_loss(logprobs_N), {}
 
     return trainer.update(batches, loss, lr)

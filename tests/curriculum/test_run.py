@@ -47,7 +47,7 @@ def test_it_leaves_metrics_models_evaluations_and_a_report(whole: Path) -> None:
     assert steps_of(whole / "cold_start") == list(range(1, 31))
     assert steps_of(whole / "rl") == list(range(1, 9))
     records = [json.loads(line) for line in (whole / "rl/metrics.jsonl").read_text().splitlines()]
-    assert [record["reward_term"] for record in records] == ["accuracy", "parallel_bonus"] * 4
+    assert [record["reward_term"] for record in records] == ["accuracy", "accuracy+parallel_bonus"] * 4
     assert max(record["mismatch_max"] for record in records) <= 2e-5
     evaluated = [json.loads(line) for line in (whole / "eval.jsonl").read_text().splitlines()]
     assert [(e["stage"], e["problems"], e["mode"]) for e in evaluated] == [

@@ -14,9 +14,9 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Mode, lay_out
 from megatron_parallel_r1.thought.packing import pack
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.losses import sft_loss
 from megatron_parallel_r1.train.microbatch import MicroBatch
-from megatron_parallel_r1.train.mismatch import mismatch
+from megatron_parallel_r1.train.policy.mismatch import mismatch
+from megatron_parallel_r1.train.sft import sft_loss
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.reference.traces import TAGS
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
@@ -68,7 +68,7 @@ def test_they_still_agree_after_updates(trainer_of) -> None:
         traces = traces_of(engine, thinking, random_prompts(16, seed=version))
         batches = micro_batches(trainer, traces, "isolated", capacity=400)
         assert largest_difference(trainer, batches) <= TOLERANCE
-        seen.append(trainer.update(batches, lambda logprobs_N, _: (sft_loss(logprobs_N), {}), 1e-2))
+        seen.append(trainer.update(batches, lambda logprobs_N, *_: (sft_loss(logprobs_N), {}), 1e-2))
     assert all(update.grad_norm > 0 for update in seen)
     # A wrong pairing of weights would show: the update moved the log-probs far beyond the tolerance.
     assert largest_difference(trainer, batches) > 1e-2
@@ -87,7 +87,7 @@ def test_an_update_does_not_depend_on_the_packing(trainer_of) -> None:
     for capacity in (110, 300, 5000):
         trainer = trainer_of()
         batches = micro_batches(trainer, traces, "isolated", capacity)
-        update = trainer.update(batches, lambda logprobs_N, _: (sft_loss(logprobs_N), {}), 1e-3)
+        update = trainer.update(batches, lambda logprobs_N, *_: (sft_loss(logprobs_N), {}), 1e-3)
         norms.append(update.grad_norm)
         losses.append(update.loss)
         weights.append(sum(p.double().abs().sum().item() for p in trainer.model.parameters()))

@@ -1,0 +1,113 @@
+"""The frame around a stage's steps: where it goes on, what it writes down, when it saves, when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from types import TracebackType
+from typing import Any
+
+from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.guard import Guard
+from megatron_parallel_r1.curriculum.stage_log import StageLog
+from megatron_parallel_r1.curriculum.workbench import Workbench
+from megatron_parallel_r1.data.sampler import ProblemStream
+from megatron_parallel_r1.model.watch import Watch
+from megatron_parallel_r1.train.checkpoint import Checkpoints
+from megatron_parallel_r1.train.trainer import Schedule, Trainer
+
+# What a checkpoint is judged by: a metric, and whether it should fall or rise.
+SCORES = {"sft": ("loss", "min"), "rl": ("accuracy", "max")}
+
+
+class StageLoop:
+    """Goes on after the last checkpoint.
+
+        with StageLoop(bench, stage, trainer, stream, watch) as loop:
+            for step, lr in loop:
+                ...
+                loop.end(step, measured)
+
+    Attributes:
+        done: steps that the stage has behind it when it goes on.
+        guard: keeps steps that go wrong from doing harm.
+        in_flight: what a checkpoint holds of work that runs ahead of the steps, JSON-ready.
+        found: what the last checkpoint held of it, None at a fresh begin.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        stage: config.SftStage | config.RlStage,
+        trainer: Trainer,
+        stream: ProblemStream[Any],
+        watch: Watch,
+    ) -> None:
+        self._stage, self._trainer, self._stream, self._watch = stage, trainer, stream, watch
+        self._schedule = Schedule(stage.optimizer.lr, stage.optimizer.warmup, stage.optimizer.final)
+        folder = bench.stage_folder(stage.name)
+        self._keeps_last = bench.recipe.keeps_checkpoints(stage)
+        self._metric, direction = SCORES[stage.kind]
+        self._checkpoints = Checkpoints(
+            checkpoint_folder(folder), stage.keep_last, direction if stage.keep_best else None
+        )
+        self.done, state = self._checkpoints.restore(trainer)
+        if not self.done and stage.carry_optimizer:
+            before = bench.stage_folder(bench.recipe.start_of(stage) or "")
+            Checkpoints(checkpoint_folder(before)).restore(trainer)
+        stream.restore(state.get("stream", stream.state()))
+        self._watched: list[float] = state.get("watched", [])
+        self._since_save: list[float] = []
+        self.found: Any = state.get("in_flight")
+        self.in_flight: Callable[[], Any] = lambda: None
+        self.guard = Guard(stage, folder, self.done)
+        self._log = StageLog(bench.recipe, stage, folder, self.done)
+        self._ended = self.done >= stage.steps or self._may_end()
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        """Each further step and its learning rate."""
+        for step in range(self.done + 1, self._stage.steps + 1):
+            if self._ended:
+                return
+            self._watch.at(f"stage {self._stage.name}, step {step}")
+            yield step, self._schedule.at(step, self._stage.steps)
+
+    def end(self, step: int, measured: dict[str, Any], traces: Sequence[dict[str, Any]] = ()) -> None:
+        """Writes a step down, saves if it is time, and sees whether the stage may end here."""
+        stage = self._stage
+        self._log.step(step, measured, traces)
+        self.guard.look_at(step, measured)
+        if stage.until and measured.get(stage.until.metric) is not None:
+            self._watched.append(measured[stage.until.metric])
+        if measured.get(self._metric) is not None:
+            self._since_save.append(measured[self._metric])
+        self._ended = step == stage.steps or self._may_end()
+        self._checkpoints.poll()
+        if (step % stage.save_every == 0 and not self._ended) or (self._ended and self._keeps_last):
+            self._save(step)
+
+    def _may_end(self) -> bool:
+        return self._stage.until is not None and self._stage.until.reached(self._watched)
+
+    def _save(self, step: int) -> None:
+        in_flight = self.in_flight()
+        state = {"stream": self._stream.state(), "watched": self._watched, "in_flight": in_flight}
+        score = fmean(self._since_save) if self._since_save else None
+        self._checkpoints.save(self._trainer, step, state, score)
+        self._since_save = []
+
+    def __enter__(self) -> StageLoop:
+        self._log.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log.__exit__(kind, error, trace)
+        if error is None:
+            self._checkpoints.settle()
+
+
+def checkpoint_folder(stage_folder: Path) -> Path:
+    return stage_folder / "checkpoints"

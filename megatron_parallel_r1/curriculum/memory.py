@@ -1,0 +1,185 @@
+"""Bytes that one process needs, from shapes alone.
+
+Activations are counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
+Models" (arXiv 2205.05198, section 4): what autograd keeps of a layer for backward, tensor by tensor. What
+differs here: attention keeps no scores and no mask (model/attention.py), nothing is dropped out, RMSNorm
+keeps a float32 copy of its input, the MLP is SwiGLU with Megatron's unfused gate, and logits exist a chunk
+at a time (train/logprobs.py).
+
+Not counted: what a kernel allocates and frees within itself, gradients of activations (about one layer's
+widest tensor), communication buffers, the CUDA context, and the allocator's fragmentation.
+
+Letters: b bytes a number, E hidden, Q and K sizes of all query and of all key heads, D of one, F ffn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_parallel_r1.curriculum.split import Part
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.gpt import padded_vocab
+from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.rollout.native.cache import SlotTable
+from megatron_parallel_r1.train.logprobs import CHUNK_LOGITS
+
+FLOAT32 = 4
+# Float32 tensors of a chunk's size that exist at once in the backward of `target_logprobs`: the logits and
+# their division by the temperature, log-shares, shares, their gradient, and the temporaries of a product.
+CHUNKS_ALIVE = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one process.
+
+    Attributes:
+        weights: of the trainer.
+        gradients: Megatron's buffer, float32.
+        optimizer: Adam's two moments in float32, and master weights where the model's are not float32.
+        activations: of all micro-batches that are under way at once.
+        logits: what the loss needs on top, on the last pipeline stage.
+        reference: weights of the policy that a KL term holds the trained one to.
+        engine: weights of an engine that decodes in process.
+        cache: its keys and values.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    reference: int
+    engine: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a process is given to do, as far as memory follows from it.
+
+    Attributes:
+        row: tokens of the longest packed row.
+        micro_batches: of one update.
+        slots: that the engine's cache must hold; None: no engine decodes in process.
+        reference: whether a KL term needs a second model.
+    """
+
+    row: int
+    micro_batches: int
+    slots: int | None = None
+    reference: bool = False
+
+
+def memory(shape: ModelConfig, parallel: Parallel, part: Part, data: int, number: int, work: Work) -> Memory:
+    """Of a process of `part`.
+
+    Args:
+        data: data-parallel copies.
+        number: bytes of a weight and of an activation, 4 or 2.
+    """
+    weights = number * part.elements
+    return Memory(
+        weights=weights,
+        gradients=FLOAT32 * part.elements,
+        optimizer=optimizer_bytes(part.elements, number, data * parallel.context, parallel.sharded_optimizer),
+        activations=activation_bytes(shape, parallel, part, work, number),
+        logits=logit_bytes(shape, parallel, work, number) if part.last else 0,
+        reference=weights if work.reference else 0,
+        # One that decodes in process holds all layers, which is then the trainer's part too.
+        engine=weights if work.slots is not None else 0,
+        cache=cache_bytes(shape, parallel, work.slots, number) if work.slots is not None else 0,
+    )
+
+
+def optimizer_bytes(elements: int, number: int, sharers: int, sharded: bool) -> int:
+    """Adam's state of so many weights; a shard of it where data and context ranks share it."""
+    master = FLOAT32 if number < FLOAT32 else 0
+    return (2 * FLOAT32 + master) * (-(-elements // sharers) if sharded else elements)
+
+
+def activation_bytes(shape: ModelConfig, parallel: Parallel, part: Part, work: Work, number: int) -> int:
+    """What backward needs of all micro-batches that are under way at once in a process.
+
+    With `full` recompute each layer keeps its input, and one layer at a time is whole; with `selective` one
+    MLP at a time is.
+    """
+    attention, norm, mlp = layer_bytes(shape, parallel, work.row, number)
+    tokens, narrow = _tokens(parallel, work.row)
+    kept, again = {
+        "none": (attention + norm + mlp, 0),
+        "selective": (attention + norm, mlp),
+        "full": (number * shape.hidden * narrow, attention + norm + mlp),
+    }[parallel.recompute]
+    forwards = chunks_under_way(parallel, part.rank, work.micro_batches)
+    total = forwards * len(part.chunks[0]) * kept + again
+    if parallel.recompute == "full":
+        # Rotary angles, one tensor for all layers of a forward; otherwise each keeps cosines and sines.
+        total += forwards * FLOAT32 * shape.head_dim * tokens
+    if part.last:
+        # The final norm, and its output of those tokens that predict one with loss: at most all.
+        total += narrow * _norm(shape.hidden, 1, number) + number * shape.hidden * tokens
+    return total
+
+
+def layer_bytes(shape: ModelConfig, parallel: Parallel, row: int, number: int) -> tuple[int, int, int]:
+    """What one layer keeps of a row, in three parts: attention, the norm before the MLP, inside the MLP.
+
+    Attention: its norm and the norm's output E b, which the projection keeps; the norms of queries and keys;
+    cosines and sines for both, 4 D b; the query Q b and, of the whole row under context parallelism too, key
+    and value 2 K b; the output Q b. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b.
+    """
+    tokens, narrow = _tokens(parallel, row)
+    size = parallel.tensor
+    heads, groups, dim = shape.heads // size, shape.kv_heads // size, shape.head_dim
+    query, key = heads * dim, groups * dim
+    normed = narrow * (_norm(shape.hidden, 1, number) + number * shape.hidden)
+    per_token = _norm(query, heads, number) + _norm(key, groups, number) + number * (4 * dim + 2 * query)
+    if number == FLOAT32:
+        # Views of the projection, which they keep whole: the key's norm, and the query's of a single group.
+        per_token += number * (query + key if groups > 1 else key)
+    attention = normed + tokens * per_token + row * number * 2 * key
+    return attention, normed, tokens * number * 5 * (shape.ffn // size)
+
+
+def chunks_under_way(parallel: Parallel, rank: int, micro_batches: int) -> int:
+    """Forwards of one stage whose backward has not come yet, at most, in a process of the pipeline.
+
+    One forward, one backward (arXiv 2205.05198, section 4.2.3; 2104.04473): rank p is p micro-batches short
+    of the pipeline's length; interleaved, it warms up with all its stages in turn.
+    """
+    behind = parallel.pipeline - rank
+    if parallel.virtual == 1:
+        return min(behind, micro_batches)
+    warm_up = 2 * (behind - 1) + (parallel.virtual - 1) * parallel.pipeline
+    return min(warm_up + 1, micro_batches * parallel.virtual)
+
+
+def logit_bytes(shape: ModelConfig, parallel: Parallel, work: Work, number: int) -> int:
+    """Of the backward of `target_logprobs`: chunks of logits, and the head's gradient in both dtypes."""
+    rows = padded_vocab(shape.vocab, parallel.tensor) // parallel.tensor
+    targets = min(work.row // parallel.context, max(1, CHUNK_LOGITS // rows))
+    return CHUNKS_ALIVE * FLOAT32 * targets * rows + (FLOAT32 + number) * rows * shape.hidden
+
+
+def cache_bytes(shape: ModelConfig, parallel: Parallel, slots: int, number: int) -> int:
+    """Keys and values of the native engine, whose number of slots grows by doubling."""
+    room = SlotTable().slot_count
+    while room < slots:
+        room *= 2
+    return room * shape.layers * 2 * (shape.kv_heads // parallel.tensor) * shape.head_dim * number
+
+
+def _norm(width: int, groups: int, number: int) -> int:
+    """What RMSNorm keeps of a token: its input in float32, that scaled, and a scale for each group."""
+    return (FLOAT32 + number) * width + FLOAT32 * groups
+
+
+def _tokens(parallel: Parallel, row: int) -> tuple[int, int]:
+    """Tokens of a row on a process: within a layer, and where sequence parallelism splits them."""
+    tokens = row // parallel.context
+    return tokens, tokens // (parallel.tensor if parallel.sequence else 1)

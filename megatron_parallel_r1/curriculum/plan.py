@@ -1,0 +1,257 @@
+"""What a recipe will do and what it will take on so many processes, before anything is downloaded.
+
+Token counts are upper bounds, reached where every trace is as long as its limits let it be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+
+from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.lengths import Longest, longest_response, longest_row
+from megatron_parallel_r1.curriculum.memory import Memory, Work, memory
+from megatron_parallel_r1.curriculum.published import shape_of
+from megatron_parallel_r1.curriculum.sources import load_tokenizer
+from megatron_parallel_r1.curriculum.split import Part, parts
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.parallel import Parallel, check_parallel
+from megatron_parallel_r1.rollout.native import limits
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.thought.layout import Mode
+from megatron_parallel_r1.thought.tags import TAG_TEXTS
+from megatron_parallel_r1.thought.tokenizer import add_tags
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage on every process.
+
+    Attributes:
+        stage: as the recipe has it.
+        start: whose weights it begins with; None: the model's.
+        rows: examples or traces that a step trains on.
+        drawn: tokens of all responses of a step at most; 0 for SFT.
+        trained: tokens of the rows of a step at most, prompts and branches included.
+        updates: optimizer steps a step.
+        micro_batches: of each copy in an update, where every row has its full length.
+        row: tokens of the longest packed row.
+        slots: of the engine's cache at most; None: no engine decodes in process.
+        memories: of a process of each pipeline rank.
+        evaluation: of a process while it evaluates the stage in process; None: it does not.
+    """
+
+    stage: config.SftStage | config.RlStage
+    mode: Mode
+    start: str | None
+    rows: int
+    drawn: int
+    trained: int
+    updates: int
+    micro_batches: int
+    row: int
+    slots: int | None
+    memories: tuple[Memory, ...]
+    evaluation: Memory | None
+
+    @property
+    def fullest(self) -> int:
+        """The pipeline rank whose processes need most."""
+        totals = [each.total for each in self.memories]
+        return totals.index(max(totals))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe on `world` processes.
+
+    Attributes:
+        parts: what the processes of each pipeline rank hold.
+        data: copies of the model.
+        gpu: bytes of memory that each process has.
+        notes: what was assumed, and what will not work, a line each.
+    """
+
+    recipe: config.Recipe
+    shape: ModelConfig
+    parallel: Parallel
+    world: int
+    data: int
+    parts: tuple[Part, ...]
+    stages: tuple[StagePlan, ...]
+    gpu: int
+    notes: tuple[str, ...]
+
+
+def plan(recipe: config.Recipe, world: int = 1, gpu: int = 80 * GIB, longest: Longest | None = None) -> Plan:
+    """Plans a recipe; reads no data and no weights, and starts no process group.
+
+    Args:
+        world: processes, one a GPU.
+        gpu: bytes of memory of each.
+        longest: prompts and examples to reckon with.
+
+    Raises:
+        UserError: the model's folder or tokenizer is missing, or something does not divide.
+    """
+    longest = longest or Longest()
+    parallel = recipe.parallel
+    shape, notes = _shape(recipe)
+    check_parallel(shape, parallel, world, recipe.micro_tokens)
+    pieces = parts(shape, parallel)
+    data = world // parallel.copy
+    in_process = True
+    if any(isinstance(stage, config.RlStage) or stage.evaluate for stage in recipe.stages):
+        try:
+            limits.refuse(parallel.pipeline, parallel.context)
+        except UserError as refused:
+            in_process = False
+            notes.append(f"a run would end with: {refused}")
+    planner = _Planner(recipe, shape, pieces, data, longest, in_process)
+    stages = tuple(planner.stage(stage) for stage in recipe.stages)
+    notes += [
+        f"prompts of up to {longest.prompt:,} tokens and SFT rows of up to {longest.example:,} are assumed, "
+        "or what the model has positions for; a recipe does not bound them",
+        *(note for stage in stages for note in _warnings(stage, recipe, shape, data, gpu)),
+    ]
+    return Plan(recipe, shape, parallel, world, data, pieces, stages, gpu, tuple(notes))
+
+
+def _shape(recipe: config.Recipe) -> tuple[ModelConfig, list[str]]:
+    """The model's shape, and what had to be assumed of it."""
+    told = recipe.model
+    if told.path is not None:
+        shape, read = shape_of(told.path)
+        note = f"{told.path} is not here: the shape is that of the published {told.path.name}"
+        return shape, [] if read else [note]
+    if isinstance(recipe.tokenizer, config.BpeTokenizer):
+        vocab = recipe.tokenizer.vocab + len(TAG_TEXTS)
+        return told.shape.config(vocab), ["few texts may give the tokenizer a smaller vocabulary"]
+    tokenizer = load_tokenizer(recipe)
+    add_tags(tokenizer)
+    return told.shape.config(len(tokenizer)), []
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    recipe: config.Recipe
+    shape: ModelConfig
+    parts: tuple[Part, ...]
+    data: int
+    longest: Longest
+    in_process: bool
+
+    def stage(self, stage: config.SftStage | config.RlStage) -> StagePlan:
+        thinking = self.recipe.thinking_of(stage)
+        if isinstance(stage, config.RlStage):
+            rows, longest = stage.prompts * stage.samples, longest_row(thinking, self._prompt(thinking))
+            rounds, asked = _asked(stage)
+            drawn = rounds * asked * stage.samples * longest_response(thinking)
+            updates = stage.epochs * stage.mini_batches
+            together = ceil(stage.prompts / stage.mini_batches) * stage.samples
+            trained = stage.epochs * rows * longest
+            slots = self._slots(asked, stage.samples, stage.concurrent, thinking)
+            reference = stage.objective.kl != "none"
+        else:
+            rows = together = stage.batch
+            longest = min(self.longest.example, self.shape.max_positions)
+            drawn, updates, trained, slots, reference = 0, 1, rows * longest, None, False
+        work = Work(self._packed(longest), self._micro_batches(together, longest), slots, reference)
+        return StagePlan(
+            stage=stage,
+            mode=thinking.mode,
+            start=self.recipe.start_of(stage),
+            rows=rows,
+            drawn=drawn,
+            trained=trained,
+            updates=updates,
+            micro_batches=work.micro_batches,
+            row=work.row,
+            slots=slots,
+            memories=tuple(self._memory(part, work) for part in self.parts),
+            evaluation=self._evaluation(thinking) if stage.evaluate and self.in_process else None,
+        )
+
+    def _memory(self, part: Part, work: Work) -> Memory:
+        number = getattr(torch, self.recipe.model.dtype).itemsize
+        return memory(self.shape, self.recipe.parallel, part, self.data, number, work)
+
+    def _evaluation(self, thinking: Thinking) -> Memory:
+        """The stage's trainer is still there, idle, beside an engine for the evaluation's traces."""
+        asked = self.recipe.evaluation
+        slots = self._slots(asked.count, asked.samples, asked.concurrent, thinking)
+        idle = Work(row=0, micro_batches=0, slots=slots)
+        return replace(self._memory(self.parts[0], idle), activations=0, logits=0)
+
+    def _prompt(self, thinking: Thinking) -> int:
+        return max(1, min(self.longest.prompt, self.shape.max_positions - longest_response(thinking)))
+
+    def _micro_batches(self, rows: int, longest: int) -> int:
+        """Of one copy, where `rows` of full length are dealt to all; interleaved stages take turns."""
+        in_one = max(1, self.recipe.micro_tokens // longest)
+        count = ceil(ceil(rows / self.data) / in_one)
+        parallel = self.recipe.parallel
+        return count + -count % (parallel.pipeline if parallel.virtual > 1 else 1)
+
+    def _packed(self, longest: int) -> int:
+        """Tokens of a packed row at most; a row longer than `micro_tokens` stands alone."""
+        most = max(self.recipe.micro_tokens, longest)
+        return most + -most % self.recipe.parallel.multiple
+
+    def _slots(self, prompts: int, samples: int, concurrent: int, thinking: Thinking) -> int | None:
+        """Of a copy's cache at most: its prompts stay to the end, and so many traces are in flight."""
+        if not self.in_process:
+            return None
+        traces, most = prompts * samples, 0
+        prompt, trace = self._prompt(thinking), longest_row(thinking, 0)
+        for rank in range(self.data):
+            first, end = traces * rank // self.data, traces * (rank + 1) // self.data
+            own = (end - 1) // samples - first // samples + 1 if end > first else 0
+            most = max(most, own * prompt + min(concurrent, end - first) * trace)
+        return most
+
+
+def _asked(stage: config.RlStage) -> tuple[int, int]:
+    """Rounds of rollouts in a step, and problems in each, at most."""
+    if stage.dynamic is None:
+        return 1, stage.prompts
+    return stage.dynamic.rounds, ceil(stage.dynamic.over_sample * stage.prompts)
+
+
+def _warnings(
+    made: StagePlan, recipe: config.Recipe, shape: ModelConfig, data: int, gpu: int
+) -> Iterator[str]:
+    """What about a stage does not fit."""
+    stage, need = made.stage, made.memories[made.fullest].total
+    if need > gpu:
+        lower = (
+            "micro_tokens" if made.slots is None else f"its concurrent ({stage.concurrent}) or micro_tokens"
+        )
+        yield (
+            f"stage {stage.name}: about {need / GIB:.0f} GiB are needed, a GPU has {gpu / GIB:.0f}; "
+            f"lower {lower}, recompute more, or split over more processes"
+        )
+    if made.evaluation is not None and (need := made.evaluation.total) > gpu:
+        yield (
+            f"stage {stage.name}: its evaluation needs about {need / GIB:.0f} GiB, a GPU has "
+            f"{gpu / GIB:.0f}; lower evaluation.concurrent ({recipe.evaluation.concurrent})"
+        )
+    if made.row > recipe.micro_tokens:
+        yield (
+            f"stage {stage.name}: a row may have {made.row:,} tokens; one longer than micro_tokens "
+            f"({recipe.micro_tokens:,}) stands alone, and memory is reckoned for it"
+        )
+    response = longest_response(recipe.thinking_of(stage))
+    if response >= shape.max_positions:
+        yield (
+            f"stage {stage.name}: a response may have {response:,} tokens, the model was made for "
+            f"{shape.max_positions:,}"
+        )
+    if made.rows < data * made.updates:
+        yield f"stage {stage.name}: {made.rows} rows a step leave some of {data} copies idle"

@@ -1,0 +1,46 @@
+"""When a stage may end before its last step: its metric rises, or falls, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, ClassVar, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Plateau:
+    """Ends a stage when the mean of `metric` over the last `window` steps is not better than before.
+
+    Attributes:
+        metric: of the step's record, such as `reward`, `accuracy` or `loss`.
+        best: whether it should rise or fall.
+        window: steps of a mean; it is held against that of the `window` steps before.
+        least_gain: how much better it has to be.
+        least_steps: steps before which a stage does not end.
+    """
+
+    # For pydantic, which reads these settings from a recipe: an unknown key is an error.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    metric: str = "reward"
+    best: Literal["max", "min"] = "max"
+    window: int = 20
+    least_gain: float = 0.0
+    least_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.least_steps < 0 or not self.least_gain >= 0:
+            raise ValueError("window must be >= 1, least_steps and least_gain >= 0")
+
+    def reached(self, values: Sequence[float]) -> bool:
+        """Whether the stage may end.
+
+        Args:
+            values: the metric of each step so far.
+        """
+        if len(values) < max(2 * self.window, self.least_steps):
+            return False
+        before, now = fmean(values[-2 * self.window : -self.window]), fmean(values[-self.window :])
+        gain = now - before if self.best == "max" else before - now
+        return gain <= self.least_gain

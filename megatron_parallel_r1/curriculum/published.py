@@ -1,0 +1,51 @@
+"""Shapes of published models, so that a run can be planned where none of them has been downloaded.
+
+From the `config.json` of each on the Hugging Face Hub.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.config import ModelConfig
+
+_QWEN3 = {
+    "Qwen3-0.6B": ModelConfig(1024, 28, 16, 8, 128, 3072, vocab=151936, tied=True, max_positions=40960),
+    "Qwen3-1.7B": ModelConfig(2048, 28, 16, 8, 128, 6144, vocab=151936, tied=True, max_positions=40960),
+    "Qwen3-4B": ModelConfig(2560, 36, 32, 8, 128, 9728, vocab=151936, tied=True, max_positions=40960),
+    "Qwen3-8B": ModelConfig(4096, 36, 32, 8, 128, 12288, vocab=151936, tied=False, max_positions=40960),
+    "Qwen3-14B": ModelConfig(5120, 40, 40, 8, 128, 17408, vocab=151936, tied=False, max_positions=40960),
+}
+SHAPES: Mapping[str, ModelConfig] = MappingProxyType(
+    {f"{name}-Base": replace(shape, max_positions=32768) for name, shape in _QWEN3.items()} | _QWEN3
+)
+"""By the last part of the name on the Hub, which is usually also that of the folder."""
+
+
+def shape_of(folder: Path) -> tuple[ModelConfig, bool]:
+    """The shape of the model in a Hugging Face folder, and whether its config.json was there to read.
+
+    A folder that is not there yet is taken for the published model of its name.
+
+    Raises:
+        UserError: it is not there and no published model has its name, or its config.json is no Qwen3's.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        if folder.name not in SHAPES:
+            raise UserError(
+                f"{folder}: no config.json; give the folder of a Hugging Face model, or to plan without one "
+                f"name it after a published model: {', '.join(SHAPES)}"
+            )
+        return SHAPES[folder.name], False
+    try:
+        return ModelConfig.from_hf(json.loads(file.read_text(encoding="utf-8"))), True
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: no valid JSON ({error}); copy it again") from None
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None

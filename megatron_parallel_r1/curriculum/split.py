@@ -1,0 +1,64 @@
+"""What each process holds of a model under a parallel layout, known without building it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.model.weights import EMBEDDING, HEAD, table
+
+Named = tuple[str, tuple[int, ...]]
+FINAL_NORM = "decoder.final_layernorm.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What the processes of one pipeline rank hold; all tensor-parallel ranks hold shapes alike.
+
+    Attributes:
+        rank: in the pipeline.
+        chunks: the layers, from 0, of each of its stages; several where stages are interleaved.
+        weights: Megatron's names, as of a whole model, with the shape of this process's part.
+        last: whether logits are made here.
+    """
+
+    rank: int
+    chunks: tuple[range, ...]
+    weights: tuple[Named, ...]
+    last: bool
+
+    @property
+    def layers(self) -> int:
+        return sum(map(len, self.chunks))
+
+    @property
+    def elements(self) -> int:
+        return sum(prod(size) for _, size in self.weights)
+
+
+def parts(shape: ModelConfig, parallel: Parallel) -> tuple[Part, ...]:
+    """One part for each pipeline rank; the layout must divide the model (`check_parallel`).
+
+    Interleaved stages are dealt in turn (arXiv 2104.04473): rank p holds stages p, p + pipeline, and so on.
+    The last stage of a tied model has a copy of the embedding to make logits with, unless it also embeds.
+    """
+    each = shape.layers // (parallel.pipeline * parallel.virtual)
+    sizes = {weight.name: weight.shard_shape(parallel.tensor) for weight in table(shape)}
+    made = []
+    for rank in range(parallel.pipeline):
+        starts = [(rank + turn * parallel.pipeline) * each for turn in range(parallel.virtual)]
+        chunks = tuple(range(start, start + each) for start in starts)
+        last = rank == parallel.pipeline - 1
+        names = [EMBEDDING] if rank == 0 else []
+        for layer in (layer for chunk in chunks for layer in chunk):
+            names += [name for name in sizes if name.startswith(f"decoder.layers.{layer}.")]
+        if last:
+            names.append(FINAL_NORM)
+            if not shape.tied:
+                names.append(HEAD)
+            elif rank > 0:
+                names.append(EMBEDDING)
+        made.append(Part(rank, chunks, tuple((name, sizes[name]) for name in names), last))
+    return tuple(made)

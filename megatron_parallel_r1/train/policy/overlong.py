@@ -1,0 +1,46 @@
+"""Traces that are too long: a soft penalty before the limit, or no loss beyond it.
+
+Shapes: T traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_parallel_r1.thought.trace import Trace
+
+
+def overlong_penalties(
+    lengths_T: NDArray[np.int64], limit: int, cache: int, penalty: float = 1.0
+) -> NDArray[np.float64]:
+    """What to add to each trace's reward: soft over-long punishment, DAPO (arXiv 2503.14476, eq. 13).
+
+        0                                 up to limit - cache tokens
+        (limit - cache - length) / cache  beyond, down to -1 at the limit
+        -1                                above the limit
+
+    Args:
+        limit: tokens, the paper's L_max: no response is longer.
+        cache: tokens, 1..limit: the stretch before the limit in which the penalty grows.
+        penalty: by which all is multiplied; the paper's is 1.
+
+    Raises:
+        ValueError: the cache is not within 1..limit.
+    """
+    if not 1 <= cache <= limit:
+        raise ValueError(
+            f"an over-long cache of {cache} tokens does not fit a limit of {limit}; use 1..{limit}"
+        )
+    return penalty * np.clip((limit - cache - lengths_T) / cache, -1.0, 0.0)
+
+
+def complete(traces: Sequence[Trace]) -> NDArray[np.bool_]:
+    """Which traces the policy itself ended.
+
+    Over-long filtering trains on these only (DAPO, arXiv 2503.14476, section 3.4). The others still count
+    in their group's mean and standard deviation: they are masked in the loss, not dropped.
+    """
+    return np.array([trace.finish != "length" for trace in traces], bool)

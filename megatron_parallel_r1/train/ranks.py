@@ -1,0 +1,72 @@
+"""Work that the copies of a model share: which part of a list is this process's, and all parts together.
+
+A copy of the model (a data-parallel rank) works on its part as one; its first process speaks for it.
+
+A second thread needs groups of its own (`second_groups`): collectives of two threads on one group would meet
+in another order on each process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_parallel_r1.train.agreement import told_all
+
+T = TypeVar("T")
+
+
+def speaks() -> bool:
+    """Whether this process speaks for its copy of the model."""
+    others = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+    )
+    return not any(others)
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """The part of `items` that this process's copy works on: neighbours, in nearly equal parts."""
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return items[len(items) * rank // size : len(items) * (rank + 1) // size]
+
+
+def gathered(part: Sequence[T], world: dist.ProcessGroup | None = None) -> list[T]:
+    """What the copies made of their shares, in the order of the whole, on every process.
+
+    Args:
+        part: picklable; only that of a process that `speaks` counts.
+        world: all processes, if not by the default group.
+    """
+    if dist.get_world_size() == 1:
+        return list(part)
+    parts: list[Sequence[T]] = [()] * dist.get_world_size()
+    # Ranks rise with the data-parallel rank among the processes that speak.
+    dist.all_gather_object(parts, part if speaks() else (), group=world)
+    return [item for part in parts for item in part]
+
+
+def second_groups(timeout_s: float) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This process's tensor group and, over the CPU, the world, each once more; all processes call it.
+
+    Args:
+        timeout_s: how long one of their collectives may wait.
+    """
+    mine = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+    timeout = timedelta(seconds=timeout_s)
+    # Every process takes part in the making of every group, in one order.
+    tensor = {
+        ranks: dist.new_group(ranks, timeout) for ranks in sorted({tuple(ranks) for ranks in told_all(mine)})
+    }
+    return tensor[tuple(mine)], dist.new_group(timeout=timeout, backend="gloo")
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here: what one has written, all can read then."""
+    if dist.get_world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,47 @@
+"""Traces of problems, rolled out and judged by all copies of the model together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from megatron_parallel_r1.data.encode import encode_prompt
+from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.rewards.base import Judged
+from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.train.ranks import gathered, share, speaks
+from megatron_parallel_r1.train.scoring import judge_traces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def roll_out_and_judge(
+    thinker: Thinker[Any],
+    problems: Sequence[Problem],
+    seeds: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    verifier: Verifier,
+    concurrent: int,
+    world: dist.ProcessGroup | None = None,
+) -> tuple[list[Trace], list[Judged]]:
+    """One trace of each problem. Each copy works on its share; all processes get all, in order.
+
+    Args:
+        seeds: of each problem's trace, so that its draws do not depend on who makes them.
+        concurrent: traces in flight at most, of one copy.
+        world: all processes, if not by the default group; a second thread needs its own.
+    """
+    mine, my_seeds = share(problems), share(seeds)
+    prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in mine]
+    traces = asyncio.run(roll_out(thinker, prompts, my_seeds, concurrent))
+    # One verdict for all processes of a copy: a time-out could give each another one.
+    judged = judge_traces(traces, mine, tokenizer, verifier) if speaks() else []
+    pairs = gathered(list(zip(traces, judged, strict=False)), world)
+    return [trace for trace, _ in pairs], [judgement for _, judgement in pairs]

@@ -1,0 +1,207 @@
+"""Where each number of a training state lies: in which tensor of a checkpoint, and in which memory here.
+
+A checkpoint holds whole tensors, named and shaped without regard to how the model was split. Each process
+says of every piece of its memory which rectangle of which tensor it is; that is all that saving and loading
+under different layouts need. Names are those of Megatron's own checkpoints: the parameter's, with its layer's
+number in the whole model, and `optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.` before it. They do not tell
+a distributed optimizer from a plain one.
+
+Shapes: N elements in a row of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.train.trainer import Trainer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A rectangle of a whole tensor that this process holds as consecutive elements of a parameter.
+
+    Attributes:
+        key: the whole tensor's name.
+        whole: its sizes, one or two.
+        corner: indices in it of the block's first element.
+        rows, width: of the block; a vector is one row.
+        origin: the block's first element within the flattened parameter.
+        replica: (pipeline, tensor, data) number among the processes that hold the same; all 0 saves it.
+    """
+
+    key: str
+    whole: tuple[int, ...]
+    corner: tuple[int, ...]
+    rows: int
+    width: int
+    origin: int
+    replica: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, described: ShardedTensor, parameter: Parameter, vocabulary: int) -> Block:
+        """From Megatron's description of it. A block of an embedding ends where the vocabulary does: the rows
+        after it, which make it divisible, are zero and stay so."""
+        whole, (*rows, width) = described.global_shape, described.local_shape
+        rows = rows[0] if rows else 1
+        if described.allow_shape_mismatch:
+            whole = (vocabulary, *whole[1:])
+            rows = max(0, min(rows, vocabulary - described.global_offset[0]))
+        return cls(
+            key=described.key,
+            whole=tuple(whole),
+            corner=described.global_offset,
+            rows=rows,
+            width=width,
+            origin=described.data.storage_offset() - parameter.storage_offset(),
+            replica=described.replica_id,
+        )
+
+    def parts(
+        self, memory_N: Tensor, start: int = 0, name: str = "", replica: tuple[int, int, int] | None = None
+    ) -> Iterator[ShardedTensor]:
+        """What of the block lies in `memory_N`, as rectangles whose data are views of it.
+
+        Args:
+            memory_N: elements of the parameter, or of something of its shape, from its element `start` on. If
+                they begin or end within a row of the block, that row is a rectangle of its own.
+            name: comes before the key.
+            replica: in place of the block's.
+        """
+        dims = len(self.whole)
+        at = max(start - self.origin, 0)
+        end = min(start + len(memory_N) - self.origin, self.rows * self.width)
+        while at < end:
+            row, column = divmod(at, self.width)
+            if column == 0 and end - at >= self.width:
+                height, columns = (end - at) // self.width, self.width
+            else:
+                height, columns = 1, min(end - at, self.width - column)
+            stop = at + height * columns
+            memory = slice(at + self.origin - start, stop + self.origin - start)
+            yield ShardedTensor(
+                key=name + self.key,
+                data=memory_N[memory].view((height, columns)[-dims:]),
+                dtype=memory_N.dtype,
+                local_shape=(height, columns)[-dims:],
+                global_shape=self.whole,
+                global_offset=(self.corner[0] + row, self.corner[-1] + column)[-dims:],
+                axis_fragmentations=None,
+                replica_id=replica or self.replica,
+            )
+            at = stop
+
+
+def live_parts(trainer: Trainer) -> list[ShardedTensor]:
+    """Everything of a trainer that a checkpoint holds; `data` of a part is the memory that is trained."""
+    begin_state(trainer.optimizer)
+    parts = []
+    for parameter, block in _blocks(trainer.model):
+        parts += block.parts(_flat(parameter))
+        for inner in _inner(trainer.optimizer):
+            if isinstance(inner, DistributedOptimizer):
+                parts += _shared_state(inner, parameter, block)
+            else:
+                parts += _own_state(inner, parameter, block)
+    return parts
+
+
+def begin_state(optimizer: MegatronOptimizer) -> None:
+    """Gives Adam its zero moments now; by itself it would make them in its first step."""
+    for inner, parameter in _trained(optimizer):
+        state = inner.optimizer.state[parameter]
+        if not state:
+            state.update({name: torch.zeros_like(parameter.data) for name in MOMENTS})
+            if _counts_each(inner):
+                state["step"] = torch.zeros((), dtype=torch.float32)
+
+
+def steps_taken(optimizer: MegatronOptimizer) -> int:
+    """Steps that Adam's bias correction counts, 0 where this process trains nothing; after `begin_state`."""
+    counts = {
+        int(inner.optimizer.state[parameter]["step"])
+        if _counts_each(inner)
+        else int(inner.optimizer.param_groups[0].get("step", 0))
+        for inner, parameter in _trained(optimizer)
+    }
+    return max(counts, default=0)
+
+
+def set_steps_taken(optimizer: MegatronOptimizer, steps: int) -> None:
+    """What `steps_taken` returns from now on."""
+    for inner, parameter in _trained(optimizer):
+        if _counts_each(inner):
+            inner.optimizer.state[parameter]["step"].fill_(steps)
+        else:
+            for group in inner.optimizer.param_groups:
+                group["step"] = steps
+
+
+def _inner(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _trained(optimizer: MegatronOptimizer) -> Iterator[tuple[MegatronOptimizer, Tensor]]:
+    """Each tensor that an Adam steps on, with the Megatron optimizer around that Adam."""
+    for inner in _inner(optimizer):
+        for group in inner.optimizer.param_groups:
+            yield from ((inner, parameter) for parameter in group["params"])
+
+
+def _counts_each(inner: MegatronOptimizer) -> bool:
+    """Whether Adam counts the steps of each tensor, as torch's does; fused ones count those of a group."""
+    return isinstance(inner.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _blocks(model: Model) -> Iterator[tuple[Parameter, Block]]:
+    """This process's parameters and the blocks in them; SwiGLU's first matrix holds two."""
+    for stage in model:
+        # Homogeneous layers would be rows of one tensor of another rank.
+        for entry in stage.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():
+            if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+                blocks = [entry] if isinstance(entry, ShardedTensor) else entry.build()
+                for block in blocks:
+                    yield entry.data, Block.of(block, entry.data, model.shape.vocab)
+            elif entry.data is not None:
+                raise NotImplementedError(f"{entry.key}: checkpoints do not keep the scaling of FP8 layers")
+
+
+def _own_state(inner: MegatronOptimizer, parameter: Parameter, block: Block) -> Iterator[ShardedTensor]:
+    """Of a plain optimizer, which has state for whole parameters on each data-parallel process."""
+    main = getattr(parameter, "main_param", parameter)
+    if main in inner.optimizer.state:
+        for name, memory_N in _state(inner, main, parameter.dtype):
+            yield from block.parts(memory_N, name=name)
+
+
+def _shared_state(inner: DistributedOptimizer, parameter: Parameter, block: Block) -> Iterator[ShardedTensor]:
+    """Of a distributed optimizer, where a data-parallel process has its own range of elements."""
+    if parameter in inner.model_param_group_index_map:
+        group, index = inner.model_param_group_index_map[parameter]
+        main = inner.optimizer.param_groups[group]["params"][index]
+        start = inner._get_model_param_range_map(parameter)["param"].start
+        for name, memory_N in _state(inner, main, parameter.dtype):
+            yield from block.parts(memory_N, start, name, (*block.replica[:2], 0))
+
+
+def _state(inner: MegatronOptimizer, main: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Adam's memory for a tensor that it steps on, and that tensor if it is not the parameter itself."""
+    if main.dtype != dtype:
+        yield "optimizer.state.fp32_param.", _flat(main)
+    for name in MOMENTS:
+        yield f"optimizer.state.{name}.", _flat(inner.optimizer.state[main][name])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(-1)

@@ -1,0 +1,87 @@
+"""What autograd keeps of a forward pass, beside what the plan says; run by torchrun for a split model.
+
+torchrun --nproc-per-node 2 -m tests.curriculum.kept_by_autograd OUT.json --tensor 2
+
+Shapes: L tokens of a row, T of them on this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_parallel_r1.curriculum.memory import Work, activation_bytes, layer_bytes
+from megatron_parallel_r1.curriculum.split import parts
+from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.model.optimizer import Adam, trainable
+from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.thought.packing import context_indices
+from megatron_parallel_r1.train.logprobs import Question, target_logprobs
+
+SHAPE = ModelConfig(hidden=256, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=640, vocab=300)
+LENGTH = 128
+DTYPES = (torch.float32, torch.bfloat16)
+RECOMPUTE = ("none", "selective", "full")
+
+
+def compare(dtype: torch.dtype, parallel: Parallel) -> tuple[int, int]:
+    """Bytes kept of one row whose every token is a target, and bytes planned for it."""
+    model = build_model(SHAPE, dtype, parallel)
+    load_hf_tensors(model, random_hf_tensors(SHAPE, seed=0))
+    (wrapped,), _optimizer = trainable(model, Adam(lr=1e-3))
+    held = torch.distributed.get_rank() if parallel.context > 1 else 0
+    index_T = torch.from_numpy(np.asarray(context_indices(LENGTH, held, parallel.context)))
+    tokens_T = index_T % SHAPE.vocab
+    layout_2T = torch.stack([index_T, torch.zeros_like(index_T)]).int()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_TE = model[-1].whole_hidden(wrapped(tokens_T[None], index_T[None], layout_2T))
+        target_logprobs(
+            hidden_TE[torch.arange(len(tokens_T))],
+            model[-1].head_weight(),
+            Question(tokens_T, torch.full_like(tokens_T, -1), 1.0, SHAPE.vocab),
+        )
+    number = dtype.itemsize
+    planned = activation_bytes(SHAPE, parallel, parts(SHAPE, parallel)[0], Work(LENGTH, 1), number)
+    # Of what is computed anew, nothing is there yet before backward.
+    attention, norm, mlp = layer_bytes(SHAPE, parallel, LENGTH, number)
+    planned -= {"none": 0, "selective": mlp, "full": attention + norm + mlp}[parallel.recompute]
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), planned
+
+
+def compare_all(parallel: Parallel) -> list[tuple[int, int]]:
+    return [compare(dtype, replace(parallel, recompute=way)) for dtype in DTYPES for way in RECOMPUTE]
+
+
+def main() -> None:
+    words = argparse.ArgumentParser()
+    words.add_argument("out", type=Path)
+    words.add_argument("--tensor", type=int, default=1)
+    words.add_argument("--context", type=int, default=1)
+    words.add_argument("--sequence", action="store_true")
+    told = words.parse_args()
+    parallel = Parallel(tensor=told.tensor, context=told.context, sequence=told.sequence)
+    with process.running(seed=1, parallel=parallel):
+        found = compare_all(parallel)
+    if process.is_first():
+        told.out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What a plan says of memory is what the parts of a real run hold, byte for byte where nothing is rounded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_parallel_r1.curriculum.lengths import longest_row
+from megatron_parallel_r1.curriculum.memory import (
+    Work,
+    cache_bytes,
+    chunks_under_way,
+    logit_bytes,
+    memory,
+)
+from megatron_parallel_r1.curriculum.split import parts
+from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.model.optimizer import Adam, trainable
+from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.train import logprobs
+from megatron_parallel_r1.train.logprobs import Question, target_logprobs
+from tests.curriculum.kept_by_autograd import DTYPES, LENGTH, RECOMPUTE, SHAPE, compare_all
+from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[None]:
+    with process.running(seed=1):
+        yield
+
+
+def held(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_gradients_and_optimizer_to_the_byte(dtype: torch.dtype, sharded: bool, tied: bool) -> None:
+    # Sizes are multiples of 64 and their sum of 128, to which Megatron fills up buffers that it will shard.
+    shape = ModelConfig(hidden=128, layers=2, heads=4, kv_heads=2, head_dim=64, ffn=192, vocab=300, tied=tied)
+    parallel = Parallel(sharded_optimizer=sharded)
+    model = build_model(shape, dtype, parallel)
+    load_hf_tensors(model, random_hf_tensors(shape, seed=0))
+    (wrapped,), optimizer = trainable(model, Adam(lr=1e-3, sharded=sharded))
+    for parameter in model.parameters():
+        parameter.main_grad.fill_(1.0)
+    optimizer.step()
+    weights = list(model.parameters())
+    moments = [
+        value
+        for state in optimizer.chained_optimizers[0].optimizer.state.values()
+        for name, value in state.items()
+        if name in ("exp_avg", "exp_avg_sq")
+    ]
+    masters = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if dtype != torch.float32
+    ]
+    planned = memory(shape, parallel, parts(shape, parallel)[0], 1, dtype.itemsize, Work(64, 1))
+    assert planned.weights == held(weights)
+    assert planned.gradients == held([buffer.grad_data for buffer in wrapped.buffers])
+    assert planned.optimizer == held(moments) + held(masters)
+    assert all(tensor.dtype == torch.float32 for tensor in moments + masters)
+
+
+# A token has an id, its two rows of the layout, the index of its target, and two sums of the loss, which a plan
+# leaves out: 32 bytes; and a byte that says whether its id is of this rank's vocabulary.
+INDEX_BYTES = 33
+
+
+@pytest.mark.usefixtures("world")
+def test_activations_are_what_autograd_keeps() -> None:
+    for kept, planned in compare_all(Parallel()):
+        assert 0 <= kept - planned <= INDEX_BYTES * LENGTH
+
+
+@pytest.mark.parametrize("layout", ["--tensor 2", "--tensor 2 --sequence", "--context 2"])
+def test_activations_of_a_split_model(tmp_path: Path, layout: str) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    found = tmp_path / "found.json"
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.curriculum.kept_by_autograd", str(found), *layout.split()],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(found.read_text())
+    assert len(figures) == len(DTYPES) * len(RECOMPUTE)
+    # A context group also keeps the order of the row, 8 bytes a token, for the keys and values of a layer.
+    left_out = INDEX_BYTES * LENGTH + (16 * LENGTH * SHAPE.layers if "context" in layout else 0)
+    for kept, planned in figures:
+        assert 0 <= kept - planned <= left_out
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors that were made within and still exist; `most` is their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return made
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_logits_chunks_are_those_of_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Chunks that are large beside everything else, as those of a real vocabulary are.
+    targets, hidden, vocab, chunk = 256, 16, 4096, 64
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk * vocab)
+    monkeypatch.setattr("megatron_parallel_r1.curriculum.memory.CHUNK_LOGITS", chunk * vocab)
+    hidden_NE = torch.randn(targets, hidden).to(dtype).requires_grad_()
+    head_VE = torch.randn(vocab, hidden).to(dtype).requires_grad_()
+    ids_N = torch.arange(targets)
+    with Alive() as alive:
+        question = Question(ids_N, torch.full_like(ids_N, -1), 1.0, vocab)
+        logprobs_N, entropies_N = target_logprobs(hidden_NE, head_VE, question)
+        (logprobs_N.sum() + entropies_N.sum()).backward()
+    shape = ModelConfig(hidden=hidden, layers=1, heads=1, kv_heads=1, head_dim=2, ffn=2, vocab=vocab)
+    planned = logit_bytes(shape, Parallel(), Work(targets, 1), dtype.itemsize)
+    # Whole chunks are counted, so up to one more than there is at the peak, of which there are six or seven.
+    assert alive.most <= planned <= 1.2 * alive.most
+
+
+def test_the_cache_has_room_for_every_trace_and_no_doubling_more() -> None:
+    theirs = tiny_qwen3()
+    shape = ModelConfig.from_hf(theirs.config.to_dict())
+    engine = native_engine(theirs)
+    thinking = Thinking(mode="replay", paths=3, max_blocks=2, max_path_tokens=40, max_response_tokens=200)
+    prompts = [random_prompts(1)[0]] * 64
+    traces = traces_of(engine, thinking, prompts)
+    assert max(len(trace.tokens) for trace in traces) > 100 and any(trace.tree.blocks for trace in traces)
+    decoder = engine._model
+    assert decoder is not None
+    slots = len(prompts[0]) + len(prompts) * longest_row(thinking, 0)
+    assert held(decoder.cache_LSX) <= cache_bytes(shape, Parallel(), slots, 4)
+    # As many slots as there are need no more than those.
+    assert held(decoder.cache_LSX) == cache_bytes(shape, Parallel(), engine._table.slot_count, 4)
+
+
+def test_micro_batches_under_way() -> None:
+    pipeline = Parallel(pipeline=4)
+    assert [chunks_under_way(pipeline, rank, 8) for rank in range(4)] == [4, 3, 2, 1]
+    assert chunks_under_way(pipeline, 0, 2) == 2
+    # Interleaved: 1 + (p - 1) / (p v) times the layers of a pipeline of full micro-batches (arXiv 2205.05198,
+    # section 4.2.3): of p v = 8 stages' worth, 8 + 3.
+    interleaved = Parallel(pipeline=4, virtual=2)
+    assert [chunks_under_way(interleaved, rank, 8) for rank in range(4)] == [11, 9, 7, 5]
+    assert chunks_under_way(interleaved, 0, 4) == 8
