@@ -116,8 +116,8 @@ def plan(recipe: config.Recipe, world: int = 1, gpu: int = 80 * GIB, longest: Lo
     planner = _Planner(recipe, shape, pieces, data, longest, in_process)
     stages = tuple(planner.stage(stage) for stage in recipe.stages)
     notes += [
-        f"prompts of up to {longest.prompt:,} tokens and SFT rows of up to {longest.example:,} are assumed, "
-        "or what the model has positions for; a recipe does not bound them",
+        f"assumed, since a recipe does not bound them: prompts of up to {longest.prompt:,} tokens, SFT rows "
+        f"of up to {longest.example:,}, or what the model's positions (and micro_tokens) have room for",
         *(note for stage in stages for note in _warnings(stage, recipe, shape, data, gpu)),
     ]
     return Plan(recipe, shape, parallel, world, data, pieces, stages, gpu, tuple(notes))
@@ -160,7 +160,7 @@ class _Planner:
             reference = stage.objective.kl != "none"
         else:
             rows = together = stage.batch
-            longest = min(self.longest.example, self.shape.max_positions)
+            longest = min(self.longest.example, self.shape.max_positions, self.recipe.micro_tokens)
             drawn, updates, trained, slots, reference = 0, 1, rows * longest, None, False
         work = Work(self._packed(longest), self._micro_batches(together, longest), slots, reference)
         return StagePlan(
@@ -253,5 +253,6 @@ def _warnings(
             f"stage {stage.name}: a response may have {response:,} tokens, the model was made for "
             f"{shape.max_positions:,}"
         )
-    if made.rows < data * made.updates:
-        yield f"stage {stage.name}: {made.rows} rows a step leave some of {data} copies idle"
+    together = made.rows // (stage.mini_batches if isinstance(stage, config.RlStage) else 1)
+    if together < data:
+        yield f"stage {stage.name}: {together} rows an update leave some of {data} copies idle"

@@ -73,8 +73,9 @@ class Engine(Protocol, Generic[Context]):
         """Has new weights taken between two passes, contexts open or not; any thread may call it.
 
         What the open contexts have in the cache stays as the old weights made it, as in inference servers
-        that update without a flush (`mismatch` in a step's metrics shows it, and a correction bounds it). A token drawn after that is drawn from a mixture that no single version
-        would give; its version is that of the pass that made its distribution.
+        that update without a flush. What is drawn after that comes from a mixture that no single version
+        would give: the mismatch metrics show it, truncated importance sampling bounds it. A token's version
+        is that of the pass that made its distribution.
 
         Args:
             tensors: not to be changed any more by the caller.

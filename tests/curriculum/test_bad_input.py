@@ -16,8 +16,8 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    shown = capsys.readouterr().err.strip()
-    assert len(shown.splitlines()) == 1 and shown.startswith("error: ")
+    *warnings, shown = capsys.readouterr().err.strip().splitlines()
+    assert all(line.startswith("warning: ") for line in warnings) and shown.startswith("error: ")
     return shown
 
 
@@ -100,7 +100,8 @@ def test_an_impossible_folder(capsys, monkeypatch) -> None:
 def test_numbers_that_are_no_longer_finite_end_the_run(capsys, monkeypatch, tmp_path: Path) -> None:
     words = (f"out={tmp_path}", "stages.cold_start.optimizer={lr: 1.0e+30}")
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
-    assert "stage cold_start, step " in shown and "lower its optimizer.lr" in shown
+    assert "3 times in a row" in shown and "Lower the stage's optimizer.lr" in shown
+    assert len((tmp_path / "mini/cold_start/bad_steps.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "mini/cold_start/model").exists()
 
 

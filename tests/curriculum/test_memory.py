@@ -85,8 +85,8 @@ def test_weights_gradients_and_optimizer_to_the_byte(dtype: torch.dtype, sharded
     assert all(tensor.dtype == torch.float32 for tensor in moments + masters)
 
 
-# A token has an id, its two rows of the layout, the index of its target, and two sums of the loss, which a plan
-# leaves out: 32 bytes; and a byte that says whether its id is of this rank's vocabulary.
+# What a plan leaves out of a token: its id, two rows of the layout, the index of its target, and two sums of
+# the loss, 32 bytes; and one that says whether its id is of this rank's vocabulary.
 INDEX_BYTES = 33
 
 
@@ -96,7 +96,14 @@ def test_activations_are_what_autograd_keeps() -> None:
         assert 0 <= kept - planned <= INDEX_BYTES * LENGTH
 
 
-@pytest.mark.parametrize("layout", ["--tensor 2", "--tensor 2 --sequence", "--context 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--tensor 2 --sequence",
+        "--context 2",
+        pytest.param("--tensor 2", marks=pytest.mark.slow),
+    ],
+)
 def test_activations_of_a_split_model(tmp_path: Path, layout: str) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     found = tmp_path / "found.json"
@@ -157,7 +164,8 @@ def test_the_logits_chunks_are_those_of_the_loss(dtype: torch.dtype, monkeypatch
         (logprobs_N.sum() + entropies_N.sum()).backward()
     shape = ModelConfig(hidden=hidden, layers=1, heads=1, kv_heads=1, head_dim=2, ffn=2, vocab=vocab)
     planned = logit_bytes(shape, Parallel(), Work(targets, 1), dtype.itemsize)
-    # Whole chunks are counted, so up to one more than there is at the peak, of which there are six or seven.
+    # At the peak there are six chunks and fractions of one (row sums, targets, bfloat16 copies of half the
+    # size); a plan counts seven whole ones.
     assert alive.most <= planned <= 1.2 * alive.most
 
 

@@ -166,7 +166,8 @@ class NativeEngine:
                 if not request.done.done():
                     request.done.set_exception(error)
             self._requests.clear()
-            raise
+            if not isinstance(error, Exception):  # Of others, whoever asked was told.
+                raise
 
     def _step(self) -> None:
         if self._interrupted:

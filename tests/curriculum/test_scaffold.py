@@ -1,0 +1,74 @@
+"""Stages that carry the optimizer on, end on a plateau, keep their best checkpoint, and log to a board."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_parallel_r1.config import read_recipe
+from megatron_parallel_r1.curriculum.run import run
+from megatron_parallel_r1.errors import UserError
+
+RECIPE = Path(__file__).parent / "mini.yaml"
+
+
+def sft_stages(*settings: str) -> str:
+    """The recipe's `stages` as one YAML value: an SFT stage, and the same one once more."""
+    plain = "kind: sft, data: {source: embedded_cold_start}, batch: 8, save_every: 2, optimizer: {lr: 1.0e-2}"
+    second = ", ".join(["name: more", plain, "steps: 3", *settings])
+    return f"stages=[{{name: cold_start, {plain}, steps: 3}}, {{{second}}}]"
+
+
+def losses(stage: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_stages(out: Path, *settings: str) -> Path:
+    recipe = read_recipe(RECIPE, [sft_stages(*settings), "evaluation=null", f"out={out}"])
+    (outcome,) = run(recipe)
+    return outcome.folder
+
+
+def test_a_carried_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
+    fresh = run_stages(tmp_path / "fresh")
+    carried = run_stages(tmp_path / "carried", "carry_optimizer: true")
+    assert losses(fresh / "cold_start") == losses(carried / "cold_start")
+    assert losses(fresh / "more")[0] == losses(carried / "more")[0]
+    assert losses(fresh / "more")[1:] != losses(carried / "more")[1:]
+    assert list((carried / "cold_start/checkpoints").glob("step_*"))
+    assert not (fresh / "cold_start/checkpoints").exists()
+
+
+def test_a_stage_ends_on_a_plateau_and_resumes_as_ended(tmp_path: Path) -> None:
+    settings = ("until: {metric: loss, best: min, window: 1, least_gain: 100}",)
+    folder = run_stages(tmp_path, *settings)
+    assert len(losses(folder / "more")) == 2 and len(losses(folder / "cold_start")) == 3
+    before = load_file(folder / "more/model/model.safetensors")
+    again = load_file(run_stages(tmp_path, *settings) / "more/model/model.safetensors")
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+def test_the_best_checkpoint_outlives_the_stage(tmp_path: Path) -> None:
+    folder = run_stages(tmp_path, "keep_best: true", "keep_last: 1")
+    kept = sorted((folder / "more/checkpoints").glob("step_*"))
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in kept]
+    assert [manifest["step"] for manifest in manifests] == [3]  # the loss falls: the last is the best
+    assert manifests[0]["score"] == pytest.approx(losses(folder / "more")[2])
+
+
+def test_weights_and_biases_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    recipe = read_recipe(
+        RECIPE, [sft_stages(), "evaluation=null", "wandb={project: x, mode: offline}", f"out={tmp_path}"]
+    )
+    (outcome,) = run(recipe)
+    assert list((outcome.folder / "more/wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_the_first_stage_has_no_optimizer_to_carry_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="stage cold_start is the first: there is no optimizer to carry over"):
+        read_recipe(RECIPE, ["stages.cold_start.carry_optimizer=true", f"out={tmp_path}"])

@@ -1,0 +1,87 @@
+"""Steps that go wrong are left out and kept, warn or end the run; a stage ends where its metric stands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_parallel_r1.curriculum.guard import WINDOW, Guard, has_fallen
+from megatron_parallel_r1.curriculum.plateau import Plateau
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.train.trainer import NotFinite
+
+STAGE: Any = SimpleNamespace(name="rl", max_bad_steps=3)
+
+
+def bad() -> dict[str, float]:
+    raise NotFinite("the loss is nan")
+
+
+def test_a_bad_step_is_left_out_and_its_batch_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    guard = Guard(STAGE, tmp_path, done=0)
+    assert guard.learn(1, lambda: {"loss": 2.0}, list) == {"loss": 2.0, "skipped": 0}
+    learned = guard.learn(2, bad, lambda: [{"tokens": (1, 2)}])
+    assert learned == {"loss": None, "grad_norm": None, "skipped": 1}
+    (kept,) = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert kept == {"step": 2, "error": "the loss is nan", "batch": [{"tokens": [1, 2]}]}
+    assert "stage rl, step 2: the loss is nan; the step is left out" in capsys.readouterr().err
+
+
+def test_bad_steps_in_a_row_end_the_run_and_a_good_one_between_counts(tmp_path: Path) -> None:
+    guard = Guard(STAGE, tmp_path, done=0)
+    for step in (1, 2):
+        guard.learn(step, bad, list)
+    guard.learn(3, lambda: {}, list)
+    for step in (4, 5):
+        guard.learn(step, bad, list)
+    with pytest.raises(UserError, match=r"stage rl, step 6: the loss is nan, 3 times in a row"):
+        guard.learn(6, bad, list)
+    assert len((tmp_path / "bad_steps.jsonl").read_text().splitlines()) == 5
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        Guard(STAGE, tmp_path, done=0).learn(1, lambda: {"loss": 1 / 0}, list)
+
+
+def test_collapses_warn_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    guard = Guard(STAGE, tmp_path, done=0)
+    rewards = [-1.0] * WINDOW + [0.5] * WINDOW + [-1.0] * 2 * WINDOW
+    for step, reward in enumerate(rewards, 1):
+        guard.look_at(step, {"reward": reward, "entropy": 0.001 if step > 25 else 1.0})
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and "the reward has lost" in warnings[0] and "the entropy is" in warnings[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "fallen"),
+    [
+        ([0.0] * 10 + [1.0] * 10 + [0.4] * 10, True),
+        ([0.0] * 10 + [1.0] * 10 + [0.6] * 10, False),
+        ([0.0] * 10 + [0.05] * 10 + [0.0] * 10, False),
+        ([0.0] * 10 + [1.0] * 10 + [0.0] * 9, False),
+    ],
+)
+def test_a_fall_is_more_than_half_of_a_clear_gain(values: list[float], fallen: bool) -> None:
+    assert has_fallen(values) is fallen
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "reached"),
+    [
+        ({}, [0.0, 0.0, 1.0, 1.0], False),
+        ({}, [1.0, 1.0, 1.0, 1.0], True),
+        ({}, [1.0, 1.0, 1.0], False),
+        ({"least_gain": 0.5}, [1.0, 1.0, 1.4, 1.4], True),
+        ({"best": "min"}, [2.0, 2.0, 1.0, 1.0], False),
+        ({"best": "min"}, [1.0, 1.0, 2.0, 2.0], True),
+        ({"least_steps": 6}, [1.0] * 5, False),
+        ({"least_steps": 6}, [1.0] * 6, True),
+    ],
+)
+def test_a_plateau_by_hand(settings: dict[str, Any], values: list[float], reached: bool) -> None:
+    assert Plateau(window=2, **settings).reached(values) is reached
