@@ -1,4 +1,4 @@
-"""The command line: `parallel-r1 curriculum | sft | rl | eval | report`."""
+"""The command line: `parallel-r1 curriculum | sft | rl | eval | plan | report`."""
 
 from __future__ import annotations
 
@@ -69,6 +69,25 @@ def evaluate(
 
     record = evaluate_checkpoint(read_recipe(recipe, overrides or ()), checkpoint)
     open_console().print(eval_table([record]))
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes, one a GPU.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="Of one GPU, in GiB.")] = 80,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt to reckon with.")] = 2000,
+    example_tokens: Annotated[int, typer.Option(min=1, help="Longest SFT row to reckon with.")] = 4096,
+) -> None:
+    """Say what a recipe will do and need: layout, shapes, steps, tokens, memory. Needs no weights."""
+    from megatron_parallel_r1.config import read_recipe
+    from megatron_parallel_r1.curriculum.lengths import Longest
+    from megatron_parallel_r1.curriculum.plan import GIB, plan
+    from megatron_parallel_r1.curriculum.plan_text import plan_text
+
+    told, longest = read_recipe(recipe, overrides or ()), Longest(prompt_tokens, example_tokens)
+    typer.echo(plan_text(plan(told, world=gpus, gpu=round(gpu_memory * GIB), longest=longest)))
 
 
 @app.command()

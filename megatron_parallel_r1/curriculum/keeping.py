@@ -10,7 +10,7 @@ from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.hf import save_hf_folder
 from megatron_parallel_r1.model.weights import hf_tensors
-from megatron_parallel_r1.train.ranks import wait_for_all
+from megatron_parallel_r1.train.agreement import wait_for_all
 
 
 def save_model(bench: Workbench, model: Model, folder: Path, extra: Mapping[str, str] | None = None) -> None:

@@ -13,8 +13,9 @@ from megatron_parallel_r1.curriculum.guard import Guard
 from megatron_parallel_r1.curriculum.stage_log import StageLog
 from megatron_parallel_r1.curriculum.workbench import Workbench
 from megatron_parallel_r1.data.sampler import ProblemStream
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.watch import Watch
-from megatron_parallel_r1.train.checkpoint import Checkpoints
+from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.trainer import Schedule, Trainer
 
 # What a checkpoint is judged by: a metric, and whether it should fall or rise.
@@ -55,7 +56,10 @@ class StageLoop:
         self.done, state = self._checkpoints.restore(trainer)
         if not self.done and stage.carry_optimizer:
             before = bench.stage_folder(bench.recipe.start_of(stage) or "")
-            Checkpoints(checkpoint_folder(before)).restore(trainer)
+            if not Checkpoints(checkpoint_folder(before)).restore(trainer)[0]:
+                raise UserError(
+                    f"stage {stage.name}: carry_optimizer, but {before} has no checkpoint; run that stage anew"
+                )
         stream.restore(state.get("stream", stream.state()))
         self._watched: list[float] = state.get("watched", [])
         self._since_save: list[float] = []

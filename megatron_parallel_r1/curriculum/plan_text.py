@@ -81,8 +81,8 @@ def _weights(part: Part, of: int) -> list[str]:
 def _stage(made: StagePlan, data: int) -> list[str]:
     stage = made.stage
     lines = [
-        f"{stage.name}: {stage.kind}, {_many(stage.steps, 'step')}, mode {made.mode}, from "
-        f"{made.start or 'the model'}"
+        f"{stage.name}: {stage.kind}, {_many(stage.steps, 'step')}{_end(stage)}, mode {made.mode}, from "
+        f"{made.start or 'the model'}{' with its optimizer' if stage.carry_optimizer else ''}"
     ]
     if isinstance(stage, config.RlStage):
         lines += [
@@ -100,6 +100,10 @@ def _stage(made: StagePlan, data: int) -> list[str]:
         f"{made.row:,} tokens on each of {_many(data, 'copy', of='copies')}",
         f"  learning rate: {_rate(stage.optimizer)}",
     ]
+
+
+def _end(stage: config.Stage) -> str:
+    return "" if stage.until is None else f" at most, until {stage.until.metric} gets no better"
 
 
 def _objective(objective: Objective) -> str:

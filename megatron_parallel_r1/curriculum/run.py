@@ -32,7 +32,7 @@ from megatron_parallel_r1.model.watch import Watch
 from megatron_parallel_r1.report.html import build_report
 from megatron_parallel_r1.report.tables import eval_table
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.train.ranks import wait_for_all
+from megatron_parallel_r1.train.agreement import wait_for_all
 
 
 def open_console() -> Console:

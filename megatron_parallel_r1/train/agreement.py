@@ -11,12 +11,16 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def told_all(mine: T) -> list[T]:
-    """What each process has to say (picklable), in the order of ranks, on every process."""
+def told_all(mine: T, world: dist.ProcessGroup | None = None) -> list[T]:
+    """What each process has to say (picklable), in the order of ranks, on every process.
+
+    Args:
+        world: all processes, if not by the default group.
+    """
     if dist.get_world_size() == 1:
         return [mine]
     everyone: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, mine, group=world)
     return everyone  # type: ignore[return-value]
 
 
@@ -52,3 +56,9 @@ def all_agree(mine: bool, device: torch.device) -> bool:
     flag = torch.tensor(float(mine), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here: what one has written, all can read then."""
+    if dist.get_world_size() > 1:
+        dist.barrier()

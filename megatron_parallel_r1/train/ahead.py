@@ -18,27 +18,19 @@ are the same to the bit. In both cases no token is ever more than k updates old.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 
-from megatron_parallel_r1.rollout.base import Engine, Interrupted
+from megatron_parallel_r1.rollout.base import Engine
 from megatron_parallel_r1.train.in_flight import from_json, to_json
 from megatron_parallel_r1.train.rollouts import Collected
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 # How long the end of a `with` block waits for the second thread, which a verdict or a collective may hold up.
 PATIENCE_S = 30.0
-
-
-class Stream(Protocol):
-    """Where the problems come from; `roll_out` draws from it."""
-
-    def state(self) -> dict[str, int]: ...
-
-    def restore(self, state: dict[str, int]) -> None: ...
 
 
 class Batches(Protocol):
@@ -52,8 +44,11 @@ class Batches(Protocol):
         """The batch of the next step. Raises whatever went wrong while it was made."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """What another run needs to go on after the last step that was taken, JSON-ready."""
+    def in_flight(self) -> list[dict[str, Any]]:
+        """All batches that the published weights make and that were not taken, JSON-ready.
+
+        When this returns nothing is being rolled out, until the next weights are published.
+        """
         ...
 
     def __enter__(self) -> Batches: ...
@@ -68,16 +63,11 @@ class InTurn:
 
     Args:
         roll_out: makes the batch of a step with the weights that the engine holds.
-        state: as an earlier run left it; {} for none.
     """
 
-    def __init__(
-        self, roll_out: Callable[[int], Collected], engine: Engine[Any], stream: Stream, state: dict[str, Any]
-    ) -> None:
-        stream.restore(state.get("stream", stream.state()))
+    def __init__(self, roll_out: Callable[[int], Collected], engine: Engine[Any]) -> None:
         self._roll_out = roll_out
         self._engine = engine
-        self._stream = stream
 
     def publish(self, tensors: Tensors, version: int) -> None:
         self._engine.load_weights(tensors, version)
@@ -85,8 +75,8 @@ class InTurn:
     def take(self, step: int) -> Collected:
         return self._roll_out(step)
 
-    def state(self) -> dict[str, Any]:
-        return {"stream": self._stream.state(), "in_flight": []}
+    def in_flight(self) -> list[dict[str, Any]]:
+        return []
 
     def __enter__(self) -> InTurn:
         return self
@@ -101,48 +91,42 @@ class Ahead:
     """Batches are rolled out in a second thread, which lives as long as the `with` block.
 
     Weights are copied when they are published, and kept until their first batch begins. At most
-    `max_staleness` + 1 copies wait, each as large as the whole model, on its device.
+    `max_staleness` + 1 copies exist, each as large as the whole model, on its device.
+
+    A block that ends in peace first waits for the batches in flight, since other processes make them too; one
+    that ends by an error breaks them off.
 
     Args:
         roll_out: makes the batch of a step with the weights that the engine holds; its collectives are on
             groups that no other thread uses.
         engine: of this object alone; it cannot be used after the block.
-        stream: likewise, as long as the block lasts.
         max_staleness: at least 1.
         partial: a batch under way takes newer weights.
         done, steps: the last step that was trained, and the last one of the stage.
-        state: as `state` gave it after step `done`; {} at step 0.
+        found: what was in flight after step `done`, as `in_flight` gave it; [] at step 0.
     """
 
     def __init__(
         self,
         roll_out: Callable[[int], Collected],
         engine: Engine[Any],
-        stream: Stream,
-        state: dict[str, Any],
         *,
         max_staleness: int,
         partial: bool,
         done: int,
         steps: int,
+        found: Sequence[dict[str, Any]],
     ) -> None:
         assert max_staleness >= 1, "at 0 nothing is rolled out ahead: use InTurn"
-        stream.restore(state.get("stream", stream.state()))
         self._roll_out = roll_out
         self._engine = engine
-        self._stream = stream
         self._max_staleness = max_staleness
         self._partial = partial
         self._done = self._taken = done
         self._steps = steps
-        # Each with the stream's state after it. Of restored ones only the last one's is ever asked for.
-        self._ready = {
-            step: (from_json(written), stream.state())
-            for step, written in enumerate(state.get("in_flight", ()), done + 1)
-        }
+        self._ready = {step: from_json(written) for step, written in enumerate(found, done + 1)}
         self._first = done + 1 + len(self._ready)
-        self._stream_state = stream.state()
-        self._waiting: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        self._copies: dict[int, list[tuple[str, torch.Tensor]]] = {}
         self._published = -1
         self._closing = False
         self._error: BaseException | None = None
@@ -152,31 +136,29 @@ class Ahead:
         self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
 
     def publish(self, tensors: Tensors, version: int) -> None:
+        # All processes that share a split model must iterate, even where nobody needs the copies.
         copies = [(name, tensor.detach().clone()) for name, tensor in tensors]
         with self._changed:
             if self._partial:
                 self._engine.offer_weights(copies, version)
-            elif version == self._done or version <= self._steps - 1 - self._max_staleness:
-                self._waiting[version] = copies
+            elif version == self._done or version < self._steps - self._max_staleness:
+                self._copies[version] = copies
             self._published = version
             self._changed.notify_all()
 
     def take(self, step: int) -> Collected:
         with self._changed:
             self._wait_for(lambda: step in self._ready)
-            batch, self._stream_state = self._ready.pop(step)
             self._taken = step
-        return batch
+            return self._ready.pop(step)
 
-    def state(self) -> dict[str, Any]:
-        """Waits for all batches that the weights published so far will make; they are in flight."""
+    def in_flight(self) -> list[dict[str, Any]]:
+        through = min(max(self._published + 1 + self._max_staleness, self._first - 1), self._steps)
+        steps = range(self._taken + 1, through + 1)
         with self._changed:
-            through = min(max(self._published + 1 + self._max_staleness, self._first - 1), self._steps)
-            steps = range(self._taken + 1, through + 1)
             self._wait_for(lambda: all(step in self._ready for step in steps))
             batches = [self._ready[step] for step in steps]
-        stream = batches[-1][1] if batches else self._stream_state
-        return {"stream": stream, "in_flight": [to_json(batch) for batch, _ in batches]}
+        return [to_json(batch) for batch in batches]
 
     def __enter__(self) -> Ahead:
         self._thread.start()
@@ -187,11 +169,13 @@ class Ahead:
     ) -> None:
         with self._changed:
             self._closing = True
-            self._waiting.clear()
             self._changed.notify_all()
-        if self._thread.is_alive():
+        try:
+            if kind is None:
+                self._thread.join()
+        finally:
             self._engine.interrupt()
-            # A collective whose other side is gone ends with the process.
+            # Not for ever: a collective whose other side is gone ends with the process.
             self._thread.join(PATIENCE_S)
 
     def _wait_for(self, moment: Callable[[], bool]) -> None:
@@ -204,49 +188,49 @@ class Ahead:
             torch.cuda.set_device(self._gpu)
         try:
             for step in range(self._first, self._steps + 1):
-                self._bring_weights(max(self._done, step - 1 - self._max_staleness))
+                if not self._bring_weights(max(self._done, step - 1 - self._max_staleness)):
+                    return
                 batch = self._roll_out(step)
                 with self._changed:
-                    self._ready[step] = (batch, self._stream.state())
+                    self._ready[step] = batch
                     self._changed.notify_all()
         except BaseException as error:  # whatever it is, the main thread waits for the batch
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _bring_weights(self, version: int) -> None:
-        """Waits for that version; the engine then holds it, or in `partial` mode has been offered it."""
+    def _bring_weights(self, version: int) -> bool:
+        """Waits until the engine holds that version or, if `partial`, was offered it; False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._published >= version)
-            if self._closing:
-                raise Interrupted("no further batch is wanted")
-            copies = self._waiting.pop(version, None)
+            if self._published < version:
+                return False
+            copies = self._copies.pop(version, None)
         # None: the first batches share their weights.
         if copies is not None:
             self._engine.load_weights(copies, version)
+        return True
 
 
 def batches(
     roll_out: Callable[[int], Collected],
     engine: Engine[Any],
-    stream: Stream,
-    state: dict[str, Any],
     *,
     max_staleness: int,
     partial: bool,
     done: int,
     steps: int,
+    found: Sequence[dict[str, Any]] | None,
 ) -> Batches:
     """`Ahead`, or at a `max_staleness` of 0 `InTurn`; the arguments are theirs."""
     if max_staleness == 0:
-        return InTurn(roll_out, engine, stream, state)
+        return InTurn(roll_out, engine)
     return Ahead(
         roll_out,
         engine,
-        stream,
-        state,
         max_staleness=max_staleness,
         partial=partial,
         done=done,
         steps=steps,
+        found=found or [],
     )

@@ -43,11 +43,8 @@ def gathered(part: Sequence[T], world: dist.ProcessGroup | None = None) -> list[
         part: picklable; only that of a process that `speaks` counts.
         world: all processes, if not by the default group.
     """
-    if dist.get_world_size() == 1:
-        return list(part)
-    parts: list[Sequence[T]] = [()] * dist.get_world_size()
     # Ranks rise with the data-parallel rank among the processes that speak.
-    dist.all_gather_object(parts, part if speaks() else (), group=world)
+    parts = told_all(part if speaks() else (), world)
     return [item for part in parts for item in part]
 
 
@@ -64,9 +61,3 @@ def second_groups(timeout_s: float) -> tuple[dist.ProcessGroup, dist.ProcessGrou
         ranks: dist.new_group(ranks, timeout) for ranks in sorted({tuple(ranks) for ranks in told_all(mine)})
     }
     return tensor[tuple(mine)], dist.new_group(timeout=timeout, backend="gloo")
-
-
-def wait_for_all() -> None:
-    """Returns when every process has come here: what one has written, all can read then."""
-    if dist.get_world_size() > 1:
-        dist.barrier()

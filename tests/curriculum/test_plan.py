@@ -153,6 +153,16 @@ def test_the_plan_in_words() -> None:
         assert line in text, text
 
 
+def test_the_scaffold_in_words() -> None:
+    text = plan_text(planned(RECIPES / "qwen3_4b/scaffold.yaml", world=8))
+    assert "rl_accuracy: rl, 200 steps, mode isolated, from rl_scaffold with its optimizer" in text
+    until = "stages.rl_scaffold.until={metric: accuracy}"
+    text = plan_text(planned(RECIPES / "qwen3_4b/scaffold.yaml", until, world=8))
+    assert (
+        "rl_scaffold: rl, 200 steps at most, until accuracy gets no better, mode isolated, from sft" in text
+    )
+
+
 def test_a_pipeline_in_words() -> None:
     layout = "parallel={tensor: 2, pipeline: 2, virtual: 2, context: 2, sequence: true}"
     made = planned(CURRICULUM, layout, world=16)

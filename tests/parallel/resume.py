@@ -25,9 +25,9 @@ from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.train.checkpoint import Checkpoints
+from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
+from megatron_parallel_r1.train.checkpoints.sharded import live_parts, steps_taken
 from megatron_parallel_r1.train.microbatch import MicroBatch
-from megatron_parallel_r1.train.sharded import live_parts, steps_taken
 from megatron_parallel_r1.train.share import share_out
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.parallel.steps import SHAPE, batch_of_rows

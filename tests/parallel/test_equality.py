@@ -17,9 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RELATIVE = 1e-5  # float32 sums in another order
 # bfloat16 rounds at 2^-9, and a split model rounds partial sums that one process never sees: two such units
-# for the first step. Updated weights, rounded in turn, feed them back; Adam turns a small difference of a
-# small gradient into a step. GRPO's loss and share of clipped tokens are sums of terms of order 1 that nearly
-# cancel, so here a difference is relative to 1 at least.
+# for the first step. Updated weights, rounded in turn, feed them back, and Adam turns a small difference of a
+# small gradient into a step. A loss of advantages of both signs nearly cancels: relative to 1 at least.
 RELATIVE_BFLOAT16 = (2**-8, 2**-6, 2**-5)
 
 Figures = dict[str, list[float]]

@@ -29,7 +29,6 @@ class FakeEngine:
     def __init__(self) -> None:
         self.version = -1
         self.weight = 0.0
-        self.interrupted = threading.Event()
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         ((_, weight),) = tensors
@@ -38,7 +37,7 @@ class FakeEngine:
     offer_weights = load_weights
 
     def interrupt(self) -> None:
-        self.interrupted.set()
+        """Nothing here takes long."""
 
 
 @dataclass
@@ -61,6 +60,7 @@ class Flight:
     def __post_init__(self) -> None:
         problems = [Problem(str(n), f"problem {n}", (str(n),), "fake") for n in range(7)]
         self.stream: ProblemStream[Problem] = ProblemStream(problems, seed=3)
+        self.stream.restore(self.saved.get("stream", self.stream.state()))
         self.engine = FakeEngine()
         self.events: list[tuple[str, int]] = []
         self.taken: dict[int, Collected] = {}
@@ -90,12 +90,11 @@ class Flight:
         return batches(
             self.roll_out,
             self.engine,
-            self.stream,
-            self.saved,
             max_staleness=self.max_staleness,
             partial=False,
             done=self.done,
             steps=self.steps,
+            found=self.saved.get("in_flight"),
         )
 
     def run(self, save_after: int | None = None) -> dict[str, Any] | None:
@@ -106,8 +105,13 @@ class Flight:
                 self.events.append(("published", step - 1))
                 self.train(step, ahead.take(step))
                 if step == save_after:
-                    return ahead.state()
+                    return self.state(ahead)
         return None
+
+    def state(self, ahead: Batches) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as `StageLoop` asks for it."""
+        in_flight = ahead.in_flight()
+        return {"in_flight": in_flight, "stream": self.stream.state()}
 
     def train(self, step: int, batch: Collected) -> None:
         self.events.append(("trains", step))

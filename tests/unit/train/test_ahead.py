@@ -121,7 +121,7 @@ def test_saving_changes_nothing_and_can_be_done_at_each_step() -> None:
         for step in range(1, 7):
             ahead.publish([("weight", saving.weight)], version=step - 1)
             saving.train(step, ahead.take(step))
-            state = ahead.state()
+            state = saving.state(ahead)
             resumed = Flight(2, done=step, saved=state, weight=saving.weight.clone())
             resumed.run()
             assert torch.equal(resumed.weight, whole.weight)
@@ -160,9 +160,7 @@ def test_leaving_the_block_ends_a_batch_under_way(raised: type[BaseException]) -
 
     with (
         pytest.raises(raised),
-        batches(
-            for_ever, engine, Flight(1).stream, {}, max_staleness=1, partial=False, done=0, steps=3
-        ) as ahead,
+        batches(for_ever, engine, max_staleness=1, partial=False, done=0, steps=3, found=None) as ahead,
     ):
         ahead.publish(tiny_qwen3().state_dict().items(), version=0)
         assert began.wait(PATIENCE_S)
@@ -174,6 +172,15 @@ def test_a_thread_that_waits_for_weights_ends_too() -> None:
     with Flight(1).open():
         assert alive()
     assert not alive()
+
+
+def test_a_stage_that_ends_early_makes_what_all_processes_have_begun() -> None:
+    flight = Flight(2, jitter=1)
+    with flight.open() as ahead:
+        for step in (1, 2):
+            ahead.publish([("weight", flight.weight)], version=step - 1)
+            flight.train(step, ahead.take(step))
+    assert sorted(flight.threads) == [1, 2, 3, 4] and not alive()
 
 
 def test_copies_of_weights_do_not_pile_up() -> None:
@@ -275,9 +282,7 @@ def trained(trainer: Trainer, k: int, partial: bool = False) -> tuple[dict[int, 
         return Collected(every, every, 1)
 
     found, weights = {}, []
-    with batches(
-        make, engine, Flight(0).stream, {}, max_staleness=k, partial=partial, done=0, steps=4
-    ) as ahead:
+    with batches(make, engine, max_staleness=k, partial=partial, done=0, steps=4, found=None) as ahead:
         for step in range(1, 5):
             weights.append({name: tensor.clone() for name, tensor in hf_tensors(trainer.model)})
             ahead.publish(hf_tensors(trainer.model), version=step - 1)
@@ -334,8 +339,7 @@ def test_a_partial_batch_meets_weights_that_are_published_meanwhile() -> None:
         return Collected(replace(one, traces=[trace]), replace(one, traces=[trace]), 1)
 
     weights = tiny_qwen3(seed=1).state_dict()
-    stream = Flight(0).stream
-    with Ahead(make, engine, stream, {}, max_staleness=1, partial=True, done=0, steps=3) as ahead:
+    with Ahead(make, engine, max_staleness=1, partial=True, done=0, steps=3, found=[]) as ahead:
         ahead.publish(weights.items(), version=0)
         assert ahead.take(1).all.traces[0].versions == (0,) * 6
         assert begun.wait(PATIENCE_S)

@@ -20,11 +20,11 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.train.checkpoint import Checkpoints
+from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
+from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
+from megatron_parallel_r1.train.checkpoints.writing import Writing
 from megatron_parallel_r1.train.microbatch import MicroBatch
-from megatron_parallel_r1.train.sharded import live_parts, set_steps_taken, steps_taken
 from megatron_parallel_r1.train.trainer import Trainer
-from megatron_parallel_r1.train.writing import Writing
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 from tests.unit.train.test_exactness import micro_batches
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from megatron_parallel_r1.train.sharded import Block
+from megatron_parallel_r1.train.checkpoints.sharded import Block
 
 
 @pytest.mark.parametrize("seed", range(200))

@@ -27,10 +27,10 @@ from megatron.core import dist_checkpointing
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.agreement import all_agree, first_does, told_all
-from megatron_parallel_r1.train.manifest import Damaged, Manifest, fault, read_manifest, sync
-from megatron_parallel_r1.train.sharded import live_parts, set_steps_taken, steps_taken
+from megatron_parallel_r1.train.checkpoints.manifest import Damaged, Manifest, fault, read_manifest, sync
+from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
+from megatron_parallel_r1.train.checkpoints.writing import WriteFailed, Writing
 from megatron_parallel_r1.train.trainer import Trainer
-from megatron_parallel_r1.train.writing import WriteFailed, Writing
 
 # Names of folders on their way in and out; what a killed run leaves of them is of no use.
 WRITING, DELETING = ".writing_", ".deleting_"

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_parallel_r1.train.agreement import first_does, told_all, told_first
-from megatron_parallel_r1.train.manifest import Manifest, Stamp, stamp, sync, write_manifest
+from megatron_parallel_r1.train.checkpoints.manifest import Manifest, Stamp, stamp, sync, write_manifest
 
 
 class WriteFailed(Exception):

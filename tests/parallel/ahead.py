@@ -1,0 +1,142 @@
+"""Batches rolled out ahead by several processes, while their main threads meet too; see test_ahead.py.
+
+torchrun --nproc-per-node 2 -m tests.parallel.ahead OUT.json --team 1
+
+World / team copies share each batch. What the training would change of the weights is made up here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from transformers import Qwen3ForCausalLM
+
+from megatron_parallel_r1.data.embedded.generate import training_problem
+from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
+from megatron_parallel_r1.data.sampler import ProblemStream
+from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.rewards.base import Component, Judged, Reward
+from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rollout.native.team import Team
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.thought.tokenizer import add_tags
+from megatron_parallel_r1.train.agreement import told_all
+from megatron_parallel_r1.train.ahead import batches
+from megatron_parallel_r1.train.policy.filtering import Dynamic
+from megatron_parallel_r1.train.ranks import second_groups
+from megatron_parallel_r1.train.rolling import roll_out_and_judge
+from megatron_parallel_r1.train.rollouts import Collected, collect
+from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3
+
+STEPS, SAMPLES = 4, 4
+THINKING = Thinking(max_path_tokens=8, max_response_tokens=40)
+
+
+def short(judged: Judged, step: int) -> float:
+    """A reward that an untrained model earns now and then, so that some groups are not kept."""
+    return float(judged.length < 15)
+
+
+def weights(model: Qwen3ForCausalLM, version: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """As after so many updates; the main threads of all processes meet for each tensor."""
+    for number, (name, tensor) in enumerate(model.state_dict().items()):
+        update = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(97 * version + number))
+        dist.all_reduce(torch.ones(1))
+        dist.all_reduce(torch.ones(1), group=parallel_state.get_tensor_model_parallel_group())
+        yield name, tensor + 0.02 * version * update
+
+
+def stage(team: Team, world: dist.ProcessGroup, k: int) -> list[Any]:
+    """Of each batch: how many rounds, which problems, and the traces that were rolled out."""
+    tokenizer = build_tokenizer()
+    tags = add_tags(tokenizer)
+    model = tiny_qwen3(vocabulary=len(tokenizer))
+    engine = native_engine(model, team)
+    stream = ProblemStream(partial(training_problem, "easy", 5), seed=0)
+    thinker = Thinker(engine, tags, THINKING)
+    found = []
+    with Verifier() as verifier:
+
+        def make(step: int) -> Collected:
+            return collect(
+                stream.next_batch,
+                lambda problems, seeds: roll_out_and_judge(
+                    thinker, problems, seeds, tokenizer, "plain", verifier, concurrent=64, world=world
+                ),
+                Reward((Component("short", short),)),
+                prompts=3,
+                samples=SAMPLES,
+                step=step,
+                seed=11,
+                dynamic=Dynamic(rounds=3),
+            )
+
+        with batches(make, engine, max_staleness=k, partial=False, done=0, steps=STEPS, found=None) as ahead:
+            for step in range(1, STEPS + 1):
+                ahead.publish(weights(model, step - 1), version=step - 1)
+                batch = ahead.take(step)
+                for _ in range(50):
+                    dist.all_reduce(torch.ones(1))
+                traces = [(t.tokens, t.versions, t.logprobs) for t in batch.all.traces]
+                found.append((batch.rounds, [p.id for p in batch.kept.problems], traces))
+    return found
+
+
+def crossing(team: Team) -> list[Any]:
+    """Traces of a team whose ranks are offered new weights at different passes."""
+    tokenizer = build_tokenizer()
+    tags = add_tags(tokenizer)
+    model = tiny_qwen3(vocabulary=len(tokenizer))
+    engine = native_engine(model, team)
+
+    async def write() -> list[Any]:
+        async def offer() -> None:
+            for version in (1, 2, 3):
+                while engine.computed_tokens < 60 * version + 25 * team.rank:
+                    await asyncio.sleep(0)
+                engine.offer_weights(weights_alone(version), version)
+
+        offering = asyncio.ensure_future(offer())
+        traces = await roll_out(Thinker(engine, tags, THINKING), random_prompts(12), list(range(12)))
+        await offering
+        return [(trace.tokens, trace.versions) for trace in traces]
+
+    def weights_alone(version: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in model.state_dict().items():
+            yield name, tensor + 0.01 * version
+
+    return asyncio.run(write())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--team", type=int, default=1)
+    parser.add_argument("--staleness", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with process.running(seed=1, parallel=Parallel(tensor=given.team)):
+        tensor, world = second_groups(timeout_s=120)
+        team = Team.of(tensor)
+        mine = {
+            "batches": stage(team, world, given.staleness),
+            "crossing": crossing(team),
+        }
+        everyone = told_all(mine)
+        if dist.get_rank() == 0:
+            given.out.write_text(json.dumps(everyone))
+
+
+if __name__ == "__main__":
+    main()
