@@ -32,8 +32,8 @@ StageName = Annotated[str | None, typer.Option("--stage", help="The stage to run
 @app.command()
 def curriculum(recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Run all stages of a recipe, evaluate, release, report. Started again, it goes on where it stopped."""
-    from megatron_parallel_r1.config import read_recipe
     from megatron_parallel_r1.curriculum.run import open_console, run
+    from megatron_parallel_r1.recipe_file import read_recipe
 
     console = open_console()
     for outcome in run(read_recipe(recipe, overrides or ()), fresh=fresh, console=console):
@@ -62,9 +62,9 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a released checkpoint with the recipe's evaluation and thinking settings."""
-    from megatron_parallel_r1.config import read_recipe
     from megatron_parallel_r1.curriculum.evaluation import evaluate_checkpoint
     from megatron_parallel_r1.curriculum.run import open_console
+    from megatron_parallel_r1.recipe_file import read_recipe
     from megatron_parallel_r1.report.tables import eval_table
 
     record = evaluate_checkpoint(read_recipe(recipe, overrides or ()), checkpoint)
@@ -81,10 +81,10 @@ def plan(
     example_tokens: Annotated[int, typer.Option(min=1, help="Longest SFT row to reckon with.")] = 4096,
 ) -> None:
     """Say what a recipe will do and need: layout, shapes, steps, tokens, memory. Needs no weights."""
-    from megatron_parallel_r1.config import read_recipe
     from megatron_parallel_r1.curriculum.lengths import Longest
     from megatron_parallel_r1.curriculum.plan import GIB, plan
     from megatron_parallel_r1.curriculum.plan_text import plan_text
+    from megatron_parallel_r1.recipe_file import read_recipe
 
     told, longest = read_recipe(recipe, overrides or ()), Longest(prompt_tokens, example_tokens)
     typer.echo(plan_text(plan(told, world=gpus, gpu=round(gpu_memory * GIB), longest=longest)))
@@ -101,8 +101,8 @@ def report(
 
 
 def _run_kind(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None) -> None:
-    from megatron_parallel_r1.config import read_recipe
     from megatron_parallel_r1.curriculum.run import open_console, run
+    from megatron_parallel_r1.recipe_file import read_recipe
 
     console = open_console()
     told = read_recipe(recipe, overrides or ())

@@ -5,7 +5,6 @@ The same file, with every default filled in, is written into the run folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +26,7 @@ from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.recipe_errors import first_problem
 from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
 from megatron_parallel_r1.rewards.weights import ONE, Constant, Linear, Window
@@ -364,7 +364,7 @@ class Recipe(Strict):
         try:
             return TypeAdapter(Thinking).validate_python(merged)
         except ValidationError as error:
-            raise ValueError(f"stage {stage.name}: {_first(error, 'thinking')}") from None
+            raise ValueError(f"stage {stage.name}: {first_problem(error, 'thinking')}") from None
 
     def keeps_checkpoints(self, stage: Stage) -> bool:
         """Whether they are of use when the stage is done."""
@@ -380,101 +380,3 @@ class Recipe(Strict):
     def yaml(self) -> str:
         """The whole recipe, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a YAML recipe and applies `key=value` overrides.
-
-    Args:
-        overrides: such as `seed=3` or `stages.cold_start.steps=10`; a list's member is named by its index, or
-            by its `name`. Values are YAML.
-
-    Raises:
-        UserError: the file is missing or no YAML, or a key is unknown, missing or ill-typed.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give the path of a recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(tree).__name__}")
-    for override in overrides:
-        _override(tree, override)
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_first(error)}") from None
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r}: write key=value, such as stages.rl.steps=10")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is no valid YAML") from None
-    *way, last = key.split(".")
-    here: Any = tree
-    for part in way:
-        here = _step_into(here, part, override)
-    if isinstance(here, list):
-        here[_index(here, last, override)] = value
-    elif isinstance(here, dict):
-        here[last] = value
-    else:
-        raise UserError(f"override {override!r}: {'.'.join(way)} holds a single value, it has no {last}")
-
-
-def _step_into(here: Any, part: str, override: str) -> Any:
-    if isinstance(here, list):
-        return here[_index(here, part, override)]
-    if not isinstance(here, dict):
-        raise UserError(f"override {override!r}: there is nothing inside {part}")
-    return here.setdefault(part, {})
-
-
-def _index(items: list[Any], part: str, override: str) -> int:
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if part in names:
-        return names.index(part)
-    if part.isdigit() and int(part) < len(items):
-        return int(part)
-    known = ", ".join(str(name) for name in names if name) or f"0..{len(items) - 1}"
-    raise UserError(f"override {override!r}: no {part} in the list, it has {known}")
-
-
-# Pydantic names the chosen member of a union in the path of an error; no recipe has such a key.
-UNION_TAGS = (
-    "sft",
-    "rl",
-    "dataset",
-    "embedded",
-    "embedded_arithmetic",
-    "embedded_cold_start",
-    "bpe",
-    "folder",
-    "constant",
-    "linear",
-    "window",
-)
-
-
-def _first(error: ValidationError, inside: str | None = None) -> str:
-    """The first problem of a failed validation, in one line that names the key."""
-    problems = error.errors()
-    first = problems[0]
-    place = (inside, *(part for part in first["loc"] if part not in UNION_TAGS))
-    where = ".".join(str(part) for part in place if part is not None) or "recipe"
-    known = {
-        "extra_forbidden": "unknown key",
-        "unexpected_keyword_argument": "unknown key",
-        "missing": "missing key",
-    }
-    what = known.get(first["type"], first["msg"].removeprefix("Value error, "))
-    given = first.get("input")
-    shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) else ""
-    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return f"{where}: {what}{shown}{more}"

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_parallel_r1.config import read_recipe
 from megatron_parallel_r1.curriculum.lengths import Longest, longest_branches, longest_row
 from megatron_parallel_r1.curriculum.plan import GIB, Plan, plan
 from megatron_parallel_r1.curriculum.plan_text import plan_text
@@ -21,6 +20,7 @@ from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.transformer import transformer_config
 from megatron_parallel_r1.model.weights import EMBEDDING, HEAD, table
+from megatron_parallel_r1.recipe_file import read_recipe
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_parallel_r1.config import read_recipe
 from megatron_parallel_r1.curriculum.run import run
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.recipe_file import read_recipe
 
 RECIPE = Path(__file__).parent / "mini.yaml"
 

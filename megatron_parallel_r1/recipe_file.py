@@ -1,0 +1,78 @@
+"""Reads a recipe from a YAML file and from the overrides of a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_parallel_r1.config import Recipe
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.recipe_errors import first_problem
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML recipe and applies `key=value` overrides.
+
+    Args:
+        overrides: such as `seed=3` or `stages.cold_start.steps=10`; a list's member is named by its index, or
+            by its `name`. Values are YAML.
+
+    Raises:
+        UserError: the file is missing or no YAML, or a key is unknown, missing or ill-typed.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give the path of a recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write key=value, such as stages.rl.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is no valid YAML") from None
+    *way, last = key.split(".")
+    here: Any = tree
+    for part in way:
+        here = _step_into(here, part, override)
+    if isinstance(here, list):
+        here[_index(here, last, override)] = value
+    elif isinstance(here, dict):
+        here[last] = value
+    else:
+        raise UserError(f"override {override!r}: {'.'.join(way)} holds a single value, it has no {last}")
+
+
+def _step_into(here: Any, part: str, override: str) -> Any:
+    if isinstance(here, list):
+        return here[_index(here, part, override)]
+    if not isinstance(here, dict):
+        raise UserError(f"override {override!r}: there is nothing inside {part}")
+    return here.setdefault(part, {})
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    known = ", ".join(str(name) for name in names if name) or f"0..{len(items) - 1}"
+    raise UserError(f"override {override!r}: no {part} in the list, it has {known}")
