@@ -302,7 +302,7 @@ class Wandb(Strict):
 
 
 # Names that a run folder uses itself.
-RESERVED = ("release", "tokenizer", "config.yaml", "stages.json", "eval.jsonl", "report.html")
+RESERVED = ("release", "tokenizer", "config.yaml", "stages.json", "seeds.json", "eval.jsonl", "report.html")
 Seed = Annotated[int, Field(ge=0)]
 
 

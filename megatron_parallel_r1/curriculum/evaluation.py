@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.draws import seed_of
 from megatron_parallel_r1.curriculum.sources import evaluation_problems, open_tokenizer
 from megatron_parallel_r1.curriculum.viewing import trace_record
-from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine, seed_of
+from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model import process

@@ -1,7 +1,8 @@
 """The folder of a run: made once, for one recipe.
 
 <out>/<name>/config.yaml   the recipe, defaults included     stages.json   names of the stages, in order
-             tokenizer/    with the tags                     eval.jsonl    one record an evaluation
+             seeds.json    of every draw                     eval.jsonl    one record an evaluation
+             tokenizer/    with the tags
              <stage>/      metrics.jsonl, tensorboard/, traces.jsonl, eval_traces.jsonl,
                            checkpoints/ until it is done, then model/
              release/      the released checkpoint           report.html
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.draws import all_seeds
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.report.jsonl import read_jsonl
 
@@ -70,6 +72,7 @@ def open_run_folder(recipe: config.Recipe, folder: Path, resume: bool) -> None:
         raise UserError(f"{folder}: {error.strerror or error}; choose another out") from None
     _write_atomically(folder / "config.yaml", recipe.yaml())
     _write_atomically(folder / "stages.json", json.dumps([stage.name for stage in recipe.stages]))
+    _write_atomically(folder / "seeds.json", json.dumps(all_seeds(recipe), indent=1) + "\n")
 
 
 def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

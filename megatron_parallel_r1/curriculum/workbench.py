@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.draws import seed_of
 from megatron_parallel_r1.curriculum.sources import load_tokenizer, open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
@@ -167,12 +166,6 @@ class Workbench:
         grown_VE = torch.cat([tensor, tensor.new_zeros(self.shape.vocab - rows, tensor.shape[1])])
         spread_new_embeddings(grown_VE, sorted(fresh), self.recipe.seed)
         return grown_VE
-
-
-def seed_of(recipe: config.Recipe, *words: str) -> int:
-    """A seed for one purpose of a recipe, different for each."""
-    keys = [zlib.crc32(word.encode()) for word in words]
-    return int(np.random.SeedSequence([recipe.seed, *keys]).generate_state(1)[0])
 
 
 def native_engine(shape: ModelConfig) -> NativeEngine:

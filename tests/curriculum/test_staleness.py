@@ -1,4 +1,4 @@
-"""A whole run whose rollouts run ahead of its training: its staleness, and that killing it changes nothing."""
+"""A whole run that rolls out ahead of its training: how stale it is, and that killing it changes nothing."""
 
 from __future__ import annotations
 
@@ -75,5 +75,5 @@ def test_partial_rollouts_run_and_are_never_too_old(tmp_path: Path) -> None:
 
 
 def test_partial_without_staleness_is_refused() -> None:
-    with pytest.raises(UserError, match="partial: .* a max_staleness of 1 at least"):
+    with pytest.raises(UserError, match=r"partial: .* a max_staleness of 1 at least"):
         read_recipe(RECIPE, ["stages.rl.partial=true"])

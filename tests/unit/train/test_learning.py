@@ -1,0 +1,170 @@
+"""From traces and rewards to an update: what of the objective reaches which token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.train.learning import Learner, Schooling
+from megatron_parallel_r1.train.policy.objective import Objective
+from megatron_parallel_r1.train.reference import Reference
+from megatron_parallel_r1.train.trainer import Trainer
+from tests.reference.traces import TAGS
+from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
+
+SAMPLES = 4
+THINKING = Thinking(paths=3, max_path_tokens=10, max_response_tokens=60)
+REWARDS = [1.0, -1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0]
+
+
+@pytest.fixture(scope="module")
+def traces() -> list[Trace]:
+    prompts = [prompt for prompt in random_prompts(2) for _ in range(SAMPLES)]
+    return traces_of(native_engine(tiny_qwen3()), THINKING, prompts)
+
+
+def learner(trainer: Trainer, objective: Objective, updates: int = 1, **changed: object) -> Learner:
+    schooling = Schooling(SAMPLES, 1, updates, micro_tokens=200, limit=THINKING.max_response_tokens)
+    return Learner(trainer, objective, schooling, "isolated", TAGS, **changed)
+
+
+def reference_of(trainer: Trainer, every: int = 0) -> Reference:
+    model = build_model(trainer.model.shape)
+    load_hf_tensors(model, hf_tensors(trainer.model))
+    return Reference(model, 1.0, every)
+
+
+def values_of(learner: Learner, traces: Sequence[Trace], rewards: Sequence[float]) -> dict[str, np.ndarray]:
+    """What each target was given in the last update, all together."""
+    seen: list[dict[str, torch.Tensor]] = []
+    update = learner.trainer.update
+
+    def spy(batches, loss, lr):
+        seen.extend(batch.values for batch in batches)
+        return update(batches, loss, lr)
+
+    learner.trainer.update = spy  # type: ignore[method-assign]
+    learner.learn(traces, rewards, lr=1e-3)
+    return {name: np.concatenate([v[name].numpy() for v in seen]) for name in seen[0]}
+
+
+def test_each_trace_has_its_group_advantage_and_equal_weight(trainer_of, traces) -> None:
+    values = values_of(learner(trainer_of(), Objective(advantage="dr_grpo")), traces, REWARDS)
+    assert set(values["advantage"].tolist()) == {1.5, -0.5, 1.0, -1.0}
+    assert (values["weight"] == 1).all() and len(values["weight"]) == sum(t.sampled_count for t in traces)
+
+
+def test_the_mean_over_traces_weighs_each_trace_alike(trainer_of, traces) -> None:
+    values = values_of(learner(trainer_of(), Objective(aggregation="sequence")), traces, REWARDS)
+    targets = sum(trace.sampled_count for trace in traces)
+    assert sorted(set(np.round(values["weight"], 4))) == pytest.approx(
+        sorted({round(targets / (8 * t.sampled_count), 4) for t in traces}), abs=2e-4
+    )
+
+
+def test_truncated_traces_carry_no_loss_but_count_in_their_group(trainer_of, traces) -> None:
+    cut = [replace(t, finish="length" if i % 2 else "eos") for i, t in enumerate(traces)]
+    objective = Objective(advantage="dr_grpo", mask_truncated=True)
+    one = learner(trainer_of(), objective)
+    values = values_of(one, cut, REWARDS)
+    masked = sum(t.sampled_count for t in cut if t.finish == "length")
+    assert (values["weight"] == 0).sum() == masked
+    assert set(values["advantage"].tolist()) == {1.5, -0.5, 1.0, -1.0}
+
+
+def test_a_long_trace_loses_reward(trainer_of, traces) -> None:
+    objective = Objective(advantage="dr_grpo", overlong_cache=60, overlong_penalty=3.0)
+    values = values_of(learner(trainer_of(), objective), traces, [0.0] * 8)
+    lengths = np.array([len(t.tokens) for t in traces], float)
+    expected = -3.0 * lengths / 60
+    expected -= np.repeat(expected.reshape(2, 4).mean(1), 4)
+    assert sorted(set(values["advantage"])) == pytest.approx(
+        sorted(set(expected.astype(np.float32))), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_to_itself_is_nothing_and_grows_with_updates(trainer_of, traces, kind) -> None:
+    trainer = trainer_of()
+    one = learner(trainer, Objective(kl=kind, kl_coefficient=0.1), reference=reference_of(trainer))
+    kls = [one.learn(traces, REWARDS, lr=3e-3)["kl"] for _ in range(3)]
+    assert abs(kls[0]) <= 1e-6 < abs(kls[2])
+
+
+def test_kl_in_the_reward_is_the_sum_over_a_trace(trainer_of, traces) -> None:
+    trainer = trainer_of()
+    reference = reference_of(trainer)
+    learner(trainer, Objective()).learn(traces, REWARDS, lr=1e-2)
+    objective = Objective(advantage="dr_grpo", kl="k1", kl_in="reward", kl_coefficient=0.5)
+    values = values_of(learner(trainer, objective, reference=reference), traces, [0.0] * 8)
+    # A token's share of its trace's penalty, put together again by the trace's own advantage.
+    apart = values["old"].astype(np.float64) - values["reference"]
+    by_advantage: dict[float, float] = {}
+    for advantage, difference in zip(values["advantage"].tolist(), apart, strict=True):
+        by_advantage[advantage] = by_advantage.get(advantage, 0.0) - 0.5 * difference
+    assert len(by_advantage) == 8
+    means = {a: total - a for a, total in by_advantage.items()}  # penalty - advantage is the group's mean
+    assert len({round(mean, 3) for mean in means.values()}) == 2
+
+
+def test_the_reference_is_renewed_when_it_should(trainer_of, traces) -> None:
+    trainer = trainer_of()
+    reference = reference_of(trainer, every=2)
+    first = [p.clone() for p in reference.model.parameters()]
+    learner(trainer, Objective()).learn(traces, REWARDS, lr=1e-2)
+    reference.after_step(1, trainer.model)
+    assert all(torch.equal(a, b) for a, b in zip(first, reference.model.parameters(), strict=True))
+    reference.after_step(2, trainer.model)
+    pairs = zip(trainer.model.parameters(), reference.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_paths_answer_for_themselves(trainer_of, traces) -> None:
+    verdicts = [[[True, False, None] for _ in t.tree.all_blocks()] for t in traces]
+    assert any(verdicts)
+    trainer = trainer_of()
+    objective = Objective(advantage="dr_grpo", path_credit=True)
+    seen: set[float] = set()
+    update = trainer.update
+
+    def spy(batches, loss, lr):
+        for batch in batches:
+            seen.update(batch.values["advantage"].tolist())
+        return update(batches, loss, lr)
+
+    trainer.update = spy  # type: ignore[method-assign]
+    learner(trainer, objective).learn(traces, [0.25] * 8, lr=1e-3, path_verdicts=verdicts)
+    assert seen == {0.0, 1.0, -1.0}  # equal rewards: only the paths are apart
+
+
+def test_correction_and_mismatch_are_reported(trainer_of, traces) -> None:
+    distorted = [replace(t, logprobs=tuple(p - 0.5 for p in t.logprobs)) for t in traces]
+    objective = Objective(correction="truncate", correction_cap=1.2)
+    metrics = learner(trainer_of(), objective).learn(distorted, REWARDS, lr=1e-3)
+    # Forced tokens have log-prob 0 and carry no loss; sampled ones are e^0.5 = 1.65 times likelier here.
+    assert metrics["mismatch_mean"] == pytest.approx(0.5, abs=1e-5)
+    assert metrics["correction"] == pytest.approx(1.2) and metrics["corrected"] == 1
+    assert metrics["correction_effective"] == pytest.approx(1.0)
+
+
+def test_more_updates_than_groups_are_as_many_as_groups(trainer_of, traces) -> None:
+    trainer = trainer_of()
+    made = 0
+    update: Callable = trainer.update
+
+    def count(batches, loss, lr):
+        nonlocal made
+        made += 1
+        return update(batches, loss, lr)
+
+    trainer.update = count  # type: ignore[method-assign]
+    metrics = learner(trainer, Objective(), updates=5).learn(traces, REWARDS, lr=1e-3)
+    assert made == 2 and metrics["mismatch_max"] <= 2e-5
