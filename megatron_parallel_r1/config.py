@@ -256,6 +256,9 @@ class RlStage(Stage):
             each.
         objective: advantage, loss and corrections.
         dynamic: dynamic sampling; None: every group is trained.
+        max_staleness: traces are rolled out by weights up to so many updates old, while earlier traces train;
+            0: in turn.
+        partial: with a `max_staleness`, traces under way take newer weights; no two runs are then the same.
         reference_every: after so many steps the reference of a KL term takes the trained weights; 0: it stays
             the policy that the stage began with.
         concurrent: traces in flight at most.
@@ -271,6 +274,8 @@ class RlStage(Stage):
     mini_batches: Count = 1
     objective: Objective = Objective()
     dynamic: Dynamic | None = None
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    partial: bool = False
     reference_every: Annotated[int, Field(ge=0)] = 0
     concurrent: Count = 512
     keep_traces: Annotated[int, Field(ge=0)] = 2
@@ -281,6 +286,8 @@ class RlStage(Stage):
             raise ValueError(
                 f"{self.mini_batches} mini-batches need as many prompts, there are {self.prompts}"
             )
+        if self.partial and not self.max_staleness:
+            raise ValueError("partial: traces meet newer weights only with a max_staleness of 1 at least")
         return self
 
 

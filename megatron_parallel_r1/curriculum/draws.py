@@ -17,8 +17,10 @@ def seed_of(recipe: config.Recipe, *words: str) -> int:
 
 
 def all_seeds(recipe: config.Recipe) -> dict[str, Any]:
-    """Every seed of a run, for its folder; the n-th trace of a step has the n-th number that `rollout` and the
-    step generate (train/rollouts.py)."""
+    """Every seed of a run, for its folder.
+
+    The n-th trace of a step has the n-th number that `rollout` and the step generate (train/rollouts.py).
+    """
     return {
         "recipe": recipe.seed,
         "evaluation": seed_of(recipe, "evaluation"),

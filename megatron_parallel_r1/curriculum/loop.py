@@ -58,7 +58,7 @@ class StageLoop:
             before = bench.stage_folder(bench.recipe.start_of(stage) or "")
             if not Checkpoints(checkpoint_folder(before)).restore(trainer)[0]:
                 raise UserError(
-                    f"stage {stage.name}: carry_optimizer, but {before} has no checkpoint; run that stage anew"
+                    f"stage {stage.name}: carry_optimizer, but {before} has no checkpoint; run that anew"
                 )
         stream.restore(state.get("stream", stream.state()))
         self._watched: list[float] = state.get("watched", [])

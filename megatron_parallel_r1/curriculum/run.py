@@ -137,6 +137,8 @@ def _run_stage(
         console.print(f"{stage.name}  done before", highlight=False)
     if process.is_first() and not bench.recipe.keeps_checkpoints(stage):
         shutil.rmtree(checkpoint_folder(folder), ignore_errors=True)
+    if process.is_first():
+        shutil.rmtree(folder / "reference", ignore_errors=True)
     evaluated = {record["stage"] for record in past_evaluations(bench.folder)}
     if stage.evaluate and stage.name not in evaluated:
         model = model or bench.model_of(stage)

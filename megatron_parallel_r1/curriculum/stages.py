@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.keeping import renew_reference
 from megatron_parallel_r1.curriculum.loop import StageLoop
 from megatron_parallel_r1.curriculum.sources import example_rows, problem_stream
 from megatron_parallel_r1.curriculum.viewing import trace_record
@@ -20,11 +23,14 @@ from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.layout import Row
+from megatron_parallel_r1.train.ahead import batches
 from megatron_parallel_r1.train.grpo import Grpo
 from megatron_parallel_r1.train.learning import Learner, Schooling
+from megatron_parallel_r1.train.ranks import second_groups
 from megatron_parallel_r1.train.rollouts import Collected, Rollouts
 from megatron_parallel_r1.train.sft import example_row, sft_step
 from megatron_parallel_r1.train.shape import stated_value
+from megatron_parallel_r1.train.staleness import without_stale
 from megatron_parallel_r1.train.trainer import Trainer
 
 
@@ -53,20 +59,33 @@ def run_rl(bench: Workbench, stage: config.RlStage, verifier: Verifier, watch: W
     """Trains a reinforcement-learning stage and returns its trainer."""
     stream = problem_stream(stage.data, bench.seed_of(stage.name, "data"))
     seed = bench.seed_of(stage.name, "rollout")
-    trainer, engine = bench.trainer(stage), native_engine(bench.shape)
-    grpo = _grpo(bench, stage, trainer, engine, verifier)
+    trainer = bench.trainer(stage)
+    team, world = second_groups(bench.recipe.collective_timeout_s) if stage.max_staleness else (None, None)
+    engine = native_engine(bench.shape, team)
     with StageLoop(bench, stage, trainer, stream, watch) as loop:
-        for step, lr in loop:
-            began = time.monotonic()
-            engine.load_weights(hf_tensors(trainer.model), version=step - 1)
-            collected = grpo.roll_out(stream.next_batch, step, seed)
-            rolled_out = time.monotonic()
-            learned = loop.guard.learn(
-                step, partial(grpo.learn, collected, step, lr), partial(_traces_kept, collected)
-            )
-            times = {"time_rollout_s": rolled_out - began, "time_train_s": time.monotonic() - rolled_out}
-            measured = grpo.measure(collected, step) | learned | {"lr": lr} | times
-            loop.end(step, measured, _shown(bench, collected.all, stage.keep_traces))
+        grpo = _grpo(bench, stage, trainer, engine, verifier, world, loop.done)
+        with batches(
+            lambda step: grpo.roll_out(stream.next_batch, step, seed),
+            engine,
+            max_staleness=stage.max_staleness,
+            partial=stage.partial,
+            done=loop.done,
+            steps=stage.steps,
+            found=loop.found,
+        ) as ahead:
+            loop.in_flight = ahead.in_flight
+            for step, lr in loop:
+                began = time.monotonic()
+                ahead.publish(hf_tensors(trainer.model), version=step - 1)
+                collected = without_stale(ahead.take(step), step, stage.max_staleness, stage.samples)
+                rolled_out = time.monotonic()
+                learned = loop.guard.learn(
+                    step, partial(grpo.learn, collected, step, lr), partial(_traces_kept, collected)
+                )
+                renew_reference(bench, stage, grpo.learner, step)
+                times = {"time_rollout_s": rolled_out - began, "time_train_s": time.monotonic() - rolled_out}
+                measured = grpo.measure(collected, step) | learned | {"lr": lr} | times
+                loop.end(step, measured, _shown(bench, collected.all, stage.keep_traces))
     return trainer
 
 
@@ -88,9 +107,15 @@ def _traces_kept(collected: Collected) -> list[dict[str, Any]]:
 
 
 def _grpo(
-    bench: Workbench, stage: config.RlStage, trainer: Trainer, engine: NativeEngine, verifier: Verifier
+    bench: Workbench,
+    stage: config.RlStage,
+    trainer: Trainer,
+    engine: NativeEngine,
+    verifier: Verifier,
+    world: dist.ProcessGroup | None,
+    done: int,
 ) -> Grpo:
-    """A stage's settings as one object that makes its steps."""
+    """A stage's settings as one object that makes its steps, from the one after `done` on."""
     recipe, thinking = bench.recipe, bench.recipe.thinking_of(stage)
     needs_reference = stage.objective.kl != "none"
     learner = Learner(
@@ -105,7 +130,7 @@ def _grpo(
         ),
         mode=thinking.mode,
         tags=bench.tags,
-        reference=bench.reference(stage) if needs_reference else None,
+        reference=bench.reference(stage, done) if needs_reference else None,
     )
     return Grpo(
         learner=learner,
@@ -118,6 +143,8 @@ def _grpo(
         samples=stage.samples,
         dynamic=stage.dynamic,
         concurrent=stage.concurrent,
+        max_staleness=stage.max_staleness,
+        world=world,
         stated=stated_value if isinstance(stage.data, config.DataSet) else _stated_embedded,
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -128,11 +129,19 @@ class Workbench:
         adam = Adam(given.lr, given.betas, given.eps, given.weight_decay, given.clip, sharded)
         return Trainer(model, adam, self.recipe.thinking_of(stage).temperature or 1.0)
 
-    def reference(self, stage: config.RlStage) -> Reference:
-        """The policy that the stage begins with, for its KL term."""
+    def reference(self, stage: config.RlStage, done: int) -> Reference:
+        """The policy of the stage's KL term, as it was after step `done`."""
         model = build_model(self.shape, self.dtype, self.recipe.parallel)
-        load_hf_tensors(model, self._start_tensors(stage))
-        return Reference(model, self.recipe.thinking_of(stage).temperature or 1.0, stage.reference_every)
+        temperature = self.recipe.thinking_of(stage).temperature or 1.0
+        reference = Reference(model, temperature, stage.reference_every)
+        born = reference.born(done)
+        kept = self.reference_folder(stage, born)
+        load_hf_tensors(model, load_hf_folder(kept)[1] if born else self._start_tensors(stage))
+        return reference
+
+    def reference_folder(self, stage: config.RlStage, born: int) -> Path:
+        """Where a renewed reference lies while the stage runs, for a run that goes on."""
+        return self.stage_folder(stage.name) / "reference" / f"step_{born:06d}"
 
     def model_of(self, stage: config.Stage) -> Model:
         """The finished model of a stage."""
@@ -168,8 +177,12 @@ class Workbench:
         return grown_VE
 
 
-def native_engine(shape: ModelConfig) -> NativeEngine:
-    """An engine of the model's shape, without weights, shared by this process's tensor group."""
+def native_engine(shape: ModelConfig, group: dist.ProcessGroup | None = None) -> NativeEngine:
+    """An engine of the model's shape, without weights, shared by this process's tensor group.
+
+    Args:
+        group: that group once more, for an engine of a second thread.
+    """
     return NativeEngine(
         Architecture(
             layers=shape.layers,
@@ -180,5 +193,5 @@ def native_engine(shape: ModelConfig) -> NativeEngine:
             rope_theta=shape.rope_theta,
             tied=shape.tied,
         ),
-        Team.of(parallel_state.get_tensor_model_parallel_group()),
+        Team.of(group or parallel_state.get_tensor_model_parallel_group()),
     )

@@ -1,7 +1,8 @@
 """Prompt templates, in one place: training and evaluation must word the question alike.
 
 `parallel` asks for what Parallel-R1 (arXiv 2509.07980) asks for, in our own words; `sequential` is its
-baseline; `plain` is the bare problem, for models that only ever see one kind of question.
+baseline; `adaptive` asks for blocks only where they help, the use that the paper calls adaptive; `plain` is
+the bare problem, for models that only ever see one kind of question.
 """
 
 from __future__ import annotations
@@ -9,18 +10,25 @@ from __future__ import annotations
 from megatron_parallel_r1.errors import UserError
 
 _FINAL_LINE = "Close with one last line of the form `Final Answer: …` that holds the answer alone."
+_BLOCK = (
+    "write <Parallel>, then at least two lines of thought, each inside <Path> and </Path>, then </Parallel>. "
+    "The paths are independent: none may refer to another or build on its results. Right after the block "
+    "write a concise <Summary> … </Summary> of what the paths found and what to go on with, then continue. "
+)
 
 TEMPLATES = {
     "plain": "{problem}",
     "sequential": f"Solve the following problem step by step. {_FINAL_LINE}\n\nProblem: {{problem}}",
     "parallel": (
         "Solve the following problem step by step. Wherever a step gains from being looked at in "
-        "several ways, open a parallel block at that point of your reasoning: write <Parallel>, then "
-        "at least two lines of thought, each inside <Path> and </Path>, then </Parallel>. The paths "
-        "are independent: none may refer to another or build on its results. Right after the block "
-        "write a concise <Summary> … </Summary> of what the paths found and what to go on with, then "
-        "continue. Use as many blocks as help, or none. "
-        f"{_FINAL_LINE}\n\nProblem: {{problem}}"
+        f"several ways, open a parallel block at that point of your reasoning: {_BLOCK}"
+        f"Use as many blocks as help, or none. {_FINAL_LINE}\n\nProblem: {{problem}}"
+    ),
+    "adaptive": (
+        "Solve the following problem. Take the steps that are plain to you one after another. Think in "
+        "parallel only where it helps: where you cannot tell which approach will work, where a result is "
+        f"worth a second derivation, or where cases can be settled apart. There, {_BLOCK}"
+        f"An easy problem needs no block at all. {_FINAL_LINE}\n\nProblem: {{problem}}"
     ),
 }
 

@@ -33,8 +33,8 @@ class ProblemStream(Generic[T]):
     """Batches without end.
 
     Args:
-        source: items to go through in shuffled epochs, or a function from a position to its item,
-            such as the embedded curriculum's generators.
+        source: items to go through in shuffled epochs, all in memory, or a function from a position to its
+            item, such as the embedded curriculum's generators, or `stream.StreamedShuffle` for large files.
         seed: of the shuffle; a generating function has its own.
     """
 

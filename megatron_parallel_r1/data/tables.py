@@ -1,22 +1,94 @@
-"""Rows of a data set, from the Hugging Face Hub or from a local file, through `datasets`."""
+"""Rows in columns: parquet files, and data sets of the Hugging Face Hub through `datasets`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_parallel_r1.data.json_lines import JsonLines
+from megatron_parallel_r1.data.shard import Cells, Numbered, Shard, Unusable
 from megatron_parallel_r1.errors import UserError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from datasets import Dataset
 
-_ENDINGS = (".parquet", ".jsonl", ".json")
-_CHUNK = 1000
+_BATCH = 1000
 
 
-def open_hub(name: str, config: str | None, split: str) -> Dataset:
+class Parquet:
+    """A parquet file, read a batch of rows at a time; memory also holds a row group as it is compressed.
+
+    Raises:
+        UserError: the file is not parquet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.label = str(path)
+        self.name = path.name
+        self._path = path
+        with self._opened():
+            pass
+
+    def rows(self) -> Iterator[Numbered]:
+        with self._opened() as file:
+            yield from enumerate(_cells(file.iter_batches(_BATCH)))
+
+    def pick(self, numbers: Sequence[int]) -> Iterator[Numbered]:
+        """A row group with wanted rows is decoded once, batch by batch."""
+        with self._opened() as file:
+            first = at = 0
+            for group in range(file.num_row_groups):
+                after = first + file.metadata.row_group(group).num_rows
+                stop = bisect_left(numbers, after, lo=at)
+                if stop > at:
+                    wanted = [int(number) - first for number in numbers[at:stop]]
+                    batches = file.iter_batches(_BATCH, row_groups=[group])
+                    yield from ((first + place, cells) for place, cells in _taken(batches, wanted))
+                first, at = after, stop
+
+    @contextmanager
+    def _opened(self) -> Iterator[pq.ParquetFile]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(self._path) as file:
+                yield file
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"{self._path}: cannot be read as .parquet ({_first_line(error)}); copy it again"
+            ) from error
+
+
+class HubTable:
+    """A split on the Hub, or of its cached copy; `datasets` keeps it on disk."""
+
+    def __init__(self, dataset: Dataset, label: str) -> None:
+        self.label = self.name = label
+        self._dataset = dataset.with_format("arrow")
+
+    def rows(self) -> Iterator[Numbered]:
+        return enumerate(_cells(self._dataset.iter(_BATCH)))
+
+    def pick(self, numbers: Sequence[int]) -> Iterator[Numbered]:
+        for start in range(0, len(numbers), _BATCH):
+            some = numbers[start : start + _BATCH]
+            yield from zip(some, _cells([self._dataset[[int(number) for number in some]]]), strict=True)
+
+
+_KINDS: dict[str, Callable[[Path], Shard]] = {
+    ".parquet": Parquet,
+    ".jsonl": JsonLines,
+    ".json": JsonLines,
+}
+
+
+def open_hub(name: str, config: str | None, split: str) -> HubTable:
     """A split of a data set on the Hub, or of its cached copy.
 
     Raises:
@@ -25,7 +97,7 @@ def open_hub(name: str, config: str | None, split: str) -> Dataset:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, config, split=split)
+        return HubTable(load_dataset(name, config, split=split), name)
     except Exception as error:  # the library raises many kinds, all of them the user's to mend
         raise UserError(
             f"data set {name}, split {split}: cannot load it from the Hugging Face Hub "
@@ -33,68 +105,52 @@ def open_hub(name: str, config: str | None, split: str) -> Dataset:
         ) from error
 
 
-def open_file(path: Path) -> Dataset:
-    """A parquet or JSON-lines file.
+def open_files(path: Path) -> tuple[Shard, ...]:
+    """A parquet or JSON Lines file, or all of them in a folder by name.
 
     Raises:
-        UserError: there is no such file, or it is not what its ending says.
+        UserError: there is no such file, its ending is another, or it is not what its ending says.
     """
-    from datasets import Dataset
-
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in _KINDS)
+        if not files:
+            raise UserError(f"{path}: holds no {', '.join(_KINDS)} file")
+        return tuple(_KINDS[file.suffix](file) for file in files)
     if not path.is_file():
         raise UserError(f"{path}: no such data file")
-    if path.suffix not in _ENDINGS:
-        raise UserError(f"{path}: not one of {', '.join(_ENDINGS)}; convert it")
-    # Not `load_dataset`, which pings a download counter first, and stalls where there is no network.
-    build = Dataset.from_parquet if path.suffix == ".parquet" else Dataset.from_json
-    try:
-        with _no_progress_bars():
-            return build(str(path.resolve()))
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{path}: cannot be read as {path.suffix} ({_first_line(cause)})") from error
+    if path.suffix not in _KINDS:
+        raise UserError(f"{path}: not one of {', '.join(_KINDS)}; convert it")
+    return (_KINDS[path.suffix](path),)
 
 
-def rows(dataset: Dataset) -> Iterator[Mapping[str, Any] | UnicodeDecodeError]:
-    """Every row in order; in place of one whose text is not UTF-8, the error."""
-    for start in range(0, len(dataset), _CHUNK):
+def _taken(batches: Iterable[pa.RecordBatch], places: Sequence[int]) -> Iterator[Numbered]:
+    """The rows at rising places, counted over all batches."""
+    first = at = 0
+    for batch in batches:
+        stop = bisect_left(places, first + len(batch), lo=at)
+        here = places[at:stop]
+        if here:
+            yield from zip(here, _cells([batch.take([place - first for place in here])]), strict=True)
+        first, at = first + len(batch), stop
+
+
+def _cells(batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Cells | Unusable]:
+    """Row by row; parquet does not check that text is UTF-8 when it is read."""
+    for batch in batches:
         try:
-            yield from _chunk(dataset, start, start + _CHUNK)
+            yield from batch.to_pylist()
         except UnicodeDecodeError:
-            for index in range(start, min(start + _CHUNK, len(dataset))):
-                yield _one(dataset, index)
+            for place in range(batch.num_rows):
+                yield _one(batch.slice(place, 1))
 
 
-def _chunk(dataset: Dataset, start: int, stop: int) -> list[dict[str, Any]]:
-    columns = dataset[start:stop]
-    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-
-
-def _one(dataset: Dataset, index: int) -> Mapping[str, Any] | UnicodeDecodeError:
+def _one(row: pa.RecordBatch | pa.Table) -> Cells | Unusable:
     try:
-        return dataset[index]
+        return row.to_pylist()[0]
     except UnicodeDecodeError as error:
-        return error
+        return Unusable("text that is not UTF-8", f", at byte {error.start} of a cell")
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """A local file opens too soon for bars, which would disturb the run's own."""
-    from datasets.utils.logging import (
-        disable_progress_bar,
-        enable_progress_bar,
-        is_progress_bar_enabled,
-    )
-
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bar()

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged, Reward, reward_metrics
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -20,6 +22,7 @@ from megatron_parallel_r1.train.rolling import roll_out_and_judge
 from megatron_parallel_r1.train.rollouts import Collected, Dynamic, collect
 from megatron_parallel_r1.train.scoring import group_metrics, trace_metrics
 from megatron_parallel_r1.train.shape import Stated, summary_metrics
+from megatron_parallel_r1.train.staleness import staleness_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +38,8 @@ class Grpo:
         prompts, samples: problems of a step, and traces of each.
         dynamic: dynamic sampling; None: every group is trained.
         concurrent: traces in flight at most.
+        max_staleness: updates that a trace may be behind the weights that it trains.
+        world: all processes, for the thread that rolls out; None: the default group.
         stated: reads the result off the text of a path or a summary.
     """
 
@@ -49,6 +54,8 @@ class Grpo:
     dynamic: Dynamic | None
     concurrent: int
     stated: Stated
+    max_staleness: int = 0
+    world: dist.ProcessGroup | None = None
 
     def roll_out(self, next_problems: Callable[[int], Sequence[Problem]], step: int, seed: int) -> Collected:
         """The groups of a step, with the weights that the engine holds.
@@ -86,6 +93,7 @@ class Grpo:
             **trace_metrics(everything.traces, everything.judged),
             **group_metrics(everything.judged, self.samples),
             **summary_metrics(everything.traces, self.tokenizer, self.stated),
+            **staleness_metrics(everything.traces, step, self.max_staleness, self.samples),
             "groups": len(everything) // self.samples,
             "groups_dropped": (len(everything) - len(collected.kept)) // self.samples,
             "rounds": collected.rounds,
@@ -96,5 +104,12 @@ class Grpo:
         self, problems: Sequence[Problem], seeds: Sequence[int]
     ) -> tuple[list[Trace], list[Judged]]:
         return roll_out_and_judge(
-            self.thinker, problems, seeds, self.tokenizer, self.template, self.verifier, self.concurrent
+            self.thinker,
+            problems,
+            seeds,
+            self.tokenizer,
+            self.template,
+            self.verifier,
+            self.concurrent,
+            self.world,
         )

@@ -30,9 +30,12 @@ class Reference:
         for batch, logprobs_N in zip(batches, self._scorer.logprobs(batches), strict=False):
             batch.values["reference"] = logprobs_N
 
+    def born(self, step: int) -> int:
+        """The step whose weights it has after `step`; 0: those that the stage began with."""
+        return step - step % self._every if self._every else 0
+
     @torch.no_grad()
-    def after_step(self, step: int, trained: Model) -> None:
-        """Renews itself after the steps that it should."""
-        if self._every and step % self._every == 0:
-            for own, new in zip(self.model.parameters(), trained.parameters(), strict=True):
-                own.copy_(new)
+    def renew(self, trained: Model) -> None:
+        """Takes the trained weights."""
+        for own, new in zip(self.model.parameters(), trained.parameters(), strict=True):
+            own.copy_(new)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_parallel_r1.curriculum.loop import StageLoop
 from megatron_parallel_r1.curriculum.run import run
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.recipe_file import read_recipe
@@ -72,3 +73,43 @@ def test_weights_and_biases_offline(tmp_path: Path) -> None:
 def test_the_first_stage_has_no_optimizer_to_carry_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stage cold_start is the first: there is no optimizer to carry over"):
         read_recipe(RECIPE, ["stages.cold_start.carry_optimizer=true", f"out={tmp_path}"])
+
+
+def test_a_renewed_reference_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Stopped between two renewals, the run goes on against the same reference: its KL is the same."""
+    rl = "stages.rl.objective={kl: k3, kl_coefficient: 0.1}"
+    length = "stages.rl.reward={name: length, settings: {limit: 80}}"
+    words = [rl, length, "stages.rl.reference_every=2", "stages.rl.save_every=3", "stages.cold_start.steps=3"]
+    quick = ["evaluation=null", "stages.cold_start.evaluate=false", "stages.rl.evaluate=false"]
+
+    def kls(out: Path, steps: int) -> list[float]:
+        recipe = read_recipe(RECIPE, [*words, *quick, f"stages.rl.steps={steps}", f"out={out}"])
+        (outcome,) = run(recipe)
+        lines = (outcome.folder / "rl/metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["kl"] for line in lines]
+
+    whole = kls(tmp_path / "whole", 6)
+    assert len(whole) == 6 and min(whole) > 1e-4  # two mini-batches: the second is away from the first
+    stopped = Stopped(after=4)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(StageLoop, "end", stopped.end)
+        kls(tmp_path / "stopped", 6)
+    assert kls(tmp_path / "stopped", 6) == whole
+    assert not (tmp_path / "stopped/mini/rl/reference").exists()
+
+
+class Stopped:
+    """A user who stops the last stage after some step."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.original = StageLoop.end
+
+    @property
+    def end(self):
+        def end(loop: StageLoop, step: int, *told: object) -> None:
+            self.original(loop, step, *told)
+            if step == self.after:
+                raise KeyboardInterrupt
+
+        return end

@@ -172,15 +172,18 @@ class NativeEngine:
     def _step(self) -> None:
         if self._interrupted:
             raise Interrupted("the engine was told to end")
-        self._take_offer()
         self._requests = [request for request in self._requests if not request.done.done()]
         counts = self._counts()
+        with self._offering:
+            newest = max(self._offers, default=self.version)
         if self._team.size > 1:
             work = [
                 (request.context.position, request.limit, request.context.pending[:count])
                 for request, count in zip(self._requests, counts, strict=True)
             ]
-            self._team.agree(len(work), work)
+            newest = self._team.agree(len(work), work, newest)
+        if newest > self.version:
+            self._take_offer(newest)
         self._forward(counts)
         ready = [request for request in self._requests if not request.context.pending]
         drawing = [request for request in ready if request.limit]
@@ -191,13 +194,8 @@ class NativeEngine:
                 request.done.set_result(None)
         self._requests = [request for request in self._requests if not request.done.done()]
 
-    def _take_offer(self) -> None:
-        """Swaps in the newest weights that all ranks of the team have been offered; the cache stays."""
-        with self._offering:
-            newest = max(self._offers, default=self.version)
-        version = self._team.least(newest)
-        if version <= self.version:
-            return
+    def _take_offer(self, version: int) -> None:
+        """Swaps in weights that all ranks of the team have been offered; the cache stays."""
         with self._offering:
             tensors = self._offers[version]
             self._offers = {other: kept for other, kept in self._offers.items() if other > version}

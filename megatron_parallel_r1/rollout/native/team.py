@@ -63,38 +63,32 @@ class Team:
         dist.broadcast(numbers, src=self._first(), group=self.group)
         return numbers.tolist()
 
-    def least(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
-        if self.size == 1:
-            return number
-        numbers = torch.tensor([number], device=self._device())
-        dist.all_reduce(numbers, op=dist.ReduceOp.MIN, group=self.group)
-        return int(numbers.item())
-
-    def agree(self, count: int, work: object) -> None:
-        """Returns if all ranks are about to do the same work.
+    def agree(self, count: int, work: object, version: int = -1) -> int:
+        """Returns the least of all ranks' versions, if all are about to do the same work.
 
         Without it, ranks that ever parted ways would wait for each other, or add up unrelated rows.
 
         Args:
             count: of requests; for the message.
             work: anything whose `repr` tells it from other work.
+            version: of the newest weights that this rank has.
 
         Raises:
             RuntimeError: on every rank, if they differ.
         """
         if self.size == 1:
-            return
-        mine = torch.tensor([count, zlib.crc32(repr(work).encode())], device=self._device())
+            return version
+        mine = torch.tensor([count, zlib.crc32(repr(work).encode()), version], device=self._device())
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine, group=self.group)
         said = torch.stack(everyone).tolist()
-        if any(one != said[0] for one in said):
-            counts = ", ".join(str(count) for count, _ in said)
+        if any(one[:2] != said[0][:2] for one in said):
+            counts = ", ".join(str(count) for count, _, _ in said)
             raise RuntimeError(
                 f"native engine: the {self.size} processes of a tensor group parted ways (requests: "
                 f"{counts}); prompts, settings and weights must be the same on all of them"
             )
+        return min(version for _, _, version in said)
 
     def _first(self) -> int:
         assert self.group is not None

@@ -9,8 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
-from megatron_parallel_r1.data.readers import BadRow, read_examples, read_problems
+from megatron_parallel_r1.data.account import BadRow, account_table
+from megatron_parallel_r1.data.readers import read_examples, read_problems, stream_problems
+from megatron_parallel_r1.data.schemas import Columns
 from megatron_parallel_r1.errors import UserError
 
 WRAPPED = (
@@ -58,13 +61,16 @@ def test_dapo_unwraps_and_drops_repeats(tmp_path: Path) -> None:
         dapo("Find $x$.", "34"),
         dapo("Find $y$.", "2"),
         dapo("Find $z$.", "5"),
+        dapo("Find  $z$.\n", "5"),
+        dapo(WRAPPED.format("Find $w$.").partition("\n\nRemember")[0], "6"),
     )
     reading = read_problems(DAPO, path)
     assert [(problem.prompt, problem.answer) for problem in reading.items] == [
         ("Find $x$.", "34"),
         ("Find $z$.", "5"),
+        ("Find $w$.", "6"),
     ]
-    assert (reading.rows, reading.repeated, reading.disputed) == (5, 1, 2)
+    assert (reading.rows, reading.repeated, reading.disputed) == (7, 2, 2)
 
 
 def test_parallel_examples_are_canonical(tmp_path: Path) -> None:
@@ -121,6 +127,27 @@ def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
     assert len(read_problems(GSM8K, path, limit=1).items) == 1
 
 
+def test_the_table_says_what_was_dropped_and_why(tmp_path: Path) -> None:
+    rows = [
+        dapo("p", "1"),
+        dapo("p", "1"),
+        dapo("q", "1"),
+        dapo("q", "2"),
+        *[dapo("r", "")] * 10,
+        dapo("", "|"),
+    ]
+    account = read_problems(DAPO, jsonl(tmp_path, *rows), bad_rows="skip").account
+    assert account.kept == 1
+    assert account_table([account]).splitlines()[2:] == [
+        f"| {account.source} | 15 | 1 | 10 | column 'ground_truth': blank | 4, 5, 6, 7, 8, 9, 10, 11, … |",
+        "|  |  |  | 1 | column 'prompt': blank | 14 |",
+        "|  |  |  | 1 | repeats an earlier problem |  |",
+        "|  |  |  | 2 | copies of the problem disagree on the answer |  |",
+    ]
+    clean = read_problems(DAPO, jsonl(tmp_path, rows[0])).account
+    assert account_table([clean]).splitlines()[2] == f"| {clean.source} | 1 | 1 | 0 |  |  |"
+
+
 def test_broken_utf8_is_a_bad_row(tmp_path: Path) -> None:
     bytes_ = pa.array([b"fine", b"bro\xffken", b"fine too"], pa.binary())
     broken = pa.StringArray.from_buffers(3, bytes_.buffers()[1], bytes_.buffers()[2])
@@ -133,19 +160,121 @@ def test_broken_utf8_is_a_bad_row(tmp_path: Path) -> None:
     assert len(reading.bad) == 1
 
 
+def test_broken_lines_are_bad_rows(tmp_path: Path) -> None:
+    good = b'{"problem": "p", "answer": 1}\n'
+    lines = [
+        b"\xef\xbb\xbf" + good,
+        b'{"problem": "bro\xffken", "answer": 1}\n',
+        b"\n",
+        b'{"problem": "p", "ans\n',
+        b'["p", 1]\n',
+        b'{"problem": {"text": "p"}, "answer": 1}\n',
+        b'{"problem": "p", "answer": NaN}\r\n',
+        b"[" * 100_000 + b"\n",
+        good.strip(),
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"".join(lines))
+    reading = read_problems("math-ai/aime25", path, bad_rows="skip")
+    assert [problem.id for problem in reading.items] == ["0", "8"]
+    assert reading.rows == 8
+    assert [(bad.row, bad.what) for bad in reading.bad] == [
+        (1, "text that is not UTF-8"),
+        (3, "not JSON"),
+        (4, "a list, not an object with columns"),
+        (5, "column 'problem': dict instead of text"),
+        (6, "column 'answer': a number that is not finite"),
+        (7, "not JSON"),
+    ]
+    with pytest.raises(UserError, match=r"row 1 \(from 0\), text that is not UTF-8, at byte 16 of the line"):
+        read_problems("math-ai/aime25", path)
+
+
+def test_own_columns_plain_and_nested(tmp_path: Path) -> None:
+    block = "<Parallel><Path>a</Path>\n<Path>b</Path></Parallel><Summary>c</Summary>"
+    row = {"chat": [{"content": "q"}], "graded": {"truth": 7.0}, "a.b": block}
+    path = jsonl(tmp_path, row, {**row, "graded": {}}, {**row, "a.b": "<Path>"})
+    columns = Columns("chat.0.content", "graded.truth", "a.b")
+    reading = read_examples("custom", path, columns=columns, bad_rows="skip")
+    (example,) = reading.items
+    assert (example.problem.prompt, example.problem.answers, example.problem.source) == (
+        "q",
+        ("7",),
+        "custom",
+    )
+    assert example.response == block.replace("\n", "")
+    assert [bad.what.split(":")[0] for bad in reading.bad] == ["column 'graded.truth'", "column 'a.b'"]
+    assert len(read_problems("mine", path, columns=columns, bad_rows="skip").items) == 2
+    with pytest.raises(UserError, match=r"column 'question': missing; the row has 'chat', 'graded', 'a\.b'"):
+        read_problems("custom", path, columns=Columns("question", "answer"))
+    with pytest.raises(UserError, match="no worked responses"):
+        read_examples("custom", path, columns=Columns("chat.0.content", "graded.truth"))
+    with pytest.raises(UserError, match="say with columns"):
+        read_problems("custom", path)
+    with pytest.raises(UserError, match="give its path"):
+        read_problems("custom", columns=columns)
+
+
+def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"problem": ["c", " "], "answer": [3, 4]}), tmp_path / "b.parquet")
+    (tmp_path / "a.jsonl").write_text('{"problem": "a", "answer": 1}\n')
+    (tmp_path / "README.md").write_text("not data")
+    reading = read_problems("math-ai/aime25", tmp_path, bad_rows="skip")
+    assert [problem.id for problem in reading.items] == ["a.jsonl:0", "b.parquet:0"]
+    assert reading.bad == (BadRow(1, "column 'problem': blank", file="b.parquet"),)
+    with pytest.raises(UserError, match=r"row 1 \(from 0\) of b\.parquet, column 'problem': blank"):
+        read_problems("math-ai/aime25", tmp_path)
+
+
+def test_a_table_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load(*args: object, split: str) -> Dataset:
+        asked.append((*args, split))
+        return Dataset.from_dict({"question": [f"q{i}" for i in range(2500)], "answer": ["#### 5"] * 2500})
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    reading = read_problems(GSM8K, split="test")
+    assert [problem.prompt for problem in reading.items] == [f"q{i}" for i in range(2500)]
+    assert reading.account.source == GSM8K
+    assert asked == [(GSM8K, "main", "test")]
+    columns = Columns("question", "answer")
+    streamed = stream_problems("me/mine", columns=columns)
+    assert asked[1] == ("me/mine", None, "train")
+    assert [problem.id for problem in streamed.in_order()] == [str(i) for i in range(2500)]
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such data file"):
         read_problems(GSM8K, tmp_path / "absent.parquet")
     (tmp_path / "rows.csv").write_text("a,b\n")
     with pytest.raises(UserError, match=r"rows\.csv: not one of \.parquet"):
         read_problems(GSM8K, tmp_path / "rows.csv")
-    for name in ("rows.parquet", "rows.jsonl"):
-        (tmp_path / name).write_text("{ nothing of the kind")
-        with pytest.raises(UserError, match=f"{name}: cannot be read as"):
-            read_problems(GSM8K, tmp_path / name)
-        (tmp_path / name).write_text("")
-        with pytest.raises(UserError, match=name):
-            read_problems(GSM8K, tmp_path / name)
+    for content in ("{ nothing of the kind", ""):
+        (tmp_path / "rows.parquet").write_text(content)
+        with pytest.raises(
+            UserError, match=r"rows\.parquet: cannot be read as \.parquet \(.*\); copy it again"
+        ):
+            read_problems(GSM8K, tmp_path / "rows.parquet")
+        (tmp_path / "rows.jsonl").write_text(content)
+        with pytest.raises(UserError, match=r"rows\.jsonl: (row 0 \(from 0\), not JSON|no usable row)"):
+            read_problems(GSM8K, tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=r"folder: holds no \.parquet"):
+        (tmp_path / "folder").mkdir()
+        read_problems(GSM8K, tmp_path / "folder")
+
+
+def test_a_parquet_file_cut_short_or_damaged_inside(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"problem": [f"problem {i} {i * i}" for i in range(500)], "answer": ["1"] * 500})
+    pq.write_table(table, path, compression="zstd")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read as"):
+        read_problems("math-ai/aime25", path)
+    path.write_bytes(whole[:100] + bytes(200) + whole[300:])
+    with pytest.raises(UserError, match="cannot be read as"):
+        read_problems("math-ai/aime25", path)
 
 
 def test_unknown_data_set_and_missing_responses(tmp_path: Path) -> None:

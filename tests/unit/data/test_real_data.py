@@ -38,7 +38,7 @@ def test_dapo_repeats(real_data: Path) -> None:
     reading = read_problems("BytedTsinghua-SIA/DAPO-Math-17k", path)
     assert reading.rows == 17917
     assert len(reading.items) == len({problem.prompt for problem in reading.items})
-    assert (len(reading.items), reading.repeated, reading.disputed) == (17208, 666, 43)
+    assert (len(reading.items), reading.repeated, reading.disputed) == (17148, 726, 43)
 
 
 def test_math_has_two_empty_boxes(real_data: Path) -> None:

@@ -41,11 +41,12 @@ def test_form_is_what_the_parser_says() -> None:
 def test_templates_pose_the_problem_and_ask_for_the_final_line() -> None:
     problem = r"Find {x} if \frac{1}{2} + {problem} = $x$."
     assert render("plain", problem) == problem
-    for name in ("sequential", "parallel"):
+    for name in ("sequential", "parallel", "adaptive"):
         text = render(name, problem)
         assert text.endswith(problem)
         assert "Final Answer:" in text
-    assert all(tag in TEMPLATES["parallel"] for tag in TAG_TEXTS)
+    for name in ("parallel", "adaptive"):
+        assert all(tag in TEMPLATES[name] for tag in TAG_TEXTS)
     assert not any(tag in TEMPLATES["sequential"] for tag in TAG_TEXTS)
 
 

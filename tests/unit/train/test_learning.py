@@ -120,9 +120,9 @@ def test_the_reference_is_renewed_when_it_should(trainer_of, traces) -> None:
     reference = reference_of(trainer, every=2)
     first = [p.clone() for p in reference.model.parameters()]
     learner(trainer, Objective()).learn(traces, REWARDS, lr=1e-2)
-    reference.after_step(1, trainer.model)
+    assert [reference.born(step) for step in range(5)] == [0, 0, 2, 2, 4]
     assert all(torch.equal(a, b) for a, b in zip(first, reference.model.parameters(), strict=True))
-    reference.after_step(2, trainer.model)
+    reference.renew(trainer.model)
     pairs = zip(trainer.model.parameters(), reference.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 

@@ -1,0 +1,14 @@
+"""Evaluates several checkpoints, or all stages of a run, and tests their differences on the same problems.
+
+    python eval/compare.py --run runs/tiny --benchmarks embedded_hard --modes parallel,sequential,majority@4
+    python eval/compare.py --checkpoint A --checkpoint B --benchmarks aime24,aime25 --samples 16
+
+Writes tables (Markdown and HTML) with paired tests, and a plot over training steps; reads what `run.py` drew.
+"""
+
+from __future__ import annotations
+
+from megatron_parallel_r1.evaluation.command import compare_command, explained
+
+if __name__ == "__main__":
+    explained(compare_command)

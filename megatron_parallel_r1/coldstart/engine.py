@@ -1,0 +1,103 @@
+"""Our own engine as a teacher: it thinks in parallel, in the loop that training uses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_parallel_r1.coldstart.settings import OwnEngine
+from megatron_parallel_r1.coldstart.teacher import Answer, Request
+from megatron_parallel_r1.curriculum.sources import open_tokenizer
+from megatron_parallel_r1.curriculum.workbench import native_engine
+from megatron_parallel_r1.data.encode import decode, encode_prompt
+from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
+from megatron_parallel_r1.model.weights import check_fit
+from megatron_parallel_r1.rollout.thinking import Thinker
+from megatron_parallel_r1.thought.tags import Tags
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@contextmanager
+def open_engine(told: OwnEngine, template: str, seed: int) -> Iterator[EngineTeacher]:
+    """The teacher, with the weights of its folder, in a world of one process.
+
+    Args:
+        template: that it will be asked with.
+
+    Raises:
+        UserError: the folder holds no model, none with the tags, or one that was trained with another
+            template; or several processes were launched.
+    """
+    if process.world_size() > 1:
+        raise UserError("coldstart: a teacher of kind engine is one process; start it without a launcher")
+    _check_template(told.path, template)
+    shape, tensors = load_hf_folder(told.path)
+    check_fit(shape, hf_sizes(told.path))
+    tokenizer = open_tokenizer(told.path)
+    try:
+        tags = Tags.of(tokenizer)
+    except ValueError as error:
+        raise UserError(f"{told.path}: {error}; give a model that was trained to think in parallel") from None
+    with process.running(seed):
+        engine = native_engine(shape)
+        engine.load_weights(tensors, version=0)
+        name = json.dumps([weights_of(told.path), asdict(told.thinking)], sort_keys=True)
+        yield EngineTeacher(Thinker(engine, tags, told.thinking), tokenizer, name)
+
+
+def _check_template(folder: Path, template: str) -> None:
+    """A released model is asked as its training asked it: `thinking.json` has the text."""
+    stored = folder / "thinking.json"
+    if not stored.is_file():
+        return
+    try:
+        record = json.loads(stored.read_text(encoding="utf-8"))
+        text, name = record.get("prompt_template"), record.get("prompt")
+    except (ValueError, AttributeError):
+        raise UserError(f"{stored}: no JSON object; release the model again, or delete the file") from None
+    if text is not None and text != TEMPLATES[template]:
+        raise UserError(f"{stored}: the model was trained with the prompt {name!r}; set template to that")
+
+
+def weights_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Tells weights from any that replace them: name, size in bytes and time of change (ns) of each file."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+class EngineTeacher:
+    """Writes each request's trace; the engine batches those that are under way together.
+
+    Args:
+        name: tells this model and these settings from others.
+    """
+
+    def __init__(self, thinker: Thinker[Any], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self._thinker = thinker
+        self._tokenizer = tokenizer
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    async def answer(self, request: Request) -> Answer:
+        prompt = encode_prompt(self._tokenizer, request.template, request.problem.prompt)
+        engine = self._thinker.engine
+        context = engine.open()
+        try:
+            await engine.write(context, prompt)
+            trace = await self._thinker.trace(prompt, context, request.seed)
+        finally:
+            engine.close(context)
+        text = decode(self._tokenizer, trace.tokens)
+        return Answer(text, "stop" if trace.finish == "eos" else "length")

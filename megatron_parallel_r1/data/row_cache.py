@@ -1,0 +1,151 @@
+"""Laid-out rows of worked examples, kept on disk by the hash of all that they follow from.
+
+A file holds the rows of up to 512 examples. Its name is the hash of the examples' text, the tokenizer's
+files, the template, the mode, and the code that turns one into the other: whatever changes, another name is
+looked for, and nothing is ever out of date. Files are written beside their name and renamed, so processes
+that share a folder at worst do the same work; one that its checksum does not fit is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_parallel_r1 import thought
+from megatron_parallel_r1.data import encode
+from megatron_parallel_r1.data.problems import Example
+from megatron_parallel_r1.data.prompts import render
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.thought.layout import Mode, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GROUP = 512
+_CHECKSUM = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True, slots=True)
+class RowCache:
+    """Rows of one tokenizer, template and mode.
+
+    Attributes:
+        folder: made when the first file is written; may be shared with other caches and processes.
+        tokenizer: the hash of its files (`tokenizer_hash`).
+        template: the prompt template's name; its text counts.
+    """
+
+    folder: Path
+    tokenizer: str
+    template: str
+    mode: Mode
+
+    def rows(self, examples: Sequence[Example], to_row: Callable[[Example], Row]) -> list[Row]:
+        """The row of each example, from disk or by `to_row`.
+
+        Raises:
+            UserError: the folder cannot be written; whatever `to_row` raises.
+        """
+        code = _code_hash(to_row)
+        rows: list[Row] = []
+        for start in range(0, len(examples), _GROUP):
+            group = examples[start : start + _GROUP]
+            file = self.folder / f"{self._key(group, code)}.rows"
+            found = _read(file, len(group))
+            if found is None:
+                found = [to_row(example) for example in group]
+                _write(file, found)
+            rows += found
+        return rows
+
+    def _key(self, group: Sequence[Example], code: str) -> str:
+        texts = [(render(self.template, example.problem.prompt), example.response) for example in group]
+        return hashlib.sha256(json.dumps([code, self.tokenizer, self.mode, texts]).encode()).hexdigest()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The hash of the files that it is saved as, wherever it was loaded from."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return _files_hash(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
+
+
+def _code_hash(to_row: Callable[[Example], Row]) -> str:
+    """The hash of the sources that say what a row is: `thought`, the encoding, and `to_row`'s own."""
+    function = to_row
+    while isinstance(function, partial):
+        function = function.func
+    sources = sorted(Path(thought.__file__).parent.glob("*.py"))
+    own = [Path(inspect.getsourcefile(module)) for module in (encode, inspect.getmodule(function))]
+    return _files_hash([*sources, *own])
+
+
+def _files_hash(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _read(file: Path, count: int) -> list[Row] | None:
+    """The rows of a file; None if there is none or it is damaged."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    checksum, packed = content[:_CHECKSUM], content[_CHECKSUM:]
+    if hashlib.sha256(packed).digest() != checksum:
+        return None
+    return list(_unpacked(np.frombuffer(packed, "<i4"), count))
+
+
+def _write(file: Path, rows: Sequence[Row]) -> None:
+    packed = np.concatenate([part for row in rows for part in _parts(row)]).astype("<i4").tobytes()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+        try:
+            fresh.write_bytes(hashlib.sha256(packed).digest() + packed)
+            os.replace(fresh, file)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{file.parent}: rows cannot be cached there ({error.strerror or error}); "
+            "give another cache folder, or none"
+        ) from error
+
+
+def _parts(row: Row) -> Iterator[np.ndarray]:
+    """Depth D and length L, then the row's 3 + 2 D vectors."""
+    yield np.array([len(row.hide_lo_DL), len(row)], np.int32)
+    yield from (row.tokens_L, row.positions_L, row.source_L, row.hide_lo_DL.ravel(), row.hide_hi_DL.ravel())
+
+
+def _unpacked(packed: np.ndarray, count: int) -> Iterator[Row]:
+    at = 0
+    for _ in range(count):
+        depth, length = packed[at : at + 2].tolist()
+        at += 2
+        block_KL = packed[at : at + (3 + 2 * depth) * length].reshape(3 + 2 * depth, length).astype(np.int32)
+        at += block_KL.size
+        yield Row(
+            tokens_L=block_KL[0],
+            positions_L=block_KL[1],
+            hide_lo_DL=block_KL[3 : 3 + depth],
+            hide_hi_DL=block_KL[3 + depth :],
+            source_L=block_KL[2],
+        )

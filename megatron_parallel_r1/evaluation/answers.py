@@ -1,0 +1,40 @@
+"""Final answers of plain texts, for evaluation harnesses that see what a server wrote and no tokens."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_parallel_r1.rewards.equal import equivalent
+from megatron_parallel_r1.rewards.extract import extract_answer
+from megatron_parallel_r1.thought.parser import parse
+from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
+
+_TAG = re.compile("(" + "|".join(map(re.escape, TAG_TEXTS)) + ")")
+_TAGS = Tags(*range(len(TAG_TEXTS)), eos=len(TAG_TEXTS))
+_TEXT = len(TAG_TEXTS) + 1
+
+
+def main_text(response: str) -> str:
+    """What a response says outside its blocks and summaries, read by the project's one parser."""
+    pieces = [piece for piece in _TAG.split(response) if piece]
+    tree = parse([TAG_TEXTS.index(piece) if piece in TAG_TEXTS else _TEXT for piece in pieces], _TAGS)
+    return "\n".join("".join(pieces[start:stop]) for start, stop in tree.main_spans())
+
+
+def final_answer(response: str) -> str | None:
+    """The answer as training and evaluation read it; one inside a path or a summary is none."""
+    return extract_answer(main_text(response))
+
+
+def is_right(answer: str | None, published: object) -> bool:
+    """Whether an answer is that of a published row, for the answer columns of the built-in benchmarks.
+
+    Args:
+        published: a number or a text; GSM8K's worked answer counts from behind its `####`.
+    """
+    text = str(published)
+    _, mark, value = text.rpartition("####")
+    reference = value.replace(",", "") if mark else text
+    if isinstance(published, float) and published.is_integer():
+        reference = str(int(published))
+    return equivalent(answer, reference.strip())

@@ -1,0 +1,97 @@
+"""Benchmarks by name, from the Hub, from a folder of local copies, or made in process.
+
+A new one whose schema `data/schemas.py` knows is one more line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_parallel_r1.data.embedded.generate import evaluation_problems
+from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.data.readers import read_problems
+from megatron_parallel_r1.errors import UserError
+
+EMBEDDED_PROBLEMS = 512
+_ENDINGS = (".parquet", ".jsonl", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Where a benchmark lives on the Hub, and the split that is evaluated on; None: the schema's."""
+
+    name: str
+    split: str | None = None
+
+
+PUBLISHED = {
+    "aime24": Published("HuggingFaceH4/aime_2024"),
+    "aime25": Published("math-ai/aime25"),
+    "amc23": Published("math-ai/amc23"),
+    "math500": Published("HuggingFaceH4/MATH-500"),
+    "gsm8k": Published("openai/gsm8k", "test"),
+}
+EMBEDDED = ("embedded_easy", "embedded_hard")
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """Problems under the name that tables show, and where they came from."""
+
+    name: str
+    problems: tuple[Problem, ...]
+    source: str
+
+
+def read_benchmarks(
+    names: Sequence[str], data: Path | None = None, limit: int | None = None
+) -> tuple[Benchmark, ...]:
+    """Reads every benchmark; a bad row is an error, since a score over fewer problems is another score.
+
+    Args:
+        names: each `aime24`, or `aime24=FILE` for a copy of its own.
+        data: a folder of copies, named as the benchmark or as the data set on the Hub: `aime24.parquet`.
+            What it lacks is an error, not a download.
+        limit: only the first so many problems of each.
+
+    Raises:
+        UserError: a name is unknown or given twice, or a file is missing or unusable.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: give 1 or more")
+    found = tuple(_read(name, data, limit) for name in names)
+    if not found:
+        raise UserError(f"no benchmark given; name one or more of {', '.join((*PUBLISHED, *EMBEDDED))}")
+    known = [benchmark.name for benchmark in found]
+    if twice := next((name for name in known if known.count(name) > 1), None):
+        raise UserError(f"benchmark {twice} is given twice; leave one out")
+    return found
+
+
+def _read(asked: str, data: Path | None, limit: int | None) -> Benchmark:
+    name, own, file = asked.partition("=")
+    if name in EMBEDDED and not own:
+        kind = "easy" if name == "embedded_easy" else "hard"
+        return Benchmark(name, evaluation_problems(kind, limit or EMBEDDED_PROBLEMS), "made in process")
+    if name not in PUBLISHED:
+        raise UserError(f"benchmark {asked!r}: unknown, use one of {', '.join((*PUBLISHED, *EMBEDDED))}")
+    published = PUBLISHED[name]
+    path = Path(file) if own else _copy(name, published, data)
+    reading = read_problems(published.name, path, split=published.split, limit=limit)
+    return Benchmark(name, reading.items, str(path or f"{published.name} on the Hub"))
+
+
+def _copy(name: str, published: Published, data: Path | None) -> Path | None:
+    if data is None:
+        return None
+    stems = (name, published.name.rpartition("/")[2])
+    files = [data / f"{stem}{ending}" for stem in stems for ending in _ENDINGS]
+    for file in files:
+        if file.is_file():
+            return file
+    raise UserError(
+        f"{data}: no copy of {name} ({stems[0]}.parquet, {stems[1]}.jsonl or the like); "
+        f"add it, give {name}=FILE, or leave --data out to read {published.name} from the Hub"
+    )

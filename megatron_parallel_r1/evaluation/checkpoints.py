@@ -1,0 +1,132 @@
+"""Checkpoints to evaluate: a release, a stage's model, any Hugging Face folder; and the stages of a run.
+
+How a checkpoint decodes is read from its `thinking.json`; for a stage of a run, from the run's recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_parallel_r1 import config
+from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.modes import Decoding
+from megatron_parallel_r1.recipe_errors import first_problem
+from megatron_parallel_r1.report.run_folder import read_run
+from megatron_parallel_r1.rollout.settings import Thinking
+
+_CHUNK = 1 << 24
+# What decides a response, given the decoding settings.
+_CONTENT = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model on disk.
+
+    Attributes:
+        name: in tables.
+        folder: a Hugging Face folder.
+        decoding: as it was trained.
+        told: where `decoding` was read; None: nowhere, it is the default.
+        step: training steps behind it, None where unknown.
+    """
+
+    name: str
+    folder: Path
+    decoding: Decoding
+    told: Path | None
+    step: int | None = None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, which may also be a run's folder (its release) or a stage's (its model).
+
+    Raises:
+        UserError: there is none, or its thinking.json cannot be used.
+    """
+    for inner in ("release", "model"):
+        if not (folder / "config.json").is_file() and (folder / inner / "config.json").is_file():
+            return open_checkpoint(folder / inner)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; give the folder of a released or a Hugging Face model")
+    real = folder.resolve()
+    if (real / "thinking.json").is_file():
+        name = real.parent.name if real.name == "release" else real.name
+        return Checkpoint(name, folder, _stored(real / "thinking.json"), real / "thinking.json")
+    run = real.parent.parent
+    if real.name == "model" and (run / "stages.json").is_file():
+        for checkpoint in stages_of(run):
+            if checkpoint.folder.resolve() == real:
+                return checkpoint
+    return Checkpoint(real.name, folder, Decoding(Thinking(), TEMPLATES["parallel"]), None)
+
+
+def stages_of(run: Path) -> list[Checkpoint]:
+    """The finished stages of a run folder, in order; `step` counts from the weights that the run began with.
+
+    Raises:
+        UserError: it is no run folder, its recipe cannot be read, or no stage is done.
+    """
+    written = run / "config.yaml"
+    if not written.is_file():
+        raise UserError(
+            f"{run}: no run folder (config.yaml is missing); give one, or checkpoints by --checkpoint"
+        )
+    try:
+        recipe = config.Recipe.model_validate(yaml.safe_load(written.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise UserError(f"{written}: {first_problem(error)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{written}: no valid YAML: {' '.join(str(error).split())}") from None
+    made = read_run(run).last_steps
+    behind: dict[str, int] = {}
+    found = []
+    for stage in recipe.stages:
+        before = recipe.start_of(stage)
+        behind[stage.name] = (behind[before] if before else 0) + made.get(stage.name, stage.steps)
+        folder = run / stage.name / "model"
+        if (folder / "config.json").is_file():
+            decoding = Decoding(recipe.thinking_of(stage), TEMPLATES[recipe.prompt])
+            found.append(Checkpoint(stage.name, folder, decoding, written, behind[stage.name]))
+    if not found:
+        raise UserError(f"{run}: no stage of this run is done (no <stage>/model)")
+    return found
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of what the model is: its weights, its shape and its tokenizer, not of the folder's name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted({file for pattern in _CONTENT for file in folder.glob(pattern)}):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as data:
+            while chunk := data.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _stored(file: Path) -> Decoding:
+    try:
+        told: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: no valid JSON ({error}); copy it again") from None
+    if not isinstance(told, dict):
+        raise UserError(f"{file}: a JSON object was expected; copy it again")
+    known = {field.name for field in fields(Thinking)}
+    try:
+        thinking = TypeAdapter(Thinking).validate_python({k: v for k, v in told.items() if k in known})
+    except ValidationError as error:
+        raise UserError(f"{file}: {first_problem(error)}") from None
+    template = told.get("prompt_template", TEMPLATES.get(str(told.get("prompt"))))
+    if not isinstance(template, str) or "{problem}" not in template:
+        raise UserError(
+            f"{file}: prompt_template must be a text with {{problem}} in it; mend it, or copy it again"
+        )
+    return Decoding(thinking, template)

@@ -1,0 +1,100 @@
+"""Engines by name, each opened for one checkpoint.
+
+A new engine is a context manager that yields an `Opened`, and one line in `ENGINES`; what decodes with it
+knows only `rollout/base.py`'s protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.base import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What to open.
+
+    Attributes:
+        folder: of the checkpoint, in Hugging Face form.
+        seed: of this process's random states.
+        tensor: processes that share one copy of the model (native).
+        servers: base addresses (server engines).
+    """
+
+    folder: Path
+    seed: int = 0
+    tensor: int = 1
+    servers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An engine with the checkpoint's weights, and this process's part of the work.
+
+    Attributes:
+        copy, copies: which copy of the model this process works with, and how many share the work.
+        speaks: whether this process keeps the records of its copy.
+    """
+
+    engine: Engine[Any]
+    copy: int = 0
+    copies: int = 1
+    speaks: bool = True
+
+
+EngineOpener = Callable[[EngineRequest], AbstractContextManager[Opened]]
+
+
+def engine_opener(name: str) -> EngineOpener:
+    """The way to open an engine.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in ENGINES:
+        raise UserError(f"engine {name!r}: not built in, use one of {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+@contextmanager
+def _native(asked: EngineRequest) -> Iterator[Opened]:
+    """In this process, or in all processes of a launch; they leave together, all records written."""
+    from megatron.core import parallel_state
+
+    from megatron_parallel_r1.curriculum.workbench import native_engine
+    from megatron_parallel_r1.model import process
+    from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
+    from megatron_parallel_r1.model.parallel import Parallel, check_parallel
+    from megatron_parallel_r1.model.weights import check_fit
+    from megatron_parallel_r1.train.agreement import wait_for_all
+    from megatron_parallel_r1.train.ranks import speaks
+
+    if asked.servers:
+        raise UserError("engine native: decodes in this process and takes no --server; leave it out")
+    shape, tensors = load_hf_folder(asked.folder)
+    check_fit(shape, hf_sizes(asked.folder))
+    try:
+        parallel = Parallel(tensor=asked.tensor)
+    except ValueError as error:
+        raise UserError(f"--tensor: {error}") from None
+    check_parallel(shape, parallel, process.world_size())
+    with process.running(asked.seed, parallel):
+        engine = native_engine(shape)
+        engine.load_weights(tensors, version=0)
+        yield Opened(
+            engine,
+            copy=parallel_state.get_data_parallel_rank(),
+            copies=parallel_state.get_data_parallel_world_size(),
+            speaks=speaks(),
+        )
+        wait_for_all()
+
+
+ENGINES: Mapping[str, EngineOpener] = MappingProxyType({"native": _native})

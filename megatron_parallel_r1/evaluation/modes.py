@@ -1,0 +1,118 @@
+"""Evaluation modes, and what each makes of the settings that a checkpoint carries.
+
+parallel      as stored: the decoding of the training
+sequential    no blocks, and a prompt that does not ask for any
+majority@k    sequential k times, and a vote
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.recipe_errors import first_problem
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.thought.tags import TAG_TEXTS
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """`votes` is k of majority@k, 1 for the others."""
+
+    kind: Literal["parallel", "sequential", "majority"]
+    votes: int = 1
+
+    @classmethod
+    def of(cls, text: str) -> Mode:
+        """Reads `parallel`, `sequential` or `majority@8`.
+
+        Raises:
+            UserError: it is none of them.
+        """
+        if text == "parallel":
+            return cls("parallel")
+        if text == "sequential":
+            return cls("sequential")
+        found = re.fullmatch(r"majority@(\d{1,4})", text)
+        if not found or int(found[1]) < 2:
+            raise UserError(f"mode {text!r}: unknown, use parallel, sequential or majority@k with k >= 2")
+        return cls("majority", int(found[1]))
+
+    def __str__(self) -> str:
+        return f"majority@{self.votes}" if self.kind == "majority" else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How a response is drawn: settings of the loop, and the prompt around `{problem}`."""
+
+    thinking: Thinking
+    template: str
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self.thinking), "template": self.template}
+
+
+def decoding_of(
+    mode: Mode, stored: Decoding, settings: Sequence[str] = (), prompt: str | None = None
+) -> Decoding:
+    """What `mode` makes of a checkpoint's own decoding.
+
+    In sequential modes a stored prompt that names the tags gives way to the template `sequential`; one that
+    does not is kept. So are the limits: nobody waits longer for a chain than for a parallel trace.
+
+    Args:
+        settings: `key=value`, keys of `Thinking`; these win.
+        prompt: a template's name, or a text with `{problem}`; this wins.
+
+    Raises:
+        UserError: a setting or the prompt is none, or a checkpoint without blocks is to think in parallel.
+    """
+    thinking, template = stored.thinking, stored.template
+    if mode.kind != "parallel":
+        thinking = replace(thinking, mode="sequential")
+        if any(tag in template for tag in TAG_TEXTS):
+            template = TEMPLATES["sequential"]
+    thinking = _with(thinking, settings)
+    if mode.kind == "parallel" and thinking.mode == "sequential":
+        raise UserError(
+            "mode parallel: this checkpoint decodes in mode sequential; evaluate it with --mode sequential, "
+            "or give one with --set mode=isolated"
+        )
+    if mode.kind != "parallel" and thinking.mode != "sequential":
+        raise UserError(f"--set mode={thinking.mode}: --mode {mode} has no blocks; leave one of the two out")
+    return Decoding(thinking, template if prompt is None else _template(prompt))
+
+
+def _with(thinking: Thinking, settings: Sequence[str]) -> Thinking:
+    merged: dict[str, Any] = asdict(thinking)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or key not in merged:
+            raise UserError(f"--set {setting!r}: write key=value, with a key of {', '.join(merged)}")
+        try:
+            merged[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting!r}: the value is no valid YAML") from None
+    try:
+        return TypeAdapter(Thinking).validate_python(merged)
+    except ValidationError as error:
+        raise UserError(f"--set {first_problem(error)}") from None
+
+
+def _template(prompt: str) -> str:
+    if "{problem}" in prompt:
+        return prompt
+    if prompt not in TEMPLATES:
+        raise UserError(
+            f"--prompt {prompt!r}: give a text with {{problem}} in it, or one of {', '.join(TEMPLATES)}"
+        )
+    return TEMPLATES[prompt]

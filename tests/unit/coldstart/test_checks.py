@@ -1,0 +1,123 @@
+"""The check, reason by reason, and on the real traces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from megatron_parallel_r1.coldstart.checks import Shape, check
+from megatron_parallel_r1.coldstart.references import sibling_named
+from megatron_parallel_r1.coldstart.settings import Check
+from megatron_parallel_r1.coldstart.survey import survey
+from megatron_parallel_r1.coldstart.teacher import Answer
+from megatron_parallel_r1.coldstart.written import Written
+from megatron_parallel_r1.data.canonical import canonical
+from megatron_parallel_r1.data.form import malformed
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.thought.parser import ParseError
+from tests.unit.coldstart.written_traces import block, posed, trace
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier() as verifier:
+        yield verifier
+
+
+def test_a_good_trace_is_kept_in_canonical_spelling(verifier: Verifier) -> None:
+    checked = check(Answer(f"\n{trace('6', (2, 3))}\n", "stop"), posed(3), Check(), verifier)
+    assert checked.kept and checked.shape == Shape((2, 3))
+    assert checked.text.startswith("Let us") and "<Parallel><Path>\nlook" in checked.text
+    assert (checked.shape.blocks, checked.shape.widest) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "reason", "kind"),
+    [
+        (trace("6"), "refused", "refused", ""),
+        (" \n", "stop", "empty", ""),
+        (trace("6"), "length", "cut by length", ""),
+        (trace("6", note="x" * 30_000), "stop", "too long", ""),
+        ("<Parallel> so <Path>a</Path>", "stop", "malformed", "text between the paths of a block"),
+        ("a</Path> Final Answer: 6", "stop", "malformed", "</Path> inside the main text"),
+        ("<Parallel><Path>a", "stop", "malformed", "the trace ends inside a path"),
+        ("Final Answer: 6", "stop", "no block", ""),
+        (trace("6", (2, 1)), "stop", "lonely path", ""),
+        (block(text="").replace("0", "").replace("1", "") + "Final Answer: 6", "stop", "blank part", ""),
+        (block(text="as the second path says") + "Final Answer: 6", "stop", "names a sibling", ""),
+        (block() + "It is 6.", "stop", "no answer", ""),
+        (block(text="Final Answer: 6 ") + "So it is.", "stop", "no answer", ""),
+        (trace("7"), "stop", "wrong answer", ""),
+    ],
+)
+def test_each_reason(text: str, finish: str, reason: str, kind: str, verifier: Verifier) -> None:
+    rejection = check(Answer(text, finish), posed(3), Check(), verifier).rejection
+    assert rejection is not None
+    assert (rejection.reason, rejection.kind) == (reason, kind)
+
+
+def test_what_is_not_asked_is_not_checked(verifier: Verifier) -> None:
+    loose = Check(parallel=False, independent=False)
+    for text in ("Final Answer: 6", block(text="as the second path says") + "Final Answer: 6"):
+        assert check(Answer(text, "stop"), posed(3), loose, verifier).kept
+
+
+@pytest.mark.parametrize(
+    ("paths", "named"),
+    [
+        (("First path: add.", "Second path: count. This path is short."), None),
+        (("add", "As in the first path, add."), "first path"),
+        (("add", "As in the first reasoning path, add."), "first reasoning path"),
+        (("see Path 2", "count"), "Path 2"),
+        (("path 1: add", "path 2: count"), None),
+        (("add", "the other paths agree"), "the other paths"),
+        (("the path has 3 stones", "walk along the second half of the path"), None),
+        (("the third path in the garden", "count"), None),  # the block has two, so it is the garden's
+        (("only one, like the second path",), None),
+        (("path 2.5 m wide", "count"), None),
+    ],
+)
+def test_sibling_named(paths: tuple[str, ...], named: str | None) -> None:
+    assert sibling_named(paths) == named
+
+
+def test_written_agrees_with_the_readers(real_data: Path) -> None:
+    table = parquet.read_table(real_data / "parallel_gsm8k.parquet")
+    for response in table["response"].to_pylist():
+        text = canonical(response)
+        try:
+            written = Written.of(text)
+        except ParseError as error:
+            assert malformed(text).startswith(error.what)
+        else:
+            assert malformed(text) is None
+            assert "".join(written.pieces) == text
+
+
+def test_the_real_traces(real_data: Path) -> None:
+    """The pass table of the published traces, told in docs/coldstart.md."""
+    tally = survey(real_data / "parallel_gsm8k.parquet")
+    assert (tally.answers, tally.passed) == (281, 274)
+    assert tally.reasons == (
+        ("malformed", "text between the paths of a block", 1),
+        ("malformed", "text where <Summary> must follow </Parallel>", 1),
+        ("no block", "", 3),
+        ("names a sibling", "", 2),
+    )
+    assert [example.problem for example in tally.examples] == ["88", "125", "64", "95", "278", "170", "222"]
+    loose = survey(real_data / "parallel_gsm8k.parquet", Check(parallel=False, independent=False))
+    assert loose.passed == 279
+
+
+def test_survey_names_a_bad_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        survey(path)
+    parquet.write_table(pa.table({"question": ["q"], "response": [None], "answer": ["1"]}), path)
+    with pytest.raises(UserError, match=r"row 0 \(from 0\), column 'response': no text"):
+        survey(path)

@@ -1,0 +1,211 @@
+"""The endpoint's client against a server that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+
+from megatron_parallel_r1.coldstart.backoff import backoff_s, retry_after_s
+from megatron_parallel_r1.coldstart.endpoint import open_endpoint
+from megatron_parallel_r1.coldstart.reply import BadReply, read_reply
+from megatron_parallel_r1.coldstart.settings import Endpoint
+from megatron_parallel_r1.coldstart.teacher import Answer, Request, Unanswered
+from megatron_parallel_r1.errors import UserError
+from tests.unit.coldstart.fake_teacher import Body, FakeTeacher, Reply, chat, completion, fault
+from tests.unit.coldstart.written_traces import posed
+
+GOOD = chat("Final Answer: 6")
+
+
+def told(url: str, changes: dict[str, Any] | None = None) -> Endpoint:
+    quick = {"timeout_s": 5.0, "backoff_s": 0.01, "longest_wait_s": 0.05, "retries": 3, "give_up_after": 99}
+    return Endpoint(kind="endpoint", url=url, model="fake", **(quick | (changes or {})))
+
+
+def ask(endpoint: Endpoint, count: int = 1) -> list[Answer | BaseException]:
+    async def all_of_them() -> list[Answer | BaseException]:
+        async with open_endpoint(endpoint, concurrency=8) as teacher:
+            requests = [Request.of(posed(number), 0, "plain", seed=0) for number in range(count)]
+            return await asyncio.gather(*map(teacher.answer, requests), return_exceptions=True)
+
+    return asyncio.run(all_of_them())
+
+
+def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret\n")
+    with FakeTeacher(lambda body, tried: GOOD).running() as teacher:
+        changes = {"key_variable": "TEACHER_KEY", "max_tokens": 9, "body": {"top_p": 0.9, "seed": None}}
+        assert ask(told(teacher.url + "/", changes)) == [Answer("Final Answer: 6", "stop")]
+    ((path, headers, body),) = teacher.requests
+    assert path == "/v1/chat/completions"
+    assert headers["Authorization"] == "Bearer sk-secret"
+    assert body == {
+        "model": "fake",
+        "messages": [{"role": "user", "content": "What is 0 plus 0?"}],
+        "temperature": 0.8,
+        "max_tokens": 9,
+        "top_p": 0.9,
+    }
+
+
+def test_plain_completions() -> None:
+    with FakeTeacher(lambda body, tried: completion("so", "length")).running() as teacher:
+        assert ask(told(teacher.url, {"api": "completions"})) == [Answer("so", "length")]
+    ((path, headers, body),) = teacher.requests
+    assert path == "/v1/completions" and body["prompt"] == "What is 0 plus 0?\n"
+    assert "Authorization" not in headers and isinstance(body["seed"], int)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        fault(429, Retry_After="0"),
+        fault(500),
+        fault(503, Retry_After="no date at all"),
+        fault(408),
+        Reply(b"<html>busy</html>"),
+        Reply(b'{"choices": [{"message": {"content": "Fi'),
+        Reply(b'{"error": {"message": "overloaded"}}'),
+        Reply(b'{"choices": [{"message": {"content": 7}}]}'),
+        Reply(GOOD.body, cut=True),
+        Reply(GOOD.body, headers={"Content-Encoding": "gzip"}),
+    ],
+)
+def test_trouble_that_passes(trouble: Reply) -> None:
+    with FakeTeacher(lambda body, tried: trouble if tried < 2 else GOOD).running() as teacher:
+        assert ask(told(teacher.url)) == [Answer("Final Answer: 6", "stop")]
+    assert len(teacher.requests) == 3
+
+
+@pytest.mark.parametrize("slow", [Reply(GOOD.body, delay_s=30), Reply(GOOD.body, drip_s=0.1)])
+def test_hangs_are_cut_and_tried_again(slow: Reply) -> None:
+    begun = time.monotonic()
+    with FakeTeacher(lambda body, tried: slow if tried == 0 else GOOD).running() as teacher:
+        assert ask(told(teacher.url, {"timeout_s": 1.0})) == [Answer("Final Answer: 6", "stop")]
+        # The hanging reply would take 30 s, the dripping one 8 s; a try may take 1 s.
+        assert time.monotonic() - begun < 7
+
+
+def test_retry_after_is_honoured() -> None:
+    arrivals: list[float] = []
+
+    def behave(body: Body, tried: int) -> Reply:
+        arrivals.append(time.monotonic())
+        return fault(429, Retry_After="1") if tried == 0 else GOOD
+
+    with FakeTeacher(behave).running() as teacher:
+        ask(told(teacher.url))
+    assert arrivals[1] - arrivals[0] >= 1.0
+
+
+def test_a_pause_beyond_patience_is_not_waited_for() -> None:
+    with FakeTeacher(lambda body, tried: fault(429, Retry_After="7200")).running() as teacher:
+        (failure,) = ask(told(teacher.url))
+    assert isinstance(failure, Unanswered) and len(teacher.requests) == 1
+
+
+def test_unanswered_after_all_tries() -> None:
+    with FakeTeacher(lambda body, tried: fault(502)).running() as teacher:
+        (failure,) = ask(told(teacher.url))
+    assert isinstance(failure, Unanswered) and str(failure) == "status 502"
+    assert len(teacher.requests) == 4
+
+
+def test_a_dead_endpoint_ends_the_run() -> None:
+    with FakeTeacher(lambda body, tried: GOOD).running() as teacher:
+        url = teacher.url
+    failures = ask(told(url, {"give_up_after": 3, "retries": 0}), count=3)
+    assert [type(failure) for failure in failures] == [Unanswered, Unanswered, UserError]
+    assert "3 requests in a row stayed without an answer" in str(failures[-1])
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        (fault(401), r"status 401, it refuses the key in TEACHER_KEY"),
+        (fault(404), r"status 404, it knows no model 'fake' or no such address"),
+        (fault(400, "bad seed of sk-secret"), r"refuses the request \(bad seed of …\)"),
+        (Reply(b"not json", 422), r"refuses the request \(without a word\)"),
+        (Reply(b'["odd"]', 422), r"refuses the request \(without a word\)"),
+        (Reply(b"", 307, {"Location": "http://b/"}), r"redirects to http://b/; give that as teacher.url"),
+    ],
+)
+def test_trouble_to_mend(trouble: Reply, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret")
+    with FakeTeacher(lambda body, tried: trouble).running() as teacher:
+        (failure,) = ask(told(teacher.url, {"key_variable": "TEACHER_KEY"}))
+    assert isinstance(failure, UserError) and len(teacher.requests) == 1
+    with pytest.raises(UserError, match=says):
+        raise failure
+    assert "sk-secret" not in str(failure) and "\n" not in str(failure)
+
+
+def test_a_filtered_prompt_is_a_refusal() -> None:
+    with FakeTeacher(lambda body, tried: fault(400, code="content_filter")).running() as teacher:
+        assert ask(told(teacher.url)) == [Answer("", "refused")]
+
+
+def test_keys_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = told("http://127.0.0.1:9/v1", {"key_variable": "TEACHER_KEY"})
+    monkeypatch.delenv("TEACHER_KEY", raising=False)
+    with pytest.raises(UserError, match="TEACHER_KEY is not set"):
+        ask(endpoint)
+    monkeypatch.setenv("TEACHER_KEY", "sk-sécret")
+    with pytest.raises(UserError, match="holds is no key") as raised:
+        ask(endpoint)
+    assert "cret" not in str(raised.value).replace("TEACHER_KEY", "")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        (chat("<think>hm</think>\nsix"), Answer("\nsix", "stop")),
+        (chat("hm</think>six"), Answer("six", "stop")),
+        (chat("<think>hm and hm", "length"), Answer("", "length")),
+        (chat(None, refusal="no"), Answer("", "refused")),
+        (chat("six", "content_filter"), Answer("six", "refused")),
+        (Reply(rb'{"choices": [{"message": {"content": "a\ud800"}}]}'), Answer("a?", "stop")),
+    ],
+)
+def test_replies(reply: Reply, answer: Answer) -> None:
+    assert read_reply(reply.body, "chat") == answer
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b"null", b"{}", b'{"choices": {}}', b'{"choices": [7]}', b"\xff", b"[" * 100_000]
+)
+def test_replies_that_are_none(body: bytes) -> None:
+    for api in ("chat", "completions"):
+        with pytest.raises(BadReply):
+            read_reply(body, api)
+
+
+def test_backoff_doubles_and_is_seeded() -> None:
+    waits = [backoff_s(1.0, 20.0, attempt, seed=5) for attempt in range(200)]
+    for attempt, wait in enumerate(waits):
+        whole = min(20.0, 2.0**attempt)
+        assert whole / 2 <= wait <= whole
+    assert waits == [backoff_s(1.0, 20.0, attempt, seed=5) for attempt in range(200)]
+    assert waits[3] != backoff_s(1.0, 20.0, 3, seed=6)
+
+
+def test_retry_after_header() -> None:
+    now = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    assert retry_after_s(None) is None
+    assert retry_after_s("soon") is None
+    assert retry_after_s(" 7 ") == 7.0
+    assert retry_after_s("Thu, 01 Jan 2026 00:00:30 GMT", now) == 30.0
+    assert retry_after_s("Wed, 31 Dec 2025 00:00:00 GMT", now) == 0.0
+
+
+def test_requests_are_told_apart() -> None:
+    one, other = (Request.of(posed(1), sample, "plain", seed=0) for sample in (0, 1))
+    assert one.seed != other.seed and 0 <= one.seed < 2**31
+    keys = {one.key("a", "p"), one.key("b", "p"), one.key("a", "q"), other.key("a", "p")}
+    assert len(keys) == 4
+    assert json.dumps(one.key("a", "p")) == json.dumps(Request.of(posed(1), 0, "plain", 0).key("a", "p"))

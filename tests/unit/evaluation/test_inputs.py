@@ -1,0 +1,141 @@
+"""What evaluation reads: benchmarks, checkpoints, engines by name; and what it says where it cannot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.benchmarks import read_benchmarks
+from megatron_parallel_r1.evaluation.checkpoints import fingerprint, open_checkpoint
+from megatron_parallel_r1.evaluation.engines import engine_opener
+from megatron_parallel_r1.evaluation.modes import Mode
+from megatron_parallel_r1.evaluation.runs import Plan
+from megatron_parallel_r1.rollout.settings import Thinking
+
+
+def test_embedded_benchmarks_need_no_data() -> None:
+    hard, easy = read_benchmarks(["embedded_hard", "embedded_easy"], limit=5)
+    assert [len(hard.problems), len(easy.problems)] == [5, 5]
+    assert "x²" in hard.problems[0].prompt and "x²" not in easy.problems[0].prompt
+    assert read_benchmarks(["embedded_hard"], limit=5)[0] == hard
+
+
+def test_a_folder_of_copies(tmp_path: Path) -> None:
+    rows = [{"problem": f"{i} + 1", "answer": str(i + 1), "solution": "", "url": ""} for i in range(4)]
+    for name in ("aime24.jsonl", "MATH-500.jsonl", "own.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aime, math = read_benchmarks(["aime24", "math500"], tmp_path, limit=3)
+    assert [p.answers for p in aime.problems] == [("1",), ("2",), ("3",)]
+    assert aime.source == str(tmp_path / "aime24.jsonl") and math.source.endswith("MATH-500.jsonl")
+    (own,) = read_benchmarks([f"aime25={tmp_path / 'own.jsonl'}"], tmp_path)
+    assert (own.name, len(own.problems)) == ("aime25", 4)
+    with pytest.raises(UserError, match=r"no copy of amc23 \(amc23.parquet, amc23.jsonl"):
+        read_benchmarks(["amc23"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "limit", "what"),
+    [
+        ([], None, "no benchmark given"),
+        (["aime23"], None, "'aime23': unknown, use one of aime24"),
+        (["embedded_hard=x"], None, "unknown"),
+        (["embedded_hard", "embedded_hard"], 2, "given twice"),
+        (["embedded_easy"], 0, "--limit 0"),
+        (["embedded_easy"], 508, "507 are held out"),
+        (["aime24=/nowhere/x.parquet"], None, "/nowhere/x.parquet"),
+    ],
+)
+def test_bad_benchmarks(names: list[str], limit: int | None, what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        read_benchmarks(names, limit=limit)
+
+
+@pytest.mark.parametrize(("name", "count"), [("aime24", 30), ("aime25", 30), ("amc23", 40)])
+def test_real_copies(name: str, count: int, real_data: Path) -> None:
+    (found,) = read_benchmarks([name], real_data)
+    assert len(found.problems) == count
+
+
+def release(folder: Path, **thinking: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    told = {**asdict(Thinking(mode="replay", paths=3)), "prompt": "plain", "prompt_template": "{problem}!"}
+    (folder / "thinking.json").write_text(json.dumps({**told, **thinking}))
+    return folder
+
+
+def test_a_release_tells_how_it_decodes(tmp_path: Path) -> None:
+    folder = release(tmp_path / "tiny/release", later_addition=[1])
+    found = open_checkpoint(folder)
+    assert (found.name, found.told, found.step) == ("tiny", folder.resolve() / "thinking.json", None)
+    assert found.decoding.thinking == Thinking(mode="replay", paths=3)
+    assert found.decoding.template == "{problem}!"
+    assert open_checkpoint(tmp_path / "tiny").folder == folder
+
+
+def test_a_folder_that_does_not_gets_the_defaults(tmp_path: Path) -> None:
+    folder = release(tmp_path / "qwen")
+    (folder / "thinking.json").unlink()
+    found = open_checkpoint(folder)
+    assert found.told is None and found.decoding.thinking == Thinking()
+    assert "<Parallel>" in found.decoding.template
+
+
+@pytest.mark.parametrize(
+    ("thinking", "what"),
+    [
+        ({"paths": 0}, "paths must be 1..8"),
+        ({"mode": "loops"}, "mode"),
+        ({"prompt_template": "no place"}, r"prompt_template must be a text with \{problem\}"),
+        ({"prompt_template": None}, "prompt_template"),
+    ],
+)
+def test_bad_thinking(thinking: dict[str, object], what: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        open_checkpoint(release(tmp_path / "x", **thinking))
+    assert "thinking.json" in str(caught.value)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config.json; give the folder"):
+        open_checkpoint(tmp_path)
+    (release(tmp_path / "x") / "thinking.json").write_text("{")
+    with pytest.raises(UserError, match="no valid JSON"):
+        open_checkpoint(tmp_path / "x")
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    one, other = release(tmp_path / "one"), release(tmp_path / "other", paths=8)
+    assert fingerprint(one) == fingerprint(other)
+    (other / "model.safetensors").write_bytes(b"weighty")
+    assert fingerprint(one) != fingerprint(other)
+    (other / "model.safetensors").write_bytes(b"weights")
+    (other / "tokenizer.json").write_text("{}")
+    assert fingerprint(one) != fingerprint(other)
+
+
+@pytest.mark.parametrize("name", ["sglang", "vllm", "Native", ""])
+def test_engines_that_are_not_built_in(name: str) -> None:
+    with pytest.raises(UserError, match=f"engine '{name}': not built in, use one of native"):
+        engine_opener(name)
+
+
+@pytest.mark.parametrize(
+    ("samples", "mode", "found"),
+    [(None, "parallel", 1), (16, "parallel", 16), (None, "majority@8", 8), (16, "majority@8", 16)],
+)
+def test_samples_of_a_mode(samples: int | None, mode: str, found: int) -> None:
+    assert Plan(Path("out"), samples=samples).samples_in(Mode.of(mode)) == found
+
+
+@pytest.mark.parametrize(
+    ("samples", "mode"), [(0, "parallel"), (-1, "sequential"), (12, "majority@8"), (4, "majority@8")]
+)
+def test_samples_that_make_no_vote(samples: int, mode: str) -> None:
+    with pytest.raises(UserError, match=f"--samples {samples}: mode {mode} needs"):
+        Plan(Path("out"), samples=samples).samples_in(Mode.of(mode))

@@ -1,0 +1,74 @@
+"""Modes, and what each makes of a checkpoint's own decoding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.modes import Decoding, Mode, decoding_of
+from megatron_parallel_r1.rollout.settings import Thinking
+
+STORED = Decoding(Thinking(mode="replay", paths=5, max_response_tokens=900), TEMPLATES["parallel"])
+PLAIN = replace(STORED, template="{problem}")
+
+
+def test_modes_by_name() -> None:
+    assert Mode.of("majority@16") == Mode("majority", 16)
+    for text in ("parallel", "sequential", "majority@4"):
+        assert str(Mode.of(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "majority", "majority@", "majority@1", "majority@0", "Parallel", "majority@-2"]
+)
+def test_unknown_modes(text: str) -> None:
+    with pytest.raises(UserError, match="use parallel, sequential or majority@k"):
+        Mode.of(text)
+
+
+def test_parallel_is_what_is_stored() -> None:
+    assert decoding_of(Mode("parallel"), STORED) == STORED
+
+
+@pytest.mark.parametrize("mode", [Mode("sequential"), Mode("majority", 4)])
+def test_sequential_keeps_the_limits_and_asks_for_no_blocks(mode: Mode) -> None:
+    found = decoding_of(mode, STORED)
+    assert found == Decoding(replace(STORED.thinking, mode="sequential"), TEMPLATES["sequential"])
+    assert decoding_of(mode, PLAIN).template == "{problem}"
+
+
+def test_flags_win() -> None:
+    found = decoding_of(Mode("parallel"), STORED, ["paths=2", "temperature=0.6", "mode=isolated"], "plain")
+    assert (found.thinking.paths, found.thinking.temperature, found.thinking.mode) == (2, 0.6, "isolated")
+    assert found.thinking.max_response_tokens == 900 and found.template == "{problem}"
+    assert decoding_of(Mode("sequential"), STORED, (), "Q: {problem}").template == "Q: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        (["path=2"], "write key=value, with a key of mode, paths"),
+        (["paths"], "write key=value"),
+        (["paths=nine"], "paths"),
+        (["paths=9"], "paths must be 1..8"),
+        (["mode=circular"], "mode"),
+        (["paths={"], "no valid YAML"),
+    ],
+)
+def test_bad_settings(settings: list[str], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        decoding_of(Mode("parallel"), STORED, settings)
+
+
+def test_contradictions() -> None:
+    sequential = replace(STORED, thinking=replace(STORED.thinking, mode="sequential"))
+    with pytest.raises(UserError, match="--mode sequential"):
+        decoding_of(Mode("parallel"), sequential)
+    assert decoding_of(Mode("parallel"), sequential, ["mode=isolated"]).thinking.mode == "isolated"
+    with pytest.raises(UserError, match="has no blocks"):
+        decoding_of(Mode("sequential"), STORED, ["mode=isolated"])
+    with pytest.raises(UserError, match="--prompt 'paralel'"):
+        decoding_of(Mode("parallel"), STORED, (), "paralel")

@@ -1,0 +1,138 @@
+"""Statistics against numbers worked out by hand, and laws that hold for any scores."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import combinations, product
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_parallel_r1.evaluation.statistics import Scores, bootstrap, compare, holm, pass_at_k, sign_flip
+
+ROUNDING = 1e-12  # a handful of float64 operations on numbers up to 1
+
+
+def scores(*right: int, of: int = 1, names: str = "abcdefghij") -> Scores:
+    return Scores(tuple(names[: len(right)]), right, of)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k", "by_hand"),
+    [
+        (4, 1, 2, Fraction(1, 2)),  # C(3,2)/C(4,2) = 3/6 of the pairs miss it
+        (5, 2, 3, Fraction(9, 10)),  # 1 of 10 triples holds no right one
+        (10, 0, 5, Fraction(0)),
+        (3, 2, 2, Fraction(1)),  # two cannot both be the one wrong
+    ],
+)
+def test_pass_at_k_by_hand(n: int, c: int, k: int, by_hand: Fraction) -> None:
+    assert pass_at_k(n, c, k) == pytest.approx(float(by_hand), abs=ROUNDING)
+
+
+@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(case: tuple[int, int, int]) -> None:
+    n, c, k = case
+    subsets = list(combinations([True] * c + [False] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=ROUNDING)
+    assert pass_at_k(n, c, 1) == pytest.approx(c / n, abs=ROUNDING)
+    assert pass_at_k(n, c, n) == float(c > 0)
+
+
+def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
+    """400 data sets of 60 fair coins: 95 % of the intervals hold 1/2, give or take four errors of 1 %."""
+    rng = np.random.default_rng(5)
+    held = 0
+    for trial in range(400):
+        found = bootstrap(rng.integers(0, 2, 60), seed=trial, resamples=1000)
+        held += found.low <= 0.5 <= found.high
+    assert 0.91 <= held / 400 <= 0.99
+
+
+def test_bootstrap_width_is_that_of_the_normal_approximation_where_it_holds() -> None:
+    values = np.random.default_rng(0).random(2000)
+    found = bootstrap(values, seed=1)
+    half = 1.96 * values.std() / 2000**0.5
+    assert found.value == pytest.approx(values.mean(), abs=ROUNDING)
+    # Quantiles of 10,000 resamples are themselves off by some 3 % of the half width.
+    assert found.high - found.value == pytest.approx(half, rel=0.08)
+    assert found.value - found.low == pytest.approx(half, rel=0.08)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 3))
+def test_bootstrap_stays_in_range_and_repeats_itself(right: list[int], seed: int) -> None:
+    values = np.array(right) / 4
+    found = bootstrap(values, seed, resamples=200)
+    assert values.min() - ROUNDING <= found.low <= found.high <= values.max() + ROUNDING
+    assert found == bootstrap(values, seed, resamples=200)
+
+
+def test_a_large_bootstrap_is_made_in_chunks() -> None:
+    values = np.arange(3001) % 2  # two million numbers a chunk: 666 rows, the last chunk short
+    found = bootstrap(values, seed=0, resamples=1000)
+    assert found.low < found.value < found.high
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact McNemar test: twice the smaller binomial tail, at most 1."""
+    n = only_a + only_b
+    return min(1.0, 2 * sum(comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n)
+
+
+def test_sign_flip_by_hand() -> None:
+    # Six problems differ, five for b: (1 + 6) of 64 sign patterns are as extreme on each side.
+    assert sign_flip([1, 1, 1, 1, 1, -1, 0, 0]) == pytest.approx(14 / 64, abs=ROUNDING)
+    assert mcnemar(1, 5) == pytest.approx(14 / 64, abs=ROUNDING)
+    assert sign_flip([0, 0, 0]) == 1.0
+    assert sign_flip([3, 2]) == pytest.approx(2 / 4, abs=ROUNDING)  # |5| by ++ and --, |1| by the others
+
+
+@given(st.lists(st.integers(-4, 4), max_size=9))
+def test_sign_flip_equals_all_permutations(differences: list[int]) -> None:
+    sums = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+        for signs in product((1, -1), repeat=len(differences))
+    ]
+    by_definition = sum(total >= abs(sum(differences)) for total in sums) / len(sums)
+    assert sign_flip(differences) == pytest.approx(by_definition, abs=ROUNDING)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 5))
+def test_on_single_trials_it_is_mcnemars_test(only_a: int, only_b: int, ties: int) -> None:
+    differences = [1] * only_b + [-1] * only_a + [0] * ties
+    assert sign_flip(differences) == pytest.approx(mcnemar(only_a, only_b), abs=1e-9)  # 80 halvings and sums
+
+
+def test_sign_flip_of_many_problems_stays_exact_and_fast() -> None:
+    differences = [(-1) ** i * (i % 17) for i in range(1319)]
+    assert 0.5 < sign_flip(differences) <= 1.0
+    assert sign_flip([16] * 1319) == pytest.approx(2.0**-1318, rel=1e-6)
+
+
+def test_compare_uses_common_problems_and_a_common_denominator() -> None:
+    before = scores(1, 0, 2, 2, of=2, names="abcd")
+    after = Scores(("d", "c", "b", "z"), (0, 4, 3, 4), of=4)
+    found = compare(before, after)
+    assert found is not None and found.problems == 3
+    # d: 0/4 - 2/2, c: 4/4 - 2/2, b: 3/4 - 0/2.
+    assert found.difference.value == pytest.approx((-1 + 0 + 0.75) / 3, abs=ROUNDING)
+    assert found.p == pytest.approx(1.0, abs=ROUNDING)  # |-4 + 3| is the least that ±4 ±3 can be
+    assert compare(before, Scores(("z",), (1,), 1)) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=10))
+def test_compare_is_antisymmetric(pairs: list[tuple[int, int]]) -> None:
+    a = scores(*(left for left, _ in pairs), of=3)
+    b = scores(*(right for _, right in pairs), of=3)
+    forth, back = compare(a, b), compare(b, a)
+    assert forth.p == back.p
+    assert forth.difference.value == pytest.approx(-back.difference.value, abs=ROUNDING)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06], abs=ROUNDING)
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
