@@ -1,4 +1,4 @@
-"""The command line: `parallel-r1 curriculum | sft | rl | eval | plan | report`."""
+"""The command line: `parallel-r1 curriculum | sft | rl | eval | coldstart | plan | report`."""
 
 from __future__ import annotations
 
@@ -69,6 +69,23 @@ def evaluate(
 
     record = evaluate_checkpoint(read_recipe(recipe, overrides or ()), checkpoint)
     open_console().print(eval_table([record]))
+
+
+@app.command()
+def coldstart(
+    settings: Annotated[Path, typer.Argument(help="YAML settings; see docs/coldstart.md.")],
+    overrides: Overrides = None,
+) -> None:
+    """Have a teacher write cold-start traces. Started again, it asks only what has no answer yet."""
+    from megatron_parallel_r1.coldstart.run import cold_start
+    from megatron_parallel_r1.coldstart.settings import settings_of
+    from megatron_parallel_r1.recipe_file import read_tree
+
+    told = settings_of(read_tree(settings, overrides or ()), str(settings))
+    outcome = cold_start(told, tell=lambda line: typer.echo(line, err=True))
+    kept, passed = outcome.written.traces, outcome.tally.passed
+    typer.echo(f"traces   {told.out / 'traces.parquet'} ({kept} of {passed} that pass)")
+    typer.echo(f"report   {told.out / 'report.md'}")
 
 
 @app.command()
@@ -147,7 +164,7 @@ def main() -> None:
         _explain(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
+        typer.echo("stopped; the same command goes on where it was", err=True)
         raise SystemExit(130) from None
 
 

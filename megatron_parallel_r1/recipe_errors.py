@@ -17,6 +17,8 @@ UNION_TAGS = (
     "constant",
     "linear",
     "window",
+    "endpoint",
+    "engine",
 )
 
 

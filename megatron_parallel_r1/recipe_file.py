@@ -15,14 +15,27 @@ from megatron_parallel_r1.recipe_errors import first_problem
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a YAML recipe and applies `key=value` overrides.
+    """Reads a recipe; arguments as `read_tree`.
+
+    Raises:
+        UserError: as `read_tree`, or a key is unknown, missing or ill-typed.
+    """
+    tree = read_tree(path, overrides)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}") from None
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with `key=value` overrides applied.
 
     Args:
         overrides: such as `seed=3` or `stages.cold_start.steps=10`; a list's member is named by its index, or
             by its `name`. Values are YAML.
 
     Raises:
-        UserError: the file is missing or no YAML, or a key is unknown, missing or ill-typed.
+        UserError: the file is missing or no YAML, or an override names nothing.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -34,10 +47,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_problem(error)}") from None
+    return tree
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
