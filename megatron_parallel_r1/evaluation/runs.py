@@ -55,8 +55,10 @@ class Plan:
     concurrent: int = 256
 
     def samples_in(self, mode: Mode) -> int:
-        """Raises:
-        UserError: less than one, or no whole number of votes.
+        """Responses to each problem.
+
+        Raises:
+            UserError: less than one, or no whole number of votes.
         """
         samples = mode.votes if self.samples is None else self.samples
         if samples < 1 or samples % mode.votes:

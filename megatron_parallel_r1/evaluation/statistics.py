@@ -59,7 +59,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def bootstrap(values_P: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """The mean over problems with the percentile interval of resampled means (Efron and Tibshirani, 1993).
 
-    With few problems, such as AIME's 30, it is a little too narrow. It never leaves [min, max].
+    With few problems, such as AIME's 30, it is a little too narrow; where all score alike it has no width.
     """
     values_P = np.asarray(values_P, float)
     count = len(values_P)

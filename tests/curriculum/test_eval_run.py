@@ -1,16 +1,21 @@
-"""`eval/run.py` and `eval/compare.py` on a real run of a model of nothing: cached, killed, shared, compared."""
+"""`eval/run.py` and `eval/compare.py` on a run of a model of nothing: cached, killed, shared, compared."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.command import compare_command, run_command
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Path(__file__).parent / "mini.yaml"
@@ -116,6 +121,7 @@ def test_killed_it_goes_on_where_it_was(trained: Path, evaluated: Path, tmp_path
     assert len(now) == 48 and {r["key"] for r in now} == {r["key"] for r in records(evaluated)}
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(trained: Path, evaluated: Path, tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = ("--checkpoint", trained / "release", *ASKED, "--out", tmp_path)
@@ -129,6 +135,7 @@ def test_two_processes_share_the_work(trained: Path, evaluated: Path, tmp_path: 
     assert sum(shared[key] != alone[key] for key in alone) <= 1
 
 
+@pytest.mark.slow
 def test_a_tensor_group_decodes_together(trained: Path, evaluated: Path, tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = ("--checkpoint", trained / "release", *ASKED, "--out", tmp_path, "--tensor", 2)
@@ -159,41 +166,48 @@ def test_stages_in_several_modes_side_by_side(trained: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "what"),
+    ("command", "words", "what"),
     [
-        ("run.py", ("--checkpoint", "nowhere"), "nowhere: no config.json"),
+        (run_command, ("--checkpoint", "nowhere"), "nowhere: no config.json"),
         (
-            "run.py",
+            run_command,
             ("--checkpoint", "{}", "--engine", "sglang"),
             "engine 'sglang': not built in, use one of native",
         ),
         (
-            "run.py",
+            run_command,
             ("--checkpoint", "{}", "--set", "temperature=0"),
             "at temperature 0 all of them are the same",
         ),
         (
-            "run.py",
+            run_command,
             ("--checkpoint", "{}", "--mode", "majority@3"),
             "--samples 2: mode majority@3 needs a multiple",
         ),
-        ("run.py", ("--checkpoint", "{}", "--server", "http://localhost:1"), "takes no --server"),
-        ("run.py", ("--checkpoint", "{}", "--concurrent", "0"), "--concurrent 0"),
+        (run_command, ("--checkpoint", "{}", "--server", "http://localhost:1"), "takes no --server"),
+        (run_command, ("--checkpoint", "{}", "--concurrent", "0"), "--concurrent 0"),
         (
-            "compare.py",
+            compare_command,
             ("--run", "{}", "--stages", "warm_start"),
             "no finished stage of --run; it has cold_start, rl",
         ),
-        ("compare.py", (), "nothing to compare"),
-        ("compare.py", ("--run", "."), "no run folder"),
+        (compare_command, (), "nothing to compare"),
+        (compare_command, ("--run", "."), "no run folder"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
-    trained: Path, tmp_path: Path, script: str, words: tuple[str, ...], what: str
+def test_mistakes_are_named_before_anything_is_written(
+    trained: Path, tmp_path: Path, command: Callable[[list[str]], None], words: tuple[str, ...], what: str
 ) -> None:
-    filled = (word.replace("{}", str(trained)) for word in words)
-    process = start(script, *filled, *ASKED, "--out", tmp_path / "out")
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 2, out + error
-    assert what in error and error.startswith("error: ") and error.count("\n") == 1
+    filled = [word.replace("{}", str(trained)) for word in words]
+    with pytest.raises(UserError, match=re.escape(what)):
+        command([*filled, *ASKED, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    process = start("run.py", "--checkpoint", tmp_path, *ASKED)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2 and error.count("\n") == 1
+    assert (
+        error == f"error: {tmp_path}: no config.json; give the folder of a released or a Hugging Face model\n"
+    )

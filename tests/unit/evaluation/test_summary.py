@@ -15,6 +15,7 @@ from megatron_parallel_r1.evaluation.runs import Result
 from megatron_parallel_r1.evaluation.summary import Share, Summary, in_order, summarise
 from megatron_parallel_r1.evaluation.table import html_page, markdown_page, tables_of
 from megatron_parallel_r1.rewards.verifier import Verifier
+from tests.unit.evaluation.made import record
 
 ROUNDING = 1e-12
 
@@ -25,8 +26,6 @@ def problem(name: str, right: int, blocks: int = 0, samples: int = 4) -> list[Re
 
 
 def record_of(name: str, sample: int, correct: bool, blocks: int) -> Record:
-    from tests.unit.evaluation.made import record
-
     return record(name, sample, correct, blocks, answer="1" if correct else None)
 
 
@@ -150,4 +149,6 @@ def test_without_steps_checkpoints_stand_in_their_order() -> None:
     found = [result(problem("a", 1), checkpoint=name, step=None).summary for name in ("x", "w$", "v")]
     where, by_steps = places(found)
     assert not by_steps and list(where.values()) == [0.0, 1.0, 2.0]
-    assert "w$" in svg_of(draw_plot(found)) or draw_plot(found).axes
+    (axes,) = draw_plot(found).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["x", r"w\$", "v"]
+    assert ">w$<" in svg_of(draw_plot(found)) or "w$ -->" in svg_of(draw_plot(found))  # a name, no formula
