@@ -33,7 +33,7 @@ from statistics import median
 
 from math_verify import parse, verify
 
-from megatron_parallel_r1.data.tables import open_file
+from megatron_parallel_r1.data.tables import open_files
 from megatron_parallel_r1.rewards.extract import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
 
@@ -167,7 +167,8 @@ def _answers(path: Path | None) -> tuple[list[str], str]:
     path = path or shared / "data" / "math_train.parquet"
     if not path.is_file():
         return list(MADE), f"{len(MADE)} answers made here, there is no {path.name}"
-    found = [answer for text in open_file(path)["solution"] if (answer := extract_answer(text))]
+    rows = [cells for shard in open_files(path) for _, cells in shard.rows()]
+    found = [answer for cells in rows if (answer := extract_answer(cells["solution"]))]
     return found, f"{len(found)} answers of {path.name}"
 
 

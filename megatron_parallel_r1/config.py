@@ -23,6 +23,7 @@ from pydantic import (
 from megatron_parallel_r1.curriculum.plateau import Plateau
 from megatron_parallel_r1.data.embedded.traces import TraceStyle
 from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.data.schemas import CUSTOM, Columns, schema_of
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.parallel import Parallel
@@ -89,13 +90,34 @@ class Model(Strict):
 
 
 class DataSet(Strict):
-    """A published data set by its name, from the Hub or from a local copy of the same schema."""
+    """A data set by its name, from the Hub or from a local copy of the same schema.
+
+    Attributes:
+        name: of a set that we know (`data.schemas`); with `columns` any name on the Hub, or `custom`.
+        path: a parquet or JSON Lines file to read instead of the Hub, or a folder of them.
+        split: on the Hub; the set's usual one if None.
+        columns: which hold what, in a set of the user's own.
+        buffer: problems or examples in memory at most, for files too large to hold; None: all.
+    """
 
     source: Literal["dataset"]
     name: str
     path: Path | None = None
+    split: str | None = None
+    columns: Columns | None = None
     limit: Count | None = None
     bad_rows: Literal["refuse", "skip"] = "refuse"
+    buffer: Count | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> DataSet:
+        try:
+            schema_of(self.name, self.columns)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if self.name == CUSTOM and self.path is None:
+            raise ValueError("data set custom: give its path, or its name on the Hub instead of `custom`")
+        return self
 
 
 class EmbeddedProblems(Strict):
@@ -300,6 +322,20 @@ class Evaluation(Strict):
     concurrent: Count = 512
 
 
+class Decontamination(Strict):
+    """Leaves out training problems that overlap with evaluation problems (`data.decontaminate`).
+
+    Attributes:
+        against: data sets to keep apart from, besides the recipe's own evaluation.
+        words, common, least_share: as `data.decontaminate.contamination`.
+    """
+
+    against: tuple[DataSet, ...] = ()
+    words: Count = 13
+    common: Count = 10
+    least_share: Share = 0.0
+
+
 class Wandb(Strict):
     """Weights & Biases; `offline` writes what `wandb sync` uploads later."""
 
@@ -337,6 +373,7 @@ class Recipe(Strict):
         tuple[Annotated[SftStage | RlStage, Field(discriminator="kind")], ...], Field(min_length=1)
     ]
     evaluation: Evaluation | None = None
+    decontamination: Decontamination | None = None
     wandb: Wandb | None = None
 
     @model_validator(mode="after")

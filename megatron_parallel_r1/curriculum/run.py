@@ -23,7 +23,7 @@ from megatron_parallel_r1.curriculum.keeping import save_model
 from megatron_parallel_r1.curriculum.loop import checkpoint_folder
 from megatron_parallel_r1.curriculum.release import write_release
 from megatron_parallel_r1.curriculum.seeds import across_seeds
-from megatron_parallel_r1.curriculum.sources import check_sources
+from megatron_parallel_r1.curriculum.sources import check_sources, contamination_report
 from megatron_parallel_r1.curriculum.stages import run_rl, run_sft
 from megatron_parallel_r1.curriculum.workbench import Workbench
 from megatron_parallel_r1.model import process
@@ -100,6 +100,8 @@ def _run_seed(
             open_run_folder(recipe, folder, resume)
             if not resume:
                 keep_tokenizer(bench.tokenizer, folder)
+            if report := contamination_report(recipe):
+                (folder / "contamination.md").write_text(report)
         wait_for_all()
         last: Model | None = None
         for stage in recipe.stages:

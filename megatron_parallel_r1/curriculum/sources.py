@@ -5,25 +5,31 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from megatron_parallel_r1 import config
 from megatron_parallel_r1.data import bpe, readers
+from megatron_parallel_r1.data.account import Account, account_table
+from megatron_parallel_r1.data.decontaminate import Contamination, contamination, contamination_table
 from megatron_parallel_r1.data.embedded import generate
 from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer as build_embedded_tokenizer
 from megatron_parallel_r1.data.problems import Example, Problem
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.data.readers import Reading
+from megatron_parallel_r1.data.row_cache import RowCache
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.data.schemas import schema_of
+from megatron_parallel_r1.data.source import Streamed, problem_of
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.layout import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T", Problem, Example)
+Kind = Literal["problems", "examples"]
+DataRead = Reading[Problem] | Reading[Example] | Streamed[Problem] | Streamed[Example]
 
 
 def check_sources(recipe: config.Recipe) -> None:
@@ -33,7 +39,7 @@ def check_sources(recipe: config.Recipe) -> None:
         UserError: a file is missing, a row is unusable and none may be skipped, or an evaluation problem is
             trained on.
     """
-    trained_on = {stage.name: _questions(stage) for stage in recipe.stages}
+    trained_on = {stage.name: _questions(recipe, stage) for stage in recipe.stages}
     if recipe.evaluation is not None:
         held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.count)
         asked = {problem.prompt for problem in held_out}
@@ -81,30 +87,48 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def contamination_report(recipe: config.Recipe) -> str:
+    """Markdown: what each stage's data set has in common with the problems held out; empty without any."""
+    parts = [
+        f"## {stage.name}\n\n{contamination_table(_contamination(recipe, stage))}"
+        for stage in recipe.stages
+        if recipe.decontamination is not None and isinstance(stage.data, config.DataSet)
+    ]
+    return "\n".join(parts)
+
+
 def example_rows(
-    source: config.ExampleSource, seed: int, to_row: Callable[[Example], Row]
+    recipe: config.Recipe,
+    stage: config.SftStage,
+    seed: int,
+    to_row: Callable[[Example], Row],
+    cache: RowCache,
 ) -> ProblemStream[Row]:
-    """Worked examples without end, laid out; those of a data set are laid out once.
+    """Worked examples without end, laid out; those of a data set that is in memory come from `cache`.
 
     Raises:
         UserError: a row of a data set is unusable, its response malformed included, and none may be skipped.
     """
-    match source:
+    match stage.data:
         case config.EmbeddedArithmetic(easy=easy):
             return ProblemStream(lambda i: to_row(generate.arithmetic_example(easy, seed, i)), seed)
         case config.EmbeddedColdStart(easy=easy, style=style):
             return ProblemStream(lambda i: to_row(generate.cold_start_example(style, easy, seed, i)), seed)
         case config.DataSet():
-            return ProblemStream([to_row(example) for example in _rows(source, readers.read_examples)], seed)
+            examples = _apart(recipe, stage)
+            if isinstance(examples, Reading):
+                return ProblemStream(cache.rows(examples.items, to_row), seed)
+            at = examples.shuffled(seed)
+            return ProblemStream(lambda i: to_row(at(i)), seed)
 
 
-def problem_stream(source: config.ProblemSource, seed: int) -> ProblemStream[Problem]:
+def problem_stream(recipe: config.Recipe, stage: config.RlStage, seed: int) -> ProblemStream[Problem]:
     """Problems to train on, without end."""
-    match source:
+    match stage.data:
         case config.EmbeddedProblems(kind=kind):
             return ProblemStream(partial(generate.training_problem, kind, seed), seed)
         case config.DataSet():
-            return ProblemStream(_rows(source, readers.read_problems), seed)
+            return ProblemStream(_apart(recipe, stage).shuffled(seed), seed)
 
 
 def evaluation_problems(source: config.ProblemSource, count: int) -> tuple[Problem, ...]:
@@ -113,36 +137,78 @@ def evaluation_problems(source: config.ProblemSource, count: int) -> tuple[Probl
         case config.EmbeddedProblems(kind=kind):
             return generate.evaluation_problems(kind, count)
         case config.DataSet():
-            return tuple(_rows(source, readers.read_problems)[:count])
+            return tuple(islice(_read(source, "problems").in_order(), count))
 
 
-def _questions(stage: config.SftStage | config.RlStage) -> set[str]:
+def _questions(recipe: config.Recipe, stage: config.SftStage | config.RlStage) -> set[str]:
     """All questions of a stage's data set; the embedded curriculum keeps its own apart by construction."""
     if not isinstance(stage.data, config.DataSet):
         return set()
-    if isinstance(stage, config.SftStage):
-        return {example.problem.prompt for example in _rows(stage.data, readers.read_examples)}
-    return {problem.prompt for problem in _rows(stage.data, readers.read_problems)}
+    return {problem_of(item).prompt for item in _apart(recipe, stage).in_order()}
+
+
+def _apart(recipe: config.Recipe, stage: config.SftStage | config.RlStage) -> DataRead:
+    """A stage's data set, without what the recipe has decontamination leave out."""
+    whole = _read(stage.data, _kind(stage))
+    if recipe.decontamination is None:
+        return whole
+    return whole.without(_contamination(recipe, stage).rows())
+
+
+def _contamination(recipe: config.Recipe, stage: config.SftStage | config.RlStage) -> Contamination:
+    return _overlap(stage.data, _kind(stage), recipe.decontamination, recipe.evaluation)
 
 
 @lru_cache(maxsize=16)
-def _rows(source: config.DataSet, read: Callable[..., Reading[T]]) -> tuple[T, ...]:
-    reading = read(source.name, source.path, limit=source.limit, bad_rows=source.bad_rows)
-    dropped = {"unusable": len(reading.bad), "repeated": reading.repeated, "disputed": reading.disputed}
-    _report(source, len(reading.items), dropped)
-    return reading.items
+def _overlap(
+    source: config.DataSet,
+    kind: Kind,
+    asked: config.Decontamination,
+    evaluation: config.Evaluation | None,
+) -> Contamination:
+    held_out = [problem for data in asked.against for problem in _read(data, "problems").in_order()]
+    if evaluation is not None and isinstance(evaluation.data, config.DataSet):
+        held_out += evaluation_problems(evaluation.data, evaluation.count)
+    trained = map(problem_of, _read(source, kind).in_order())
+    found = contamination(trained, held_out, asked.words, asked.common, asked.least_share)
+    if found.overlaps:
+        left_out = f"{len(found.rows())} of {found.checked} problems overlap with evaluation problems"
+        print(f"{source.path or source.name}: {left_out}, left out", file=sys.stderr)
+    return found
+
+
+def _kind(stage: config.SftStage | config.RlStage) -> Kind:
+    return "examples" if isinstance(stage, config.SftStage) else "problems"
+
+
+@lru_cache(maxsize=16)
+def _read(source: config.DataSet, kind: Kind) -> DataRead:
+    if source.buffer is None:
+        read = readers.read_examples if kind == "examples" else readers.read_problems
+    else:
+        stream = readers.stream_examples if kind == "examples" else readers.stream_problems
+        read = partial(stream, buffer=source.buffer)
+    whole = read(
+        source.name,
+        source.path,
+        columns=source.columns,
+        split=source.split,
+        limit=source.limit,
+        bad_rows=source.bad_rows,
+    )
+    _report(whole.account)
+    return whole
 
 
 def _texts(source: config.DataSet, template: str) -> list[str]:
     """All that a model trained on the data set reads and writes."""
-    if schema_of(source.name).response is None:
-        return [render(template, problem.prompt) for problem in _rows(source, readers.read_problems)]
-    examples = _rows(source, readers.read_examples)
+    if schema_of(source.name, source.columns).response is None:
+        return [render(template, problem.prompt) for problem in _read(source, "problems").in_order()]
+    examples = _read(source, "examples").in_order()
     return [f"{render(template, example.problem.prompt)}\n{example.response}" for example in examples]
 
 
-def _report(source: config.DataSet, kept: int, dropped: dict[str, int]) -> None:
-    """Says on standard error what was left out, if anything was."""
-    counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
-    if counts:
-        print(f"{source.path or source.name}: {kept} rows kept, left out: {counts}", file=sys.stderr)
+def _report(account: Account) -> None:
+    """Says on standard error what was left out and why, if anything was."""
+    if account.kept < account.rows:
+        print(account_table([account]), end="", file=sys.stderr)

@@ -16,6 +16,7 @@ from megatron_parallel_r1.curriculum.sources import example_rows, problem_stream
 from megatron_parallel_r1.curriculum.viewing import trace_record
 from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine
 from megatron_parallel_r1.data.embedded.traces import stated_result
+from megatron_parallel_r1.data.row_cache import RowCache, tokenizer_hash
 from megatron_parallel_r1.model.watch import Watch
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rewards.extract import extract_answer
@@ -41,7 +42,8 @@ def run_sft(bench: Workbench, stage: config.SftStage, watch: Watch) -> Trainer:
     to_row = partial(
         example_row, tokenizer=bench.tokenizer, tags=bench.tags, template=recipe.prompt, mode=mode
     )
-    stream = example_rows(stage.data, bench.seed_of(stage.name, "data"), to_row)
+    cache = RowCache(recipe.out / ".rows", tokenizer_hash(bench.tokenizer), recipe.prompt, mode)
+    stream = example_rows(recipe, stage, bench.seed_of(stage.name, "data"), to_row, cache)
     trainer = bench.trainer(stage)
     with StageLoop(bench, stage, trainer, stream, watch) as loop:
         for step, lr in loop:
@@ -57,7 +59,7 @@ def run_sft(bench: Workbench, stage: config.SftStage, watch: Watch) -> Trainer:
 
 def run_rl(bench: Workbench, stage: config.RlStage, verifier: Verifier, watch: Watch) -> Trainer:
     """Trains a reinforcement-learning stage and returns its trainer."""
-    stream = problem_stream(stage.data, bench.seed_of(stage.name, "data"))
+    stream = problem_stream(bench.recipe, stage, bench.seed_of(stage.name, "data"))
     seed = bench.seed_of(stage.name, "rollout")
     trainer = bench.trainer(stage)
     team, world = second_groups(bench.recipe.collective_timeout_s) if stage.max_staleness else (None, None)

@@ -124,9 +124,14 @@ def contamination(
 def contamination_table(found: Contamination) -> str:
     """Markdown: how much overlaps, then which problems and what they share, the worst first."""
     asked = {(overlap.asked.source, overlap.asked.id) for overlap in found.overlaps}
-    lines = [
+    summary = (
         f"{len(found.rows())} of {found.checked} training problems overlap with {len(asked)} of "
-        f"{found.held_out} evaluation problems; {len(found.passed_over)} common runs of words passed over.",
+        f"{found.held_out} evaluation problems; {len(found.passed_over)} common runs of words passed over."
+    )
+    if not found.overlaps:
+        return summary + "\n"
+    lines = [
+        summary,
         "",
         "| training problem | evaluation problem | same text | share | words in common |",
         "|---|---|---|---:|---|",

@@ -6,16 +6,17 @@ and keeps their numbers alone; what it gives is shuffled with a buffer of bounde
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from megatron_parallel_r1.data.account import Account, BadRow
 from megatron_parallel_r1.data.problems import Example, Problem
+from megatron_parallel_r1.data.sampler import Shuffled
 from megatron_parallel_r1.data.schemas import CUSTOM, Columns, Schema, schema_of
 from megatron_parallel_r1.data.shard import Cells
-from megatron_parallel_r1.data.source import BadRows, Source, Streamed
+from megatron_parallel_r1.data.source import BadRows, Source, Streamed, problem_of
 from megatron_parallel_r1.data.tables import open_files, open_hub
 from megatron_parallel_r1.errors import UserError
 
@@ -33,6 +34,18 @@ class Reading(Generic[T]):
 
     items: tuple[T, ...]
     account: Account
+
+    def in_order(self) -> Iterator[T]:
+        """Every item once."""
+        return iter(self.items)
+
+    def without(self, ids: Collection[str]) -> Reading[T]:
+        """The same but for the items of these ids; `account` still tells of all rows."""
+        return replace(self, items=tuple(item for item in self.items if problem_of(item).id not in ids))
+
+    def shuffled(self, seed: int) -> Shuffled[T]:
+        """An endless order, for `ProblemStream`."""
+        return Shuffled(self.items, seed)
 
     @property
     def rows(self) -> int:
@@ -98,9 +111,10 @@ def stream_problems(
     split: str | None = None,
     limit: int | None = None,
     bad_rows: BadRows = "refuse",
+    buffer: int = 8192,
 ) -> Streamed[Problem]:
-    """As `read_problems`, for files that are too large to hold."""
-    return Streamed.survey(_problems(name, path, columns, split), bad_rows, limit)
+    """As `read_problems`, for files too large to hold: `buffer` problems are in memory at most."""
+    return Streamed.survey(_problems(name, path, columns, split), bad_rows, limit, buffer)
 
 
 def stream_examples(
@@ -111,9 +125,10 @@ def stream_examples(
     split: str | None = None,
     limit: int | None = None,
     bad_rows: BadRows = "refuse",
+    buffer: int = 8192,
 ) -> Streamed[Example]:
-    """As `read_examples`, for files that are too large to hold."""
-    return Streamed.survey(_examples(name, path, columns, split), bad_rows, limit)
+    """As `read_examples`, for files too large to hold: `buffer` examples are in memory at most."""
+    return Streamed.survey(_examples(name, path, columns, split), bad_rows, limit, buffer)
 
 
 def _problems(name: str, path: Path | None, columns: Columns | None, split: str | None) -> Source[Problem]:

@@ -127,14 +127,16 @@ class Streamed(Generic[T]):
     Attributes:
         account: of all rows.
         rows: of each shard, the numbers of the rows to use, rising: 8 bytes a row.
+        buffer: items in memory at most when it is shuffled.
     """
 
     source: Source[T]
     account: Account
     rows: tuple[Int64, ...]
+    buffer: int
 
     @classmethod
-    def survey(cls, source: Source[T], bad_rows: BadRows, limit: int | None) -> Streamed[T]:
+    def survey(cls, source: Source[T], bad_rows: BadRows, limit: int | None, buffer: int) -> Streamed[T]:
         """Reads every row once, and keeps none. Raises as `Source.survey`."""
         found = [array("q") for _ in source.shards]
         account, disputed = source.survey(bad_rows, limit, lambda place, _: found[place[0]].append(place[1]))
@@ -143,7 +145,7 @@ class Streamed(Generic[T]):
             rows_N = np.array(numbers, np.int64)
             rows.append(np.delete(rows_N, [i - first for i in disputed if first <= i < first + len(rows_N)]))
             first += len(rows_N)
-        return cls(source, account, tuple(rows))
+        return cls(source, account, tuple(rows), buffer)
 
     def __len__(self) -> int:
         return sum(map(len, self.rows))
@@ -161,6 +163,6 @@ class Streamed(Generic[T]):
             rows.append(rows_N[stays_N])
         return replace(self, rows=tuple(rows))
 
-    def shuffled(self, buffer: int, seed: int) -> StreamedShuffle[T]:
-        """An endless order, for `ProblemStream`, that holds `buffer` items in memory at most."""
-        return StreamedShuffle(self.rows, self.source.load, buffer, seed)
+    def shuffled(self, seed: int) -> StreamedShuffle[T]:
+        """An endless order, for `ProblemStream`."""
+        return StreamedShuffle(self.rows, self.source.load, self.buffer, seed)

@@ -60,13 +60,15 @@ class _TargetLogprobs(torch.autograd.Function):
         )
         for part, logits_CV, here_C, column_C in _chunks(hidden_NE, head_VE, question):
             highest_C = _over_group(logits_CV.amax(-1), dist.ReduceOp.MAX)
-            weights_CV = (logits_CV - highest_C[:, None]).exp()
-            chosen_C = logits_CV.gather(1, column_C[:, None])[:, 0] * here_C
-            sums_3C = torch.stack([weights_CV.sum(-1), (weights_CV * logits_CV).sum(-1), chosen_C])
+            # Below the highest logit from here on: large logits would cost digits of their differences.
+            below_CV = logits_CV - highest_C[:, None]
+            weights_CV = below_CV.exp()
+            chosen_C = below_CV.gather(1, column_C[:, None])[:, 0] * here_C
+            sums_3C = torch.stack([weights_CV.sum(-1), (weights_CV * below_CV).sum(-1), chosen_C])
             total_C, weighted_C, label_C = _over_group(sums_3C, dist.ReduceOp.SUM)
+            logprobs_N[part] = label_C - total_C.log()
+            entropies_N[part] = total_C.log() - weighted_C / total_C
             logsums_N[part] = total_C.log() + highest_C
-            logprobs_N[part] = label_C - logsums_N[part]
-            entropies_N[part] = logsums_N[part] - weighted_C / total_C
         ctx.save_for_backward(hidden_NE, head_VE, logsums_N, entropies_N)
         ctx.question = question
         ctx.set_materialize_grads(False)

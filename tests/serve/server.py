@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ def chat(text: str = PROMPT, **fields: Any) -> dict[str, Any]:
 
 @contextmanager
 def running(folder: Path, **settings: Any) -> Iterator[httpx.Client]:
-    """A client of a fresh server; the server's standard error is shown if it does not start."""
+    """A client of a fresh server, which is stopped afterwards and must then end of itself."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.serve.start", str(folder), json.dumps(settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     root = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def running(folder: Path, **settings: Any) -> Iterator[httpx.Client]:
                 yield client
         finally:
             server.terminate()
-            server.wait(timeout=20)
+            assert server.wait(timeout=20) in (0, -signal.SIGTERM)
 
 
 def events(response: httpx.Response) -> Iterator[dict[str, Any]]:

@@ -45,7 +45,7 @@ async def plain(thinking: Thinking, seed: int) -> Trace:
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("mode", ["isolated", "replay", "causal", "sequential"])
 def test_a_script_is_its_trace(mode: Mode, depth: int) -> None:
-    thinking = replace(THINKING, mode=mode, max_depth=depth, max_response_tokens=200)
+    thinking = replace(THINKING, mode=mode, max_depth=depth, max_response_tokens=110)
     blocks = nested = cut = 0
     for seed in range(16):
         script = Script(TOKENIZER, TAGS)

@@ -100,6 +100,12 @@ def test_the_definition(trained: list[str], asked: list[str], words: int, common
         assert 0 < overlap.share <= 1
 
 
+def test_a_report_of_nothing_is_one_line() -> None:
+    report = contamination_table(contamination(problems("train", "x"), problems("eval", LONG)))
+    (line,) = report.splitlines()
+    assert line.startswith("0 of 1 training problems overlap with 0 of 1 evaluation problems; 0 common")
+
+
 def test_the_report_names_row_problem_and_words() -> None:
     found = contamination(
         problems("train", "x", f"{LONG} | 2", "What is |2|?"), problems("eval", LONG, "what is |2|")

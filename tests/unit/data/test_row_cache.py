@@ -148,6 +148,16 @@ def test_several_processes_share_a_folder(cache: RowCache) -> None:
     assert [file.suffix for file in cache.folder.iterdir()] == [".rows"] * len(list(cache.folder.iterdir()))
 
 
+def test_a_file_is_there_whole_or_not_at_all(cache: RowCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", stopped)
+    with pytest.raises(UserError, match="No space left on device"):
+        cache.rows(EXAMPLES[:1], Counting().row)
+    assert not list(cache.folder.iterdir())
+
+
 def test_a_folder_that_cannot_be_written(cache: RowCache) -> None:
     cache.folder.write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"rows cannot be cached there .*give another cache folder"):

@@ -71,9 +71,10 @@ def test_each_epoch_holds_every_row_once_and_no_more_than_the_buffer_at_a_time(
     assert sum(loads) == 2 * len(every), "each row is read once an epoch"
 
 
-def test_seeds_and_epochs_have_their_own_order() -> None:
+@pytest.mark.parametrize("buffer", [64, 1000])
+def test_seeds_and_epochs_have_their_own_order(buffer: int) -> None:
     def epoch(seed: int, number: int) -> list[Place]:
-        at = shuffle([list(range(200))], 64, seed)
+        at = shuffle([list(range(200))], buffer, seed)
         return [at(number * 200 + place) for place in range(200)]
 
     orders = [epoch(0, 0), epoch(0, 1), epoch(1, 0)]
@@ -99,10 +100,11 @@ def test_nothing_to_shuffle() -> None:
 def folder_of_shards(folder: Path, rows: int) -> Path:
     """Two JSON Lines files and a parquet file of several row groups, with bad rows and blank lines."""
     folder.mkdir()
-    cells = [{"problem": f"p{i}" if i % 7 else None, "answer": i} for i in range(rows)]
+    cells = [{"problem": f"p{i}" if i % 7 != 3 else None, "answer": i} for i in range(rows)]
     for name in ("a", "c"):
         lines = [json.dumps(row) + ("\n\n" if i % 5 == 0 else "\n") for i, row in enumerate(cells)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        mark = "\ufeff" if name == "a" else ""
+        (folder / f"{name}.jsonl").write_text(mark + "".join(lines))
     table = pa.Table.from_pylist(cells, schema=pa.schema({"problem": pa.string(), "answer": pa.int64()}))
     pq.write_table(table, folder / "b.parquet", row_group_size=1100)
     return folder
@@ -111,13 +113,13 @@ def folder_of_shards(folder: Path, rows: int) -> Path:
 def test_streamed_files_give_what_reading_them_gives(tmp_path: Path) -> None:
     path = folder_of_shards(tmp_path / "shards", rows=2600)
     reading = read_problems(AIME, path, bad_rows="skip")
-    streamed = stream_problems(AIME, path, bad_rows="skip")
+    streamed = stream_problems(AIME, path, bad_rows="skip", buffer=500)
     assert streamed.account == reading.account
     assert tuple(streamed.in_order()) == reading.items
-    at = streamed.shuffled(buffer=500, seed=3)
+    at = streamed.shuffled(seed=3)
     epoch = [at(place) for place in range(len(streamed))]
     assert len(epoch) == len(reading.items) and set(epoch) == set(reading.items)
-    resumed = streamed.shuffled(buffer=500, seed=3)
+    resumed = streamed.shuffled(seed=3)
     for place in (len(epoch) - 1, 0, 777):
         assert resumed(place) == epoch[place]
 
@@ -127,15 +129,31 @@ def test_ids_can_be_taken_out(tmp_path: Path) -> None:
     streamed = stream_problems(AIME, path, bad_rows="skip", limit=45)
     ids = [problem.id for problem in streamed.in_order()]
     some = set(random.Random(0).sample(ids, 10))
-    left = streamed.without(some)
-    assert [problem.id for problem in left.in_order()] == [id for id in ids if id not in some]
-    assert left.account == streamed.account
+    for whole in (streamed, read_problems(AIME, path, bad_rows="skip", limit=45)):
+        left = whole.without(some)
+        assert [problem.id for problem in left.in_order()] == [id for id in ids if id not in some]
+        assert left.account == whole.account
+        at = left.shuffled(seed=1)
+        assert {at(place).id for place in range(len(ids) - 10)} == {*ids} - some
 
 
 def test_repeats_are_gone_in_a_stream_too(real_data: Path) -> None:
     path = real_data / "dapo_math_17k.parquet"
     streamed = stream_problems(DAPO, path)
     assert tuple(streamed.in_order()) == read_problems(DAPO, path).items
+
+
+def test_disputed_problems_go_from_whatever_file_has_them(tmp_path: Path) -> None:
+    files = {"a": ["p0", "p1", "p2"], "b": ["p3", "p1", "p4", "p5", "p4"]}
+    for name, prompts in files.items():
+        rows = [
+            {"prompt": [{"content": prompt}], "reward_model": {"ground_truth": f"{name}{i}"}}
+            for i, prompt in enumerate(prompts)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    streamed = stream_problems(DAPO, tmp_path)
+    assert [problem.prompt for problem in streamed.in_order()] == ["p0", "p2", "p3", "p5"]
+    assert (streamed.account.kept, streamed.account.disputed) == (4, 4)
 
 
 def test_examples_are_streamed(tmp_path: Path) -> None:

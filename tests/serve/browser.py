@@ -1,0 +1,140 @@
+"""A headless Chromium driven through its DevTools pipe: real keys, real pixels, the page's policy in force.
+
+Messages are JSON, each ended by a zero byte, on the browser's file descriptors 3 and 4
+(https://chromedevtools.github.io/devtools-protocol/).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking "
+    "--disable-component-update --disable-sync --no-first-run --remote-debugging-pipe"
+)
+# Gives the pipe the numbers that the browser expects.
+AS_3_AND_4 = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
+KEYS = {"Enter": 13, "Escape": 27, "Tab": 9}
+
+
+class Page:
+    """One tab. `problems` is what the console complained of, content policy included."""
+
+    def __init__(self, to_browser: int, from_browser: int) -> None:
+        self.problems: list[str] = []
+        self._to, self._from = to_browser, from_browser
+        self._count = 0
+        self._read = b""
+        self._visits = 0
+        self._session: str | None = None
+        target = self._ask("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self._ask(f"{domain}.enable")
+
+    def open(self, url: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Loads a page and waits until it has given its first field the focus."""
+        phone = width < 600
+        self._ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if phone else 1,
+            mobile=phone,
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._ask("Emulation.setEmulatedMedia", features=[scheme])
+        self._visits += 1
+        place = f"{url.rstrip('/')}/?{self._visits}"
+        self._ask("Page.navigate", url=place)
+        ready = f"location.href == '{place}' && document.readyState == 'complete'"
+        end = time.monotonic() + 15
+        while not self.run(f"{ready} && document.activeElement != document.body"):
+            assert time.monotonic() < end, "the page did not load, or gave nothing the focus"
+            time.sleep(0.01)
+
+    def run(self, script: str) -> Any:
+        """The value of an expression, awaited if it is a promise."""
+        done = self._ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in done, done["exceptionDetails"]
+        return done["result"].get("value")
+
+    def type(self, text: str) -> None:
+        """Into what has the focus."""
+        self._ask("Input.insertText", text=text)
+
+    def press(self, key: str) -> None:
+        code = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
+        self._ask("Input.dispatchKeyEvent", type="keyDown", text="\r" if key == "Enter" else "", **code)
+        self._ask("Input.dispatchKeyEvent", type="keyUp", **code)
+
+    def shoot(self, file: Path) -> None:
+        """A picture of the whole page."""
+        shot = self._ask("Page.captureScreenshot", captureBeyondViewport=True)
+        file.write_bytes(base64.b64decode(shot["data"]))
+
+    def _ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._count += 1
+        message: dict[str, Any] = {"id": self._count, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            told = self._take()
+            if told.get("id") == self._count:
+                assert "error" not in told, told
+                return told["result"]
+
+    def _take(self) -> dict[str, Any]:
+        while b"\0" not in self._read:
+            piece = os.read(self._from, 1 << 16)
+            assert piece, "the browser is gone"
+            self._read += piece
+        line, _, self._read = self._read.partition(b"\0")
+        told = json.loads(line)
+        if told.get("method") == "Runtime.exceptionThrown":
+            self.problems.append(str(told["params"]["exceptionDetails"]))
+        elif told.get("method") == "Log.entryAdded":
+            self.problems.append(told["params"]["entry"]["text"])
+        return told
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Page]:
+    """A fresh browser that finds no host but this machine.
+
+    Args:
+        folder: for its profile.
+    """
+    assert CHROMIUM is not None
+    theirs_in, ours_out = os.pipe()
+    ours_in, theirs_out = os.pipe()
+    rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    start = [sys.executable, "-c", AS_3_AND_4, str(theirs_in), str(theirs_out)]
+    command = [*start, CHROMIUM, *FLAGS.split(), rules, f"--user-data-dir={folder}"]
+    with subprocess.Popen(
+        command, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        os.close(theirs_in)
+        os.close(theirs_out)
+        try:
+            yield Page(ours_out, ours_in)
+        finally:
+            process.terminate()
+            process.wait(timeout=20)
+            os.close(ours_out)
+            os.close(ours_in)
