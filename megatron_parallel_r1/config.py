@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -21,12 +19,40 @@ from pydantic import (
 )
 
 from megatron_parallel_r1.curriculum.plateau import Plateau
-from megatron_parallel_r1.data.embedded.traces import TraceStyle
 from megatron_parallel_r1.data.prompts import TEMPLATES
-from megatron_parallel_r1.data.schemas import CUSTOM, Columns, schema_of
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.recipe_data import (
+    BpeTokenizer as BpeTokenizer,
+)
+from megatron_parallel_r1.recipe_data import (
+    Count,
+    Decontamination,
+    ExampleSource,
+    ProblemSource,
+    Share,
+    Strict,
+    Tokenizer,
+)
+from megatron_parallel_r1.recipe_data import (
+    DataSet as DataSet,
+)
+from megatron_parallel_r1.recipe_data import (
+    EmbeddedArithmetic as EmbeddedArithmetic,
+)
+from megatron_parallel_r1.recipe_data import (
+    EmbeddedColdStart as EmbeddedColdStart,
+)
+from megatron_parallel_r1.recipe_data import (
+    EmbeddedProblems as EmbeddedProblems,
+)
+from megatron_parallel_r1.recipe_data import (
+    EmbeddedTokenizer as EmbeddedTokenizer,
+)
+from megatron_parallel_r1.recipe_data import (
+    FolderTokenizer as FolderTokenizer,
+)
 from megatron_parallel_r1.recipe_errors import first_problem
 from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
@@ -35,14 +61,7 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train.policy.filtering import Dynamic
 from megatron_parallel_r1.train.policy.objective import Objective
 
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Shape(Strict):
@@ -89,87 +108,6 @@ class Model(Strict):
         return self
 
 
-class DataSet(Strict):
-    """A data set by its name, from the Hub or from a local copy of the same schema.
-
-    Attributes:
-        name: of a set that we know (`data.schemas`); with `columns` any name on the Hub, or `custom`.
-        path: a parquet or JSON Lines file to read instead of the Hub, or a folder of them.
-        split: on the Hub; the set's usual one if None.
-        columns: which hold what, in a set of the user's own.
-        buffer: problems or examples in memory at most, for files too large to hold; None: all.
-    """
-
-    source: Literal["dataset"]
-    name: str
-    path: Path | None = None
-    split: str | None = None
-    columns: Columns | None = None
-    limit: Count | None = None
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-    buffer: Count | None = None
-
-    @model_validator(mode="after")
-    def _known(self) -> DataSet:
-        try:
-            schema_of(self.name, self.columns)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        if self.name == CUSTOM and self.path is None:
-            raise ValueError("data set custom: give its path, or its name on the Hub instead of `custom`")
-        return self
-
-
-class EmbeddedProblems(Strict):
-    """Congruences made in process."""
-
-    source: Literal["embedded"]
-    kind: Literal["easy", "hard"] = "hard"
-
-
-class EmbeddedArithmetic(Strict):
-    """Drills of the arithmetic that the embedded problems need; `easy` is the share of easy ones."""
-
-    source: Literal["embedded_arithmetic"]
-    easy: Share = 0.3
-
-
-class EmbeddedColdStart(Strict):
-    """Worked examples of the embedded problems, in the style of a solver that guesses."""
-
-    source: Literal["embedded_cold_start"]
-    easy: Share = 0.3
-    style: TraceStyle = TraceStyle()
-
-
-ProblemSource = Annotated[EmbeddedProblems | DataSet, Field(discriminator="source")]
-ExampleSource = Annotated[EmbeddedArithmetic | EmbeddedColdStart | DataSet, Field(discriminator="source")]
-
-
-class EmbeddedTokenizer(Strict):
-    """One token a word of the embedded curriculum."""
-
-    kind: Literal["embedded"]
-
-
-class BpeTokenizer(Strict):
-    """A byte-level BPE trained on the texts of the data sets named here."""
-
-    kind: Literal["bpe"]
-    vocab: Annotated[int, Field(ge=300)]
-    texts: tuple[DataSet, ...]
-
-
-class FolderTokenizer(Strict):
-    """A Hugging Face folder, or `model.path` if none is given."""
-
-    kind: Literal["folder"]
-    path: Path | None = None
-
-
-Tokenizer = Annotated[EmbeddedTokenizer | BpeTokenizer | FolderTokenizer, Field(discriminator="kind")]
-
-
 class Optimizer(Strict):
     """AdamW; the rate rises over `warmup` steps and then falls linearly to `final` x `lr`.
 
@@ -204,7 +142,7 @@ class Stage(Strict):
     start: Name | None = None
     steps: Count
     optimizer: Optimizer
-    thinking: dict[str, Any] = {}
+    thinking: dict[str, Any] = Field(default_factory=dict)
     carry_optimizer: bool = False
     until: Plateau | None = None
     evaluate: bool = False
@@ -238,7 +176,7 @@ class RewardComponent(Strict):
     """One term of a reward with its weight over the steps; `name` is its metric's."""
 
     term: str
-    settings: dict[str, Setting] = {}
+    settings: dict[str, Setting] = Field(default_factory=dict)
     weight: Weight = ONE
     name: str | None = None
 
@@ -250,7 +188,7 @@ class Reward(Strict):
     """
 
     name: str = "accuracy"
-    settings: dict[str, Setting] = {}
+    settings: dict[str, Setting] = Field(default_factory=dict)
     components: tuple[RewardComponent, ...] = ()
 
     @model_validator(mode="after")
@@ -320,20 +258,6 @@ class Evaluation(Strict):
     count: Count = 512
     samples: Count = 1
     concurrent: Count = 512
-
-
-class Decontamination(Strict):
-    """Leaves out training problems that overlap with evaluation problems (`data.decontaminate`).
-
-    Attributes:
-        against: data sets to keep apart from, besides the recipe's own evaluation.
-        words, common, least_share: as `data.decontaminate.contamination`.
-    """
-
-    against: tuple[DataSet, ...] = ()
-    words: Count = 13
-    common: Count = 10
-    least_share: Share = 0.0
 
 
 class Wandb(Strict):

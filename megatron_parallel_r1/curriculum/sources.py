@@ -36,10 +36,16 @@ def check_sources(recipe: config.Recipe) -> None:
     """Reads every data set that the recipe names, so that a bad one stops the run before it begins.
 
     Raises:
-        UserError: a file is missing, a row is unusable and none may be skipped, or an evaluation problem is
-            trained on.
+        UserError: a file is missing, a row is unusable and none may be skipped, a stage has nothing to train
+            on, or an evaluation problem is trained on.
     """
     trained_on = {stage.name: _questions(recipe, stage) for stage in recipe.stages}
+    for stage in recipe.stages:
+        if isinstance(stage.data, config.DataSet) and not trained_on[stage.name]:
+            raise UserError(
+                f"stage {stage.name}: nothing of {stage.data.path or stage.data.name} is left to train on; "
+                "give another data set, or evaluate on other problems"
+            )
     if recipe.evaluation is not None:
         held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.count)
         asked = {problem.prompt for problem in held_out}

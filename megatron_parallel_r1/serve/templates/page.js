@@ -152,7 +152,8 @@ form.addEventListener("submit", async (event) => {
   show();
   await done;
   show();
-  form.problem.focus();
+  const needsKey = !form.key.closest("label").hidden && !form.key.value;
+  (needsKey ? form.key : form.problem).focus();
 });
 form.problem.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;

@@ -1,0 +1,64 @@
+"""Training problems that overlap with evaluation problems are left out, and the run folder says which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_parallel_r1.curriculum.sources import check_sources, contamination_report, problem_stream
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.recipe_file import read_recipe
+
+RECIPE = Path(__file__).parent / "mini.yaml"
+LONG = "A train leaves the station at noon and travels north at forty miles an hour for {} hours; how far?"
+
+
+def rows(path: Path, questions: list[str]) -> str:
+    lines = [
+        json.dumps({"question": question, "answer": f"#### {n}"}) for n, question in enumerate(questions)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return f"{{source: dataset, name: openai/gsm8k, path: {path}}}"
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    trained = rows(
+        folder / "train.jsonl", [LONG.format("three"), "What is two plus two?", "What is six times six?"]
+    )
+    asked = rows(folder / "test.jsonl", [LONG.format("five"), "what is two plus  TWO"])
+    return [
+        f"stages.rl.data={trained}",
+        f"evaluation.data={asked}",
+        "evaluation.count=2",
+        f"out={folder / 'runs'}",
+        *more,
+    ]
+
+
+def test_overlapping_problems_are_left_out_and_reported(tmp_path: Path) -> None:
+    recipe = read_recipe(RECIPE, words(tmp_path, "decontamination={}"))
+    check_sources(recipe)
+    stage = recipe.stages[1]
+    stream = problem_stream(recipe, stage, 1)
+    assert {problem.prompt for problem in stream.next_batch(5)} == {"What is six times six?"}
+    report = contamination_report(recipe)
+    assert "## rl" in report and "train leaves the station" in report
+
+
+def test_without_it_all_problems_are_trained(tmp_path: Path) -> None:
+    recipe = read_recipe(RECIPE, words(tmp_path))
+    stream = problem_stream(recipe, recipe.stages[1], 1)
+    assert len({problem.prompt for problem in stream.next_batch(9)}) == 3
+    assert contamination_report(recipe) == ""
+
+
+def test_a_stage_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    same = rows(tmp_path / "same.jsonl", ["What is two plus two?"])
+    told = words(tmp_path, "decontamination={}")
+    recipe = read_recipe(
+        RECIPE, [*told, f"stages.rl.data={same}", f"evaluation.data={same}", "evaluation.count=1"]
+    )
+    with pytest.raises(UserError, match="stage rl: nothing of .* is left to train on"):
+        check_sources(recipe)
