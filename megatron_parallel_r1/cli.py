@@ -1,4 +1,4 @@
-"""The command line: `parallel-r1 curriculum | sft | rl | eval | coldstart | plan | report`."""
+"""The command line: `parallel-r1 curriculum | sft | rl | eval | serve | coldstart | plan | report`."""
 
 from __future__ import annotations
 
@@ -105,6 +105,34 @@ def plan(
 
     told, longest = read_recipe(recipe, overrides or ()), Longest(prompt_tokens, example_tokens)
     typer.echo(plan_text(plan(told, world=gpus, gpu=round(gpu_memory * GIB), longest=longest)))
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[Path, typer.Option(help="A released folder, such as runs/tiny/release.")],
+    host: Annotated[str, typer.Option(help="Where to listen; default: this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="PARALLEL_R1_API_KEY", help="Clients send it as a bearer token.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Under which clients ask for the model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU, if any.")] = None,
+    running: Annotated[int, typer.Option(min=1, help="Requests that are decoded at once.")] = 8,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
+    seconds: Annotated[float, typer.Option(min=1, help="For one request, waiting included.")] = 600,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a response; default: the training's.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt.")] = 4096,
+) -> None:
+    """Serve a released checkpoint: OpenAI's API, and a page where the paths grow side by side."""
+    from megatron_parallel_r1.serve.limits import Limits
+    from megatron_parallel_r1.serve.run import serve as run_server
+
+    limits = Limits(
+        running=running, waiting=waiting, seconds=seconds, max_tokens=max_tokens, prompt_tokens=prompt_tokens
+    )
+    run_server(checkpoint, host, port, api_key, name, device, limits)
 
 
 @app.command()

@@ -45,7 +45,7 @@ class Served:
     @property
     def cached_tokens(self) -> int:
         """That some request under way holds in the engine's cache."""
-        return self.engine._table.used
+        return self.engine.cached_tokens
 
     @classmethod
     def load(cls, folder: Path, name: str | None = None, device: str | None = None) -> Served:

@@ -60,5 +60,5 @@ def test_a_stage_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     recipe = read_recipe(
         RECIPE, [*told, f"stages.rl.data={same}", f"evaluation.data={same}", "evaluation.count=1"]
     )
-    with pytest.raises(UserError, match="stage rl: nothing of .* is left to train on"):
+    with pytest.raises(UserError, match=r"stage rl: nothing of .* is left to train on"):
         check_sources(recipe)

@@ -109,6 +109,11 @@ class NativeEngine:
     def interrupt(self) -> None:
         self._interrupted = True
 
+    @property
+    def cached_tokens(self) -> int:
+        """Slots that open contexts hold."""
+        return self._table.used
+
     def open(self) -> NativeContext:
         return NativeContext(self._table.open())
 
