@@ -26,17 +26,22 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as seed=3 stages.rl_hard.steps=10."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left, and start anew.")]
+Adapt = Annotated[
+    bool, typer.Option("--adapt", help="Go on though stages that are not done are set otherwise now.")
+]
 StageName = Annotated[str | None, typer.Option("--stage", help="The stage to run, if there are several.")]
 
 
 @app.command()
-def curriculum(recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def curriculum(
+    recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False, adapt: Adapt = False
+) -> None:
     """Run all stages of a recipe, evaluate, release, report. Started again, it goes on where it stopped."""
     from megatron_parallel_r1.curriculum.run import open_console, run
     from megatron_parallel_r1.recipe_file import read_recipe
 
     console = open_console()
-    for outcome in run(read_recipe(recipe, overrides or ()), fresh=fresh, console=console):
+    for outcome in run(read_recipe(recipe, overrides or ()), fresh=fresh, adapt=adapt, console=console):
         console.print(f"release  {outcome.release}", soft_wrap=True, highlight=False)
         console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
 

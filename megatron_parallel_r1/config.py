@@ -18,7 +18,6 @@ from pydantic import (
     model_validator,
 )
 
-from megatron_parallel_r1.curriculum.plateau import Plateau
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
@@ -58,6 +57,7 @@ from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
 from megatron_parallel_r1.rewards.weights import ONE, Constant, Linear, Window
 from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.train.plateau import WATCHABLE, Plateau
 from megatron_parallel_r1.train.policy.filtering import Dynamic
 from megatron_parallel_r1.train.policy.objective import Objective
 
@@ -108,16 +108,19 @@ class Model(Strict):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Strict):
     """AdamW; the rate rises over `warmup` steps and then falls linearly to `final` x `lr`.
 
     A larger `eps` holds parameters still whose gradient is mere noise, such as rows of unused tokens.
     """
 
-    lr: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     warmup: Annotated[int, Field(ge=0)] = 0
     final: Share = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0
@@ -246,6 +249,8 @@ class RlStage(Stage):
             raise ValueError(
                 f"{self.mini_batches} mini-batches need as many prompts, there are {self.prompts}"
             )
+        if self.reference_every and self.objective.kl == "none":
+            raise ValueError("reference_every: there is no reference without objective.kl")
         if self.partial and not self.max_staleness:
             raise ValueError("partial: traces meet newer weights only with a max_staleness of 1 at least")
         return self
@@ -320,7 +325,17 @@ class Recipe(Strict):
                 )
             if stage.carry_optimizer and not names:
                 raise ValueError(f"stage {stage.name} is the first: there is no optimizer to carry over")
+            if stage.until and stage.until.metric not in WATCHABLE[stage.kind]:
+                raise ValueError(
+                    f"stage {stage.name}: until.metric {stage.until.metric!r} is none of "
+                    f"{', '.join(WATCHABLE[stage.kind])}"
+                )
             thinking = self.thinking_of(stage)
+            if isinstance(stage, RlStage) and stage.objective.overlong_cache > thinking.max_response_tokens:
+                raise ValueError(
+                    f"stage {stage.name}: overlong_cache {stage.objective.overlong_cache} is more than the "
+                    f"{thinking.max_response_tokens} tokens of a response"
+                )
             if isinstance(stage, RlStage) and thinking.temperature == 0:
                 raise ValueError(f"stage {stage.name}: at temperature 0 all traces of a group are the same")
             names.append(stage.name)

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.draws import seed_of
+from megatron_parallel_r1.curriculum.folder import steps_done
 from megatron_parallel_r1.curriculum.sources import evaluation_problems, open_tokenizer
 from megatron_parallel_r1.curriculum.viewing import trace_record
 from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine
@@ -77,14 +78,15 @@ def evaluate_stage(bench: Workbench, stage: config.Stage, model: Model, verifier
     """Evaluates a finished stage; the record goes to `eval.jsonl`, a few traces to `eval_traces.jsonl`."""
     recipe = bench.recipe
     engine = native_engine(bench.shape)
-    engine.load_weights(hf_tensors(model), version=stage.steps)
+    step = steps_done(bench.folder, stage)
+    engine.load_weights(hf_tensors(model), version=step)
     thinker = Thinker(engine, bench.tags, recipe.thinking_of(stage))
     problems = evaluation_problems(recipe.evaluation.data, recipe.evaluation.count)
     seed = bench.seed_of("evaluation")
     measured, traces, judged = evaluate(
         thinker, problems, bench.tokenizer, verifier, recipe.prompt, recipe.evaluation, seed
     )
-    record = {"stage": stage.name, "step": stage.steps, **measured}
+    record = {"stage": stage.name, "step": step, **measured}
     if not process.is_first():
         return record
     # Anew each time: an evaluation that was killed before its record may have left some.
@@ -92,7 +94,7 @@ def evaluate_stage(bench: Workbench, stage: config.Stage, model: Model, verifier
         for index in range(0, len(traces), max(1, len(traces) // SHOWN)):
             problem = problems[index // recipe.evaluation.samples]
             line = trace_record(traces[index], problem, judged[index], None, bench.tokenizer)
-            kept.write({"stage": stage.name, "step": stage.steps, **line})
+            kept.write({"stage": stage.name, "step": step, **line})
     with JsonLines(bench.folder / "eval.jsonl") as lines:
         lines.write(record)
     return record
@@ -107,6 +109,8 @@ def evaluate_checkpoint(recipe: config.Recipe, checkpoint: Path | None = None) -
     Raises:
         UserError: the folder is none, or the recipe has no evaluation.
     """
+    if checkpoint is None and recipe.seeds is not None:
+        raise UserError("the recipe has a release for each of its seeds; name one with --checkpoint")
     folder = checkpoint or recipe.out / recipe.name / "release"
     if recipe.evaluation is None:
         raise UserError("the recipe has no `evaluation`; add one to say on which problems")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def is_resumable(recipe: config.Recipe, folder: Path, fresh: bool) -> bool:
+def is_resumable(recipe: config.Recipe, folder: Path, fresh: bool, adapt: bool = False) -> bool:
     """Whether a run goes on with what the folder holds; otherwise it begins, and that is cleared away.
 
     A folder in which nothing has been trained yet takes any recipe, and further stages may be appended to
@@ -35,6 +35,7 @@ def is_resumable(recipe: config.Recipe, folder: Path, fresh: bool) -> bool:
 
     Args:
         fresh: begin anew whatever is there.
+        adapt: stages that are not done may differ, say in the rate that they go on with.
 
     Raises:
         UserError: the folder is none of a run, or what it holds was trained by another recipe.
@@ -46,11 +47,16 @@ def is_resumable(recipe: config.Recipe, folder: Path, fresh: bool) -> bool:
         raise UserError(f"{folder} exists and is no run folder; it is left alone, choose another name or out")
     if fresh or not any((*folder.glob("*/model"), *folder.glob("*/checkpoints/step_*"))):
         return False
-    difference = _difference(yaml.safe_load(written.read_text()), yaml.safe_load(recipe.yaml()))
+    then, now = yaml.safe_load(written.read_text()), yaml.safe_load(recipe.yaml())
+    if adapt:
+        for index, (old, new) in enumerate(zip(then["stages"], now["stages"], strict=False)):
+            if old["name"] == new["name"] and not (folder / new["name"] / "model").is_dir():
+                then["stages"][index] = new
+    difference = _difference(then, now)
     if difference:
         raise UserError(
             f"{folder} was begun with another recipe ({difference}); "
-            "start anew with --fresh, or choose another name"
+            "start anew with --fresh, choose another name, or change unfinished stages with --adapt"
         )
     return True
 
@@ -81,6 +87,13 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     tokenizer.save_pretrained(work)
     work.rename(folder / "tokenizer")
+
+
+def steps_done(folder: Path, stage: config.Stage) -> int:
+    """The last step that a stage took; it may have ended before its `steps`."""
+    file = folder / stage.name / "metrics.jsonl"
+    records = read_jsonl(file) if file.is_file() else []
+    return max((record["step"] for record in records), default=stage.steps)
 
 
 def past_evaluations(folder: Path) -> list[dict[str, Any]]:

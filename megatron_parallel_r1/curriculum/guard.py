@@ -25,16 +25,28 @@ class Guard:
     Args:
         folder: of the stage; `bad_steps.jsonl` in it gets what was left out.
         done: steps that the stage has behind it.
+
+    Attributes:
+        in_a_row: bad steps since the last good one; nothing is saved between them.
     """
 
     def __init__(self, stage: config.SftStage | config.RlStage, folder: Path, done: int) -> None:
         self._stage = stage
         self._path = folder / "bad_steps.jsonl"
-        self._done = done
-        self._in_a_row = 0
-        self._rewards: list[float] = []
-        self._entropies: list[float] = []
+        self.in_a_row = 0
+        self._seen: dict[str, list[float]] = {"reward": [], "entropy": []}
         self._warned: set[str] = set()
+        if process.is_first() and self._path.exists():
+            JsonLines(self._path, through=done).close()
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, JSON-ready."""
+        return {"seen": self._seen, "warned": sorted(self._warned)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on as a guard would after `state`."""
+        self._seen = {name: list(values) for name, values in state["seen"].items()}
+        self._warned = set(state["warned"])
 
     def learn(
         self, step: int, learn: Callable[[], dict[str, Any]], batch: Callable[[], Sequence[Mapping[str, Any]]]
@@ -43,6 +55,7 @@ class Guard:
 
         Args:
             learn: makes the updates of the step; raises NotFinite before one that would spoil the weights.
+                Those before it stay made.
             batch: what the step trained on, JSON-ready, to be looked at later.
 
         Raises:
@@ -53,37 +66,38 @@ class Guard:
         except NotFinite as error:
             self._leave_out(step, error, batch())
             return {"loss": None, "grad_norm": None, "skipped": 1}
-        self._in_a_row = 0
+        self.in_a_row = 0
         return learned | {"skipped": 0}
 
     def look_at(self, step: int, measured: Mapping[str, Any]) -> None:
         """Warns once where reward or entropy collapses."""
-        for name, seen in (("reward", self._rewards), ("entropy", self._entropies)):
+        for name, seen in self._seen.items():
             if measured.get(name) is not None:
                 seen.append(measured[name])
-        if has_fallen(self._rewards):
+        if has_fallen(self._seen["reward"]):
             self._warn(
                 "reward",
-                f"step {step}: the reward has lost more than half of what it had gained; lower the rate, or "
-                "go back to a checkpoint before this",
+                f"step {step}: the reward has lost more than half of what it had gained; stop, "
+                "lower optimizer.lr and go on with --adapt",
             )
-        if self._entropies and fmean(self._entropies[-WINDOW:]) < LEAST_ENTROPY:
+        entropies = self._seen["entropy"][-WINDOW:]
+        if entropies and fmean(entropies) < LEAST_ENTROPY:
             self._warn(
                 "entropy",
                 f"step {step}: the entropy is below {LEAST_ENTROPY} nats, hardly anything is explored; "
-                "raise clip_high, or give an entropy bonus",
+                "stop, raise objective.clip_high or give an entropy bonus, and go on with --adapt",
             )
 
     def _leave_out(self, step: int, error: NotFinite, batch: Sequence[Mapping[str, Any]]) -> None:
-        self._in_a_row += 1
+        self.in_a_row += 1
         most = self._stage.max_bad_steps
         if process.is_first():
             with JsonLines(self._path) as lines:
                 lines.write({"step": step, "error": str(error), "batch": list(batch)})
-        if self._in_a_row >= most:
+        if self.in_a_row >= most:
             raise UserError(
                 f"stage {self._stage.name}, step {step}: {error}, {most} times in a row; the batches are in "
-                f"{self._path}. Lower the stage's optimizer.lr and start anew from its last checkpoint"
+                f"{self._path}. Lower the stage's optimizer.lr; --adapt goes on from its last checkpoint"
             ) from None
         self._say(f"step {step}: {error}; the step is left out, its batch kept in {self._path}")
 

@@ -41,7 +41,8 @@ def renew_reference(bench: Workbench, stage: config.RlStage, learner: Learner, s
         return
     reference.renew(learner.trainer.model)
     save_model(bench, reference.model, bench.reference_folder(stage, step))
-    oldest = reference.born(max(0, step - (stage.keep_last + 1) * stage.save_every))
+    saved = [int(path.name[5:]) for path in bench.stage_folder(stage.name).glob("checkpoints/step_*")]
+    oldest = reference.born(min(saved, default=0))
     if process.is_first():
         for folder in bench.reference_folder(stage, step).parent.iterdir():
             if folder < bench.reference_folder(stage, oldest):

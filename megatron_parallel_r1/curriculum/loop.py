@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.folder import steps_done
 from megatron_parallel_r1.curriculum.guard import Guard
 from megatron_parallel_r1.curriculum.stage_log import StageLog
 from megatron_parallel_r1.curriculum.workbench import Workbench
@@ -55,17 +56,15 @@ class StageLoop:
         )
         self.done, state = self._checkpoints.restore(trainer)
         if not self.done and stage.carry_optimizer:
-            before = bench.stage_folder(bench.recipe.start_of(stage) or "")
-            if not Checkpoints(checkpoint_folder(before)).restore(trainer)[0]:
-                raise UserError(
-                    f"stage {stage.name}: carry_optimizer, but {before} has no checkpoint; run that anew"
-                )
+            self._carry_over(bench, bench.recipe.start_of(stage) or "")
         stream.restore(state.get("stream", stream.state()))
         self._watched: list[float] = state.get("watched", [])
         self._since_save: list[float] = []
         self.found: Any = state.get("in_flight")
         self.in_flight: Callable[[], Any] = lambda: None
         self.guard = Guard(stage, folder, self.done)
+        if "guard" in state:
+            self.guard.restore(state["guard"])
         self._log = StageLog(bench.recipe, stage, folder, self.done)
         self._ended = self.done >= stage.steps or self._may_end()
 
@@ -88,15 +87,38 @@ class StageLoop:
             self._since_save.append(measured[self._metric])
         self._ended = step == stage.steps or self._may_end()
         self._checkpoints.poll()
-        if (step % stage.save_every == 0 and not self._ended) or (self._ended and self._keeps_last):
+        if self.guard.in_a_row and self._ended:
+            raise UserError(
+                f"stage {stage.name}, step {step}: its last step was left out, its weights may be spoilt; "
+                "lower its optimizer.lr and go on from its last checkpoint with --adapt"
+            )
+        is_time = self._keeps_last if self._ended else step % stage.save_every == 0
+        # Between bad steps the weights may be what makes them bad.
+        if is_time and not self.guard.in_a_row:
             self._save(step)
+
+    def _carry_over(self, bench: Workbench, before: str) -> None:
+        """Takes weights and optimizer from the end of the stage before."""
+        stage = next(other for other in bench.recipe.stages if other.name == before)
+        folder = checkpoint_folder(bench.stage_folder(before))
+        end = steps_done(bench.folder, stage)
+        if Checkpoints(folder).restore(self._trainer)[0] != end:
+            raise UserError(
+                f"stage {self._stage.name}: carry_optimizer, but {folder} has no whole checkpoint of step "
+                f"{end}; run {before} anew, or begin with a fresh optimizer"
+            )
 
     def _may_end(self) -> bool:
         return self._stage.until is not None and self._stage.until.reached(self._watched)
 
     def _save(self, step: int) -> None:
         in_flight = self.in_flight()
-        state = {"stream": self._stream.state(), "watched": self._watched, "in_flight": in_flight}
+        state = {
+            "stream": self._stream.state(),
+            "watched": self._watched,
+            "guard": self.guard.state(),
+            "in_flight": in_flight,
+        }
         score = fmean(self._since_save) if self._since_save else None
         self._checkpoints.save(self._trainer, step, state, score)
         self._since_save = []

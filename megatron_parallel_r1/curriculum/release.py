@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.folder import steps_done
 from megatron_parallel_r1.curriculum.keeping import save_model
 from megatron_parallel_r1.curriculum.workbench import Workbench
 from megatron_parallel_r1.data.prompts import TEMPLATES
@@ -53,7 +54,8 @@ def _card(bench: Workbench, evaluations: Sequence[dict[str, Any]]) -> str:
     lineage = _lineage(recipe)
     thinking = recipe.thinking_of(lineage[-1])
     stages = "\n".join(
-        f"| {stage.name} | {stage.kind} | {_data(stage)} | {stage.steps} |" for stage in lineage
+        f"| {stage.name} | {stage.kind} | {_data(stage)} | {steps_done(bench.folder, stage)} |"
+        for stage in lineage
     )
     figures = eval_markdown(evaluations) if evaluations else "This run was not evaluated."
     parameters = sum(prod(shape) for weight in table(bench.shape) for _, shape in weight.parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -55,6 +57,7 @@ def run(
     recipe: config.Recipe,
     only: Collection[str] | None = None,
     fresh: bool = False,
+    adapt: bool = False,
     console: Console | None = None,
 ) -> list[Outcome]:
     """Runs a recipe, once for each of its seeds; those side by side go to `<out>/<name>/seeds.md`.
@@ -62,19 +65,20 @@ def run(
     Args:
         only: names of the stages to run; None: all of them, and the release.
         fresh: delete what an earlier run left in the folder.
+        adapt: go on though stages that are not done are set otherwise than when the run began.
 
     Raises:
         UserError: a file or setting is wrong; what earlier stages made stays.
     """
     console = console or open_console()
     if recipe.seeds is None:
-        return [_run_seed(recipe, recipe.out / recipe.name, only, fresh, console)]
+        return [_run_seed(recipe, recipe.out / recipe.name, only, fresh, adapt, console)]
     outcomes = []
     for seed in recipe.seeds:
         console.rule(f"seed {seed}")
         single = recipe.model_copy(update={"seed": seed, "seeds": None})
         folder = recipe.out / recipe.name / f"seed{seed}"
-        outcomes.append(_run_seed(single, folder, only, fresh, console))
+        outcomes.append(_run_seed(single, folder, only, fresh, adapt, console))
     by_seed = {seed: done.evaluations for seed, done in zip(recipe.seeds, outcomes, strict=True)}
     table = across_seeds(by_seed)
     if process.is_first():
@@ -84,17 +88,22 @@ def run(
 
 
 def _run_seed(
-    recipe: config.Recipe, folder: Path, only: Collection[str] | None, fresh: bool, console: Console
+    recipe: config.Recipe,
+    folder: Path,
+    only: Collection[str] | None,
+    fresh: bool,
+    adapt: bool,
+    console: Console,
 ) -> Outcome:
     names = {stage.name for stage in recipe.stages} if only is None else set(only)
-    resume = is_resumable(recipe, folder, fresh)
+    resume = is_resumable(recipe, folder, fresh, adapt)
     check_sources(recipe)
     check_wandb(recipe)
     bench = Workbench.set_up(recipe, folder, resume)
     bench.check_starts(names)
     bench.check_split(names, process.world_size())
     split, patience = recipe.parallel, recipe.collective_timeout_s
-    with process.running(recipe.seed, split, patience) as watch, Verifier() as verifier:
+    with process.running(recipe.seed, split, patience) as watch, Verifier(workers=_workers()) as verifier:
         # Every process has looked at the folder by now; the first one may change it.
         if process.is_first():
             open_run_folder(recipe, folder, resume)
@@ -106,6 +115,9 @@ def _run_seed(
         last: Model | None = None
         for stage in recipe.stages:
             if stage.name in names:
+                # Its optimizer and gradients go with it: their memory is the next stage's.
+                last = None
+                gc.collect()
                 last = _run_stage(bench, stage, verifier, console, watch)
         evaluations = past_evaluations(folder)
         release = None
@@ -148,6 +160,12 @@ def _run_stage(
         console.print(_in_words(record), highlight=False)
     wait_for_all()
     return model
+
+
+def _workers() -> int:
+    """Processes that judge answers, of each training process: the cores that are left, eight at most."""
+    mine = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, max(1, mine - 1))
 
 
 def _in_words(record: dict[str, Any]) -> str:

@@ -108,6 +108,13 @@ class Workbench:
             if stage.name in names
         ):
             limits.refuse(parallel.pipeline, parallel.context)
+        ahead = [s.name for s in self.recipe.stages if isinstance(s, config.RlStage) and s.max_staleness]
+        if ahead and parallel.tensor > 1 and torch.cuda.is_available():
+            # Two threads would give one GPU collectives of two groups, in an order that ranks may not share.
+            raise UserError(
+                f"stage {ahead[0]}: max_staleness with the native engine over tensor {parallel.tensor} could "
+                "wait for ever on GPUs; set parallel.tensor to 1 or max_staleness to 0"
+            )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ def start(
 ) -> Watch:
     """Joins the processes of one launch (RANK, WORLD_SIZE), or becomes a world of one, and splits it.
 
-    Uses nccl and the local rank's GPU where CUDA is available, else gloo and the CPU.
+    Uses nccl and the local rank's GPU where CUDA is available, else gloo and the CPU. A launch may come together
+    and part again several times: the n-th start of a process meets the n-th of every other.
 
     Args:
         seed: of Megatron's random states; the same on all processes.
@@ -68,7 +70,7 @@ def start(
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         host = f"{'the launcher' if hosted else 'rank 0'}, which hosts the store,"
         store, own = _meet(rank, rank == 0 and not hosted, host, join_s)
-        watch.begin(store, own, host)
+        watch.begin(own, host)
     try:
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size())
         parallel_state.initialize_model_parallel(
@@ -124,20 +126,15 @@ def running(
 
 
 def _meet(rank: int, hosts: bool, host: str, join_s: float) -> tuple[dist.Store, dist.Store]:
-    """The store that all processes share, and a second connection to it, once all of them have both."""
+    """What all processes share in this session, and a second connection to it, once all of them have both."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # A launcher that starts its processes anew may keep its store, with what the lost ones wrote.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     patience = timedelta(seconds=join_s)
     try:
-        store = dist.TCPStore(
-            address,
-            port,
-            world_size(),
-            is_master=hosts,
-            timeout=patience,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-        own = store.clone()
+        whole = _connection(address, port, world_size(), hosts, patience)
+        session = f"attempt{attempt}/session{whole.add(f'attempt{attempt}/starts/{rank}', 1)}"
+        store, own = (dist.PrefixStore(session, one) for one in (whole, whole.clone()))
     except dist.DistError as error:
         where = f"rank {rank}: {host} was not reached at {address}:{port} within {join_s:g} s"
         raise PeerLost(f"{where} ({first_line(error)})") from error
@@ -151,6 +148,24 @@ def _meet(rank: int, hosts: bool, host: str, join_s: float) -> tuple[dist.Store,
     except dist.DistNetworkError as error:
         raise PeerLost(f"rank {rank}: {host} went away before all had come") from error
     return store, own
+
+
+@cache
+def _connection(address: str, port: int, world: int, hosts: bool, patience: timedelta) -> dist.TCPStore:
+    """The launch's store, hosted or reached; it outlives its sessions.
+
+    Kept for as long as the process lives: whoever is early for the next session waits in the store, and would be
+    lost with it if its host let go of it between two sessions.
+    """
+    return dist.TCPStore(
+        address,
+        port,
+        world,
+        is_master=hosts,
+        timeout=patience,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
 
 
 def _ranks(ranks: list[int]) -> str:

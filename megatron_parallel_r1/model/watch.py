@@ -58,15 +58,14 @@ class Watch:
         """Says where this rank is, such as `stage rl, step 17`; costs an assignment."""
         self.place = place
 
-    def begin(self, store: dist.Store, own: dist.Store, host: str) -> None:
+    def begin(self, own: dist.Store, host: str) -> None:
         """Starts to beat and to listen.
 
         Args:
-            store: the process group's, kept here for the last to leave.
-            own: a clone of it that nobody else uses.
+            own: a connection to the process group's store that nobody else uses; empty but for this session.
             host: who keeps the store, for messages.
         """
-        self._store, self._own, self._host = store, own, host
+        self._own, self._host = own, host
         self._answered = time.monotonic()
         self._heard = Heard(range(self._world if self._rank == 0 else 1), self._answered)
         self._talker = Thread(target=self._talk, name="beat", daemon=True)

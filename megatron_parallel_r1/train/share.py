@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.thought.packing import PackedRow, bins, concatenate, context_part, deal, padded
 
@@ -45,8 +46,11 @@ class Place:
             data_size=parallel_state.get_data_parallel_world_size(),
             context=parallel_state.get_context_parallel_rank(),
             context_size=context_size,
-            multiple=(2 * context_size if context_size > 1 else 1)
-            * (config.tensor_model_parallel_size if config.sequence_parallel else 1),
+            multiple=Parallel(
+                tensor=config.tensor_model_parallel_size,
+                context=context_size,
+                sequence=config.sequence_parallel,
+            ).multiple,
             rounds=config.pipeline_model_parallel_size if interleaved else 1,
         )
 

@@ -47,6 +47,12 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         ("stages.cold_start.name=release", "a stage cannot be called release"),
         ("stages.rl.thinking.temperature=0", "at temperature 0 all traces of a group are the same"),
         ("evaluation.count=100000", "100000 problems wanted, 7176 are held out"),
+        ("stages.rl.until.metric=rewrd", "stage rl: until.metric 'rewrd' is none of reward, accuracy"),
+        ("stages.cold_start.until.metric=reward", "stage cold_start: until.metric 'reward' is none of loss"),
+        ("stages.rl.objective.overlong_cache=81", "overlong_cache 81 is more than the 80 tokens"),
+        ("stages.rl.reference_every=2", "there is no reference without objective.kl"),
+        ("stages.rl.optimizer.lr=.inf", "stages.1.optimizer.lr: Input should be a finite number"),
+        ("stages.rl.optimizer.betas=[0.9, 1.5]", "betas.1: Input should be less than 1"),
         ("tokenizer={kind: folder}", "tokenizer: give path"),
         ("name.first=x", "name holds a single value"),
     ],
@@ -100,7 +106,7 @@ def test_an_impossible_folder(capsys, monkeypatch) -> None:
 def test_numbers_that_are_no_longer_finite_end_the_run(capsys, monkeypatch, tmp_path: Path) -> None:
     words = (f"out={tmp_path}", "stages.cold_start.optimizer={lr: 1.0e+30}")
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
-    assert "3 times in a row" in shown and "Lower the stage's optimizer.lr" in shown
+    assert "3 times in a row" in shown and "Lower the stage's optimizer.lr; --adapt" in shown
     assert len((tmp_path / "mini/cold_start/bad_steps.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "mini/cold_start/model").exists()
 

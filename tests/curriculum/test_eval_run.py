@@ -101,6 +101,7 @@ def test_asked_again_it_draws_nothing(trained: Path, evaluated: Path) -> None:
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_where_it_was(trained: Path, evaluated: Path, tmp_path: Path) -> None:
     words = ("--checkpoint", trained / "release", *ASKED, "--out", tmp_path, "--concurrent", 1)
     process = start("run.py", *words)

@@ -87,7 +87,9 @@ def test_the_release_is_a_hugging_face_model(whole: Path) -> None:
     assert "| rl | rl | embedded (easy) | 8 |" in (whole / "release/README.md").read_text()
 
 
-@pytest.mark.parametrize(("stage", "step"), [("cold_start", 14), ("rl", 5)])
+@pytest.mark.parametrize(
+    ("stage", "step"), [pytest.param("cold_start", 14, marks=pytest.mark.slow), ("rl", 5)]
+)
 def test_killed_and_started_again_it_ends_the_same(
     whole: Path, tmp_path: Path, stage: str, step: int
 ) -> None:

@@ -46,18 +46,34 @@ def loop(watch: process.Watch, unlucky: bool, what: str) -> None:
         time.sleep(3)  # work after the last collective, which the store's host must wait for
 
 
+def again(given: argparse.Namespace, lags: bool) -> None:
+    """Joins and leaves three times; between them the ranks drift apart by more than two beats."""
+    for session in range(1, 4):
+        if lags:
+            time.sleep(2.5)
+        with process.running(1, timeout_s=given.timeout, heartbeat_s=given.heartbeat, join_s=200):
+            sums = torch.full((4,), float(session))
+            dist.all_reduce(sums)
+            assert sums.tolist() == [float(session * dist.get_world_size())] * 4
+        assert not dist.is_initialized()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("unlucky", type=int)
-    parser.add_argument("what", choices=("kill", "stop", "sleep", "refuse", "late"))
+    parser.add_argument("what", choices=("kill", "stop", "sleep", "refuse", "late", "again"))
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--heartbeat", type=float, default=60)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    unlucky = int(os.environ["RANK"]) == given.unlucky
     try:
+        if given.what == "again":
+            again(given, unlucky)
+            return
         with process.running(1, timeout_s=given.timeout, heartbeat_s=given.heartbeat, join_s=200) as watch:
-            loop(watch, int(os.environ["RANK"]) == given.unlucky, given.what)
+            loop(watch, unlucky, given.what)
     except PeerLost as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(LOST_EXIT_CODE)

@@ -1,5 +1,6 @@
 """Three optimizer steps on fixed rows under a parallel layout, for both losses, with and without recompute,
-with the sharded optimizer and in bfloat16; run by torchrun, see test_equality.py.
+with the sharded optimizer and in bfloat16, and three of the whole way from traces to weights (learning.py);
+run by torchrun, see test_equality.py.
 
 torchrun --nproc-per-node 2 -m tests.parallel.steps OUT.json --tensor 2 --sequence
 """
@@ -29,6 +30,7 @@ from megatron_parallel_r1.train.policy.objective import Objective
 from megatron_parallel_r1.train.sft import sft_loss
 from megatron_parallel_r1.train.share import share_out
 from megatron_parallel_r1.train.trainer import Trainer
+from tests.parallel.learning import LESSONS, three_lessons
 from tests.reference.traces import TAGS, random_trace
 
 # 41 tokens: no tensor group divides them.
@@ -113,6 +115,8 @@ def main() -> None:
                 changed = replace(parallel, recompute=recompute)
                 found[f"{loss}, recompute {recompute}"] = three_steps(shape, changed, torch.float32, loss)
         found["gspo, recompute none"] = three_steps(shape, parallel, torch.float32, "gspo")
+        for name, lesson in LESSONS.items():
+            found[f"{name}, recompute none"] = three_lessons(shape, parallel, lesson)
         sharded = replace(parallel, sharded_optimizer=True)
         found["grpo, sharded optimizer"] = three_steps(shape, sharded, torch.float32, "grpo")
         for loss in ("on-policy", "sft"):

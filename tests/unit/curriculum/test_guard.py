@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_parallel_r1.curriculum.guard import WINDOW, Guard, has_fallen
-from megatron_parallel_r1.curriculum.plateau import Plateau
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.train.plateau import Plateau
 from megatron_parallel_r1.train.trainer import NotFinite
 
 STAGE: Any = SimpleNamespace(name="rl", max_bad_steps=3)
@@ -41,6 +41,23 @@ def test_bad_steps_in_a_row_end_the_run_and_a_good_one_between_counts(tmp_path: 
     with pytest.raises(UserError, match=r"stage rl, step 6: the loss is nan, 3 times in a row"):
         guard.learn(6, bad, list)
     assert len((tmp_path / "bad_steps.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_guard_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rewards = [-1.0] * WINDOW + [0.5] * WINDOW
+    first = Guard(STAGE, tmp_path, done=0)
+    for step, reward in enumerate(rewards, 1):
+        first.look_at(step, {"reward": reward})
+    with pytest.raises(UserError):
+        for step in (21, 22, 23):
+            first.learn(step, bad, list)
+    again = Guard(STAGE, tmp_path, done=21)
+    again.restore(json.loads(json.dumps(first.state())))
+    assert len((tmp_path / "bad_steps.jsonl").read_text().splitlines()) == 1  # step 22 is to come again
+    capsys.readouterr()
+    for step in range(22, 42):
+        again.look_at(step, {"reward": -1.0})
+    assert "the reward has lost" in capsys.readouterr().err
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:

@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
+# What can be watched, by the kind of stage.
+WATCHABLE = {
+    "sft": ("loss", "entropy", "grad_norm"),
+    "rl": (
+        *("reward", "accuracy", "group_pass", "group_solved", "parallel_ratio", "length", "critical_length"),
+        *("truncated", "entropy", "loss", "grad_norm"),
+    ),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
     """Ends a stage when the mean of `metric` over the last `window` steps is not better than before.
 
     Attributes:
-        metric: of the step's record, such as `reward`, `accuracy` or `loss`.
+        metric: of the step's record, one of `WATCHABLE`.
         best: whether it should rise or fall.
         window: steps of a mean; it is held against that of the `window` steps before.
         least_gain: how much better it has to be.

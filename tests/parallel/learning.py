@@ -1,0 +1,85 @@
+"""Three steps of the real `Learner` under a parallel layout, from traces to weights; see steps.py."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.model.optimizer import Adam
+from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.thought.parser import parse
+from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.train.learning import Learner, PathVerdicts, Schooling
+from megatron_parallel_r1.train.policy.objective import Objective
+from megatron_parallel_r1.train.reference import Reference
+from megatron_parallel_r1.train.trainer import Trainer
+from tests.reference.traces import TAGS, random_trace
+
+# Not below the longest row, and a multiple of 8, the most parts that a layout here cuts a row into.
+MICRO_TOKENS = 240
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What is learned from: the traces of some seeds, in groups of `samples`."""
+
+    objective: Objective
+    seeds: Sequence[int]
+    samples: int
+
+
+LESSONS = {
+    "kl in the reward": Lesson(Objective(kl="k3", kl_in="reward", mask_truncated=True), range(40), 4),
+    # Fewer traces than copies of the model: all but one have nothing to do. A trace alone in its group learns
+    # only from what its paths were credited with, and from the KL term.
+    "path credit": Lesson(Objective(kl="k3", kl_coefficient=0.2, path_credit=True), [3], 1),
+}
+
+
+def trace_of(seed: int) -> Trace:
+    """A random trace, every fifth one cut; some tokens barred, the engine's log-probs around ln(1/41)."""
+    cut = seed % 5 == 0
+    tokens = random_trace(seed, depth=2, truncate=cut)
+    tree = parse(tokens, TAGS)
+    forced, rng = tree.forced(), random.Random(seed)
+    sampled = [index not in forced for index in range(len(tokens))]
+    drawn = list(zip(tokens, sampled, strict=True))
+    return Trace(
+        prompt=(20, 21, 22),
+        tokens=tuple(tokens),
+        sampled=tuple(sampled),
+        barred=tuple(mine and token != TAGS.parallel and rng.random() < 0.2 for token, mine in drawn),
+        logprobs=tuple(rng.random() - 4.2 if mine else 0.0 for mine in sampled),
+        finish="length" if cut else "eos",
+        tree=tree,
+    )
+
+
+def verdicts_of(trace: Trace, seed: int) -> PathVerdicts:
+    rng = random.Random(seed)
+    return [[rng.choice([True, False, None]) for _ in block.paths] for _, block in trace.tree.all_blocks()]
+
+
+def three_lessons(shape: ModelConfig, parallel: Parallel, lesson: Lesson) -> dict[str, list[float]]:
+    """Metrics of three steps, as `learn` returns them; `weights` are the sums of |weight| of each tensor."""
+    model, other = build_model(shape, torch.float32, parallel), build_model(shape, torch.float32, parallel)
+    load_hf_tensors(model, random_hf_tensors(shape, seed=7, std=0.2))
+    load_hf_tensors(other, random_hf_tensors(shape, seed=8, std=0.2))
+    # eps: as in steps.py.
+    trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1))
+    schooling = Schooling(lesson.samples, 1, mini_batches=2, micro_tokens=MICRO_TOKENS, limit=160)
+    learner = Learner(trainer, lesson.objective, schooling, "isolated", TAGS, Reference(other, 1.0))
+    traces = [trace_of(seed) for seed in lesson.seeds]
+    rewards = [random.Random(seed).choice([1.0, -1.0]) for seed in lesson.seeds]
+    verdicts = [verdicts_of(trace, seed) for trace, seed in zip(traces, lesson.seeds, strict=True)]
+    steps = [learner.learn(traces, rewards, 1e-3, verdicts) for _ in range(3)]
+    return {
+        **{name: [step[name] for step in steps] for name in steps[0]},
+        "weights": [w.double().abs().sum().item() for _, w in sorted(hf_tensors(model))],
+    }
