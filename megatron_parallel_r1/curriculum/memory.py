@@ -15,11 +15,13 @@ Letters: b bytes a number, E hidden, Q and K sizes of all query and of all key h
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import prod
 
 from megatron_parallel_r1.curriculum.split import Part
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import padded_vocab
 from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.rollout.native.cache import SlotTable
 from megatron_parallel_r1.train.logprobs import CHUNK_LOGITS
 
@@ -40,7 +42,8 @@ class Memory:
         activations: of all micro-batches that are under way at once.
         logits: what the loss needs on top, on the last pipeline stage.
         reference: weights of the policy that a KL term holds the trained one to.
-        engine: weights of an engine that decodes in process.
+        engine: weights of an engine that decodes in process, and the whole copies that are published ahead of
+            it (train/ahead.py).
         cache: its keys and values.
     """
 
@@ -67,12 +70,14 @@ class Work:
         micro_batches: of one update.
         slots: that the engine's cache must hold; None: no engine decodes in process.
         reference: whether a KL term needs a second model.
+        staleness: updates that rollouts may be behind.
     """
 
     row: int
     micro_batches: int
     slots: int | None = None
     reference: bool = False
+    staleness: int = 0
 
 
 def memory(shape: ModelConfig, parallel: Parallel, part: Part, data: int, number: int, work: Work) -> Memory:
@@ -83,6 +88,8 @@ def memory(shape: ModelConfig, parallel: Parallel, part: Part, data: int, number
         number: bytes of a weight and of an activation, 4 or 2.
     """
     weights = number * part.elements
+    whole = number * sum(prod(size) for weight in table(shape) for _, size in weight.parts)
+    copies = (work.staleness + 1) * whole if work.staleness else 0
     return Memory(
         weights=weights,
         gradients=FLOAT32 * part.elements,
@@ -91,7 +98,7 @@ def memory(shape: ModelConfig, parallel: Parallel, part: Part, data: int, number
         logits=logit_bytes(shape, parallel, work, number) if part.last else 0,
         reference=weights if work.reference else 0,
         # One that decodes in process holds all layers, which is then the trainer's part too.
-        engine=weights if work.slots is not None else 0,
+        engine=(weights + copies) if work.slots is not None else 0,
         cache=cache_bytes(shape, parallel, work.slots, number) if work.slots is not None else 0,
     )
 

@@ -162,7 +162,9 @@ class _Planner:
             rows = together = stage.batch
             longest = min(self.longest.example, self.shape.max_positions, self.recipe.micro_tokens)
             drawn, updates, trained, slots, reference = 0, 1, rows * longest, None, False
-        work = Work(self._packed(longest), self._micro_batches(together, longest), slots, reference)
+        staleness = stage.max_staleness if isinstance(stage, config.RlStage) else 0
+        micro_batches = self._micro_batches(together, longest)
+        work = Work(self._packed(longest), micro_batches, slots, reference, staleness)
         return StagePlan(
             stage=stage,
             mode=thinking.mode,

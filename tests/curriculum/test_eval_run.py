@@ -145,6 +145,7 @@ def test_a_tensor_group_decodes_together(trained: Path, evaluated: Path, tmp_pat
     assert len(records(tmp_path)) == 48 and not list(tmp_path.glob("records/*/copy1.jsonl"))
 
 
+@pytest.mark.slow
 def test_stages_in_several_modes_side_by_side(trained: Path, tmp_path: Path) -> None:
     words = ("--run", trained, "--modes", "parallel,sequential,majority@2", *ASKED, "--out", tmp_path)
     shown = run("compare.py", *words)

@@ -194,3 +194,13 @@ def test_micro_batches_under_way() -> None:
     interleaved = Parallel(pipeline=4, virtual=2)
     assert [chunks_under_way(interleaved, rank, 8) for rank in range(4)] == [11, 9, 7, 5]
     assert chunks_under_way(interleaved, 0, 4) == 8
+
+
+def test_copies_published_ahead_of_the_engine_are_counted() -> None:
+    shape = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=40)
+    (part,) = parts(shape, Parallel())
+    in_turn, ahead = (
+        memory(shape, Parallel(), part, 1, 4, Work(64, 1, slots=100, staleness=staleness))
+        for staleness in (0, 2)
+    )
+    assert in_turn.engine == in_turn.weights and ahead.engine == 4 * ahead.weights
