@@ -38,8 +38,8 @@ def start(
 ) -> Watch:
     """Joins the processes of one launch (RANK, WORLD_SIZE), or becomes a world of one, and splits it.
 
-    Uses nccl and the local rank's GPU where CUDA is available, else gloo and the CPU. A launch may come together
-    and part again several times: the n-th start of a process meets the n-th of every other.
+    Uses nccl and the local rank's GPU where CUDA is available, else gloo and the CPU. The processes of a
+    launch may come together and part several times: the n-th start of one meets the n-th of every other.
 
     Args:
         seed: of Megatron's random states; the same on all processes.
@@ -154,8 +154,8 @@ def _meet(rank: int, hosts: bool, host: str, join_s: float) -> tuple[dist.Store,
 def _connection(address: str, port: int, world: int, hosts: bool, patience: timedelta) -> dist.TCPStore:
     """The launch's store, hosted or reached; it outlives its sessions.
 
-    Kept for as long as the process lives: whoever is early for the next session waits in the store, and would be
-    lost with it if its host let go of it between two sessions.
+    Kept for as long as the process lives: whoever is early for the next session waits in the store, and
+    would be lost with it if its host let go of it between two sessions.
     """
     return dist.TCPStore(
         address,

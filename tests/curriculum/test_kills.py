@@ -1,13 +1,18 @@
-"""A run killed ten times, also in the middle of writing checkpoints, ends bit for bit like one left alone."""
+"""A run killed ten times, also in the middle of writing checkpoints, ends bit for bit like one left alone.
+
+So does one of two processes, both killed twice: once surely amid a checkpoint, once at any moment.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -94,3 +99,99 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     for name in ("cold_start", "rl"):
         assert steps_of(folder / name) == steps_of(tmp_path / "whole/kills" / name)
         assert not (folder / name / "checkpoints").exists()
+
+
+# Two processes started by hand: a launcher's own are not of its process group, which a kill reaches.
+PAIR_STEPS = ("stages.cold_start.steps=10", "stages.rl.steps=5")
+PAIR = (
+    "curriculum",
+    str(RECIPE),
+    "name=pair",
+    "evaluation.count=4",
+    "parallel.sharded_optimizer=true",
+    *PAIR_STEPS,
+)
+
+
+def start_pair(out: Path, *words: str) -> list[subprocess.Popen[bytes]]:
+    """Rank 0 and rank 1 of a run; each writes what it says to a file beside `out`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in range(2):
+        with out.with_name(f"{out.name}.rank{rank}").open("w") as said:
+            ranks.append(
+                subprocess.Popen(
+                    command(out, *PAIR, *words),
+                    env={**os.environ, **world, "RANK": str(rank)},
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+    return ranks
+
+
+def send(ranks: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for rank in ranks:
+        with suppress(ProcessLookupError):  # it may have ended by itself, which is for the caller to see
+            os.killpg(rank.pid, number)
+
+
+def end_pair(out: Path, *words: str) -> None:
+    ranks = start_pair(out, *words)
+    try:
+        codes = [rank.wait(300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], [out.with_name(f"{out.name}.rank{rank}").read_text() for rank in range(2)]
+
+
+def kill_pair(out: Path, stage: Path, step: int, while_writing: bool) -> None:
+    """Runs until a stage's checkpoint of `step` is whole, then kills both, on request amid a later one."""
+    ranks = start_pair(out, "stages.cold_start.save_every=1", "stages.rl.save_every=1")
+    try:
+        give_up = time.monotonic() + 200
+        while last_complete(stage / "checkpoints") < step or (while_writing and not caught(ranks, stage)):
+            assert all(rank.poll() is None for rank in ranks) and time.monotonic() < give_up
+            time.sleep(0.001)
+    finally:
+        send(ranks, signal.SIGKILL)
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
+
+
+def caught(ranks: list[subprocess.Popen[bytes]], stage: Path) -> bool:
+    """Whether both processes stand still now, with a checkpoint half written; if not, they run on."""
+    if not half_written(stage / "checkpoints"):
+        return False
+    send(ranks, signal.SIGSTOP)
+    if half_written(stage / "checkpoints"):
+        return True
+    send(ranks, signal.SIGCONT)
+    return False
+
+
+@pytest.mark.slow
+def test_two_processes_killed_together_go_on_bit_for_bit(tmp_path: Path) -> None:
+    end_pair(tmp_path / "whole")
+    folder = tmp_path / "killed/pair"
+    for name, step, while_writing in (("cold_start", 4, True), ("rl", 2, False)):
+        kill_pair(tmp_path / "killed", folder / name, step, while_writing)
+        checkpoints = folder / name / "checkpoints"
+        left, complete = half_written(checkpoints), last_complete(checkpoints)
+        print(f"{name}: {len(left)} checkpoint half written; goes on from step {complete}")
+        assert complete >= step and (left or not while_writing)
+    assert not (folder / "rl/model").exists()
+
+    end_pair(tmp_path / "killed")
+    for name in ("cold_start/model", "rl/model", "release"):
+        ours, theirs = (
+            load_file(tmp_path / out / "pair" / name / "model.safetensors") for out in ("killed", "whole")
+        )
+        assert ours.keys() == theirs.keys()
+        assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+    for name in ("cold_start", "rl"):
+        assert steps_of(folder / name) == steps_of(tmp_path / "whole/pair" / name)

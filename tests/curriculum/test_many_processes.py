@@ -84,6 +84,18 @@ def test_sft_runs_over_a_pipeline_and_goes_on_in_another_layout(alone: Path, tmp
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_sweep_over_seeds_joins_its_processes_once_a_seed(tmp_path: Path) -> None:
+    short = ("stages.cold_start.steps=2", "evaluation.count=6")
+    done = run(tmp_path, 2, "sft", str(RECIPE), "seeds=[1,2]", *short)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = [tmp_path / "mini" / name for name in ("seed1", "seed2")]
+    losses = [[step["loss"] for step in metrics(folder, "cold_start")] for folder in folders]
+    assert [len(seed) for seed in losses] == [2, 2] and losses[0] != losses[1]
+    assert all((folder / "cold_start/model/model.safetensors").is_file() for folder in folders)
+    assert (tmp_path / "mini/seeds.md").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "world", "message"),
     [

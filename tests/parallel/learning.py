@@ -8,14 +8,18 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.rewards.siblings import content
+from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.learning import Learner, PathVerdicts, Schooling
+from megatron_parallel_r1.train.learning import Learner, Schooling
+from megatron_parallel_r1.train.path_verdicts import Verdicts, judge_paths
 from megatron_parallel_r1.train.policy.objective import Objective
 from megatron_parallel_r1.train.reference import Reference
 from megatron_parallel_r1.train.trainer import Trainer
@@ -61,9 +65,32 @@ def trace_of(seed: int) -> Trace:
     )
 
 
-def verdicts_of(trace: Trace, seed: int) -> PathVerdicts:
-    rng = random.Random(seed)
-    return [[rng.choice([True, False, None]) for _ in block.paths] for _, block in trace.tree.all_blocks()]
+class Numbers:
+    """A tokenizer that writes each token as its number."""
+
+    eos_token_id = TAGS.eos
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, tokens))
+
+
+def last_word(text: str) -> str | None:
+    return text.split()[-1] if text else None
+
+
+def verdicts_of(traces: Sequence[Trace], verifier: Verifier) -> list[Verdicts]:
+    """Every path states its last token; to the first problem odd ones are right, to the next even ones.
+
+    The copies of the model share the work: what they put together is as if each trace had been read alone.
+    """
+    answers = [tuple(str(token) for token in range(41) if (token + i) % 2) for i in range(len(traces))]
+    problems = [Problem(str(i), "?", right, "made up") for i, right in enumerate(answers)]
+    judged = judge_paths(traces, problems, Numbers(), verifier, last_word)
+    for trace, right, verdicts in zip(traces, answers, judged, strict=True):
+        paths = [[slice(*content(path)) for path in block.paths] for _, block in trace.tree.all_blocks()]
+        read = [[last_word(" ".join(map(str, trace.tokens[path]))) for path in block] for block in paths]
+        assert verdicts == [[None if own is None else own in right for own in block] for block in read]
+    return judged
 
 
 def three_lessons(shape: ModelConfig, parallel: Parallel, lesson: Lesson) -> dict[str, list[float]]:
@@ -77,7 +104,8 @@ def three_lessons(shape: ModelConfig, parallel: Parallel, lesson: Lesson) -> dic
     learner = Learner(trainer, lesson.objective, schooling, "isolated", TAGS, Reference(other, 1.0))
     traces = [trace_of(seed) for seed in lesson.seeds]
     rewards = [random.Random(seed).choice([1.0, -1.0]) for seed in lesson.seeds]
-    verdicts = [verdicts_of(trace, seed) for trace, seed in zip(traces, lesson.seeds, strict=True)]
+    with Verifier() as verifier:
+        verdicts = verdicts_of(traces, verifier)
     steps = [learner.learn(traces, rewards, 1e-3, verdicts) for _ in range(3)]
     return {
         **{name: [step[name] for step in steps] for name in steps[0]},
