@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -62,9 +63,10 @@ def run_rl(bench: Workbench, stage: config.RlStage, verifier: Verifier, watch: W
     stream = problem_stream(bench.recipe, stage, bench.seed_of(stage.name, "data"))
     seed = bench.seed_of(stage.name, "rollout")
     trainer = bench.trainer(stage)
-    team, world = second_groups(bench.recipe.collective_timeout_s) if stage.max_staleness else (None, None)
-    engine = native_engine(bench.shape, team)
-    with StageLoop(bench, stage, trainer, stream, watch) as loop:
+    patience = bench.recipe.collective_timeout_s
+    groups = second_groups(patience) if stage.max_staleness else nullcontext((None, None))
+    with groups as (team, world), StageLoop(bench, stage, trainer, stream, watch) as loop:
+        engine = native_engine(bench.shape, team)
         grpo = _grpo(bench, stage, trainer, engine, verifier, world, loop.done)
         with batches(
             lambda step: grpo.roll_out(stream.next_batch, step, seed),

@@ -8,14 +8,15 @@ in another order on each process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_parallel_r1.train.agreement import told_all
+from megatron_parallel_r1.train.agreement import told_all, wait_for_all
 
 T = TypeVar("T")
 
@@ -48,8 +49,11 @@ def gathered(part: Sequence[T], world: dist.ProcessGroup | None = None) -> list[
     return [item for part in parts for item in part]
 
 
-def second_groups(timeout_s: float) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+@contextmanager
+def second_groups(timeout_s: float) -> Iterator[tuple[dist.ProcessGroup, dist.ProcessGroup]]:
     """This process's tensor group and, over the CPU, the world, each once more; all processes call it.
+
+    They are gone on exit, unless by an error: to leave a group may wait for a lost process.
 
     Args:
         timeout_s: how long one of their collectives may wait.
@@ -60,4 +64,8 @@ def second_groups(timeout_s: float) -> tuple[dist.ProcessGroup, dist.ProcessGrou
     tensor = {
         ranks: dist.new_group(ranks, timeout) for ranks in sorted({tuple(ranks) for ranks in told_all(mine)})
     }
-    return tensor[tuple(mine)], dist.new_group(timeout=timeout, backend="gloo")
+    world = dist.new_group(timeout=timeout, backend="gloo")
+    yield tensor[tuple(mine)], world
+    wait_for_all()
+    for group in (*tensor.values(), world):
+        dist.destroy_process_group(group)

@@ -126,8 +126,10 @@ def main() -> None:
     parser.add_argument("--staleness", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with process.running(seed=1, parallel=Parallel(tensor=given.team)):
-        tensor, world = second_groups(timeout_s=120)
+    with (
+        process.running(seed=1, parallel=Parallel(tensor=given.team)),
+        second_groups(timeout_s=120) as (tensor, world),
+    ):
         team = Team.of(tensor)
         mine = {
             "batches": stage(team, world, given.staleness),

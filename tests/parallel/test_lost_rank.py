@@ -122,7 +122,8 @@ def test_a_rank_that_ends_late_loses_nobody(tmp_path: Path) -> None:
     assert [rank.code for rank in found.values()] == [0, 0, 0], found
 
 
-@pytest.mark.parametrize("lags", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lags", [0, 2])
 def test_ranks_that_left_join_again_though_one_lags(tmp_path: Path, lags: int) -> None:
     # Whoever is early must neither read the last session's words nor lose its store to a host that lags.
     found = ended(tmp_path, lags, "again", "--timeout", "30", "--heartbeat", "8")

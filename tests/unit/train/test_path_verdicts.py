@@ -8,7 +8,6 @@ import pytest
 
 from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
 from megatron_parallel_r1.data.embedded.traces import stated_result
-from megatron_parallel_r1.data.encode import encode_response
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.parser import parse
@@ -35,7 +34,7 @@ def block(*paths: str, summary: str = "none") -> str:
 
 
 def trace(text: str) -> Trace:
-    tokens = tuple(encode_response(TOKENIZER, text))
+    tokens = tuple(TOKENIZER.encode(text, add_special_tokens=False))
     assert TOKENIZER.unk_token_id not in tokens, text
     flags = (True,) * len(tokens)
     return Trace(tokens[:1], tokens, flags, flags, (0.0,) * len(tokens), "eos", parse(tokens, TAGS))
