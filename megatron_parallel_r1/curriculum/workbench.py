@@ -191,14 +191,6 @@ def native_engine(shape: ModelConfig, group: dist.ProcessGroup | None = None) ->
         group: that group once more, for an engine of a second thread.
     """
     return NativeEngine(
-        Architecture(
-            layers=shape.layers,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            norm_eps=shape.rms_eps,
-            rope_theta=shape.rope_theta,
-            tied=shape.tied,
-        ),
+        Architecture.of(shape),
         Team.of(group or parallel_state.get_tensor_model_parallel_group()),
     )

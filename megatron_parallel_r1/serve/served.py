@@ -72,17 +72,7 @@ class Served:
             raise UserError(
                 f"{folder}: the tokenizer has tokens that the model lacks; take both from one run"
             )
-        engine = NativeEngine(
-            Architecture(
-                layers=shape.layers,
-                heads=shape.heads,
-                kv_heads=shape.kv_heads,
-                head_dim=shape.head_dim,
-                norm_eps=shape.rms_eps,
-                rope_theta=shape.rope_theta,
-                tied=shape.tied,
-            )
-        )
+        engine = NativeEngine(Architecture.of(shape))
         where = _device(device)
         engine.load_weights(((key, tensor.to(where)) for key, tensor in tensors), version=0)
         place = folder.resolve()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,9 @@ def told_all(mine: T, world: dist.ProcessGroup | None = None) -> list[T]:
     """
     if dist.get_world_size() == 1:
         return [mine]
-    everyone: list[T | None] = [None] * dist.get_world_size()
+    everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine, group=world)
-    return everyone  # type: ignore[return-value]
+    return everyone
 
 
 def told_first(mine: T) -> list[T]:
@@ -35,7 +35,7 @@ def told_first(mine: T) -> list[T]:
 
 def first_does(work: Callable[[], T]) -> T:
     """The first process does it; all return its result (picklable) or raise its error."""
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    outcome: list[tuple[Any, Exception | None]] = [(None, None)]
     if dist.get_rank() == 0:
         try:
             outcome = [(work(), None)]
@@ -46,7 +46,7 @@ def first_does(work: Callable[[], T]) -> T:
     result, error = outcome[0]
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]
+    return result
 
 
 def all_agree(mine: bool, device: torch.device) -> bool:

@@ -24,6 +24,18 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 
+class Shape(Protocol):
+    """The fields of `model.config.ModelConfig` that decoding needs; this room does not import that one."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rms_eps: float
+    rope_theta: float
+    tied: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """What the forward pass needs of a Qwen3 `config.json`."""
@@ -35,6 +47,18 @@ class Architecture:
     norm_eps: float
     rope_theta: float
     tied: bool
+
+    @classmethod
+    def of(cls, shape: Shape) -> Architecture:
+        return cls(
+            layers=shape.layers,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            norm_eps=shape.rms_eps,
+            rope_theta=shape.rope_theta,
+            tied=shape.tied,
+        )
 
     def shared(self, size: int) -> Architecture:
         """What each of `size` processes computes.
