@@ -45,8 +45,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_release(folder: Path, thinking: Thinking = THINKING, template: str = "w9 {problem}") -> Path:
-    """Writes the folder as `curriculum/release.py` does, and returns it."""
-    model = tiny_qwen3()
+    """Writes the folder as `curriculum/release.py` does, and returns it.
+
+    In float64: a row's rounding depends on what else is in its batch, and in float32 that now and
+    then moves a draw to the next token, so that a request among others would not be as if alone.
+    """
+    model = tiny_qwen3().double()
     told = asdict(thinking) | {"prompt": "plain", "prompt_template": template}
     save_hf_folder(
         folder,
