@@ -65,6 +65,11 @@ class Engine(Protocol, Generic[Context]):
         """Of the weights it holds."""
         ...
 
+    @property
+    def together(self) -> bool:
+        """Whether all processes of a copy of the model make each call together; else its first one alone."""
+        ...
+
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes new weights under their Hugging Face names; no context may be open."""
         ...

@@ -31,7 +31,7 @@ def judge_paths(
     """
     mine = share(list(zip(traces, problems, strict=True)))
     if not speaks():
-        return gathered([])
+        return gathered(lambda: [])
     found = [_stated(trace, tokenizer, stated) for trace, _ in mine]
     pairs = [
         (answer, reference)
@@ -51,7 +51,7 @@ def judge_paths(
                 for block in blocks
             ]
         )
-    return gathered(judged)
+    return gathered(lambda: judged)
 
 
 def _stated(trace: Trace, tokenizer: PreTrainedTokenizerBase, stated: Stated) -> list[list[str | None]]:

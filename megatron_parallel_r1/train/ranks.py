@@ -8,7 +8,7 @@ in another order on each process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.agreement import told_all, wait_for_all
 
 T = TypeVar("T")
@@ -37,16 +38,28 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[len(items) * rank // size : len(items) * (rank + 1) // size]
 
 
-def gathered(part: Sequence[T], world: dist.ProcessGroup | None = None) -> list[T]:
-    """What the copies made of their shares, in the order of the whole, on every process.
+def gathered(work: Callable[[], Sequence[T]], world: dist.ProcessGroup | None = None) -> list[T]:
+    """What the copies make of their shares, in the order of the whole, on every process.
 
     Args:
-        part: picklable; only that of a process that `speaks` counts.
+        work: makes this process's part, picklable; only that of a process that `speaks` counts.
         world: all processes, if not by the default group.
+
+    Raises:
+        UserError: one of the processes met it; all raise it, so that none waits for another.
     """
+    part: Sequence[T] = ()
+    problem: UserError | None = None
+    try:
+        part = work()
+    except UserError as error:
+        problem = error
     # Ranks rise with the data-parallel rank among the processes that speak.
-    parts = told_all(part if speaks() else (), world)
-    return [item for part in parts for item in part]
+    told = told_all((part if speaks() else (), problem), world)
+    problems = [problem for _, problem in told if problem is not None]
+    if problems:
+        raise problems[0]
+    return [item for part, _ in told for item in part]
 
 
 @contextmanager

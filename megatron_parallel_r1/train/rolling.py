@@ -39,9 +39,15 @@ def roll_out_and_judge(
         world: all processes, if not by the default group; a second thread needs its own.
     """
     mine, my_seeds = share(problems), share(seeds)
-    prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in mine]
-    traces = asyncio.run(roll_out(thinker, prompts, my_seeds, concurrent))
-    # One verdict for all processes of a copy: a time-out could give each another one.
-    judged = judge_traces(traces, mine, tokenizer, verifier) if speaks() else []
-    pairs = gathered(list(zip(traces, judged, strict=False)), world)
+
+    def work() -> list[tuple[Trace, Judged]]:
+        if not (speaks() or thinker.engine.together):
+            return []
+        prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in mine]
+        traces = asyncio.run(roll_out(thinker, prompts, my_seeds, concurrent))
+        # One verdict for all processes of a copy: a time-out could give each another one.
+        judged = judge_traces(traces, mine, tokenizer, verifier) if speaks() else []
+        return list(zip(traces, judged, strict=False))
+
+    pairs = gathered(work, world)
     return [trace for trace, _ in pairs], [judgement for _, judgement in pairs]

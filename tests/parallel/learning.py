@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.learning import Learner, Schooling
 from megatron_parallel_r1.train.path_verdicts import Verdicts, judge_paths
 from megatron_parallel_r1.train.policy.objective import Objective
+from megatron_parallel_r1.train.probing import causal_logprobs
 from megatron_parallel_r1.train.reference import Reference
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.reference.traces import TAGS, random_trace
@@ -94,7 +96,10 @@ def verdicts_of(traces: Sequence[Trace], verifier: Verifier) -> list[Verdicts]:
 
 
 def three_lessons(shape: ModelConfig, parallel: Parallel, lesson: Lesson) -> dict[str, list[float]]:
-    """Metrics of three steps, as `learn` returns them; `weights` are the sums of |weight| of each tensor."""
+    """Metrics of three steps, as `learn` returns them; `weights` are the sums of |weight| of each tensor.
+
+    `probed` are the log-probs of three texts, summed up, under the weights of the end.
+    """
     model, other = build_model(shape, torch.float32, parallel), build_model(shape, torch.float32, parallel)
     load_hf_tensors(model, random_hf_tensors(shape, seed=7, std=0.2))
     load_hf_tensors(other, random_hf_tensors(shape, seed=8, std=0.2))
@@ -107,7 +112,9 @@ def three_lessons(shape: ModelConfig, parallel: Parallel, lesson: Lesson) -> dic
     with Verifier() as verifier:
         verdicts = verdicts_of(traces, verifier)
     steps = [learner.learn(traces, rewards, 1e-3, verdicts) for _ in range(3)]
+    probed = causal_logprobs(trainer, [trace.tokens for trace in traces[:3]] * (3 // len(traces[:3])), MICRO_TOKENS)
     return {
         **{name: [step[name] for step in steps] for name in steps[0]},
+        "probed": [math.fsum(logprobs) for logprobs in probed],
         "weights": [w.double().abs().sum().item() for _, w in sorted(hf_tensors(model))],
     }

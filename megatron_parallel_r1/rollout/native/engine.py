@@ -68,6 +68,7 @@ class NativeEngine:
     """
 
     modes: frozenset[Mode] = frozenset({"isolated", "replay", "causal", "sequential"})
+    together = True
 
     def __init__(self, architecture: Architecture, team: Team | None = None, max_rows: int = 1024) -> None:
         self.version = -1

@@ -1,0 +1,49 @@
+"""The trainer's own log-probs of whole token lists, to hold a server's against.
+
+Shapes: N targets of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from megatron_parallel_r1.thought.layout import lay_out
+from megatron_parallel_r1.thought.tree import Tree
+from megatron_parallel_r1.train.agreement import told_all
+from megatron_parallel_r1.train.microbatch import MicroBatch
+from megatron_parallel_r1.train.scorer import Scorer
+from megatron_parallel_r1.train.share import share_out
+
+
+def causal_logprobs(
+    scorer: Scorer,
+    texts: Sequence[Sequence[int]],
+    capacity: int,
+    world: dist.ProcessGroup | None = None,
+) -> list[tuple[float, ...]]:
+    """Natural log-probs of `text[1:]` of each text under plain causal order, on every process.
+
+    All processes call it; each copy of the model scores all texts.
+
+    Args:
+        texts: token ids, two at least in each.
+        capacity: tokens of a packed row.
+        world: all processes, if not by the default group.
+    """
+    rows = [lay_out(t[:1], t[1:], [True] * (len(t) - 1), Tree(len(t) - 1, ()), "causal") for t in texts]
+    alone = replace(scorer.place, data=0, data_size=1)
+    batches = [MicroBatch.of(row, scorer.device) for row in share_out(rows, capacity, alone)]
+    found: list[tuple[int, int, float]] = []
+    # Only the last pipeline stage has log-probs, and of a row that ranks share each only its part.
+    for batch, logprobs_N in zip(batches, scorer.logprobs(batches), strict=False):
+        at_N = batch.at_N.cpu().numpy()
+        members = [batch.row.members[place] for place in batch.row.member_L[at_N]]
+        found += zip(members, batch.row.source_L[at_N].tolist(), logprobs_N.tolist(), strict=True)
+    logprobs = [[float("nan")] * (len(text) - 1) for text in texts]
+    for part in told_all(found, world):
+        for text, index, logprob in part:
+            logprobs[text][index] = logprob
+    return [tuple(values) for values in logprobs]
