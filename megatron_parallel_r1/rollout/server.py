@@ -6,21 +6,28 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_parallel_r1.rollout.base import Completion, Sampling
+from megatron_parallel_r1.rollout.joined import Joined
 from megatron_parallel_r1.thought.layout import Mode
+
+__all__ = ["STOCK_MODES", "About", "Answered", "Asked", "Joined", "Server", "Timeouts", "Unreachable"]
+
+STOCK_MODES: frozenset[Mode] = frozenset({"replay", "causal", "sequential"})
+"""Modes that any server serves exactly that continues a token list and can bar a token."""
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
-    """A closed block inside a token list whose paths did not see one another.
+class Timeouts:
+    """How long a server is waited for, in seconds.
 
     Attributes:
-        fork: index of the first token of the first path.
-        ends: index behind the last token of each path, rising; the first path begins at `fork`, each other
-            one where the path before it ends.
+        connect_s: until a connection stands.
+        answer_s: until a continuation or a score is there.
+        check_s: until it says of itself.
     """
 
-    fork: int
-    ends: tuple[int, ...]
+    connect_s: float = 10.0
+    answer_s: float = 1800.0
+    check_s: float = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +35,7 @@ class Asked:
     """One continuation.
 
     Attributes:
-        tokens: all that the next token follows, flat.
+        tokens: all that the next token follows, flat; at least one.
         sampling, limit, stop, suppress: as in `base.Engine.sample`.
         trace: a name that all continuations of one trace share; they go to one server while it lives.
         joined: closed blocks in `tokens` that are isolated, in order of their forks, those inside a path of
@@ -50,7 +57,7 @@ class Answered:
 
     Attributes:
         completion: as `base.Engine.sample` gives it.
-        cached_tokens: how many of the asked tokens the server had in its cache.
+        cached_tokens: how many of the asked tokens the server had in its cache; 0 where it does not say.
     """
 
     completion: Completion
@@ -67,6 +74,7 @@ class About:
         version: of its weights, as the last update named it; 0 before any.
         max_tokens: prompt and continuation of one request together.
         cache_tokens: of its key/value cache; None: it does not say.
+        seeded: a draw is fixed by its seed: asked for the same twice, it drew the same.
     """
 
     model: str
@@ -74,11 +82,12 @@ class About:
     version: int
     max_tokens: int
     cache_tokens: int | None
+    seeded: bool = True
 
 
 class Server(Protocol):
     """One server. Every method raises `Unreachable` if there is no (whole) answer in time, and UserError if
-    the server refuses what it was asked."""
+    the server refuses what it was asked. A server may be used in one event loop after another."""
 
     @property
     def url(self) -> str:
@@ -102,9 +111,28 @@ class Server(Protocol):
         ...
 
     async def close(self) -> None:
-        """Gives its connections back."""
+        """Gives its connections back; the end of the event loop does it too."""
         ...
 
 
 class Unreachable(Exception):
     """A server gave no answer, or broke off; another one may give it."""
+
+
+def version_of(name: object) -> int:
+    """The number of a server's weight version; 0 where no update has named one yet ("default")."""
+    return int(name) if isinstance(name, (int, str)) and str(name).isdigit() else 0
+
+
+def versions_of(spans: object, count: int, otherwise: int) -> tuple[int, ...]:
+    """Of each of `count` drawn tokens, the weights that drew it.
+
+    Args:
+        spans: as both engines send them: `{version, start, end}` in order; None where they do not say.
+        otherwise: for tokens that no span covers.
+    """
+    versions = [otherwise] * count
+    for span in spans if isinstance(spans, list) else []:
+        start, end = int(span["start"]), min(int(span["end"]), count)
+        versions[start:end] = [version_of(span["version"])] * max(0, end - start)
+    return tuple(versions)

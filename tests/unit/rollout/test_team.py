@@ -57,7 +57,11 @@ def test_a_rank_never_holds_the_whole_model() -> None:
 
     part = DecodeModel(ARCHITECTURE, tensors(), slots=8, team=Team(1, 2, None))
     kept = [part.embedding_VE, part.head_VE, *(layer.qkv_AE for layer in part.layers)]
-    kept += [matrix for layer in part.layers for matrix in (layer.output_EA, layer.gate_up_FE, layer.down_EF)]
+    kept += [
+        matrix
+        for layer in part.layers
+        for matrix in (layer.output_EA, layer.mlp.gate_up_FE, layer.mlp.down_EF)
+    ]
     matrices = [tensor for tensor in model.state_dict().values() if tensor.dim() == 2]
     assert 2 * sum(map(torch.numel, kept)) == sum(map(torch.numel, matrices))
     assert [cache_SX.shape for cache_SX in part.cache_LSX] == [(8, 2 * 1 * 16)] * 2

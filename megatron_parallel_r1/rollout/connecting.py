@@ -1,0 +1,39 @@
+"""From addresses to a pool of servers that have told of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from megatron_parallel_r1.rollout.pool import Pool, PoolSettings
+from megatron_parallel_r1.rollout.server import Server, Timeouts
+from megatron_parallel_r1.rollout.sglang import SGLang
+from megatron_parallel_r1.rollout.vllm import VLLM
+
+CLIENTS: Mapping[str, Callable[[str, Timeouts], Server]] = MappingProxyType({"sglang": SGLang, "vllm": VLLM})
+
+
+def met_pool(
+    engine: str,
+    urls: Sequence[str],
+    timeouts: Timeouts,
+    settings: PoolSettings,
+    urls_file: Path | None = None,
+) -> Pool:
+    """The servers at these addresses, at least one of them answering.
+
+    Args:
+        engine: one of `CLIENTS`.
+        urls_file: see `Pool`.
+
+    Raises:
+        UserError: none answers in `settings.patience_s`, or they do not give the log-probs that they should.
+    """
+
+    def connect(url: str) -> Server:
+        return CLIENTS[engine](url, timeouts)
+
+    pool = Pool(connect, urls, settings, urls_file)
+    pool.meet()
+    return pool

@@ -1,0 +1,108 @@
+"""Closed isolated blocks of a token list, and how a client and our SGLang plugin speak about them.
+
+In a request to `POST /generate` the blocks are one flat list of integers under a key that only the plugin
+reads; a server without the plugin would ignore it, so a client first asks `GET /server_info`:
+
+    sampling_params.custom_params = {"parallel_r1": [n, fork, end_1 .. end_n,  n, fork, end_1 .. end_n, ...]}
+    server_info["internal_states"][i]["parallel_r1"] = {"protocol": 1, "missing": [], "counters": {...}, ...}
+
+Both ends import this file, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FIELD = "parallel_r1"
+PROTOCOL = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A closed block inside a token list whose paths did not see one another.
+
+    Attributes:
+        fork: index of the first token of the first path.
+        ends: index behind the last token of each path, rising; the first path begins at `fork`, each other
+            one where the path before it ends.
+    """
+
+    fork: int
+    ends: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """Index behind the last path."""
+        return self.ends[-1]
+
+    @property
+    def paths(self) -> tuple[tuple[int, int], ...]:
+        """Of each path its first index and the one behind its last."""
+        return tuple(zip((self.fork, *self.ends[:-1]), self.ends, strict=True))
+
+
+def encode(blocks: Sequence[Joined]) -> list[int]:
+    """The value of `custom_params["parallel_r1"]`."""
+    return [number for block in blocks for number in (len(block.ends), block.fork, *block.ends)]
+
+
+def decode(numbers: object, length: int) -> tuple[Joined, ...]:
+    """The blocks that `encode` wrote.
+
+    Args:
+        numbers: what came in `custom_params["parallel_r1"]`.
+        length: of the token list.
+
+    Raises:
+        ValueError: not such a list, or blocks that no text of `length` tokens can have.
+    """
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise ValueError(f"{FIELD} must be a flat list of integers")
+    blocks: list[Joined] = []
+    at = 0
+    while at < len(numbers):
+        block = numbers[at + 1 : at + 2 + numbers[at]]
+        if numbers[at] < 1 or len(block) != numbers[at] + 1:
+            raise ValueError(f"{FIELD} breaks off: entry {at} announces {numbers[at]} paths")
+        blocks.append(Joined(block[0], tuple(block[1:])))
+        at += 2 + numbers[at]
+    check(blocks, 0, length)
+    return tuple(blocks)
+
+
+def check(blocks: Sequence[Joined], start: int, stop: int) -> None:
+    """Whether a text [start, stop) can have these closed blocks, nested ones included, in order of forks.
+
+    Each has a token before it and one behind it (its own tags) in the text or path that it lies in, and no
+    path is empty.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    while blocks:
+        block, count = blocks[0], nested(blocks)
+        inside = blocks[1 : 1 + count]
+        rising = all(lo < hi for lo, hi in block.paths)
+        if not (rising and start < block.fork and block.stop < stop):
+            raise ValueError(f"{FIELD}: {block} has no room between {start} and {stop}, or an empty path")
+        if any(other.fork < block.fork for other in inside):
+            raise ValueError(f"{FIELD}: a block comes before the one at {block.fork}, out of order")
+        for lo, hi in block.paths:
+            check([other for other in inside if lo <= other.fork < hi], lo, hi)
+        start, blocks = block.stop, blocks[1 + count :]
+
+
+def nested(blocks: Sequence[Joined]) -> int:
+    """How many blocks directly behind the first one lie inside it."""
+    return next((i for i, other in enumerate(blocks[1:]) if other.fork >= blocks[0].stop), len(blocks) - 1)
+
+
+def understood(server_info: Mapping[str, Any]) -> bool:
+    """Whether the server of this `GET /server_info` takes joined blocks: each of its schedulers has the whole
+    plugin and speaks this file's protocol."""
+    states = [state.get(FIELD, {}) for state in server_info.get("internal_states", [])]
+    return bool(states) and all(
+        state.get("protocol") == PROTOCOL and not state.get("missing") for state in states
+    )

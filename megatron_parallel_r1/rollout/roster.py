@@ -1,0 +1,172 @@
+"""Which servers there are, and which of them may be asked now."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_parallel_r1.rollout.member import Member
+from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Server
+from megatron_parallel_r1.thought.layout import Mode
+
+
+class Roster:
+    """The servers of a pool, each checked again and again while `watch` runs.
+
+    A server may be asked if it is up, holds the pool's weights, and is exact in the pool's modes.
+
+    Args:
+        connect: a client of the server at an address.
+        urls_file: a file of addresses, one a line, that is read again at each check: servers join and leave.
+        version: of the weights that a server must hold; None: that of the first one that tells.
+
+    Attributes:
+        lost: servers that were up and went down, ever.
+    """
+
+    def __init__(self, connect: Callable[[str], Server], urls_file: Path | None, version: int | None) -> None:
+        self.version = version
+        self.modes: frozenset[Mode] | None = None
+        self.lost = 0
+        self._connect = connect
+        self._members: dict[str, Member] = {}
+        self._urls_file, self._urls_read = urls_file, ""
+        self._rank, self._size = 0, 1
+        self._alone_since: float | None = None
+        self.read_urls()
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, url: str) -> Member:
+        return self._members[url]
+
+    def members(self) -> list[Member]:
+        """A copy: other threads may change the roster."""
+        return list(self._members.values())
+
+    @property
+    def abouts(self) -> Mapping[str, About]:
+        """What the servers last told, by address."""
+        return {member.url: member.about for member in self.members() if member.about is not None}
+
+    def add(self, url: str) -> None:
+        server = self._connect(url)
+        self._members.setdefault(server.url, Member(server))
+
+    def remove(self, url: str) -> None:
+        self._members.pop(url.rstrip("/"), None)
+
+    def share(self, rank: int, size: int) -> int:
+        """As `Pool.share`; returns how many processes ask each server."""
+        assert 0 <= rank < size, (rank, size)
+        self._rank, self._size = rank, size
+        return -(-size // max(1, len(self)))
+
+    def published(self, version: int, urls: Iterable[str]) -> None:
+        """As `Pool.published`."""
+        updated = {url.rstrip("/") for url in urls}
+        for member in self.members():
+            if member.url in updated and member.about is not None:
+                member.about = replace(member.about, version=version)
+        self.version = version
+
+    def settle_modes(self) -> None:
+        """From now on a server must be exact in what those are that may be asked now."""
+        told = [self._members[url].about for url in self.usable()]
+        modes = [about.modes for about in told if about is not None]
+        self.modes = frozenset.intersection(*modes) if modes else STOCK_MODES
+
+    def usable(self) -> tuple[str, ...]:
+        """Addresses of servers that may be asked, this process's own first; others only in their stead."""
+        members = self.members()
+        if self.version is None:
+            told = [member.about.version for member in members if member.state == "up" and member.about]
+            self.version = max(told, default=None)
+        # With more processes than servers the mine are one, which others call theirs too.
+        size = min(self._size, max(1, len(members)))
+        mine = [i for i in range(len(members)) if i % size == self._rank % size]
+        others = [(self._rank + i) % len(members) for i in range(len(members))]
+        usable = [members[i].url for i in mine if self._unfit(members[i]) is None]
+        return tuple(usable or [members[i].url for i in others if self._unfit(members[i]) is None])
+
+    def complaint(self, patience_s: float) -> str | None:
+        """Why to give up: all servers refuse, or none could be asked for so long; None: go on."""
+        members = self.members()
+        if self.usable():
+            self._alone_since = None
+            return None
+        self._alone_since = self._alone_since or time.monotonic()
+        waited_s = time.monotonic() - self._alone_since
+        refused = bool(members) and all(member.state == "refused" for member in members)
+        if not refused and waited_s < patience_s:
+            return None
+        each = "; ".join(f"{member.url} ({self._unfit(member)})" for member in members) or "none is known"
+        return (
+            f"no rollout server can be asked since {waited_s:.0f} s: {each}; start servers again, or give "
+            "others in rollout.urls or rollout.urls_file; the run then goes on from its last checkpoint"
+        )
+
+    async def watch(self, every_s: float, wake: asyncio.Event, changed: Callable[[], None]) -> None:
+        """Checks each server every so often, and those in doubt as soon as `wake` is set; never returns.
+
+        Args:
+            changed: called after each check, and each time the file of addresses was looked at.
+        """
+        self._alone_since = None
+        due: dict[Member, float] = {}
+        checks: dict[Member, asyncio.Task[None]] = {}
+
+        async def check(member: Member) -> None:
+            lost = await member.check(self.version)
+            self.lost += lost  # After the wait: other checks count too.
+            del checks[member]
+            changed()
+
+        while True:
+            wake.clear()
+            self.read_urls()
+            now = time.monotonic()
+            for member in self.members():
+                late = due.get(member, now) <= now
+                if member not in checks and (late or member.state == "doubted"):
+                    due[member] = now + every_s
+                    checks[member] = asyncio.ensure_future(check(member))
+            changed()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(wake.wait(), every_s)
+
+    def read_urls(self) -> None:
+        """Follows the file of addresses; while it cannot be read, all stay."""
+        if self._urls_file is None:
+            return
+        try:
+            text = self._urls_file.read_text()
+        except OSError:
+            return
+        if text == self._urls_read:
+            return
+        before, now = _addresses(self._urls_read), _addresses(text)
+        self._urls_read = text
+        for url in now - before:
+            self.add(url)
+        for url in before - now:
+            self.remove(url)
+
+    def _unfit(self, member: Member) -> str | None:
+        """Why a server may not be asked."""
+        if member.state != "up" or member.about is None:
+            return f"{member.state}: {member.trouble}"
+        if member.about.version != self.version:
+            return f"it holds weights {member.about.version}, not {self.version}"
+        lacking = (self.modes or frozenset()) - member.about.modes
+        return f"it is not exact in mode {', '.join(sorted(lacking))}" if lacking else None
+
+
+def _addresses(text: str) -> set[str]:
+    lines = (line.strip().rstrip("/") for line in text.splitlines())
+    return {line for line in lines if line and not line.startswith("#")}

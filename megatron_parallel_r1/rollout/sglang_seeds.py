@@ -1,0 +1,66 @@
+"""Draws fixed by `sampling_seed` in an SGLang server on a CPU: a plugin of its group `sglang.srt.plugins`.
+
+SGLang heeds a request's seed only with `--enable-deterministic-inference`, whose kernels need a GPU; there,
+use that. The plugin hands the seeds to the sampler without it, and draws by seed and position as the native
+engine does. Importing this module loads neither torch nor SGLang.
+
+Shapes: B requests of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "parallel_r1_seeds"
+# What SGLang gives a request that names no seed, under its own flag.
+NO_SEED = 42
+
+
+def register() -> None:
+    """What SGLang calls in each of its processes; does nothing unless `SGLANG_PLUGINS` names the plugin."""
+    if NAME not in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
+        seed_batch,
+        HookType.AFTER,
+    )
+    HookRegistry.register("sglang.srt.layers.sampler.multinomial_with_seed", draw, HookType.REPLACE)
+
+
+def seed_batch(info: Any, cls: type, batch: Any, vocab_size: int) -> None:
+    """AFTER `SamplingBatchInfo.from_schedule_batch`: sets its `sampling_seed`, int64 [B]."""
+    import torch
+
+    seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
+    told = [NO_SEED if seed is None else seed for seed in seeds]
+    info.sampling_seed = torch.tensor(told, dtype=torch.int64, device=info.device)
+
+
+def draw(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Indices int64 [B, 1] of draws from softmax(logprobs), each by its row's seed and position.
+
+    Args:
+        logprobs: [B, V], up to a constant a row; -inf is never drawn.
+        seed: int64 [B].
+        positions: [B], of the last token that each draw follows.
+    """
+    import torch
+
+    from megatron_parallel_r1.rollout.native.sampler import uniforms
+
+    cumulative_BV = logprobs.double().exp().cumsum(-1)
+    # splitmix64 works modulo 2**64, where a negative seed is one as good as any other.
+    seeds_B = seed.cpu().numpy().astype("uint64")
+    uniform_B = torch.from_numpy(uniforms(seeds_B, positions.cpu().numpy() + 1)).to(logprobs.device)
+    target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
+    drawn_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+    # Rounding can bring the target up to the sum itself, behind the last index of positive weight.
+    last_B1 = torch.searchsorted(cumulative_BV, cumulative_BV[:, -1:].contiguous())
+    return torch.minimum(drawn_B1, last_B1)

@@ -1,0 +1,21 @@
+"""`parallel-r1 serve-rollout` with settings in JSON: python -m tests.unit.rollout.serving.start SETTINGS."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.serving.run import serve_rollout
+from megatron_parallel_r1.rollout.serving.settings import Serving
+
+PATHS = ("checkpoint", "python", "log_dir", "urls_file")
+
+if __name__ == "__main__":
+    told = json.loads(sys.argv[1])
+    settings = {name: Path(value) if name in PATHS else value for name, value in told.items()}
+    try:
+        serve_rollout(Serving(**settings), tell=lambda line: print(line, flush=True))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,112 @@
+"""Starting, restarting and ending, with a fake server; tests/engines/test_serving.py has real ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.unit.rollout.serving import fake_server
+from tests.unit.rollout.serving.launched import assert_gone, launched
+
+SECONDS = 60
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, object]:
+    """Of two fake servers."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_server.__file__} "$@"\n')
+    python.chmod(0o755)
+    return {
+        "checkpoint": tmp_path / "model",
+        "servers": 2,
+        "port": 0,
+        "device": "cpu",
+        "python": python,
+        "log_dir": tmp_path / "logs",
+        "urls_file": tmp_path / "urls",
+    }
+
+
+def test_a_killed_server_comes_back_at_its_address(settings: dict[str, object]) -> None:
+    with launched(**settings) as it:
+        told = [it.next_healthy(SECONDS) for _ in range(2)]
+        urls = {index: url for index, url, _ in told}
+        index, url, pid = told[0]
+        old = psutil.Process(pid).children(recursive=True)
+        assert len(old) == 1
+        os.kill(pid, signal.SIGKILL)
+        assert it.next_line(SECONDS) == f"server {index} ended with status 137; starting it again"
+        assert_gone(old)
+        again = it.next_healthy(SECONDS)
+        assert again[:2] == (index, url) and again[2] != pid
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert Path(str(settings["urls_file"])).read_text() == f"{urls[0]}\n{urls[1]}\n"
+
+
+def test_a_server_is_told_nothing_of_a_trainers_process_group(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("KEPT", "yes")
+    with launched(**settings | {"servers": 1}) as it:
+        _, _, pid = it.next_healthy(SECONDS)
+        environment = psutil.Process(pid).environ()
+        assert environment["KEPT"] == "yes" and not {"RANK", "MASTER_PORT"} & set(environment)
+
+
+def test_told_to_end_it_leaves_nothing(settings: dict[str, object]) -> None:
+    with launched(**settings) as it:
+        for _ in range(2):
+            it.next_healthy(SECONDS)
+        family = it.family()
+        # Of each server: its guard, itself, its child.
+        assert len(family) == 6
+        it.process.send_signal(signal.SIGINT)
+        assert it.process.wait(SECONDS) == 0
+        assert_gone(family)
+        assert not Path(str(settings["urls_file"])).exists()
+
+
+def test_a_killed_supervisor_leaves_nothing(settings: dict[str, object]) -> None:
+    with launched(**settings) as it:
+        for _ in range(2):
+            it.next_healthy(SECONDS)
+        family = it.family()
+        it.process.kill()
+        assert_gone(family)
+
+
+def test_a_killed_guard_takes_its_server_along(settings: dict[str, object]) -> None:
+    with launched(**settings | {"servers": 1}) as it:
+        index, url, pid = it.next_healthy(SECONDS)
+        server = psutil.Process(pid)
+        old = [server, *server.children()]
+        assert len(old) == 2
+        server.parent().kill()
+        assert it.next_healthy(SECONDS)[:2] == (index, url)
+        assert_gone(old)
+
+
+def test_a_server_that_only_crashes_is_given_up_on(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CRASH", "1")
+    with launched(**settings | {"servers": 1, "crashes": 2}) as it:
+        assert it.next_line(SECONDS) == "server 0 ended with status 1; starting it again"
+        error = it.next_line(SECONDS)
+        assert error is not None and error.startswith(
+            "error: server 0 ended with status 1, 2 times without being healthy in between; look into"
+        )
+        assert error.endswith("which ends: FakeServer has no weights")
+        assert it.process.wait(SECONDS) == 1
+        assert not Path(str(settings["urls_file"])).exists()
