@@ -1,0 +1,41 @@
+"""Exact path isolation in a stock SGLang server: a plugin of its group `sglang.srt.plugins`.
+
+A request names the closed blocks of its prompt (rollout/joined.py). The plugin has it attend to the keys and
+values that the paths wrote, each where it was written, and go on behind the longest one:
+
+- contexts.py   what a token sees, as chains of SGLang's prefix cache
+- request.py    a request's blocks, read and checked
+- cache.py      matching, locking and keeping such a request's cache
+- admission.py  writes what a join needs and the cache lacks, before the join is let in
+- writers.py    the internal requests that do so
+- positions.py  rotary positions
+- limits.py     what is refused at start      versions.py  releases that it is tested with
+- handshake.py  what a client is told         hooks.py     where all this takes hold of SGLang
+
+Importing this package loads neither torch nor SGLang.
+"""
+
+from __future__ import annotations
+
+import os
+
+NAME = "parallel_r1"
+
+
+def register() -> None:
+    """What SGLang calls in each of its processes, before the engine is made.
+
+    Does nothing unless `SGLANG_PLUGINS` names the plugin: installing the package changes no server.
+    SGLang only logs an exception here and starts without the plugin, so what is refused ends the process.
+
+    Raises:
+        SystemExit: this release of SGLang is not one that the plugin is tested with.
+    """
+    if NAME not in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
+        return
+    from megatron_parallel_r1.rollout.sglang_plugin.versions import require_tested
+
+    require_tested(os.environ)
+    from megatron_parallel_r1.rollout.sglang_plugin.hooks import register_hooks
+
+    register_hooks()
