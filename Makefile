@@ -1,4 +1,5 @@
 # make demo: the whole curriculum on this CPU.  make test: the quick tests.  Each makes .venv first if absent.
+# make engines, make test-engines: real SGLang and vLLM servers, in environments of their own.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -7,11 +8,14 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 CONSTRAINTS ?= constraints.txt
+# A file's tests stay in one process, for they share what is dear to set up.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # A demo that shows every part within a minute, and learns nothing.
 SHORT := name=tiny_short stages.arithmetic.steps=30 stages.cold_start.steps=20 stages.rl_easy.steps=2 \
 	stages.rl_hard.steps=3 evaluation.count=64
 
-.PHONY: demo demo-short test test-all lint clean
+.PHONY: demo demo-short test test-all engines engines-sglang engines-vllm test-engines lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/parallel-r1 curriculum recipes/tiny/demo.yaml
@@ -20,13 +24,25 @@ demo-short: $(VENV)/ready
 	$(BIN)/parallel-r1 curriculum recipes/tiny/demo.yaml --fresh $(SHORT)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not engines and not slurm"
 
 test-all: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not engines and not slurm"
+	$(BIN)/python -m pytest -m "slurm and not engines"
+
+# The inference servers' own environments; see engines/build.
+engines: engines-sglang engines-vllm
+
+engines-sglang engines-vllm: engines-%:
+	PYTHON=$(PYTHON) engines/build $*
+
+# Skips what no environment is built for.
+test-engines: $(VENV)/ready
+	$(PYTEST) -m engines
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck -x slurm/*.sh
 
 $(VENV)/ready: setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,4 +51,4 @@ $(VENV)/ready: setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-sglang .venv-vllm runs .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The command line: `parallel-r1 curriculum | sft | rl | eval | serve | coldstart | plan | report`."""
+"""The command line, `parallel-r1`; its commands are listed by `parallel-r1 --help`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from megatron_parallel_r1.errors import LOST_EXIT_CODE, PeerLost, UserError
+from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, PeerLost, Stopped, UserError
+from megatron_parallel_r1.stop_signals import hold_stop_signals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,10 +38,12 @@ def curriculum(
     recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False, adapt: Adapt = False
 ) -> None:
     """Run all stages of a recipe, evaluate, release, report. Started again, it goes on where it stopped."""
+    hold_stop_signals()
     from megatron_parallel_r1.curriculum.run import open_console, run
-    from megatron_parallel_r1.recipe_file import read_recipe
+    from megatron_parallel_r1.recipe_file import read_recipe, refuse_single_stage
 
     console = open_console()
+    refuse_single_stage(recipe)
     for outcome in run(read_recipe(recipe, overrides or ()), fresh=fresh, adapt=adapt, console=console):
         console.print(f"release  {outcome.release}", soft_wrap=True, highlight=False)
         console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
@@ -140,6 +143,64 @@ def serve(
     run_server(checkpoint, host, port, api_key, name, device, limits)
 
 
+@app.command("serve-rollout")
+def serve_rollout(
+    checkpoint: Annotated[Path, typer.Option(help="A Hugging Face folder.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTION]...", help="For each engine's own command line.")
+    ] = None,
+    engine: Annotated[Literal["sglang", "vllm"], typer.Option(help="Of the servers.")] = "sglang",
+    servers: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="GPUs that share one copy of the weights.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Copies in one server.")] = 1,
+    host: Annotated[str, typer.Option(help="0.0.0.0: reachable from other nodes.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the first server; 0: free ones.")] = 30000,
+    memory_share: Annotated[float | None, typer.Option(min=0, max=1, help="Of a GPU's memory.")] = None,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: the GPUs, if any.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; default: float32 on a CPU.")] = None,
+    context_tokens: Annotated[int | None, typer.Option(min=1, help="Prompt and continuation.")] = None,
+    cache_tokens: Annotated[int, typer.Option(min=1, help="Of the key/value cache on a CPU.")] = 20000,
+    deterministic: Annotated[
+        bool, typer.Option(help="A draw depends on its seed and position alone.")
+    ] = True,
+    isolated: Annotated[bool, typer.Option("--isolated", help="Exact joins of isolated paths.")] = False,
+    colocated: Annotated[bool, typer.Option("--colocated", help="Can give up its GPU memory.")] = False,
+    python: Annotated[
+        Path | None, typer.Option(help="The engine's; default: that of `make engines`.")
+    ] = None,
+    log_dir: Annotated[Path, typer.Option(help="One log file a server.")] = Path("runs/servers"),
+    urls_file: Annotated[Path | None, typer.Option(help="Gets the URLs once all are healthy.")] = None,
+    crashes: Annotated[int, typer.Option(min=1, help="In a row, then it gives up.")] = 3,
+) -> None:
+    """Start rollout servers of a checkpoint, start a crashed one again, end them all at the end."""
+    from megatron_parallel_r1.rollout.serving.run import serve_rollout as serve_until_told
+    from megatron_parallel_r1.rollout.serving.settings import Serving
+
+    serving = Serving(
+        checkpoint=checkpoint,
+        engine=engine,
+        servers=servers,
+        tensor=tp,
+        data=dp,
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        memory_share=memory_share,
+        context_tokens=context_tokens,
+        cache_tokens=cache_tokens,
+        deterministic=deterministic,
+        isolated=isolated,
+        colocated=colocated,
+        python=python,
+        log_dir=log_dir,
+        urls_file=urls_file,
+        crashes=crashes,
+        options=tuple(options or ()),
+    )
+    serve_until_told(serving, tell=typer.echo)
+
+
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/tiny.")],
@@ -151,17 +212,13 @@ def report(
 
 
 def _run_kind(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None) -> None:
+    hold_stop_signals()
     from megatron_parallel_r1.curriculum.run import open_console, run
-    from megatron_parallel_r1.recipe_file import read_recipe
+    from megatron_parallel_r1.recipe_file import read_recipe, stage_to_run
 
     console = open_console()
     told = read_recipe(recipe, overrides or ())
-    names = [other.name for other in told.stages if other.kind == kind]
-    if stage is not None and stage not in names:
-        raise UserError(f"{recipe}: no {kind} stage is called {stage}; it has {', '.join(names) or 'none'}")
-    if stage is None and len(names) != 1:
-        raise UserError(f"{recipe}: name one of its {kind} stages with --stage: {', '.join(names) or 'none'}")
-    for outcome in run(told, only={stage or names[0]}, console=console):
+    for outcome in run(told, only={stage_to_run(told, recipe, kind, stage)}, console=console):
         console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
 
 
@@ -193,6 +250,12 @@ def main() -> None:
         sys.stderr.flush()
         # Anything cleaner may wait for the process that is gone.
         os._exit(LOST_EXIT_CODE)
+    except Stopped as error:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"{error}; the same command goes on", err=True)
+        else:
+            time.sleep(3)  # a launcher may end all with the first
+        raise SystemExit(STOPPED_EXIT_CODE) from None
     except UserError as error:
         _explain(error)
         raise SystemExit(2) from None

@@ -2,6 +2,8 @@
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with what was asked, the same command may be started again.
 LOST_EXIT_CODE = 75
+# Asked to stop, the work saved: whoever asked starts the same command again.
+STOPPED_EXIT_CODE = 85
 
 
 class UserError(Exception):
@@ -17,4 +19,12 @@ class PeerLost(RuntimeError):
 
     The message names this rank, the missing one, and the place of both. Whoever catches it ends the process
     by `os._exit(LOST_EXIT_CODE)`: a usual exit takes the process groups down, which may wait for it.
+    """
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it did, between two steps; all processes raise it together.
+
+    The message says after which step, and whether that is saved. The command line prints it and exits with
+    STOPPED_EXIT_CODE.
     """
