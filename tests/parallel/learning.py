@@ -112,7 +112,9 @@ def three_lessons(shape: ModelConfig, parallel: Parallel, lesson: Lesson) -> dic
     with Verifier() as verifier:
         verdicts = verdicts_of(traces, verifier)
     steps = [learner.learn(traces, rewards, 1e-3, verdicts) for _ in range(3)]
-    probed = causal_logprobs(trainer, [trace.tokens for trace in traces[:3]] * (3 // len(traces[:3])), MICRO_TOKENS)
+    probed = causal_logprobs(
+        trainer, [trace.tokens for trace in traces[:3]] * (3 // len(traces[:3])), MICRO_TOKENS
+    )
     return {
         **{name: [step[name] for step in steps] for name in steps[0]},
         "probed": [math.fsum(logprobs) for logprobs in probed],

@@ -1,0 +1,149 @@
+"""A split model's weights under their Hugging Face names, brought together on one process a bucket at a time.
+
+The sender is the first process of the first copy of the model. The tensor group of a stage brings the parts
+of one parameter together on its first process, and those of later stages hand whole tensors to the sender.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.model.weights import Weight, own_parameters, table
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Some weights.
+
+    Attributes:
+        tensors: names and contiguous tensors; some share memory with the model. Emptied when the next bucket
+            is asked for.
+        last: whether no other one follows.
+    """
+
+    tensors: list[tuple[str, Tensor]]
+    last: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for _name, tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a bucket will hold: neighbours in the table that one pipeline process owns."""
+
+    owner: int
+    weights: tuple[Weight, ...]
+
+
+def in_first_copy() -> bool:
+    """Whether this process's part of the model is sent; the other copies hold the same."""
+    return not (parallel_state.get_data_parallel_rank() or parallel_state.get_context_parallel_rank())
+
+
+def is_sender() -> bool:
+    """Whether this process speaks to the servers; it is the first of the world."""
+    return dist.get_rank() == 0
+
+
+def plan(owned: Sequence[tuple[int, Weight]], itemsize: int, bucket_bytes: int) -> list[Planned]:
+    """Parameters in buckets, stage by stage.
+
+    Args:
+        owned: each parameter with the pipeline process that sends it.
+        itemsize: bytes of a number.
+        bucket_bytes: what a bucket may hold; a larger parameter has one for itself.
+    """
+    buckets: list[Planned] = []
+    left = 0
+    for owner, weight in sorted(owned, key=lambda pair: pair[0]):
+        size = itemsize * sum(torch.Size(shape).numel() for _name, shape in weight.parts)
+        if not buckets or size > left or buckets[-1].owner != owner:
+            buckets.append(Planned(owner, ()))
+            left = bucket_bytes
+        buckets[-1] = Planned(owner, (*buckets[-1].weights, weight))
+        left -= size
+    return buckets
+
+
+@torch.no_grad()
+def gathered(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
+    """The model's weights on the sender; on every other process nothing, but all must iterate to the end.
+
+    Beside its shards a process holds at most one bucket and the parts of one parameter.
+
+    Args:
+        bucket_bytes: see `plan`.
+    """
+    if not in_first_copy():
+        return
+    own = own_parameters(model)
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    like = next(model.parameters())
+    buckets = plan(_owners(model, own, pipeline), like.itemsize, bucket_bytes)
+    for number, planned in enumerate(buckets, 1):
+        tensors: list[tuple[str, Tensor]] = []
+        if planned.owner == pipeline.rank():
+            for weight in planned.weights:
+                tensors += _joined(weight, own[weight.name].detach(), tensor)
+        if planned.owner != 0 and tensor.rank() == 0:
+            _carry(planned, tensors, like, pipeline)
+        if is_sender():
+            yield Bucket(tensors, number == len(buckets))
+        # Whoever took the bucket may still hold it, and would while the next one grows.
+        tensors.clear()
+
+
+def _owners(
+    model: Model, own: dict[str, torch.nn.Parameter], pipeline: dist.ProcessGroup
+) -> list[tuple[int, Weight]]:
+    """Of a tied embedding, which the last stage has too, the first stage is the owner."""
+    holders: list[set[str]] = [set(own)]
+    if pipeline.size() > 1:
+        holders = [set() for _ in range(pipeline.size())]
+        dist.all_gather_object(holders, set(own), group=pipeline)
+    return [
+        (next(rank for rank, names in enumerate(holders) if weight.name in names), weight)
+        for weight in table(model.shape)
+    ]
+
+
+def _joined(weight: Weight, shard: Tensor, group: dist.ProcessGroup) -> list[tuple[str, Tensor]]:
+    """One parameter's tensors on the first process of a tensor group, on the others none."""
+    first = group.rank() == 0
+    shards = [shard]
+    if group.size() > 1 and weight.cut is not None:
+        shards = [
+            torch.empty_like(shard, memory_format=torch.contiguous_format)
+            for _ in range(group.size() * first)
+        ]
+        dist.gather(shard.contiguous(), shards or None, dist.get_global_rank(group, 0), group)
+    if not first:
+        return []
+    names = (name for name, _shape in weight.parts)
+    return [(name, part.contiguous()) for name, part in zip(names, weight.split(shards), strict=True)]
+
+
+def _carry(
+    planned: Planned, tensors: list[tuple[str, Tensor]], like: Tensor, pipeline: dist.ProcessGroup
+) -> None:
+    """From the owner to the sender."""
+    owner, sender = (dist.get_global_rank(pipeline, rank) for rank in (planned.owner, 0))
+    if dist.get_rank() == owner:
+        for _name, tensor in tensors:
+            dist.send(tensor, sender, pipeline)
+    if dist.get_rank() == sender:
+        for weight in planned.weights:
+            for name, shape in weight.parts:
+                tensor = like.new_empty(shape)
+                dist.recv(tensor, owner, pipeline)
+                tensors.append((name, tensor))

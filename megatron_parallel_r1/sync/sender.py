@@ -1,0 +1,137 @@
+"""The one process that speaks to the servers: which of them are in step, and the steps of a publication."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.sync.buckets import Bucket
+from megatron_parallel_r1.sync.control import Control, Facts, Memory, Row, Scores
+from megatron_parallel_r1.sync.fan import each
+from megatron_parallel_r1.sync.probe import Answers, Trained, difference, passes
+from megatron_parallel_r1.sync.settings import Sync
+from megatron_parallel_r1.sync.transport import Transport
+
+LOG = logging.getLogger(__name__)
+R = TypeVar("R")
+PARTS: tuple[Memory, ...] = ("weights", "kv_cache")
+
+
+class Sender:
+    """The servers and what they hold. Only the first process has one.
+
+    Args:
+        servers: all that take weights.
+        transport: of the settings' kind.
+        settings: of the sync.
+    """
+
+    def __init__(self, servers: Sequence[Control], transport: Transport, settings: Sync) -> None:
+        self.servers = {server.url: server for server in servers}
+        self.transport, self.settings = transport, settings
+        self.out: dict[str, str] = {}
+        self._taking: list[Control] = []
+        self._facts: dict[str, Facts] = {}
+        self._answers: dict[str, Sequence[Scores]] = {}
+        self._broken: Exception | None = None
+        self._passes = 0
+
+    @property
+    def in_step(self) -> tuple[str, ...]:
+        """Servers that hold the last version, all of it."""
+        return tuple(server.url for server in self._taking)
+
+    def pause(self) -> bool:
+        """Finds the servers that answer, and stops them; whether some want the output matrix for itself."""
+        self.out, self._passes = {}, 0
+        self._taking = list(self.servers.values())
+        if wrong := [server.url for server in self._taking if self.settings.transport not in server.kinds]:
+            raise UserError(
+                f"{wrong[0]} takes no weights by sync.transport {self.settings.transport}; "
+                f"set it to one of {', '.join(sorted(self.servers[wrong[0]].kinds))}"
+            )
+        self._facts = self._try(lambda server: server.facts())
+        self._try(lambda server: server.pause(self.settings.in_flight))
+        return any(server.wants_head for server in self._taking)
+
+    def open(self, version: int) -> None:
+        """Begins a pass over all weights."""
+        self._broken = None
+        self._passes += 1
+        if self._passes > 1:
+            # A group that broke has members that others lost; who is gone does not answer.
+            self._facts = self._try(lambda server: server.facts())
+        self.transport.open(self._taking, self._facts, version)
+
+    def send(self, bucket: Bucket) -> None:
+        """Does not raise: the other processes would wait with the next bucket. `close` does."""
+        try:
+            if self._broken is None:
+                self.transport.send(bucket)
+        except Exception as error:  # as above
+            self._broken = error
+
+    def close(self) -> bool:
+        """Ends the pass; whether another one is needed."""
+        if self._broken is not None:
+            raise self._broken
+        passed = self.transport.close()
+        self._drop(dict(passed.lost))
+        if passed.again and self._passes > len(self.servers):
+            raise UserError(
+                f"weights did not reach {', '.join(self.in_step)} in {self._passes} passes by sync.transport "
+                f"{self.settings.transport}; see the servers' logs, or set another transport"
+            )
+        return passed.again
+
+    def proceed(self) -> None:
+        """Lets the servers in step go on. The others stay paused: what they hold is no version."""
+        self._try(lambda server: server.proceed())
+
+    def probe(self, rows: Sequence[Row], trained: Trained) -> tuple[float, list[Answers]]:
+        """The largest difference over all servers, and the answers that do not pass."""
+        scores = self._try(lambda server: server.score(rows))
+        answers = [
+            Answers(url, found, self._answers.get(url), self._facts[url].dtype)
+            for url, found in scores.items()
+        ]
+        self._answers = dict(scores)
+        worst = max(difference(one.scores, trained.scores) for one in answers)
+        return worst, [one for one in answers if not passes(one, trained, self.settings.tolerance)]
+
+    def release_memory(self) -> None:
+        """Stops the servers, which give their memory back."""
+        self._taking = list(self.servers.values())
+        self._try(lambda server: server.pause(self.settings.in_flight))
+        self._try(lambda server: server.release_memory())
+
+    def resume_memory(self) -> None:
+        """They take it again, and wait for weights."""
+        for part in PARTS:
+            self._try(lambda server, part=part: server.resume_memory(part))
+
+    def end(self) -> None:
+        self.transport.end()
+        for server in self.servers.values():
+            server.close()
+
+    def _try(self, work: Callable[[Control], R]) -> dict[str, R]:
+        came, failed = each(self._taking, work)
+        self._drop(failed)
+        return came
+
+    def _drop(self, reasons: dict[str, str]) -> None:
+        """Takes servers out of step.
+
+        Raises:
+            UserError: none is left.
+        """
+        for url, why in reasons.items():
+            LOG.warning("%s is out of step and gets no requests until it takes a whole update: %s", url, why)
+        self.out |= reasons
+        self._taking = [server for server in self._taking if server.url not in reasons]
+        if not self._taking:
+            url, why = next(reversed(self.out.items()))
+            raise UserError(f"no rollout server is left that takes weights; the last one: {why}")

@@ -1,0 +1,142 @@
+"""Control of an SGLang server (0.5.23): `sglang/srt/entrypoints/http_server.py` has the endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.server import Unreachable
+from megatron_parallel_r1.sync.control import Facts, Meeting, Memory, Row, Scores
+from megatron_parallel_r1.sync.settings import InFlight, Kind
+from megatron_parallel_r1.sync.wire import Wire
+
+
+class SglangControl:
+    """See `Control`.
+
+    Args:
+        url: base address.
+        timeout_s: how long one answer may take.
+    """
+
+    kinds: frozenset[Kind] = frozenset({"distributed", "tensor", "disk"})
+    wants_head = False
+
+    def __init__(self, url: str, timeout_s: float = 600.0) -> None:
+        self._wire = Wire(url, timeout_s)
+
+    @property
+    def url(self) -> str:
+        return self._wire.url
+
+    def facts(self) -> Facts:
+        # The version in /server_info is that of the command line.
+        now, told = (self._wire.get(path, quick=True) for path in ("/model_info", "/server_info"))
+        try:
+            version, tensor = str(now["weight_version"]), int(told["tp_size"])
+            others, dtype = int(told["pp_size"]) * int(told["dp_size"]), str(told["dtype"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.url}/server_info: no SGLang server answers like this ({error!r})"
+            ) from None
+        if others > 1:
+            raise UserError(
+                f"{self.url}: SGLang takes live weights with tensor parallelism only; start it with "
+                "pp-size 1 and dp-size 1, and more servers instead"
+            )
+        return Facts(
+            int(version) if version.isdecimal() else None, tensor, None if dtype == "auto" else dtype
+        )
+
+    def pause(self, in_flight: InFlight) -> None:
+        """`finish`: SGLang has no such pause, but it opens a weight update only once all requests have ended;
+        one that comes between that and the pause is retracted."""
+        if in_flight == "finish":
+            self.begin()
+        self._wire.post("/pause_generation", {"mode": "abort" if in_flight == "abort" else "retract"})
+        if in_flight == "finish":
+            self.end()
+
+    def proceed(self) -> None:
+        self._wire.post("/continue_generation")
+
+    def join(self, meeting: Meeting) -> None:
+        self._wire.post(
+            "/init_weights_update_group",
+            {
+                "master_address": meeting.address,
+                "master_port": meeting.port,
+                "rank_offset": meeting.first,
+                "world_size": meeting.size,
+                "group_name": meeting.name,
+                "backend": meeting.backend,
+            },
+        )
+
+    def leave(self, name: str) -> None:
+        # It is refused where the server was started anew since.
+        with suppress(UserError):
+            self._wire.post("/destroy_weights_update_group", {"group_name": name}, quick=True)
+
+    def begin(self) -> None:
+        try:
+            self._wire.post("/begin_weight_update", {"selector": "all"})
+        except UserError as error:
+            if "already open" not in str(error):
+                raise
+            self.end()
+            self._wire.post("/begin_weight_update", {"selector": "all"})
+
+    def take_broadcast(
+        self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, version: int | None
+    ) -> None:
+        what = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group}
+        self._wire.post("/update_weights_from_distributed", what | _named(version))
+
+    def take_tensors(self, payloads: Sequence[str], version: int | None) -> None:
+        what = {"serialized_named_tensors": list(payloads)}
+        self._wire.post("/update_weights_from_tensor", what | _named(version))
+
+    def end(self) -> None:
+        self._wire.post("/end_weight_update")
+
+    def load(self, folder: Path, version: int) -> None:
+        self._wire.post("/update_weights_from_disk", {"model_path": str(folder)} | _named(version))
+
+    def score(self, rows: Sequence[Row]) -> list[Scores]:
+        told = self._wire.post(
+            "/generate",
+            {
+                "input_ids": [list(row) for row in rows],
+                "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            },
+        )
+        try:
+            return [
+                tuple(float(logprob) for logprob, *_ in one["meta_info"]["input_token_logprobs"][1:])
+                for one in told
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise Unreachable(f"{self.url}/generate: an answer without log-probs ({error!r})") from None
+
+    def release_memory(self) -> None:
+        self._wire.post("/release_memory_occupation")
+
+    def resume_memory(self, part: Memory) -> None:
+        # Captured graphs hold addresses of both; they come back with the cache, as the last.
+        tags = ["weights"] if part == "weights" else ["kv_cache", "cuda_graph"]
+        self._wire.post("/resume_memory_occupation", {"tags": tags})
+
+    def close(self) -> None:
+        self._wire.close()
+
+
+def _named(version: int | None) -> dict[str, str | bool]:
+    """The last part of an update flushes the cache and names the version."""
+    return (
+        {"flush_cache": False} if version is None else {"flush_cache": True, "weight_version": str(version)}
+    )

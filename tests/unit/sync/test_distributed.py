@@ -1,0 +1,139 @@
+"""Broadcasts to servers that come, go and refuse. The servers are stand-ins in threads of this process; the
+process group between them and the sender is a real one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.server import Unreachable
+from megatron_parallel_r1.sync.buckets import Bucket
+from megatron_parallel_r1.sync.control import Facts, Meeting
+from megatron_parallel_r1.sync.distributed import Distributed
+from megatron_parallel_r1.sync.settings import Sync
+
+A, B = "http://127.0.0.1:1", "http://127.0.0.1:2"
+# How long a side may wait for one that is gone; on a busy machine a thread may be late by seconds.
+PATIENCE = timedelta(seconds=20)
+
+
+class InThread:
+    """Stands in for an SGLang server: what it was sent, and how it fails at which bucket."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.version: int | None = None
+        self.held: dict[str, torch.Tensor] = {}
+        self.joined = 0
+        self.fails: tuple[int, Callable[[], None]] | None = None
+        self._groups: dict[str, dist.ProcessGroupGloo] = {}
+        self._taken = 0
+
+    def join(self, meeting: Meeting) -> None:
+        self.joined += 1
+        where = (meeting.address, meeting.port, meeting.size)
+        try:
+            store: dist.Store = dist.TCPStore(*where, is_master=False, timeout=PATIENCE)
+            for prefix in (meeting.name, f"{meeting.name}/", "cpu/"):
+                store = dist.PrefixStore(prefix, store)
+            self._groups[meeting.name] = dist.ProcessGroupGloo(store, meeting.first, meeting.size, PATIENCE)
+        except RuntimeError as error:
+            raise UserError(f"{self.url}: failed to make the group: {error}") from error
+
+    def leave(self, name: str) -> None:
+        self._groups.pop(name, None)
+
+    def begin(self) -> None:
+        self._taken = 0
+
+    def take_broadcast(
+        self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, version: int | None
+    ) -> None:
+        self._taken += 1
+        if self.fails and self.fails[0] == self._taken:
+            self.fails[1]()
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            try:
+                self._groups[group].broadcast([tensor], options).wait()
+            except RuntimeError as error:
+                raise UserError(f"{self.url}: failed to receive weights: {error}") from error
+            self.held[name] = tensor
+        self.version = self.version if version is None else version
+
+    def end(self) -> None: ...
+
+    def die(self) -> None:
+        self._groups.clear()
+        raise Unreachable(f"{self.url} is gone")
+
+    def refuse(self) -> None:
+        raise UserError(f"{self.url} has another shape")
+
+
+@pytest.fixture
+def transport() -> Iterator[Distributed]:
+    transport = Distributed(Sync(timeout_s=PATIENCE.total_seconds()), "gloo")
+    yield transport
+    transport.end()
+    for thread in threading.enumerate():
+        if thread.name == "weight sync group's end":
+            thread.join()
+
+
+def one_pass(transport: Distributed, version: int, *servers: InThread) -> tuple[dict[str, str], bool]:
+    transport.open(servers, {one.url: Facts(one.version, 1, "float32") for one in servers}, version)
+    for number in range(3):
+        tensors = [(f"{number}.{name}", torch.full((4, 5), float(version + number))) for name in "ab"]
+        transport.send(Bucket(tensors, last=number == 2))
+    passed = transport.close()
+    return dict(passed.lost), passed.again
+
+
+def holds(server: InThread, version: int) -> bool:
+    wanted = {f"{number}.{name}": version + number for number in range(3) for name in "ab"}
+    return server.version == version and {name: one.mean() for name, one in server.held.items()} == wanted
+
+
+def test_one_group_lasts_while_its_servers_do(transport: Distributed) -> None:
+    one, other = InThread(A), InThread(B)
+    for version in (1, 2):
+        assert one_pass(transport, version, one, other) == ({}, False)
+        assert holds(one, version) and holds(other, version)
+    assert one.joined == other.joined == 1
+
+
+def test_servers_join_leave_and_start_anew(transport: Distributed) -> None:
+    one, other = InThread(A), InThread(B)
+    assert one_pass(transport, 1, one) == ({}, False)
+    assert one_pass(transport, 2, one, other) == ({}, False)
+    anew = InThread(B)
+    assert one_pass(transport, 3, one, anew) == ({}, False)
+    assert holds(one, 3) and holds(anew, 3) and not holds(other, 3)
+    assert one_pass(transport, 4, one) == ({}, False) and holds(one, 4)
+    assert one.joined == 4
+
+
+@pytest.mark.parametrize("way", ["die", pytest.param("refuse", marks=pytest.mark.slow)])
+def test_one_that_fails_is_lost_and_the_others_take_all_again(transport: Distributed, way: str) -> None:
+    one, other = InThread(A), InThread(B)
+    other.fails = (2, getattr(other, way))
+    lost, again = one_pass(transport, 1, one, other)
+    assert again and list(lost) == [B] and one.version is None
+    assert one_pass(transport, 1, one) == ({}, False) and holds(one, 1)
+
+
+def test_one_that_does_not_join_is_lost(transport: Distributed) -> None:
+    one, other = InThread(A), InThread(B)
+    other.join = lambda meeting: other.refuse()
+    lost, again = one_pass(transport, 1, one, other)
+    assert again and list(lost) == [B]
+    assert one_pass(transport, 1, one) == ({}, False) and holds(one, 1)

@@ -1,0 +1,63 @@
+"""The sender's process group meets processes that are no part of its launch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_parallel_r1.sync.group import GroupBroken, SenderGroup, local_address
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def peer(group: SenderGroup, rank: int, times: int) -> subprocess.Popen[str]:
+    words = (str(group.port), str(rank), str(group.size), str(times))
+    command = (sys.executable, "-m", "tests.unit.sync.peer", *words)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.mark.slow
+def test_all_get_what_is_sent_until_one_is_gone() -> None:
+    group = SenderGroup("weights", 3, "gloo", "127.0.0.1", timeout_s=120)
+    staying, leaving = peer(group, 1, times=99), peer(group, 2, times=2)
+    try:
+        group.meet(never)
+        group.broadcast([torch.ones(1000), torch.full((1000,), 2.0)], never)
+        assert leaving.wait(60) == 0 and leaving.stdout.read().split() == ["1000.0", "2000.0"]
+        with pytest.raises(GroupBroken):
+            for _ in range(9):
+                group.broadcast([torch.ones(1000)], never)
+        group.close()
+        with pytest.raises(GroupBroken, match=r"the group is gone"):
+            group.broadcast([torch.ones(1000)], never)
+        # It waited for the next one, and is told that none comes.
+        assert staying.wait(60) != 0
+    finally:
+        for process in (staying, leaving):
+            process.kill()
+            process.wait()
+
+
+def test_nobody_waits_for_one_that_will_not_come() -> None:
+    group = SenderGroup("weights", 2, "gloo", "127.0.0.1", timeout_s=120)
+    asked = iter([False, False, True])
+    with pytest.raises(GroupBroken, match=r"a server did not join"):
+        group.meet(lambda: next(asked))
+
+
+def test_those_that_do_not_come_in_time_are_an_error() -> None:
+    group = SenderGroup("weights", 2, "gloo", "127.0.0.1", timeout_s=0.2)
+    with pytest.raises(GroupBroken, match=r"the servers did not meet the sender at 127.0.0.1"):
+        group.meet(never)
+
+
+def test_the_address_is_that_of_the_way_to_the_server() -> None:
+    assert local_address("http://127.0.0.1:30000") == "127.0.0.1"

@@ -1,0 +1,174 @@
+"""Which servers are in step after what happens to them in a publication."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import pytest
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.server import Unreachable
+from megatron_parallel_r1.sync.buckets import Bucket
+from megatron_parallel_r1.sync.control import Facts, Row, Scores
+from megatron_parallel_r1.sync.probe import Trained
+from megatron_parallel_r1.sync.sender import Sender
+from megatron_parallel_r1.sync.settings import InFlight, Sync
+from megatron_parallel_r1.sync.transport import Passed
+
+A, B = "http://a:1", "http://b:1"
+SCORES = [(-1.0, -2.0)]
+
+
+class Recorder:
+    """Stands in for a server's control; notes what it is asked, and is gone where it is told to be."""
+
+    kinds = frozenset({"tensor"})
+    wants_head = False
+
+    def __init__(self, url: str, gone_at: str = "", scores: Sequence[Scores] = SCORES) -> None:
+        self.url, self.gone_at, self.scores = url, gone_at, scores
+        self.asked: list[str] = []
+
+    def facts(self) -> Facts:
+        self._note("facts")
+        return Facts(None, 1, "float32")
+
+    def pause(self, in_flight: InFlight) -> None:
+        self._note("pause")
+
+    def proceed(self) -> None:
+        self._note("proceed")
+
+    def score(self, rows: Sequence[Row]) -> Sequence[Scores]:
+        self._note("score")
+        return self.scores
+
+    def release_memory(self) -> None:
+        self._note("release")
+
+    def resume_memory(self, part: str) -> None:
+        self._note(part)
+
+    def _note(self, what: str) -> None:
+        self.asked.append(what)
+        if what == self.gone_at:
+            raise Unreachable(f"{self.url} is gone")
+
+
+class Scripted:
+    """A transport whose passes end as it is told."""
+
+    def __init__(self, *passes: Passed, breaks: Exception | None = None) -> None:
+        self.passes, self.breaks = list(passes), breaks
+        self.opened: list[list[str]] = []
+
+    def open(self, servers, facts, version: int) -> None:
+        self.opened.append([server.url for server in servers])
+
+    def send(self, bucket: Bucket) -> None:
+        if self.breaks:
+            raise self.breaks
+
+    def close(self) -> Passed:
+        return self.passes.pop(0)
+
+
+def publish(sender: Sender) -> tuple[float, list[str]]:
+    sender.pause()
+    again = True
+    while again:
+        sender.open(1)
+        sender.send(Bucket([], last=True))
+        again = sender.close()
+    sender.proceed()
+    worst, failed = sender.probe([(1, 2, 3)], Trained(SCORES, None, None, "float32"))
+    return worst, [one.url for one in failed]
+
+
+def of(transport: Scripted, *servers: Recorder) -> Sender:
+    return Sender(servers, transport, Sync("tensor"))
+
+
+def test_a_publication_in_order() -> None:
+    server = Recorder(A)
+    sender = of(Scripted(Passed({})), server)
+    assert publish(sender) == (0.0, [])
+    assert server.asked == ["facts", "pause", "proceed", "score"]
+    assert sender.in_step == (A,) and not sender.out
+
+
+@pytest.mark.parametrize("gone_at", ["facts", "pause", "proceed", "score"])
+def test_one_that_is_gone_is_left_out_with_a_line_in_the_log(
+    gone_at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sender = of(Scripted(Passed({})), Recorder(A), Recorder(B, gone_at))
+    with caplog.at_level(logging.WARNING):
+        assert publish(sender) == (0.0, [])
+    assert sender.in_step == (A,) and sender.out == {B: f"{B} is gone"}
+    assert f"{B} is out of step" in caplog.text
+
+
+def test_one_that_is_back_is_in_step_again() -> None:
+    back = Recorder(B, "facts")
+    sender = of(Scripted(Passed({}), Passed({})), Recorder(A), back)
+    publish(sender)
+    back.gone_at = ""
+    publish(sender)
+    assert sender.in_step == (A, B) and not sender.out
+    assert sender.transport.opened == [[A], [A, B]]
+
+
+def test_a_server_that_took_a_part_stays_paused() -> None:
+    half = Recorder(B)
+    sender = of(Scripted(Passed({B: "load failed"})), Recorder(A), half)
+    publish(sender)
+    assert sender.in_step == (A,) and half.asked == ["facts", "pause"]
+
+
+def test_those_that_are_left_take_all_again() -> None:
+    lost, other = Recorder(B), Recorder(A)
+    sender = of(Scripted(Passed({B: "gone"}, again=True), Passed({})), other, lost)
+    publish(sender)
+    assert sender.transport.opened == [[A, B], [A]] and sender.in_step == (A,)
+
+
+def test_it_does_not_try_for_ever() -> None:
+    sender = of(Scripted(*[Passed({}, again=True)] * 9), Recorder(A))
+    with pytest.raises(UserError, match=r"did not reach http://a:1 in 2 passes by sync.transport tensor"):
+        publish(sender)
+
+
+def test_the_last_one_gone_is_an_error_that_says_why() -> None:
+    with pytest.raises(UserError, match=r"no rollout server is left .* http://a:1 is gone"):
+        publish(of(Scripted(Passed({})), Recorder(A, "pause")))
+
+
+def test_an_error_of_the_sender_waits_for_the_end_of_the_pass() -> None:
+    sender = of(Scripted(breaks=OSError("disk full")), Recorder(A))
+    sender.pause()
+    sender.open(1)
+    sender.send(Bucket([], last=False))
+    with pytest.raises(OSError, match=r"disk full"):
+        sender.close()
+
+
+def test_a_transport_that_a_server_lacks_is_refused() -> None:
+    sender = Sender([Recorder(A)], Scripted(), Sync("distributed"))
+    with pytest.raises(
+        UserError, match=rf"{A} takes no weights by sync.transport distributed; set it to one of"
+    ):
+        sender.pause()
+
+
+def test_other_log_probs_are_told() -> None:
+    other = Recorder(B, scores=[(-1.0, -2.5)])
+    assert publish(of(Scripted(Passed({})), Recorder(A), other)) == (0.5, [B])
+
+
+def test_memory_is_given_back_only_by_stopped_servers_and_taken_for_weights_first() -> None:
+    server = Recorder(A)
+    sender = of(Scripted(), server)
+    sender.release_memory()
+    sender.resume_memory()
+    assert server.asked == ["pause", "release", "weights", "kv_cache"]
