@@ -20,7 +20,6 @@ from pydantic import (
 
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.recipe_data import (
     BpeTokenizer as BpeTokenizer,
@@ -53,6 +52,9 @@ from megatron_parallel_r1.recipe_data import (
     FolderTokenizer as FolderTokenizer,
 )
 from megatron_parallel_r1.recipe_errors import first_problem
+from megatron_parallel_r1.recipe_model import Model as Model
+from megatron_parallel_r1.recipe_model import Shape as Shape
+from megatron_parallel_r1.recipe_rollout import Rollout
 from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
 from megatron_parallel_r1.rewards.weights import ONE, Constant, Linear, Window
@@ -62,50 +64,6 @@ from megatron_parallel_r1.train.policy.filtering import Dynamic
 from megatron_parallel_r1.train.policy.objective import Objective
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Shape(Strict):
-    """A fresh Qwen3; the vocabulary is the tokenizer's. Attributes as `model.config.ModelConfig`.
-
-    `init_std` is that of its weights; narrow models learn sooner with about 1 / sqrt(hidden).
-    """
-
-    hidden: Count
-    layers: Count
-    heads: Count
-    kv_heads: Count
-    head_dim: Count
-    ffn: Count
-    rope_theta: float = 1e6
-    rms_eps: float = 1e-6
-    tied: bool = True
-    max_positions: Count = 32768
-    init_std: Annotated[float, Field(gt=0)] = 0.02
-
-    @model_validator(mode="after")
-    def _possible(self) -> Shape:
-        try:
-            self.config(vocab=1)
-        except UserError as error:
-            raise ValueError(str(error).removeprefix("model: ")) from None
-        return self
-
-    def config(self, vocab: int) -> ModelConfig:
-        return ModelConfig(vocab=vocab, **self.model_dump(exclude={"init_std"}))
-
-
-class Model(Strict):
-    """Either `shape`, trained from scratch, or `path`, a Hugging Face folder of a Qwen3."""
-
-    shape: Shape | None = None
-    path: Path | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Model:
-        if (self.shape is None) == (self.path is None):
-            raise ValueError("give either shape (a fresh model) or path (a Hugging Face folder)")
-        return self
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -274,7 +232,16 @@ class Wandb(Strict):
 
 
 # Names that a run folder uses itself.
-RESERVED = ("release", "tokenizer", "config.yaml", "stages.json", "seeds.json", "eval.jsonl", "report.html")
+RESERVED = (
+    "release",
+    "servers",
+    "tokenizer",
+    "config.yaml",
+    "stages.json",
+    "seeds.json",
+    "eval.jsonl",
+    "report.html",
+)
 Seed = Annotated[int, Field(ge=0)]
 
 
@@ -284,6 +251,7 @@ class Recipe(Strict):
     Attributes:
         micro_tokens: tokens of a packed row at most.
         parallel: how the model is split over processes; it may change when a run goes on.
+        rollout: who draws the tokens.
         collective_timeout_s: a process that waits longer for another ends the run.
     """
 
@@ -297,6 +265,7 @@ class Recipe(Strict):
     thinking: Thinking = Thinking()
     micro_tokens: Count = 4096
     parallel: Parallel = Parallel()
+    rollout: Rollout = Rollout()
     collective_timeout_s: Count = 1800
     stages: Annotated[
         tuple[Annotated[SftStage | RlStage, Field(discriminator="kind")], ...], Field(min_length=1)

@@ -1,4 +1,7 @@
-"""Reads a recipe from a YAML file and from the overrides of a command line."""
+"""Reads a recipe from a YAML file and from the overrides of a command line.
+
+A file of the two keys `recipe` and `stage` stands for one stage of another file's recipe.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,53 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or no YAML, or an override names nothing.
     """
+    tree = _mapping(path)
+    if "recipe" in tree:
+        tree = _mapping(_whole(path, tree))
+    for override in overrides:
+        _override(tree, override)
+    return tree
+
+
+def stage_to_run(recipe: Recipe, path: Path, kind: str, name: str | None) -> str:
+    """The stage of a kind that a command line means.
+
+    Args:
+        path: of the recipe's file; if it is that of one stage, it names it.
+        name: of the stage, if the command line gives it.
+
+    Raises:
+        UserError: the recipe has no such stage, or several and none is named.
+    """
+    name = name or _mapping(path).get("stage")
+    names = [stage.name for stage in recipe.stages if stage.kind == kind]
+    known = ", ".join(names) or "none"
+    if name is not None and name not in names:
+        raise UserError(f"{path}: no {kind} stage is called {name}; it has {known}")
+    if name is None and len(names) != 1:
+        raise UserError(f"{path}: name one of its {kind} stages with --stage: {known}")
+    return name or names[0]
+
+
+def refuse_single_stage(path: Path) -> None:
+    """
+    Raises:
+        UserError: the file stands for one stage, and all of a recipe are to run.
+    """
+    tree = _mapping(path)
+    if "recipe" in tree:
+        whole = _whole(path, tree)
+        raise UserError(f"{path} is the stage {tree['stage']} alone; run sft or rl with it, or take {whole}")
+
+
+def _whole(path: Path, tree: dict[str, Any]) -> Path:
+    """The recipe that a single stage's file names, relative to its own place."""
+    if set(tree) != {"recipe", "stage"} or not all(isinstance(value, str) for value in tree.values()):
+        raise UserError(f"{path}: the file of one stage has two keys, `recipe` (a path) and `stage` (a name)")
+    return path.parent / tree["recipe"]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -45,8 +95,6 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(tree).__name__}")
-    for override in overrides:
-        _override(tree, override)
     return tree
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.decoding import Decoders
 from megatron_parallel_r1.curriculum.draws import seed_of
 from megatron_parallel_r1.curriculum.folder import steps_done
 from megatron_parallel_r1.curriculum.sources import evaluation_problems, open_tokenizer
@@ -74,18 +75,21 @@ def evaluate(
     return record, traces, judged
 
 
-def evaluate_stage(bench: Workbench, stage: config.Stage, model: Model, verifier: Verifier) -> dict[str, Any]:
+def evaluate_stage(
+    bench: Workbench, stage: config.Stage, model: Model, verifier: Verifier, decoders: Decoders
+) -> dict[str, Any]:
     """Evaluates a finished stage; the record goes to `eval.jsonl`, a few traces to `eval_traces.jsonl`."""
     recipe = bench.recipe
-    engine = native_engine(bench.shape)
     step = steps_done(bench.folder, stage)
-    engine.load_weights(hf_tensors(model), version=step)
-    thinker = Thinker(engine, bench.tags, recipe.thinking_of(stage))
     problems = evaluation_problems(recipe.evaluation.data, recipe.evaluation.count)
     seed = bench.seed_of("evaluation")
-    measured, traces, judged = evaluate(
-        thinker, problems, bench.tokenizer, verifier, recipe.prompt, recipe.evaluation, seed
-    )
+    thinking = recipe.thinking_of(stage)
+    with decoders.of(model, thinking) as decoder:
+        decoder.engine.load_weights(hf_tensors(model), version=step)
+        thinker = Thinker(decoder.engine, bench.tags, thinking)
+        measured, traces, judged = evaluate(
+            thinker, problems, bench.tokenizer, verifier, recipe.prompt, recipe.evaluation, seed
+        )
     record = {"stage": stage.name, "step": step, **measured}
     if not process.is_first():
         return record

@@ -103,7 +103,9 @@ def past_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 # What can change without changing what was trained.
-HARMLESS = ("out", "keep_traces", "save_every", "keep_last", "parallel", "collective_timeout_s", "wandb")
+HARMLESS = frozenset(
+    ["out", "keep_traces", "save_every", "keep_last", "parallel", "rollout", "collective_timeout_s", "wandb"]
+)
 
 
 def _difference(old: Any, new: Any, where: str = "") -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.folder import steps_done
@@ -14,8 +14,10 @@ from megatron_parallel_r1.curriculum.guard import Guard
 from megatron_parallel_r1.curriculum.stage_log import StageLog
 from megatron_parallel_r1.curriculum.workbench import Workbench
 from megatron_parallel_r1.data.sampler import ProblemStream
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.errors import Stopped, UserError
 from megatron_parallel_r1.model.watch import Watch
+from megatron_parallel_r1.stop_signals import stop_signal_came
+from megatron_parallel_r1.train.agreement import all_agree
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.trainer import Schedule, Trainer
 
@@ -59,7 +61,8 @@ class StageLoop:
             self._carry_over(bench, bench.recipe.start_of(stage) or "")
         stream.restore(state.get("stream", stream.state()))
         self._watched: list[float] = state.get("watched", [])
-        self._since_save: list[float] = []
+        self._since_save: list[float] = state.get("since_save", [])
+        self._saved = self.done
         self.found: Any = state.get("in_flight")
         self.in_flight: Callable[[], Any] = lambda: None
         self.guard = Guard(stage, folder, self.done)
@@ -69,10 +72,16 @@ class StageLoop:
         self._ended = self.done >= stage.steps or self._may_end()
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
-        """Each further step and its learning rate."""
+        """Each further step and its learning rate.
+
+        Raises:
+            Stopped: a process was sent a stop signal. What is done is saved, unless its last step was bad.
+        """
         for step in range(self.done + 1, self._stage.steps + 1):
             if self._ended:
                 return
+            if not all_agree(not stop_signal_came(), self._trainer.device):
+                self._stop_after(step - 1)
             self._watch.at(f"stage {self._stage.name}, step {step}")
             yield step, self._schedule.at(step, self._stage.steps)
 
@@ -111,17 +120,31 @@ class StageLoop:
     def _may_end(self) -> bool:
         return self._stage.until is not None and self._stage.until.reached(self._watched)
 
-    def _save(self, step: int) -> None:
+    def _stop_after(self, step: int) -> NoReturn:
+        """Saves the step, if it may be saved and is not yet, and says that the stage stops behind it.
+
+        The checkpoint is beyond those that are due, so it takes no part in which is the best.
+        """
+        if step > self._saved and not self.guard.in_a_row:
+            self._save(step, is_due=False)
+        self._checkpoints.settle()
+        saved = "saved" if self._saved == step else f"the last checkpoint is of step {self._saved}"
+        raise Stopped(f"stage {self._stage.name}: stopped by a signal after step {step}, {saved}")
+
+    def _save(self, step: int, is_due: bool = True) -> None:
         in_flight = self.in_flight()
+        score = fmean(self._since_save) if self._since_save and is_due else None
+        if is_due:
+            self._since_save = []
         state = {
             "stream": self._stream.state(),
             "watched": self._watched,
             "guard": self.guard.state(),
             "in_flight": in_flight,
+            "since_save": self._since_save,
         }
-        score = fmean(self._since_save) if self._since_save else None
         self._checkpoints.save(self._trainer, step, state, score)
-        self._since_save = []
+        self._saved = step
 
     def __enter__(self) -> StageLoop:
         self._log.__enter__()

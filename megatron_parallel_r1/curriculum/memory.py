@@ -2,7 +2,7 @@
 
 Activations are counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
 Models" (arXiv 2205.05198, section 4): what autograd keeps of a layer for backward, tensor by tensor. What
-differs here: attention keeps no scores and no mask (model/attention.py), nothing is dropped out, RMSNorm
+differs here: attention keeps no scores and no mask (model/attention/), nothing is dropped out, RMSNorm
 keeps a float32 copy of its input, the MLP is SwiGLU with Megatron's unfused gate, and logits exist a chunk
 at a time (train/logprobs.py).
 

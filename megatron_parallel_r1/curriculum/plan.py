@@ -106,8 +106,8 @@ def plan(recipe: config.Recipe, world: int = 1, gpu: int = 80 * GIB, longest: Lo
     check_parallel(shape, parallel, world, recipe.micro_tokens)
     pieces = parts(shape, parallel)
     data = world // parallel.copy
-    in_process = True
-    if any(isinstance(stage, config.RlStage) or stage.evaluate for stage in recipe.stages):
+    in_process = recipe.rollout.engine == "native"
+    if in_process and any(isinstance(stage, config.RlStage) or stage.evaluate for stage in recipe.stages):
         try:
             limits.refuse(parallel.pipeline, parallel.context)
         except UserError as refused:
@@ -204,7 +204,8 @@ class _Planner:
     def _packed(self, longest: int) -> int:
         """Tokens of a packed row at most; a row longer than `micro_tokens` stands alone."""
         most = max(self.recipe.micro_tokens, longest)
-        return most + -most % self.recipe.parallel.multiple
+        multiple = self.recipe.parallel.multiple * self.recipe.model.made_of.row_multiple
+        return most + -most % multiple
 
     def _slots(self, prompts: int, samples: int, concurrent: int, thinking: Thinking) -> int | None:
         """Of a copy's cache at most: its prompts stay to the end, and so many traces are in flight."""

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.board import check_wandb
+from megatron_parallel_r1.curriculum.decoding import Decoders
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
 from megatron_parallel_r1.curriculum.folder import (
     is_resumable,
@@ -103,7 +104,11 @@ def _run_seed(
     bench.check_starts(names)
     bench.check_split(names, process.world_size())
     split, patience = recipe.parallel, recipe.collective_timeout_s
-    with process.running(recipe.seed, split, patience) as watch, Verifier(workers=_workers()) as verifier:
+    with (
+        process.running(recipe.seed, split, patience) as watch,
+        Verifier(workers=_workers()) as verifier,
+        Decoders(bench) as decoders,
+    ):
         # Every process has looked at the folder by now; the first one may change it.
         if process.is_first():
             open_run_folder(recipe, folder, resume)
@@ -118,7 +123,7 @@ def _run_seed(
                 # Its optimizer and gradients go with it: their memory is the next stage's.
                 last = None
                 gc.collect()
-                last = _run_stage(bench, stage, verifier, console, watch)
+                last = _run_stage(bench, stage, verifier, decoders, console, watch)
         evaluations = past_evaluations(folder)
         release = None
         if only is None:
@@ -133,6 +138,7 @@ def _run_stage(
     bench: Workbench,
     stage: config.SftStage | config.RlStage,
     verifier: Verifier,
+    decoders: Decoders,
     console: Console,
     watch: Watch,
 ) -> Model | None:
@@ -144,7 +150,7 @@ def _run_stage(
         if isinstance(stage, config.SftStage):
             model = run_sft(bench, stage, watch).model
         else:
-            model = run_rl(bench, stage, verifier, watch).model
+            model = run_rl(bench, stage, verifier, decoders, watch).model
         watch.at(f"stage {stage.name}, its end")
         save_model(bench, model, folder / "model")
     else:
@@ -156,7 +162,7 @@ def _run_stage(
     evaluated = {record["stage"] for record in past_evaluations(bench.folder)}
     if stage.evaluate and stage.name not in evaluated:
         model = model or bench.model_of(stage)
-        record = evaluate_stage(bench, stage, model, verifier)
+        record = evaluate_stage(bench, stage, model, verifier, decoders)
         console.print(_in_words(record), highlight=False)
     wait_for_all()
     return model

@@ -11,18 +11,19 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.decoding import Decoders
 from megatron_parallel_r1.curriculum.keeping import renew_reference
 from megatron_parallel_r1.curriculum.loop import StageLoop
 from megatron_parallel_r1.curriculum.sources import example_rows, problem_stream
 from megatron_parallel_r1.curriculum.viewing import trace_record
-from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine
+from megatron_parallel_r1.curriculum.workbench import Workbench
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.row_cache import RowCache, tokenizer_hash
 from megatron_parallel_r1.model.watch import Watch
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rewards.extract import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rollout.native.engine import NativeEngine
+from megatron_parallel_r1.rollout.base import Engine
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.train.ahead import batches
@@ -58,19 +59,24 @@ def run_sft(bench: Workbench, stage: config.SftStage, watch: Watch) -> Trainer:
     return trainer
 
 
-def run_rl(bench: Workbench, stage: config.RlStage, verifier: Verifier, watch: Watch) -> Trainer:
+def run_rl(
+    bench: Workbench, stage: config.RlStage, verifier: Verifier, decoders: Decoders, watch: Watch
+) -> Trainer:
     """Trains a reinforcement-learning stage and returns its trainer."""
     stream = problem_stream(bench.recipe, stage, bench.seed_of(stage.name, "data"))
     seed = bench.seed_of(stage.name, "rollout")
     trainer = bench.trainer(stage)
     patience = bench.recipe.collective_timeout_s
     groups = second_groups(patience) if stage.max_staleness else nullcontext((None, None))
-    with groups as (team, world), StageLoop(bench, stage, trainer, stream, watch) as loop:
-        engine = native_engine(bench.shape, team)
-        grpo = _grpo(bench, stage, trainer, engine, verifier, world, loop.done)
+    with (
+        groups as (team, world),
+        StageLoop(bench, stage, trainer, stream, watch) as loop,
+        decoders.of(trainer.model, bench.recipe.thinking_of(stage), team) as decoder,
+    ):
+        grpo = _grpo(bench, stage, trainer, decoder.engine, verifier, world, loop.done)
         with batches(
             lambda step: grpo.roll_out(stream.next_batch, step, seed),
-            engine,
+            decoder.engine,
             max_staleness=stage.max_staleness,
             partial=stage.partial,
             done=loop.done,
@@ -83,12 +89,13 @@ def run_rl(bench: Workbench, stage: config.RlStage, verifier: Verifier, watch: W
                 ahead.publish(hf_tensors(trainer.model), version=step - 1)
                 collected = without_stale(ahead.take(step), step, stage.max_staleness, stage.samples)
                 rolled_out = time.monotonic()
+                decoder.rest()
                 learned = loop.guard.learn(
                     step, partial(grpo.learn, collected, step, lr), partial(_traces_kept, collected)
                 )
                 renew_reference(bench, stage, grpo.learner, step)
                 times = {"time_rollout_s": rolled_out - began, "time_train_s": time.monotonic() - rolled_out}
-                measured = grpo.measure(collected, step) | learned | {"lr": lr} | times
+                measured = grpo.measure(collected, step) | learned | {"lr": lr} | times | decoder.metrics()
                 loop.end(step, measured, _shown(bench, collected.all, stage.keep_traces))
     return trainer
 
@@ -114,7 +121,7 @@ def _grpo(
     bench: Workbench,
     stage: config.RlStage,
     trainer: Trainer,
-    engine: NativeEngine,
+    engine: Engine[Any],
     verifier: Verifier,
     world: dist.ProcessGroup | None,
     done: int,

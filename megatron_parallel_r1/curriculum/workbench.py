@@ -19,6 +19,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
+from megatron_parallel_r1.model.layers import check_layers
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.parallel import check_parallel
 from megatron_parallel_r1.model.weights import check_fit, load_hf_tensors, random_hf_tensors
@@ -102,6 +103,12 @@ class Workbench:
         """
         parallel = self.recipe.parallel
         check_parallel(self.shape, parallel, world, self.recipe.micro_tokens)
+        layers = self.recipe.model.made_of
+        check_layers(layers, self.shape.head_dim, self.dtype)
+        if self.recipe.micro_tokens % (multiple := parallel.multiple * layers.row_multiple):
+            raise UserError(f"micro_tokens: FP8 rows need a multiple of {multiple} here")
+        if self.recipe.rollout.engine != "native":
+            return
         if any(
             isinstance(stage, config.RlStage) or stage.evaluate
             for stage in self.recipe.stages
@@ -129,7 +136,7 @@ class Workbench:
 
     def trainer(self, stage: config.Stage) -> Trainer:
         """A trainer with the weights that the stage begins with, and a fresh optimizer."""
-        model = build_model(self.shape, self.dtype, self.recipe.parallel)
+        model = build_model(self.shape, self.dtype, self.recipe.parallel, self.recipe.model.made_of)
         load_hf_tensors(model, self._start_tensors(stage))
         given = stage.optimizer
         sharded = self.recipe.parallel.sharded_optimizer
@@ -138,7 +145,7 @@ class Workbench:
 
     def reference(self, stage: config.RlStage, done: int) -> Reference:
         """The policy of the stage's KL term, as it was after step `done`."""
-        model = build_model(self.shape, self.dtype, self.recipe.parallel)
+        model = build_model(self.shape, self.dtype, self.recipe.parallel, self.recipe.model.made_of)
         temperature = self.recipe.thinking_of(stage).temperature or 1.0
         reference = Reference(model, temperature, stage.reference_every)
         born = reference.born(done)
@@ -152,7 +159,7 @@ class Workbench:
 
     def model_of(self, stage: config.Stage) -> Model:
         """The finished model of a stage."""
-        model = build_model(self.shape, self.dtype, self.recipe.parallel)
+        model = build_model(self.shape, self.dtype, self.recipe.parallel, self.recipe.model.made_of)
         load_hf_tensors(model, load_hf_folder(self.stage_folder(stage.name) / "model")[1])
         return model
 

@@ -60,7 +60,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     real = folder.resolve()
     if (real / "thinking.json").is_file():
         name = real.parent.name if real.name == "release" else real.name
-        return Checkpoint(name, folder, _stored(real / "thinking.json"), real / "thinking.json")
+        return Checkpoint(name, folder, stored_decoding(real / "thinking.json"), real / "thinking.json")
     run = real.parent.parent
     if real.name == "model" and (run / "stages.json").is_file():
         for checkpoint in stages_of(run):
@@ -112,7 +112,12 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _stored(file: Path) -> Decoding:
+def stored_decoding(file: Path) -> Decoding:
+    """What a thinking.json says.
+
+    Raises:
+        UserError: it cannot be used.
+    """
     try:
         told: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -6,15 +6,20 @@ knows only `rollout/base.py`'s protocol.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.base import Engine
+
+# How long servers may take to answer at all, in seconds.
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +102,30 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
         wait_for_all()
 
 
-ENGINES: Mapping[str, EngineOpener] = MappingProxyType({"native": _native})
+@contextmanager
+def _served(engine: str, asked: EngineRequest) -> Iterator[Opened]:
+    """On rollout servers of the checkpoint, which share the work among themselves."""
+    from megatron_parallel_r1.rollout.connecting import met_pool
+    from megatron_parallel_r1.rollout.pool import PoolSettings
+    from megatron_parallel_r1.rollout.server import Timeouts
+    from megatron_parallel_r1.rollout.server_engine import ServerEngine
+
+    if not asked.servers:
+        raise UserError(
+            f"engine {engine}: give --server URL of each, as `parallel-r1 serve-rollout --engine {engine} "
+            f"--checkpoint {asked.folder}` prints them"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"engine {engine}: one process asks all servers; start it without torchrun")
+    pool = met_pool(engine, asked.servers, Timeouts(), PoolSettings(patience_s=PATIENCE_S))
+    for url, about in pool.abouts.items():
+        served = Path(about.model)
+        if about.version or (served.exists() and served.resolve() != asked.folder.resolve()):
+            what = f"weights of update {about.version}" if about.version else about.model
+            raise UserError(f"{url} holds {what}, not {asked.folder}; start it with that checkpoint")
+    yield Opened(ServerEngine(pool))
+
+
+ENGINES: Mapping[str, EngineOpener] = MappingProxyType(
+    {"native": _native, "sglang": partial(_served, "sglang"), "vllm": partial(_served, "vllm")}
+)

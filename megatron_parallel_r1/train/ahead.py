@@ -13,6 +13,9 @@ What is rolled out depends on the seed and k, and not on which thread was faster
 `partial` gives that up: a batch under way goes on with newer weights as soon as there are some, so that long
 traces are less stale at their end. Which token meets which version is then a matter of time, and no two runs
 are the same to the bit. In both cases no token is ever more than k updates old.
+
+Engines that the training thread feeds (servers: not `Engine.together`) get weights with no copy of them: it
+waits until the batches that the weights before make are there, then brings the new ones. `partial` does not.
 """
 
 from __future__ import annotations
@@ -136,6 +139,9 @@ class Ahead:
         self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
 
     def publish(self, tensors: Tensors, version: int) -> None:
+        if not self._engine.together:
+            self._bring(tensors, version)
+            return
         # All processes that share a split model must iterate, even where nobody needs the copies.
         copies = [(name, tensor.detach().clone()) for name, tensor in tensors]
         with self._changed:
@@ -153,11 +159,8 @@ class Ahead:
             return self._ready.pop(step)
 
     def in_flight(self) -> list[dict[str, Any]]:
-        through = min(max(self._published + 1 + self._max_staleness, self._first - 1), self._steps)
-        steps = range(self._taken + 1, through + 1)
         with self._changed:
-            self._wait_for(lambda: all(step in self._ready for step in steps))
-            batches = [self._ready[step] for step in steps]
+            batches = self._made_so_far()
         return [to_json(batch) for batch in batches]
 
     def __enter__(self) -> Ahead:
@@ -177,6 +180,26 @@ class Ahead:
             self._engine.interrupt()
             # Not for ever: a collective whose other side is gone ends with the process.
             self._thread.join(PATIENCE_S)
+
+    def _bring(self, tensors: Tensors, version: int) -> None:
+        """Has the engine take weights from here, the training thread."""
+        if self._partial:
+            self._engine.offer_weights(tensors, version)
+        elif version == self._done or version < self._steps - self._max_staleness:
+            with self._changed:
+                self._made_so_far()
+            self._engine.load_weights(tensors, version)
+        with self._changed:
+            self._published = version
+            self._changed.notify_all()
+
+    def _made_so_far(self) -> list[Collected]:
+        """Waits for all batches that the published weights make; those that were not taken."""
+        made = self._published + 1 + self._max_staleness if self._published >= 0 else 0
+        through = min(max(made, self._first - 1), self._steps)
+        steps = range(self._taken + 1, through + 1)
+        self._wait_for(lambda: all(step in self._ready for step in steps))
+        return [self._ready[step] for step in steps]
 
     def _wait_for(self, moment: Callable[[], bool]) -> None:
         self._changed.wait_for(lambda: self._error is not None or moment())

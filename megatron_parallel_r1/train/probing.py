@@ -1,6 +1,6 @@
 """The trainer's own log-probs of whole token lists, to hold a server's against.
 
-Shapes: N targets of a micro-batch.
+Shapes: N targets of a micro-batch, T texts of L tokens.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_parallel_r1.thought.layout import lay_out
@@ -16,6 +17,12 @@ from megatron_parallel_r1.train.agreement import told_all
 from megatron_parallel_r1.train.microbatch import MicroBatch
 from megatron_parallel_r1.train.scorer import Scorer
 from megatron_parallel_r1.train.share import share_out
+
+
+def probe_texts(vocabulary: int, count: int = 4, length: int = 48) -> tuple[tuple[int, ...], ...]:
+    """Token ids to hold a server's log-probs against the trainer's with, the same in every run."""
+    drawn_TL = np.random.default_rng(0).integers(vocabulary, size=(count, length))
+    return tuple(tuple(text) for text in drawn_TL.tolist())
 
 
 def causal_logprobs(

@@ -1,6 +1,7 @@
 """A model that gives the log-probs of tokens: Megatron's schedule around it, forward only.
 
-Shapes: L tokens of a row, T of them on this process, N targets of a micro-batch, E hidden size.
+Shapes: L tokens of a row, T of them on this process, N targets of a micro-batch, E hidden size, V rows of the
+vocabulary on this process.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ class Scorer:
     Args:
         model: its weights set.
         temperature: by which logits are divided, as the rollout's.
+        head_VE: this process's rows of another output matrix, in the place of the model's own.
     """
 
-    def __init__(self, model: Model, temperature: float = 1.0) -> None:
+    def __init__(self, model: Model, temperature: float = 1.0, head_VE: torch.Tensor | None = None) -> None:
         self.model = model
         self.temperature = temperature
+        self._head_VE = head_VE
         self._stages: list[torch.nn.Module] = list(model)
 
     @property
@@ -76,4 +79,5 @@ class Scorer:
         """Log-probs and entropies [N] of a micro-batch's targets."""
         last = self.model[-1]
         question = Question(batch.labels_N, batch.barred_N, self.temperature, self.model.shape.vocab)
-        return target_logprobs(last.whole_hidden(hidden_T1E)[batch.at_N], last.head_weight(), question)
+        head_VE = last.head_weight() if self._head_VE is None else self._head_VE.to(self.device)
+        return target_logprobs(last.whole_hidden(hidden_T1E)[batch.at_N], head_VE, question)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_parallel_r1.model.layers import FP8_ROWS
 from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.thought.packing import PackedRow, bins, concatenate, context_part, deal, padded
@@ -50,7 +51,8 @@ class Place:
                 tensor=config.tensor_model_parallel_size,
                 context=context_size,
                 sequence=config.sequence_parallel,
-            ).multiple,
+            ).multiple
+            * (FP8_ROWS if config.fp8 else 1),
             rounds=config.pipeline_model_parallel_size if interleaved else 1,
         )
 

@@ -174,7 +174,7 @@ def test_stages_in_several_modes_side_by_side(trained: Path, tmp_path: Path) -> 
         (
             run_command,
             ("--checkpoint", "{}", "--engine", "sglang"),
-            "engine 'sglang': not built in, use one of native",
+            "engine sglang: give --server URL of each",
         ),
         (
             run_command,

@@ -11,7 +11,7 @@ import pytest
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import read_benchmarks
 from megatron_parallel_r1.evaluation.checkpoints import fingerprint, open_checkpoint
-from megatron_parallel_r1.evaluation.engines import engine_opener
+from megatron_parallel_r1.evaluation.engines import EngineRequest, engine_opener
 from megatron_parallel_r1.evaluation.modes import Mode
 from megatron_parallel_r1.evaluation.runs import Plan
 from megatron_parallel_r1.rollout.settings import Thinking
@@ -119,10 +119,19 @@ def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     assert fingerprint(one) != fingerprint(other)
 
 
-@pytest.mark.parametrize("name", ["sglang", "vllm", "Native", ""])
+@pytest.mark.parametrize("name", ["slime", "Native", ""])
 def test_engines_that_are_not_built_in(name: str) -> None:
-    with pytest.raises(UserError, match=f"engine '{name}': not built in, use one of native"):
+    with pytest.raises(UserError, match=f"engine '{name}': not built in, use one of native, sglang, vllm"):
         engine_opener(name)
+
+
+@pytest.mark.parametrize("name", ["sglang", "vllm"])
+def test_server_engines_need_servers_and_one_process(name: str, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(UserError, match=f"engine {name}: give --server URL"):
+        engine_opener(name)(EngineRequest(tmp_path)).__enter__()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        engine_opener(name)(EngineRequest(tmp_path, servers=("http://127.0.0.1:1",))).__enter__()
 
 
 @pytest.mark.parametrize(

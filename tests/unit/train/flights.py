@@ -26,7 +26,8 @@ class FakeEngine:
 
     modes = frozenset({"sequential"})
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool) -> None:
+        self.together = together
         self.version = -1
         self.weight = 0.0
 
@@ -47,6 +48,7 @@ class Flight:
     Attributes:
         jitter: seeds pauses of some milliseconds in both threads; None: none.
         events: what happened, in order.
+        together: the engine decodes in the trainer's processes; else it is fed by the training thread.
         taken: the batches that were trained.
     """
 
@@ -54,6 +56,7 @@ class Flight:
     steps: int = 6
     jitter: int | None = None
     done: int = 0
+    together: bool = True
     saved: dict[str, Any] = field(default_factory=dict)
     weight: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
@@ -61,7 +64,7 @@ class Flight:
         problems = [Problem(str(n), f"problem {n}", (str(n),), "fake") for n in range(7)]
         self.stream: ProblemStream[Problem] = ProblemStream(problems, seed=3)
         self.stream.restore(self.saved.get("stream", self.stream.state()))
-        self.engine = FakeEngine()
+        self.engine = FakeEngine(self.together)
         self.events: list[tuple[str, int]] = []
         self.taken: dict[int, Collected] = {}
         self.threads: dict[int, str] = {}

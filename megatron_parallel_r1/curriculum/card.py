@@ -1,0 +1,153 @@
+"""What a release says of itself: how to decode it, how it was trained, on what, and how well it does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.folder import steps_done
+from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.families import FAMILIES
+from megatron_parallel_r1.model.weight import table
+from megatron_parallel_r1.report.tables import eval_markdown
+from megatron_parallel_r1.rollout.settings import Thinking
+
+_BLOCKS = (
+    "that thinks in parallel: it opens `<Parallel>` blocks, reads their `<Path>`s in a `<Summary>`, goes on;"
+)
+_HABIT = {
+    "isolated": f"{_BLOCKS} paths do not see one another",
+    "replay": f"{_BLOCKS} paths do not see one another, a summary reads them as one text",
+    "causal": f"{_BLOCKS} each path sees the ones before it",
+    "sequential": "that thinks in one chain, the baseline of parallel thinking",
+}
+# For a tokenizer that has none: what data/encode.py makes of a prompt, a text and a line end.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+
+
+def thinking_json(recipe: config.Recipe) -> str:
+    """The decoding settings and prompt of a run's last stage."""
+    told = asdict(recipe.thinking_of(recipe.stages[-1])) | {
+        "prompt": recipe.prompt,
+        "prompt_template": TEMPLATES[recipe.prompt],
+    }
+    return json.dumps(told, indent=2) + "\n"
+
+
+def run_card(
+    recipe: config.Recipe, folder: Path, shape: ModelConfig, evaluations: Sequence[dict[str, Any]]
+) -> str:
+    """The model card of a run.
+
+    Args:
+        folder: of the run.
+        evaluations: its records.
+    """
+    lineage = _lineage(recipe)
+    thinking = recipe.thinking_of(lineage[-1])
+    stages = "\n".join(
+        f"| {stage.name} | {stage.kind} | {_data(stage)} | {steps_done(folder, stage)} |" for stage in lineage
+    )
+    figures = eval_markdown(evaluations) if evaluations else "This run was not evaluated."
+    training = f"""| stage | kind | data | steps |
+|---|---|---|---|
+{stages}
+
+Seed {recipe.seed}; the last stage in mode `{thinking.mode}` with {thinking.paths} paths a block.
+{_start(recipe)}
+
+<details><summary>The whole recipe</summary>
+
+```yaml
+{recipe.yaml().strip()}
+```
+
+</details>"""
+    evaluation = f"Plain accuracy on held-out problems, ± half the 95 % interval.\n\n{figures}"
+    return card(recipe.name, shape, thinking, training, _provenance(recipe), evaluation)
+
+
+def card(name: str, shape: ModelConfig, thinking: Thinking, training: str, data: str, evaluation: str) -> str:
+    """A model card; the last three are sections in Markdown."""
+    parameters = sum(prod(size) for weight in table(shape) for _, size in weight.parts)
+    kind = FAMILIES[shape.family].architecture.removesuffix("ForCausalLM")
+    return f"""---
+library_name: transformers
+license: apache-2.0
+tags: [parallel-thinking, reinforcement-learning, grpo]
+---
+
+# {name}
+
+A {kind} of {parameters / 1e6:.2f} M parameters {_HABIT[thinking.mode]}.
+Trained with megatron_parallel_r1 after Parallel-R1 (arXiv 2509.07980).
+
+`AutoModelForCausalLM` loads it, and so do SGLang and vLLM. To decode as trained, use the settings in
+`thinking.json` with megatron_parallel_r1.
+
+## Training
+
+{training}
+
+## Data
+
+{data}
+
+## Evaluation
+
+{evaluation}
+"""
+
+
+def _lineage(recipe: config.Recipe) -> list[config.SftStage | config.RlStage]:
+    """The stages that the released weights went through, the first one first."""
+    by_name = {stage.name: stage for stage in recipe.stages}
+    chain = [recipe.stages[-1]]
+    while (before := recipe.start_of(chain[0])) is not None:
+        chain.insert(0, by_name[before])
+    return chain
+
+
+def _start(recipe: config.Recipe) -> str:
+    if recipe.model.path is None:
+        return "It was trained from random weights."
+    return f"It began as the weights of `{recipe.model.path.name}`, whose licence holds for it, too."
+
+
+def _provenance(recipe: config.Recipe) -> str:
+    """Where each set of data comes from, and what was kept out of it."""
+    lines: Mapping[str, None] = dict.fromkeys(
+        f"- {_origin(data)}" for data in [stage.data for stage in _lineage(recipe)]
+    )
+    if recipe.evaluation is not None:
+        lines = {**lines, f"- held out, for evaluation: {_origin(recipe.evaluation.data)}": None}
+    kept_out = "No problem of the evaluation is among those of the training."
+    if recipe.decontamination is not None:
+        kept_out += (
+            f" Problems that share {recipe.decontamination.words} words in a row with one were left out."
+        )
+    return "\n".join(lines) + f"\n\n{kept_out}"
+
+
+def _origin(data: Any) -> str:
+    if isinstance(data, config.DataSet):
+        split = f", split `{data.split}`" if data.split else ""
+        limit = f", the first {data.limit}" if data.limit else ""
+        local = f", read from `{data.path.name}`" if data.path else " on the Hugging Face Hub"
+        return f"`{data.name}`{local}{split}{limit}"
+    settings = ", ".join(f"{key} {value}" for key, value in data.model_dump().items() if key != "source")
+    return f"`{data.source}`: synthetic, made by megatron_parallel_r1 ({settings})"
+
+
+def _data(stage: config.SftStage | config.RlStage) -> str:
+    data = stage.data
+    if isinstance(data, config.DataSet):
+        return data.name
+    kind = getattr(data, "kind", None)
+    return f"{data.source} ({kind})" if kind else data.source

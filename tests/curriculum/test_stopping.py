@@ -1,0 +1,87 @@
+"""A run that is asked to stop by a signal saves at once, and ends bit for bit like one left alone."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_parallel_r1.errors import STOPPED_EXIT_CODE
+from tests.curriculum.test_kills import end_pair, last_complete, start_pair
+from tests.curriculum.test_run import steps_of
+
+# Checkpoints are due never, so that only the signal makes one.
+RARE = ("stages.cold_start.save_every=100", "stages.rl.save_every=100", "stages.rl.max_staleness=1")
+
+
+def stop_pair(out: Path, stage: Path, step: int, number: signal.Signals, tree: bool) -> tuple[int, str]:
+    """Runs until a step of a stage is done, then signals rank 1, or both with all their children.
+
+    Returns:
+        After which step the run stopped, and what rank 0 said of it.
+    """
+    ranks = start_pair(out, *RARE)
+    try:
+        give_up = time.monotonic() + 200
+        while max(steps_of(stage), default=0) < step:
+            assert all(rank.poll() is None for rank in ranks) and time.monotonic() < give_up
+            time.sleep(0.005)
+        asked = [psutil.Process(rank.pid) for rank in ranks]
+        reached = [*asked, *(child for one in asked for child in one.children(recursive=True))]
+        for one in reached if tree else asked[1:]:
+            one.send_signal(number)
+        assert [rank.wait(200) for rank in ranks] == [STOPPED_EXIT_CODE] * 2, said(out, 0) + said(out, 1)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return max(steps_of(stage)), said(out, 0)
+
+
+def said(out: Path, rank: int) -> str:
+    return out.with_name(f"{out.name}.rank{rank}").read_text()
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    end_pair(tmp_path / "whole", *RARE)
+    folder = tmp_path / "stopped/pair"
+    for name, step, number, tree in (
+        ("cold_start", 3, signal.SIGUSR1, False),
+        ("rl", 1, signal.SIGUSR2, True),
+    ):
+        last, told = stop_pair(tmp_path / "stopped", folder / name, step, number, tree)
+        assert f"stage {name}: stopped by a signal after step {last}, saved; the same command goes on" in told
+        assert last_complete(folder / name / "checkpoints") == last >= step
+        assert not (folder / name / "model").exists()
+
+    end_pair(tmp_path / "stopped", *RARE)
+    for name in ("cold_start/model", "rl/model", "release"):
+        ours, theirs = (
+            load_file(tmp_path / out / "pair" / name / "model.safetensors") for out in ("stopped", "whole")
+        )
+        assert ours.keys() == theirs.keys()
+        assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+
+
+def test_a_held_signal_ends_no_child(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, subprocess, sys\n"
+        "from megatron_parallel_r1.stop_signals import hold_stop_signals, stop_signal_came\n"
+        "hold_stop_signals()\n"
+        "assert not stop_signal_came()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "assert stop_signal_came()\n"
+        "child = 'import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print(\"alive\")'\n"
+        "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True).stdout)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "alive", done.stderr
