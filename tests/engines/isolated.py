@@ -1,0 +1,175 @@
+"""SGLang servers with the plugin that joins isolated paths, and traces rolled out with them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import torch
+from transformers import Qwen3ForCausalLM
+
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.hf import save_hf_folder
+from megatron_parallel_r1.rollout.joined import FIELD, understood
+from megatron_parallel_r1.rollout.pool import Pool
+from megatron_parallel_r1.rollout.server import Answered, Asked
+from megatron_parallel_r1.rollout.server_engine import ServerContext, ServerEngine
+from megatron_parallel_r1.rollout.serving.child import Child
+from megatron_parallel_r1.rollout.serving.commands import Command, command_of
+from megatron_parallel_r1.rollout.serving.places import ports_of, url_of
+from megatron_parallel_r1.rollout.serving.settings import Serving
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.rollout.sglang import SGLang
+from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.thought.trace import Trace
+from tests.engines.servers import START_SECONDS, python_of
+from tests.reference.traces import TAGS
+from tests.serve.release import tokenizer
+from tests.unit.rollout.tiny import random_prompts, tiny_qwen3
+
+# SGLang then counts every slot of its cache after each pass, and ends the server if one is lost.
+STRICT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+}
+# It retracts a running request every so many passes.
+RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "11"}
+# On a busy machine; httpx gives up after 5.
+HTTP_SECONDS = 300
+
+
+def model_of(seed: int) -> Qwen3ForCausalLM:
+    """A tiny model whose logits hang on what it attends to, with tags as likely as before beside the rest."""
+    model = tiny_qwen3(seed)
+    with torch.no_grad():
+        model.lm_head.weight[:, 1:] *= 4
+        model.lm_head.weight[:, 0] *= 1.5
+    return model
+
+
+def write_model(folder: Path, seed: int) -> Path:
+    model = model_of(seed)
+    config = ModelConfig.from_hf(model.config.to_dict())
+    save_hf_folder(folder, config, model.state_dict().items(), tokenizer())
+    return folder
+
+
+@contextmanager
+def started(serving: Serving, env: dict[str, str], overlap: bool = False) -> Iterator[Child]:
+    """A server that is being started.
+
+    Args:
+        overlap: it schedules a pass while the one before it runs, as on a GPU.
+    """
+    serving = replace(serving, isolated=True, port=0, context_tokens=1024)
+    (port,) = ports_of(serving)
+    command = command_of(serving, python_of("sglang"), "cpu", port)
+    left_out = {"--disable-overlap-schedule"} if overlap else set()
+    arguments = tuple(argument for argument in command.arguments if argument not in left_out)
+    with TemporaryDirectory() as folder:
+        environment = command.environment | STRICT | env
+        child = Child(
+            Command(arguments, environment), url_of(serving.host, port), Path(folder) / "server.log"
+        )
+        child.start()
+        try:
+            yield child
+        finally:
+            child.end()
+
+
+async def until_healthy(child: Child) -> None:
+    while not child.healthy():
+        log = "\n".join(child.last_lines(40))
+        assert child.status is None and child.age < START_SECONDS, f"not healthy; its log ends:\n{log}"
+        await asyncio.sleep(0.5)
+
+
+@contextmanager
+def isolated_server(
+    serving: Serving, env: dict[str, str] | None = None, overlap: bool = False
+) -> Iterator[str]:
+    """The base URL of a server with the plugin."""
+    with started(serving, env or {}, overlap) as child:
+        asyncio.run(until_healthy(child))
+        yield child.url
+
+
+class Recorded(SGLang):
+    """Keeps what was asked with what was answered."""
+
+    def __init__(self, url: str, log: list[tuple[Asked, Answered]]) -> None:
+        super().__init__(url)
+        self.log = log
+
+    async def generate(self, asked: Asked) -> Answered:
+        answered = await super().generate(asked)
+        self.log.append((asked, answered))
+        return answered
+
+
+class Flat(ServerEngine):
+    """Claims to be isolated and asks for the flat text: what the plugin is there for."""
+
+    modes = frozenset({"isolated"})
+
+    def join(self, trunk: ServerContext, paths: Sequence[ServerContext]) -> ServerContext:
+        return replace(super().join(trunk, paths), joined=())
+
+
+@dataclass(frozen=True)
+class Rolled:
+    traces: list[Trace]
+    log: list[tuple[Asked, Answered]]
+    counters: dict[str, int]
+
+    def computed(self) -> list[int]:
+        """Of each join's prompt, the tokens that its server did not have in its cache."""
+        return [len(asked.tokens) - answered.cached_tokens for asked, answered in self.log if asked.joined]
+
+
+def counters_of(url: str) -> dict[str, int]:
+    told = httpx.get(f"{url}/server_info", timeout=HTTP_SECONDS).json()
+    assert understood(told)
+    return told["internal_states"][0][FIELD]["counters"]
+
+
+def rolled_out(
+    url: str,
+    thinking: Thinking,
+    count: int,
+    seed: int = 0,
+    engine: type[ServerEngine] = ServerEngine,
+    meanwhile: Callable[[httpx.AsyncClient], Awaitable[None]] | None = None,
+) -> Rolled:
+    """`count` traces at once, of 1..8 paths; `counters` are the server's since the call."""
+    log: list[tuple[Asked, Answered]] = []
+    pool = Pool(lambda url: Recorded(url, log), (url,))
+    pool.meet()
+    log.clear()
+    before = counters_of(url)
+
+    async def main() -> list[Trace]:
+        async with httpx.AsyncClient(base_url=url, timeout=HTTP_SECONDS) as client:
+            other = asyncio.ensure_future(meanwhile(client)) if meanwhile is not None else None
+            thinker = Thinker(engine(pool), TAGS, thinking)
+            seeds = range(seed, seed + count)
+            paths = [1 + index % 8 for index in range(count)]
+            traces = await roll_out(thinker, random_prompts(count, seed), seeds, paths=paths)
+            if other is not None:
+                await other
+            return traces
+
+    traces = asyncio.run(main())
+    after = counters_of(url)
+    return Rolled(traces, log, {name: after[name] - before[name] for name in after})
+
+
+def ask(url: str, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(f"{url}/generate", json=body, timeout=HTTP_SECONDS)

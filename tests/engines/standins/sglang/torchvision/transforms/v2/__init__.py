@@ -1,0 +1,5 @@
+"""Transforms no images; only the names exist."""
+
+from . import functional
+
+__all__ = ["functional"]

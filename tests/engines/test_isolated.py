@@ -1,0 +1,211 @@
+"""Isolated paths in a real SGLang server: log-probs are the trainer's, and nothing is computed twice.
+
+The trainer's are those of `transformers` under the layout of mode `isolated`; tests/unit/train holds the
+trainer to the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from megatron_parallel_r1.rollout.joined import FIELD, Joined, encode
+from megatron_parallel_r1.rollout.serving.settings import Serving
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.rollout.sglang import SGLang
+from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.thought.trace import Trace
+from tests.engines.isolated import (
+    HTTP_SECONDS,
+    RETRACTING,
+    Flat,
+    ask,
+    isolated_server,
+    model_of,
+    rolled_out,
+    started,
+    write_model,
+)
+from tests.reference.traces import TAGS
+from tests.unit.rollout.test_exactness import TOLERANCE, largest_difference
+from tests.unit.rollout.tiny import native_engine, random_prompts
+
+pytestmark = [pytest.mark.engines, pytest.mark.slow]
+LONG = Thinking(max_blocks=4, max_path_tokens=60, max_response_tokens=500)
+NESTED = Thinking(max_blocks=4, max_depth=2, max_path_tokens=40, max_response_tokens=400)
+# Of a join's prompt: the last token drawn, or `</Parallel><Summary>`; a nested one's forced `</Summary>` too.
+NEW = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("isolated") / "first", 0)
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    """Of a server with room for all; each test leaves its weights as they were."""
+    with isolated_server(Serving(folder)) as url:
+        yield url
+
+
+def blocks_of(traces: list[Trace]) -> int:
+    return sum(len(list(trace.tree.all_blocks())) for trace in traces)
+
+
+def assert_exact(name: str, traces: list[Trace], counters: dict[str, int], seed: int = 0) -> None:
+    worst = largest_difference(model_of(seed), traces, "isolated")
+    tokens = sum(len(trace.tokens) for trace in traces)
+    print(f"{name}: {worst:.2g} over {len(traces)} traces of {tokens} tokens, {counters}")
+    assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize("thinking", [LONG, NESTED], ids=["blocks", "nested"])
+def test_logprobs_are_the_trainers_and_each_token_is_computed_once(url: str, thinking: Thinking) -> None:
+    rolled = rolled_out(url, thinking, 32)
+    assert_exact("a roomy cache", rolled.traces, rolled.counters)
+    assert max(trace.tree.depth for trace in rolled.traces) == thinking.max_depth
+    all_blocks = [block for trace in rolled.traces for _, block in trace.tree.all_blocks()]
+    assert {len(block.paths) for block in all_blocks} >= {1, 2, 4, 8}
+    assert sum(len(trace.tree.blocks) > 2 for trace in rolled.traces) >= 3
+    lengths = [path.stop - path.start for block in all_blocks for path in block.paths]
+    assert max(lengths) >= 6 * min(lengths)
+    assert len(rolled.computed()) > 50 and max(rolled.computed()) <= NEW
+    assert rolled.counters["joins"] == len(rolled.computed())
+    assert rolled.counters["ends"] > 50
+    assert rolled.counters["rebuilds"] == rolled.counters["rebuilt_tokens"] == 0
+
+
+def test_without_the_plugins_joins_logprobs_are_off(url: str) -> None:
+    rolled = rolled_out(url, NESTED, 32, engine=Flat)
+    assert blocks_of(rolled.traces) > 10 and rolled.counters["joins"] == 0
+    off = largest_difference(model_of(0), rolled.traces, "isolated")
+    print(f"flat text: {off:.2g}")
+    assert off > 1000 * TOLERANCE
+
+
+def test_a_seed_draws_the_native_engines_trace(url: str) -> None:
+    rolled = rolled_out(url, NESTED, 24, seed=100)
+    thinker = Thinker(native_engine(model_of(0)), TAGS, NESTED)
+    paths = [1 + index % 8 for index in range(24)]
+    native = asyncio.run(roll_out(thinker, random_prompts(24, 100), range(100, 124), paths=paths))
+    same = sum(mine.tokens == theirs.tokens for mine, theirs in zip(rolled.traces, native, strict=True))
+    # A draw within rounding of the border between two tokens may fall on either side: one in some 1e5 tokens.
+    assert same >= 22 and blocks_of(native) > 20
+
+
+def test_a_flushed_cache_is_rebuilt_under_what_runs(url: str, folder: Path) -> None:
+    async def update_again_and_again(client: httpx.AsyncClient) -> None:
+        for mode in ("retract", "in_place", "retract"):
+            await asyncio.sleep(0.5)
+            (await client.post("/pause_generation", json={"mode": mode})).raise_for_status()
+            if mode == "retract":
+                body = {"model_path": str(folder), "flush_cache": True}
+                (await client.post("/update_weights_from_disk", json=body)).raise_for_status()
+            (await client.post("/continue_generation", json={})).raise_for_status()
+
+    rolled = rolled_out(url, LONG, 32, seed=200, meanwhile=update_again_and_again)
+    assert_exact("pauses, flushes", rolled.traces, rolled.counters)
+    assert rolled.counters["rebuilds"] > 0 and rolled.counters["rebuilt_tokens"] > 0
+
+
+def test_aborted_requests_leave_nothing_behind(url: str) -> None:
+    async def abort_twice(client: httpx.AsyncClient) -> None:
+        for _ in range(2):
+            await asyncio.sleep(0.5)
+            (await client.post("/flush_cache")).read()
+            (await client.post("/abort_request", json={"abort_all": True})).raise_for_status()
+
+    rolled = rolled_out(url, NESTED, 24, seed=300, meanwhile=abort_twice)
+    assert_exact("aborts", rolled.traces, rolled.counters)
+
+
+def test_new_weights_rebuild_what_the_old_ones_wrote(url: str, folder: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "second", 1)
+
+    def update(to: Path) -> None:
+        body = {"model_path": str(to), "flush_cache": True}
+        httpx.post(f"{url}/update_weights_from_disk", json=body, timeout=HTTP_SECONDS).raise_for_status()
+
+    try:
+        before = rolled_out(url, LONG, 8, seed=400)
+        update(other)
+        after = rolled_out(url, LONG, 16, seed=400)
+        assert_exact("new weights", after.traces, after.counters, seed=1)
+        assert after.counters["joins"] > 5
+        # What a join drew from the old weights, asked of the new ones: the same as on a server of their own.
+        asked = max((asked for asked, _ in before.log if asked.joined), key=lambda asked: len(asked.joined))
+        old = asyncio.run(SGLang(url).generate(asked))
+        assert old.cached_tokens >= len(asked.tokens) - NEW, "the writers brought it all"
+        httpx.post(f"{url}/flush_cache", timeout=HTTP_SECONDS).raise_for_status()
+        again = asyncio.run(SGLang(url).generate(asked))
+        assert again.completion.tokens == old.completion.tokens
+        assert again.completion.logprobs == pytest.approx(old.completion.logprobs, abs=TOLERANCE)
+    finally:
+        update(folder)
+
+
+def test_bad_blocks_are_answered_and_the_server_lives(url: str) -> None:
+    good = encode([Joined(2, (4, 6))])
+    bad = {
+        "list of integers": ("x", -1),
+        "breaks off": ([2, 2, 4], -1),
+        "no room": (encode([Joined(2, (4, 9))]), -1),
+        "logprob_start_len lies below 6": (good, 3),
+    }
+    for why, (numbers, start) in bad.items():
+        params = {"max_new_tokens": 2, "custom_params": {FIELD: numbers}}
+        body = {"input_ids": list(range(7, 15)), "sampling_params": params, "return_logprob": True}
+        answer = ask(url, body | {"logprob_start_len": start})
+        assert answer.status_code == 400 and why in answer.text, answer.text
+    params = {"max_new_tokens": 2, "n": 4, "custom_params": {FIELD: good}}
+    answers = ask(url, {"input_ids": list(range(7, 15)), "sampling_params": params}).json()
+    assert [answer["meta_info"]["prompt_tokens"] for answer in answers] == [8] * 4
+
+
+def test_requests_without_blocks_are_a_stock_servers(url: str, folder: Path) -> None:
+    prompts = random_prompts(12, seed=5)
+
+    def answers(of: str) -> list[tuple[list[int], list[float]]]:
+        httpx.post(f"{of}/flush_cache", timeout=HTTP_SECONDS).raise_for_status()
+        told = []
+        for index, prompt in enumerate(prompts):
+            params = {"max_new_tokens": 24, "sampling_seed": index, "ignore_eos": True}
+            params["temperature"] = 0.0 if index % 2 else 1.0
+            answer = ask(of, {"input_ids": prompt, "sampling_params": params, "return_logprob": True}).json()
+            logprobs = [logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]]
+            told.append((answer["output_ids"], logprobs))
+        return told
+
+    with isolated_server(Serving(folder), {"SGLANG_PLUGINS": "parallel_r1_seeds"}) as stock:
+        assert "isolated" not in asyncio.run(SGLang(stock).about()).modes
+        assert "isolated" in asyncio.run(SGLang(url).about()).modes
+        assert answers(stock) == answers(url)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_cache_too_small_for_all_finishes_every_trace_exactly(folder: Path, ranks: int) -> None:
+    """Live traces of 32 want 3.5 times the cache; requests are retracted and long prompts cut into chunks."""
+    env = RETRACTING | ({"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if ranks == 2 else {})
+    options = ("--chunked-prefill-size", "64")
+    serving = Serving(folder, tensor=ranks, cache_tokens=1100, options=options)
+    thinking = Thinking(max_blocks=4, max_depth=2, max_path_tokens=40, max_response_tokens=300)
+    # One rank schedules ahead as on a GPU.
+    with isolated_server(serving, env, overlap=ranks == 1) as url:
+        rolled = rolled_out(url, thinking, 32, seed=500)
+    assert_exact(f"a small cache, {ranks} ranks", rolled.traces, rolled.counters)
+    assert sum(len(trace.prompt) + len(trace.tokens) for trace in rolled.traces) > 3.5 * 1100
+    assert rolled.counters["rebuilds"] > 10 and rolled.counters["rebuilt_tokens"] > 300
+
+
+def test_what_it_cannot_serve_is_refused_at_start(folder: Path) -> None:
+    with started(Serving(folder, options=("--page-size", "16")), {}) as child:
+        while child.status is None and not child.healthy():
+            assert child.age < HTTP_SECONDS
+            asyncio.run(asyncio.sleep(0.5))
+        log = "\n".join(child.last_lines(400))
+        assert child.status is not None
+    assert "parallel_r1: this server cannot serve isolated paths exactly: set --page-size 1" in log

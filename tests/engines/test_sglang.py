@@ -1,0 +1,125 @@
+"""The SGLang client against a real server, and replay through it against `transformers`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.base import Sampling
+from megatron_parallel_r1.rollout.pool import Pool
+from megatron_parallel_r1.rollout.server import STOCK_MODES, Asked, Unreachable
+from megatron_parallel_r1.rollout.server_engine import ServerEngine
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.rollout.sglang import SGLang
+from megatron_parallel_r1.thought.layout import Mode
+from tests.engines.eager import TOLERANCE, all_of, difference, eager_qwen3, many, rolled, write_eager
+from tests.engines.servers import sglang
+from tests.unit.rollout.test_exactness import largest_difference
+from tests.unit.rollout.tiny import random_prompts
+
+pytestmark = [pytest.mark.engines, pytest.mark.slow]
+NOTHING: frozenset[int] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder: Path = write_eager(tmp_path_factory.mktemp("sglang") / "eager")
+    with sglang(folder, "--skip-tokenizer-init") as url:
+        yield url
+
+
+def test_about(url: str) -> None:
+    about = asyncio.run(SGLang(url).about())
+    assert about.modes == STOCK_MODES and about.version == 0 and about.seeded
+    assert 1000 < about.max_tokens <= 1024 and about.cache_tokens == 20000
+
+
+def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -> None:
+    samplings = [Sampling(t, p, k) for t in (1.0, 0.7, 0.0, 1.3) for p, k in ((1.0, 0), (1.0, 5), (0.8, 0))]
+    asked = many(samplings, 96)
+    model = eager_qwen3()
+    completions = asyncio.run(all_of(SGLang(url), asked))
+    worst = max(
+        difference(model, one, completion) for one, completion in zip(asked, completions, strict=True)
+    )
+    print(f"sglang: max |server - transformers| = {worst:.2e}")
+    assert worst <= TOLERANCE
+    ends = {5: 0, 6: 0}
+    for one, completion in zip(asked, completions, strict=True):
+        assert not one.suppress & {*completion.tokens}
+        assert not one.stop & {*completion.tokens[:-1]}
+        assert completion.stopped == (completion.tokens[-1] in one.stop)
+        assert completion.stopped or len(completion.tokens) == one.limit
+        if completion.stopped:
+            ends[completion.tokens[-1]] += 1
+    assert min(ends.values()) >= 5 and sum(ends.values()) < len(asked)
+
+
+def test_a_seed_fixes_what_is_drawn_and_others_differ(url: str) -> None:
+    asked = many([Sampling(), Sampling(0.7)], 48)
+    together = asyncio.run(all_of(SGLang(url), asked))
+    # A float tie that a batch's rounding breaks otherwise would be one of 2e-7 among some hundred draws.
+    assert [asyncio.run(all_of(SGLang(url), [one]))[0].tokens for one in asked[:12]] == [
+        completion.tokens for completion in together[:12]
+    ]
+    seeds = [Asked((7, 8), Sampling(seed=seed), 20, NOTHING, NOTHING, "t") for seed in (3, 4, 3 + (1 << 40))]
+    assert len({completion.tokens for completion in asyncio.run(all_of(SGLang(url), seeds))}) == 3
+
+
+def test_draws_follow_the_position_so_that_a_continuation_may_be_cut(url: str) -> None:
+    whole = Asked((7, 8), Sampling(seed=9), 20, NOTHING, NOTHING, "t")
+    (drawn,) = asyncio.run(all_of(SGLang(url), [whole]))
+    rest = Asked((7, 8, *drawn.tokens[:8]), Sampling(seed=9), 12, NOTHING, NOTHING, "t")
+    assert asyncio.run(all_of(SGLang(url), [rest]))[0].tokens == drawn.tokens[8:]
+
+
+def test_score_abort_and_refusal(url: str) -> None:
+    asked = Asked((7, 8, 9), Sampling(seed=2), 10, NOTHING, NOTHING, "t")
+    (drawn,) = asyncio.run(all_of(SGLang(url), [asked]))
+    scored = asyncio.run(SGLang(url).score((7, 8, 9, *drawn.tokens)))
+    assert scored[2:] == pytest.approx(drawn.logprobs, abs=TOLERANCE)
+    with pytest.raises(UserError, match=f"{url}/generate answered 400: .*longer than the model's context"):
+        asyncio.run(SGLang(url).generate(Asked((7,) * 2000, Sampling(), 5, NOTHING, NOTHING, "t")))
+
+    async def work() -> list[object]:
+        async def abort() -> None:
+            # Until it has met them all: one that has not arrived yet is not aborted.
+            while not all(answer.done() for answer in answers):
+                await asyncio.sleep(0.2)
+                await server.abort_all()
+
+        server = SGLang(url)
+        long = [Asked((7, seed + 8), Sampling(seed=seed), 990, NOTHING, NOTHING, "t") for seed in range(3)]
+        answers = [asyncio.ensure_future(server.generate(asked)) for asked in long]
+        await abort()
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    assert [type(result) for result in asyncio.run(work())] == [Unreachable] * 3
+
+
+@pytest.mark.parametrize("mode", ["replay", "causal", "sequential"])
+def test_traces_are_exact_and_share_the_cache(url: str, mode: Mode) -> None:
+    pool = Pool(SGLang, [url])
+    pool.meet()
+    engine = ServerEngine(pool)
+    prompts = random_prompts(24)
+    thinking = Thinking(mode=mode, max_blocks=3, max_depth=2, max_path_tokens=20, max_response_tokens=110)
+    traces = rolled(engine, thinking, prompts)
+    metrics = pool.metrics()
+    worst = largest_difference(eager_qwen3(), traces, mode)
+    cached = metrics["server_cached_share"]
+    print(f"sglang, {mode}: max |server - transformers| = {worst:.2e}, cached {cached:.1%}")
+    assert worst <= TOLERANCE
+    if mode == "sequential":
+        assert not any(trace.tree.blocks for trace in traces)
+        return
+    assert max(trace.tree.depth for trace in traces) == 2
+    assert sum(len(trace.tree.blocks) > 1 for trace in traces) >= 3
+    # What is not cached is a prompt once, and of a continuation what no server drew: tags and other paths.
+    assert cached > 0.7
+    few = rolled(engine, thinking, prompts[:6], concurrent=2)
+    assert [trace.tokens for trace in few] == [trace.tokens for trace in traces[:6]]

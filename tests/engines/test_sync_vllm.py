@@ -1,0 +1,127 @@
+"""Weights published to a real vLLM server over a disk, and the tied output matrix that it keeps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model.gpt import Model, build_model
+from megatron_parallel_r1.sync.publisher import Publisher
+from megatron_parallel_r1.sync.settings import InFlight, Sync
+from megatron_parallel_r1.sync.vllm import VllmControl
+from tests.engines.servers import vllm
+from tests.engines.trained import EXACT, ROWS, SHAPE, Trained, draw, write_drawn
+
+pytestmark = [pytest.mark.engines, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    torch.set_num_threads(1)
+    with process.running(seed=1):
+        yield build_model(SHAPE)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the tied model. Each test publishes its own weights."""
+    folder = write_drawn(tmp_path_factory.mktemp("sync") / "tied", SHAPE, seed=100)
+    with vllm(folder, env={"VLLM_SERVER_DEV_MODE": "1"}) as url:
+        yield url
+
+
+class Plain(VllmControl):
+    """As if vLLM took what a tied model's folder has."""
+
+    wants_head = False
+
+
+def publisher_to(
+    control: VllmControl, model: Model, folder: Path, in_flight: InFlight = "finish"
+) -> Publisher:
+    settings = Sync("disk", 30_000, in_flight, EXACT, timeout_s=120, folder=folder)
+    return Publisher([control], model, settings, ROWS, Trained(model))
+
+
+def test_two_updates_of_tied_weights_are_exact(server: str, model: Model, tmp_path: Path) -> None:
+    control = VllmControl(server, 120)
+    publisher = publisher_to(control, model, tmp_path)
+    for version in (11, 12):
+        draw(model, version)
+        published = publisher.publish(version)
+        print(f"vLLM, disk, tied: {published.difference:.1e}")
+        assert published.difference <= EXACT and control.facts().version == version
+    publisher.end()
+
+
+def test_the_old_output_matrix_is_an_error_that_names_it(server: str, model: Model, tmp_path: Path) -> None:
+    whole = publisher_to(VllmControl(server, 120), model, tmp_path)
+    draw(model, 21)
+    whole.publish(21)
+    publisher = publisher_to(Plain(server, 120), model, tmp_path)
+    # As it stands after a publication that was right.
+    publisher._old_head, publisher._before = whole._old_head, whole._before
+    draw(model, 22)
+    with pytest.raises(UserError, match=rf"{server}: after the sync to version 22 .* kept the old one"):
+        publisher.publish(22)
+    draw(model, 23)
+    assert whole.publish(23).difference <= EXACT
+
+
+@pytest.mark.parametrize("in_flight", ["finish", "retract", "abort"])
+def test_what_becomes_of_requests_under_way(
+    server: str, model: Model, tmp_path: Path, in_flight: InFlight
+) -> None:
+    control = VllmControl(server, 120)
+    publisher = publisher_to(control, model, tmp_path, in_flight)
+    draw(model, 31)
+    publisher.publish(31)
+    asked = {"model": control._name(), "prompt": [5, 6, 7], "max_tokens": 400, "temperature": 0}
+    asked |= {"ignore_eos": True, "logprobs": 0, "return_token_ids": True}
+    answers: list[dict] = []
+    request = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{server}/v1/completions", json=asked, timeout=300).json())
+    )
+    request.start()
+    wait_until_running(server)
+    draw(model, 32)
+    assert publisher.publish(32).in_step == (server,)
+    request.join()
+    (choice,) = answers[0]["choices"]
+    count = len(choice["logprobs"]["token_logprobs"])
+    print(in_flight, choice["finish_reason"], count)
+    if in_flight == "abort":
+        assert choice["finish_reason"] == "abort" and count < 400
+        return
+    assert choice["finish_reason"] == "length" and count == 400
+    # The last token was drawn, and its past computed, under the version that the mode promises.
+    draw(model, 31 if in_flight == "finish" else 32)
+    (expected,) = Trained(model)([(5, 6, 7, *choice["token_ids"])], None)
+    assert abs(choice["logprobs"]["token_logprobs"][-1] - expected[-1]) <= EXACT
+
+
+def wait_until_running(url: str) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        if any(line.startswith("vllm:num_requests_running") and float(line.split()[-1]) for line in lines):
+            return
+        time.sleep(0.05)
+    pytest.fail("the request did not begin")
+
+
+def test_another_transport_is_refused(server: str, model: Model) -> None:
+    publisher = Publisher([VllmControl(server)], model, replace(Sync()), ROWS, Trained(model))
+    with pytest.raises(
+        UserError, match=r"takes no weights by sync.transport distributed; set it to one of disk"
+    ):
+        publisher.publish(1)

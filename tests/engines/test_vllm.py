@@ -1,0 +1,128 @@
+"""The vLLM client against a real server, and replay through it against `transformers`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.base import Sampling
+from megatron_parallel_r1.rollout.pool import Pool
+from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Asked, Unreachable
+from megatron_parallel_r1.rollout.server_engine import ServerEngine
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.rollout.vllm import VLLM
+from megatron_parallel_r1.thought.layout import Mode
+from tests.engines.eager import TOLERANCE, all_of, difference, eager_qwen3, many, rolled, write_eager
+from tests.engines.servers import vllm
+from tests.unit.rollout.test_exactness import largest_difference
+from tests.unit.rollout.tiny import random_prompts
+
+pytestmark = [pytest.mark.engines, pytest.mark.slow]
+NOTHING: frozenset[int] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_eager(tmp_path_factory.mktemp("vllm") / "eager")
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    with vllm(folder, "--skip-tokenizer-init") as url:
+        yield url
+
+
+def test_about(url: str, folder: Path) -> None:
+    assert asyncio.run(VLLM(url).about()) == About(str(folder), STOCK_MODES, 0, 1024, None, True)
+
+
+def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -> None:
+    asked = many([Sampling(temperature) for temperature in (1.0, 0.7, 0.0, 1.3)], 96)
+    model = eager_qwen3()
+    completions = asyncio.run(all_of(VLLM(url), asked))
+    worst = max(
+        difference(model, one, completion) for one, completion in zip(asked, completions, strict=True)
+    )
+    print(f"vllm: max |server - transformers| = {worst:.2e}")
+    assert worst <= TOLERANCE
+    ends = {5: 0, 6: 0}
+    for one, completion in zip(asked, completions, strict=True):
+        assert not one.suppress & {*completion.tokens}
+        assert not one.stop & {*completion.tokens[:-1]}
+        assert completion.stopped == (completion.tokens[-1] in one.stop)
+        assert completion.stopped or len(completion.tokens) == one.limit
+        if completion.stopped:
+            ends[completion.tokens[-1]] += 1
+    assert min(ends.values()) >= 5 and sum(ends.values()) < len(asked)
+
+
+def test_a_seed_fixes_what_is_drawn_and_others_differ(url: str) -> None:
+    asked = many([Sampling(), Sampling(0.7)], 48)
+    together = asyncio.run(all_of(VLLM(url), asked))
+    # A float tie that a batch's rounding breaks otherwise would be one of 2e-7 among some hundred draws.
+    assert [asyncio.run(all_of(VLLM(url), [one]))[0].tokens for one in asked[:12]] == [
+        completion.tokens for completion in together[:12]
+    ]
+    seeds = [Asked((7, 8), Sampling(seed=seed), 20, NOTHING, NOTHING, "t") for seed in (3, 4, 3 + (1 << 40))]
+    assert len({completion.tokens for completion in asyncio.run(all_of(VLLM(url), seeds))}) == 3
+
+
+def test_score_abort_and_refusal(url: str) -> None:
+    asked = Asked((7, 8, 9), Sampling(seed=2), 10, NOTHING, NOTHING, "t")
+    (drawn,) = asyncio.run(all_of(VLLM(url), [asked]))
+    scored = asyncio.run(VLLM(url).score((7, 8, 9, *drawn.tokens)))
+    assert scored[2:] == pytest.approx(drawn.logprobs, abs=TOLERANCE)
+    with pytest.raises(
+        UserError, match=f"{url}/inference/v1/generate answered 400: .*longer than the maximum"
+    ):
+        asyncio.run(VLLM(url).generate(Asked((7,) * 2000, Sampling(), 5, NOTHING, NOTHING, "t")))
+
+    async def work() -> list[object]:
+        async def abort() -> None:
+            # Until it has met them all: one that has not arrived yet is not aborted.
+            while not all(answer.done() for answer in answers):
+                await asyncio.sleep(0.2)
+                await server.abort_all()
+
+        server = VLLM(url)
+        long = [Asked((7, seed + 8), Sampling(seed=seed), 990, NOTHING, NOTHING, "t") for seed in range(3)]
+        answers = [asyncio.ensure_future(server.generate(asked)) for asked in long]
+        await abort()
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    assert [type(result) for result in asyncio.run(work())] == [Unreachable] * 3
+
+
+@pytest.mark.parametrize("mode", ["replay", "causal", "sequential"])
+def test_traces_are_exact_and_share_the_cache(url: str, mode: Mode) -> None:
+    pool = Pool(VLLM, [url])
+    pool.meet()
+    engine = ServerEngine(pool)
+    prompts = random_prompts(24)
+    thinking = Thinking(mode=mode, max_blocks=3, max_depth=2, max_path_tokens=20, max_response_tokens=110)
+    traces = rolled(engine, thinking, prompts)
+    metrics = pool.metrics()
+    worst = largest_difference(eager_qwen3(), traces, mode)
+    cached = metrics["server_cached_share"]
+    print(f"vllm, {mode}: max |server - transformers| = {worst:.2e}, cached {cached:.1%}")
+    assert worst <= TOLERANCE
+    if mode == "sequential":
+        assert not any(trace.tree.blocks for trace in traces)
+        return
+    assert max(trace.tree.depth for trace in traces) == 2
+    assert sum(len(trace.tree.blocks) > 1 for trace in traces) >= 3
+    # Whole blocks of 32 tokens alone are shared, and these texts have 60 on average.
+    assert cached > 0.2
+    few = rolled(engine, thinking, prompts[:6], concurrent=2)
+    assert [trace.tokens for trace in few] == [trace.tokens for trace in traces[:6]]
+
+
+def test_a_server_with_raw_log_probs_is_refused(folder: Path) -> None:
+    options = ("--skip-tokenizer-init", "--logprobs-mode", "raw_logprobs")
+    refusal = pytest.raises(UserError, match="leave the temperature out; start vLLM")
+    with vllm(folder, *options) as url, refusal:
+        Pool(VLLM, [url]).meet()
