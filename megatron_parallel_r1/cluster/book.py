@@ -1,0 +1,119 @@
+"""The jobs that launch.py has submitted, and how they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_parallel_r1.cluster.attempts import read_attempts
+
+FILE = "jobs.jsonl"
+UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """
+    Attributes:
+        what: it runs, in words.
+        after: the job that it waits for.
+        local: whether it runs on this machine, without SLURM.
+    """
+
+    id: str
+    name: str
+    what: str
+    after: str | None
+    local: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """
+    Attributes:
+        state: in SLURM's words.
+        steps: that were written down.
+        reason: why it failed or was never started; empty otherwise.
+    """
+
+    entry: Entry
+    state: str
+    steps: int
+    reason: str
+
+
+def note(logs: Path, entries: Sequence[Entry]) -> None:
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / FILE).open("a") as file:
+        file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
+
+
+def noted(logs: Path) -> list[Entry]:
+    """All that were submitted, the oldest first."""
+    file = logs / FILE
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [Entry(**json.loads(line)) for line in lines]
+
+
+def statuses(logs: Path, entries: Sequence[Entry]) -> list[Status]:
+    """In the order of the entries. A job that another's failure kept from starting says which."""
+    states = slurm_states([entry.id for entry in entries if not entry.local])
+    found: dict[str, Status] = {}
+    for entry in entries:
+        tried = read_attempts(logs / f"{entry.name}-{entry.id}")
+        state = (
+            local_state(entry, [one.outcome for one in tried])
+            if entry.local
+            else states.get(entry.id, "UNKNOWN")
+        )
+        steps = tried[-1].steps if tried else 0
+        reason = tried[-1].why if tried and state == "FAILED" else ""
+        before = found.get(entry.after or "")
+        if before and not tried and before.state not in (*UNDER_WAY, "COMPLETED"):
+            root = before.reason if before.state == "CANCELLED" and before.reason else ""
+            reason = (
+                root or f"{before.entry.name} (job {before.entry.id}), which it waits for, is {before.state}"
+            )
+        found[entry.id] = Status(entry, state, steps, reason)
+    return list(found.values())
+
+
+def slurm_states(ids: Sequence[str]) -> dict[str, str]:
+    """From the accounts, or from the controller where a site keeps none; it forgets after some minutes."""
+    if not ids:
+        return {}
+    asked = ["sacct", "-X", "--noheader", "--parsable2", "--format=JobID,State", f"--jobs={','.join(ids)}"]
+    said = subprocess.run(asked, capture_output=True, text=True)
+    states = dict(line.split("|")[:2] for line in said.stdout.splitlines() if "|" in line)
+    for id in ids:
+        if id not in states:
+            shown = subprocess.run(
+                ["scontrol", "show", "job", "--oneliner", id], capture_output=True, text=True
+            )
+            words = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+            states[id] = words.get("JobState", "UNKNOWN")
+    return {id: state.split()[0] for id, state in states.items()}  # `CANCELLED by 0`
+
+
+def local_state(entry: Entry, outcomes: Sequence[str]) -> str:
+    """A job of this machine by its process, or by how its last attempt ended."""
+    if runs(entry):
+        return "RUNNING"
+    words = {"done": "COMPLETED", "failed": "FAILED"}
+    return words.get(outcomes[-1], "CANCELLED") if outcomes else "CANCELLED"
+
+
+def runs(entry: Entry) -> bool:
+    """Whether the process that has a local job's number is still its own."""
+    try:
+        os.kill(int(entry.id), 0)
+        words = subprocess.run(
+            ["ps", "-o", "stat=,args=", "-p", entry.id], capture_output=True, text=True
+        ).stdout.split(maxsplit=1)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return len(words) == 2 and "submitit.local" in words[1] and not words[0].startswith("Z")

@@ -1,0 +1,29 @@
+"""The rollout servers beside a job's trainers: which weights they begin with, and how they sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_parallel_r1.cluster.order import Order
+from megatron_parallel_r1.errors import UserError
+
+
+def server_words(order: Order, engine: str) -> list[str]:
+    """For `parallel-r1 serve-rollout`, of an RL stage; the trainer sends its own weights before it rolls out.
+
+    Raises:
+        UserError: there is no folder that they could begin with.
+    """
+    recipe = order.recipe
+    stage = next((stage for stage in recipe.stages if stage.name == order.stage), None)
+    assert stage and order.kind == "rl", "other jobs have no servers"
+    if recipe.seeds is not None:
+        raise UserError("ROLLOUT_NODES: the servers begin with the weights of one run; give seed, not seeds")
+    before = recipe.start_of(stage)
+    folder = recipe.model.path if before is None else recipe.out / recipe.name / before / "model"
+    if folder is None:
+        raise UserError(f"stage {stage.name} begins with a fresh model, which servers cannot load")
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"stage {stage.name} starts from {folder}, which is not there; run that stage first")
+    isolated = engine == "sglang" and recipe.thinking_of(stage).mode == "isolated"
+    return ["--checkpoint", str(folder), *(["--isolated"] if isolated else [])]

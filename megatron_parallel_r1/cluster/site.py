@@ -1,0 +1,108 @@
+"""What a site has edited: `slurm/site.env`, and the #SBATCH lines of the scripts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_parallel_r1.errors import UserError
+
+SCRIPTS = {"sft": "sft_stage.sh", "rl": "rl_stage.sh", "curriculum": "curriculum.sh", "eval": "eval.sh"}
+NAMES = ("PYTHON", "LOG_DIR", "ROLLOUT_NODES", "MAX_FAILURES", "GRACE_S", "CONTAINER")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The #SBATCH lines of a script that a submission from Python needs itself; `more` are all others."""
+
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    cpus_per_rank: int
+    minutes: int
+    signal_s: int
+    more: dict[str, str | bool]
+
+
+def read_site(folder: Path) -> dict[str, str]:
+    """The values of `site.env` in the folder of the scripts, or of the environment where it has them.
+
+    Raises:
+        UserError: the file is missing, or bash cannot read it.
+    """
+    file = folder / "site.env"
+    if not file.is_file():
+        raise UserError(f"{file} is missing; run launch.py from the repository")
+    shown = " ".join(f'"${{{name}:-}}"' for name in NAMES)
+    said = subprocess.run(
+        ["bash", "-euc", f'source "$0"; printf "%s\\0" {shown}', str(file)], capture_output=True, text=True
+    )
+    if said.returncode:
+        raise UserError(f"{file}: {' '.join(said.stderr.split())}")
+    return dict(zip(NAMES, said.stdout.split("\0"), strict=False))
+
+
+def read_header(script: Path) -> Header:
+    """
+    Raises:
+        UserError: a number or a time in it is none.
+    """
+    found = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", script.read_text(), re.M)
+    told: dict[str, str | bool] = {key: value or True for key, value in found}
+    try:
+        warned = re.fullmatch(r"(?:[A-Z]*:)?\w+@(\d+)", str(told.pop("signal", "B:USR1@90")))
+        if warned is None:
+            raise ValueError("--signal")
+        header = Header(
+            nodes=int(told.pop("nodes", 1)),
+            ranks_per_node=int(told.pop("ntasks-per-node", 1)),
+            gpus_per_node=int(told.pop("gpus-per-node", 0)),
+            cpus_per_rank=int(told.pop("cpus-per-task", 1)),
+            minutes=minutes_of(str(told.pop("time", "60"))),
+            signal_s=int(warned[1]),
+            more=told,
+        )
+    except ValueError as error:
+        raise UserError(f"{script}: an #SBATCH line has no number where one belongs ({error})") from None
+    for own in ("job-name", "output", "open-mode"):  # launch.py has its own
+        header.more.pop(own, None)
+    return header
+
+
+def minutes_of(time: str) -> int:
+    """Of a time as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, *_ = [*parts, 0]
+        return int(days) * 1440 + hours * 60 + minutes
+    return parts[0] * 60 + parts[1] if len(parts) == 3 else parts[0]
+
+
+def has_slurm() -> bool:
+    """Whether jobs can be submitted from this machine."""
+    return shutil.which("sbatch") is not None
+
+
+def check_site(site: dict[str, str], header: Header) -> None:
+    """
+    Raises:
+        UserError: a setting names what is not there, or what does not fit.
+    """
+    rollout, container = site["ROLLOUT_NODES"], site["CONTAINER"]
+    if not rollout.isdigit() or int(rollout) >= header.nodes:
+        raise UserError(f"ROLLOUT_NODES={rollout} of {header.nodes} nodes leaves none to train")
+    if container.endswith((".sif", ".sqsh")) and not Path(container).is_file():
+        raise UserError(f"CONTAINER={container}: no such file")
+    if not container and shutil.which(site["PYTHON"]) is None:
+        raise UserError(f"PYTHON={site['PYTHON']}: no such program; `make test` makes .venv, or set PYTHON")
+    if not site["GRACE_S"].isdigit() or int(site["GRACE_S"]) >= header.signal_s:
+        raise UserError(
+            f"GRACE_S={site['GRACE_S']} must be less than the {header.signal_s} s of #SBATCH --signal"
+        )
+    if os.sep in site["LOG_DIR"] and not Path(site["LOG_DIR"]).parent.is_dir():
+        raise UserError(f"LOG_DIR={site['LOG_DIR']}: its parent folder is missing")

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# All stages of a recipe in one job, then its release: sbatch slurm/curriculum.sh RECIPE [KEY=VALUE]...
+# Stages as jobs of their own, each with nodes of its own: python slurm/launch.py curriculum RECIPE
+#SBATCH --job-name=curriculum
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+##SBATCH --account=yours
+##SBATCH --partition=yours
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+source "${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the repository}/slurm/common.sh"
+launch curriculum "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# A supervised stage: sbatch slurm/sft_stage.sh RECIPE [--stage NAME] [KEY=VALUE]...
+#SBATCH --job-name=sft
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+##SBATCH --account=yours
+##SBATCH --partition=yours
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+source "${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the repository}/slurm/common.sh"
+launch sft "$@"

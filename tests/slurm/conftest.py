@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.daemons import Daemons, missing
+from tests.slurm.jobs import RUN, Site
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
+    """One SLURM of three nodes for all tests; each leaves it with all nodes idle."""
+    if why := missing():
+        pytest.skip(why)
+    daemons = Daemons(tmp_path_factory.mktemp("slurm"), ("n1", "n2", "n3"))
+    try:
+        daemons.start()
+        yield daemons
+    finally:
+        daemons.stop()
+
+
+@pytest.fixture
+def site(slurm: Daemons, tmp_path: Path) -> Iterator[Site]:
+    yield Site(slurm, tmp_path)
+    slurm.client("scancel", "--state=RUNNING")
+    slurm.client("scancel", "--state=PENDING")
+    slurm.wait_for(slurm.all_idle, "idle nodes")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(slurm: Daemons, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run over two nodes, half of the traces each, that nobody disturbed."""
+    site = Site(slurm, tmp_path_factory.mktemp("undisturbed"))
+    job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs")
+    site.finish(job)
+    assert (site.logs(job) / "attempt0/rank_1.log").is_file()
+    return site.folder / "runs/mini"

@@ -1,0 +1,132 @@
+"""`slurm/launch.py` with the SLURM executor of submitit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from traceback import format_exception
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_parallel_r1.cluster.command import app
+from megatron_parallel_r1.errors import UserError
+from tests.curriculum.test_run import steps_of
+from tests.slurm.jobs import RECIPE, REPOSITORY, RUN, SHORT, Site, assert_equal
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+TWO_NODES = ("--nodes", "2", "--ranks", "1", "--gpus", "0", "--cpus", "1", "--time", "60")
+ONE_NODE = ("--nodes", "1", *TWO_NODES[2:])
+
+
+def launch(site: Site, *words: str, code: int = 0, **settings: str) -> str:
+    """What launch.py says, called in this process: its imports take longer than its work."""
+    done = CliRunner().invoke(app, words, env=environment(site) | settings)
+    if isinstance(done.exception, UserError):
+        assert code == 2, done.exception
+        return str(done.exception)
+    assert done.exit_code == code, "".join(format_exception(done.exception))
+    return done.stdout
+
+
+def environment(site: Site) -> dict[str, str]:
+    own = {"PYTHON": sys.executable, "LOG_DIR": str(site.folder / "logs")}
+    return {**site.slurm.environment, **own}
+
+
+def ids_of(said: str) -> list[str]:
+    return [line.split()[0] for line in said.splitlines()]
+
+
+def test_a_curriculum_is_a_chain_of_jobs_that_survive_preemption(undisturbed: Path, site: Site) -> None:
+    jobs = ids_of(launch(site, "curriculum", *RUN, f"out={site.folder}/runs", *TWO_NODES))
+    assert len(jobs) == 3
+    run = site.folder / "runs/mini"
+    site.wait(jobs[1], lambda: max(steps_of(run / "rl"), default=0) >= 5)
+    site.slurm.client("scancel", "--signal=USR2", "--batch", jobs[1])
+    site.wait(jobs[1], lambda: "Restarts=1" in site.slurm.client("scontrol", "show", "job", jobs[1]))
+    stopped = max(steps_of(run / "rl"))
+    assert 5 <= stopped < 20 and (run / f"rl/checkpoints/step_{stopped:06d}").is_dir()
+    site.wait(jobs[2])
+    told = launch(site, "status")
+    assert [line.split()[:3] for line in told.splitlines()] == [
+        [job, f"mini-{name}", "COMPLETED"]
+        for job, name in zip(jobs, ("cold_start", "rl", "release"), strict=True)
+    ]
+    assert_equal(run, undisturbed)
+    assert "rl  step 20/20" in launch(site, "logs", jobs[1])
+
+
+def test_a_failed_stage_ends_the_chain_with_its_reason(site: Site) -> None:
+    words = ("stages.rl.reward={name: 'tests.slurm.bad_reward:third_step'}", f"out={site.folder}/runs")
+    said = launch(site, "curriculum", str(RECIPE), *SHORT, *words, *ONE_NODE, MAX_FAILURES="1")
+    jobs = ids_of(said)
+    assert site.wait(jobs[2]) == "CANCELLED"
+    first, second, third = launch(site, "status").splitlines()
+    assert "COMPLETED" in first and "FAILED" in second and "CANCELLED" in third
+    assert "rank 0 on n1 ended with exit code 1" in second
+    assert f"mini-rl (job {jobs[1]}), which it waits for, is FAILED" in third
+    assert "the third step went wrong on purpose" in launch(site, "logs", jobs[1])
+    assert not (site.folder / "runs/mini/release").exists()
+
+
+def test_a_sweep_is_an_array(site: Site) -> None:
+    words = ("submit", "sft", str(RECIPE), "stages.cold_start.steps=2", "stages.cold_start.evaluate=false")
+    said = launch(site, *words, f"out={site.folder}/runs", "--sweep", "seed=1,2", *ONE_NODE)
+    first, second = ids_of(said)
+    assert first.endswith("_0") and second == first.replace("_0", "_1")
+    for job in (first, second):
+        assert site.wait(job) == "COMPLETED"
+    assert steps_of(site.folder / "runs/mini_seed1/cold_start") == [1, 2]
+    assert steps_of(site.folder / "runs/mini_seed2/cold_start") == [1, 2]
+
+
+def test_cancelled_jobs_end(site: Site) -> None:
+    jobs = ids_of(launch(site, "curriculum", *RUN, f"out={site.folder}/runs", *TWO_NODES))
+    site.wait(jobs[0], lambda: site.state(jobs[0]) == "RUNNING")
+    assert len(launch(site, "cancel").splitlines()) == 3
+    assert [site.wait(job) for job in jobs] == ["CANCELLED"] * 3
+    site.no_process_is_left()
+
+
+def test_a_dry_run_prints_the_job_and_submits_nothing(site: Site) -> None:
+    done = subprocess.run(
+        [sys.executable, "slurm/launch.py", "submit", "rl", *RUN, *TWO_NODES, "--dry-run"],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment(site)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--signal=B:USR2@300", "--time=60", "--requeue"):
+        assert f"#SBATCH {line}\n" in done.stdout
+    assert f"# which runs: bash slurm/rl_stage.sh {RECIPE}" in done.stdout
+    assert site.slurm.client("squeue", "--noheader") == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        (("submit", "rl", "nowhere.yaml"), {}, "nowhere.yaml: No such file or directory"),
+        (("submit", "rl", str(RECIPE), "stages.rl.prompts=0"), {}, "prompts"),
+        (("submit", "rl", str(RECIPE), "--partition", "gold"), {}, "SLURM refuses the job: "),
+        (("submit", "rl", str(RECIPE), "--nodes", "9"), {}, "SLURM refuses the job: "),
+        (("submit", "rl", str(RECIPE)), {"CONTAINER": "gone.sif"}, "CONTAINER=gone.sif: no such file"),
+        (("submit", "rl", str(RECIPE)), {"ROLLOUT_NODES": "2"}, "ROLLOUT_NODES=2 of 2 nodes leaves none"),
+        (("submit", "rl", str(RECIPE)), {"PYTHON": "no/python"}, "PYTHON=no/python: no such program"),
+        (("submit", "serve", str(RECIPE)), {}, "serve is no kind of job"),
+        (("cancel", "12345"), {}, "job 12345 is none of these"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_is_submitted(
+    site: Site, words: tuple[str, ...], settings: dict[str, str], message: str
+) -> None:
+    size = TWO_NODES if words[0] == "submit" else ()
+    size = size[2:] if "--nodes" in words else size
+    said = launch(site, *words, *size, code=2, **settings)
+    assert message in said and len(said.splitlines()) == 1, said
+    assert site.slurm.client("squeue", "--noheader") == ""

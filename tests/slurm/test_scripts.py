@@ -1,0 +1,165 @@
+"""The four scripts on two nodes of a real SLURM, and what happens to a run that is disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.curriculum.test_run import steps_of
+from tests.slurm.jobs import ONE_NODE, RECIPE, REPOSITORY, RUN, SHORT, Site, assert_equal
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+
+def test_two_nodes_train_what_one_process_does(undisturbed: Path, tmp_path: Path) -> None:
+    words = ("sft", str(RECIPE), *SHORT, "stages.cold_start.evaluate=false", f"out={tmp_path}")
+    alone = subprocess.run(
+        [sys.executable, "-m", "megatron_parallel_r1.cli", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=500,
+    )
+    assert alone.returncode == 0, alone.stderr
+    for name in ("loss", "grad_norm"):
+        ours, theirs = (
+            [record[name] for record in records(run / "cold_start")]
+            for run in (undisturbed, tmp_path / "mini")
+        )
+        assert ours == pytest.approx(theirs, rel=1e-5)  # float32, summed in another order
+
+
+def test_stages_one_by_one_and_an_evaluation(site: Site) -> None:
+    words = (str(RECIPE), *SHORT, "stages.rl.steps=2", f"out={site.folder}/runs")
+    site.finish(site.submit("sft_stage.sh", *words))
+    site.finish(site.submit("rl_stage.sh", *words, "parallel.tensor=2"))  # another layout is no other run
+    run = site.folder / "runs/mini"
+    assert steps_of(run / "cold_start") == [1, 2, 3, 4] and steps_of(run / "rl") == [1, 2]
+    evaluated = ("--checkpoint", str(run / "rl"), "--benchmarks", "embedded_hard", "--limit", "8")
+    job = site.submit("eval.sh", *evaluated, "--out", str(site.folder / "evaluated"))
+    site.finish(job)
+    assert list((site.folder / "evaluated").rglob("*.md"))
+
+
+def test_a_job_that_is_asked_to_stop_saves_and_goes_on(undisturbed: Path, site: Site) -> None:
+    job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs")
+    run = site.folder / "runs/mini"
+    site.wait(job, lambda: max(steps_of(run / "rl"), default=0) >= 5)
+    # As the controller does --signal seconds before the time limit.
+    site.slurm.client("scancel", "--signal=USR1", "--batch", job)
+    site.wait(job, lambda: "saved; requeued" in site.said(job))
+    stopped = max(steps_of(run / "rl"))
+    assert 5 <= stopped < 20 and (run / f"rl/checkpoints/step_{stopped:06d}").is_dir()
+    site.finish(job)
+    assert (site.logs(job) / "attempt1/rank_0.log").is_file()
+    assert_equal(run, undisturbed)
+
+
+def test_a_job_whose_node_crashes_goes_on_elsewhere(undisturbed: Path, site: Site) -> None:
+    job = site.submit("curriculum.sh", *RUN, "stages.rl.save_every=4", f"out={site.folder}/runs")
+    run = site.folder / "runs/mini"
+    site.wait(job, lambda: (run / "rl/checkpoints/step_000008").is_dir())
+    site.slurm.kill_node("n2")
+    site.finish(job)
+    attempts = json.loads((site.logs(job) / "attempts.json").read_text())
+    assert [one["outcome"] for one in attempts] == ["failed", "done"]
+    site.slurm.revive_node("n2")
+    assert_equal(run, undisturbed)
+
+
+def test_a_rank_that_dies_ends_the_job_and_its_last_lines_are_shown(site: Site) -> None:
+    job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs", MAX_FAILURES="1")
+    run = site.folder / "runs/mini"
+    site.wait(job, lambda: max(steps_of(run / "rl"), default=0) >= 1)
+    site.kill_rank(job, 1)
+    assert site.wait(job) == "FAILED"
+    said = site.said(job)
+    assert "rank 1 on n2 was ended by a signal: Killed; its last lines" in said
+    assert "crash loop: 1 failures" in said
+    site.no_process_is_left()
+
+
+def test_a_run_that_fails_at_one_place_again_and_again_is_given_up(site: Site) -> None:
+    words = (
+        *RUN[:-1],
+        "stages.rl.reward={name: 'tests.slurm.bad_reward:third_step'}",
+        f"out={site.folder}/runs",
+    )
+    job = site.submit("curriculum.sh", *words, header=ONE_NODE, MAX_FAILURES="2")
+    assert site.wait(job) == "FAILED"
+    said = site.said(job)
+    assert "failed after 6 steps; requeued" in said
+    assert "the third step went wrong on purpose" in said  # the last lines of the rank's log
+    assert "crash loop: 2 failures without a step beyond" in said
+
+
+def test_a_step_longer_than_the_grace_time_is_cut_off(site: Site) -> None:
+    slow = "stages.rl.reward={name: 'tests.slurm.bad_reward:slow_third_step'}"
+    words = (str(RECIPE), *SHORT, slow, "stages.rl.steps=4", f"out={site.folder}/runs")
+    job = site.submit("curriculum.sh", *words, "stages.rl.save_every=2", header=ONE_NODE, GRACE_S="2")
+    rl = site.folder / "runs/mini/rl"
+    site.wait(job, lambda: (rl / "checkpoints/step_000002").is_dir())
+    site.slurm.client("scancel", "--signal=USR1", "--batch", job)
+    site.finish(job)
+    assert "not saved within 2 s, requeued as it is" in site.said(job)
+    assert steps_of(rl) == [1, 2, 3, 4]
+
+
+def test_a_container_is_entered_for_each_part(site: Site) -> None:
+    image, calls = site.folder / "image.sif", site.folder / "calls"
+    image.touch()
+    standin = {
+        "PATH": f"{REPOSITORY}/tests/slurm/standins:{os.environ['PATH']}",
+        "APPTAINER_CALLS": str(calls),
+    }
+    words = (str(RECIPE), "stages.cold_start.steps=1", "stages.cold_start.evaluate=false")
+    job = site.submit(
+        "sft_stage.sh", *words, f"out={site.folder}/runs", header=ONE_NODE, CONTAINER=str(image), **standin
+    )
+    site.finish(job)
+    entered = f"exec --nv --bind {REPOSITORY}:{REPOSITORY} --pwd {REPOSITORY} {image}"
+    begin, rank, end = calls.read_text().splitlines()
+    assert begin.startswith(f"{entered} {sys.executable} -m megatron_parallel_r1.cluster begin")
+    assert rank.startswith(f"{entered} bash slurm/rank.sh {sys.executable} -m megatron_parallel_r1.cli sft")
+    assert end.startswith(f"{entered} {sys.executable} -m megatron_parallel_r1.cluster end")
+
+
+def test_a_cancelled_job_leaves_no_process(site: Site) -> None:
+    job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs")
+    site.wait(job, lambda: max(steps_of(site.folder / "runs/mini/cold_start"), default=0) >= 1)
+    assert site.slurm.processes_of("n1") and site.slurm.processes_of("n2")
+    site.slurm.client("scancel", job)
+    assert site.wait(job) == "CANCELLED"
+    site.no_process_is_left()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "settings", "message"),
+    [
+        ("rl_stage.sh", ("nowhere.yaml",), {}, "nowhere.yaml: No such file or directory; give the path"),
+        ("rl_stage.sh", (str(RECIPE), "--stage", "sft"), {}, "no rl stage is called sft; it has rl"),
+        ("curriculum.sh", (str(RECIPE), "--fresh"), {}, "--fresh: a requeued job would begin anew each time"),
+        ("sft_stage.sh", (str(RECIPE),), {"CONTAINER": "gone.sif"}, "CONTAINER=gone.sif: no such file"),
+        (
+            "rl_stage.sh",
+            (str(RECIPE),),
+            {"ROLLOUT_NODES": "2"},
+            "ROLLOUT_NODES=2 of 2 nodes leaves none to train",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_in_a_line(
+    site: Site, script: str, words: tuple[str, ...], settings: dict[str, str], message: str
+) -> None:
+    job = site.submit(script, *words, **settings)
+    assert site.wait(job) == "FAILED"
+    assert f"error: {message}" in site.said(job) or message in site.said(job)
+    assert "ExitCode=2:0" in site.slurm.client("scontrol", "show", "job", job)
+
+
+def records(stage: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,114 @@
+"""Which attempts of a job count as a crash loop, and what the books of a job say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_parallel_r1.cluster import __main__ as books
+from megatron_parallel_r1.cluster.attempts import (
+    Attempt,
+    Outcome,
+    begin,
+    failures_in_vain,
+    read_attempts,
+    steps_written,
+)
+from megatron_parallel_r1.cluster.failure import Failure, first_failure
+from megatron_parallel_r1.errors import UserError
+from tests.curriculum.test_run import RECIPE
+
+KILLED = """\
+srun: error: n2: task 1: Killed
+srun: launch/slurm: launch_p_step_launch: StepId=5.0 aborted before step completely launched.
+srun: error: n1: task 0: Terminated
+"""
+
+
+@pytest.mark.parametrize(
+    ("history", "count"),
+    [
+        ([], 0),
+        ([("failed", 0)], 1),
+        ([("failed", 4), ("failed", 4), ("failed", 3)], 3),
+        ([("failed", 4), ("failed", 4), ("failed", 5)], 1),
+        ([("failed", 4), ("stopped", 9), ("failed", 9)], 1),
+        ([("failed", 4), ("stopped", 4), ("failed", 4), ("running", 4)], 2),
+        ([("stopped", 3), ("stopped", 3), ("stopped", 3)], 0),
+    ],
+)
+def test_failures_count_until_one_gets_further(history: list[tuple[Outcome, int]], count: int) -> None:
+    assert failures_in_vain(Attempt(outcome, "", steps) for outcome, steps in history) == count
+
+
+@pytest.mark.parametrize(
+    ("said", "failure"),
+    [
+        ("", None),
+        ("srun: Job 5 step creation temporarily disabled\n", None),
+        (KILLED, Failure(1, None, "rank 1 on n2 was ended by a signal: Killed")),
+        (
+            "srun: error: n[1-2]: tasks 0-1: Exited with exit code 85\n",
+            Failure(0, 85, "rank 0 on n[1-2] ended with exit code 85"),
+        ),
+        ("srun: error: Node failure on n2\n" + KILLED, Failure(None, None, "node n2 failed")),
+    ],
+)
+def test_the_first_failure_is_the_cause(said: str, failure: Failure | None) -> None:
+    assert first_failure(said) == failure
+
+
+def test_an_attempt_that_never_ended_was_cut_off(tmp_path: Path) -> None:
+    begin(tmp_path, steps=0)
+    begin(tmp_path, steps=6)
+    first, second = read_attempts(tmp_path)
+    assert (first.outcome, first.steps) == ("failed", 6) and "lost node" in first.why
+    assert second.outcome == "running"
+
+
+def test_nodes_lost_at_one_place_again_and_again_are_a_crash_loop(tmp_path: Path) -> None:
+    words = [str(RECIPE), f"out={tmp_path}/runs"]
+    for _ in range(2):
+        books.begin(tmp_path, "curriculum", words, most=2)
+    with pytest.raises(UserError, match="crash loop: 2 failures without a step beyond 0"):
+        books.begin(tmp_path, "curriculum", words, most=2)
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "verdict", "outcome"),
+    [
+        (0, "", 0, "done"),
+        (85, "srun: error: n1: task 0: Exited with exit code 85\n", 85, "stopped"),
+        (138, "srun: error: n1: task 0: User defined signal 1\n", 85, "stopped"),
+        (137, KILLED, 75, "failed"),
+        (137, "srun: error: n1: task 0: Exited with exit code 2\n" + KILLED, 2, "failed"),
+        (1, "", 75, "failed"),
+    ],
+)
+def test_what_becomes_of_an_attempt(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    said: str,
+    verdict: int,
+    outcome: Outcome,
+) -> None:
+    logs = tmp_path / "attempt0"
+    logs.mkdir()
+    (logs / "srun_rank.log").write_text(said)
+    (logs / "rank_1.log").write_text("one\ntwo\n")
+    books.begin(tmp_path, "eval", [], most=3)
+    assert books.end(tmp_path, logs, "rank", code, most=3) == verdict
+    assert read_attempts(tmp_path)[-1].outcome == outcome
+    assert ("    one\n    two" in capsys.readouterr().err) == (said == KILLED)
+
+
+def test_steps_are_those_of_all_stages(tmp_path: Path) -> None:
+    for stage, count in (("cold_start", 3), ("rl", 2)):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "metrics.jsonl").write_text("{}\n" * count + '{"cut o')
+    assert steps_written([tmp_path]) == 5
+    assert steps_written([tmp_path / "rl"]) == 2
+    assert steps_written([tmp_path, tmp_path / "rl"]) == 5
+    assert steps_written([tmp_path / "absent"]) == 0

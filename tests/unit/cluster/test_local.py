@@ -1,0 +1,100 @@
+"""`slurm/launch.py` on a machine without SLURM: the same commands, on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from traceback import format_exception
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from megatron_parallel_r1.cluster.command import app
+from tests.curriculum.test_run import RECIPE, steps_of
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PATIENCE_S = 600.0
+
+
+def launch(folder: Path, *words: str) -> str:
+    """What launch.py says, called in this process."""
+    done = CliRunner().invoke(app, words, env=environment(folder))
+    assert done.exit_code == 0, "".join(format_exception(done.exception))
+    return done.stdout
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {"PYTHON": sys.executable, "LOG_DIR": str(folder / "logs")}
+
+
+def wait_for(folder: Path, moment: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + PATIENCE_S
+    while not moment():
+        said = [file.read_text() for file in folder.glob("logs/submitit/*/*_log.out")]
+        assert time.monotonic() < give_up, "\n".join(said)
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_a_curriculum_is_asked_to_stop_and_goes_on_by_itself(tmp_path: Path) -> None:
+    short = (
+        "stages.cold_start.steps=3",
+        "stages.rl.steps=12",
+        "evaluation.count=4",
+        "stages.rl.save_every=50",
+    )
+    words = ("curriculum", str(RECIPE), *short, f"out={tmp_path}/runs", "--local", "--ranks", "2")
+    # By a process that ends before its job does.
+    said = subprocess.run(
+        [sys.executable, "slurm/launch.py", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=500,
+        check=True,
+    ).stdout
+    job, run = said.split()[0], tmp_path / "runs/mini"
+    wait_for(tmp_path, lambda: max(steps_of(run / "rl"), default=0) >= 2)
+    (task,) = psutil.Process(int(job)).children()
+    task.send_signal(signal.SIGUSR2)  # as submitit does before its time limit
+    attempts = tmp_path / f"logs/mini-{job}/attempts.json"
+    wait_for(tmp_path, lambda: len(json.loads(attempts.read_text())) == 2)
+    assert json.loads(attempts.read_text())[0]["outcome"] == "stopped"
+    wait_for(tmp_path, lambda: "COMPLETED" in launch(tmp_path, "status"))
+    assert steps_of(run / "rl") == list(range(1, 13)) and (run / "release").is_dir()
+    assert "rl  step 12/12" in launch(tmp_path, "logs", job)
+
+
+@pytest.mark.slow
+def test_a_failed_stage_ends_the_row_with_its_reason(tmp_path: Path) -> None:
+    bad = "stages.cold_start.optimizer.lr=1.0e+30"
+    launch(tmp_path, "curriculum", str(RECIPE), bad, f"out={tmp_path}/runs", "--local")
+    wait_for(tmp_path, lambda: "FAILED" in launch(tmp_path, "status"))
+    assert "cold_start ended with exit code 2" in launch(tmp_path, "status")
+    assert not (tmp_path / "runs/mini/rl").exists()
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_leaves_no_process(tmp_path: Path) -> None:
+    said = launch(tmp_path, "submit", "sft", str(RECIPE), f"out={tmp_path}/runs", "--local", "--ranks", "2")
+    job, run = said.split()[0], tmp_path / "runs/mini"
+    wait_for(tmp_path, lambda: bool(steps_of(run / "cold_start")))
+    tree = psutil.Process(int(job)).children(recursive=True)
+    assert len(tree) >= 3
+    assert launch(tmp_path, "cancel") == f"{job}  cancelled\n"
+    wait_for(tmp_path, lambda: not any(one.is_running() and one.status() != "zombie" for one in tree))
+    assert "CANCELLED" in launch(tmp_path, "status")
+
+
+def test_a_dry_run_prints_the_command_and_runs_nothing(tmp_path: Path) -> None:
+    said = launch(tmp_path, "submit", "rl", str(RECIPE), "seed=5", "--local", "--ranks", "3", "--dry-run")
+    assert "3 processes" in said and f"parallel-r1 rl {RECIPE} seed=5" in said
+    assert not (tmp_path / "logs").exists()
