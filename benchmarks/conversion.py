@@ -1,0 +1,171 @@
+"""Rate and peak memory of conversion, beside a plain copy of the same bytes.
+
+    python benchmarks/conversion.py [--gigabytes 4] [--rounds 2] [--folder DIR]
+
+A random Qwen3 of 1.7 B's widths with untied embeddings, in bfloat16. Each round copies its folder, converts
+it to Megatron for tensor 2 x pipeline 2, and converts that back; each in a process of its own, whose peak
+resident memory the kernel tells. The copy is `shutil.copyfile` and fsync of each file; a conversion also
+hashes what it writes, and syncs it, too. Before each, the files to read are put out of the page cache. Times
+are of what the process does after its imports, and in brackets those of the whole process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.hf import save_hf_folder
+from megatron_parallel_r1.model.weight import table
+
+SHAPE = ModelConfig(2048, 28, 16, 8, 128, 6144, vocab=151936, tied=False, max_positions=40960)
+ROOT = Path(__file__).resolve().parents[1]
+WORK = {
+    "copy": "copy(Path(a), Path(b))",
+    "hf to megatron": "hf_to_megatron(Path(a), Path(b), Target(2, 2))",
+    "megatron to hf": "megatron_to_hf(Path(a), Path(b))",
+}
+CHILD = """
+import json, sys, time
+from pathlib import Path
+import os, shutil
+if {is_copy}:
+    def copy(source, target):
+        target.mkdir()
+        for file in source.iterdir():
+            shutil.copyfile(file, target / file.name)
+            with (target / file.name).open("rb") as stream:
+                os.fsync(stream.fileno())
+else:
+    from megatron_parallel_r1.conversion.pieces import Target
+    from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
+    from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+_, a, b = sys.argv
+begin = time.perf_counter()
+idle = peak()
+{work}
+seconds = time.perf_counter() - begin
+print(json.dumps([seconds, idle, peak()]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Seconds of the work and of the whole process; resident bytes before the work, and at most."""
+
+    seconds: float
+    whole: float
+    idle: int
+    peak: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where to make about four times as many gigabytes")
+    told = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=told.folder) as place:
+        folder = Path(place)
+        shape = _shape(told.gigabytes)
+        _write(folder / "hf", shape)
+        size = _size(folder / "hf")
+        largest = max(2 * torch.Size(weight.shape).numel() for weight in table(shape))
+        print(f"{size / 1e9:.2f} GB in {len(table(shape))} weights, the largest {largest / 1e9:.2f} GB")
+        runs: dict[str, list[Run]] = {name: [] for name in WORK}
+        for _ in range(told.rounds):
+            for name, source, target in (
+                ("copy", "hf", "copy"),
+                ("hf to megatron", "hf", "megatron"),
+                ("megatron to hf", "megatron", "back"),
+            ):
+                shutil.rmtree(folder / target, ignore_errors=True)
+                runs[name].append(_run(name, folder / source, folder / target))
+        same = (folder / "hf/model.safetensors").read_bytes() == (
+            folder / "copy/model.safetensors"
+        ).read_bytes()
+        assert same
+        _report(runs, size, largest)
+
+
+def _shape(gigabytes: float) -> ModelConfig:
+    """With as many layers as bring it to about that size; an even number, for two pipeline stages."""
+    outer, each = (_numbers(replace(SHAPE, layers=count)) for count in (0, 1))
+    return replace(SHAPE, layers=2 * max(1, round((gigabytes * 1e9 / 2 - outer) / (each - outer) / 2)))
+
+
+def _numbers(shape: ModelConfig) -> int:
+    return sum(torch.Size(weight.shape).numel() for weight in table(shape))
+
+
+def _write(folder: Path, shape: ModelConfig) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = (
+        (
+            name,
+            torch.randint(-(2**15), 2**15, size, generator=generator, dtype=torch.int16).view(torch.bfloat16),
+        )
+        for weight in table(shape)
+        for name, size in weight.parts
+    )
+    save_hf_folder(folder, shape, tensors)
+
+
+def _run(name: str, source: Path, target: Path) -> Run:
+    os.sync()
+    for file in source.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            CHILD.format(is_copy=name == "copy", work=WORK[name]),
+            str(source),
+            str(target),
+        ],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    whole = time.perf_counter() - begin
+    seconds, idle, peak = json.loads(done.stdout)
+    print(f"{name:<15} {seconds:6.1f} s ({whole:.1f})  peak {peak * 1024 / 1e9:.2f} GB", flush=True)
+    return Run(seconds, whole, idle * 1024, peak * 1024)
+
+
+def _report(runs: dict[str, list[Run]], size: int, largest: int) -> None:
+    copied = median(run.seconds for run in runs["copy"])
+    for name, some in runs.items():
+        seconds, whole = median(run.seconds for run in some), median(run.whole for run in some)
+        peak, idle = max(run.peak for run in some), max(run.idle for run in some)
+        memory = f"{idle / 1e9:.2f} before it, the largest weight + {(peak - largest) / 1e9:.2f} GB"
+        print(
+            f"{name:<15} {size / seconds / 1e9:.2f} GB/s ({size / whole / 1e9:.2f}), "
+            f"{copied / seconds:.2f} of the copy's rate; peak {peak / 1e9:.2f} GB: {memory}"
+        )
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+if __name__ == "__main__":
+    main()

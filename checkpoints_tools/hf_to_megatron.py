@@ -1,0 +1,13 @@
+"""Converts a Hugging Face folder to a distributed checkpoint of Megatron, in one process.
+
+    python checkpoints_tools/hf_to_megatron.py Qwen3-4B-Base Qwen3-4B-Base-megatron --tensor 2 --pipeline 2
+
+Killed, the same command goes on. A recipe's model.path may name the result. docs/checkpoints.md says more.
+"""
+
+from __future__ import annotations
+
+from megatron_parallel_r1.conversion.command import explained, hf_to_megatron_command
+
+if __name__ == "__main__":
+    explained(hf_to_megatron_command)

@@ -1,0 +1,138 @@
+"""A folder ready to upload, of any checkpoint: what `curriculum/release.py` writes at the end of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from megatron_parallel_r1 import config
+from megatron_parallel_r1.conversion.side import Side, open_side
+from megatron_parallel_r1.conversion.to_hf import write_hf
+from megatron_parallel_r1.conversion.to_megatron import Advance
+from megatron_parallel_r1.curriculum.card import CHAT_TEMPLATE, card, run_card, thinking_json
+from megatron_parallel_r1.curriculum.folder import past_evaluations
+from megatron_parallel_r1.curriculum.sources import open_tokenizer
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.checkpoints import stored_decoding
+from megatron_parallel_r1.model.hf import SHARD_BYTES
+from megatron_parallel_r1.recipe_errors import first_problem
+from megatron_parallel_r1.thought.tags import Tags
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Where a release's parts come from.
+
+    Attributes:
+        source: a Hugging Face folder, a Megatron checkpoint, or a run's folder: the model of its last stage.
+        like: the folder with config.json and tokenizer, None: `source` has them.
+        run: the folder of the run that trained it, for settings and card; None: `source`, if that is one.
+        thinking: a thinking.json, where no run tells how to decode.
+        evaluations: Markdown files for the card, as `eval/run.py` writes them.
+    """
+
+    source: Path
+    like: Path | None = None
+    run: Path | None = None
+    thinking: Path | None = None
+    evaluations: Sequence[Path] = ()
+
+
+def write_release(
+    given: Given,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    replace: bool = False,
+    advance: Advance = lambda count: None,
+    begin: Advance = lambda total: None,
+) -> None:
+    """Writes weights, config, tokenizer with tags, chat template, generation config, thinking.json and card.
+
+    Raises:
+        UserError: a part is missing or does not fit, before anything is written; or `out` cannot be written.
+    """
+    run, source = given.run, given.source
+    recipe = None
+    if run is None and (source / "stages.json").is_file():
+        run = source
+    if run is not None:
+        recipe = _recipe(run)
+        if source == run:
+            source = run / recipe.stages[-1].name / "model"
+            if not source.is_dir():
+                raise UserError(f"{run}: its last stage is not done; name the checkpoint and --run {run}")
+    like = given.like
+    side = open_side(source, like)
+    extra = _tokenizer_files(side, run)
+    more = "\n\n".join(_text(file) for file in given.evaluations)
+    if recipe is not None and given.thinking is None:
+        extra["thinking.json"] = thinking_json(recipe).encode()
+    else:
+        file = given.thinking or side.like / "thinking.json"
+        if not file.is_file():
+            raise UserError(f"{file} is missing; give --thinking, or the --run whose settings hold")
+        extra["thinking.json"] = file.read_bytes()
+    if recipe is not None:
+        text = run_card(recipe, run, side.shape, past_evaluations(run)) + (f"\n{more}\n" if more else "")
+    else:
+        told = stored_decoding(given.thinking or side.like / "thinking.json").thinking
+        unknown = "It was released without the folder of the run that trained it."
+        text = card(out.name, side.shape, told, unknown, unknown, more or "None was given.")
+    extra["README.md"] = text.encode()
+    write_hf(side, out, dtype, shard_bytes, replace, extra, advance, begin)
+
+
+def _recipe(run: Path) -> config.Recipe:
+    file = run / "config.yaml"
+    try:
+        return config.Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{run}: no config.yaml; give the folder of a run") from None
+    except ValidationError as error:
+        raise UserError(f"{file}: {first_problem(error)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: no valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _tokenizer_files(side: Side, run: Path | None) -> dict[str, bytes]:
+    """The tokenizer's files, with a chat template, and what makes generation end at its eos.
+
+    Raises:
+        UserError: a tag is missing, or the model has no row for one.
+    """
+    folder = run / "tokenizer" if run is not None and (run / "tokenizer").is_dir() else side.like
+    tokenizer = open_tokenizer(folder)
+    try:
+        Tags.of(tokenizer)
+    except ValueError as error:
+        raise UserError(
+            f"{folder}: {error}; give --like, or --run, with the tokenizer of the training"
+        ) from None
+    if max(tokenizer.get_vocab().values()) >= side.shape.vocab:
+        raise UserError(f"{folder}: the tokenizer has tokens that the model lacks; take both from one run")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    with TemporaryDirectory() as place:
+        tokenizer.save_pretrained(place)
+        files = {path.name: path.read_bytes() for path in Path(place).iterdir() if path.is_file()}
+    stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    usual = side.like / "generation_config.json"
+    generation = json.loads(usual.read_text()) if usual.is_file() else {"do_sample": True}
+    files["generation_config.json"] = json.dumps(generation | stops, indent=2).encode() + b"\n"
+    side.config.update(stops)
+    return files
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; give a table of eval/run.py") from None

@@ -1,0 +1,95 @@
+"""A model on disk in either form, read weight by weight under its Hugging Face names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.hf import read_config, weight_files
+from megatron_parallel_r1.model.safetensors_files import StoredTensor, stored_tensors
+from megatron_parallel_r1.model.torch_dist import MegatronCheckpoint, find_checkpoint
+from megatron_parallel_r1.model.weight import EMBEDDING, Weight, check_fit
+from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A checked model.
+
+    Attributes:
+        path: as the user gave it.
+        shape: the architecture.
+        config: its config.json, word by word.
+        like: the folder where that lies, and the tokenizer.
+        stored: of a Hugging Face folder, its tensors; None in the other form.
+        checkpoint: of a Megatron checkpoint; None in the other form.
+    """
+
+    path: Path
+    shape: ModelConfig
+    config: dict[str, Any]
+    like: Path
+    stored: dict[str, StoredTensor] | None = None
+    checkpoint: MegatronCheckpoint | None = None
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where the weights' files are."""
+        return self.checkpoint.folder if self.checkpoint else self.path
+
+    def dtype(self, weight: Weight) -> torch.dtype:
+        """Of a weight's first part."""
+        if self.checkpoint:
+            return self.checkpoint.dtype(weight, self.shape)
+        return self.stored[weight.parts[0][0]].dtype
+
+    def parts(self, weight: Weight) -> list[Tensor]:
+        """The Hugging Face tensors that a weight is made of, each [groups, rows of a group, …]: its first two
+        dimensions together are its rows."""
+        if self.checkpoint:
+            return weight.views(self.checkpoint.read(weight, self.shape))
+        return [self.stored[name].read()[None] for name, _ in weight.parts]
+
+
+def open_side(path: Path, like: Path | None = None) -> Side:
+    """Opens a Hugging Face folder or a Megatron checkpoint, and checks that its weights fit its config.json.
+
+    Args:
+        like: the folder with config.json and tokenizer, None: `path` has them.
+
+    Raises:
+        UserError: it is neither, or does not fit.
+    """
+    like = like or path
+    is_megatron = not any(path.glob("*.safetensors")) and find_checkpoint(path) is not None
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give that of a Hugging Face model or a Megatron checkpoint")
+    if is_megatron and not (like / "config.json").is_file():
+        raise UserError(
+            f"{like}: no config.json; say with --like which Hugging Face folder has the model's config and "
+            "tokenizer"
+        )
+    shape = read_config(like)
+    config = json.loads((like / "config.json").read_text())
+    if is_megatron:
+        checkpoint = MegatronCheckpoint(path)
+        shape = _grown(shape, checkpoint)
+        checkpoint.check(shape)
+        return Side(path, shape, config, like, checkpoint=checkpoint)
+    stored = stored_tensors(weight_files(path))
+    check_fit(shape, {name: tensor.shape for name, tensor in stored.items()})
+    return Side(path, shape, config, like, stored=stored)
+
+
+def _grown(shape: ModelConfig, checkpoint: MegatronCheckpoint) -> ModelConfig:
+    """The shape with the vocabulary of a run's checkpoint: it has rows for the tags and no padding."""
+    rows = checkpoint.sizes.get(EMBEDDING, (0,))[0]
+    is_ours = (checkpoint.folder / MANIFEST).is_file()
+    return replace(shape, vocab=rows) if is_ours and rows > shape.vocab else shape

@@ -1,0 +1,222 @@
+"""Hugging Face to Megatron: safetensors into a distributed checkpoint, piece by piece, in one process.
+
+    <out>/config.json, tokenizer…              as in the source: what a run needs beside the weights
+          latest_checkpointed_iteration.txt    "release", as Megatron-LM calls weights that it did not train
+          release/__<rank>_<n>.distcp          the pieces that a rank of the target layout holds
+                  .metadata, metadata.json, common.pt
+          SHA256SUMS
+
+Any layout can load it; under the target one each rank finds all that it wants in its own files.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_parallel_r1.conversion.ahead import Rooms, loaded
+from megatron_parallel_r1.conversion.pieces import Piece, Target, pieces_of
+from megatron_parallel_r1.conversion.work import Sink, Work
+from megatron_parallel_r1.model.hf import read_config, weight_files
+from megatron_parallel_r1.model.safetensors_files import StoredTensor, stored_tensors
+from megatron_parallel_r1.model.torch_dist import TRACKER
+from megatron_parallel_r1.model.weight import check_fit
+
+FILE_BYTES = 2**30  # what a killed conversion does again at most
+RELEASE = "release"
+# Small files that belong to a model in either form.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
+_NOT = ("model.safetensors.index.json", TRACKER)
+
+Advance = Callable[[int], None]
+
+
+def hf_to_megatron(
+    source: Path,
+    out: Path,
+    target: Target,
+    dtype: torch.dtype | None = None,
+    replace: bool = False,
+    advance: Advance = lambda count: None,
+    begin: Advance = lambda total: None,
+) -> None:
+    """Converts a folder.
+
+    Args:
+        source: a Hugging Face folder.
+        out: the new folder; it appears when it is complete.
+        dtype: that all weights are cast to, None: as they are.
+        replace: whether `out` may be there.
+        begin: is told how many bytes will be written.
+        advance: is told bytes as they are.
+
+    Raises:
+        UserError: the source cannot be converted, before anything is written; or `out` cannot be written.
+    """
+    shape = read_config(source)
+    stored = stored_tensors(weight_files(source))
+    check_fit(shape, {name: tensor.shape for name, tensor in stored.items()})
+    target.check(shape)
+    ranks = pieces_of(shape, target)
+    numbers = {id(p): p.numbers * _dtype(p, stored, dtype).itemsize for ps in ranks.values() for p in ps}
+    begin(sum(numbers.values()))
+    identity = {
+        "to": "megatron",
+        "layout": [target.tensor, target.pipeline, target.expert],
+        "dtype": str(dtype),
+        "source": source_identity(source),
+    }
+    with Work(out, identity, replace) as work:
+        index: list[tuple[str, dict[str, Any]]] = []
+        for rank, pieces in sorted(ranks.items()):
+            for number, some in enumerate(_files(pieces, numbers)):
+                name = f"{RELEASE}/__{rank}_{number}.distcp"
+                told = work.file(name, lambda sink, some=some: _write(sink, some, stored, dtype, advance))
+                index.append((Path(name).name, told))
+        work.file(f"{RELEASE}/.metadata", lambda sink: sink.write(_metadata(index)))
+        work.file(f"{RELEASE}/metadata.json", lambda sink: sink.write(_FORMAT))
+        work.file(f"{RELEASE}/common.pt", lambda sink: torch.save(_COMMON, sink))
+        work.file(TRACKER, lambda sink: sink.write(RELEASE.encode()))
+        copy_companions(source, work)
+        work.complete()
+
+
+# As Megatron's dist_checkpointing writes them; what the pieces are like is told to whoever loads them.
+_FORMAT = json.dumps(
+    {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+).encode()
+_COMMON = {
+    "checkpoint_version": 3.0,
+    "iteration": 0,
+    "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
+}
+
+
+def source_identity(folder: Path) -> list[list[Any]]:
+    """By which a source is told from another, or from what it was before."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        [str(folder.resolve()), str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns]
+        for path in files
+        for stat in [path.stat()]
+    ]
+
+
+def copy_companions(source: Path, work: Work, but: Sequence[str] = ()) -> None:
+    """Takes the small files of a model over: its config, its tokenizer, its card."""
+    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern)}):
+        if file.is_file() and file.name not in (*_NOT, *but):
+            work.file(file.name, lambda sink, file=file: sink.write(file.read_bytes()))
+
+
+def _dtype(piece: Piece, stored: Mapping[str, StoredTensor], cast: torch.dtype | None) -> torch.dtype:
+    return cast or stored[piece.sources[0].name].dtype
+
+
+def _files(pieces: list[Piece], sizes: Mapping[int, int]) -> Iterator[list[Piece]]:
+    """Pieces in files of about `FILE_BYTES`; a larger piece has its own."""
+    some: list[Piece] = []
+    for piece in pieces:
+        if some and sum(sizes[id(one)] for one in some) + sizes[id(piece)] > FILE_BYTES:
+            yield some
+            some = []
+        some.append(piece)
+    yield some
+
+
+def _write(
+    sink: Sink,
+    pieces: list[Piece],
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype | None,
+    advance: Advance,
+) -> list[dict[str, Any]]:
+    """Writes a file of pieces, each as torch.save does; returns what the checkpoint's index says of them."""
+
+    rooms = Rooms()
+
+    def read(piece: Piece) -> Tensor:
+        out = rooms.empty(piece.sizes, _dtype(piece, stored, dtype))
+        _assemble(piece, stored, out)
+        return out
+
+    def size(piece: Piece) -> int:
+        return piece.numbers * _dtype(piece, stored, dtype).itemsize
+
+    told = []
+    with _no_checksums():
+        for piece, tensor in loaded(pieces, read, size):
+            begin = sink.tell()
+            torch.save(tensor, sink)
+            advance(tensor.nbytes)
+            told.append(
+                {
+                    "key": piece.key,
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "whole": piece.whole,
+                    "corner": piece.corner,
+                    "sizes": piece.sizes,
+                    "begin": begin,
+                    "length": sink.tell() - begin,
+                }
+            )
+            del tensor
+    return told
+
+
+@contextmanager
+def _no_checksums() -> Iterator[None]:
+    """Without the zip format's own CRC, which nobody reads and which takes longer than writing."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _assemble(piece: Piece, stored: Mapping[str, StoredTensor], out: Tensor) -> None:
+    lead = len(piece.sizes) - len(stored[piece.sources[0].name].shape)
+    grouped = out.flatten(0, lead).unflatten(0, (piece.groups, -1))
+    start = 0
+    for source in piece.sources:
+        rows = source.rows // piece.groups
+        stored[source.name].read_into(grouped[:, start : start + rows], source.row, source.column)
+        start += rows
+
+
+def _metadata(index: list[tuple[str, list[dict[str, Any]]]]) -> bytes:
+    """The index of the whole checkpoint, as torch.distributed.checkpoint pickles it."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for file, pieces in index:
+        for told in pieces:
+            size, corner = torch.Size(told["whole"]), torch.Size(told["corner"])
+            properties = TensorProperties(dtype=getattr(torch, told["dtype"]))
+            whole = tensors.setdefault(told["key"], TensorStorageMetadata(properties, size, []))
+            whole.chunks.append(ChunkStorageMetadata(corner, torch.Size(told["sizes"])))
+            places[MetadataIndex(told["key"], corner)] = _StorageInfo(file, told["begin"], told["length"])
+    stream = io.BytesIO()
+    pickle.dump(Metadata(state_dict_metadata=tensors, storage_data=places, planner_data={}), stream)
+    return stream.getvalue()

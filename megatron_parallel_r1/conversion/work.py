@@ -1,0 +1,190 @@
+"""A folder that is written file by file, can be gone on with after a kill, and appears when it is complete.
+
+It grows beside its final name as `.<name>.converting`. A journal there remembers which files are whole, with
+their digests; when `SHA256SUMS` (as `sha256sum -c` reads it) is in it, one rename gives the folder its name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from megatron_parallel_r1.errors import UserError
+
+SUMS = "SHA256SUMS"
+JOURNAL = "journal.jsonl"
+FLUSH = 2**28  # bytes after which the disk is asked to begin
+
+
+class Sink:
+    """A file being written, hashed at the same time; `write` and `tell` are all that torch.save needs."""
+
+    def __init__(self, stream: BinaryIO, helpers: ThreadPoolExecutor) -> None:
+        self._stream = stream
+        self._helpers = helpers
+        self._digest = hashlib.sha256()
+        self._flushing: Future[None] | None = None
+        self._flushed = self._size = 0
+
+    def write(self, data: Any) -> int:
+        """Appends bytes; hashing and writing them go on side by side."""
+        memory = memoryview(data).cast("B")
+        hashing = self._helpers.submit(self._digest.update, memory) if len(memory) > 2**16 else None
+        if hashing is None:
+            self._digest.update(memory)
+        done = 0
+        while done < len(memory):
+            done += self._stream.write(memory[done:])
+        if hashing is not None:
+            hashing.result()
+        self._size += len(memory)
+        if self._size - self._flushed >= FLUSH and (self._flushing is None or self._flushing.done()):
+            self._flushed = self._size
+            self._flushing = self._helpers.submit(os.fsync, self._stream.fileno())
+        return len(memory)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def close(self) -> str:
+        """Returns the SHA-256 once everything is on the disk."""
+        if self._flushing is not None:
+            self._flushing.result()
+        os.fsync(self._stream.fileno())
+        return self._digest.hexdigest()
+
+
+class Work:
+    """A context manager around the folder; leaving it without `complete` keeps what is done for the next try.
+
+    Args:
+        final: the name that the folder will get.
+        identity: of what is converted and how, JSON; what was begun with another is thrown away.
+        replace: whether a folder of the final name may be there already.
+
+    Raises:
+        UserError: `final` exists, cannot be written, or another process is at it.
+    """
+
+    def __init__(self, final: Path, identity: Mapping[str, Any], replace: bool = False) -> None:
+        self._final = final
+        self.folder = final.parent / f".{final.name}.converting"
+        self._identity = json.loads(json.dumps(identity))
+        if final.exists() and not replace:
+            raise UserError(f"{final} exists; choose another folder, or replace it with --replace")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._journal = (self.folder / JOURNAL).open("a+")
+        except OSError as error:
+            raise UserError(f"{self.folder}: {error.strerror}; choose another folder") from None
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._journal.close()
+            raise UserError(f"{final} is being written by another process; wait for it") from None
+        self._done = self._read()
+        self._helpers = ThreadPoolExecutor(2)
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._helpers.shutdown()
+        self._journal.close()
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{self._final} could not be written: {error.strerror or error}; mend that and start again, "
+                "files that are whole are kept"
+            ) from None
+
+    @property
+    def resumed(self) -> int:
+        """Files that an earlier try has left."""
+        return len(self._done)
+
+    def file(self, name: str, write: Callable[[Sink], Any]) -> Any:
+        """Writes a file unless it is there already; returns what `write` returned then or now, JSON."""
+        if name in self._done:
+            return self._done[name]["told"]
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb", buffering=0) as stream:
+            sink = Sink(stream, self._helpers)
+            told = json.loads(json.dumps(write(sink)))
+            entry = {"file": name, "size": sink.tell(), "sha256": sink.close(), "told": told}
+        self._append(entry)
+        self._done[name] = entry
+        return told
+
+    def complete(self) -> None:
+        """Gives the folder its name."""
+        wanted = {*self._done, SUMS}
+        for left in self.folder.rglob("*"):
+            if left.is_file() and str(left.relative_to(self.folder)) not in wanted:
+                left.unlink()
+        lines = [f"{entry['sha256']}  {name}\n" for name, entry in sorted(self._done.items())]
+        with (self.folder / SUMS).open("w") as stream:
+            stream.writelines(lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+        for folder in [self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())]:
+            _sync(folder)
+        if self._final.exists():
+            doomed = self._final.with_name(f".{self._final.name}.replaced")
+            shutil.rmtree(doomed, ignore_errors=True)
+            self._final.rename(doomed)
+            self.folder.rename(self._final)
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            self.folder.rename(self._final)
+        _sync(self._final.parent)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """What is whole of an earlier try with the same identity; anything else is cleared away."""
+        self._journal.seek(0)
+        entries = []
+        for line in self._journal:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:  # the last one, of a process that was killed in it
+                break
+        if not entries or entries[0] != self._identity:
+            for left in self.folder.iterdir():
+                if left.name != JOURNAL:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            entries = [self._identity]
+        whole = [
+            entry
+            for entry in entries[1:]
+            if (path := self.folder / entry["file"]).is_file() and path.stat().st_size == entry["size"]
+        ]
+        self._journal.truncate(0)
+        self._append(self._identity, *whole)
+        return {entry["file"]: entry for entry in whole}
+
+    def _append(self, *entries: Mapping[str, Any]) -> None:
+        self._journal.seek(0, os.SEEK_END)
+        self._journal.writelines(json.dumps(entry) + "\n" for entry in entries)
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,48 @@
+"""Run by torchrun: each rank loads a converted checkpoint by Megatron's own loader and tells what came of it.
+
+    torchrun --nproc-per-node 4 -m tests.conversion.loading MEGATRON HF OUT --tensor 2 --pipeline 2
+
+Rank 0 writes OUT: whether the model has the Hugging Face folder's weights bit for bit; then all save it
+again, as Megatron does, to OUT.again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_parallel_r1.conversion.live import load_with_megatron
+from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.model.hf import load_hf_folder, read_config
+from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.model.weights import hf_tensors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("megatron", "hf", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--pipeline", type=int, default=1)
+    told = parser.parse_args()
+    parallel = Parallel(tensor=told.tensor, pipeline=told.pipeline, sequence=told.tensor > 1)
+    with process.running(seed=0, parallel=parallel):
+        model = build_model(read_config(told.hf), torch.float32, parallel)
+        load_with_megatron(model, told.megatron)
+        expected = dict(load_hf_folder(told.hf)[1])
+        wrong = [name for name, tensor in hf_tensors(model) if not torch.equal(expected.pop(name), tensor)]
+        if process.is_first():
+            told.out.write_text(json.dumps({"wrong": wrong, "missing": list(expected)}))
+            told.out.with_suffix(".again").mkdir()
+        torch.distributed.barrier()
+        state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
+        dist_checkpointing.save(state, str(told.out.with_suffix(".again")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""A release of a run's checkpoint, in either form, loads wherever a release must."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_parallel_r1.conversion.command import explained, release_command
+from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
+from megatron_parallel_r1.data.encode import encode_prompt
+from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.evaluation.checkpoints import open_checkpoint
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.hf import save_hf_folder
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
+from tests.serve.release import THINKING, tokenizer, words
+from tests.unit.conversion.folders import assert_equal, tensors_of
+from tests.unit.rollout.tiny import tiny_qwen3
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """
+name: made_up
+model: {shape: {hidden: 32, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, ffn: 48, rope_theta: 1000}}
+tokenizer: {kind: embedded}
+prompt: plain
+thinking: {mode: isolated, paths: 3, max_path_tokens: 40, max_response_tokens: 300}
+evaluation: {data: {source: embedded, kind: hard}}
+stages:
+  - name: cold_start
+    kind: sft
+    data: {source: embedded_cold_start}
+    steps: 3
+    batch: 4
+    optimizer: {lr: 1e-3}
+  - name: rl
+    kind: rl
+    data: {source: embedded, kind: easy}
+    steps: 2
+    prompts: 2
+    samples: 2
+    reward: {name: accuracy_x_parallel}
+    optimizer: {lr: 1e-4}
+"""
+EVALUATION = {"stage": "rl", "step": 2, "mode": "isolated", "accuracy": 0.5, "ci95": 0.02, "problems": 64}
+
+
+def code_of(*given: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        explained(lambda: release_command([str(word) for word in given]))
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that ended, as far as a release looks at it."""
+    folder = tmp_path_factory.mktemp("runs") / "made_up"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(RECIPE)
+    (folder / "stages.json").write_text(json.dumps(["cold_start", "rl"]))
+    (folder / "eval.jsonl").write_text(json.dumps(EVALUATION) + "\n")
+    model = tiny_qwen3()
+    shape = ModelConfig.from_hf(model.config.to_dict())
+    save_hf_folder(folder / "rl" / "model", shape, model.state_dict().items(), tokenizer())
+    tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def test_a_run_is_released(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "math.md").write_text("| benchmark | accuracy |\n|---|---|\n| aime24 | 12.3 % |\n")
+    words_ = (run, tmp_path / "out", "--evaluation", tmp_path / "math.md", "--shard-gb", 0.00002)
+    assert code_of(*words_) == 0
+    assert_equal(tensors_of(run / "rl" / "model"), tensors_of(tmp_path / "out"))
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.arange(30)[None]
+    assert torch.equal(theirs.eval()(tokens).logits, tiny_qwen3()(tokens).logits)
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert found.convert_tokens_to_ids(list(TAG_TEXTS)) == list(range(len(TAG_TEXTS)))
+    assert theirs.generation_config.eos_token_id == found.eos_token_id == Tags.of(found).eos
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in (
+        "| cold_start | sft | embedded_cold_start | 3 |",
+        "| rl | rl |",
+        "50.0",
+        "aime24",
+        "## Data",
+    ):
+        assert said in card, said
+    assert "`embedded`: synthetic" in card and "held out" in card
+
+
+def test_its_settings_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
+    assert code_of(run, tmp_path / "out") == 0
+    decoding = open_checkpoint(tmp_path / "out").decoding
+    assert decoding.thinking == Thinking(paths=3, max_path_tokens=40, max_response_tokens=300)
+    assert decoding.template == TEMPLATES["plain"]
+
+
+def test_its_chat_template_makes_the_prompt_of_the_training(run: Path, tmp_path: Path) -> None:
+    assert code_of(run, tmp_path / "out") == 0
+    released, trained = AutoTokenizer.from_pretrained(tmp_path / "out"), tokenizer()
+    assert trained.chat_template is None and released.chat_template is not None
+    chat = released.apply_chat_template([{"role": "user", "content": "w9 w12"}], tokenize=False)
+    assert chat == "w9 w12\n"
+    assert encode_prompt(released, "plain", "w9 w12") == encode_prompt(trained, "plain", "w9 w12")
+
+
+def test_a_megatron_checkpoint_is_released_as_its_source_is(run: Path, tmp_path: Path) -> None:
+    hf_to_megatron(run / "rl" / "model", tmp_path / "megatron", Target(2, 2))
+    (tmp_path / "thinking.json").write_text(json.dumps(asdict(THINKING) | {"prompt_template": "Q {problem}"}))
+    told = ("--thinking", tmp_path / "thinking.json", "--dtype", "bfloat16")
+    assert code_of(tmp_path / "megatron", tmp_path / "out", *told) == 0
+    narrowed = {name: t.to(torch.bfloat16) for name, t in tensors_of(run / "rl" / "model").items()}
+    assert_equal(narrowed, tensors_of(tmp_path / "out"))
+    assert open_checkpoint(tmp_path / "out").decoding.thinking == THINKING
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(("rl/model",), "thinking.json is missing; give --thinking"), (("rl",), "no config.json")],
+)
+def test_what_is_missing_is_named(
+    given: tuple[str, ...], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of(*(run / one for one in given), tmp_path / "out") == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_example_thinks_with_it(run: Path, tmp_path: Path) -> None:
+    assert code_of(run, tmp_path / "out") == 0
+    done = subprocess.run(
+        [sys.executable, "examples/think_in_parallel.py", str(tmp_path / "out"), words()[9]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens," in done.stderr and done.stdout.strip()

@@ -1,0 +1,13 @@
+"""A world of one process, as every test of the model needs it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_parallel_r1.model import process
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[None]:
+    with process.running(seed=1):
+        yield
