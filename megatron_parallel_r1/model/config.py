@@ -1,4 +1,4 @@
-"""The shape of a Qwen3 model, from and to Hugging Face."""
+"""The shape of a model, from and to the `config.json` of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -9,21 +9,34 @@ from typing import Any
 import torch
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.families import FAMILIES
+from megatron_parallel_r1.rope import RopeScaling, rope_frequencies, rope_gain
 
-# Fields of a config.json that change the mathematics, and the only values that this model computes.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "attention_dropout": (0, None),
-    "use_sliding_window": (False, None),
-    "rope_scaling": (None,),
-    "quantization_config": (None,),
-}
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of every layer.
+
+    Attributes:
+        count: of a layer.
+        per_token: how many a token goes through.
+        ffn: the feed-forward size of each.
+        renormalized: whether the chosen experts' weights are scaled to sum to 1.
+    """
+
+    count: int
+    per_token: int
+    ffn: int
+    renormalized: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A dense Qwen3 architecture. Sizes are counts; `max_positions` bounds the rotary positions of a row."""
+    """A decoder's architecture. Sizes are counts; `max_positions` bounds the rotary positions of a row.
+
+    `family` is the `model_type` of a config.json, a key of `families.FAMILIES`; `ffn` says nothing where
+    there are experts.
+    """
 
     hidden: int
     layers: int
@@ -36,6 +49,9 @@ class ModelConfig:
     rms_eps: float = 1e-6
     tied: bool = True
     max_positions: int = 32768
+    family: str = "qwen3"
+    rope_scaling: RopeScaling | None = None
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -48,31 +64,49 @@ class ModelConfig:
                 f"model: head_dim {self.head_dim} is odd; rotary positions turn pairs, make it even"
             )
 
+    @property
+    def qkv_bias(self) -> bool:
+        return FAMILIES[self.family].qkv_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        return FAMILIES[self.family].qk_norm
+
+    @property
+    def rope_gain(self) -> float:
+        """By which rotary cosines and sines are multiplied."""
+        return rope_gain(self.rope_scaling)
+
+    def rope_frequencies(self) -> torch.Tensor:
+        """Rotary angles per position, float32 [head_dim / 2]."""
+        return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        """Reads a Hugging Face `config.json` (of transformers 4 or 5) of a dense Qwen3.
+        """Reads a Hugging Face `config.json` (of transformers 4 or 5) of one of the `FAMILIES`.
 
         Args:
-            hf: the parsed config.json, or `Qwen3Config.to_dict()`.
+            hf: the parsed config.json, or `PreTrainedConfig.to_dict()`.
 
         Raises:
             UserError: the architecture is another one, or a field asks for what this model does not compute.
         """
-        if hf.get("model_type") != "qwen3":
+        kind = hf.get("model_type")
+        if kind not in FAMILIES:
             raise UserError(
-                f"config.json: model_type is {hf.get('model_type')!r}; only dense 'qwen3' is supported"
+                f"config.json: model_type is {kind!r}; supported are {', '.join(map(repr, FAMILIES))}"
             )
-        for field, allowed in SUPPORTED.items():
+        family = FAMILIES[kind]
+        for field, allowed in family.fixed.items():
             if hf.get(field) not in allowed:
-                raise UserError(f"config.json: {field} = {hf[field]!r} is not supported; use a plain Qwen3")
-        rope = hf.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise UserError(
-                f"config.json: rope_parameters.rope_type = {rope['rope_type']!r} is not supported; "
-                "use a model without rope scaling"
-            )
+                raise UserError(f"config.json: {field} = {hf[field]!r} is not supported; use a plain {kind}")
         if set(hf.get("layer_types") or ()) - {"full_attention"}:
             raise UserError("config.json: layer_types other than full_attention are not supported")
+        # transformers 5 keeps theta and the stretch in one place, 4 kept the stretch apart.
+        rope = hf.get("rope_parameters") or {}
+        stretches = {RopeScaling.of(told) for told in (rope, hf.get("rope_scaling")) if told}
+        if len(stretches) > 1:
+            raise UserError("config.json: rope_scaling and rope_parameters say different things; delete one")
         try:
             return cls(
                 hidden=hf["hidden_size"],
@@ -86,19 +120,23 @@ class ModelConfig:
                 rms_eps=hf["rms_norm_eps"],
                 tied=hf.get("tie_word_embeddings", False),
                 max_positions=hf["max_position_embeddings"],
+                family=kind,
+                rope_scaling=stretches.pop() if stretches else None,
+                experts=_experts(hf) if family.has_experts else None,
             )
         except KeyError as missing:
             raise UserError(f"config.json: {missing} is missing; copy the complete file") from None
 
     def to_hf(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """The `config.json` of a Qwen3ForCausalLM whose weights are of `dtype`.
+        """The `config.json` of a model whose weights are of `dtype`.
 
         Names that changed between transformers 4 and 5 are written in both forms, since inference engines pin
         the older one.
         """
-        return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+        stretch = self.rope_scaling.to_hf() if self.rope_scaling else {"rope_type": "default"}
+        told = {
+            "architectures": [FAMILIES[self.family].architecture],
+            "model_type": self.family,
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
@@ -110,11 +148,31 @@ class ModelConfig:
             "rms_norm_eps": self.rms_eps,
             "tie_word_embeddings": self.tied,
             "rope_theta": self.rope_theta,
-            "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "hidden_act": "silu",
-            "attention_bias": False,
+            "rope_scaling": stretch if self.rope_scaling else None,
+            "rope_parameters": stretch | {"rope_theta": self.rope_theta},
             "attention_dropout": 0.0,
-            "use_sliding_window": False,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
+        for field, (value, *_) in FAMILIES[self.family].fixed.items():
+            if value is not None and field not in told:
+                told[field] = value
+        if self.experts:
+            told |= {
+                "num_experts": self.experts.count,
+                "num_experts_per_tok": self.experts.per_token,
+                "moe_intermediate_size": self.experts.ffn,
+                "norm_topk_prob": self.experts.renormalized,
+            }
+        return told
+
+
+def _experts(hf: Mapping[str, Any]) -> Experts:
+    count = hf.get("num_local_experts") or hf["num_experts"]
+    experts = Experts(
+        count, hf["num_experts_per_tok"], hf["moe_intermediate_size"], hf.get("norm_topk_prob", False)
+    )
+    if not 1 <= experts.per_token <= count:
+        raise UserError(
+            f"config.json: num_experts_per_tok = {experts.per_token} of {count} experts cannot be; mend it"
+        )
+    return experts

@@ -17,6 +17,7 @@ from megatron.core import utils
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as tensor_parallel_random
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 
 class _CpuTorch(ModuleType):
@@ -58,6 +59,12 @@ def _cpu_device() -> torch.device:
     return torch.device("cpu")
 
 
+def _already_here(
+    dispatcher: MoEAlltoAllTokenDispatcher, point: str, tokens_per_expert: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    return tokens_per_expert
+
+
 def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
@@ -81,3 +88,6 @@ def bring_up() -> None:
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
     # The optimizers tell parameters by their type's name and refuse any that is not torch.cuda.*.
     torch.Tensor.type = _cuda_type_name
+    # The counts of tokens that experts get are copied to the CPU on a stream of their own.
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = torch.device("cpu")
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _already_here

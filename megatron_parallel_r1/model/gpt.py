@@ -23,10 +23,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.layers import Layers, check_layers
 from megatron_parallel_r1.model.parallel import Parallel, check_parallel
 from megatron_parallel_r1.model.rotary import PositionRotary
-from megatron_parallel_r1.model.spec import local_spec
+from megatron_parallel_r1.model.spec import block_spec
 from megatron_parallel_r1.model.transformer import transformer_config
+from megatron_parallel_r1.model.weight import padded_vocab
+
+__all__ = ["Model", "PathGPT", "build_model", "logits", "padded_vocab"]
 
 
 class PathGPT(GPTModel):
@@ -38,6 +42,7 @@ class PathGPT(GPTModel):
     Args:
         shape: the architecture, kept as `self.shape`.
         config: Megatron's configuration of it.
+        layers: what its layers are made of.
         pre_process, post_process: whether this stage embeds tokens, and whether logits are made from it.
         vp_stage: which of this process's interleaved stages this is, if there are several.
     """
@@ -46,13 +51,14 @@ class PathGPT(GPTModel):
         self,
         shape: ModelConfig,
         config: TransformerConfig,
+        layers: Layers,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=local_spec(config, vp_stage),
+            transformer_layer_spec=block_spec(config, layers, vp_stage),
             vocab_size=padded_vocab(shape.vocab, config.tensor_model_parallel_size),
             max_sequence_length=shape.max_positions,
             pre_process=pre_process,
@@ -63,7 +69,7 @@ class PathGPT(GPTModel):
             vp_stage=vp_stage,
         )
         self.shape = shape
-        self.rotary = PositionRotary(shape.head_dim, shape.rope_theta)
+        self.rotary = PositionRotary(shape)
 
     def _preprocess(
         self,
@@ -112,15 +118,11 @@ class Model(nn.ModuleList):
         self.config = stages[0].config
 
 
-def padded_vocab(vocab: int, tensor: int) -> int:
-    """Rows of an embedding that a tensor group shares evenly; those beyond `vocab` mean nothing."""
-    return vocab + -vocab % tensor
-
-
 def build_model(
     shape: ModelConfig,
     dtype: torch.dtype = torch.float32,
     parallel: Parallel | None = None,
+    layers: Layers | None = None,
 ) -> Model:
     """This process's part of the model, its weights not yet set (see weights.py).
 
@@ -128,14 +130,16 @@ def build_model(
         shape: the architecture.
         dtype: of parameters and activations, float32 or bfloat16.
         parallel: how the model is split, as given to `process.start`.
+        layers: what its layers are made of; None for Megatron's own.
 
     Raises:
-        UserError: the model cannot be split so.
+        UserError: the model cannot be split so, or its layers cannot run here.
     """
-    parallel = parallel or Parallel()
+    parallel, layers = parallel or Parallel(), layers or Layers()
     check_parallel(shape, parallel, dist.get_world_size())
+    check_layers(layers, shape.head_dim, dtype)
     # One object: what trainable() sets on it must hold for every stage.
-    config = transformer_config(shape, dtype, parallel)
+    config = transformer_config(shape, dtype, parallel, layers)
     numbers = range(parallel.virtual) if parallel.virtual > 1 else (None,)
     return Model(
         shape,
@@ -143,6 +147,7 @@ def build_model(
             PathGPT(
                 shape,
                 config,
+                layers,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
                 vp_stage=number,

@@ -1,4 +1,7 @@
-"""Hugging Face folders: config.json, safetensors and a tokenizer, as every inference engine reads them."""
+"""Hugging Face folders: config.json, safetensors and a tokenizer, as every inference engine reads them.
+
+Wherever weights are read, a checkpoint of Megatron with a config.json beside it will do as well.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.safetensors_files import stored_tensors
+from megatron_parallel_r1.model.torch_dist import MegatronCheckpoint, find_checkpoint, read_weights
+from megatron_parallel_r1.model.weight import table
+
+SHARD_BYTES = 5 * 10**9
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,12 +32,29 @@ if TYPE_CHECKING:
 def load_hf_folder(path: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
     """The architecture and, read one by one as they are asked for, the weights of a folder.
 
+    The weights may also be a distributed checkpoint of Megatron; they come under their Hugging Face names.
+
     Raises:
         UserError: a file is missing or damaged, or the architecture is not supported.
     """
+    config = read_config(path)
+    folder = Path(path)
+    if _is_megatron(folder):
+        checkpoint = MegatronCheckpoint(folder)
+        checkpoint.check(config)
+        return config, read_weights(checkpoint, config)
+    return config, _read(weight_files(folder))
+
+
+def read_config(path: Path | str) -> ModelConfig:
+    """The architecture of a folder.
+
+    Raises:
+        UserError: as `load_hf_folder`.
+    """
     folder = Path(path)
     try:
-        config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+        return ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: no config.json; give the folder of a Hugging Face model on this machine"
@@ -37,7 +63,6 @@ def load_hf_folder(path: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, T
         raise UserError(f"{folder}/config.json is no valid JSON ({error}); copy it again") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    return config, _read(_weight_files(folder))
 
 
 def hf_sizes(path: Path | str) -> dict[str, tuple[int, ...]]:
@@ -46,17 +71,34 @@ def hf_sizes(path: Path | str) -> dict[str, tuple[int, ...]]:
     Raises:
         UserError: as `load_hf_folder`.
     """
-    sizes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(Path(path)):
+    folder = Path(path)
+    if _is_megatron(folder):
+        config = read_config(folder)
+        MegatronCheckpoint(folder).check(config)
+        return dict(part for weight in table(config) for part in weight.parts)
+    return {name: stored.shape for name, stored in stored_tensors(weight_files(folder)).items()}
+
+
+def _is_megatron(folder: Path) -> bool:
+    return not any(folder.glob("*.safetensors")) and find_checkpoint(folder) is not None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a folder's weights: those that its index names, or all.
+
+    Raises:
+        UserError: there are none, or one that the index names is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
         try:
-            with safe_open(file, framework="pt") as tensors:
-                sizes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}); copy it again") from None
-    return sizes
-
-
-def _weight_files(folder: Path) -> list[Path]:
+            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({error}); copy it again") from None
+        for name in named:
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: {name}, which {index.name} names, is missing; copy it again")
+        return [folder / name for name in named]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
@@ -119,9 +161,8 @@ def _write(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     folder.mkdir()
-    weights = {name: tensor.contiguous().cpu() for name, tensor in tensors}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = config.to_hf(next(iter(weights.values())).dtype)
+    dtype = _write_shards(folder, tensors)
+    settings = config.to_hf(dtype)
     generation: dict[str, object] = {"do_sample": True}
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -130,3 +171,46 @@ def _write(
         generation |= stops
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+    """Writes files of up to `SHARD_BYTES` with their index, one in memory at a time; returns the dtype."""
+    shards: list[Path] = []
+    places: dict[str, int] = {}
+    held: dict[str, Tensor] = {}
+    total = size = 0
+    dtype = torch.float32
+
+    def write() -> None:
+        shards.append(folder / f".shard_{len(shards)}")
+        save_file(held, shards[-1], metadata={"format": "pt"})
+        held.clear()
+
+    for name, tensor in tensors:
+        weight = tensor.contiguous().cpu()
+        if held and size + weight.nbytes > SHARD_BYTES:
+            write()
+            size = 0
+        dtype, places[name], held[name] = weight.dtype, len(shards), weight
+        size += weight.nbytes
+        total += weight.nbytes
+    write()
+    names = shard_names(len(shards))
+    for shard, name in zip(shards, names, strict=True):
+        shard.rename(folder / name)
+    if len(names) > 1:
+        write_index(folder, {name: names[place] for name, place in places.items()}, total)
+    return dtype
+
+
+def shard_names(count: int) -> list[str]:
+    """Of `count` weight files, as transformers names them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
+    """Says which tensor is in which of several files, and how many bytes they are together."""
+    told = {"metadata": {"total_size": total}, "weight_map": dict(files)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(told, indent=2) + "\n")

@@ -13,6 +13,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model
 
 
@@ -39,10 +40,17 @@ def trainable(model: Model, adam: Adam) -> tuple[list[DistributedDataParallel], 
     (int32) and a dict to report, then `optimizer.step()`. The schedule itself calls `finalize_model_grads`,
     which divides by the tokens of all micro-batches and processes. A schedule of the learning rate sets
     `group["lr"]` of `optimizer.param_groups`.
+
+    Raises:
+        UserError: matrices are kept in FP8, and the optimizer's state is not split.
     """
     config = model.config
+    if config.fp8_param and not adam.sharded:
+        raise UserError("model.fp8_params: only Megatron's distributed optimizer keeps FP8; split its state")
     reduction = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=adam.sharded
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=adam.sharded,
+        fp8_param_gather=config.fp8_param,
     )
     wrapped = [DistributedDataParallel(config, reduction, stage) for stage in model]
     optimizer = get_megatron_optimizer(
@@ -58,6 +66,7 @@ def trainable(model: Model, adam: Adam) -> tuple[list[DistributedDataParallel], 
             bf16=config.params_dtype == torch.bfloat16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=adam.sharded,
+            fp8_recipe=config.fp8_recipe if config.fp8 else None,
         ),
         wrapped,
     )

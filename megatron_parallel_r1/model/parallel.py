@@ -72,12 +72,17 @@ def check_parallel(
         UserError: something does not divide; it names the setting and a value that does.
     """
     tensor, stages = parallel.tensor, parallel.pipeline * parallel.virtual
-    for name, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn", shape.ffn)):
+    ffn = shape.experts.ffn if shape.experts else shape.ffn
+    for name, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn", ffn)):
         if size % tensor:
             raise UserError(
                 f"parallel: tensor {tensor} does not divide the model's {name} {size}; "
-                f"set tensor to {_below(tensor, shape.heads, shape.kv_heads, shape.ffn)}"
+                f"set tensor to {_below(tensor, shape.heads, shape.kv_heads, ffn)}"
             )
+    if shape.experts and tensor > 1 and not parallel.sequence:
+        raise UserError(
+            f"parallel: under tensor {tensor} Megatron trains experts with sequence alone; set sequence: true"
+        )
     if shape.layers % stages:
         raise UserError(
             f"parallel: {shape.layers} layers cannot be cut into pipeline {parallel.pipeline} x virtual "

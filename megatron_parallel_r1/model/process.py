@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_parallel_r1.errors import PeerLost
+from megatron_parallel_r1.errors import PeerLost, Stopped
 from megatron_parallel_r1.model import cpu
 from megatron_parallel_r1.model.beats import first_line
 from megatron_parallel_r1.model.parallel import Parallel, check_world
@@ -115,14 +115,26 @@ def running(
     heartbeat_s: float = 60,
     join_s: float = 1800,
 ) -> Iterator[Watch]:
-    """`start` on entry; on exit `stop`, or `fail` after an error. Say where the process is by `Watch.at`."""
+    """`start` on entry; on exit `stop`, or `fail` after an error. Say where the process is by `Watch.at`.
+
+    `Stopped` is no error: all processes raise it together.
+    """
     watch = start(seed, parallel, timeout_s, heartbeat_s, join_s)
+    stopped: Stopped | None = None
     try:
-        yield watch
+        try:
+            yield watch
+        except Stopped as asked:
+            stopped = asked
+            if world_size() > 1:
+                # A launcher may end all with the first; what all had to close is closed now.
+                dist.barrier()
     except BaseException as error:
         fail(watch, error)
         raise
     stop(watch)
+    if stopped:
+        raise stopped
 
 
 def _meet(rank: int, hosts: bool, host: str, join_s: float) -> tuple[dist.Store, dist.Store]:

@@ -8,19 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_parallel_r1.model.config import ModelConfig
+
 
 class PositionRotary(nn.Module):
-    """Angles of rotary embeddings (arXiv 2104.09864), bit-equal to transformers' Qwen3 in float32.
+    """Angles of rotary embeddings (arXiv 2104.09864), bit-equal to transformers' in float32.
 
     Args:
-        head_dim: R, all dimensions of a head rotate.
-        theta: the base of the frequencies.
+        shape: says how fast each pair of dimensions turns; all dimensions of a head rotate.
     """
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
+        self.shape = shape
 
     @torch.no_grad()
     def forward(self, positions_1L: Tensor) -> Tensor:
@@ -28,7 +28,6 @@ class PositionRotary(nn.Module):
 
         They are computed anew, never kept in a buffer: a model cast to bfloat16 must not round them.
         """
-        exponents_r = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions_1L.device)
-        frequencies_r = 1.0 / (self.theta ** (exponents_r / self.head_dim))
+        frequencies_r = self.shape.rope_frequencies().to(positions_1L.device)
         angles_Lr = positions_1L[0, :, None].float() * frequencies_r
         return torch.cat((angles_Lr, angles_Lr), dim=-1)[:, None, None, :]

@@ -1,12 +1,19 @@
-"""The layer of the model: Megatron's local layer with our attention under a layout and our RMSNorm.
+"""The layers of the model: Megatron's own, or Transformer Engine's, with our attention under a layout.
 
 Shapes: T tokens (of this process), B rows (1), C channels.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -15,6 +22,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_parallel_r1.model.attention import PathAttention
+from megatron_parallel_r1.model.layers import Layers
+
+# Megatron-Core 0.16.1 reads this name where Transformer Engine, which brings it, is absent, too.
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None
 
 
 class RMSNorm(nn.Module):
@@ -43,13 +55,40 @@ class RMSNorm(nn.Module):
         return self.weight * (wide_TBC * scale_TB1).to(x_TBC.dtype)
 
 
-def local_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, made of Megatron's own modules that need nothing beyond torch."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+def block_spec(
+    config: TransformerConfig, layers: Layers, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage.
+
+    Args:
+        layers: what they are made of, checked by `layers.check_layers`.
+        vp_stage: which of this process's interleaved stages this is, if there are several.
+    """
+    layer = _engine_layer(config) if layers.kind == "transformer_engine" else _local_layer(config)
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PathAttention
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = partial(PathAttention, kernel=layers.attention)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+    )
+
+
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
+    """Megatron's own modules, which need nothing beyond torch, and our RMSNorm."""
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts:
+        # A router has no norm of its own; Transformer Engine's layers keep this name in checkpoints, too.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    attention = layer.submodules.self_attention.submodules
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer
+
+
+def _engine_layer(config: TransformerConfig) -> ModuleSpec:
+    """Transformer Engine's linear layers and norms; each expert by itself, as in the local layers."""
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm
     )

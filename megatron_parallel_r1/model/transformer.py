@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.layers import Layers
 from megatron_parallel_r1.model.parallel import Parallel
 
 
@@ -15,18 +16,24 @@ def _leave_unset(weight: torch.Tensor) -> None:
 
 
 def transformer_config(
-    model: ModelConfig, dtype: torch.dtype = torch.float32, parallel: Parallel | None = None
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    parallel: Parallel | None = None,
+    layers: Layers | None = None,
 ) -> TransformerConfig:
-    """The Megatron configuration of `model`: no dropout, no biases, no fused kernels, deterministic.
+    """The Megatron configuration of `model`: no dropout, no fused kernels, deterministic.
 
     Args:
         model: the architecture.
         dtype: of parameters and activations, float32 or bfloat16.
         parallel: how the model is split, checked by `check_parallel`; None for one process.
+        layers: what the layers are made of; None for Megatron's own.
     """
+    layers = layers or Layers()
     parallel = parallel or Parallel()
     full = parallel.recompute == "full"
-    return TransformerConfig(
+    experts = model.experts
+    config = TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
         num_attention_heads=model.heads,
@@ -35,7 +42,8 @@ def transformer_config(
         ffn_hidden_size=model.ffn,
         normalization="RMSNorm",
         layernorm_epsilon=model.rms_eps,
-        qk_layernorm=True,
+        qk_layernorm=model.qk_norm,
+        add_qkv_bias=model.qkv_bias,
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
@@ -75,4 +83,17 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         cross_entropy_loss_fusion=False,
         cuda_graph_scope=[],  # the default warns that it is deprecated
+        num_moe_experts=experts.count if experts else None,
+        moe_ffn_hidden_size=experts.ffn if experts else None,
+        moe_router_topk=experts.per_token if experts else 2,
+        # A softmax over the chosen alone is that over all, scaled to sum to 1.
+        moe_router_pre_softmax=experts is not None and not experts.renormalized,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype=None,  # the logits' own, as in transformers; the softmax is in float32
+        transformer_impl=layers.kind,
+        **layers.megatron_fields(),
     )
+    # What Megatron's attention multiplies cosines and sines by; it has no such field of its own.
+    if model.rope_gain != 1.0:
+        config.yarn_rotary_scaling_factor = model.rope_scaling.factor
+    return config

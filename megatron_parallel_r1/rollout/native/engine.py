@@ -16,6 +16,7 @@ import torch
 
 from megatron_parallel_r1.rollout.base import Completion, Interrupted, Sampling
 from megatron_parallel_r1.rollout.native.cache import SlotTable
+from megatron_parallel_r1.rollout.native.graphs import Decoder, Decoding
 from megatron_parallel_r1.rollout.native.model import Architecture, DecodeModel
 from megatron_parallel_r1.rollout.native.sampler import draw
 from megatron_parallel_r1.rollout.native.team import Team
@@ -62,6 +63,8 @@ class NativeEngine:
         architecture: of the model whose weights `load_weights` will bring.
         team: the processes that share the engine's weights; None for this process alone.
         max_rows: tokens in one pass at most; longer prompts take several.
+        recurring: decode on shapes that recur, which CUDA graphs replay (graphs.py); None: where there is
+            CUDA. Never for a team or a model with experts.
 
     Raises:
         UserError: the team's size does not divide the model's heads.
@@ -70,13 +73,22 @@ class NativeEngine:
     modes: frozenset[Mode] = frozenset({"isolated", "replay", "causal", "sequential"})
     together = True
 
-    def __init__(self, architecture: Architecture, team: Team | None = None, max_rows: int = 1024) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        team: Team | None = None,
+        max_rows: int = 1024,
+        recurring: bool | None = None,
+    ) -> None:
         self.version = -1
         self.computed_tokens = 0
         self._team = team or Team.alone()
         architecture.shared(self._team.size)
         self._architecture = architecture
         self._max_rows = max_rows
+        recurring = torch.cuda.is_available() if recurring is None else recurring
+        self._recurring = recurring and self._team.size == 1 and not architecture.experts_per_token
+        self._decoder: Decoder | None = None
         self._table = SlotTable()
         self._model: DecodeModel | None = None
         self._requests: list[_Request] = []
@@ -94,7 +106,7 @@ class NativeEngine:
         if self._table.used:
             raise RuntimeError(f"{self._table.used} cache slots are in use; close all contexts first")
         self._team.agree(0, ("weights", version))
-        self._model = None  # The old weights make room before the new ones come.
+        self._drop()
         self._model = DecodeModel(self._architecture, tensors, self._table.slot_count, self._team)
         self.version = version
 
@@ -200,13 +212,17 @@ class NativeEngine:
                 request.done.set_result(None)
         self._requests = [request for request in self._requests if not request.done.done()]
 
+    def _drop(self) -> None:
+        """The old weights, and what was captured with them, make room before the new ones come."""
+        self._model = self._decoder = None
+
     def _take_offer(self, version: int) -> None:
         """Swaps in weights that all ranks of the team have been offered; the cache stays."""
         with self._offering:
             tensors = self._offers[version]
             self._offers = {other: kept for other, kept in self._offers.items() if other > version}
         cache_LSX = self._model.cache_LSX if self._model else None
-        self._model = None
+        self._drop()
         self._model = DecodeModel(self._architecture, tensors, 0, self._team)
         self._model.cache_LSX = cache_LSX or self._model.cache_LSX
         self.version = version
@@ -247,12 +263,18 @@ class NativeEngine:
             self._model.grow(self._table.slot_count)
         tokens = [token for c, count in zip(contexts, counts, strict=True) for token in c.pending[:count]]
         positions_N = np.repeat([context.position for context in contexts], counts) + steps
+        seen_NT = self._table.slots_CT[rows, : lengths_N.max()]
+        if self._recurring and len(rows) == len(contexts):
+            self._decoder = self._decoder or Decoder(self._model)
+            return self._decoder.logits(
+                Decoding(np.asarray(tokens), positions_N, slots_N, seen_NT, lengths_N)
+            )
         device = self._model.device
         return self._model.forward(
             tokens_N=torch.tensor(tokens, device=device),
             positions_N=torch.from_numpy(positions_N).to(device),
             slots_N=torch.from_numpy(slots_N).to(device),
-            seen_NT=torch.from_numpy(self._table.slots_CT[rows, : lengths_N.max()]).to(device),
+            seen_NT=torch.from_numpy(seen_NT).to(device),
             lengths_N=torch.from_numpy(lengths_N).to(device),
             wanted=torch.from_numpy(ends - 1).to(device),
         )

@@ -1,4 +1,4 @@
-"""Qwen3's forward pass for decoding: rows of tokens, each with its own list of cache slots.
+"""A decoder's forward pass: rows of tokens, each with its own list of cache slots.
 
 Takes weights under their Hugging Face names, as a server does, and fuses them once per update. Prefill and
 decode are the same pass: a row is one token, wherever in whichever context it stands. In a team each process
@@ -17,12 +17,21 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from megatron_parallel_r1.rollout.native.feed_forward import Dense, Experts
 from megatron_parallel_r1.rollout.native.limits import check_heads
 from megatron_parallel_r1.rollout.native.parts import own_part
 from megatron_parallel_r1.rollout.native.team import Team
+from megatron_parallel_r1.rope import RopeScaling, rope_frequencies, rope_gain
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+
+
+class ShapeOfExperts(Protocol):
+    """The fields of `model.config.Experts` that decoding needs."""
+
+    per_token: int
+    renormalized: bool
 
 
 class Shape(Protocol):
@@ -35,11 +44,18 @@ class Shape(Protocol):
     rms_eps: float
     rope_theta: float
     tied: bool
+    rope_scaling: RopeScaling | None
+    experts: ShapeOfExperts | None
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What the forward pass needs of a Qwen3 `config.json`."""
+    """What the forward pass needs of a `config.json`; which norms and biases there are, the weights tell.
+
+    Attributes:
+        experts_per_token: how many of the experts a token goes through; 0: there are none.
+        renormalized: whether their weights are scaled to sum to 1.
+    """
 
     layers: int
     heads: int
@@ -48,6 +64,9 @@ class Architecture:
     norm_eps: float
     rope_theta: float
     tied: bool
+    rope_scaling: RopeScaling | None = None
+    experts_per_token: int = 0
+    renormalized: bool = True
 
     @classmethod
     def of(cls, shape: Shape) -> Architecture:
@@ -59,6 +78,9 @@ class Architecture:
             norm_eps=shape.rms_eps,
             rope_theta=shape.rope_theta,
             tied=shape.tied,
+            rope_scaling=shape.rope_scaling,
+            experts_per_token=shape.experts.per_token if shape.experts else 0,
+            renormalized=shape.experts is None or shape.experts.renormalized,
         )
 
     def shared(self, size: int) -> Architecture:
@@ -75,12 +97,12 @@ class Architecture:
 class _Layer:
     attention_norm_E: torch.Tensor
     qkv_AE: torch.Tensor
-    query_norm_D: torch.Tensor
-    key_norm_D: torch.Tensor
+    qkv_bias_A: torch.Tensor | None
+    query_norm_D: torch.Tensor | None
+    key_norm_D: torch.Tensor | None
     output_EA: torch.Tensor
     mlp_norm_E: torch.Tensor
-    gate_up_FE: torch.Tensor
-    down_EF: torch.Tensor
+    mlp: Dense | Experts
 
 
 class DecodeModel:
@@ -112,10 +134,14 @@ class DecodeModel:
         self.embedding_VE = by_name[EMBEDDING]
         self.head_VE = self.embedding_VE if architecture.tied else by_name[HEAD]
         self.norm_E = by_name["model.norm.weight"]
-        self.layers = [_fused(by_name, f"{prefix}{index}.") for index in range(architecture.layers)]
-        dim = architecture.head_dim
-        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-        self.frequencies = (1.0 / architecture.rope_theta**exponents).to(self.embedding_VE.device)
+        self.layers = [
+            _fused(by_name, f"{prefix}{index}.", architecture) for index in range(architecture.layers)
+        ]
+        frequencies = rope_frequencies(
+            architecture.head_dim, architecture.rope_theta, architecture.rope_scaling
+        )
+        self.frequencies = frequencies.to(self.embedding_VE.device)
+        self.rope_gain = rope_gain(architecture.rope_scaling)
         self.cache_LSX = [self._empty_cache(slots) for _ in self.layers]
 
     @property
@@ -137,6 +163,7 @@ class DecodeModel:
         seen_NT: torch.Tensor,
         lengths_N: torch.Tensor,
         wanted: torch.Tensor,
+        groups: list[tuple[torch.Tensor, int]] | None = None,
     ) -> torch.Tensor:
         """Writes each row's key and value into its slot and returns logits [len(wanted), V], float32.
 
@@ -146,25 +173,30 @@ class DecodeModel:
             seen_NT: slots that a row sees, itself last; padded with any slot number.
             lengths_N: how many of those count.
             wanted: rows whose next token is asked for.
+            groups: rows that are attended together, with the longest length among each; None: such of
+                similar length, for which the host has to know the lengths.
         """
         a = self.architecture
         cos_N1D, sin_N1D = self._rotation(positions_N)
         hidden_NE = self._embed(tokens_N)
         key_sizes = [a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim]
-        groups = _groups(lengths_N)
+        groups = groups or _groups(lengths_N)
         for layer, cache_SX in zip(self.layers, self.cache_LSX, strict=True):
             normed_NE = _rms_norm(hidden_NE, layer.attention_norm_E, a.norm_eps)
-            query_NX, key_NX, value_NX = F.linear(normed_NE, layer.qkv_AE).split(key_sizes, dim=-1)
-            query_NHD = _rms_norm(query_NX.unflatten(-1, (a.heads, -1)), layer.query_norm_D, a.norm_eps)
-            key_NKD = _rms_norm(key_NX.unflatten(-1, (a.kv_heads, -1)), layer.key_norm_D, a.norm_eps)
+            qkv_NX = F.linear(normed_NE, layer.qkv_AE, layer.qkv_bias_A)
+            query_NX, key_NX, value_NX = qkv_NX.split(key_sizes, dim=-1)
+            query_NHD = query_NX.unflatten(-1, (a.heads, -1))
+            key_NKD = key_NX.unflatten(-1, (a.kv_heads, -1))
+            if layer.query_norm_D is not None:
+                query_NHD = _rms_norm(query_NHD, layer.query_norm_D, a.norm_eps)
+                key_NKD = _rms_norm(key_NKD, layer.key_norm_D, a.norm_eps)
             query_NHD = _rotate(query_NHD, cos_N1D, sin_N1D)
             key_NKD = _rotate(key_NKD, cos_N1D, sin_N1D)
             cache_SX[slots_N] = torch.cat([key_NKD.flatten(1), value_NX], dim=-1)
             attended_NX = self._attend(query_NHD, cache_SX, seen_NT, lengths_N, groups)
             hidden_NE = hidden_NE + self.team.sum(F.linear(attended_NX, layer.output_EA))
             normed_NE = _rms_norm(hidden_NE, layer.mlp_norm_E, a.norm_eps)
-            gate_NF, up_NF = F.linear(normed_NE, layer.gate_up_FE).chunk(2, dim=-1)
-            hidden_NE = hidden_NE + self.team.sum(F.linear(F.silu(gate_NF) * up_NF, layer.down_EF))
+            hidden_NE = hidden_NE + self.team.sum(layer.mlp(normed_NE))
         last_NE = _rms_norm(hidden_NE[wanted], self.norm_E, a.norm_eps)
         logits_NV = self.team.gather_columns(F.linear(last_NE, self.head_VE))
         return logits_NV[:, : self.vocabulary].float()
@@ -202,27 +234,41 @@ class DecodeModel:
     def _rotation(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles_N1D = (positions_N[:, None].float() * self.frequencies).repeat(1, 2)[:, None]
         dtype = self.embedding_VE.dtype
-        return angles_N1D.cos().to(dtype), angles_N1D.sin().to(dtype)
+        gain = self.rope_gain
+        return (angles_N1D.cos() * gain).to(dtype), (angles_N1D.sin() * gain).to(dtype)
 
     def _empty_cache(self, slots: int) -> torch.Tensor:
         return self.embedding_VE.new_zeros(slots, 2 * self.architecture.kv_heads * self.architecture.head_dim)
 
 
-def _fused(by_name: dict[str, torch.Tensor], prefix: str) -> _Layer:
+def _fused(by_name: dict[str, torch.Tensor], prefix: str, architecture: Architecture) -> _Layer:
     """Takes a layer's weights out of `by_name`: fused and unfused, only one layer's exist at once."""
 
     def weight(name: str) -> torch.Tensor:
         return by_name.pop(f"{prefix}{name}.weight")
 
+    def mlp(name: str) -> Dense:
+        gate_up_FE = torch.cat([weight(f"{name}.gate_proj"), weight(f"{name}.up_proj")])
+        return Dense(gate_up_FE, weight(f"{name}.down_proj"))
+
+    has_norms = f"{prefix}self_attn.q_norm.weight" in by_name
+    has_bias = f"{prefix}self_attn.q_proj.bias" in by_name
+    biases = [by_name.pop(f"{prefix}self_attn.{part}_proj.bias") for part in "qkv"] if has_bias else []
+    if architecture.experts_per_token:
+        router_XE = weight("mlp.gate")
+        experts = [mlp(f"mlp.experts.{index}") for index in range(len(router_XE))]
+        feed_forward = Experts(router_XE, experts, architecture.experts_per_token, architecture.renormalized)
+    else:
+        feed_forward = mlp("mlp")
     return _Layer(
         attention_norm_E=weight("input_layernorm"),
         qkv_AE=torch.cat([weight(f"self_attn.{part}_proj") for part in "qkv"]),
-        query_norm_D=weight("self_attn.q_norm"),
-        key_norm_D=weight("self_attn.k_norm"),
+        qkv_bias_A=torch.cat(biases) if has_bias else None,
+        query_norm_D=weight("self_attn.q_norm") if has_norms else None,
+        key_norm_D=weight("self_attn.k_norm") if has_norms else None,
         output_EA=weight("self_attn.o_proj"),
         mlp_norm_E=weight("post_attention_layernorm"),
-        gate_up_FE=torch.cat([weight("mlp.gate_proj"), weight("mlp.up_proj")]),
-        down_EF=weight("mlp.down_proj"),
+        mlp=feed_forward,
     )
 
 

@@ -26,7 +26,7 @@ def own_part(name: str, tensor: torch.Tensor, team: Team) -> torch.Tensor:
     Parts have one size. Where it does not divide the tensor's, zeros fill the last: features that are always
     0, and logits that whoever gathers them cuts off. Heads must divide (limits.py).
     """
-    cut = CUT.get(name.removesuffix(".weight").rpartition(".")[2])
+    cut = CUT.get(name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2])
     if cut is None or team.size == 1:
         return tensor.detach().clone()
     whole = tensor.shape[cut]

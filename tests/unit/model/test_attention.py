@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.model.attention import path_attention
-from megatron_parallel_r1.model.tiles import plan_tiles, visible
+from megatron_parallel_r1.model.attention.tiled import tiled_attention
+from megatron_parallel_r1.model.attention.tiles import plan_tiles, visible
 from tests.unit.model.rows import Row, causal_row, random_row
 
 ROWS = [random_row(seed, documents=1 + seed % 3, depth=1 + seed % 3) for seed in range(8)]
@@ -28,7 +28,7 @@ def dense(query_LHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, sees_LL: Tensor
 def worst_difference(row: Row, heads: int, groups: int, dtype: torch.dtype, tile: int) -> float:
     *leaves, grad_LHD = inputs(len(row), heads, groups, 8, dtype)
     ours, theirs = ([x.clone().requires_grad_() for x in leaves] for _ in range(2))
-    out_LHD = path_attention(*ours, row.layout_KL, 8**-0.5, tile)
+    out_LHD = tiled_attention(*ours, row.layout_KL, 8**-0.5, tile)
     expected_LHD = dense(*theirs, row.sees_LL)
     out_LHD.backward(grad_LHD)
     expected_LHD.backward(grad_LHD)
@@ -65,16 +65,16 @@ def test_gradcheck() -> None:
         dtype=torch.int32,
     )
     leaves = [x.requires_grad_() for x in inputs(9, 2, 1, 2, torch.float64)[:3]]
-    assert torch.autograd.gradcheck(lambda q, k, v: path_attention(q, k, v, layout_KL, 0.5, 2), leaves)
+    assert torch.autograd.gradcheck(lambda q, k, v: tiled_attention(q, k, v, layout_KL, 0.5, 2), leaves)
 
 
 def test_bfloat16_keeps_its_softmax_in_float32() -> None:
     row = ROWS[4]
     query, key, value, _ = inputs(len(row), 4, 2, 8, torch.bfloat16)
-    out_LHD = path_attention(query, key, value, row.layout_KL, 8**-0.5)
+    out_LHD = tiled_attention(query, key, value, row.layout_KL, 8**-0.5)
     exact_LHD = dense(query.float(), key.float(), value.float(), row.sees_LL)
     assert out_LHD.dtype == torch.bfloat16
-    assert torch.equal(out_LHD, path_attention(query, key, value, row.layout_KL, 8**-0.5, 16))
+    assert torch.equal(out_LHD, tiled_attention(query, key, value, row.layout_KL, 8**-0.5, 16))
     assert (out_LHD - exact_LHD).abs().max() <= exact_LHD.abs().max() * 2**-8
 
 
@@ -109,7 +109,7 @@ def test_a_part_of_the_queries_against_all_keys() -> None:
     row = ROWS[5]
     query, key, value, _ = inputs(len(row), 4, 2, 8, torch.float64)
     part = slice(len(row) // 3, len(row) - 5)
-    out_QHD = path_attention(query[part], key, value, row.layout_KL[:, part], 8**-0.5, 16)
+    out_QHD = tiled_attention(query[part], key, value, row.layout_KL[:, part], 8**-0.5, 16)
     assert (out_QHD - dense(query, key, value, row.sees_LL)[part]).abs().max() < 1e-13
 
 
@@ -119,6 +119,6 @@ def test_memory_is_linear_in_the_row() -> None:
         query, key, value, _ = (x.requires_grad_() for x in inputs(length, 2, 1, 4, torch.float32))
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
-            path_attention(query, key, value, causal_row(length).layout_KL, 1.0)
+            tiled_attention(query, key, value, causal_row(length).layout_KL, 1.0)
         saved.append(sum(x.numel() for x in kept))
     assert saved[1] == 4 * saved[0]

@@ -13,6 +13,8 @@ QWEN3 = ModelConfig(
     hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=112, vocab=97, rope_theta=1e4, tied=False
 )
 
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+
 
 def test_round_trip() -> None:
     assert ModelConfig.from_hf(QWEN3.to_hf()) == QWEN3
@@ -30,9 +32,12 @@ def test_a_config_of_transformers_4_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn'"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'"),
+        ({"rope_scaling": LINEAR}, "rope_scaling and rope_parameters say different things"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "needs factor"),
+        ({"rope_parameters": LINEAR | {"mscale": 0.7}}, "mscale = 0.7 of rope_type 'linear'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"attention_bias": True}, "attention_bias"),

@@ -113,7 +113,7 @@ def test_rotary_angles_are_those_of_transformers() -> None:
     config = hf_model(tied=True).config
     positions_1L = torch.tensor([[0, 1, 2, 1, 2, 3, 4095, 77]])
     cos_1LR, sin_1LR = Qwen3RotaryEmbedding(config)(torch.zeros(1), positions_1L)
-    angles_LR = PositionRotary(config.head_dim, config.rope_parameters["rope_theta"])(positions_1L)[:, 0, 0]
+    angles_LR = PositionRotary(ModelConfig.from_hf(config.to_dict()))(positions_1L)[:, 0, 0]
     assert torch.equal(angles_LR.cos(), cos_1LR[0]) and torch.equal(angles_LR.sin(), sin_1LR[0])
 
 

@@ -1,31 +1,22 @@
-"""Attention under a layout in O(L) memory: tiles that nobody may see are never computed.
+"""Attention under a layout by plain torch in O(L) memory: tiles that nobody may see are never computed.
 
 Queries are taken C at a time against the keys that at least one of them sees (tiles.py); a mask is built
 only where some see and others do not. Backward computes the weights of a tile anew, as in FlashAttention
 (arXiv 2205.14135), so no mask and no score outlives its tile.
 
-Shapes: Q queries of this process, L keys of the row (more than Q under context parallelism), B = 1 row,
-H query heads in G groups that share a key/value head (H = G * R), D head dimension, C tile size,
-N = R * C rows of a query tile, S keys that a query tile sees, K rows of the layout.
+Shapes: Q queries of this process, L keys of the row (more than Q under context parallelism), H query heads in
+G groups that share a key/value head (H = G * R), D head dimension, C tile size, N = R * C rows of a query
+tile, S keys that a query tile sees, K rows of the layout.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_parallel_r1.model.tiles import QueryTile, Span, plan_tiles, visible
-from megatron_parallel_r1.thought.packing import context_indices
+from megatron_parallel_r1.model.attention.tiles import QueryTile, Span, plan_tiles, visible
 
 TILE = 64
 
@@ -105,7 +96,7 @@ class _TiledAttention(torch.autograd.Function):
         return query_grad_GRQD, key_grad_GLD.to(key_GLD), value_grad_GLD.to(value_GLD), None, None, None
 
 
-def path_attention(
+def tiled_attention(
     query_QHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, layout_KQ: Tensor, scale: float, tile: int = TILE
 ) -> Tensor:
     """Attention of one packed row under its layout, differentiable once.
@@ -126,54 +117,3 @@ def path_attention(
     key_GLD, value_GLD = (x_LGD.transpose(0, 1).contiguous() for x_LGD in (key_LGD, value_LGD))
     out_GRQD = _TiledAttention.apply(query_GRQD, key_GLD, value_GLD, layout_KQ, scale, tile)
     return out_GRQD.flatten(0, 1).transpose(0, 1)
-
-
-def _whole_row(part_QGD: Tensor) -> Tensor:
-    """Keys or values of the whole row, from each context-parallel rank's part, in the order of the row.
-
-    Backward sums the gradients of all ranks and gives each its part.
-    """
-    group = parallel_state.get_context_parallel_group()
-    if group.size() == 1:
-        return part_QGD
-    gathered_LGD = gather_from_sequence_parallel_region(part_QGD, group=group)
-    held = [context_indices(len(gathered_LGD), rank, group.size()) for rank in range(group.size())]
-    order_L = torch.from_numpy(np.argsort(np.concatenate(held))).to(part_QGD.device)
-    return gathered_LGD[order_L]
-
-
-class PathAttention(MegatronModule):
-    """Megatron's core attention, where `attention_mask` carries the layout of the one packed row.
-
-    The arguments are those of Megatron's CoreAttentionBuilder protocol.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(config)
-        self.scale = softmax_scale or config.kv_channels**-0.5
-
-    def forward(
-        self,
-        query_QBHD: Tensor,
-        key_LBGD: Tensor,
-        value_LBGD: Tensor,
-        layout_KQ: Tensor,
-        /,
-        *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """Returns [Q, B, H * D]; `attn_mask_type` is Megatron's and says nothing here."""
-        key_LGD, value_LGD = _whole_row(key_LBGD[:, 0]), _whole_row(value_LBGD[:, 0])
-        out_QHD = path_attention(query_QBHD[:, 0], key_LGD, value_LGD, layout_KQ, self.scale)
-        return out_QHD.flatten(1).unsqueeze(1)

@@ -1,0 +1,128 @@
+"""Reading tensors, or some of their rows and columns, out of safetensors files without mapping them.
+
+A mapped file counts towards a process's memory page by page as it is read; these reads leave nothing behind.
+The format: 8 bytes with the length of a JSON header, the header, the tensors' bytes
+(https://github.com/huggingface/safetensors#format).
+
+Shapes: G groups of r rows each, X what a row consists of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from megatron_parallel_r1.errors import UserError
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+)
+NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
+BLOCK = 2**26  # bytes read at a time where they cannot go straight to their place
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file, its first byte at `begin`."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    def read(self) -> Tensor:
+        """All of it.
+
+        Raises:
+            UserError: as `read_into`.
+        """
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(out[None])
+        return out
+
+    @torch.no_grad()
+    def read_into(self, out_GrX: Tensor, row: int = 0, column: int | None = None) -> None:
+        """Fills `out_GrX`, cast to its dtype, with the G * r rows from `row` on.
+
+        Args:
+            out_GrX: a view of any strides; it wants the rows' columns from `column` on, None: whole rows.
+
+        Raises:
+            UserError: the file cannot be read, or ends too early.
+        """
+        width = prod(self.shape[1:]) * self.dtype.itemsize
+        groups, rows = out_GrX.shape[:2]
+        # Where it is one piece of memory of the right dtype, bytes go there; otherwise through a block.
+        if column is None and out_GrX.dtype == self.dtype and out_GrX.is_contiguous():
+            self._read_bytes(out_GrX, self.begin + row * width)
+            return
+        step_r = rows if groups > 1 else max(1, BLOCK // max(width, 1))
+        step_G = max(1, BLOCK // max(width * rows, 1))
+        for group in range(0, groups, step_G):
+            for first in range(0, rows, step_r):
+                part = out_GrX[group : group + step_G, first : first + step_r]
+                block = torch.empty((*part.shape[:2], *self.shape[1:]), dtype=self.dtype)
+                self._read_bytes(block, self.begin + (row + group * rows + first) * width)
+                part.copy_(block if column is None else block[..., column : column + part.shape[-1]])
+
+    def _read_bytes(self, out: Tensor, offset: int) -> None:
+        memory = memoryview(out.view(-1).view(torch.uint8).numpy())
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                stream.seek(offset)
+                while memory:
+                    count = stream.readinto(memory)
+                    if not count:
+                        raise UserError(f"{self.file} ends within {self.name}; copy it again")
+                    memory = memory[count:]
+        except OSError as error:
+            raise UserError(f"{self.file} cannot be read ({error.strerror}); copy it again") from None
+
+
+def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
+    """Everything that is in some files.
+
+    Raises:
+        UserError: a file is damaged, a tensor is in two of them, or of a dtype that is not computed with.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, told in _header(file).items():
+            if name in found:
+                raise UserError(f"{name} is in {found[name].file.name} and in {file}; delete one of the two")
+            if told["dtype"] not in DTYPES:
+                raise UserError(
+                    f"{file}: {name} is of dtype {told['dtype']}; first cast it to one of {', '.join(DTYPES)}"
+                )
+            dtype = DTYPES[told["dtype"]]
+            found[name] = StoredTensor(file, name, dtype, tuple(told["shape"]), told["begin"])
+    return found
+
+
+def _header(file: Path) -> dict[str, dict]:
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            size = file.stat().st_size
+            if length > size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name, told in header.items():
+            begin, end = told["data_offsets"]
+            if 8 + length + end > size:
+                raise ValueError(f"it ends before {name} does")
+            told["begin"] = 8 + length + begin
+        return header
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); copy it again") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}); copy it again") from None

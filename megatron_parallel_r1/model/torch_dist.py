@@ -1,0 +1,223 @@
+"""Reading weights out of Megatron's distributed checkpoints ("torch_dist"), without Megatron or its ranks.
+
+Such a checkpoint holds whole tensors in pieces, whatever the layout was that wrote it. Their names are those
+of Megatron's own modules, but for norms that Transformer Engine fuses into the matrix behind them, and
+experts, which are rows of one tensor of a rank more. Megatron-LM may also stack all layers in that way.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.weight import Weight, table
+
+TRACKER = "latest_checkpointed_iteration.txt"
+# What else a training run keeps beside its weights.
+_NO_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
+
+
+def checkpoint_key(weight: Weight, has_experts: bool) -> str:
+    """The name of the whole tensor that `weight` is, or of which it is row `weight.expert`.
+
+    Args:
+        has_experts: whether the model has; the norm before a router is fused into nothing.
+    """
+    name = weight.name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+    if not has_experts:
+        name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+    if weight.expert is not None:
+        name = name.replace(f".local_experts.{weight.expert}.", ".experts.")
+    return name
+
+
+def _places(weight: Weight, has_experts: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Where a checkpoint may have a weight: the name of a tensor, and which of its rows."""
+    expert = () if weight.expert is None else (weight.expert,)
+    for name in (checkpoint_key(weight, has_experts), weight.name):
+        yield name, expert
+        if weight.layer is not None:
+            yield name.replace(f".layers.{weight.layer}.", ".layers.", 1), (weight.layer, *expert)
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The folder with the pieces: `path` itself, or that which its tracker names; None if neither is."""
+    if (path / ".metadata").is_file():
+        return path
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return None
+    word = tracker.read_text().strip()
+    folder = path / (f"iter_{int(word):07d}" if word.isdigit() else word)
+    if not (folder / ".metadata").is_file():
+        raise UserError(
+            f"{tracker} names {folder.name}, which holds no distributed checkpoint; copy it again"
+        )
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where a tensor of a checkpoint is, in which file, and which rectangle of the whole it is."""
+
+    file: Path
+    begin: int
+    length: int
+    corner: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class MegatronCheckpoint:
+    """A distributed checkpoint, its index in memory.
+
+    Attributes:
+        folder: with the pieces.
+        sizes: of all its tensors.
+        dtypes: likewise.
+
+    Raises:
+        UserError: there is none in `path`, or its index is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        folder = find_checkpoint(path)
+        if folder is None:
+            raise UserError(
+                f"{path}: no distributed checkpoint of Megatron (.metadata is missing); give its folder. "
+                "A legacy one (mp_rank_…) has first to be saved anew with --ckpt-format torch_dist"
+            )
+        self.folder = folder
+        try:
+            self._metadata: Metadata = FileSystemReader(folder).read_metadata()
+        except (pickle.UnpicklingError, EOFError, AttributeError, OSError, ImportError) as error:
+            raise UserError(f"{folder}/.metadata is damaged ({error}); copy it again") from None
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            key: told
+            for key, told in self._metadata.state_dict_metadata.items()
+            if isinstance(told, TensorStorageMetadata)
+        }
+        self.sizes: Mapping[str, tuple[int, ...]] = {key: tuple(t.size) for key, t in self._tensors.items()}
+        self.dtypes: Mapping[str, torch.dtype] = {key: t.properties.dtype for key, t in self._tensors.items()}
+
+    @property
+    def weight_keys(self) -> set[str]:
+        """Those that are weights of a model."""
+        return {
+            key for key in self.sizes if not key.startswith(_NO_WEIGHTS) and not key.endswith("_extra_state")
+        }
+
+    def check(self, shape: ModelConfig) -> None:
+        """Holds names and sizes against a model.
+
+        Raises:
+            UserError: a tensor is missing, unknown or of another size.
+        """
+        problems, used = [], set()
+        for weight in table(shape):
+            found = self._located(weight, shape)
+            if found is None:
+                problems.append(f"{checkpoint_key(weight, shape.experts is not None)} is missing")
+                continue
+            key, index = found
+            used.add(key)
+            size = self.sizes[key][len(index) :]
+            fits = size == weight.shape
+            if weight.vocabulary:  # filled up by whoever wrote it
+                fits = size[1:] == weight.shape[1:] and size[0] >= weight.shape[0]
+            if not fits:
+                problems.append(f"{key} is {self.sizes[key]} instead of {weight.shape}")
+        problems += [f"{key} is unknown" for key in self.weight_keys - used]
+        if problems:
+            shown = "; ".join(sorted(problems)[:5])
+            more = f"; and {len(problems) - 5} more" if problems[5:] else ""
+            raise UserError(
+                f"{self.folder} does not fit the model: {shown}{more}. Give the config.json of this model"
+            )
+
+    def dtype(self, weight: Weight, shape: ModelConfig) -> torch.dtype:
+        """Of a weight that `check` has found."""
+        return self.dtypes[self._located(weight, shape)[0]]
+
+    @torch.no_grad()
+    def read(self, weight: Weight, shape: ModelConfig) -> Tensor:
+        """The whole Megatron parameter, its vocabulary cut to the model's.
+
+        Raises:
+            UserError: a piece cannot be read, or one is missing.
+        """
+        key, index = self._located(weight, shape)
+        out = torch.empty(weight.shape, dtype=self.dtypes[key])
+        filled = 0
+        for piece in self.pieces(key):
+            lead = tuple(zip(piece.corner, piece.sizes, strict=True))[: len(index)]
+            if not all(start <= i < start + size for i, (start, size) in zip(index, lead, strict=True)):
+                continue
+            place = tuple(
+                slice(start, min(start + size, limit))
+                for start, size, limit in zip(
+                    piece.corner[len(index) :], piece.sizes[len(index) :], out.shape, strict=True
+                )
+            )
+            held = self._load(key, piece)[tuple(i - start for i, (start, _) in zip(index, lead, strict=True))]
+            if held.shape == out.shape:
+                return held
+            target = out[place]
+            target.copy_(held[tuple(slice(0, size) for size in target.shape)])
+            filled += target.numel()
+        if filled != out.numel():
+            raise UserError(f"{self.folder}: pieces of {key} are missing; copy the checkpoint again")
+        return out
+
+    def pieces(self, key: str) -> list[Piece]:
+        """Of a tensor."""
+        made = []
+        for chunk in self._tensors[key].chunks:
+            told = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            if getattr(told, "transform_descriptors", None):
+                raise UserError(f"{self.folder}: {key} is stored transformed; save it without extensions")
+            made.append(
+                Piece(
+                    self.folder / told.relative_path,
+                    told.offset,
+                    told.length,
+                    tuple(chunk.offsets),
+                    tuple(chunk.sizes),
+                )
+            )
+        return made
+
+    def _load(self, key: str, piece: Piece) -> Tensor:
+        try:
+            with piece.file.open("rb") as stream:
+                if piece.file.stat().st_size < piece.begin + piece.length:
+                    raise UserError(f"{piece.file} ends within {key}; copy it again")
+                held = torch.load(
+                    _create_file_view(stream, piece.begin, piece.length), "cpu", weights_only=True
+                )
+        except OSError as error:
+            raise UserError(f"{piece.file} cannot be read ({error.strerror}); copy it again") from None
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"{piece.file}: {key} is damaged ({error}); copy it again") from None
+        return held.view(piece.sizes)
+
+    def _located(self, weight: Weight, shape: ModelConfig) -> tuple[str, tuple[int, ...]] | None:
+        places = _places(weight, shape.experts is not None)
+        return next(((key, index) for key, index in places if key in self.sizes), None)
+
+
+def read_weights(checkpoint: MegatronCheckpoint, shape: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """All weights under their Hugging Face names, one after another."""
+    for weight in table(shape):
+        yield from zip(
+            (name for name, _ in weight.parts), weight.split([checkpoint.read(weight, shape)]), strict=True
+        )

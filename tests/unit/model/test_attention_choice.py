@@ -1,0 +1,143 @@
+"""FlexAttention under a layout, the lists of tiles that kernels walk, and who computes what where."""
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.attention import path_attention
+from megatron_parallel_r1.model.attention.choice import check_kernel, chosen_kernel
+from megatron_parallel_r1.model.attention.flex import block_mask, flex_attention
+from megatron_parallel_r1.model.attention.memo import LayoutMemo
+from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_sight, transposed
+from megatron_parallel_r1.thought.packing import context_indices
+from tests.unit.model.kernels.dense import dense_attention
+from tests.unit.model.kernels.layouts import layouts
+
+KINDS = list(layouts())
+
+
+def inputs(queries: int, keys: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(keys)
+    return [torch.randn(shape, generator=generator) for shape in ((queries, 4, 16), *2 * [(keys, 2, 16)])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_flex_equals_the_definition(kind: str, parts: int) -> None:
+    layout_KL, sees_LL = layouts()[kind]
+    length = layout_KL.shape[1] // 4 * 4
+    for rank in range(parts):
+        here = torch.from_numpy(context_indices(length, rank, parts))
+        query, key, value = inputs(len(here), length)
+        out_QHD = flex_attention(query, key, value, layout_KL[:, here].contiguous(), 0.25, compiled=False)
+        expected_QHD = dense_attention(query, key, value, sees_LL[here, :length], 0.25)[0]
+        # float32 sums of a few hundred products, each rounded to 2^-24.
+        assert (out_QHD - expected_QHD).abs().max() < 2e-6 * expected_QHD.abs().max()
+
+
+@pytest.mark.slow
+def test_flex_compiles_and_skips_blocks() -> None:
+    """Compiled it never looks into the blocks that its mask leaves out, so they must be left out rightly."""
+    layout_KL, sees_LL = layouts()["replay"]
+    query, key, value = inputs(len(sees_LL), len(sees_LL))
+    expected_LHD = dense_attention(query, key, value, sees_LL, 0.25)[0]
+    out_LHD = flex_attention(query, key, value, layout_KL, 0.25)
+    assert (out_LHD - expected_LHD).abs().max() < 2e-6 * expected_LHD.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_block_mask_holds_all_that_is_seen(kind: str) -> None:
+    layout_KL, sees_LL = layouts()[kind]
+    seen_IJ = block_mask(layout_KL, len(sees_LL)).to_dense()[0, 0].bool()
+    index_L = torch.arange(len(sees_LL)) // 128
+    assert (seen_IJ[index_L][:, index_L] | ~sees_LL).all()
+
+
+def test_flex_has_no_backward_on_a_cpu() -> None:
+    layout_KL, _ = layouts()["causal"]
+    query, key, value = inputs(layout_KL.shape[1], layout_KL.shape[1])
+    with pytest.raises(UserError, match="flex has no backward on a CPU"):
+        flex_attention(query.requires_grad_(), key, value, layout_KL, 0.25)
+
+
+def covered(
+    lists: TileLists, rows: int, columns: int, row_tile: int, column_tile: int
+) -> tuple[Tensor, Tensor]:
+    """Which pairs a kernel that walks these lists computes, and which of them without a mask."""
+    needed, whole = torch.zeros(2, rows, columns, dtype=torch.bool)
+    for i, (tiles_J, wholes, count) in enumerate(
+        zip(lists.tiles_IJ, lists.whole_I, lists.needed_I, strict=True)
+    ):
+        for place, j in enumerate(tiles_J[:count].tolist()):
+            here = (slice(i * row_tile, (i + 1) * row_tile), slice(j * column_tile, (j + 1) * column_tile))
+            assert not needed[here].any()
+            needed[here] = True
+            whole[here] = place < wholes
+    return needed, whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tiles", [(16, 16), (32, 8), (5, 64)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_lists_hold_all_that_is_seen_from_either_side(kind: str, tiles: tuple[int, int], parts: int) -> None:
+    layout_KL, sees_LL = layouts()[kind]
+    length = len(sees_LL) // 4 * 4
+    for rank in range(parts):
+        here = torch.from_numpy(context_indices(length, rank, parts))
+        sees_QL, (query_tile, key_tile) = sees_LL[here, :length], tiles
+        sight = tile_sight(layout_KL[:, here], length, query_tile, key_tile)
+        needed_QL, whole_QL = covered(tile_lists(sight), len(here), length, query_tile, key_tile)
+        needed_LQ, whole_LQ = covered(tile_lists(transposed(sight)), length, len(here), key_tile, query_tile)
+        assert torch.equal(needed_QL, needed_LQ.T) and torch.equal(whole_QL, whole_LQ.T)
+        assert (needed_QL | ~sees_QL).all()
+        assert (sees_QL | ~whole_QL).all()
+
+
+def test_lists_of_a_long_row_leave_out_what_siblings_hide() -> None:
+    """Two paths of 512 behind a prompt of 512: the second skips the first, whole and half-seen tiles are as
+    few as the triangle has."""
+    layout_KL = torch.zeros(4, 1536, dtype=torch.int32)
+    layout_KL[0] = torch.arange(1536)
+    layout_KL[2, 1024:], layout_KL[3, 1024:] = 512, 1024
+    lists = tile_lists(tile_sight(layout_KL, 1536, 128, 128))
+    assert lists.needed_I.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
+    assert (lists.needed_I - lists.whole_I).tolist() == [1] * 12
+    assert lists.tiles_IJ[8, :5].tolist() == [0, 1, 2, 3, 8]
+
+
+def test_memo_forgets_with_the_layout() -> None:
+    memo, made = LayoutMemo(), []
+    layout_KL, _ = layouts()["packed"]
+    layout_KL = layout_KL.clone()
+
+    def make() -> int:
+        made.append(None)
+        return len(made)
+
+    assert memo.of(layout_KL, "a", make) == memo.of(layout_KL, "a", make) == 1
+    assert memo.of(layout_KL, "b", make) == 2
+    layout_KL[0] += 1  # in place: another layout
+    assert memo.of(layout_KL, "a", make) == 3
+    memo.of(layout_KL, "mask", partial(block_mask, layout_KL, layout_KL.shape[1]))
+    del layout_KL
+    gc.collect()
+    assert len(memo) == 0
+
+
+def test_auto_is_tiled_on_a_cpu() -> None:
+    query, key, value = inputs(150, 150)
+    layout_KL, _ = layouts()["causal"]
+    assert chosen_kernel("auto", query) == "tiled"
+    tiled_LHD = path_attention(query, key, value, layout_KL, 0.25, "tiled")
+    assert torch.equal(path_attention(query, key, value, layout_KL, 0.25), tiled_LHD)
+    with pytest.raises(UserError, match="triton needs a CUDA device"):
+        path_attention(query, key, value, layout_KL, 0.25, "triton")
+
+
+def test_triton_refuses_heads_that_do_not_fit() -> None:
+    with pytest.raises(UserError, match=r"up to 256, not 320|triton is not installed"):
+        check_kernel("triton", torch.device("cuda"), 320)

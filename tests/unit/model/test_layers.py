@@ -1,0 +1,185 @@
+"""What layers may be made of, where; and that Transformer Engine's are called as it wants to be called.
+
+Transformer Engine imports only where CUDA is, so its Python is read, not run: that of the installed package,
+or of a wheel unpacked at TRANSFORMER_ENGINE_SOURCE (docs/kernels.md).
+"""
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.engine_weights import FUSED, local_name, set_weight
+from megatron_parallel_r1.model.layers import Layers, Machine, check_layers
+from megatron_parallel_r1.model.spec import block_spec
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+UNPACKED, INSTALLED = os.environ.get("TRANSFORMER_ENGINE_SOURCE"), find_spec("transformer_engine")
+needs_engine = pytest.mark.skipif(
+    not (UNPACKED or INSTALLED), reason="transformer-engine is neither installed nor unpacked"
+)
+
+
+def refusal(layers: Layers, machine: Machine, dtype: torch.dtype = torch.bfloat16) -> str:
+    with pytest.raises(UserError) as refused:
+        check_layers(layers, 128, dtype, machine)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_what_cannot_run_is_told_in_one_line() -> None:
+    engine, eight = Layers("transformer_engine"), Layers("transformer_engine", fp8="blockwise")
+    assert "needs a CUDA device" in refusal(engine, Machine(CPU))
+    assert "is not installed" in refusal(engine, Machine(CUDA))
+    assert "2.2.0 is too old; install 2.3" in refusal(engine, Machine(CUDA, "2.2.0"))
+    assert "bfloat16" in refusal(eight, Machine(CUDA, "2.20.2"), torch.float32)
+    told = refusal(eight, Machine(CUDA, "2.20.2", "compute capability 9.0 or higher required."))
+    assert told == "model.fp8: blockwise: compute capability 9.0 or higher required; set it to none"
+    for kernel in ("flex", "triton"):
+        assert f"{kernel} needs a CUDA device" in refusal(Layers(attention=kernel), Machine(CPU))
+    assert "none of auto, tiled, flex, triton" in refusal(Layers(attention="dense"), Machine(CUDA))
+
+
+def test_what_can_run_passes() -> None:
+    for layers, machine in (
+        (Layers(), Machine(CPU)),
+        (Layers("transformer_engine"), Machine(CUDA, "2.3.0")),
+        (Layers("transformer_engine", fp8="delayed", fp8_params=True), Machine(CUDA, "2.20.2")),
+    ):
+        check_layers(layers, 128, torch.bfloat16, machine)
+
+
+def test_fp8_asks_for_its_layers() -> None:
+    with pytest.raises(UserError, match="only Transformer Engine has FP8"):
+        Layers(fp8="current")
+    with pytest.raises(UserError, match="needs scaling"):
+        Layers("transformer_engine", fp8_params=True)
+
+
+@pytest.mark.parametrize("scaling", ["delayed", "current", "blockwise"])
+def test_megatron_takes_the_fields_of_each_scaling(scaling: str) -> None:
+    layers = Layers("transformer_engine", fp8=scaling)
+    config = TransformerConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=4, **layers.megatron_fields()
+    )
+    assert config.fp8_recipe == {"current": "tensorwise"}.get(scaling, scaling)
+    assert config.fp8 == ("e4m3" if scaling == "blockwise" else "hybrid") and not config.fp8_param
+    assert layers.row_multiple == 16 and Layers().row_multiple == 1
+
+
+def test_fused_names_are_those_under_which_local_layers_are_checkpointed(world: None) -> None:
+    """Megatron's local layers are saved under the names of Transformer Engine's; ours undo just that."""
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, qk_layernorm=True)
+    (layer,) = block_spec(config, Layers()).layer_specs
+    renamed = layer.submodules.sharded_state_dict_keys_map
+    saved = {f"{theirs}weight": f"{ours}weight" for ours, theirs in renamed.items()}
+    assert saved == FUSED
+    assert local_name("mlp.linear_fc1.weight") == "mlp.linear_fc1.weight"
+
+
+def test_a_matrix_that_remembers_its_birth_remembers_what_it_was_set_to() -> None:
+    parameter, value = (
+        torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)),
+        torch.tensor([1 + 2**-20, 3.0]),
+    )
+    parameter._high_precision_init_val = torch.full((2,), 7.0)
+    with torch.no_grad():
+        set_weight(parameter, value)
+    assert parameter.tolist() == [1.0, 3.0]
+    assert torch.equal(parameter._high_precision_init_val, value)
+
+
+@needs_engine
+def test_its_matrices_remember_by_the_name_that_we_know() -> None:
+    assert "_high_precision_init_val" in ast.unparse(source("pytorch.module.base"))
+
+
+def source(module: str) -> ast.Module:
+    root = Path(UNPACKED or INSTALLED.submodule_search_locations[0])
+    return ast.parse(Path(root, *module.split(".")).with_suffix(".py").read_text())
+
+
+def arguments(module: str, name: str, method: str | None = None) -> set[str]:
+    (found,) = (node for node in source(module).body if getattr(node, "name", None) == name)
+    if method:
+        (found,) = (node for node in found.body if getattr(node, "name", None) == method)
+    return {argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)}
+
+
+@needs_engine
+def test_the_checks_that_we_call_exist() -> None:
+    for name in ("check_fp8_support", "check_fp8_block_scaling_support"):
+        assert arguments("pytorch.quantization", name) == set()
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    ("wrapper", "module", "name"),
+    [
+        ("TELinear", "linear", "Linear"),
+        ("TELayerNormColumnParallelLinear", "layernorm_linear", "LayerNormLinear"),
+    ],
+)
+def test_its_layers_take_what_megatron_gives_them(wrapper: str, module: str, name: str) -> None:
+    from megatron.core.extensions import transformer_engine as wrappers
+
+    (tree,) = (
+        node
+        for node in ast.parse(inspect.getsource(wrappers)).body
+        if isinstance(node, ast.ClassDef) and node.name == wrapper
+    )
+    given = {
+        keyword.arg
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__"
+        for keyword in node.keywords
+        if keyword.arg
+    }
+    assert given and given <= arguments(f"pytorch.module.{module}", name, "__init__")
+
+
+@needs_engine
+def test_its_recipes_and_contexts_take_what_megatron_gives_them() -> None:
+    recipes = {node.name for node in source("common.recipe.__init__").body if isinstance(node, ast.ClassDef)}
+    assert recipes >= {"DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling"}
+    assert arguments("pytorch.quantization", "fp8_autocast") >= {"enabled", "fp8_recipe", "fp8_group"}
+    given = {"enabled", "recipe", "preserve_high_precision_init_val"}
+    assert arguments("pytorch.quantization", "fp8_model_init") >= given
+    # Megatron-Core 0.16 imports from here; it is on its way out of Transformer Engine.
+    imported = {
+        name.name
+        for node in ast.walk(source("pytorch.fp8"))
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    assert imported >= {"FP8GlobalStateManager", "fp8_autocast"}
+
+
+@needs_engine
+def test_a_fused_layer_names_its_norm_as_ours_undo() -> None:
+    text = ast.unparse(source("pytorch.module.layernorm_linear"))
+    assert "'layer_norm_weight'" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not UNPACKED, reason="transformer-engine is not unpacked at TRANSFORMER_ENGINE_SOURCE")
+def test_its_layers_have_the_weights_and_checkpoint_keys_of_ours() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-O", "-W", "ignore", "-m", "tests.unit.model.fake_engine_library"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert told.pop("layers") == ["TELayerNormColumnParallelLinear"]
+    assert told == {"same_names": True, "same_tensors": True, "same_checkpoint": True}
