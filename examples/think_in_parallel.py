@@ -1,0 +1,42 @@
+"""Asks a released model one question and lets it think in parallel, in this process.
+
+    python examples/think_in_parallel.py runs/tiny/release "What is 17 * 3?"
+
+Everything that it needs is in the folder: weights, tokenizer with the tags, and the decoding settings of
+thinking.json. No modeling code is loaded with it, and transformers' `generate` could not do it: at
+`<Parallel>` the context forks into N paths, none of which sees the others, and goes on behind all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from megatron_parallel_r1.data.encode import decode
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.decode import prompt_tokens
+from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.serve.served import Served
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise UserError("usage: think_in_parallel.py RELEASE QUESTION")
+    folder, question = Path(sys.argv[1]), sys.argv[2]
+    model = Served.load(folder)
+    prompt = prompt_tokens(model.tokenizer, model.template, question)
+    thinker = Thinker(model.engine, model.tags, model.thinking)
+    (trace,) = asyncio.run(roll_out(thinker, [prompt], [0], 1))
+    print(decode(model.tokenizer, trace.tokens))
+    blocks = list(trace.tree.all_blocks())
+    paths = sum(len(block.paths) for _, block in blocks)
+    print(f"\n{len(trace.tokens)} tokens, {len(blocks)} parallel blocks with {paths} paths", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
