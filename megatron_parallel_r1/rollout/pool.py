@@ -11,7 +11,7 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_parallel_r1.errors import UserError
@@ -187,6 +187,16 @@ class Pool:
             self._counts["retries"] += 1
             whole_s = min(LONGEST_BACKOFF_S, self._settings.backoff_s * 2.0 ** (failures - 1))
             await asyncio.sleep(whole_s * random.uniform(0.5, 1.0))
+
+    async def several(self, asked: Asked, count: int) -> list[Answered]:
+        """So many continuations of one text, each with a seed of its own; `asked` has the first one's.
+
+        They go to one server, whose prefix cache has the text once. An engine's own `n` would draw all of
+        them with one seed.
+        """
+        seeds = [(asked.sampling.seed + number) % 2**63 for number in range(count)]
+        each = [replace(asked, sampling=replace(asked.sampling, seed=seed)) for seed in seeds]
+        return list(await asyncio.gather(*map(self.generate, each)))
 
     async def _met(self) -> None:
         here = self._entered()

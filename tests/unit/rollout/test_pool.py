@@ -76,6 +76,16 @@ def test_a_server_killed_under_a_batch_costs_no_trace_and_changes_none() -> None
     assert metrics["server_tokens"] == sum(trace.sampled_count for trace in quiet)
 
 
+def test_several_continuations_of_one_text() -> None:
+    a, b = two()
+    pool = pool_of([a, b])
+    answers = asyncio.run(pool.several(asked(seed=2**63 - 2, limit=9), 4))
+    seeds = [2**63 - 2, 2**63 - 1, 0, 1]
+    assert [answer.completion for answer in answers] == [drawn(asked(seed=seed, limit=9)) for seed in seeds]
+    assert len({answer.completion.tokens for answer in answers}) == 4
+    assert sorted([len(a.seen), len(b.seen)]) == [0, 4], "one trace, one server"
+
+
 def test_a_batch_in_each_of_two_event_loops() -> None:
     pool = pool_of(two())
     assert asyncio.run(rolled(pool)) == asyncio.run(rolled(pool))
