@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,15 @@ from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import InFlight, Sync
 from megatron_parallel_r1.sync.vllm import VllmControl
+from megatron_parallel_r1.train.probing import causal_logprobs
+from megatron_parallel_r1.train.scorer import Scorer
 from tests.engines.servers import vllm
 from tests.engines.trained import EXACT, ROWS, SHAPE, Trained, draw, write_drawn
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
+
+# Tokens of a request that a publication meets.
+LONG = 900
 
 
 @pytest.fixture(scope="module")
@@ -85,38 +90,49 @@ def test_what_becomes_of_requests_under_way(
     publisher = publisher_to(control, model, tmp_path, in_flight)
     draw(model, 31)
     publisher.publish(31)
-    asked = {"model": control._name(), "prompt": [5, 6, 7], "max_tokens": 400, "temperature": 0}
+    asked = {
+        "model": control._name(),
+        "prompt": [5, 6, 7],
+        "max_tokens": LONG,
+        "temperature": 0,
+        "stream": True,
+    }
     asked |= {"ignore_eos": True, "logprobs": 0, "return_token_ids": True}
-    answers: list[dict] = []
-    request = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{server}/v1/completions", json=asked, timeout=300).json())
-    )
+    begun = threading.Event()
+    choices: list[dict] = []
+
+    def ask() -> None:
+        with httpx.stream("POST", f"{server}/v1/completions", json=asked, timeout=300) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    choices.append(json.loads(line.removeprefix("data: "))["choices"][0])
+                    begun.set()
+
+    request = threading.Thread(target=ask)
     request.start()
-    wait_until_running(server)
     draw(model, 32)
+    assert begun.wait(120)
     assert publisher.publish(32).in_step == (server,)
     request.join()
-    (choice,) = answers[0]["choices"]
-    count = len(choice["logprobs"]["token_logprobs"])
-    print(in_flight, choice["finish_reason"], count)
+    tokens = [token for choice in choices for token in choice["token_ids"]]
+    logprobs = [one for choice in choices for one in (choice["logprobs"] or {}).get("token_logprobs", ())]
+    print(in_flight, choices[-1]["finish_reason"], len(tokens))
     if in_flight == "abort":
-        assert choice["finish_reason"] == "abort" and count < 400
+        assert choices[-1]["finish_reason"] == "abort" and len(tokens) < LONG
         return
-    assert choice["finish_reason"] == "length" and count == 400
+    assert choices[-1]["finish_reason"] == "length" and len(tokens) == len(logprobs) == LONG
     # The last token was drawn, and its past computed, under the version that the mode promises.
-    draw(model, 31 if in_flight == "finish" else 32)
-    (expected,) = Trained(model)([(5, 6, 7, *choice["token_ids"])], None)
-    assert abs(choice["logprobs"]["token_logprobs"][-1] - expected[-1]) <= EXACT
+    expected, other = (last_logprob(model, tokens, version) for version in (31, 32))
+    if in_flight == "retract":
+        expected, other = other, expected
+    assert abs(logprobs[-1] - expected) <= EXACT < abs(logprobs[-1] - other)
 
 
-def wait_until_running(url: str) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        lines = httpx.get(f"{url}/metrics").text.splitlines()
-        if any(line.startswith("vllm:num_requests_running") and float(line.split()[-1]) for line in lines):
-            return
-        time.sleep(0.05)
-    pytest.fail("the request did not begin")
+def last_logprob(model: Model, tokens: list[int], version: int) -> float:
+    draw(model, version)
+    scorer = Scorer(model)
+    (scores,) = causal_logprobs(scorer, [(5, 6, 7, *tokens)], capacity=LONG + 8)
+    return scores[-1]
 
 
 def test_another_transport_is_refused(server: str, model: Model) -> None:

@@ -35,11 +35,12 @@ class Block:
 
     Attributes:
         key: the whole tensor's name.
-        whole: its sizes, one or two.
+        whole: its sizes, one or two; before them, of experts, their number.
         corner: indices in it of the block's first element.
         rows, width: of the block; a vector is one row.
         origin: the block's first element within the flattened parameter.
         replica: (pipeline, tensor, data) number among the processes that hold the same; all 0 saves it.
+        leading: how many of its indices, an expert's, are the same all over the block.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Block:
     width: int
     origin: int
     replica: tuple[int, int, int]
+    leading: int = 0
 
     @classmethod
     def of(cls, described: ShardedTensor, parameter: Parameter, vocabulary: int) -> Block:
@@ -62,6 +64,7 @@ class Block:
         return cls(
             key=described.key,
             whole=tuple(whole),
+            leading=len(whole) - len(described.local_shape),
             corner=described.global_offset,
             rows=rows,
             width=width,
@@ -80,7 +83,9 @@ class Block:
             name: comes before the key.
             replica: in place of the block's.
         """
-        dims = len(self.whole)
+        dims = len(self.whole) - self.leading
+        lead, first = self.corner[: self.leading], self.corner[self.leading]
+        ones = (1,) * self.leading
         at = max(start - self.origin, 0)
         end = min(start + len(memory_N) - self.origin, self.rows * self.width)
         while at < end:
@@ -90,14 +95,15 @@ class Block:
             else:
                 height, columns = 1, min(end - at, self.width - column)
             stop = at + height * columns
+            sizes = (*ones, *(height, columns)[-dims:])
             memory = slice(at + self.origin - start, stop + self.origin - start)
             yield ShardedTensor(
                 key=name + self.key,
-                data=memory_N[memory].view((height, columns)[-dims:]),
+                data=memory_N[memory].view(sizes),
                 dtype=memory_N.dtype,
-                local_shape=(height, columns)[-dims:],
+                local_shape=sizes,
                 global_shape=self.whole,
-                global_offset=(self.corner[0] + row, self.corner[-1] + column)[-dims:],
+                global_offset=(*lead, *(first + row, self.corner[-1] + column)[-dims:]),
                 axis_fragmentations=None,
                 replica_id=replica or self.replica,
             )

@@ -18,13 +18,16 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.model.hf import load_hf_folder
 from megatron_parallel_r1.model.optimizer import Adam
+from megatron_parallel_r1.model.weights import load_hf_tensors
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
 from megatron_parallel_r1.train.checkpoints.writing import Writing
 from megatron_parallel_r1.train.microbatch import MicroBatch
 from megatron_parallel_r1.train.trainer import Trainer
+from tests.unit.model.family_models import family_model
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 from tests.unit.train.test_exactness import micro_batches
 
@@ -69,6 +72,27 @@ def test_resume_is_bit_exact(trainer_of, train: Train, tmp_path: Path) -> None:
 
     resumed = trainer_of(seed=5)
     assert checkpoints.restore(resumed) == (2, {"stream": {"position": 16}})
+    assert train(resumed, 2) == after
+    assert_same(memory(resumed), memory(whole))
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe", "qwen2", "llama tied"])
+def test_every_family_resumes_bit_for_bit(variant: str, train: Train, tmp_path: Path) -> None:
+    def trainer(seed: int) -> Trainer:
+        family_model(variant, seed, num_hidden_layers=2).save_pretrained(tmp_path / str(seed))
+        shape, tensors = load_hf_folder(tmp_path / str(seed))
+        model = build_model(shape)
+        load_hf_tensors(model, tensors)
+        return Trainer(model, Adam(lr=1e-3))
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    whole = trainer(seed=0)
+    train(whole, 2)
+    checkpoints.save(whole, 2, {})
+    after = train(whole, 2)
+    checkpoints.settle()
+    resumed = trainer(seed=5)
+    assert checkpoints.restore(resumed)[0] == 2
     assert train(resumed, 2) == after
     assert_same(memory(resumed), memory(whole))
 
