@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -11,14 +12,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.keeping import save_model
 from megatron_parallel_r1.curriculum.own_servers import OwnServers
 from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.model.hf import load_hf_folder
 from megatron_parallel_r1.recipe_rollout import Rollout
 from megatron_parallel_r1.rollout.base import Engine
-from megatron_parallel_r1.rollout.connecting import met_pool
+from megatron_parallel_r1.rollout.connecting import check_checkpoint, met_pool
+from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.pool import Pool, PoolSettings
 from megatron_parallel_r1.rollout.server import Timeouts
 from megatron_parallel_r1.rollout.server_engine import ServerEngine
@@ -138,11 +142,7 @@ class Decoders:
             yield Native(self._bench, team)
             return
         urls = asked.urls or (self._started(model, thinking) if asked.servers else ())
-        settings = PoolSettings(concurrent=asked.concurrent, patience_s=asked.patience_s)
-        timeouts = Timeouts(answer_s=asked.request_timeout_s)
-        pool = met_pool(asked.engine, urls, timeouts, settings, asked.urls_file)
-        pool.share(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
-        check_mode(pool, thinking)
+        pool = _shared_pool(asked, urls, thinking)
         controls = [_control(asked, url) for url in pool.abouts]
         publisher = Publisher(
             controls, model, asked.sync, probe_texts(self._bench.shape.vocab), _Expected(model, self._bench)
@@ -175,17 +175,42 @@ class _Expected:
         return causal_logprobs(scorer, rows, self._capacity)
 
 
-def check_mode(pool: Pool, thinking: Thinking) -> None:
-    """Whether the servers decode as is wished.
+@contextmanager
+def engine_of_checkpoint(recipe: config.Recipe, folder: Path, thinking: Thinking) -> Iterator[Engine[Any]]:
+    """The recipe's engine with the weights of a folder; servers that run already must hold just those.
 
     Raises:
-        UserError: they would not be exact.
+        UserError: the folder is no checkpoint, or the engine cannot decode it as `thinking` says.
     """
+    asked = recipe.rollout
+    if asked.engine == "native":
+        limits.refuse(recipe.parallel.pipeline, recipe.parallel.context)
+        shape, tensors = load_hf_folder(folder)
+        engine = native_engine(shape)
+        engine.load_weights(tensors, version=0)
+        yield engine
+        return
+    with OwnServers(asked, Path("runs") / "servers", lambda line: print(line, flush=True)) as own:
+        urls = asked.urls
+        if asked.servers:
+            urls = first_does(lambda: own.urls(folder, thinking.mode == "isolated"))
+        pool = _shared_pool(asked, urls, thinking)
+        check_checkpoint(pool, folder)
+        yield ServerEngine(pool)
+
+
+def _shared_pool(asked: Rollout, urls: Sequence[str], thinking: Thinking) -> Pool:
+    """This process's pool of the servers, which decode as is wished."""
+    settings = PoolSettings(concurrent=asked.concurrent, patience_s=asked.patience_s)
+    timeouts = Timeouts(answer_s=asked.request_timeout_s)
+    pool = met_pool(asked.engine, urls, timeouts, settings, asked.urls_file)
+    pool.share(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
     if thinking.mode not in pool.modes:
         raise UserError(
             f"thinking.mode {thinking.mode}: the servers ({', '.join(pool.abouts)}) are exact in "
             f"{', '.join(sorted(pool.modes))}; start SGLang by serve-rollout --isolated, or set mode replay"
         )
+    return pool
 
 
 def _control(asked: Rollout, url: str) -> Control:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_parallel_r1 import config
-from megatron_parallel_r1.curriculum.decoding import Decoders
+from megatron_parallel_r1.curriculum.decoding import Decoders, engine_of_checkpoint
 from megatron_parallel_r1.curriculum.draws import seed_of
 from megatron_parallel_r1.curriculum.folder import steps_done
 from megatron_parallel_r1.curriculum.sources import evaluation_problems, open_tokenizer
 from megatron_parallel_r1.curriculum.viewing import trace_record
-from megatron_parallel_r1.curriculum.workbench import Workbench, native_engine
+from megatron_parallel_r1.curriculum.workbench import Workbench
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model import process
@@ -26,7 +26,6 @@ from megatron_parallel_r1.report.jsonl import JsonLines
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.terms import score_accuracy
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
@@ -118,7 +117,7 @@ def evaluate_checkpoint(recipe: config.Recipe, checkpoint: Path | None = None) -
     folder = checkpoint or recipe.out / recipe.name / "release"
     if recipe.evaluation is None:
         raise UserError("the recipe has no `evaluation`; add one to say on which problems")
-    shape, tensors = load_hf_folder(folder)
+    shape, _ = load_hf_folder(folder)
     check_fit(shape, hf_sizes(folder))
     tokenizer = open_tokenizer(folder)
     try:
@@ -127,11 +126,13 @@ def evaluate_checkpoint(recipe: config.Recipe, checkpoint: Path | None = None) -
         raise UserError(f"{folder}: {error}; give a model that was trained to think in parallel") from None
     parallel, asked = recipe.parallel, recipe.evaluation
     check_parallel(shape, parallel, process.world_size())
-    limits.refuse(parallel.pipeline, parallel.context)
-    with process.running(recipe.seed, parallel), Verifier() as verifier:
-        engine = native_engine(shape)
-        engine.load_weights(tensors, version=0)
-        thinker = Thinker(engine, tags, recipe.thinking_of(recipe.stages[-1]))
+    thinking = recipe.thinking_of(recipe.stages[-1])
+    with (
+        process.running(recipe.seed, parallel),
+        Verifier() as verifier,
+        engine_of_checkpoint(recipe, folder, thinking) as engine,
+    ):
+        thinker = Thinker(engine, tags, thinking)
         record, _, _ = evaluate(
             thinker,
             evaluation_problems(asked.data, asked.count),

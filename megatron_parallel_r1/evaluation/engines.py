@@ -105,7 +105,7 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
 @contextmanager
 def _served(engine: str, asked: EngineRequest) -> Iterator[Opened]:
     """On rollout servers of the checkpoint, which share the work among themselves."""
-    from megatron_parallel_r1.rollout.connecting import met_pool
+    from megatron_parallel_r1.rollout.connecting import check_checkpoint, met_pool
     from megatron_parallel_r1.rollout.pool import PoolSettings
     from megatron_parallel_r1.rollout.server import Timeouts
     from megatron_parallel_r1.rollout.server_engine import ServerEngine
@@ -118,11 +118,7 @@ def _served(engine: str, asked: EngineRequest) -> Iterator[Opened]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"engine {engine}: one process asks all servers; start it without torchrun")
     pool = met_pool(engine, asked.servers, Timeouts(), PoolSettings(patience_s=PATIENCE_S))
-    for url, about in pool.abouts.items():
-        served = Path(about.model)
-        if about.version or (served.exists() and served.resolve() != asked.folder.resolve()):
-            what = f"weights of update {about.version}" if about.version else about.model
-            raise UserError(f"{url} holds {what}, not {asked.folder}; start it with that checkpoint")
+    check_checkpoint(pool, asked.folder)
     yield Opened(ServerEngine(pool))
 
 

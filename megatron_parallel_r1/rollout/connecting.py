@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.pool import Pool, PoolSettings
 from megatron_parallel_r1.rollout.server import Server, Timeouts
 from megatron_parallel_r1.rollout.sglang import SGLang
@@ -37,3 +38,16 @@ def met_pool(
     pool = Pool(connect, urls, settings, urls_file)
     pool.meet()
     return pool
+
+
+def check_checkpoint(pool: Pool, folder: Path) -> None:
+    """Whether the servers hold a checkpoint as they were started with it.
+
+    Raises:
+        UserError: one holds another one, or weights of an update.
+    """
+    for url, about in pool.abouts.items():
+        served = Path(about.model)
+        if about.version or (served.exists() and served.resolve() != folder.resolve()):
+            what = f"weights of update {about.version}" if about.version else about.model
+            raise UserError(f"{url} holds {what}, not {folder}; start it with that checkpoint")
