@@ -16,9 +16,10 @@ from megatron_parallel_r1 import config
 from megatron_parallel_r1.conversion.side import Side, open_side
 from megatron_parallel_r1.conversion.to_hf import write_hf
 from megatron_parallel_r1.conversion.to_megatron import Advance
-from megatron_parallel_r1.curriculum.card import CHAT_TEMPLATE, card, run_card, thinking_json
+from megatron_parallel_r1.curriculum.card import card, run_card, thinking_json
 from megatron_parallel_r1.curriculum.folder import past_evaluations
 from megatron_parallel_r1.curriculum.sources import open_tokenizer
+from megatron_parallel_r1.data.encode import CHAT_TEMPLATE
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import stored_decoding
 from megatron_parallel_r1.model.hf import SHARD_BYTES

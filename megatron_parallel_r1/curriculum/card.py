@@ -27,8 +27,6 @@ _HABIT = {
     "causal": f"{_BLOCKS} each path sees the ones before it",
     "sequential": "that thinks in one chain, the baseline of parallel thinking",
 }
-# For a tokenizer that has none: what data/encode.py makes of a prompt, a text and a line end.
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 
 
 def thinking_json(recipe: config.Recipe) -> str:

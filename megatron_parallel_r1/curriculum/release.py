@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_parallel_r1.curriculum.card import CHAT_TEMPLATE, run_card, thinking_json
+from megatron_parallel_r1.curriculum.card import run_card, thinking_json
 from megatron_parallel_r1.curriculum.keeping import save_model
 from megatron_parallel_r1.curriculum.workbench import Workbench
+from megatron_parallel_r1.data.encode import CHAT_TEMPLATE
 from megatron_parallel_r1.model.gpt import Model
 
 

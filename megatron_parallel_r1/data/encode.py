@@ -10,6 +10,9 @@ from megatron_parallel_r1.data.prompts import render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# For a released tokenizer that has none: what `encode_prompt` makes of one message, a text and a line end.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, problem: str) -> list[int]:
     """Token ids that end where the response begins.

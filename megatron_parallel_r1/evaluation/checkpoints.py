@@ -15,6 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.data.encode import CHAT_TEMPLATE
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.modes import Decoding
@@ -105,6 +106,8 @@ def fingerprint(folder: Path) -> str:
     """A hash of what the model is: its weights, its shape and its tokenizer, not of the folder's name."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted({file for pattern in _CONTENT for file in folder.glob(pattern)}):
+        if file.name == "chat_template.jinja" and file.read_text(encoding="utf-8") == CHAT_TEMPLATE:
+            continue  # A release says what a tokenizer without a template does.
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as data:
             while chunk := data.read(_CHUNK):
