@@ -99,7 +99,8 @@ class ModelConfig:
         family = FAMILIES[kind]
         for field, allowed in family.fixed.items():
             if hf.get(field) not in allowed:
-                raise UserError(f"config.json: {field} = {hf[field]!r} is not supported; use a plain {kind}")
+                told = hf.get(field)
+                raise UserError(f"config.json: {field} = {told!r} is not supported; use a plain {kind}")
         if set(hf.get("layer_types") or ()) - {"full_attention"}:
             raise UserError("config.json: layer_types other than full_attention are not supported")
         # transformers 5 keeps theta and the stretch in one place, 4 kept the stretch apart.

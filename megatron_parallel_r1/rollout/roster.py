@@ -34,6 +34,7 @@ class Roster:
         self.lost = 0
         self._connect = connect
         self._members: dict[str, Member] = {}
+        self._left: dict[str, Member] = {}
         self._urls_file, self._urls_read = urls_file, ""
         self._rank, self._size = 0, 1
         self._alone_since: float | None = None
@@ -43,7 +44,8 @@ class Roster:
         return len(self._members)
 
     def __getitem__(self, url: str) -> Member:
-        return self._members[url]
+        """Also one that has left: another thread may remove it while it is being chosen."""
+        return self._members.get(url) or self._left[url]
 
     def members(self) -> list[Member]:
         """A copy: other threads may change the roster."""
@@ -59,7 +61,10 @@ class Roster:
         self._members.setdefault(server.url, Member(server))
 
     def remove(self, url: str) -> None:
-        self._members.pop(url.rstrip("/"), None)
+        member = self._members.get(url.rstrip("/"))
+        if member is not None:
+            self._left[member.url] = member
+            del self._members[member.url]
 
     def share(self, rank: int, size: int) -> int:
         """As `Pool.share`; returns how many processes ask each server."""

@@ -64,9 +64,13 @@ def test_a_folder_that_is_there_is_read(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="no valid JSON"):
         shape_of(folder)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="only dense 'qwen3' is supported"):
-        shape_of(folder)
+    for text, told in (
+        ('{"model_type": "gpt2"}', "model_type is 'gpt2'; supported are 'qwen3'"),
+        ('{"model_type": "llama"}', "hidden_act = None is not supported"),
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(UserError, match=told):
+            shape_of(folder)
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS)
