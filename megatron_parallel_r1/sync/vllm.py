@@ -45,7 +45,8 @@ class VllmControl:
         try:
             version = str(self._wire.get("/weight_info", quick=True)["weight_version"])
             processes = int(self._wire.get("/get_world_size", quick=True)["world_size"])
-            config = str(self._wire.get("/server_info", quick=True)["vllm_config"])
+            # It looks into the whole environment first, which takes seconds.
+            config = str(self._wire.get("/server_info")["vllm_config"])
         except UserError as error:
             raise UserError(f"{error}; start vLLM with VLLM_SERVER_DEV_MODE=1") from None
         except (KeyError, TypeError, ValueError) as error:
