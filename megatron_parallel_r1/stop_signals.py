@@ -16,6 +16,11 @@ def hold_stop_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
+def hear_stop_signals() -> None:
+    """Undoes a block that this process was started with, as by a program that holds them itself."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
 def stop_signal_came() -> bool:
     """Whether this process was sent one since `hold_stop_signals`."""
     return bool(STOP_SIGNALS & signal.sigpending())

@@ -23,6 +23,7 @@ from megatron_parallel_r1.cluster import attempts
 from megatron_parallel_r1.cluster.attempts import Attempt, steps_written
 from megatron_parallel_r1.cluster.ranks import POLL_S, LocalRanks, exit_code
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE
+from megatron_parallel_r1.stop_signals import hear_stop_signals
 
 if TYPE_CHECKING:
     from megatron_parallel_r1.cluster.order import Order
@@ -54,6 +55,7 @@ class ScriptJob:
         Raises:
             JobFailed: the script says why in its log.
         """
+        hear_stop_signals()
         environment = {**os.environ, **self.settings, "SLURM_SUBMIT_DIR": str(self.repository)}
         # submitit lets SIGTERM pass, which a cancelled job gets; what it starts shall end of it.
         self._running = subprocess.Popen(["bash", *self.script], cwd=self.repository, env=environment)
@@ -97,6 +99,7 @@ class LocalJob:
         Raises:
             JobFailed: an order did.
         """
+        hear_stop_signals()
         os.chdir(self.repository)
         self._folder.mkdir(parents=True, exist_ok=True)
         attempts.begin(self._folder, self._steps())

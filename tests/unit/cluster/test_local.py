@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_parallel_r1.cluster.command import app
+from megatron_parallel_r1.stop_signals import STOP_SIGNALS
 from tests.curriculum.test_run import RECIPE, steps_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -46,12 +47,13 @@ def wait_for(folder: Path, moment: Callable[[], bool]) -> None:
 def test_a_curriculum_is_asked_to_stop_and_goes_on_by_itself(tmp_path: Path) -> None:
     short = (
         "stages.cold_start.steps=3",
-        "stages.rl.steps=12",
+        "stages.rl.steps=40",
         "evaluation.count=4",
         "stages.rl.save_every=50",
     )
     words = ("curriculum", str(RECIPE), *short, f"out={tmp_path}/runs", "--local", "--ranks", "2")
-    # By a process that ends before its job does.
+    # By a process that ends before its job does, and that holds the signal: its children begin so.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     said = subprocess.run(
         [sys.executable, "slurm/launch.py", *words],
         cwd=REPOSITORY,
@@ -61,16 +63,18 @@ def test_a_curriculum_is_asked_to_stop_and_goes_on_by_itself(tmp_path: Path) -> 
         timeout=500,
         check=True,
     ).stdout
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     job, run = said.split()[0], tmp_path / "runs/mini"
     wait_for(tmp_path, lambda: max(steps_of(run / "rl"), default=0) >= 2)
     (task,) = psutil.Process(int(job)).children()
     task.send_signal(signal.SIGUSR2)  # as submitit does before its time limit
     attempts = tmp_path / f"logs/mini-{job}/attempts.json"
+    wait_for(tmp_path, lambda: json.loads(attempts.read_text())[0]["outcome"] != "running")
     wait_for(tmp_path, lambda: len(json.loads(attempts.read_text())) == 2)
     assert json.loads(attempts.read_text())[0]["outcome"] == "stopped"
     wait_for(tmp_path, lambda: "COMPLETED" in launch(tmp_path, "status"))
-    assert steps_of(run / "rl") == list(range(1, 13)) and (run / "release").is_dir()
-    assert "rl  step 12/12" in launch(tmp_path, "logs", job)
+    assert steps_of(run / "rl") == list(range(1, 41)) and (run / "release").is_dir()
+    assert "rl  step 40/40" in launch(tmp_path, "logs", job)
 
 
 @pytest.mark.slow
