@@ -1,0 +1,56 @@
+"""`docs/performance.md`: a section for each benchmark, which the benchmark itself writes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A heading, names of columns, rows of cells; and words below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "\n".join(
+            (f"### {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", self.note, "")
+        )
+
+
+def add_write_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--write", action="store_true", help="also put the tables into docs/performance.md")
+
+
+def publish(name: str, tables: Sequence[Table], machine: str, write: bool, page: Path = PAGE) -> None:
+    """Prints the tables of benchmark `name`, and puts them into their section of the page if asked to.
+
+    Args:
+        machine: what they were measured on, in a few words.
+    """
+    text = f"Measured on {date.today()}, {machine}.\n\n" + "\n".join(table.markdown() for table in tables)
+    print(text, flush=True)
+    if write:
+        replace_section(page, name, text)
+
+
+def replace_section(page: Path, name: str, text: str) -> None:
+    """Puts `text` between the marks of a section; without them, or without the page, at its end."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    whole = page.read_text() if page.exists() else "# Performance\n"
+    section = f"{begin}\n{text.strip()}\n{end}"
+    if begin in whole and end in whole:
+        before, rest = whole.split(begin, 1)
+        whole = before + section + rest.split(end, 1)[1]
+    else:
+        whole = f"{whole.rstrip()}\n\n{section}\n"
+    page.write_text(whole)
