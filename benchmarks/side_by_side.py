@@ -1,7 +1,7 @@
 """Ours and the alternative in one run: calls that take turns, and their medians with spread.
 
-The machines are noisy, so nothing is compared across runs. In each repeat every call is made once, in an order
-that rotates; a ratio is taken within each repeat, and its median is shown.
+The machines are noisy, so nothing is compared across runs. In each repeat every call is made once, in an
+order that rotates; a ratio is taken within each repeat, and its median is shown.
 """
 
 from __future__ import annotations

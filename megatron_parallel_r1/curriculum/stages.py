@@ -86,8 +86,11 @@ def run_rl(
             loop.in_flight = ahead.in_flight
             for step, lr in loop:
                 began = time.monotonic()
-                ahead.publish(hf_tensors(trainer.model), version=step - 1)
-                collected = without_stale(ahead.take(step), step, stage.max_staleness, stage.samples)
+                with grpo.phases.of("sync"):
+                    ahead.publish(hf_tensors(trainer.model), version=step - 1)
+                with grpo.phases.of("wait"):
+                    batch = ahead.take(step)
+                collected = without_stale(batch, step, stage.max_staleness, stage.samples)
                 rolled_out = time.monotonic()
                 decoder.rest()
                 learned = loop.guard.learn(
@@ -95,6 +98,7 @@ def run_rl(
                 )
                 renew_reference(bench, stage, grpo.learner, step)
                 times = {"time_rollout_s": rolled_out - began, "time_train_s": time.monotonic() - rolled_out}
+                times |= grpo.phases.take()
                 measured = grpo.measure(collected, step) | learned | {"lr": lr} | times | decoder.metrics()
                 loop.end(step, measured, _shown(bench, collected.all, stage.keep_traces))
     return trainer

@@ -18,6 +18,7 @@ from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.learning import Learner
 from megatron_parallel_r1.train.path_verdicts import judge_paths
+from megatron_parallel_r1.train.phases import Phases
 from megatron_parallel_r1.train.rolling import roll_out_and_judge
 from megatron_parallel_r1.train.rollouts import Collected, Dynamic, collect
 from megatron_parallel_r1.train.scoring import group_metrics, trace_metrics
@@ -57,6 +58,11 @@ class Grpo:
     max_staleness: int = 0
     world: dist.ProcessGroup | None = None
 
+    @property
+    def phases(self) -> Phases:
+        """What the parts of a step cost, rollout and learning alike."""
+        return self.learner.phases
+
     def roll_out(self, next_problems: Callable[[int], Sequence[Problem]], step: int, seed: int) -> Collected:
         """The groups of a step, with the weights that the engine holds.
 
@@ -81,7 +87,8 @@ class Grpo:
         kept = collected.kept
         verdicts = None
         if self.learner.objective.path_credit:
-            verdicts = judge_paths(kept.traces, kept.problems, self.tokenizer, self.verifier, self.stated)
+            with self.phases.of("verify"):
+                verdicts = judge_paths(kept.traces, kept.problems, self.tokenizer, self.verifier, self.stated)
         return self.learner.learn(kept.traces, kept.rewards, lr, verdicts)
 
     def measure(self, collected: Collected, step: int) -> dict[str, Any]:
@@ -112,4 +119,5 @@ class Grpo:
             self.verifier,
             self.concurrent,
             self.world,
+            self.phases,
         )

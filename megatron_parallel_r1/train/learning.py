@@ -12,7 +12,7 @@ with one update has just that log-prob at hand and needs no pass of its own for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import numpy as np
@@ -24,6 +24,7 @@ from megatron_parallel_r1.thought.layout import Mode, lay_out
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.microbatch import MicroBatch
+from megatron_parallel_r1.train.phases import Phases
 from megatron_parallel_r1.train.policy.advantage import ADVANTAGES, Float64
 from megatron_parallel_r1.train.policy.aggregation import target_weights
 from megatron_parallel_r1.train.policy.correction import effective_share
@@ -62,7 +63,12 @@ class Schooling:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """What learning needs beside the traces; `reference` where the objective has a KL term."""
+    """What learning needs beside the traces.
+
+    Attributes:
+        reference: where the objective has a KL term.
+        phases: takes down what `logprobs` (old ones and the reference's) and `update` cost.
+    """
 
     trainer: Trainer
     objective: Objective
@@ -70,6 +76,7 @@ class Learner:
     mode: Mode
     tags: Tags
     reference: Reference | None = None
+    phases: Phases = field(default_factory=Phases)
 
     def learn(
         self,
@@ -92,15 +99,8 @@ class Learner:
         """
         portions, batches = self._portions(traces)
         everything = [batch for portion in batches for batch in portion]
-        alone = self.schooling.epochs * len(batches) == 1
-        if not alone or self.objective.kl_in == "reward":
-            for portion in batches:
-                # Only the last pipeline stage has them, and only it needs them.
-                for batch, old_N in zip(portion, self.trainer.logprobs(portion), strict=False):
-                    batch.values["old"] = old_N
-        if self.reference is not None:
-            for portion in batches:
-                self.reference.score(portion)
+        with self.phases.of("logprobs"):
+            self._score(batches)
         totals_T = np.asarray(rewards) + self._penalties(traces, everything)
         totals_PG = totals_T.reshape(-1, self.schooling.samples)
         advantages_T = ADVANTAGES[self.objective.advantage](totals_PG).ravel()
@@ -111,11 +111,12 @@ class Learner:
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return policy_loss(logprobs_N, entropies_N, batch.values, self.objective, batch.members)
 
-        updates = [
-            self.trainer.update(portion, loss, lr)
-            for _ in range(self.schooling.epochs)
-            for portion in batches
-        ]
+        with self.phases.of("update"):
+            updates = [
+                self.trainer.update(portion, loss, lr)
+                for _ in range(self.schooling.epochs)
+                for portion in batches
+            ]
         old = [batch.values["old"] for batch in everything if "old" in batch.values] or updates[0].logprobs
         return self._metrics(updates) | self._mismatch(old, everything)
 
@@ -137,6 +138,18 @@ class Learner:
             ]
             for portion in portions
         ]
+
+    def _score(self, batches: Sequence[Sequence[MicroBatch]]) -> None:
+        """Gives the micro-batches the log-probs of before the step, and the reference's, where needed."""
+        alone = self.schooling.epochs * len(batches) == 1
+        if not alone or self.objective.kl_in == "reward":
+            for portion in batches:
+                # Only the last pipeline stage has them, and only it needs them.
+                for batch, old_N in zip(portion, self.trainer.logprobs(portion), strict=False):
+                    batch.values["old"] = old_N
+        if self.reference is not None:
+            for portion in batches:
+                self.reference.score(portion)
 
     def _penalties(self, traces: Sequence[Trace], batches: Sequence[MicroBatch]) -> Float64:
         """What is added to each trace's reward."""

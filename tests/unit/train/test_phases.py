@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from megatron_parallel_r1.train.phases import Phases
+
+
+def test_a_name_has_the_sum_of_its_blocks_and_begins_anew_once_taken() -> None:
+    phases = Phases()
+    for _ in range(2):
+        with phases.of("draw"):
+            time.sleep(0.02)
+    with pytest.raises(RuntimeError), phases.of("update"):
+        raise RuntimeError
+    taken = phases.take()
+    assert set(taken) == {"time_draw_s", "time_update_s"}
+    assert taken["time_draw_s"] >= 0.04 > taken["time_update_s"] >= 0
+    assert phases.take() == {}
+
+
+def test_threads_add_to_the_same_sums() -> None:
+    phases, both = Phases(), threading.Barrier(2)
+
+    def work() -> None:
+        with phases.of("draw"):
+            both.wait()
+            time.sleep(0.02)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert phases.take()["time_draw_s"] >= 0.04
