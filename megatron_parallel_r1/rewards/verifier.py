@@ -1,7 +1,8 @@
 """Many answers against their references, in worker processes with a hard time-out.
 
-A pair that takes too long costs its worker's life: the parent kills it and starts another. So no answer
-can hang or end the training process, and a verdict comes for every pair, in order.
+A pair that takes too long costs its worker's life: the parent kills it and starts another. After many such
+pairs in one call the rest of it is given up. So no answers can hang or end the training process, and a
+verdict comes for every pair, in order.
 """
 
 from __future__ import annotations
@@ -32,11 +33,20 @@ class Verifier:
             change a verdict.
         workers: processes.
         memory_bytes: the address space of each.
+        most_timeouts: in one `check_many`, for each worker; the pairs that are then left are wrong by
+            time-out, so that a call takes minutes at worst, and not hours that other processes wait.
     """
 
-    def __init__(self, limit_s: float = 3.0, workers: int = 1, memory_bytes: int = 4 << 30) -> None:
-        assert limit_s > 0 and workers >= 1, (limit_s, workers)
+    def __init__(
+        self,
+        limit_s: float = 3.0,
+        workers: int = 1,
+        memory_bytes: int = 4 << 30,
+        most_timeouts: int = 64,
+    ) -> None:
+        assert limit_s > 0 and workers >= 1 and most_timeouts >= 1, (limit_s, workers, most_timeouts)
         self._limit_s = limit_s
+        self._most_timeouts = most_timeouts * workers
         self._workers = [Worker(limit_s, memory_bytes) for _ in range(workers)]
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)
@@ -80,6 +90,7 @@ class Verifier:
         todo = deque(pairs)
         idle = self._workers[: len(pairs)]
         busy: dict[Worker, tuple[Pair, float]] = {}  # with the time at which the pair's patience ends
+        timeouts = 0
         with self._lock:
             try:
                 for worker in idle:
@@ -98,10 +109,14 @@ class Verifier:
                         elif now >= deadline:
                             solved[pair] = Verdict(False, "timeout")
                             worker.stop()
+                            timeouts += 1
                         else:
                             continue
                         del busy[worker]
                         idle.append(worker)
+                    if timeouts >= self._most_timeouts:
+                        solved |= dict.fromkeys(todo, Verdict(False, "timeout"))
+                        todo.clear()
             except BaseException:
                 _stop_all(busy)  # an answer that nobody awaits any more would be taken for the next one
                 raise

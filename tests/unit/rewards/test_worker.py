@@ -131,6 +131,16 @@ def test_towers_of_powers_are_wrong_and_cost_one_time_out_each() -> None:
     assert not any(verdict.correct for verdict in verdicts)
 
 
+def test_a_call_full_of_towers_is_given_up_and_the_next_one_is_not() -> None:
+    towers = [(f"{base}^{{9^{{9^9}}}}", "3") for base in range(2, 10)]
+    with Verifier(limit_s=1.0, most_timeouts=2) as verifier:
+        verdicts = verifier.check_many([("1+x", "x+1"), *towers, ("2x", "x+x"), ("7", "7")])
+        # Two were tried: it took two limits and not eight.
+        assert [v.reason for v in verdicts] == ["algebra", *["timeout"] * 9, "text"]
+        assert verdicts[0].correct and verdicts[-1].correct and verifier.pids == ()
+        assert verifier.check("2x", "x+x") == Verdict(True, "algebra")
+
+
 def test_two_workers_answer_in_order_and_solve_equal_pairs_once() -> None:
     pairs = [
         ("1+x", "x+1"),
