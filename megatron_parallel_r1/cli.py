@@ -106,9 +106,9 @@ def plan(
     example_tokens: Annotated[int, typer.Option(min=1, help="Longest SFT row to reckon with.")] = 4096,
 ) -> None:
     """Say what a recipe will do and need: layout, shapes, steps, tokens, memory. Needs no weights."""
-    from megatron_parallel_r1.curriculum.lengths import Longest
-    from megatron_parallel_r1.curriculum.plan import GIB, plan
-    from megatron_parallel_r1.curriculum.plan_text import plan_text
+    from megatron_parallel_r1.planning.lengths import Longest
+    from megatron_parallel_r1.planning.plan import GIB, plan
+    from megatron_parallel_r1.planning.plan_text import plan_text
     from megatron_parallel_r1.recipe_file import read_recipe
 
     told, longest = read_recipe(recipe, overrides or ()), Longest(prompt_tokens, example_tokens)

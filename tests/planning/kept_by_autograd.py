@@ -1,6 +1,6 @@
 """What autograd keeps of a forward pass, beside what the plan says; run by torchrun for a split model.
 
-torchrun --nproc-per-node 2 -m tests.curriculum.kept_by_autograd OUT.json --tensor 2
+torchrun --nproc-per-node 2 -m tests.planning.kept_by_autograd OUT.json --tensor 2
 
 Shapes: L tokens of a row, T of them on this process.
 """
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.curriculum.memory import Work, activation_bytes, layer_bytes
-from megatron_parallel_r1.curriculum.split import parts
 from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam, trainable
 from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.planning.memory import Work, activation_bytes, layer_bytes
+from megatron_parallel_r1.planning.split import parts
 from megatron_parallel_r1.thought.packing import context_indices
 from megatron_parallel_r1.train.logprobs import Question, target_logprobs
 

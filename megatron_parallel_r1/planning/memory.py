@@ -17,11 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import prod
 
-from megatron_parallel_r1.curriculum.split import Part
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import padded_vocab
 from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import table
+from megatron_parallel_r1.planning.split import Part
 from megatron_parallel_r1.rollout.native.cache import SlotTable
 from megatron_parallel_r1.train.logprobs import CHUNK_LOGITS
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_parallel_r1.curriculum.lengths import Longest, longest_branches, longest_row
-from megatron_parallel_r1.curriculum.plan import GIB, Plan, plan
-from megatron_parallel_r1.curriculum.plan_text import plan_text
-from megatron_parallel_r1.curriculum.published import SHAPES, shape_of
-from megatron_parallel_r1.curriculum.split import parts
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.transformer import transformer_config
 from megatron_parallel_r1.model.weights import EMBEDDING, HEAD, table
+from megatron_parallel_r1.planning.lengths import Longest, longest_branches, longest_row
+from megatron_parallel_r1.planning.plan import GIB, Plan, plan
+from megatron_parallel_r1.planning.plan_text import plan_text
+from megatron_parallel_r1.planning.published import SHAPES, shape_of
+from megatron_parallel_r1.planning.split import parts
 from megatron_parallel_r1.recipe_file import read_recipe
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Row, lay_out
@@ -29,7 +29,7 @@ from tests.reference.traces import TAGS, random_trace
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CURRICULUM = RECIPES / "qwen3_4b/curriculum.yaml"
-MINI = Path(__file__).parent / "mini.yaml"
+MINI = Path(__file__).resolve().parents[1] / "curriculum/mini.yaml"
 LAYOUTS = [
     Parallel(),
     Parallel(tensor=2, pipeline=3),

@@ -8,11 +8,11 @@ from dataclasses import fields
 from math import prod
 
 from megatron_parallel_r1 import config
-from megatron_parallel_r1.curriculum.memory import Memory
-from megatron_parallel_r1.curriculum.plan import GIB, Plan, StagePlan
-from megatron_parallel_r1.curriculum.split import Part
 from megatron_parallel_r1.model.gpt import padded_vocab
 from megatron_parallel_r1.model.weights import table
+from megatron_parallel_r1.planning.memory import Memory
+from megatron_parallel_r1.planning.plan import GIB, Plan, StagePlan
+from megatron_parallel_r1.planning.split import Part
 from megatron_parallel_r1.rewards.base import Component
 from megatron_parallel_r1.rewards.weights import Constant, Linear, Window
 from megatron_parallel_r1.train.policy.objective import Objective

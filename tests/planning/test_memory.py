@@ -17,25 +17,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_parallel_r1.curriculum.lengths import longest_row
-from megatron_parallel_r1.curriculum.memory import (
-    Work,
-    cache_bytes,
-    chunks_under_way,
-    logit_bytes,
-    memory,
-)
-from megatron_parallel_r1.curriculum.split import parts
 from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam, trainable
 from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.planning.lengths import longest_row
+from megatron_parallel_r1.planning.memory import (
+    Work,
+    cache_bytes,
+    chunks_under_way,
+    logit_bytes,
+    memory,
+)
+from megatron_parallel_r1.planning.split import parts
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train import logprobs
 from megatron_parallel_r1.train.logprobs import Question, target_logprobs
-from tests.curriculum.kept_by_autograd import DTYPES, LENGTH, RECOMPUTE, SHAPE, compare_all
+from tests.planning.kept_by_autograd import DTYPES, LENGTH, RECOMPUTE, SHAPE, compare_all
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +108,7 @@ def test_activations_of_a_split_model(tmp_path: Path, layout: str) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     found = tmp_path / "found.json"
     done = subprocess.run(
-        [*torchrun, "-m", "tests.curriculum.kept_by_autograd", str(found), *layout.split()],
+        [*torchrun, "-m", "tests.planning.kept_by_autograd", str(found), *layout.split()],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -154,7 +154,7 @@ def test_the_logits_chunks_are_those_of_the_loss(dtype: torch.dtype, monkeypatch
     # Chunks that are large beside everything else, as those of a real vocabulary are.
     targets, hidden, vocab, chunk = 256, 16, 4096, 64
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk * vocab)
-    monkeypatch.setattr("megatron_parallel_r1.curriculum.memory.CHUNK_LOGITS", chunk * vocab)
+    monkeypatch.setattr("megatron_parallel_r1.planning.memory.CHUNK_LOGITS", chunk * vocab)
     hidden_NE = torch.randn(targets, hidden).to(dtype).requires_grad_()
     head_VE = torch.randn(vocab, hidden).to(dtype).requires_grad_()
     ids_N = torch.arange(targets)

@@ -12,14 +12,14 @@ from math import ceil
 import torch
 
 from megatron_parallel_r1 import config
-from megatron_parallel_r1.curriculum.lengths import Longest, longest_response, longest_row
-from megatron_parallel_r1.curriculum.memory import Memory, Work, memory
-from megatron_parallel_r1.curriculum.published import shape_of
 from megatron_parallel_r1.curriculum.sources import load_tokenizer
-from megatron_parallel_r1.curriculum.split import Part, parts
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.parallel import Parallel, check_parallel
+from megatron_parallel_r1.planning.lengths import Longest, longest_response, longest_row
+from megatron_parallel_r1.planning.memory import Memory, Work, memory
+from megatron_parallel_r1.planning.published import shape_of
+from megatron_parallel_r1.planning.split import Part, parts
 from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Mode
