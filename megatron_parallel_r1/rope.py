@@ -1,5 +1,7 @@
 """Frequencies of rotary positions, stretched as a config.json says; the model and the engine share them.
 
+Imports torch where it computes: recipes are read, and jobs begun, without waiting for it.
+
 Shapes: r pairs of dimensions of a head.
 """
 
@@ -8,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Beside `rope_type` and `factor`, what a kind reads, with the default of what may be left out.
 KINDS: Mapping[str, Mapping[str, float | None]] = {
@@ -79,6 +81,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
 
     RoPE: arXiv 2104.09864; linear: 2306.15595; YaRN: 2309.00071; llama3: the Llama 3.1 release.
     """
+    import torch
+
     exponents_r = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies_r = 1.0 / theta**exponents_r
     if scaling is None:
@@ -98,6 +102,8 @@ def rope_gain(scaling: RopeScaling | None) -> float:
 
 
 def _llama3(frequencies_r: Tensor, factor: float, low: float, high: float, original: float) -> Tensor:
+    import torch
+
     waves_r = 2 * math.pi / frequencies_r
     scaled_r = torch.where(waves_r > original / low, frequencies_r / factor, frequencies_r)
     smooth_r = (original / waves_r - low) / (high - low)
@@ -116,6 +122,8 @@ def _yarn(
     slow: float,
     truncate: float,
 ) -> Tensor:
+    import torch
+
     def dimension(turns: float) -> float:
         """That which turns so often over the original length."""
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.families import FAMILIES
 from megatron_parallel_r1.rope import RopeScaling, rope_frequencies, rope_gain
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,8 @@ class ModelConfig:
         except KeyError as missing:
             raise UserError(f"config.json: {missing} is missing; copy the complete file") from None
 
-    def to_hf(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """The `config.json` of a model whose weights are of `dtype`.
+    def to_hf(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """The `config.json` of a model whose weights are of `dtype`, None: float32.
 
         Names that changed between transformers 4 and 5 are written in both forms, since inference engines pin
         the older one.
@@ -152,7 +153,7 @@ class ModelConfig:
             "rope_scaling": stretch if self.rope_scaling else None,
             "rope_parameters": stretch | {"rope_theta": self.rope_theta},
             "attention_dropout": 0.0,
-            "torch_dtype": str(dtype).removeprefix("torch."),
+            "torch_dtype": str(dtype or "float32").removeprefix("torch."),
         }
         for field, (value, *_) in FAMILIES[self.family].fixed.items():
             if value is not None and field not in told:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +80,12 @@ def test_an_order_knows_where_its_steps_are_written() -> None:
 def test_an_order_that_cannot_run_is_refused(kind: str, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Order.read(kind, words)
+
+
+def test_a_job_begins_without_waiting_for_torch() -> None:
+    """Its script reads the recipe before it starts a rank; torch takes most of what Python needs to start."""
+    program = "import sys, megatron_parallel_r1.cluster.order; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=100).returncode == 0
 
 
 def test_the_file_of_one_stage_stands_for_it(tmp_path: Path) -> None:
