@@ -6,16 +6,22 @@
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the repository}" || exit
 source slurm/site.env
 
-ATTEMPT=${SLURM_RESTART_COUNT:-0}
-# A member of an array goes by the name that its submitter sees.
-JOB_LOGS=$LOG_DIR/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-LOGS=$JOB_LOGS/attempt$ATTEMPT
-mkdir -p "$LOGS"
-
 refuse() {
     echo "error: $*" >&2
     exit 2
 }
+
+for name in ROLLOUT_NODES ROLLOUT_SERVERS ROLLOUT_TENSOR ROLLOUT_WAIT_S GRACE_S MAX_FAILURES; do
+    [[ ${!name:-} =~ ^[1-9][0-9]*$ || $name=${!name:-} == ROLLOUT_NODES=0 ]] ||
+        refuse "$name=${!name:-} is no whole number from 1 on; mend slurm/site.env"
+done
+export MAX_FAILURES  # for the bookkeeping
+
+ATTEMPT=${SLURM_RESTART_COUNT:-0}
+# A member of an array goes by the name that its submitter sees.
+JOB_LOGS=$LOG_DIR/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+LOGS=$JOB_LOGS/attempt$ATTEMPT
+mkdir -p "$LOGS" || refuse "LOG_DIR=$LOG_DIR cannot be written"
 
 # INSIDE: what puts a command into the container on this node; AT_STEP: what does so for a step of srun.
 INSIDE=() AT_STEP=()

@@ -19,8 +19,10 @@ from megatron_parallel_r1.cluster import attempts
 from megatron_parallel_r1.cluster.attempts import Attempt, failures_in_vain, steps_written
 from megatron_parallel_r1.cluster.failure import Failure, first_failure, last_lines
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, UserError
+from megatron_parallel_r1.stop_signals import STOP_SIGNALS
 
 ORDER = "order.json"
+STOPS = (STOPPED_EXIT_CODE, *(128 + stop for stop in STOP_SIGNALS))
 
 
 def begin(job: Path, kind: str, words: Sequence[str], most: int) -> None:
@@ -73,8 +75,11 @@ def end(job: Path, logs: Path, step: str, code: int, most: int) -> int:
 
 
 def is_stop(failed: Failure) -> bool:
-    """Whether ranks ended because they were asked to; an evaluation saves as it goes and just dies of it."""
-    return failed.code == STOPPED_EXIT_CODE or "User defined signal" in failed.what
+    """Whether ranks ended because they were asked to.
+
+    An evaluation saves as it goes and just dies of the signal, as does srun before it has started a rank.
+    """
+    return failed.code in STOPS or "User defined signal" in failed.what
 
 
 def loop(tried: Sequence[Attempt], why: str) -> str:
@@ -85,7 +90,7 @@ def loop(tried: Sequence[Attempt], why: str) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    most = int(os.environ.get("MAX_FAILURES", "3"))
+    most = int(os.environ.get("MAX_FAILURES", "3"))  # the script has checked it
     verb, job, *rest = words  # `job` is the KIND of servers
     try:
         if verb == "begin":

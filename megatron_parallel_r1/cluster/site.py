@@ -12,7 +12,16 @@ from pathlib import Path
 from megatron_parallel_r1.errors import UserError
 
 SCRIPTS = {"sft": "sft_stage.sh", "rl": "rl_stage.sh", "curriculum": "curriculum.sh", "eval": "eval.sh"}
-NAMES = ("PYTHON", "LOG_DIR", "ROLLOUT_NODES", "MAX_FAILURES", "GRACE_S", "CONTAINER")
+# Settings that are whole numbers, and the least that each may be.
+NUMBERS = {
+    "ROLLOUT_NODES": 0,
+    "ROLLOUT_SERVERS": 1,
+    "ROLLOUT_TENSOR": 1,
+    "ROLLOUT_WAIT_S": 1,
+    "GRACE_S": 1,
+    "MAX_FAILURES": 1,
+}
+NAMES = ("PYTHON", "LOG_DIR", "CONTAINER", *NUMBERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,13 @@ def read_header(script: Path) -> Header:
 
 
 def minutes_of(time: str) -> int:
-    """Of a time as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    """Of a time as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}", time):
+        raise ValueError(f"{time} is no time")
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:
@@ -93,14 +108,17 @@ def check_site(site: dict[str, str], header: Header) -> None:
     Raises:
         UserError: a setting names what is not there, or what does not fit.
     """
+    for name, least in NUMBERS.items():
+        if not re.fullmatch("0|[1-9][0-9]*", site[name]) or int(site[name]) < least:
+            raise UserError(f"{name}={site[name]} is no whole number from {least} on; mend slurm/site.env")
     rollout, container = site["ROLLOUT_NODES"], site["CONTAINER"]
-    if not rollout.isdigit() or int(rollout) >= header.nodes:
+    if int(rollout) >= header.nodes:
         raise UserError(f"ROLLOUT_NODES={rollout} of {header.nodes} nodes leaves none to train")
     if container.endswith((".sif", ".sqsh")) and not Path(container).is_file():
         raise UserError(f"CONTAINER={container}: no such file")
     if not container and shutil.which(site["PYTHON"]) is None:
         raise UserError(f"PYTHON={site['PYTHON']}: no such program; `make test` makes .venv, or set PYTHON")
-    if not site["GRACE_S"].isdigit() or int(site["GRACE_S"]) >= header.signal_s:
+    if int(site["GRACE_S"]) >= header.signal_s:
         raise UserError(
             f"GRACE_S={site['GRACE_S']} must be less than the {header.signal_s} s of #SBATCH --signal"
         )

@@ -120,7 +120,7 @@ class Launcher:
     def _local_size(self) -> tuple[int, int]:
         if (self._wish.nodes or 1) > 1:
             raise UserError(f"--nodes {self._wish.nodes}: this machine is one node; it has no sbatch")
-        return self._wish.ranks or 1, minutes_of(self._wish.time or "7-0")
+        return self._wish.ranks or 1, wished_minutes(self._wish.time or "7-0")
 
     def _slurm(self, kind: str, name: str, after: str | None) -> SlurmExecutor:
         header = self._header(kind)
@@ -159,7 +159,7 @@ class Launcher:
             ranks_per_node=told.ranks_per_node if wish.ranks is None else wish.ranks,
             gpus_per_node=told.gpus_per_node if wish.gpus is None else wish.gpus,
             cpus_per_rank=told.cpus_per_rank if wish.cpus is None else wish.cpus,
-            minutes=told.minutes if wish.time is None else minutes_of(wish.time),
+            minutes=told.minutes if wish.time is None else wished_minutes(wish.time),
         )
 
 
@@ -177,6 +177,17 @@ def output_to(file: Path) -> Iterator[None]:
         os.dup2(kept[1], 2)
         for descriptor in kept:
             os.close(descriptor)
+
+
+def wished_minutes(time: str) -> int:
+    """
+    Raises:
+        UserError: it is no time as SLURM writes it.
+    """
+    try:
+        return minutes_of(time)
+    except ValueError:
+        raise UserError(f"--time {time}: write minutes, H:M:S or D-H, such as 90 or 24:00:00") from None
 
 
 def script_of(order: Order) -> tuple[str, ...]:

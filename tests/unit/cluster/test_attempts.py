@@ -81,6 +81,8 @@ def test_nodes_lost_at_one_place_again_and_again_are_a_crash_loop(tmp_path: Path
         (0, "", 0, "done"),
         (85, "srun: error: n1: task 0: Exited with exit code 85\n", 85, "stopped"),
         (138, "srun: error: n1: task 0: User defined signal 1\n", 85, "stopped"),
+        (138, "", 85, "stopped"),
+        (140, "", 85, "stopped"),
         (137, KILLED, 75, "failed"),
         (137, "srun: error: n1: task 0: Exited with exit code 2\n" + KILLED, 2, "failed"),
         (1, "", 75, "failed"),

@@ -18,6 +18,7 @@ from megatron_parallel_r1.cluster.site import (
     read_header,
     read_site,
 )
+from megatron_parallel_r1.cluster.submission import wished_minutes
 from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import RECIPE
 
@@ -39,6 +40,9 @@ def test_a_site_that_is_not_as_it_says_is_refused() -> None:
         {"CONTAINER": "gone.sqsh"},
         {"ROLLOUT_NODES": "2"},
         {"GRACE_S": "300"},
+        {"GRACE_S": "soon"},
+        {"MAX_FAILURES": "0"},
+        {"ROLLOUT_SERVERS": "none"},
         {"PYTHON": "no/one"},
     ):
         with pytest.raises(UserError, match=next(iter(wrong))):
@@ -58,6 +62,12 @@ def test_the_environment_goes_before_the_file(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_times_are_read_as_slurm_writes_them(time: str, minutes: int) -> None:
     assert minutes_of(time) == minutes
+
+
+@pytest.mark.parametrize("time", ["soon", "1:2:3:4", "2-", "1h", ""])
+def test_what_is_no_time_is_refused(time: str) -> None:
+    with pytest.raises(UserError, match=f"--time {time}: write minutes"):
+        wished_minutes(time)
 
 
 def test_an_order_knows_where_its_steps_are_written() -> None:

@@ -1,4 +1,4 @@
-"""`verify.py`: models of either form that are equal, their logits by two implementations, and unequal ones."""
+"""`verify.py`: equal models of either form, their logits by two implementations, and unequal models."""
 
 from __future__ import annotations
 
