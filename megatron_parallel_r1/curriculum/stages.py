@@ -19,6 +19,7 @@ from megatron_parallel_r1.curriculum.viewing import trace_record
 from megatron_parallel_r1.curriculum.workbench import Workbench
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.row_cache import RowCache, tokenizer_hash
+from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.watch import Watch
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rewards.extract import extract_answer
@@ -114,11 +115,10 @@ def _rows_kept(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _traces_kept(collected: Collected) -> list[dict[str, Any]]:
+    """All that the step's updates were made of, to make them again."""
     pairs = zip(collected.kept.traces, collected.kept.rewards, strict=True)
-    return [
-        {"prompt": t.prompt, "tokens": t.tokens, "logprobs": t.logprobs, "reward": reward}
-        for t, reward in pairs
-    ]
+    columns = ("prompt", "tokens", "sampled", "barred", "logprobs", "versions", "finish")
+    return [{name: getattr(trace, name) for name in columns} | {"reward": reward} for trace, reward in pairs]
 
 
 def _grpo(
@@ -169,7 +169,10 @@ def _stated_embedded(text: str) -> str | None:
 
 
 def _shown(bench: Workbench, rollouts: Rollouts, count: int) -> Sequence[dict[str, Any]]:
-    """Traces of different problems, right and wrong ones in turn where the step has both."""
+    """Traces of different problems, right and wrong ones in turn where the step has both; for the process
+    that writes them."""
+    if not process.is_first():
+        return ()
     total = len(rollouts.traces)
     ranked = sorted(range(total), key=lambda i: (i * 7919 % total, i))
     right = [i for i in ranked if rollouts.judged[i].correct]

@@ -101,7 +101,8 @@ class Learner:
         everything = [batch for portion in batches for batch in portion]
         with self.phases.of("logprobs"):
             self._score(batches)
-        totals_T = np.asarray(rewards) + self._penalties(traces, everything)
+        penalties = self._penalties(traces, everything)
+        totals_T = np.asarray(rewards) + sum(penalties.values())
         totals_PG = totals_T.reshape(-1, self.schooling.samples)
         advantages_T = ADVANTAGES[self.objective.advantage](totals_PG).ravel()
         self._spread(traces, advantages_T, path_verdicts, portions, batches)
@@ -118,7 +119,8 @@ class Learner:
                 for portion in batches
             ]
         old = [batch.values["old"] for batch in everything if "old" in batch.values] or updates[0].logprobs
-        return self._metrics(updates) | self._mismatch(old, everything)
+        penalized = {name: float(penalties_T.mean()) for name, penalties_T in penalties.items()}
+        return self._metrics(updates) | penalized | self._mismatch(old, everything)
 
     def _portions(self, traces: Sequence[Trace]) -> tuple[list[np.ndarray], list[list[MicroBatch]]]:
         """Which traces each mini-batch has, and this process's micro-batches of it.
@@ -151,18 +153,18 @@ class Learner:
             for portion in batches:
                 self.reference.score(portion)
 
-    def _penalties(self, traces: Sequence[Trace], batches: Sequence[MicroBatch]) -> Float64:
-        """What is added to each trace's reward."""
+    def _penalties(self, traces: Sequence[Trace], batches: Sequence[MicroBatch]) -> dict[str, Float64]:
+        """What is added to each trace's reward, under the names that the means have as metrics."""
         objective = self.objective
-        penalties_T = np.zeros(len(traces))
+        penalties: dict[str, Float64] = {}
         if objective.overlong_cache:
             lengths_T = np.array([len(trace.tokens) for trace in traces])
-            penalties_T += overlong_penalties(
+            penalties["penalty_overlong"] = overlong_penalties(
                 lengths_T, self.schooling.limit, objective.overlong_cache, objective.overlong_penalty
             )
         if objective.kl != "none" and objective.kl_in == "reward":
-            penalties_T += self._kl_penalties(len(traces), batches)
-        return penalties_T
+            penalties["penalty_kl"] = self._kl_penalties(len(traces), batches)
+        return penalties
 
     def _kl_penalties(self, count: int, batches: Sequence[MicroBatch]) -> Float64:
         """Of all traces, on every process, from what each last pipeline stage has of them."""
@@ -231,8 +233,12 @@ class Learner:
             "clip_fraction": share("clipped_low") + share("clipped_high"),
             "clip_low": share("clipped_low"),
             "clip_high": share("clipped_high"),
+            "kl_old": share("kl_old"),
             "masked": 1 - trained,
+            "tokens_trained": round(sum(update.means["trained"] * update.targets for update in updates)),
         }
+        if self.objective.dual_clip is not None:
+            metrics["clip_dual"] = share("clipped_dual")
         if self.objective.kl != "none" and self.objective.kl_in == "loss":
             metrics["kl"] = share("kl")
         if self.objective.correction != "none":

@@ -54,11 +54,15 @@ def trace_metrics(traces: Sequence[Trace], judged: Sequence[Judged]) -> dict[str
     `first_block` is the place of a trace's first block, 0 at its begin and 1 at its end: it tells exploration
     from verification. `well_formed` is the share of blocks that the policy itself closed in good form.
     `path_length` is in tokens between the path's tags, `path_difference` as in `rewards/siblings.py`.
+    `unanswered` is the share without a final answer, `unverified` that of answers that cost a verification
+    process its life or were never looked at; they count as wrong.
     """
     blocks = sum(j.format.blocks for j in judged)
     places = [t.tree.blocks[0].start / len(t.tokens) for t in traces if t.tree.blocks]
     return {
         "accuracy": fmean(j.correct for j in judged),
+        "unanswered": fmean(j.extracted is None for j in judged),
+        "unverified": fmean(j.reason in ("timeout", "crash") for j in judged),
         "parallel_ratio": fmean(j.format.parallel for j in judged),
         "well_formed": sum(j.format.well_formed_blocks for j in judged) / blocks if blocks else None,
         "blocks_per_trace": blocks / len(traces),

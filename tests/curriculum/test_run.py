@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,6 +59,32 @@ def test_it_leaves_metrics_models_evaluations_and_a_report(whole: Path) -> None:
     assert list(whole.glob("rl/tensorboard/events*"))
     assert len((whole / "rl/eval_traces.jsonl").read_text().splitlines()) == 6
     assert not list(whole.glob("*/checkpoints"))
+
+
+def documented(heading: str) -> set[str]:
+    """Fields of a row of the table of metrics in docs/architecture.md."""
+    table = (Path(__file__).parents[2] / "docs/architecture.md").read_text()
+    (row,) = [line for line in table.splitlines() if line.startswith(f"| {heading} |")]
+    return set(re.findall(r"`([a-z0-9_<>]+)`", row.removeprefix(f"| {heading} |")))
+
+
+def test_every_metric_is_documented_and_every_documented_one_is_logged(whole: Path) -> None:
+    """What only some objectives report: tests/unit/train/test_learning.py; servers: docs/rollout.md."""
+    always = {"stage", "kind", "step", "steps"}
+    (first_eval, *_), (first_sft, *_) = (
+        [json.loads(line) for line in (whole / name).read_text().splitlines()]
+        for name in ("eval.jsonl", "cold_start/metrics.jsonl")
+    )
+    assert set(first_sft) == always | documented("`sft`")
+    assert set(first_eval) - {"stage", "kind", "step"} == documented("`eval`")
+    rows = ("`rl`, traces", "`rl`, learning", "`rl`, phases")
+    expected = always.union(*map(documented, rows)) - {"reward_<component>"}
+    for line in (whole / "rl/metrics.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) == expected | {"reward_accuracy", "reward_parallel_bonus"}
+    assert documented("`rl`, as the objective asks") - {"reward"} == (
+        {"kl", "penalty_kl", "penalty_overlong", "clip_dual"}
+        | {"correction", "corrected", "correction_effective"}
+    )
 
 
 def test_the_release_is_a_hugging_face_model(whole: Path) -> None:

@@ -40,13 +40,16 @@ def policy_loss(
 
     Returns:
         The loss, and sums over the targets whose weight is not 0: how many they are (`trained`), where a
-        bound held (`clipped_low`, `clipped_high`, `clipped_dual`), the KL estimate in the loss (`kl`), and of
-        the correction the importance weights, their squares, and how many of them were cut (`correction`,
-        `correction_square`, `corrected`).
+        bound held (`clipped_low`, `clipped_high`, `clipped_dual`), the k3 estimate of KL(policy that began
+        the step || policy) (`kl_old`), the KL estimate in the loss (`kl`), and of the correction the
+        importance weights, their squares, and how many of them were cut (`correction`, `correction_square`,
+        `corrected`).
     """
     old_N = values.get("old", logprobs_N.detach())
     ratio_N = ratios(logprobs_N, old_N, objective.ratio, members)
     gain_N, reports = _gain(objective, logprobs_N, ratio_N, values["advantage"])
+    # In float64: a small step is far below the rounding of exp(d) - 1 - d in float32.
+    reports["kl_old"] = kl_estimates(old_N.double(), logprobs_N.detach().double(), "k3")
 
     if objective.correction != "none":
         engine_N = engine_ratios(old_N, values["engine"], objective.correction_level, members)

@@ -43,12 +43,13 @@ def reference_of(trainer: Trainer, every: int = 0) -> Reference:
 
 
 def values_of(learner: Learner, traces: Sequence[Trace], rewards: Sequence[float]) -> dict[str, np.ndarray]:
-    """What each target was given in the last update, all together."""
+    """What each target was given in the last update, all together, and the number of its `trace`."""
     seen: list[dict[str, torch.Tensor]] = []
     update = learner.trainer.update
 
     def spy(batches, loss, lr):
-        seen.extend(batch.values for batch in batches)
+        for batch in batches:
+            seen.append(batch.values | {"trace": torch.tensor(batch.row.members)[batch.members.member_N]})
         return update(batches, loss, lr)
 
     learner.trainer.update = spy  # type: ignore[method-assign]
@@ -56,18 +57,30 @@ def values_of(learner: Learner, traces: Sequence[Trace], rewards: Sequence[float
     return {name: np.concatenate([v[name].numpy() for v in seen]) for name in seen[0]}
 
 
+def by_trace(values: dict[str, np.ndarray], traces: Sequence[Trace], name: str) -> np.ndarray:
+    """The one value that all targets of each trace have."""
+    found = []
+    for number, trace in enumerate(traces):
+        own_N = values["trace"] == number
+        (value,) = set(values[name][own_N].tolist())
+        assert own_N.sum() == trace.sampled_count
+        found.append(value)
+    return np.array(found)
+
+
 def test_each_trace_has_its_group_advantage_and_equal_weight(trainer_of, traces) -> None:
     values = values_of(learner(trainer_of(), Objective(advantage="dr_grpo")), traces, REWARDS)
-    assert set(values["advantage"].tolist()) == {1.5, -0.5, 1.0, -1.0}
+    # The groups' means are -0.5 and 0.
+    expected = np.array(REWARDS) - np.repeat([-0.5, 0.0], SAMPLES)
+    assert by_trace(values, traces, "advantage") == pytest.approx(expected)
     assert (values["weight"] == 1).all() and len(values["weight"]) == sum(t.sampled_count for t in traces)
 
 
 def test_the_mean_over_traces_weighs_each_trace_alike(trainer_of, traces) -> None:
     values = values_of(learner(trainer_of(), Objective(aggregation="sequence")), traces, REWARDS)
     targets = sum(trace.sampled_count for trace in traces)
-    assert sorted(set(np.round(values["weight"], 4))) == pytest.approx(
-        sorted({round(targets / (8 * t.sampled_count), 4) for t in traces}), abs=2e-4
-    )
+    expected = [targets / (8 * t.sampled_count) for t in traces]
+    assert by_trace(values, traces, "weight") == pytest.approx(expected, rel=1e-6)  # float32
 
 
 def test_truncated_traces_carry_no_loss_but_count_in_their_group(trainer_of, traces) -> None:
@@ -75,20 +88,20 @@ def test_truncated_traces_carry_no_loss_but_count_in_their_group(trainer_of, tra
     objective = Objective(advantage="dr_grpo", mask_truncated=True)
     one = learner(trainer_of(), objective)
     values = values_of(one, cut, REWARDS)
-    masked = sum(t.sampled_count for t in cut if t.finish == "length")
-    assert (values["weight"] == 0).sum() == masked
-    assert set(values["advantage"].tolist()) == {1.5, -0.5, 1.0, -1.0}
+    assert (by_trace(values, cut, "weight") == 0).tolist() == [t.finish == "length" for t in cut]
+    expected = np.array(REWARDS) - np.repeat([-0.5, 0.0], SAMPLES)
+    assert by_trace(values, cut, "advantage") == pytest.approx(expected)
 
 
 def test_a_long_trace_loses_reward(trainer_of, traces) -> None:
     objective = Objective(advantage="dr_grpo", overlong_cache=60, overlong_penalty=3.0)
     values = values_of(learner(trainer_of(), objective), traces, [0.0] * 8)
     lengths = np.array([len(t.tokens) for t in traces], float)
-    expected = -3.0 * lengths / 60
-    expected -= np.repeat(expected.reshape(2, 4).mean(1), 4)
-    assert sorted(set(values["advantage"])) == pytest.approx(
-        sorted(set(expected.astype(np.float32))), abs=1e-5
-    )
+    penalties = -3.0 * lengths / 60
+    expected = penalties - np.repeat(penalties.reshape(2, 4).mean(1), 4)
+    assert by_trace(values, traces, "advantage") == pytest.approx(expected, abs=1e-6)  # float32
+    metrics = learner(trainer_of(), objective).learn(traces, [0.0] * 8, lr=1e-3)
+    assert metrics["penalty_overlong"] == pytest.approx(penalties.mean())
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
@@ -105,14 +118,15 @@ def test_kl_in_the_reward_is_the_sum_over_a_trace(trainer_of, traces) -> None:
     learner(trainer, Objective()).learn(traces, REWARDS, lr=1e-2)
     objective = Objective(advantage="dr_grpo", kl="k1", kl_in="reward", kl_coefficient=0.5)
     values = values_of(learner(trainer, objective, reference=reference), traces, [0.0] * 8)
-    # A token's share of its trace's penalty, put together again by the trace's own advantage.
     apart = values["old"].astype(np.float64) - values["reference"]
-    by_advantage: dict[float, float] = {}
-    for advantage, difference in zip(values["advantage"].tolist(), apart, strict=True):
-        by_advantage[advantage] = by_advantage.get(advantage, 0.0) - 0.5 * difference
-    assert len(by_advantage) == 8
-    means = {a: total - a for a, total in by_advantage.items()}  # penalty - advantage is the group's mean
-    assert len({round(mean, 3) for mean in means.values()}) == 2
+    advantages = by_trace(values, traces, "advantage")
+    penalties = np.array([-0.5 * apart[values["trace"] == number].sum() for number in range(8)])
+    expected = penalties - np.repeat(penalties.reshape(2, 4).mean(1), 4)
+    assert advantages == pytest.approx(expected, abs=1e-5)  # float32, of penalties of some units
+    metrics = learner(trainer, objective, reference=reference).learn(traces, [0.0] * 8, lr=0.0)
+    again = values_of(learner(trainer, objective, reference=reference), traces, [0.0] * 8)
+    moved = -0.5 * (again["old"].astype(np.float64) - again["reference"]).sum() / 8
+    assert metrics["penalty_kl"] == pytest.approx(moved, rel=1e-5) and moved != 0
 
 
 def test_the_reference_is_renewed_when_it_should(trainer_of, traces) -> None:
@@ -153,6 +167,30 @@ def test_correction_and_mismatch_are_reported(trainer_of, traces) -> None:
     assert metrics["mismatch_mean"] == pytest.approx(0.5, abs=1e-5)
     assert metrics["correction"] == pytest.approx(1.2) and metrics["corrected"] == 1
     assert metrics["correction_effective"] == pytest.approx(1.0)
+
+
+def test_what_the_updates_of_a_step_did_is_reported(trainer_of, traces) -> None:
+    cut = [replace(t, finish="length" if i == 0 else "eos") for i, t in enumerate(traces)]
+    objective = Objective(dual_clip=1.0001, mask_truncated=True)
+    metrics = learner(trainer_of(), objective, updates=2).learn(cut, REWARDS, lr=3e-3)
+    assert metrics["tokens_trained"] == sum(t.sampled_count for t in traces[1:])
+    # The second update is of other groups, whose log-probs the first has moved.
+    assert 0 < metrics["clip_dual"] < 1 and metrics["kl_old"] > 1e-6
+    once = learner(trainer_of(), Objective()).learn(cut, REWARDS, lr=3e-3)
+    assert once["kl_old"] == 0 and "clip_dual" not in once
+    assert once["tokens_trained"] == sum(t.sampled_count for t in traces)
+
+
+def test_what_only_some_objectives_report(trainer_of, traces) -> None:
+    def names(**settings: object) -> set[str]:
+        trainer = trainer_of()
+        asked = learner(trainer, Objective(**settings), reference=reference_of(trainer))
+        return set(asked.learn(traces, REWARDS, lr=1e-3))
+
+    plain = names()
+    assert names(correction="mask") - plain == {"correction", "corrected", "correction_effective"}
+    assert names(dual_clip=3.0, overlong_cache=9) - plain == {"clip_dual", "penalty_overlong"}
+    assert names(kl="k3") - plain == {"kl"} and names(kl="k1", kl_in="reward") - plain == {"penalty_kl"}
 
 
 def test_more_updates_than_groups_are_as_many_as_groups(trainer_of, traces) -> None:

@@ -4,6 +4,8 @@ import pytest
 
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.rewards.base import Judged
+from megatron_parallel_r1.rewards.formats import Format
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags
@@ -122,3 +124,10 @@ def test_lengths_and_differences_among_a_steps_metrics() -> None:
     assert metrics["path_length"] == 3.0 and metrics["path_difference"] == pytest.approx(2 / 3)
     alone = trace_metrics(traces[1:], judged[1:])
     assert alone["path_length"] is None and alone["path_difference"] is None
+
+
+def test_what_has_no_answer_or_could_not_be_judged_is_counted() -> None:
+    facts = [(None, "empty"), ("9^{9^{9^9}}", "timeout"), ("5", "number"), ("x", "crash")]
+    judged = [Judged(answer == "5", Format(), answer, reason) for answer, reason in facts]
+    metrics = trace_metrics([trace("a $")] * 4, judged)
+    assert (metrics["accuracy"], metrics["unanswered"], metrics["unverified"]) == (0.25, 0.25, 0.5)

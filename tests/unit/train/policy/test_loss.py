@@ -35,12 +35,13 @@ def values(**more: torch.Tensor) -> dict[str, torch.Tensor]:
 def run(
     objective: Objective, given: dict[str, torch.Tensor], entropies: torch.Tensor | None = None
 ) -> tuple[float, list[float], dict[str, float]]:
-    """The loss, its gradient, and what it reports."""
+    """The loss, its gradient, and what it reports but for `kl_old`."""
     logprobs_N = RATIO.log().requires_grad_()
     entropies_N = torch.zeros_like(RATIO) if entropies is None else entropies
     loss, sums = policy_loss(logprobs_N, entropies_N, given, objective, MEMBERS)
     loss.backward()
-    return loss.item(), logprobs_N.grad.tolist(), {name: value.item() for name, value in sums.items()}
+    reported = {name: value.item() for name, value in sums.items() if name != "kl_old"}
+    return loss.item(), logprobs_N.grad.tolist(), reported
 
 
 def test_defaults_are_grpo_clipped_higher() -> None:
@@ -119,6 +120,15 @@ def test_kl_in_the_loss_by_hand() -> None:
     assert loss == pytest.approx(-sum(GAIN) + 0.1 * 5 * 0.125)
     assert grad == pytest.approx([-slope + 0.1 * 0.5 for slope in SLOPE])
     assert sums["kl"] == pytest.approx(5 * 0.125)
+
+
+def test_how_far_a_step_has_moved_the_policy_by_hand() -> None:
+    logprobs_N = RATIO.log().requires_grad_()
+    given = values(weight=torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0], dtype=torch.float64))
+    _, sums = policy_loss(logprobs_N, torch.zeros_like(RATIO), given, Objective(), MEMBERS)
+    # r - 1 - ln r of the targets that count: 1.5 twice, 0.5 and 1.1.
+    expected = 2 * (0.5 - math.log(1.5)) + (-0.5 - math.log(0.5)) + (0.1 - math.log(1.1))
+    assert sums["kl_old"].item() == pytest.approx(expected) and not sums["kl_old"].requires_grad
 
 
 def test_kl_in_the_reward_is_no_term_of_the_loss() -> None:
