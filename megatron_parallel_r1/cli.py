@@ -104,15 +104,18 @@ def plan(
     gpu_memory: Annotated[float, typer.Option(min=1, help="Of one GPU, in GiB.")] = 80,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt to reckon with.")] = 2000,
     example_tokens: Annotated[int, typer.Option(min=1, help="Longest SFT row to reckon with.")] = 4096,
+    machine: Annotated[str, typer.Option(help="h100, or a YAML file of a machine's rates.")] = "h100",
 ) -> None:
-    """Say what a recipe will do and need: layout, shapes, steps, tokens, memory. Needs no weights."""
+    """Say what a recipe will do and need: layout, steps, tokens, memory, time. Needs no weights."""
     from megatron_parallel_r1.planning.lengths import Longest
+    from megatron_parallel_r1.planning.machine import read_machine
     from megatron_parallel_r1.planning.plan import GIB, plan
     from megatron_parallel_r1.planning.plan_text import plan_text
     from megatron_parallel_r1.recipe_file import read_recipe
 
     told, longest = read_recipe(recipe, overrides or ()), Longest(prompt_tokens, example_tokens)
-    typer.echo(plan_text(plan(told, world=gpus, gpu=round(gpu_memory * GIB), longest=longest)))
+    gpu, by = round(gpu_memory * GIB), read_machine(machine)
+    typer.echo(plan_text(plan(told, world=gpus, gpu=gpu, longest=longest, machine=by)))
 
 
 @app.command()

@@ -138,7 +138,9 @@ def layer_bytes(shape: ModelConfig, parallel: Parallel, row: int, number: int) -
 
     Attention: its norm and the norm's output E b, which the projection keeps; the norms of queries and keys;
     cosines and sines for both, 4 D b; the query Q b and, of the whole row under context parallelism too, key
-    and value 2 K b; the output Q b. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b.
+    and value 2 K b; the output Q b. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b. Experts:
+    the same for each that a token goes through, a copy of the token before and behind it, and the router's
+    float32 scores, logits and map.
     """
     tokens, narrow = _tokens(parallel, row)
     size = parallel.tensor
@@ -150,7 +152,11 @@ def layer_bytes(shape: ModelConfig, parallel: Parallel, row: int, number: int) -
         # Views of the projection, which they keep whole: the key's norm, and the query's of a single group.
         per_token += number * (query + key if groups > 1 else key)
     attention = normed + tokens * per_token + row * number * 2 * key
-    return attention, normed, tokens * number * 5 * (shape.ffn // size)
+    if shape.experts is None:
+        return attention, normed, tokens * number * 5 * (shape.ffn // size)
+    chosen, routed = shape.experts, 3 * FLOAT32 * shape.experts.count
+    inside = number * (5 * (chosen.ffn // size) + 2 * shape.hidden)
+    return attention, normed, tokens * chosen.per_token * inside + narrow * routed
 
 
 def chunks_under_way(parallel: Parallel, rank: int, micro_batches: int) -> int:

@@ -17,9 +17,12 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.parallel import Parallel, check_parallel
 from megatron_parallel_r1.planning.lengths import Longest, longest_response, longest_row
+from megatron_parallel_r1.planning.machine import H100, Machine
 from megatron_parallel_r1.planning.memory import Memory, Work, memory
 from megatron_parallel_r1.planning.published import shape_of
 from megatron_parallel_r1.planning.split import Part, parts
+from megatron_parallel_r1.planning.step_time import StepTime
+from megatron_parallel_r1.planning.timing import Timing
 from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Mode
@@ -45,6 +48,7 @@ class StagePlan:
         slots: of the engine's cache at most; None: no engine decodes in process.
         memories: of a process of each pipeline rank.
         evaluation: of a process while it evaluates the stage in process; None: it does not.
+        time: of a step on the plan's machine.
     """
 
     stage: config.SftStage | config.RlStage
@@ -59,6 +63,7 @@ class StagePlan:
     slots: int | None
     memories: tuple[Memory, ...]
     evaluation: Memory | None
+    time: StepTime
 
     @property
     def fullest(self) -> int:
@@ -75,6 +80,7 @@ class Plan:
         parts: what the processes of each pipeline rank hold.
         data: copies of the model.
         gpu: bytes of memory that each process has.
+        machine: by whose rates times are told.
         notes: what was assumed, and what will not work, a line each.
     """
 
@@ -86,16 +92,24 @@ class Plan:
     parts: tuple[Part, ...]
     stages: tuple[StagePlan, ...]
     gpu: int
+    machine: Machine
     notes: tuple[str, ...]
 
 
-def plan(recipe: config.Recipe, world: int = 1, gpu: int = 80 * GIB, longest: Longest | None = None) -> Plan:
+def plan(
+    recipe: config.Recipe,
+    world: int = 1,
+    gpu: int = 80 * GIB,
+    longest: Longest | None = None,
+    machine: Machine = H100,
+) -> Plan:
     """Plans a recipe; reads no data and no weights, and starts no process group.
 
     Args:
         world: processes, one a GPU.
         gpu: bytes of memory of each.
         longest: prompts and examples to reckon with.
+        machine: that runs it.
 
     Raises:
         UserError: the model's folder or tokenizer is missing, or something does not divide.
@@ -113,14 +127,21 @@ def plan(recipe: config.Recipe, world: int = 1, gpu: int = 80 * GIB, longest: Lo
         except UserError as refused:
             in_process = False
             notes.append(f"a run would end with: {refused}")
-    planner = _Planner(recipe, shape, pieces, data, longest, in_process)
+    timing = Timing(recipe, shape, pieces, data, machine)
+    planner = _Planner(recipe, shape, pieces, data, longest, in_process, timing)
     stages = tuple(planner.stage(stage) for stage in recipe.stages)
     notes += [
         f"assumed, since a recipe does not bound them: prompts of up to {longest.prompt:,} tokens, SFT rows "
         f"of up to {longest.example:,}, or what the model's positions (and micro_tokens) have room for",
         *(note for stage in stages for note in _warnings(stage, recipe, shape, data, gpu)),
     ]
-    return Plan(recipe, shape, parallel, world, data, pieces, stages, gpu, tuple(notes))
+    if recipe.rollout.engine != "native":
+        notes.append(f"times are told for {timing.engines} servers of {_gpus(recipe.rollout.tensor)} each")
+    return Plan(recipe, shape, parallel, world, data, pieces, stages, gpu, machine, tuple(notes))
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
 
 
 def _shape(recipe: config.Recipe) -> tuple[ModelConfig, list[str]]:
@@ -146,6 +167,7 @@ class _Planner:
     data: int
     longest: Longest
     in_process: bool
+    timing: Timing
 
     def stage(self, stage: config.SftStage | config.RlStage) -> StagePlan:
         thinking = self.recipe.thinking_of(stage)
@@ -162,6 +184,7 @@ class _Planner:
             rows = together = stage.batch
             longest = min(self.longest.example, self.shape.max_positions, self.recipe.micro_tokens)
             drawn, updates, trained, slots, reference = 0, 1, rows * longest, None, False
+            rounds, asked = 0, 0
         staleness = stage.max_staleness if isinstance(stage, config.RlStage) else 0
         micro_batches = self._micro_batches(together, longest)
         work = Work(self._packed(longest), micro_batches, slots, reference, staleness)
@@ -178,6 +201,16 @@ class _Planner:
             slots=slots,
             memories=tuple(self._memory(part, work) for part in self.parts),
             evaluation=self._evaluation(thinking) if stage.evaluate and self.in_process else None,
+            time=self.timing.of(
+                stage,
+                thinking,
+                work,
+                longest,
+                updates,
+                trained / updates,
+                rounds * asked,
+                self._prompt(thinking),
+            ),
         )
 
     def _memory(self, part: Part, work: Work) -> Memory:

@@ -27,6 +27,7 @@ def plan_text(plan: Plan) -> str:
         *(_stage(made, plan.data) for made in plan.stages),
         _totals(plan),
         _memory(plan),
+        _times(plan),
         [f"note: {note}" for note in plan.notes],
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -158,6 +159,17 @@ def _memory_row(name: str, memory: Memory, where: str, gpu: int) -> tuple[str, .
     values = [*(getattr(memory, field.name) for field in fields(Memory)), memory.total]
     over = "MORE THAN THE GPU HAS" if memory.total > gpu else ""
     return (name, *(f"{value / GIB:.2f}" for value in values), " ".join(filter(None, (where, over))))
+
+
+def _times(plan: Plan) -> list[str]:
+    rows: list[tuple[str, ...]] = [("stage", "sync", "rollout", "logprobs", "update", "step", "stage, hours")]
+    for made in plan.stages:
+        time = made.time
+        each = (time.sync, time.rollout, time.logprobs, time.update, time.total)
+        hours = made.stage.steps * time.total / 3600
+        rows.append((made.stage.name, *(f"{seconds:.3g}" for seconds in each), f"{hours:.3g}"))
+    name = f"{plan.machine.name}: seconds of a step whose rows are all as long as they may be (estimate)"
+    return [name, *_columns(rows)]
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.config import Experts, ModelConfig
 
 _QWEN3 = {
     "Qwen3-0.6B": ModelConfig(1024, 28, 16, 8, 128, 3072, vocab=151936, tied=True, max_positions=40960),
@@ -20,9 +20,27 @@ _QWEN3 = {
     "Qwen3-4B": ModelConfig(2560, 36, 32, 8, 128, 9728, vocab=151936, tied=True, max_positions=40960),
     "Qwen3-8B": ModelConfig(4096, 36, 32, 8, 128, 12288, vocab=151936, tied=False, max_positions=40960),
     "Qwen3-14B": ModelConfig(5120, 40, 40, 8, 128, 17408, vocab=151936, tied=False, max_positions=40960),
+    "Qwen3-30B-A3B": ModelConfig(
+        2048,
+        48,
+        32,
+        4,
+        128,
+        6144,
+        vocab=151936,
+        tied=False,
+        max_positions=40960,
+        family="qwen3_moe",
+        experts=Experts(count=128, per_token=8, ffn=768),
+    ),
+}
+_WITHOUT_BASE = {
+    "Qwen3-32B": ModelConfig(5120, 64, 64, 8, 128, 25600, vocab=151936, tied=False, max_positions=40960),
 }
 SHAPES: Mapping[str, ModelConfig] = MappingProxyType(
-    {f"{name}-Base": replace(shape, max_positions=32768) for name, shape in _QWEN3.items()} | _QWEN3
+    {f"{name}-Base": replace(shape, max_positions=32768) for name, shape in _QWEN3.items()}
+    | _QWEN3
+    | _WITHOUT_BASE
 )
 """By the last part of the name on the Hub, which is usually also that of the folder."""
 

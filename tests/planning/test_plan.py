@@ -53,8 +53,10 @@ def test_published_shapes_have_the_published_number_of_weights() -> None:
         "Qwen3-4B": 4_022_468_096,
         "Qwen3-8B": 8_190_735_360,
         "Qwen3-14B": 14_768_307_200,
+        "Qwen3-30B-A3B": 30_532_122_624,
     }
-    assert counts == published | {f"{name}-Base": count for name, count in published.items()}
+    bases = {f"{name}-Base": count for name, count in published.items()}
+    assert counts == published | bases | {"Qwen3-32B": 32_762_123_264}
 
 
 def test_a_folder_that_is_there_is_read(tmp_path: Path) -> None:
