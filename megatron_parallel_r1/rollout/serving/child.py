@@ -86,10 +86,12 @@ class Child:
 
     def healthy(self) -> bool:
         """Whether it answers."""
+        # No proxy, for it is near; no certificates, for to read them takes fifty times what a question does.
         try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+            answer = httpx.get(f"{self.url}/health", timeout=5, trust_env=False, verify=False)
         except httpx.HTTPError:
             return False
+        return answer.status_code == 200
 
     def tell_to_end(self) -> None:
         """Returns at once; `end` waits."""

@@ -58,6 +58,8 @@ def test_a_server_is_told_nothing_of_a_trainers_process_group(
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("KEPT", "yes")
+    # A proxy is for the world outside: the server is found healthy without it.
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with launched(**settings | {"servers": 1}) as it:
         _, _, pid = it.next_healthy(SECONDS)
         environment = psutil.Process(pid).environ()
