@@ -73,6 +73,9 @@ def trainable(model: Model, adam: Adam) -> tuple[list[DistributedDataParallel], 
     # Megatron marks norms with wd_mult = 0, but only its own scheduler would ever multiply by it.
     for group in optimizer.param_groups:
         group["weight_decay"] = adam.weight_decay * group["wd_mult"]
+        # torch's Adam goes over a parameter once on a GPU; on a CPU it has to be asked.
+        if not torch.cuda.is_available():
+            group["fused"] = True
     config.finalize_model_grads_func = finalize_model_grads
     syncs = [stage.no_sync for stage in wrapped]
     config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-CHUNK_LOGITS = 2**24  # logits that exist at a time: 64 MiB in float32
+# Logits that exist at a time: 64 MiB in float32, on a CPU what its caches hold.
+CHUNK_LOGITS, CPU_CHUNK_LOGITS = 2**24, 2**20
 # Of a token that cannot be drawn. Finite, so that its share 0 x logit of an entropy stays 0.
 NEVER = -1e30
 
@@ -61,10 +62,10 @@ class _TargetLogprobs(torch.autograd.Function):
         for part, logits_CV, here_C, column_C in _chunks(hidden_NE, head_VE, question):
             highest_C = _over_group(logits_CV.amax(-1), dist.ReduceOp.MAX)
             # Below the highest logit from here on: large logits would cost digits of their differences.
-            below_CV = logits_CV - highest_C[:, None]
+            below_CV = logits_CV.sub_(highest_C[:, None])
             weights_CV = below_CV.exp()
             chosen_C = below_CV.gather(1, column_C[:, None])[:, 0] * here_C
-            sums_3C = torch.stack([weights_CV.sum(-1), (weights_CV * below_CV).sum(-1), chosen_C])
+            sums_3C = torch.stack([weights_CV.sum(-1), below_CV.mul_(weights_CV).sum(-1), chosen_C])
             total_C, weighted_C, label_C = _over_group(sums_3C, dist.ReduceOp.SUM)
             logprobs_N[part] = label_C - total_C.log()
             entropies_N[part] = total_C.log() - weighted_C / total_C
@@ -81,16 +82,21 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden_grad_NE = torch.empty_like(hidden_NE)
         head_grad_VE = torch.zeros_like(head_VE, dtype=torch.float32)
         for part, logits_CV, here_C, column_C in _chunks(hidden_NE, head_VE, ctx.question):
-            logshare_CV = logits_CV - logsums_N[part, None]
-            share_CV = logshare_CV.exp()
-            grad_CV = torch.zeros_like(share_CV)
-            if logprobs_grad_N is not None:
-                grad_CV -= share_CV * logprobs_grad_N[part, None]
-                grad_CV.scatter_add_(1, column_C[:, None], (logprobs_grad_N[part] * here_C)[:, None])
-            if entropies_grad_N is not None:
+            logshare_CV = logits_CV.sub_(logsums_N[part, None])
+            grad_CV = logshare_CV.exp()
+            if entropies_grad_N is None:
+                grad_CV.mul_(-logprobs_grad_N[part, None])
+            else:
                 # dH / d logit = -p (log p + H)
-                grad_CV -= share_CV * (logshare_CV + entropies_N[part, None]) * entropies_grad_N[part, None]
-            grad_CV = (grad_CV / ctx.question.temperature).to(head_VE.dtype)
+                slope_CV = logshare_CV.add_(entropies_N[part, None]).mul_(-entropies_grad_N[part, None])
+                if logprobs_grad_N is not None:
+                    slope_CV.sub_(logprobs_grad_N[part, None])
+                grad_CV.mul_(slope_CV)
+            if logprobs_grad_N is not None:
+                grad_CV.scatter_add_(1, column_C[:, None], (logprobs_grad_N[part] * here_C)[:, None])
+            if ctx.question.temperature != 1:
+                grad_CV.div_(ctx.question.temperature)
+            grad_CV = grad_CV.to(head_VE.dtype)
             hidden_grad_NE[part] = grad_CV @ head_VE
             head_grad_VE += grad_CV.T @ hidden_NE[part]
         return hidden_grad_NE, head_grad_VE.to(head_VE.dtype), None
@@ -99,14 +105,17 @@ class _TargetLogprobs(torch.autograd.Function):
 def _chunks(
     hidden_NE: Tensor, head_VE: Tensor, question: Question
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """A chunk's place, its logits [C, V] in float32, whether its labels are among this process's rows of the
-    head, and their columns (0 where they are not)."""
+    """A chunk's place, its logits [C, V] in float32, which are the caller's to write over, whether its labels
+    are among this process's rows of the head, and their columns (0 where they are not)."""
     rows = len(head_VE)
     first = parallel_state.get_tensor_model_parallel_rank() * rows
-    size = question.chunk or max(1, CHUNK_LOGITS // rows)
+    most = CPU_CHUNK_LOGITS if hidden_NE.device.type == "cpu" else CHUNK_LOGITS
+    size = question.chunk or max(1, most // rows)
     for start in range(0, len(hidden_NE), size):
         part = slice(start, min(start + size, len(hidden_NE)))
-        logits_CV = (hidden_NE[part] @ head_VE.T).float() / question.temperature
+        logits_CV = (hidden_NE[part] @ head_VE.T).float()
+        if question.temperature != 1:
+            logits_CV.div_(question.temperature)
         logits_CV[:, max(0, question.vocab - first) :] = NEVER
         barred_C = question.barred_N[part] - first
         cut = ((barred_C >= 0) & (barred_C < rows) & (question.barred_N[part] >= 0)).nonzero()[:, 0]
