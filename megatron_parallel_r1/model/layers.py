@@ -17,8 +17,8 @@ from megatron_parallel_r1.model.attention.choice import Kernel, check_kernel
 
 Kind = Literal["local", "transformer_engine"]
 Scaling = Literal["none", "delayed", "current", "blockwise"]
-# The first release with all three recipes; older ones lack blockwise scaling.
-OLDEST = (2, 3)
+# The first release in which all three scalings can keep parameters in FP8, too.
+OLDEST = (2, 4)
 # FP8 products take rows in multiples of this.
 FP8_ROWS = 16
 
@@ -77,30 +77,35 @@ class Machine:
     Attributes:
         device: where the model will be.
         engine: Transformer Engine's version; None: it is not installed.
+        engine_refusal: why it cannot be imported, though it is installed; "" if it can.
         fp8_refusal: why this GPU has no FP8 of that kind, in Transformer Engine's words; "" if it has.
     """
 
     device: torch.device
     engine: str | None = None
+    engine_refusal: str = ""
     fp8_refusal: str = ""
 
     @classmethod
     def here(cls, layers: Layers) -> Machine:
-        """This machine; imports Transformer Engine only where FP8 is asked for."""
+        """This machine; imports Transformer Engine only where its layers are asked for."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             engine = version("transformer_engine")
         except PackageNotFoundError:
             return cls(device)
-        if layers.fp8 == "none" or device.type == "cpu" or _too_old(engine):
+        if layers.kind == "local" or device.type == "cpu" or _too_old(engine):
             return cls(device, engine)
-        # Its library loads CUDA, so it cannot be imported everywhere.
-        from transformer_engine.pytorch import quantization
-
+        try:
+            # Its library loads CUDA, so it cannot be imported everywhere. All releases have this name here.
+            from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as Support
+        except (ImportError, OSError) as error:  # without its part for torch, or built for another CUDA
+            return cls(device, engine, " ".join(str(error).split()))
+        if layers.fp8 == "none":
+            return cls(device, engine)
         blockwise = layers.fp8 == "blockwise"
-        check = quantization.check_fp8_block_scaling_support if blockwise else quantization.check_fp8_support
-        has, reason = check()
-        return cls(device, engine, "" if has else reason)
+        has, reason = Support.is_fp8_block_scaling_available() if blockwise else Support.is_fp8_available()
+        return cls(device, engine, fp8_refusal="" if has else reason)
 
 
 def check_layers(layers: Layers, dim: int, dtype: torch.dtype, machine: Machine | None = None) -> None:
@@ -129,6 +134,11 @@ def check_layers(layers: Layers, dim: int, dtype: torch.dtype, machine: Machine 
         oldest = ".".join(map(str, OLDEST))
         raise UserError(
             f"model.layers: Transformer Engine {machine.engine} is too old; install {oldest} or later"
+        )
+    if machine.engine_refusal:
+        raise UserError(
+            f"model.layers: Transformer Engine {machine.engine} cannot be imported "
+            f"({machine.engine_refusal}); install one that was built for this torch, or set it to local"
         )
     if layers.fp8 != "none" and dtype != torch.bfloat16:
         raise UserError("model.fp8: FP8 layers are trained around bfloat16; set dtype to bfloat16")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -40,9 +41,11 @@ def test_what_cannot_run_is_told_in_one_line() -> None:
     engine, eight = Layers("transformer_engine"), Layers("transformer_engine", fp8="blockwise")
     assert "needs a CUDA device" in refusal(engine, Machine(CPU))
     assert "is not installed" in refusal(engine, Machine(CUDA))
-    assert "2.2.0 is too old; install 2.3" in refusal(engine, Machine(CUDA, "2.2.0"))
+    assert "2.3.0 is too old; install 2.4" in refusal(engine, Machine(CUDA, "2.3.0"))
+    told = refusal(engine, Machine(CUDA, "2.4.0", "libcublas.so.12: cannot open shared object file"))
+    assert "2.4.0 cannot be imported (libcublas.so.12: cannot open shared object file); install" in told
     assert "bfloat16" in refusal(eight, Machine(CUDA, "2.20.2"), torch.float32)
-    told = refusal(eight, Machine(CUDA, "2.20.2", "compute capability 9.0 or higher required."))
+    told = refusal(eight, Machine(CUDA, "2.20.2", "", "compute capability 9.0 or higher required."))
     assert told == "model.fp8: blockwise: compute capability 9.0 or higher required; set it to none"
     for kernel in ("flex", "triton"):
         assert f"{kernel} needs a CUDA device" in refusal(Layers(attention=kernel), Machine(CPU))
@@ -52,7 +55,7 @@ def test_what_cannot_run_is_told_in_one_line() -> None:
 def test_what_can_run_passes() -> None:
     for layers, machine in (
         (Layers(), Machine(CPU)),
-        (Layers("transformer_engine"), Machine(CUDA, "2.3.0")),
+        (Layers("transformer_engine"), Machine(CUDA, "2.4.0")),
         (Layers("transformer_engine", fp8="delayed", fp8_params=True), Machine(CUDA, "2.20.2")),
     ):
         check_layers(layers, 128, torch.bfloat16, machine)
@@ -117,8 +120,46 @@ def arguments(module: str, name: str, method: str | None = None) -> set[str]:
 
 @needs_engine
 def test_the_checks_that_we_call_exist() -> None:
-    for name in ("check_fp8_support", "check_fp8_block_scaling_support"):
-        assert arguments("pytorch.quantization", name) == set()
+    for name in ("is_fp8_available", "is_fp8_block_scaling_available"):
+        assert arguments("pytorch.quantization", "FP8GlobalStateManager", name) == {"cls"}
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, support: ModuleType | None) -> None:
+    """As on a machine with a GPU and Transformer Engine, of which `support` is the part that we ask; None: it
+    cannot be imported."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("megatron_parallel_r1.model.layers.version", lambda name: "2.20.2")
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.fp8", support)
+
+
+def test_the_machine_tells_what_transformer_engine_says_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FakeSupport:
+        @classmethod
+        def is_fp8_available(cls) -> tuple[bool, str]:
+            return True, ""
+
+        @classmethod
+        def is_fp8_block_scaling_available(cls) -> tuple[bool, str]:
+            return False, "requires CUDA 12.9"
+
+    support = ModuleType("transformer_engine.pytorch.fp8")
+    support.FP8GlobalStateManager = FakeSupport
+    installed(monkeypatch, support)
+    layers = {
+        scaling: Layers("transformer_engine", fp8=scaling) for scaling in ("none", "current", "blockwise")
+    }
+    for scaling in ("none", "current"):
+        assert Machine.here(layers[scaling]) == Machine(CUDA, "2.20.2")
+    assert Machine.here(layers["blockwise"]) == Machine(CUDA, "2.20.2", "", "requires CUDA 12.9")
+
+
+def test_an_installation_that_cannot_be_imported_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, None)
+    assert "transformer_engine.pytorch.fp8" in Machine.here(Layers("transformer_engine")).engine_refusal
+    # Local layers never ask.
+    assert Machine.here(Layers()) == Machine(CUDA, "2.20.2")
 
 
 @needs_engine
