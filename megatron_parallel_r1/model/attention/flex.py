@@ -22,6 +22,9 @@ from megatron_parallel_r1.model.attention.memo import LayoutMemo
 from megatron_parallel_r1.model.attention.tiles import Sight, tile_lists, tile_sight
 
 BLOCK = 128  # What FlexAttention's own tiles divide.
+# A depth of hidden intervals, a dtype and whether gradients are wanted each take a graph of their own, more
+# than the 8 that torch makes at most before it goes on without compiling, over all pairs of the row.
+MOST_GRAPHS = 64
 MASKS = LayoutMemo()
 
 
@@ -58,7 +61,8 @@ def block_mask(layout_KQ: Tensor, keys: int) -> BlockMask:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex.flex_attention)
+    # Rather an error than a mask of L x L.
+    return torch.compile(flex.flex_attention, fullgraph=True)
 
 
 def flex_attention(
@@ -83,5 +87,6 @@ def flex_attention(
     mask = MASKS.of(layout_KQ, len(key_LGD), lambda: block_mask(layout_KQ, len(key_LGD)))
     attend = _compiled() if compiled else flex.flex_attention
     query_1HQD, key_1GLD, value_1GLD = (part.transpose(0, 1)[None] for part in parts)
-    out_1HQD = attend(query_1HQD, key_1GLD, value_1GLD, block_mask=mask, scale=scale, enable_gqa=True)
+    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+        out_1HQD = attend(query_1HQD, key_1GLD, value_1GLD, block_mask=mask, scale=scale, enable_gqa=True)
     return out_1HQD[0].transpose(0, 1)
