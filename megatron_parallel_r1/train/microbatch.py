@@ -59,7 +59,7 @@ class MicroBatch:
         barred_L = np.zeros(len(row)) if barred is None else row.gather(barred)
 
         def tensor(array: NDArray) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+            return _sent(array, device)
 
         batch = cls(
             tokens_1L=tensor(row.tokens_L.astype(np.int64))[None],
@@ -87,4 +87,13 @@ class MicroBatch:
             per_trace: one for each response token of all traces given to `pack`.
         """
         values_N = self.row.gather(per_trace)[self.row.labels_L >= 0]
-        self.values[name] = torch.from_numpy(values_N).to(self.at_N.device)
+        self.values[name] = _sent(values_N, self.at_N.device)
+
+
+def _sent(array: NDArray, device: torch.device) -> torch.Tensor:
+    """A GPU's copy comes from pinned memory, so that the host does not wait for what the GPU still computes.
+
+    torch's own allocator of pinned memory keeps the block until it has been read.
+    """
+    here = torch.from_numpy(np.ascontiguousarray(array))
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)

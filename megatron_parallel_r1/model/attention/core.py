@@ -6,7 +6,6 @@ H query heads in G groups that share a key/value head, D head dimension, K rows 
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -18,7 +17,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_parallel_r1.model.attention.choice import Kernel, path_attention
-from megatron_parallel_r1.thought.packing import context_indices
 
 
 def _whole_row(part_QGD: Tensor) -> Tensor:
@@ -29,10 +27,16 @@ def _whole_row(part_QGD: Tensor) -> Tensor:
     group = parallel_state.get_context_parallel_group()
     if group.size() == 1:
         return part_QGD
-    gathered_LGD = gather_from_sequence_parallel_region(part_QGD, group=group)
-    held = [context_indices(len(gathered_LGD), rank, group.size()) for rank in range(group.size())]
-    order_L = torch.from_numpy(np.argsort(np.concatenate(held))).to(part_QGD.device)
-    return gathered_LGD[order_L]
+    return in_order(gather_from_sequence_parallel_region(part_QGD, group=group), group.size())
+
+
+def in_order(gathered_LGD: Tensor, size: int) -> Tensor:
+    """What `size` ranks hold (packing.context_indices), one after another, in the order of the row.
+
+    By chunks and not by indices, which would come from the host: every layer would wait for the device.
+    """
+    chunks = gathered_LGD.chunk(2 * size)
+    return torch.cat([*chunks[::2], *chunks[::-2]])
 
 
 class PathAttention(MegatronModule):

@@ -1,15 +1,19 @@
 """FlexAttention under a layout, the lists of tiles that kernels walk, and who computes what where."""
 
 import gc
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.attention import path_attention
 from megatron_parallel_r1.model.attention.choice import check_kernel, chosen_kernel
+from megatron_parallel_r1.model.attention.core import in_order
 from megatron_parallel_r1.model.attention.flex import block_mask, flex_attention
 from megatron_parallel_r1.model.attention.memo import LayoutMemo
 from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_sight, transposed
@@ -49,6 +53,26 @@ def test_flex_compiles_and_skips_blocks() -> None:
     assert (out_LHD - expected_LHD).abs().max() < 2e-6 * expected_LHD.abs().max()
 
 
+def test_flex_makes_more_graphs_than_torch_would_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond its limit, 8 and here 1, torch would compute all pairs of a row."""
+    compiled: list[None] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(None)
+        return graph.forward
+
+    attend = torch.compile(torch_flex.flex_attention, fullgraph=True, backend=backend)
+    monkeypatch.setattr("megatron_parallel_r1.model.attention.flex._compiled", lambda: attend)
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
+    expected_LHD = dense_attention(*inputs(8, 8), torch.ones(8, 8).tril().bool(), 0.25)[0]
+    for depth in range(3):
+        layout_KL = torch.zeros(2 + 2 * depth, 8, dtype=torch.int32)
+        layout_KL[0] = torch.arange(8)
+        out_LHD = flex_attention(*inputs(8, 8), layout_KL, 0.25)
+        assert (out_LHD - expected_LHD).abs().max() < 2e-6 * expected_LHD.abs().max()
+    assert len(compiled) == 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_flex_block_mask_holds_all_that_is_seen(kind: str) -> None:
     layout_KL, sees_LL = layouts()[kind]
@@ -62,6 +86,12 @@ def test_flex_has_no_backward_on_a_cpu() -> None:
     query, key, value = inputs(layout_KL.shape[1], layout_KL.shape[1])
     with pytest.raises(UserError, match="flex has no backward on a CPU"):
         flex_attention(query.requires_grad_(), key, value, layout_KL, 0.25)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_parts_of_context_ranks_come_together_in_the_order_of_the_row(size: int) -> None:
+    held = torch.cat([torch.from_numpy(context_indices(24, rank, size)) for rank in range(size)])
+    assert in_order(held, size).tolist() == list(range(24))
 
 
 def covered(

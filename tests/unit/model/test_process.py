@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
 
 from megatron_parallel_r1.errors import PeerLost, UserError
-from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model import cpu, process
 from megatron_parallel_r1.model.process import Parallel
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA nothing is redirected")
@@ -22,6 +23,19 @@ def test_a_world_of_one_can_be_left_and_joined_again() -> None:
         with process.running(seed=1):
             assert dist.get_world_size() == parallel_state.get_tensor_model_parallel_world_size() == 1
         assert not dist.is_initialized() and not parallel_state.model_parallel_is_initialized()
+
+
+def test_on_a_gpu_nothing_is_redirected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "torch", torch)  # As before any bring-up.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cuda = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "manual_seed")}
+    tensor = (torch.Tensor.cuda, torch.Tensor.type)
+    cpu.bring_up()
+    assert schedules.torch is torch and (torch.Tensor.cuda, torch.Tensor.type) == tensor
+    assert all(getattr(torch.cuda, name) is kept for name, kept in cuda.items())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu.bring_up()
+    assert schedules.torch is not torch
 
 
 def test_too_few_processes_are_named() -> None:
