@@ -1,12 +1,13 @@
 """Attention under a layout: right by its definition, and how fast beside what else there is.
 
-Shapes: L tokens, H query heads, G key/value heads, D head dimension.
+Shapes: L tokens, Q queries, H query heads, G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,19 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.clock import Cost, cost_of
+from benchmarks.gpu.clock import Cost, cost_of, let_go
 from benchmarks.gpu.rows import dense_mask, timed_rows, visible_pairs
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.gpu.tables import Table
+from benchmarks.page import Table
 from megatron_parallel_r1.model.attention.choice import Kernel, path_attention
+from megatron_parallel_r1.thought.packing import context_indices
 from tests.unit.model.kernels.dense import dense_attended
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Largest error by the largest number. float32: sums of up to a thousand products, each rounded to 2^-24, and
+# a GPU's exp2, which is 2 units off. bfloat16: weights, gradients of scores and results are 2^-8 apart.
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
 
 def kernels_on(device: torch.device) -> tuple[Kernel, ...]:
     """Those that train there; the first is the one that `auto` takes."""
-    return ("triton", "flex", "tiled") if device.type == "cuda" else ("tiled",)
+    return ("triton", "flex", "tiled") if device.type == "cuda" else ("fused", "tiled")
 
 
 def _inputs(length: int, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -35,75 +40,130 @@ def _inputs(length: int, sizes: Sizes, device: torch.device, dtype: torch.dtype)
     return [torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes]
 
 
+def _errors(
+    inputs: Sequence[Tensor], layout_KL: Tensor, here_Q: Tensor, kernel: Kernel, dim: int
+) -> list[float]:
+    """Of output, dQ, dK and dV, where this process has the queries `here_Q` of a row."""
+    query_LHD, key_LGD, value_LGD, grad_LHD = inputs
+    given, grad_QHD = (query_LHD[here_Q], key_LGD, value_LGD), grad_LHD[here_Q]
+    exact = dense_attended(*given, grad_QHD, dense_mask(layout_KL)[here_Q], dim**-0.5)
+    leaves = [x.clone().requires_grad_() for x in given]
+    out_QHD = path_attention(*leaves, layout_KL[:, here_Q].contiguous(), dim**-0.5, kernel)
+    out_QHD.backward(grad_QHD)
+    found = [out_QHD, *(leaf.grad for leaf in leaves)]
+    wanted = [exact.out, exact.query_grad, exact.key_grad, exact.value_grad]
+    return [
+        ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        for ours, theirs in zip(found, wanted, strict=True)
+    ]
+
+
 def correctness(sizes: Sizes, device: torch.device) -> Table:
-    """Each kernel against attention's definition in float64, over rows of every layout."""
+    """Each kernel against attention's definition in float64, over rows of every layout, whole and in part."""
     rows = []
     length = min(1024, sizes.lengths[0])
     for kernel in kernels_on(device):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype, limit in LIMITS.items():
             worst = [0.0] * 4
             for packed in timed_rows(length).values():
                 layout_KL = torch.from_numpy(packed.layout_KL).to(device)
-                *leaves, grad_LHD = _inputs(len(packed), sizes, device, dtype)
-                exact = dense_attended(*leaves, grad_LHD, dense_mask(layout_KL), sizes.dim**-0.5)
-                leaves = [leaf.requires_grad_() for leaf in leaves]
-                out_LHD = path_attention(*leaves, layout_KL, sizes.dim**-0.5, kernel)
-                out_LHD.backward(grad_LHD)
-                found = [out_LHD, *(leaf.grad for leaf in leaves)]
-                wanted = [exact.out, exact.query_grad, exact.key_grad, exact.value_grad]
-                errors = [
-                    ((ours - theirs).abs().max() / theirs.abs().max()).item()
-                    for ours, theirs in zip(found, wanted, strict=True)
-                ]
-                worst = [max(pair) for pair in zip(worst, errors, strict=True)]
+                inputs = _inputs(len(packed), sizes, device, dtype)
+                for parts in (1, 2):
+                    # The last rank's two chunks of an even row, as under context parallelism.
+                    even = len(packed) // (2 * parts) * 2 * parts
+                    here_Q = torch.from_numpy(context_indices(even, parts - 1, parts)).to(device)
+                    errors = _errors(inputs, layout_KL, here_Q, kernel, sizes.dim)
+                    worst = [max(pair) for pair in zip(worst, errors, strict=True)]
             name = str(dtype).removeprefix("torch.")
-            rows.append([kernel, name, *(f"{error:.1e}" for error in worst)])
-    columns = ("kernel", "numbers", "output", "dQ", "dK", "dV")
+            right = "yes" if max(worst) < limit else "NO"
+            rows.append([kernel, name, *(f"{error:.1e}" for error in worst), f"{limit:.1e}", right])
+    columns = ("kernel", "numbers", "output", "dQ", "dK", "dV", "limit", "right")
     return Table(f"Largest error by the largest number, rows of {length} of every layout", columns, rows)
 
 
-def ratios(sizes: Sizes, device: torch.device) -> Table:
-    """Each kernel on each row beside FlashAttention on as many causal tokens, and SDPA under a dense mask."""
-    rows = []
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One kernel on one row; pairs are of forward alone, and of forward with backward.
+
+    Attributes:
+        tokens: that the row was made for.
+        share: of the pairs of causal attention on as many tokens that the layout lets see each other.
+        ours: cost.
+        flash: FlashAttention's on as many causal tokens.
+        dense: SDPA's under a dense mask; None: not tried at this length.
+    """
+
+    tokens: int
+    row: str
+    kernel: Kernel
+    share: float
+    ours: tuple[Cost, Cost]
+    flash: tuple[Cost, Cost]
+    dense: tuple[Cost, Cost] | None
+
+    @property
+    def times_flash(self) -> list[float]:
+        return [theirs.ms / mine.ms for mine, theirs in zip(self.ours, self.flash, strict=True)]
+
+    @property
+    def of_bound(self) -> list[float]:
+        """FlashAttention's time for the visible pairs alone, by ours: the ratio of rates by pair."""
+        return [self.share * times for times in self.times_flash]
+
+    @property
+    def times_dense(self) -> list[float]:
+        if self.dense is None:
+            return []
+        return [theirs.ms / mine.ms for mine, theirs in zip(self.ours, self.dense, strict=True)]
+
+
+def timings(sizes: Sizes, device: torch.device) -> list[Timed]:
+    """Each kernel on each row, beside the two ways to do without."""
+    found = []
     for length in sizes.lengths:
-        inputs = _inputs(length, sizes, device, torch.bfloat16)
-        flash = _both(_causal, _repeated(inputs), sizes, device)
-        flash_pairs = length * (length + 1) // 2
+        causal: dict[int, tuple[Cost, Cost]] = {}  # by tokens: a replayed row has more of them
         for name, packed in timed_rows(length).items():
+            tokens = len(packed)
             layout_KL = torch.from_numpy(packed.layout_KL).to(device)
-            inputs, pairs = (
-                _inputs(len(packed), sizes, device, torch.bfloat16),
-                visible_pairs(packed.layout_KL),
-            )
+            inputs = _inputs(tokens, sizes, device, torch.bfloat16)
+            if tokens not in causal:
+                causal[tokens] = _both(_causal, _repeated(inputs), sizes, device)
             dense = None
             if length <= sizes.dense:
                 call = partial(_dense, mask_LL=dense_mask(layout_KL))
                 dense = _both(call, _repeated(inputs), sizes, device)
+            share = visible_pairs(packed.layout_KL) / (tokens * (tokens + 1) // 2)
             for kernel in kernels_on(device):
                 call = partial(_ours, layout_KL=layout_KL, kernel=kernel)
                 ours = _both(call, inputs, sizes, device)
-                rates = [
-                    (pairs / mine.ms) / (flash_pairs / theirs.ms)
-                    for mine, theirs in zip(ours, flash, strict=True)
-                ]
-                times = (
-                    [theirs.ms / mine.ms for mine, theirs in zip(ours, dense, strict=True)] if dense else []
-                )
-                rows.append(
-                    [
-                        *(str(length), name, kernel, f"{pairs / flash_pairs:.2f}"),
-                        *(f"{cost.ms:.2f}" for cost in ours),
-                        *(f"{rate:.2f}" for rate in rates),
-                        *([f"{time:.1f}" for time in times] or ["-", "-"]),
-                        f"{ours[1].mib:.0f}",
-                    ]
-                )
+                found.append(Timed(length, name, kernel, share, ours, causal[tokens], dense))
+            let_go(device)
+    return found
+
+
+def ratios(found: Sequence[Timed]) -> Table:
+    """All that was timed."""
+    rows = [
+        [
+            *(str(timed.tokens), timed.row, timed.kernel, f"{timed.share:.2f}"),
+            *(f"{cost.ms:.2f}" for cost in timed.ours),
+            *(f"{times:.2f}" for times in (*timed.times_flash, *timed.of_bound)),
+            *([f"{times:.1f}" for times in timed.times_dense] or ["-", "-"]),
+            f"{timed.ours[1].mib:.0f}",
+        ]
+        for timed in found
+    ]
     columns = (
         *("tokens", "row", "kernel", "share of causal pairs", "forward ms", "forward+backward ms"),
-        *("rate by pair to FlashAttention's, forward", "forward+backward"),
+        *("times causal FlashAttention, forward", "forward+backward"),
+        *("of the bound by visible pairs, forward", "forward+backward"),
         *("times dense-mask SDPA, forward", "forward+backward", "MiB"),
     )
-    return Table("Attention in bfloat16", columns, rows)
+    note = (
+        "FlashAttention is torch's own, on as many tokens as the row has, all causal. The bound is the time "
+        "in which it would do the visible pairs alone."
+    )
+    return Table("Attention in bfloat16", columns, rows, note)
 
 
 def _ours(query: Tensor, key: Tensor, value: Tensor, layout_KL: Tensor, kernel: Kernel) -> Tensor:

@@ -19,6 +19,7 @@ class Sizes:
         shape, row: of the model whose training step is timed, and tokens of its row.
         small: the model that is compared with transformers and with its own rollout.
         contexts, new_tokens: decoded at once, and by each.
+        prompts: tokens that they share, one measurement each.
     """
 
     lengths: tuple[int, ...]
@@ -32,6 +33,7 @@ class Sizes:
     small: ModelConfig
     contexts: int
     new_tokens: int
+    prompts: tuple[int, ...]
 
 
 SMALL = ModelConfig(hidden=256, layers=4, heads=8, kv_heads=4, head_dim=32, ffn=512, vocab=64, tied=False)
@@ -48,6 +50,7 @@ FULL = Sizes(
     small=SMALL,
     contexts=256,
     new_tokens=128,
+    prompts=(128, 2048),
 )
 TINY = Sizes(
     lengths=(512,),
@@ -61,4 +64,5 @@ TINY = Sizes(
     small=ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=48, vocab=64, tied=False),
     contexts=2,
     new_tokens=4,
+    prompts=(3,),
 )

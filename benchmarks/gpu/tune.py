@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu.clock import cost_of
 from benchmarks.gpu.rows import timed_rows
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.gpu.tables import Table
+from benchmarks.page import Table
 from megatron_parallel_r1.model.attention.kernels.tilings import Tiling, Tilings, tilings
 
 
