@@ -25,7 +25,7 @@ def forward_kernel(
     """Writes out [Q, H, D] and lse2 [H, Q], the logarithm to base 2 of the sum of exponentials.
 
     A program takes a query tile of one head through the key tiles of its list (tiles.TileLists): the whole
-    ones first, without a mask.
+    ones first, without a mask. scale2 is positive.
     """
     # Late queries see most; begun first, they do not end last.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -45,15 +45,16 @@ def forward_kernel(
         for n in range(whole if masked else 0, needed if masked else whole):
             key_first = tl.load(wanted + n) * BLOCK_N
             key_NF = read(key_head_at, key_first, key_stride, keys, dim, BLOCK_N, BLOCK_D)
-            scores_MN = product(query_MF, tl.trans(key_NF), none_MN, EMULATED) * scale2
+            scores_MN = product(query_MF, tl.trans(key_NF), none_MN, EMULATED)
             if masked:
                 key_N = key_first + tl.arange(0, BLOCK_N)
                 sees_MN = seen(layout, queries, query_M, key_N, LEVELS, False)
                 scores_MN = tl.where(sees_MN, scores_MN, float("-inf"))
-            larger_M = tl.maximum(most_M, tl.max(scores_MN, 1))
+            # Scaled once a row, and once more below where it is one instruction with the difference.
+            larger_M = tl.maximum(most_M, tl.max(scores_MN, 1) * scale2)
             # A query that has seen nothing yet: -inf minus -inf is no number.
             base_M = tl.where(larger_M == float("-inf"), 0.0, larger_M)
-            weights_MN = tl.exp2(scores_MN - base_M[:, None])
+            weights_MN = tl.exp2(scores_MN * scale2 - base_M[:, None])
             shrink_M = tl.exp2(most_M - base_M)
             value_NF = read(value_head_at, key_first, value_stride, keys, dim, BLOCK_N, BLOCK_D)
             acc_MF = acc_MF * shrink_M[:, None]

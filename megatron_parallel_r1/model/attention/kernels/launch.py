@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from megatron_parallel_r1.model.attention.interpreter import interpreted
+from megatron_parallel_r1.model.attention.kernels.delta import delta_kernel
 from megatron_parallel_r1.model.attention.kernels.forward import forward_kernel
 from megatron_parallel_r1.model.attention.kernels.key_gradient import key_gradient_kernel
 from megatron_parallel_r1.model.attention.kernels.query_gradient import query_gradient_kernel
@@ -25,6 +26,8 @@ from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, ti
 LISTS = LayoutMemo()
 # Programs that keep a large GPU busy: about two for each of an H200's 132 multiprocessors.
 BUSY = 264
+# Queries of a program that only reads them.
+DELTA_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,12 @@ class _Sizes:
 
     @property
     def block_d(self) -> int:
-        """D rounded up to what the tensor cores take."""
-        return max(16, triton.next_power_of_2(self.dim))
+        return _width(self.dim)
+
+
+def _width(dim: int) -> int:
+    """D rounded up to what the tensor cores take."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 def _lists(layout_KQ: Tensor, keys: int, tiling: Tiling, by_key: bool) -> TileLists:
@@ -77,6 +84,16 @@ def _forward(
         EMULATED=interpreted(), num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out_QHD, lse2_HQ
+
+
+def _delta(out_QHD: Tensor, grad_QHD: Tensor) -> Tensor:
+    queries, heads, dim = out_QHD.shape
+    delta_HQ = torch.empty(heads, queries, device=out_QHD.device)
+    delta_kernel[triton.cdiv(queries, DELTA_ROWS), heads](
+        out_QHD, grad_QHD, delta_HQ, queries, *_rows(out_QHD), *_rows(grad_QHD), dim,
+        BLOCK_M=DELTA_ROWS, BLOCK_D=_width(dim),
+    )  # fmt: skip
+    return delta_HQ
 
 
 def _query_gradient(
@@ -141,7 +158,7 @@ class _KernelAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_QHD: Tensor, _lse_grad: Tensor) -> tuple[Tensor | None, ...]:
         query_QHD, key_LGD, value_LGD, layout_KQ, out_QHD, lse2_HQ = ctx.saved_tensors
         grad_QHD = _dense_heads(grad_QHD)
-        delta_HQ = (out_QHD.float() * grad_QHD.float()).sum(2).T.contiguous()
+        delta_HQ = _delta(out_QHD, grad_QHD)
         given = (query_QHD, key_LGD, value_LGD, grad_QHD, layout_KQ, lse2_HQ, delta_HQ, ctx.scale)
         query_grad_QHD = _query_gradient(*given, ctx.chosen.query_gradient)
         return query_grad_QHD, *_key_gradient(*given, ctx.chosen.key_gradient), None, None, None
@@ -165,7 +182,7 @@ def kernel_attention(
         query_QHD, key_LGD, value_LGD: float32, float16 or bfloat16, of one dtype; the softmax and all sums
             are in float32. Query heads h share the key/value head h // (H / G). D is at most 256.
         layout_KQ: int32. Every query must see at least one key; by its definition a token sees itself.
-        scale: of the scores.
+        scale: of the scores; positive.
         chosen: tile sizes; None for those of tilings.py.
 
     Returns:

@@ -25,7 +25,9 @@ SMALL = Tilings(Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2), Tiling(64, 32, 4, 2)
 class Case:
     """One run: a layout, the share of it that this process has, heads and numbers.
 
-    `busy` says whether there is enough to do, so that a program takes all heads of a group (launch.BUSY).
+    `busy` says whether there is enough to do, so that a program takes all heads of a group (launch.BUSY);
+    `strided`, whether keys and values are views of one tensor, as Megatron splits them, and queries and
+    gradients lie head by head.
     """
 
     layout: str
@@ -35,11 +37,13 @@ class Case:
     dtype: torch.dtype
     parts: int = 1
     busy: bool = False
+    strided: bool = False
 
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         part = f"/cp{self.parts}" if self.parts > 1 else ""
         part += "/busy" if self.busy else ""
+        part += "/strided" if self.strided else ""
         return f"{self.layout}{part}/{self.heads}:{self.groups}x{self.dim}/{dtype}"
 
 
@@ -48,11 +52,12 @@ def cases() -> Iterator[Case]:
         for dtype in (torch.float32, torch.bfloat16):
             yield Case(layout, 2, 1, 32, dtype)
     for heads, groups, dim in ((1, 1, 64), (2, 2, 8), (6, 2, 16), (2, 1, 80), (1, 1, 128)):
-        yield Case("nested", heads, groups, dim, torch.float32)
+        yield Case("causal", heads, groups, dim, torch.float32)
+    yield Case("packed", 4, 2, 16, torch.bfloat16, strided=True)
     yield Case("nested", 1, 1, 128, torch.bfloat16)
     yield Case("nested", 4, 2, 16, torch.float32, busy=True)
-    for layout in ("packed", "nested", "replay"):
-        yield Case(layout, 2, 1, 32, torch.float32, parts=2)
+    for layout, parts in (("packed", 2), ("isolated", 4), ("replay", 2)):
+        yield Case(layout, 2, 1, 32, torch.float32, parts=parts)
 
 
 def run(case: Case) -> dict[str, float]:
@@ -65,14 +70,18 @@ def run(case: Case) -> dict[str, float]:
     sizes = [(length, case.heads, case.dim), *2 * [(length, case.groups, case.dim)]]
     query, key, value = (torch.randn(*s, generator=generator).to(case.dtype) for s in sizes)
     grad = torch.randn(sizes[0], generator=generator).to(case.dtype)
+    if case.strided:
+        key, value = torch.stack([key, value], 2).unbind(2)
+        query, grad = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, grad))
     errors: dict[str, float] = {}
     key_grads, value_grads = torch.zeros(key.shape).double(), torch.zeros(key.shape).double()
     expected = dense_attended(query, key, value, grad, sees_LL, case.dim**-0.5)
     for rank in range(case.parts):
         here = torch.from_numpy(context_indices(length, rank, case.parts))
-        leaves = [x.clone().requires_grad_() for x in (query[here], key, value)]
+        own = (query, grad) if case.parts == 1 else (query[here], grad[here])
+        leaves = [x.detach().requires_grad_() for x in (own[0], key, value)]
         out, lse = kernel_attention(*leaves, layout_KL[:, here], case.dim**-0.5, SMALL)
-        out.backward(grad[here])
+        out.backward(own[1])
         assert out.dtype == leaves[0].grad.dtype == case.dtype
         key_grads += leaves[1].grad
         value_grads += leaves[2].grad

@@ -50,8 +50,8 @@ def test_output_and_gradients_are_the_definition(errors: dict[str, dict[str, flo
         assert found["lse"] < FLOAT32, f"{name}: {found}"
 
 
-@pytest.mark.parametrize("kind", ["/cp2/", "/busy/", "/6:2x", "x128/", "x80/", "x8/"])
-def test_context_parallel_parts_shared_heads_and_head_sizes_are_among_the_cases(
+@pytest.mark.parametrize("kind", ["/cp2/", "/cp4/", "/busy/", "/strided/", "/6:2x", "x128/", "x80/", "x8/"])
+def test_context_parallel_parts_strides_shared_heads_and_head_sizes_are_among_the_cases(
     errors: dict[str, dict[str, float]], kind: str
 ) -> None:
     assert any(kind in name for name in errors)
