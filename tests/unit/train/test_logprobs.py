@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_parallel_r1.train.logprobs import Question, target_logprobs
+from tests.reference.peak import Peak
 
 N, E, V = 9, 6, 13
 
@@ -77,3 +78,20 @@ def test_peak_memory_does_not_grow_with_targets_times_vocabulary() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         target_logprobs(hidden_NE, head_VE, Question(labels_N, labels_N - 1, 1.0, 500, chunk=8))
     assert sum(kept) <= hidden_NE.numel() + head_VE.numel() + 2 * 300 < 300 * 500
+
+
+@pytest.mark.parametrize("targets", [300, 1200])
+def test_forward_and_backward_never_hold_more_logits_than_a_chunk_has(targets: int) -> None:
+    vocabulary, hidden, chunk = 500, 4, 8
+    hidden_NE = torch.randn(targets, hidden, requires_grad=True)
+    head_VE = torch.randn(vocabulary, hidden, requires_grad=True)
+    labels_N = torch.zeros(targets, dtype=torch.int64)
+    with Peak() as peak:
+        for known in (hidden_NE, head_VE, labels_N):
+            peak.know(known)
+        asked = Question(labels_N, labels_N - 1, 1.0, vocabulary, chunk)
+        logprobs_N, entropies_N = target_logprobs(hidden_NE, head_VE, asked)
+        (logprobs_N.sum() + entropies_N.sum()).backward()
+    # Gradients and their like of both inputs, a few vectors of the targets, a few blocks of a chunk's logits.
+    allowed = 4 * (3 * (hidden_NE.numel() + head_VE.numel()) + 12 * targets + 8 * chunk * vocabulary)
+    assert 4 * chunk * vocabulary < peak.peak <= allowed < 4 * targets * vocabulary, (peak.peak, allowed)
