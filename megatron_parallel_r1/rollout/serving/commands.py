@@ -64,6 +64,8 @@ def _sglang(serving: Serving, device: Device) -> Command:
         arguments += ["--disable-overlap-schedule", "--disable-cuda-graph", "--skip-server-warmup"]
         arguments += ["--mem-fraction-static", str(serving.memory_share or 0.1)]
         arguments += ["--max-total-tokens", str(serving.cache_tokens)]
+        # It looks for requests all the time otherwise, and takes a core from a trainer beside it.
+        arguments += ["--sleep-on-idle"]
         environment["SGLANG_USE_CPU_ENGINE"] = "0"
         plugins += [SEEDS] if serving.deterministic else []
     else:
