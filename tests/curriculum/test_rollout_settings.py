@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_no_server_answers(capsys, monkeypatch, tmp_path: Path) -> None:
     words = [f"out={tmp_path}", "thinking.mode=replay", "stages.cold_start.steps=2"]
     words += ["rollout.engine=sglang", f"rollout.urls=[{url}]", "rollout.patience_s=1"]
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
-    assert f"no rollout server can be asked since 1 s: {url}" in shown
+    assert re.search(rf"no rollout server can be asked since \d+ s: {url}", shown)
     assert "goes on from its last checkpoint" in shown
     assert len(list(tmp_path.glob("*/cold_start/model/config.json"))) == 1
 

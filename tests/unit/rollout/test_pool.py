@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout import roster
 from megatron_parallel_r1.rollout.base import Interrupted, Sampling
 from megatron_parallel_r1.rollout.pool import Pool, PoolSettings
-from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Asked
+from megatron_parallel_r1.rollout.server import STARTED, STOCK_MODES, About, Asked
 from megatron_parallel_r1.rollout.server_engine import ServerEngine
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
@@ -156,7 +159,8 @@ def test_all_gone_is_an_error_after_the_patience_and_not_before() -> None:
             server.die()
         loop = asyncio.get_running_loop()
         began = loop.time()
-        with pytest.raises(UserError, match=r"http://a \(down: .*refused\); http://b \(down: .*checkpoint"):
+        gone = r"http://a \(do.*refused\); http://b \(do.*refused\).*checkpoint"
+        with pytest.raises(UserError, match=gone):
             await asyncio.gather(*(pool.generate(asked(str(i))) for i in range(4)))
         assert loop.time() - began >= 0.3
 
@@ -165,12 +169,22 @@ def test_all_gone_is_an_error_after_the_patience_and_not_before() -> None:
     asyncio.run(ask())
 
 
-def test_a_pause_between_batches_is_no_time_without_servers() -> None:
-    """The patience begins when somebody waits, not when the last batch ended."""
+def test_a_pause_between_batches_is_no_time_without_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patience begins when somebody waits, not when an earlier batch was without a server."""
+
+    async def given_up() -> None:
+        waiting = asyncio.ensure_future(pool.generate(asked()))
+        while pool._roster._alone_since is None:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+
     a, _ = two()
-    pool = pool_of([a], replace(QUICK, patience_s=1.0))
+    pool = pool_of([a])
     a.die()
-    asyncio.run(asyncio.sleep(1.1))
+    asyncio.run(given_up())
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 2 * QUICK.patience_s)
+    monkeypatch.setattr(roster, "time", later)
     threading.Timer(0.1, setattr, (a, "alive", True)).start()
     assert asyncio.run(pool.generate(asked())).completion == drawn(asked())
 
@@ -218,9 +232,21 @@ def test_a_server_started_anew_with_old_weights_is_noticed_by_its_tokens() -> No
     assert pool.metrics()["server_retries"] >= 1
 
 
+def test_one_that_comes_back_as_it_was_started_is_not_taken_for_the_first_version() -> None:
+    a, b = two()
+    pool = pool_of([a, b])
+    pool.published(0, ["http://a", "http://b"])
+    a.told = replace(a.told, version=STARTED)
+    answers = [asyncio.run(pool.generate(asked(str(i)))) for i in range(4)]
+    assert {version for answer in answers for version in answer.completion.versions} == {0}
+    assert pool.metrics()["server_retries"] >= 1
+    with pytest.raises(UserError, match=r"http://a \(it holds weights as it was started, not 0\)"):
+        pool_of([a], replace(QUICK, patience_s=1.0), version=0)
+
+
 def test_no_server_holds_the_weights() -> None:
     with pytest.raises(UserError, match=r"http://a \(it holds weights 0, not 2\)"):
-        pool_of(two(), replace(QUICK, patience_s=0.1), version=2)
+        pool_of(two(), replace(QUICK, patience_s=1.0), version=2)
 
 
 def test_requests_at_one_server_are_bounded() -> None:

@@ -11,17 +11,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[4]
 HEALTHY = re.compile(r"server (\d+)  (http://\S+)  pid (\d+)  log (\S+)")
 # Ends within a second; machines that run tests may be busy.
-GONE_SECONDS = 60
+GONE_SECONDS = 180
 
 
 @dataclass
@@ -37,10 +38,12 @@ class Launched:
     def next_healthy(self, seconds: float) -> tuple[int, str, int]:
         """Index, URL and pid of the server that is told healthy next."""
         end = time.monotonic() + seconds
+        said: list[str] = []
         while (line := self.next_line(end - time.monotonic())) is not None:
             if told := HEALTHY.fullmatch(line):
                 return int(told[1]), told[2], int(told[3])
-        raise AssertionError(f"ended with {self.process.wait()}")
+            said.append(line)
+        raise AssertionError(f"ended with {self.process.wait()}: {said[-5:]}")
 
     def family(self) -> list[psutil.Process]:
         """All that descends from it now."""
@@ -53,7 +56,8 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 
 
 @contextmanager
-def launched(**settings: object) -> Iterator[Launched]:
+def launched(env: Mapping[str, str] = MappingProxyType({}), **settings: object) -> Iterator[Launched]:
+    """A supervisor under these settings of `Serving`, its servers with `env` beside this process's own."""
     told = json.dumps(
         {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     )
@@ -63,7 +67,7 @@ def launched(**settings: object) -> Iterator[Launched]:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
     it = Launched(process)
     reader = threading.Thread(target=_read, args=(it,))

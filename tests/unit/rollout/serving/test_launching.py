@@ -14,7 +14,7 @@ import pytest
 from tests.unit.rollout.serving import fake_server
 from tests.unit.rollout.serving.launched import assert_gone, launched
 
-SECONDS = 60
+SECONDS = 180  # Each takes a second or two where no other work is.
 
 
 @pytest.fixture
