@@ -249,7 +249,9 @@ class Recipe(Strict):
     """One run. `seeds` repeats it from several seeds, each in a folder of its own.
 
     Attributes:
-        micro_tokens: tokens of a packed row at most.
+        micro_tokens: tokens of a packed row at most; a single trace that is longer has one for itself.
+        max_prompt_tokens: problems of a data set whose prompt is longer are not trained on; None: all are.
+        max_example_tokens: nor worked examples whose laid-out row is, what `replay` repeats included.
         parallel: how the model is split over processes; it may change when a run goes on.
         rollout: who draws the tokens.
         collective_timeout_s: a process that waits longer for another ends the run.
@@ -264,6 +266,8 @@ class Recipe(Strict):
     prompt: str = "plain"
     thinking: Thinking = Thinking()
     micro_tokens: Count = 4096
+    max_prompt_tokens: Count | None = None
+    max_example_tokens: Count | None = None
     parallel: Parallel = Parallel()
     rollout: Rollout = Rollout()
     collective_timeout_s: Count = 1800

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_parallel_r1 import config
+from megatron_parallel_r1.curriculum.too_long import without_long
 from megatron_parallel_r1.data import bpe, readers
 from megatron_parallel_r1.data.account import Account, account_table
 from megatron_parallel_r1.data.decontaminate import Contamination, contamination, contamination_table
@@ -113,8 +114,10 @@ def example_rows(
     """Worked examples without end, laid out; those of a data set that is in memory come from `cache`.
 
     Raises:
-        UserError: a row of a data set is unusable, its response malformed included, and none may be skipped.
+        UserError: a row of a data set is unusable, its response malformed included, and none may be skipped;
+            all are longer than the recipe allows.
     """
+    most = recipe.max_example_tokens
     match stage.data:
         case config.EmbeddedArithmetic(easy=easy):
             return ProblemStream(lambda i: to_row(generate.arithmetic_example(easy, seed, i)), seed)
@@ -123,18 +126,41 @@ def example_rows(
         case config.DataSet():
             examples = _apart(recipe, stage)
             if isinstance(examples, Reading):
-                return ProblemStream(cache.rows(examples.items, to_row), seed)
+                rows = cache.rows(examples.items, to_row)
+                if most is not None:
+                    by_id = {item.problem.id: row for item, row in zip(examples.items, rows, strict=True)}
+                    kept = without_long(
+                        examples, lambda e: len(by_id[e.problem.id]), most, stage.name, "max_example_tokens"
+                    )
+                    rows = [by_id[item.problem.id] for item in kept.in_order()]
+                return ProblemStream(rows, seed)
+            if most is not None:
+                examples = without_long(
+                    examples, lambda e: len(to_row(e)), most, stage.name, "max_example_tokens"
+                )
             at = examples.shuffled(seed)
             return ProblemStream(lambda i: to_row(at(i)), seed)
 
 
-def problem_stream(recipe: config.Recipe, stage: config.RlStage, seed: int) -> ProblemStream[Problem]:
-    """Problems to train on, without end."""
+def problem_stream(
+    recipe: config.Recipe, stage: config.RlStage, seed: int, prompt_tokens: Callable[[Problem], int]
+) -> ProblemStream[Problem]:
+    """Problems to train on, without end.
+
+    Args:
+        prompt_tokens: how many a problem's prompt has.
+
+    Raises:
+        UserError: all prompts are longer than the recipe allows.
+    """
     match stage.data:
         case config.EmbeddedProblems(kind=kind):
             return ProblemStream(partial(generate.training_problem, kind, seed), seed)
         case config.DataSet():
-            return ProblemStream(_apart(recipe, stage).shuffled(seed), seed)
+            problems = _apart(recipe, stage)
+            if (most := recipe.max_prompt_tokens) is not None:
+                problems = without_long(problems, prompt_tokens, most, stage.name, "max_prompt_tokens")
+            return ProblemStream(problems.shuffled(seed), seed)
 
 
 def evaluation_problems(source: config.ProblemSource, count: int) -> tuple[Problem, ...]:

@@ -18,6 +18,7 @@ from megatron_parallel_r1.curriculum.sources import example_rows, problem_stream
 from megatron_parallel_r1.curriculum.viewing import trace_record
 from megatron_parallel_r1.curriculum.workbench import Workbench
 from megatron_parallel_r1.data.embedded.traces import stated_result
+from megatron_parallel_r1.data.encode import encode_prompt
 from megatron_parallel_r1.data.row_cache import RowCache, tokenizer_hash
 from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.watch import Watch
@@ -64,7 +65,12 @@ def run_rl(
     bench: Workbench, stage: config.RlStage, verifier: Verifier, decoders: Decoders, watch: Watch
 ) -> Trainer:
     """Trains a reinforcement-learning stage and returns its trainer."""
-    stream = problem_stream(bench.recipe, stage, bench.seed_of(stage.name, "data"))
+    stream = problem_stream(
+        bench.recipe,
+        stage,
+        bench.seed_of(stage.name, "data"),
+        lambda problem: len(encode_prompt(bench.tokenizer, bench.recipe.prompt, problem.prompt)),
+    )
     seed = bench.seed_of(stage.name, "rollout")
     trainer = bench.trainer(stage)
     patience = bench.recipe.collective_timeout_s

@@ -12,7 +12,7 @@ PATH_TAGS = 2
 
 @dataclass(frozen=True, slots=True)
 class Longest:
-    """What a recipe does not bound: tokens of a prompt, and of an SFT row with all that belongs to it.
+    """Where a recipe does not bound them: tokens of a prompt, and of an SFT row with all that belongs to it.
 
     The defaults are what Parallel-R1 keeps of its data (arXiv 2509.07980).
     """

@@ -114,7 +114,7 @@ def plan(
     Raises:
         UserError: the model's folder or tokenizer is missing, or something does not divide.
     """
-    longest = longest or Longest()
+    longest, assumed = _bounded(longest or Longest(), recipe)
     parallel = recipe.parallel
     shape, notes = _shape(recipe)
     check_parallel(shape, parallel, world, recipe.micro_tokens)
@@ -131,8 +131,7 @@ def plan(
     planner = _Planner(recipe, shape, pieces, data, longest, in_process, timing)
     stages = tuple(planner.stage(stage) for stage in recipe.stages)
     notes += [
-        f"assumed, since a recipe does not bound them: prompts of up to {longest.prompt:,} tokens, SFT rows "
-        f"of up to {longest.example:,}, or what the model's positions (and micro_tokens) have room for",
+        *assumed,
         *(note for stage in stages for note in _warnings(stage, recipe, shape, data, gpu)),
     ]
     if recipe.rollout.engine != "native":
@@ -258,6 +257,26 @@ def _asked(stage: config.RlStage) -> tuple[int, int]:
     if stage.dynamic is None:
         return 1, stage.prompts
     return stage.dynamic.rounds, ceil(stage.dynamic.over_sample * stage.prompts)
+
+
+def _bounded(longest: Longest, recipe: config.Recipe) -> tuple[Longest, list[str]]:
+    """What to reckon with where the recipe bounds it too, and a note on what it does not bound so low."""
+    prompt, example = recipe.max_prompt_tokens, recipe.max_example_tokens
+    kinds = {stage.kind for stage in recipe.stages}
+    known = (("rl", "prompts", longest.prompt, prompt), ("sft", "SFT rows", longest.example, example))
+    assumed = [
+        f"{what} of up to {most:,} tokens"
+        for kind, what, most, bound in known
+        if kind in kinds and (bound is None or bound > most)
+    ]
+    note = (
+        f"assumed, since the recipe allows longer ones: {' and '.join(assumed)}, or what the model's "
+        "positions (and micro_tokens) have room for"
+    )
+    bounded = Longest(
+        min(longest.prompt, prompt or longest.prompt), min(longest.example, example or longest.example)
+    )
+    return bounded, [note] if assumed else []
 
 
 def _warnings(

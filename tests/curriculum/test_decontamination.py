@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.curriculum.sources import check_sources, contamination_report, problem_stream
+from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.recipe_file import read_recipe
 
@@ -37,11 +38,15 @@ def words(folder: Path, *more: str) -> list[str]:
     ]
 
 
+def words_of(problem: Problem) -> int:
+    return len(problem.prompt.split())
+
+
 def test_overlapping_problems_are_left_out_and_reported(tmp_path: Path) -> None:
     recipe = read_recipe(RECIPE, words(tmp_path, "decontamination={}"))
     check_sources(recipe)
     stage = recipe.stages[1]
-    stream = problem_stream(recipe, stage, 1)
+    stream = problem_stream(recipe, stage, 1, words_of)
     assert {problem.prompt for problem in stream.next_batch(5)} == {"What is six times six?"}
     report = contamination_report(recipe)
     assert "## rl" in report and "train leaves the station" in report
@@ -49,7 +54,7 @@ def test_overlapping_problems_are_left_out_and_reported(tmp_path: Path) -> None:
 
 def test_without_it_all_problems_are_trained(tmp_path: Path) -> None:
     recipe = read_recipe(RECIPE, words(tmp_path))
-    stream = problem_stream(recipe, recipe.stages[1], 1)
+    stream = problem_stream(recipe, recipe.stages[1], 1, words_of)
     assert len({problem.prompt for problem in stream.next_batch(9)}) == 3
     assert contamination_report(recipe) == ""
 

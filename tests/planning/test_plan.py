@@ -129,10 +129,23 @@ def test_the_curriculum_by_hand() -> None:
 @pytest.mark.parametrize("world", [8, 64])
 def test_the_recipes_fit_their_gpus(path: Path, world: int) -> None:
     made = planned(path, world=world)
-    assert all("is not here" in note or "assumed, since" in note for note in made.notes), made.notes
+    assert all("is not here" in note for note in made.notes), made.notes
     for stage in made.stages:
         assert max(memory.total for memory in stage.memories) < 80 * GIB
         assert stage.evaluation is not None and stage.evaluation.total < 80 * GIB
+
+
+def test_what_a_recipe_bounds_is_not_assumed() -> None:
+    def told(*overrides: str) -> tuple[Plan, list[str]]:
+        made = planned(CURRICULUM, *overrides, world=8, longest=Longest(1500, 3000))
+        return made, [note for note in made.notes if "assumed, since" in note]
+
+    bounded, none = told("max_prompt_tokens=1000", "max_example_tokens=2000")
+    assert none == [] and bounded.stages[0].trained == 128 * 2000
+    loose, (note,) = told("max_prompt_tokens=null")
+    assert "prompts of up to 1,500 tokens and SFT rows of up to 3,000 tokens, or" in note
+    assert loose.stages[0].trained == 128 * 3000
+    assert loose.stages[1].trained == bounded.stages[1].trained + 256 * 8 * 500
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: path.stem)
