@@ -57,6 +57,7 @@ def test_it_leaves_metrics_models_evaluations_and_a_report(whole: Path) -> None:
     ]
     assert "rl" in (whole / "report.html").read_text()
     assert list(whole.glob("rl/tensorboard/events*"))
+    assert len((whole / "rl/traces.jsonl").read_text().splitlines()) == 8 * 2
     assert len((whole / "rl/eval_traces.jsonl").read_text().splitlines()) == 6
     assert not list(whole.glob("*/checkpoints"))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_parallel_r1.train.policy.objective import Objective
@@ -44,6 +47,14 @@ def test_a_recipe_s_settings_are_read_and_unknown_keys_refused() -> None:
         TypeAdapter(Objective).validate_python({"nonsense": 1})
     with pytest.raises(ValidationError, match="advantage"):
         TypeAdapter(Objective).validate_python({"advantage": "gae"})
+
+
+def test_the_methods_of_the_documentation_are_accepted() -> None:
+    page = (Path(__file__).parents[4] / "docs/rl.md").read_text()
+    table = page.partition("| method |")[2].partition("\n\n")[0]
+    found = [yaml.safe_load(text.replace("…", "3000")) for text in re.findall(r"`(\{.+?\})`", table)]
+    objectives = [TypeAdapter(Objective).validate_python(settings) for settings in found]
+    assert len(objectives) == 10 and len(set(objectives)) == 10 and Objective() not in objectives
 
 
 @pytest.mark.parametrize(
