@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.pool import Pool, PoolSettings
-from megatron_parallel_r1.rollout.server import Server, Timeouts
+from megatron_parallel_r1.rollout.server import STARTED, Server, Timeouts
 from megatron_parallel_r1.rollout.sglang import SGLang
 from megatron_parallel_r1.rollout.vllm import VLLM
 
@@ -48,6 +48,7 @@ def check_checkpoint(pool: Pool, folder: Path) -> None:
     """
     for url, about in pool.abouts.items():
         served = Path(about.model)
-        if about.version or (served.exists() and served.resolve() != folder.resolve()):
-            what = f"weights of update {about.version}" if about.version else about.model
+        updated = about.version != STARTED
+        if updated or (served.exists() and served.resolve() != folder.resolve()):
+            what = f"weights of update {about.version}" if updated else about.model
             raise UserError(f"{url} holds {what}, not {folder}; start it with that checkpoint")

@@ -19,7 +19,15 @@ from megatron_parallel_r1.rollout.base import Interrupted
 from megatron_parallel_r1.rollout.member import Member
 from megatron_parallel_r1.rollout.placing import Placing, Ticket
 from megatron_parallel_r1.rollout.roster import Roster
-from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Answered, Asked, Server, Unreachable
+from megatron_parallel_r1.rollout.server import (
+    STOCK_MODES,
+    About,
+    Answered,
+    Asked,
+    Server,
+    Unreachable,
+    told_version,
+)
 from megatron_parallel_r1.thought.layout import Mode
 
 LONGEST_BACKOFF_S = 10.0
@@ -95,7 +103,7 @@ class Pool:
     @property
     def version(self) -> int:
         """Of the weights that a server must hold to be asked; 0 before the pool has met any."""
-        return self._roster.version or 0
+        return 0 if self._roster.version is None else self._roster.version
 
     @property
     def modes(self) -> frozenset[Mode]:
@@ -260,7 +268,9 @@ class Pool:
         answered = answer.result()
         oldest = min(answered.completion.versions)
         if oldest < version:
-            raise Unreachable(f"{member.url} drew with weights {oldest}, not {version}: it was started anew?")
+            raise Unreachable(
+                f"{member.url} drew with weights {told_version(oldest)}, not {version}: it was started anew?"
+            )
         self._counts["tokens"] += len(answered.completion.tokens)
         self._counts["prompt"] += len(asked.tokens)
         self._counts["cached"] += answered.cached_tokens

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_parallel_r1.rollout.member import Member
-from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Server
+from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Server, told_version
 from megatron_parallel_r1.thought.layout import Mode
 
 
@@ -167,7 +167,8 @@ class Roster:
         if member.state != "up" or member.about is None:
             return f"{member.state}: {member.trouble}"
         if member.about.version != self.version:
-            return f"it holds weights {member.about.version}, not {self.version}"
+            held, wanted = told_version(member.about.version), told_version(self.version)
+            return f"it holds weights {held}, not {wanted}"
         lacking = (self.modes or frozenset()) - member.about.modes
         return f"it is not exact in mode {', '.join(sorted(lacking))}" if lacking else None
 

@@ -9,7 +9,21 @@ from megatron_parallel_r1.rollout.base import Completion, Sampling
 from megatron_parallel_r1.rollout.joined import Joined
 from megatron_parallel_r1.thought.layout import Mode
 
-__all__ = ["STOCK_MODES", "About", "Answered", "Asked", "Joined", "Server", "Timeouts", "Unreachable"]
+__all__ = [
+    "STARTED",
+    "STOCK_MODES",
+    "About",
+    "Answered",
+    "Asked",
+    "Joined",
+    "Server",
+    "Timeouts",
+    "Unreachable",
+]
+
+STARTED = -1
+"""Version of the weights that a server was started with, which no update has named. Not 0: that is the first
+one of a stage, and a server that comes back with other weights must not be taken for it."""
 
 STOCK_MODES: frozenset[Mode] = frozenset({"replay", "causal", "sequential"})
 """Modes that any server serves exactly that continues a token list and can bar a token."""
@@ -71,7 +85,7 @@ class About:
     Attributes:
         model: the folder that it was started with.
         modes: in which its log-probs are exact; `isolated` only if it answered the plugin's handshake.
-        version: of its weights, as the last update named it; 0 before any.
+        version: of its weights, as the last update named it; `STARTED` before any.
         max_tokens: prompt and continuation of one request together.
         cache_tokens: of its key/value cache; None: it does not say.
         seeded: a draw is fixed by its seed: asked for the same twice, it drew the same.
@@ -120,8 +134,13 @@ class Unreachable(Exception):
 
 
 def version_of(name: object) -> int:
-    """The number of a server's weight version; 0 where no update has named one yet ("default")."""
-    return int(name) if isinstance(name, (int, str)) and str(name).isdigit() else 0
+    """The number of a server's weight version; `STARTED` where no update has named one yet ("default")."""
+    return int(name) if isinstance(name, (int, str)) and str(name).isdigit() else STARTED
+
+
+def told_version(version: int | None) -> str:
+    """For messages."""
+    return "as it was started" if version == STARTED else str(version)
 
 
 def versions_of(spans: object, count: int, otherwise: int) -> tuple[int, ...]:

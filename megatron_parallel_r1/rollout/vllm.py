@@ -26,6 +26,7 @@ from megatron_parallel_r1.rollout.base import Completion, Sampling
 from megatron_parallel_r1.rollout.connection import Connection
 from megatron_parallel_r1.rollout.handshake import seeded
 from megatron_parallel_r1.rollout.server import (
+    STARTED,
     STOCK_MODES,
     About,
     Answered,
@@ -128,7 +129,7 @@ class VLLM:
         try:
             return version_of((await self._http.get("/weight_info"))["weight_version"])
         except UserError:
-            return 0  # Out of its development mode it does not say, and its weights do not change.
+            return STARTED  # Out of its development mode it does not say, and its weights do not change.
 
     def _read(self, answer: Any, asked: Asked) -> Answered:
         try:
@@ -145,7 +146,7 @@ class VLLM:
             if not (whole and 1 <= len(drawn) <= asked.limit):
                 raise Unreachable(f"{self.url}: tokens and log-probs of {len(drawn)} do not match")
             cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-            versions = versions_of(choice.get("weight_versions"), len(drawn), 0)
+            versions = versions_of(choice.get("weight_versions"), len(drawn), STARTED)
         except (KeyError, TypeError, ValueError) as error:
             raise Unreachable(f"{self.url}/inference/v1/generate: an answer without {error!r}") from error
         stopped = drawn[-1] in asked.stop

@@ -18,7 +18,15 @@ import pytest
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.base import Completion, Sampling
 from megatron_parallel_r1.rollout.joined import Joined
-from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Answered, Asked, Timeouts, Unreachable
+from megatron_parallel_r1.rollout.server import (
+    STARTED,
+    STOCK_MODES,
+    About,
+    Answered,
+    Asked,
+    Timeouts,
+    Unreachable,
+)
 from megatron_parallel_r1.rollout.sglang import SGLang
 
 URL = "http://a:30000"
@@ -117,7 +125,7 @@ def test_a_stop_at_the_models_own_end_token_is_asked_on() -> None:
 def test_versions_are_those_of_each_token() -> None:
     spans = [{"version": "default", "start": 0, "end": 1}, {"version": "12", "start": 1, "end": 3}]
     server = FakeSGLang(answer_of([11, 12, 13, 14], weight_versions=spans))
-    assert server.ask().completion.versions == (0, 12, 12, 7)
+    assert server.ask().completion.versions == (STARTED, 12, 12, 7)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +167,7 @@ def test_what_the_server_refuses_ends_the_run_in_one_line() -> None:
 
 def test_about() -> None:
     server = FakeSGLang()
-    assert asyncio.run(server.client().about()) == About("m", STOCK_MODES, 0, 58, 900, True)
+    assert asyncio.run(server.client().about()) == About("m", STOCK_MODES, STARTED, 58, 900, True)
     server.model_info = {"weight_version": "31"}
     server.server_info["internal_states"] = [{"parallel_r1": {"protocol": 1, "missing": []}}]
     about = asyncio.run(server.client().about())

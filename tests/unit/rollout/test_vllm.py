@@ -13,7 +13,15 @@ import pytest
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.base import Completion, Sampling
 from megatron_parallel_r1.rollout.joined import Joined
-from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Answered, Asked, Timeouts, Unreachable
+from megatron_parallel_r1.rollout.server import (
+    STARTED,
+    STOCK_MODES,
+    About,
+    Answered,
+    Asked,
+    Timeouts,
+    Unreachable,
+)
 from megatron_parallel_r1.rollout.vllm import VLLM
 
 URL = "http://a:8000"
@@ -67,7 +75,8 @@ def answer_of(
 def test_all_that_is_asked_is_sent() -> None:
     spans = [{"version": "default", "start": 0, "end": 1}, {"version": "12", "start": 1, "end": 4}]
     server = FakeVLLM(answer_of([11, 12, 13, 6], "stop", weight_versions=spans))
-    assert server.ask() == Answered(Completion((11, 12, 13, 6), (-0.5,) * 4, (0, 12, 12, 12), True), 2)
+    versions = (STARTED, 12, 12, 12)
+    assert server.ask() == Answered(Completion((11, 12, 13, 6), (-0.5,) * 4, versions, True), 2)
     (body,) = server.bodies
     assert body["token_ids"] == [7, 8, 9]
     seed = body["sampling_params"].pop("seed")
@@ -139,7 +148,7 @@ def test_about() -> None:
     assert asyncio.run(server.client().about()) == About("m", STOCK_MODES, 5, 64, None, True)
     # Out of its development mode it has no such path.
     server.weight_info = httpx.Response(404, json={"detail": "Not Found"})
-    assert asyncio.run(server.client().about()).version == 0
+    assert asyncio.run(server.client().about()).version == STARTED
     server.models = {"data": []}
     with pytest.raises(Unreachable, match="not what a vLLM server says"):
         asyncio.run(server.client().about())
