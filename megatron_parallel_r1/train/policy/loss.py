@@ -36,7 +36,7 @@ def policy_loss(
             (aggregation.target_weights). `old`: log-probs under the weights that began the step; absent
             where these are the weights being trained. `engine`: as sampled, for a correction. `reference`:
             for a KL term in the loss.
-        members: whose the targets are, where `objective.per_trace`.
+        members: whose the targets are; not needed where ratio and correction are of a token.
 
     Returns:
         The loss, and sums over the targets whose weight is not 0: how many they are (`trained`), where a

@@ -97,8 +97,3 @@ class Objective:
         broken = [what for what, holds in checks.items() if not holds]
         if broken:
             raise ValueError("; ".join(broken))
-
-    @property
-    def per_trace(self) -> bool:
-        """The loss sums over a trace's targets, and has to be told whose they are."""
-        return self.ratio != "token" or (self.correction != "none" and self.correction_level != "token")

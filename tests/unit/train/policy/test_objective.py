@@ -55,18 +55,3 @@ def test_the_methods_of_the_documentation_are_accepted() -> None:
     found = [yaml.safe_load(text.replace("…", "3000")) for text in re.findall(r"`(\{.+?\})`", table)]
     objectives = [TypeAdapter(Objective).validate_python(settings) for settings in found]
     assert len(objectives) == 10 and len(set(objectives)) == 10 and Objective() not in objectives
-
-
-@pytest.mark.parametrize(
-    ("settings", "per_trace"),
-    [
-        ({}, False),
-        ({"ratio": "sequence"}, True),
-        ({"ratio": "sequence_token"}, True),
-        ({"correction": "truncate"}, False),
-        ({"correction": "mask", "correction_level": "geometric"}, True),
-        ({"correction_level": "sequence"}, False),
-    ],
-)
-def test_who_needs_to_know_the_traces(settings: dict[str, Any], per_trace: bool) -> None:
-    assert Objective(**settings).per_trace is per_trace
