@@ -1,6 +1,6 @@
 r"""Answers checked per second, this project's verifier against math-verify, side by side in one run.
 
-    python benchmarks/verifier.py [--data DATA.parquet] [--pairs 400] [--repeats 5] [--seed 0]
+    python -m benchmarks.verifier [--data DATA.parquet] [--pairs 400] [--repeats 5] [--seed 0] [--write]
 
 Both get the same texts, `… $\boxed{answer}$.` and `$\boxed{reference}$`, and read the answer out of them:
 ours with `extract_answer` and one worker process with its time limit, math-verify with `parse` and `verify`
@@ -29,10 +29,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from math_verify import parse, verify
 
+from benchmarks.page import Table, add_write_option, publish
+from benchmarks.side_by_side import ratios, spread
 from megatron_parallel_r1.data.tables import open_files
 from megatron_parallel_r1.rewards.extract import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -57,13 +58,10 @@ class Measured:
     theirs: list[float]
     apart: list[tuple[Pair, bool]]
 
-    def row(self, name: str) -> str:
-        ratios = [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
-        agree = self.pairs - len(self.apart)
-        return (
-            f"| {name} | {_spread(self.ours, '.0f')} | {_spread(self.theirs, '.0f')} "
-            f"| x{_spread(ratios, '.1f')} | {agree} of {self.pairs} |"
-        )
+    def row(self, name: str) -> list[str]:
+        agree = f"{self.pairs - len(self.apart)} of {self.pairs}"
+        faster = spread(ratios(self.ours, self.theirs), ".1f")
+        return [name, spread(self.ours, ".0f"), spread(self.theirs, ".0f"), faster, agree]
 
 
 def main() -> None:
@@ -72,12 +70,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=400, help="of each kind, in each repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    add_write_option(parser)
     asked = parser.parse_args()
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
     answers, where = _answers(asked.data)
-    print(f"{asked.repeats} repeats of {asked.pairs} pairs of each kind; boxed answers: {where}\n")
-    print("pairs a second: median (lowest to highest)\n")
-    print("| pairs | this verifier | math-verify | ratio | agree |\n|---|---|---|---|---|")
+    rows: list[list[str]] = []
     apart: list[str] = []
     with Verifier() as verifier:
 
@@ -88,9 +85,13 @@ def main() -> None:
         ours([("$\\boxed{x+1}$", "$\\boxed{1+x}$")])  # starts the worker
         for name, draw in _kinds(answers).items():
             measured = _measure(draw, ours, asked.pairs, asked.repeats, random.Random(asked.seed))
-            print(measured.row(name), flush=True)
+            rows.append(measured.row(name))
             apart += [f"{name}: {pair} ours {verdict}" for pair, verdict in measured.apart[:5]]
-    print("\n" + "\n".join(apart or ["No verdict differs."]))
+    columns = ("pairs", "this verifier", "math-verify", "ratio", "agree")
+    note = f"{asked.repeats} repeats of {asked.pairs} pairs of each kind; boxed answers: {where}."
+    table = Table("Answers checked: pairs a second, median (lowest to highest)", columns, rows, note)
+    publish("verifier", [table], "one worker process beside this one", asked.write)
+    print("\n".join(apart or ["No verdict differs."]))
 
 
 def _kinds(answers: Sequence[str]) -> dict[str, Callable[[random.Random], Pair]]:
@@ -170,10 +171,6 @@ def _answers(path: Path | None) -> tuple[list[str], str]:
     rows = [cells for shard in open_files(path) for _, cells in shard.rows()]
     found = [answer for cells in rows if (answer := extract_answer(cells["solution"]))]
     return found, f"{len(found)} answers of {path.name}"
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,256 @@
+"""What a GRPO step's time goes into, what rolling out ahead saves, and how its cost grows.
+
+    python -m benchmarks.rl_step [--repeats 5] [--write]
+
+Steps of the demo's model on its problems, by the same parts as a stage: native engine, verifier, trainer,
+weights to the engine. Traces have a known size (benchmarks/paced.py); rewards are what the verifier says.
+
+1. Shares of a step, in turn and ahead (`max_staleness` 1), in one process.
+2. Cost as one size grows and the others stay: processor seconds of a step, and the exponent of a line through
+   their logarithms. 1 is linear; attention's own part grows with the square of a row's length.
+3. The same as data-parallel processes grow, each with the same share of traces: seconds of all together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from benchmarks.paced import Pace, Paced
+from benchmarks.page import Table, add_write_option, publish
+from benchmarks.side_by_side import ratios, spread
+from megatron_parallel_r1.data.embedded.generate import training_problem
+from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
+from megatron_parallel_r1.data.embedded.traces import stated_result
+from megatron_parallel_r1.data.sampler import ProblemStream
+from megatron_parallel_r1.model import process
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.model.optimizer import Adam
+from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.rewards.registry import make_reward
+from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rollout.native.engine import NativeEngine
+from megatron_parallel_r1.rollout.native.model import Architecture
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.rollout.thinking import Thinker
+from megatron_parallel_r1.thought.tokenizer import add_tags
+from megatron_parallel_r1.train.ahead import batches
+from megatron_parallel_r1.train.grpo import Grpo
+from megatron_parallel_r1.train.learning import Learner, Schooling
+from megatron_parallel_r1.train.policy.objective import Objective
+from megatron_parallel_r1.train.ranks import second_groups
+from megatron_parallel_r1.train.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+PHASES = ("sync", "draw", "verify", "logprobs", "update")
+SAMPLES = 8
+PATIENCE_S = 600.0
+PACE = Pace(main=12, path=16, summary=12)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a step of one process.
+
+    Attributes:
+        prompts: each with SAMPLES traces.
+        paths: of the block that every trace opens.
+    """
+
+    prompts: int = 12
+    paths: int = 4
+    pace: Pace = PACE
+
+    @property
+    def tokens(self) -> int:
+        """Of a trace."""
+        return self.pace.trace(self.paths)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Seconds of a step, those of the processor, and those of each phase."""
+
+    wall: float
+    processor: float
+    phases: dict[str, float]
+
+
+SWEEPS = {
+    "traces": [(SAMPLES * n, Size(prompts=n)) for n in (4, 8, 16, 32)],
+    "length": [(size.tokens, size) for size in (Size(6, 4, Pace(8 * n, 8 * n, 8 * n)) for n in (1, 2, 4, 8))],
+    "paths": [(size.tokens, size) for size in (Size(paths=n) for n in (1, 2, 4, 8))],
+}
+RANKS = (1, 2, 4)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each measurement")
+    parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)  # how it starts itself under torchrun
+    add_write_option(parser)
+    told = parser.parse_args(words)
+    torch.set_num_threads(1)
+    if told.as_rank:
+        with process.running(seed=1):
+            step = typical(steps(Size(prompts=4 * dist.get_world_size()), told.repeats))
+            (told.as_rank / f"{dist.get_rank()}.json").write_text(json.dumps(step.processor))
+        return
+    with process.running(seed=1):
+        tables = [shares(told.repeats), growth(told.repeats)]
+    publish("rl step", [*tables, ranks(told.repeats)], f"{os.cpu_count()} CPU cores", told.write)
+
+
+def shares(repeats: int, size: Size = Size()) -> Table:
+    """Of a step's time, in turn and ahead."""
+    rows, walls = [], []
+    for name, staleness in (("in turn", 0), ("ahead", 1)):
+        found = steps(size, repeats, staleness)
+        walls.append([step.wall for step in found])
+        spent = {phase: sum(step.phases.get(phase, 0.0) for step in found) for phase in (*PHASES, "wait")}
+        idle = spent["wait"] - (0.0 if staleness else spent["draw"] + spent["verify"])
+        parts = [*(spent[phase] for phase in PHASES), idle]
+        rows.append((name, spread(walls[-1]), *(f"{part / sum(walls[-1]):.0%}" for part in parts)))
+    columns = ("rollout", "step s", "sync", "draw", "verify", "log-probs", "update", "idle")
+    saved = spread(ratios(walls[0], walls[1]))
+    note = (
+        f"{size.prompts * SAMPLES} traces of {size.tokens} tokens, two updates. Ahead, draws and verdicts "
+        "run in a second thread, so the shares add up to more than the step; idle is what the training "
+        f"thread waits. In turn, a step takes {saved} times as long as ahead."
+    )
+    return Table("Where the time of an RL step goes", columns, rows, note)
+
+
+def growth(repeats: int) -> Table:
+    """Exponents of a step's cost as one size grows."""
+    rows = []
+    for name, sizes in SWEEPS.items():
+        found = [typical(steps(size, repeats)) for _, size in sizes]
+        amounts = [amount for amount, _ in sizes]
+        each = [[step.processor for step in found]]
+        each += [[step.phases.get(phase, 0.0) for step in found] for phase in ("draw", "update")]
+        shown = ", ".join(f"{step.processor:.2f}" for step in found)
+        exponents = (f"{exponent(amounts, costs):.2f}" for costs in each)
+        rows.append((name, ", ".join(map(str, amounts)), shown, *exponents))
+    columns = ("what grows", "to", "processor s of a step", "exponent", "of drawing", "of the updates")
+    return Table("How the cost of an RL step grows (length and paths: tokens of a trace)", columns, rows)
+
+
+def ranks(repeats: int) -> Table:
+    """Seconds of all processes together as they become more, each with as many traces."""
+    found = [sum(_under_torchrun(count, repeats)) for count in RANKS]
+    shown = ", ".join(f"{seconds:.2f}" for seconds in found)
+    row = (", ".join(map(str, RANKS)), shown, f"{exponent(RANKS, found):.2f}")
+    return Table(
+        "How it grows with data-parallel processes, each with 32 traces",
+        ("processes", "processor s of a step, all together", "exponent"),
+        [row],
+    )
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Slope of the line through the logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+
+
+def typical(found: Sequence[Step]) -> Step:
+    """The step with the median processor time."""
+    return sorted(found, key=lambda step: step.processor)[len(found) // 2]
+
+
+def steps(size: Size, count: int, staleness: int = 0) -> list[Step]:
+    """So many steps, after one that warms up; as in curriculum/stages.py."""
+    found = []
+    groups = second_groups(PATIENCE_S) if staleness else _no_groups()
+    with groups as (_, world), _grpo(size, world, staleness) as (grpo, stream):
+        engine, model = grpo.thinker.engine, grpo.learner.trainer.model
+        with batches(
+            lambda step: grpo.roll_out(stream.next_batch, step, seed=1),
+            engine,
+            max_staleness=staleness,
+            partial=False,
+            done=0,
+            steps=count + 1,
+            found=None,
+        ) as ahead:
+            for step in range(1, count + 2):
+                began, worked = time.perf_counter(), time.process_time()
+                with grpo.phases.of("sync"):
+                    ahead.publish(hf_tensors(model), version=step - 1)
+                with grpo.phases.of("wait"):
+                    collected = ahead.take(step)
+                grpo.learn(collected, step, lr=1e-5)
+                taken = {name[5:-2]: seconds for name, seconds in grpo.phases.take().items()}
+                lengths = {len(trace.tokens) for trace in collected.all.traces}
+                assert lengths == {size.tokens}, lengths
+                found.append(Step(time.perf_counter() - began, time.process_time() - worked, taken))
+    return found[1:]
+
+
+@contextmanager
+def _no_groups() -> Iterator[tuple[None, None]]:
+    yield None, None
+
+
+@contextmanager
+def _grpo(
+    size: Size, world: dist.ProcessGroup | None, staleness: int
+) -> Iterator[tuple[Grpo, ProblemStream]]:
+    """The demo's model and GRPO with two mini-batches."""
+    tokenizer = build_tokenizer()
+    tags = add_tags(tokenizer)
+    shape = ModelConfig(128, 2, 4, 2, 32, 512, vocab=len(tokenizer), rope_theta=1e3, max_positions=2048)
+    model = build_model(shape)
+    load_hf_tensors(model, random_hf_tensors(shape, seed=0, std=0.08))
+    thinking = Thinking(paths=size.paths, max_blocks=1, max_path_tokens=512, max_response_tokens=2000)
+    schooling = Schooling(SAMPLES, epochs=1, mini_batches=2, micro_tokens=2048, limit=2000)
+    learner = Learner(Trainer(model, Adam(lr=1e-5)), Objective(), schooling, "isolated", tags)
+    engine = Paced(NativeEngine(Architecture.of(shape)), tags, size.pace)
+    with Verifier() as verifier:
+        yield (
+            Grpo(
+                learner=learner,
+                thinker=Thinker(engine, tags, thinking),
+                tokenizer=tokenizer,
+                verifier=verifier,
+                reward=make_reward("accuracy"),
+                template="plain",
+                prompts=size.prompts,
+                samples=SAMPLES,
+                dynamic=None,
+                concurrent=256,
+                stated=stated_result,
+                max_staleness=staleness,
+                world=world,
+            ),
+            ProblemStream(partial(training_problem, "easy", 5), seed=0),
+        )
+
+
+def _under_torchrun(count: int, repeats: int) -> list[float]:
+    """Processor seconds of a step on each of so many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        words += ["-m", "benchmarks.rl_step", "--as-rank", folder, "--repeats", str(repeats)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-W", "ignore", *words], cwd=ROOT, env=environment, check=True)
+        return [json.loads(file.read_text()) for file in sorted(Path(folder).iterdir())]
+
+
+if __name__ == "__main__":
+    main()
