@@ -14,6 +14,7 @@ from megatron_parallel_r1.rollout.serving.settings import Device, Serving
 from megatron_parallel_r1.rollout.sglang_plugin import NAME as JOINS
 from megatron_parallel_r1.rollout.sglang_seeds import NAME as SEEDS
 
+CPU_SHARE = 0.9
 # SGLang loads every plugin that it finds unless it is told names.
 NO_PLUGIN = "none"
 
@@ -62,8 +63,10 @@ def _sglang(serving: Serving, device: Device) -> Command:
         arguments += ["--device", "cpu", "--attention-backend", "torch_native"]
         arguments += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
         arguments += ["--disable-overlap-schedule", "--disable-cuda-graph", "--skip-server-warmup"]
-        arguments += ["--mem-fraction-static", str(serving.memory_share or 0.1)]
         arguments += ["--max-total-tokens", str(serving.cache_tokens)]
+        # The tokens bound the cache. The share must leave room for what other processes take while a server
+        # starts: it counts that as its own, and ends where the sum is above the share.
+        arguments += ["--mem-fraction-static", str(serving.memory_share or CPU_SHARE)]
         # It looks for requests all the time otherwise, and takes a core from a trainer beside it.
         arguments += ["--sleep-on-idle"]
         environment["SGLANG_USE_CPU_ENGINE"] = "0"
