@@ -1,12 +1,14 @@
 """A run killed ten times, also in the middle of writing checkpoints, ends bit for bit like one left alone.
 
-So does one of two processes, both killed twice: once surely amid a checkpoint, once at any moment.
+So does one of two processes: first both are killed, surely amid a checkpoint, then one of them at any moment,
+which ends the other with the lost one's name and step.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -15,15 +17,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.curriculum.test_run import RECIPE, command, run, steps_of
+from megatron_parallel_r1.errors import LOST_EXIT_CODE
+from tests.curriculum.test_run import RECIPE, command, steps_of
 
 # A checkpoint after every step, and steps enough for ten starts.
 STEPS = ("stages.cold_start.steps=60", "stages.rl.steps=40")
 WORDS = ("curriculum", str(RECIPE), "name=kills", "evaluation.count=4", *STEPS)
+HANGS_S = 900  # what has not come by then never will
 EVERY_STEP = ("stages.cold_start.save_every=1", "stages.rl.save_every=1")
 KILLS = [("cold_start", number % 2 == 0) for number in range(5)] + [
     ("rl", number % 2 == 0) for number in range(5)
@@ -39,6 +44,33 @@ def last_complete(checkpoints: Path) -> int:
     return max((int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*")), default=0)
 
 
+def caught(processes: list[subprocess.Popen[bytes]], stage: Path) -> bool:
+    """Whether the processes stand still now, with a checkpoint half written; if not, they run on."""
+    if not half_written(stage / "checkpoints"):
+        return False
+    send(processes, signal.SIGSTOP)
+    for process in processes:
+        while psutil.Process(process.pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            time.sleep(0.001)
+    if half_written(stage / "checkpoints"):
+        return True
+    send(processes, signal.SIGCONT)
+    return False
+
+
+def send(processes: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):  # it may have ended by itself, which is for the caller to see
+            os.killpg(process.pid, number)
+
+
+def wait_for(processes: list[subprocess.Popen[bytes]], moment: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + HANGS_S
+    while not moment():
+        assert all(process.poll() is None for process in processes) and time.monotonic() < give_up
+        time.sleep(0.001)
+
+
 def start_and_kill(out: Path, stage: Path, further: int, delay: float | None) -> None:
     """Runs until some further steps of a stage are done, and then for `delay` seconds; None: until a
     checkpoint is being written."""
@@ -50,28 +82,28 @@ def start_and_kill(out: Path, stage: Path, further: int, delay: float | None) ->
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    began = time.monotonic()
-
-    def wait_for(moment: Callable[[], bool]) -> None:
-        while not moment():
-            assert process.poll() is None and time.monotonic() < began + 200
-            time.sleep(0.001)
-
-    # A start first cuts off the steps that it will do again.
-    wait_for(lambda: metrics.exists() and metrics.read_bytes() != before)
-    wait_for(lambda: max(steps_of(stage), default=0) >= resumes_from + further)
-    if delay is not None:
-        time.sleep(delay)
-    else:
-        wait_for(lambda: bool(half_written(stage / "checkpoints")))
-    os.killpg(process.pid, signal.SIGKILL)
+    try:
+        # A start first cuts off the steps that it will do again.
+        wait_for([process], lambda: metrics.exists() and metrics.read_bytes() != before)
+        wait_for([process], lambda: max(steps_of(stage), default=0) >= resumes_from + further)
+        if delay is not None:
+            time.sleep(delay)
+        else:
+            wait_for([process], lambda: caught([process], stage))
+    finally:
+        send([process], signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+def run(out: Path, *words: str) -> None:
+    done = subprocess.run(command(out, *words), capture_output=True, text=True, timeout=HANGS_S)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     run(tmp_path / "whole", *WORDS)
-    draw, half, resumed = random.Random(11), 0, []
+    draw, resumed = random.Random(11), []
     folder = tmp_path / "killed/kills"
     for number, (name, while_writing) in enumerate(KILLS, start=1):
         delay = None if while_writing else draw.uniform(0, 0.5)
@@ -79,14 +111,13 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
         checkpoints = folder / name / "checkpoints"
         complete = last_complete(checkpoints)
         left = half_written(checkpoints)
-        half += bool(left)
+        assert left or not while_writing
         resumed.append((name, complete))
         print(
             f"kill {number}: {name}, {max(steps_of(folder / name), default=0)} steps done, "
             + (f"{delay:.3f} s after the last of them" if delay is not None else "at the sight of a write")
             + f"; {len(left)} checkpoint half written; goes on from step {complete}"
         )
-    assert half >= 3
     assert resumed == sorted(resumed) and not (folder / "rl/model").exists()
 
     run(tmp_path / "killed", *WORDS, *EVERY_STEP)
@@ -112,6 +143,11 @@ PAIR = (
     *PAIR_STEPS,
 )
 
+LOST = (
+    r"(error: )?rank 0 \(stage rl, step [3-5]\): rank 1 has not been heard of for \d+ s, "
+    r"it was last in stage rl, step [3-5]; this process ends"
+)
+
 
 def start_pair(out: Path, *words: str) -> list[subprocess.Popen[bytes]]:
     """Rank 0 and rank 1 of a run; each writes what it says to a file beside `out`."""
@@ -134,56 +170,56 @@ def start_pair(out: Path, *words: str) -> list[subprocess.Popen[bytes]]:
     return ranks
 
 
-def send(ranks: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
-    for rank in ranks:
-        with suppress(ProcessLookupError):  # it may have ended by itself, which is for the caller to see
-            os.killpg(rank.pid, number)
-
-
 def end_pair(out: Path, *words: str) -> None:
     ranks = start_pair(out, *words)
     try:
-        codes = [rank.wait(300) for rank in ranks]
+        codes = [rank.wait(HANGS_S) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
     assert codes == [0, 0], [out.with_name(f"{out.name}.rank{rank}").read_text() for rank in range(2)]
 
 
-def kill_pair(out: Path, stage: Path, step: int, while_writing: bool) -> None:
-    """Runs until a stage's checkpoint of `step` is whole, then kills both, on request amid a later one."""
-    ranks = start_pair(out, "stages.cold_start.save_every=1", "stages.rl.save_every=1")
+def kill_pair(out: Path, stage: Path, step: int) -> None:
+    """Runs until a stage's checkpoint of `step` is whole, then kills both amid a later one."""
+    ranks = start_pair(out, *EVERY_STEP)
     try:
-        give_up = time.monotonic() + 200
-        while last_complete(stage / "checkpoints") < step or (while_writing and not caught(ranks, stage)):
-            assert all(rank.poll() is None for rank in ranks) and time.monotonic() < give_up
-            time.sleep(0.001)
+        wait_for(ranks, lambda: last_complete(stage / "checkpoints") >= step and caught(ranks, stage))
     finally:
         send(ranks, signal.SIGKILL)
     assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
 
 
-def caught(ranks: list[subprocess.Popen[bytes]], stage: Path) -> bool:
-    """Whether both processes stand still now, with a checkpoint half written; if not, they run on."""
-    if not half_written(stage / "checkpoints"):
-        return False
-    send(ranks, signal.SIGSTOP)
-    if half_written(stage / "checkpoints"):
-        return True
-    send(ranks, signal.SIGCONT)
-    return False
+def lose_one(out: Path, stage: Path, step: int) -> str:
+    """Runs until a stage's checkpoint of `step` is whole, then kills rank 1; what rank 0 says of that."""
+    ranks = start_pair(out, *EVERY_STEP)
+    try:
+        wait_for(ranks, lambda: last_complete(stage / "checkpoints") >= step)
+        send(ranks[1:], signal.SIGKILL)
+        assert ranks[0].wait(120) == LOST_EXIT_CODE
+    finally:
+        send(ranks, signal.SIGKILL)
+    assert ranks[1].wait() == -signal.SIGKILL
+    said = out.with_name(f"{out.name}.rank0").read_text().splitlines()
+    (line,) = [line for line in said if "rank 1" in line]
+    return line
 
 
 @pytest.mark.slow
-def test_two_processes_killed_together_go_on_bit_for_bit(tmp_path: Path) -> None:
+def test_two_processes_killed_together_or_one_alone_go_on_bit_for_bit(tmp_path: Path) -> None:
     end_pair(tmp_path / "whole")
     folder = tmp_path / "killed/pair"
-    for name, step, while_writing in (("cold_start", 4, True), ("rl", 2, False)):
-        kill_pair(tmp_path / "killed", folder / name, step, while_writing)
+    for name, step in (("cold_start", 4), ("rl", 2)):
+        if name == "cold_start":
+            kill_pair(tmp_path / "killed", folder / name, step)
+        else:
+            said = lose_one(tmp_path / "killed", folder / name, step)
+            assert re.fullmatch(LOST, said), said
+            print(said)
         checkpoints = folder / name / "checkpoints"
         left, complete = half_written(checkpoints), last_complete(checkpoints)
         print(f"{name}: {len(left)} checkpoint half written; goes on from step {complete}")
-        assert complete >= step and (left or not while_writing)
+        assert complete >= step and (left or name == "rl")
     assert not (folder / "rl/model").exists()
 
     end_pair(tmp_path / "killed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,12 +77,25 @@ def test_a_run_over_processes_is_the_run_of_one(
 
 @pytest.mark.slow
 def test_sft_runs_over_a_pipeline_and_goes_on_in_another_layout(alone: Path, tmp_path: Path) -> None:
-    words = ("sft", str(RECIPE), "stages.cold_start.evaluate=false", "stages.cold_start.save_every=2")
+    every = ("stages.cold_start.evaluate=false", "stages.cold_start.save_every=2")
+    words = ("sft", str(RECIPE), *every, "stages.cold_start.keep_best=true", *SHORT)
     split = ("parallel.pipeline=2", "parallel.context=2", "parallel.recompute=full")
-    done = run(tmp_path, 4, *words, *SHORT, *split)
+    done = run(tmp_path, 4, *words, *split)
     assert done.returncode == 0, done.stdout + done.stderr
-    ours, theirs = ([m["loss"] for m in metrics(f, "cold_start")] for f in (tmp_path / "mini", alone))
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    stage = tmp_path / "mini/cold_start"
+    first = metrics(tmp_path / "mini", "cold_start")
+
+    # As a kill right behind the second step leaves it; a stage that keeps its best keeps its checkpoints.
+    shutil.rmtree(stage / "model")
+    shutil.rmtree(stage / "checkpoints/step_000004")
+    done = run(tmp_path, 1, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    second = metrics(tmp_path / "mini", "cold_start")
+    assert [step["step"] for step in second] == [1, 2, 3, 4]
+    assert second[:2] == first[:2] and second[2]["time_s"] != first[2]["time_s"]
+    theirs = [step["loss"] for step in metrics(alone, "cold_start")]
+    for ours in (first, second):
+        assert [step["loss"] for step in ours] == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_parallel_r1.errors import STOPPED_EXIT_CODE
-from tests.curriculum.test_kills import end_pair, last_complete, start_pair
+from tests.curriculum.test_kills import HANGS_S, end_pair, last_complete, start_pair
 from tests.curriculum.test_run import steps_of
 
 # Checkpoints are due never, so that only the signal makes one.
@@ -29,7 +29,7 @@ def stop_pair(out: Path, stage: Path, step: int, number: signal.Signals, tree: b
     """
     ranks = start_pair(out, *RARE)
     try:
-        give_up = time.monotonic() + 200
+        give_up = time.monotonic() + HANGS_S
         while max(steps_of(stage), default=0) < step:
             assert all(rank.poll() is None for rank in ranks) and time.monotonic() < give_up
             time.sleep(0.005)
@@ -37,7 +37,7 @@ def stop_pair(out: Path, stage: Path, step: int, number: signal.Signals, tree: b
         reached = [*asked, *(child for one in asked for child in one.children(recursive=True))]
         for one in reached if tree else asked[1:]:
             one.send_signal(number)
-        assert [rank.wait(200) for rank in ranks] == [STOPPED_EXIT_CODE] * 2, said(out, 0) + said(out, 1)
+        assert [rank.wait(HANGS_S) for rank in ranks] == [STOPPED_EXIT_CODE] * 2, said(out, 0) + said(out, 1)
     finally:
         for rank in ranks:
             rank.kill()
