@@ -146,7 +146,7 @@ def inspect_command(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--check", action="store_true", help="read all files and compare their digests")
     told = parser.parse_args(words)
-    from megatron_parallel_r1.conversion.digests import check_digests
+    from megatron_parallel_r1.conversion.digests import bytes_to_check, check_digests
     from megatron_parallel_r1.conversion.inspection import facts, tensor_lines
 
     console = _console()
@@ -155,7 +155,11 @@ def inspect_command(words: Sequence[str] | None = None) -> int:
     if told.tensors:
         for line in tensor_lines(told.path):
             console.print(line, soft_wrap=True, highlight=False)
-    wrong = check_digests(told.path) if told.check else []
+    wrong: list[str] = []
+    if told.check:
+        with _bar("reading") as bar:
+            bar.begin(bytes_to_check(told.path))
+            wrong = check_digests(told.path, bar.advance)
     if told.check and not wrong:
         console.print("every file has the digest that was written down")
     for line in wrong:
