@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,32 @@ def test_it_goes_on_and_ends_as_if_never_killed(after: int, hf: Path, tmp_path: 
         if untouched.get(path.name) == path.stat().st_mtime_ns
     ]
     assert len(same) == max(0, len(kept) - 1)  # all but the one that was being written
+
+
+SELF_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_parallel_r1.conversion import to_megatron
+from megatron_parallel_r1.conversion.pieces import Target
+to_megatron.FILE_BYTES = 40_000
+calls = iter(range(17))
+def advance(count):
+    if next(calls, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+to_megatron.hf_to_megatron(*map(Path, sys.argv[1:]), Target(2, 2), advance=advance)
+"""
+
+
+def test_it_goes_on_after_sigkill(hf: Path, tmp_path: Path) -> None:
+    """Which runs no handler and closes no file, unlike the exceptions of the other tests."""
+    hf_to_megatron(hf, tmp_path / "whole", HERE)
+    command = [sys.executable, "-c", SELF_KILLED, str(hf), str(tmp_path / "out")]
+    assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
+    work = tmp_path / ".out.converting"
+    assert not (tmp_path / "out").exists() and find_checkpoint(work) is None
+    assert len(list(work.rglob("*.distcp"))) > 1
+    hf_to_megatron(hf, tmp_path / "out", HERE)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and not work.exists()
 
 
 def test_and_so_does_the_way_back(hf: Path, tmp_path: Path) -> None:
