@@ -1,15 +1,16 @@
 """Traces of a native engine that a team of processes shares; run by torchrun, see test_engine.py.
 
-torchrun --nproc-per-node 4 -m tests.parallel.engine OUT.json --team 2
+torchrun --nproc-per-node 4 -m tests.parallel.engine OUT.json "team=4" "team=2"
 
-World / team teams decode at once, each with its own prompts, as under data parallelism.
+One case after the other; `tied` says that the model's output matrix is its embedding. World / team teams
+decode at once, each with its own prompts, as under data parallelism.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.team import Team
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.trace import Trace
+from tests.parallel.launch import settings_of
 from tests.unit.rollout.test_exactness import largest_difference
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
@@ -115,21 +117,13 @@ def parted(model: Qwen3ForCausalLM, team: Team) -> dict[str, str]:
     return told
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--team", type=int, required=True)
-    parser.add_argument("--tied", action="store_true")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    number = dist.get_rank() // given.team
-    groups = [
-        dist.new_group(range(start, start + given.team))
-        for start in range(0, dist.get_world_size(), given.team)
-    ]
-    team = Team.of(groups[number])
-    model = tiny_qwen3(SEEDS[given.team], given.tied, kv_heads=given.team, **ODD)
+def found_in(team: Team, tied: bool, number: int) -> list[dict[str, Any]]:
+    """What each process of the world found.
+
+    Args:
+        number: of this process's team.
+    """
+    model = tiny_qwen3(SEEDS[team.size], tied, kv_heads=team.size, **ODD)
     found = modes_of(model, team, random_prompts(12, seed=number))
     mine = {"modes": found, "parted": parted(model, team), "refused": ""}
     try:
@@ -138,8 +132,23 @@ def main() -> None:
         mine["refused"] = str(error)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def main() -> None:
+    out, *cases = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found = {}
+    for case in cases:
+        settings = settings_of(case)
+        size = settings["team"]
+        starts = range(0, dist.get_world_size(), size)
+        groups = [dist.new_group(range(start, start + size)) for start in starts]
+        number = dist.get_rank() // size
+        found[case] = found_in(Team.of(groups[number]), "tied" in settings, number)
     if dist.get_rank() == 0:
-        given.out.write_text(json.dumps(everyone))
+        Path(out).write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

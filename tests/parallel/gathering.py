@@ -1,13 +1,13 @@
 """Buckets of a split model against all of its tensors, and the memory that they take; run by torchrun, see
 test_sync.py.
 
-torchrun --nproc-per-node 4 -m tests.parallel.gathering OUT.json --tensor 2 --pipeline 2
+torchrun --nproc-per-node 4 -m tests.parallel.gathering OUT.json "tensor=2 pipeline=2" "tensor=2"
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.config import ModelConfig
@@ -31,35 +29,12 @@ from megatron_parallel_r1.model.weights import (
     table,
 )
 from megatron_parallel_r1.sync.buckets import gathered
+from tests.parallel.launch import parallel_of
+from tests.reference.peak import Peak
 
 # 41 tokens: no tensor group divides them.
 SHAPE = ModelConfig(hidden=32, layers=4, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=41, rope_theta=1e3)
 BUCKETS = (1, 20_000, 10**9)
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors made since it began that live at one time; `peak` is the most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def know(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._known[storage._cdata] = (StorageWeakRef(storage), 0)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for one in torch.utils._pytree.tree_leaves(made):
-            if isinstance(one, torch.Tensor):
-                storage = one.untyped_storage()
-                known = self._known.get(storage._cdata)
-                if known is None or known[0].expired():
-                    self._known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._known = {key: pair for key, pair in self._known.items() if not pair[0].expired()}
-        self.peak = max(self.peak, sum(size for _storage, size in self._known.values()))
-        return made
 
 
 @contextmanager
@@ -99,32 +74,34 @@ def one(shape: ModelConfig, parallel: Parallel, bucket_bytes: int) -> dict[str, 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    for size in ("tensor", "pipeline", "interleaved", "context"):
-        parser.add_argument(f"--{size}", type=int, default=1)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    parallel = Parallel(given.tensor, given.pipeline, given.interleaved, given.context)
+def passes(parallel: Parallel) -> dict[str, Any]:
+    """How passes went on all processes, by model and size of the buckets."""
     found: dict[str, Any] = {}
-    with process.running(1, parallel):
-        for tied in (True, False):
-            shape = replace(SHAPE, tied=tied)
-            weights = [
-                4 * sum(torch.Size(size).numel() for _, size in weight.parts) for weight in table(shape)
-            ]
-            for bucket_bytes in BUCKETS:
-                everyone: list[Any] = [None] * dist.get_world_size()
-                dist.all_gather_object(everyone, one(shape, parallel, bucket_bytes))
-                found[f"{tied} {bucket_bytes}"] = {
-                    "ranks": everyone,
-                    "bucket": bucket_bytes,
-                    "largest": max(weights),
-                    "all": sum(weights),
-                }
-        if dist.get_rank() == 0:
-            given.out.write_text(json.dumps(found))
+    for tied in (True, False):
+        shape = replace(SHAPE, tied=tied)
+        weights = [4 * sum(torch.Size(size).numel() for _, size in weight.parts) for weight in table(shape)]
+        for bucket_bytes in BUCKETS:
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, one(shape, parallel, bucket_bytes))
+            found[f"{tied} {bucket_bytes}"] = {
+                "ranks": everyone,
+                "bucket": bucket_bytes,
+                "largest": max(weights),
+                "all": sum(weights),
+            }
+    return found
+
+
+def main() -> None:
+    out, *layouts = sys.argv[1:]
+    torch.set_num_threads(1)
+    found = {}
+    for layout in layouts:
+        parallel, _ = parallel_of(layout)
+        with process.running(1, parallel):
+            found[layout] = passes(parallel)
+    if process.is_first():
+        Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class Lesson:
 
 
 LESSONS = {
-    "kl in the reward": Lesson(Objective(kl="k3", kl_in="reward", mask_truncated=True), range(40), 4),
+    "kl in the reward": Lesson(Objective(kl="k3", kl_in="reward", mask_truncated=True), range(24), 4),
     # Fewer traces than copies of the model: all but one have nothing to do. A trace alone in its group learns
     # only from what its paths were credited with, and from the KL term.
     "path credit": Lesson(Objective(kl="k3", kl_coefficient=0.2, path_credit=True), [3], 1),
@@ -95,8 +96,8 @@ def verdicts_of(traces: Sequence[Trace], verifier: Verifier) -> list[Verdicts]:
     return judged
 
 
-def three_lessons(shape: ModelConfig, parallel: Parallel, lesson: Lesson) -> dict[str, list[float]]:
-    """Metrics of three steps, as `learn` returns them; `weights` are the sums of |weight| of each tensor.
+def three_lessons(shape: ModelConfig, parallel: Parallel, lesson: Lesson) -> dict[str, Any]:
+    """Metrics of three steps, as `learn` returns them, and the weights that they end in.
 
     `probed` are the log-probs of three texts, summed up, under the weights of the end.
     """
@@ -118,5 +119,5 @@ def three_lessons(shape: ModelConfig, parallel: Parallel, lesson: Lesson) -> dic
     return {
         **{name: [step[name] for step in steps] for name in steps[0]},
         "probed": [math.fsum(logprobs) for logprobs in probed],
-        "weights": [w.double().abs().sum().item() for _, w in sorted(hf_tensors(model))],
+        "weights": {name: weight.float().clone() for name, weight in hf_tensors(model)},
     }

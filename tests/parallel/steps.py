@@ -2,19 +2,21 @@
 with the sharded optimizer and in bfloat16, and three of the whole way from traces to weights (learning.py);
 run by torchrun, see test_equality.py.
 
-torchrun --nproc-per-node 2 -m tests.parallel.steps OUT.json --tensor 2 --sequence
+torchrun --nproc-per-node 2 -m tests.parallel.steps OUT.pt "tensor=2 sequence untied" "pipeline=2"
+
+One layout after the other; an empty one is data parallel alone. OUT.pt has for each of them what each variant
+measured, and its weights.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.config import ModelConfig
@@ -30,6 +32,7 @@ from megatron_parallel_r1.train.policy.objective import Objective
 from megatron_parallel_r1.train.sft import sft_loss
 from megatron_parallel_r1.train.share import share_out
 from megatron_parallel_r1.train.trainer import Trainer
+from tests.parallel.launch import parallel_of
 from tests.parallel.learning import LESSONS, three_lessons
 from tests.reference.traces import TAGS, random_trace
 
@@ -42,39 +45,40 @@ OBJECTIVES = {
     # Sums over a whole trace, whose row is cut under context parallelism.
     "gspo": Objective(ratio="sequence", correction="truncate", correction_level="sequence"),
 }
+TRACES = 24
 
 
+@cache
 def batch_of_rows() -> tuple[list[Row], dict[str, list[list[float]]]]:
     """Isolated and replay rows of different lengths, with advantages and old log-probs."""
     generator = torch.Generator().manual_seed(5)
     rows, values = [], {"advantage": [], "weight": [], "old": [], "engine": []}
-    for seed in range(40):
+    for seed in range(TRACES):
         trace = random_trace(seed, depth=2)
         tree = parse(trace, TAGS)
-        sampled = [index not in tree.forced() for index in range(len(trace))]
+        forced = tree.forced()
+        sampled = [index not in forced for index in range(len(trace))]
         rows.append(lay_out([20, 21, 22], trace, sampled, tree, ("isolated", "replay")[seed % 2]))
         advantage = torch.randn((), generator=generator).item()
         values["advantage"].append([advantage] * len(trace))
-        values["weight"].append([40 / len(trace)] * len(trace))
+        values["weight"].append([TRACES / len(trace)] * len(trace))
         values["old"].append((torch.rand(len(trace), generator=generator) - 4.2).tolist())
         values["engine"].append((torch.rand(len(trace), generator=generator) - 4.2).tolist())
     return rows, values
 
 
-def three_steps(
-    shape: ModelConfig, parallel: Parallel, dtype: torch.dtype, loss_name: str
-) -> dict[str, list[float]]:
-    """Figures of three optimizer steps; `weights` are the sums of |weight| of each tensor."""
+def three_steps(shape: ModelConfig, parallel: Parallel, dtype: torch.dtype, loss_name: str) -> dict[str, Any]:
+    """Figures of three optimizer steps, and the weights that they end in."""
     model = build_model(shape, dtype, parallel)
     load_hf_tensors(model, random_hf_tensors(shape, seed=7, std=0.2))
     # eps above the rounding noise of gradients that are 0 in exact arithmetic (rows of unused tokens): Adam
     # would blow that noise up to full steps, in a direction that depends on the order of sums.
     trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1, sharded=parallel.sharded_optimizer))
     rows, values = batch_of_rows()
-    capacity = sum(map(len, rows)) // 8
+    capacity = sum(map(len, rows)) // 5
     mine = share_out(rows, capacity - capacity % parallel.multiple, trainer.place)
     if loss_name == "on-policy":
-        del values["old"]
+        values = {name: values[name] for name in values.keys() - {"old"}}
     batches = [MicroBatch.of(row, trainer.device, values) for row in mine]
 
     def loss(
@@ -92,37 +96,39 @@ def three_steps(
         "grad_norm": [step.grad_norm for step in steps],
         "clipped": [step.means["clipped"] for step in steps],
         "targets": [step.targets for step in steps],
-        "weights": [w.double().abs().sum().item() for _, w in sorted(hf_tensors(model))],
+        "weights": {name: weight.float().clone() for name, weight in hf_tensors(model)},
     }
 
 
+def variants(shape: ModelConfig, parallel: Parallel) -> dict[str, dict[str, Any]]:
+    """What each of them measured, by its name: what is trained, comma, how."""
+    found = {}
+    for recompute in ("none", "full", "selective"):
+        for loss in ("grpo", "sft"):
+            changed = replace(parallel, recompute=recompute)
+            found[f"{loss}, recompute {recompute}"] = three_steps(shape, changed, torch.float32, loss)
+    found["gspo, recompute none"] = three_steps(shape, parallel, torch.float32, "gspo")
+    for name, lesson in LESSONS.items():
+        found[f"{name}, recompute none"] = three_lessons(shape, parallel, lesson)
+    sharded = replace(parallel, sharded_optimizer=True)
+    found["grpo, sharded optimizer"] = three_steps(shape, sharded, torch.float32, "grpo")
+    for loss in ("on-policy", "sft"):
+        found[f"{loss}, bfloat16"] = three_steps(shape, parallel, torch.bfloat16, loss)
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    for size in ("tensor", "pipeline", "interleaved", "context"):
-        parser.add_argument(f"--{size}", type=int, default=1)
-    parser.add_argument("--sequence", action="store_true")
-    parser.add_argument("--untied", action="store_true")
-    given = parser.parse_args()
+    out, *layouts = sys.argv[1:]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    parallel = Parallel(given.tensor, given.pipeline, given.interleaved, given.context, given.sequence)
-    shape = replace(SHAPE, tied=not given.untied)
     found = {}
-    with process.running(1, parallel):
-        for recompute in ("none", "full", "selective"):
-            for loss in ("grpo", "sft"):
-                changed = replace(parallel, recompute=recompute)
-                found[f"{loss}, recompute {recompute}"] = three_steps(shape, changed, torch.float32, loss)
-        found["gspo, recompute none"] = three_steps(shape, parallel, torch.float32, "gspo")
-        for name, lesson in LESSONS.items():
-            found[f"{name}, recompute none"] = three_lessons(shape, parallel, lesson)
-        sharded = replace(parallel, sharded_optimizer=True)
-        found["grpo, sharded optimizer"] = three_steps(shape, sharded, torch.float32, "grpo")
-        for loss in ("on-policy", "sft"):
-            found[f"{loss}, bfloat16"] = three_steps(shape, parallel, torch.bfloat16, loss)
-        if dist.get_rank() == 0:
-            given.out.write_text(json.dumps(found))
+    for layout in layouts:
+        parallel, untied = parallel_of(layout)
+        print(f"layout: {layout or 'data parallel'}", flush=True)
+        with process.running(1, parallel):
+            found[layout] = variants(replace(SHAPE, tied=not untied), parallel)
+    if process.is_first():
+        torch.save(found, out)
 
 
 if __name__ == "__main__":

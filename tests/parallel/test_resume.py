@@ -1,42 +1,44 @@
 """A checkpoint made under one parallel layout goes on under another as if nothing had happened.
 
 What is restored is compared bit for bit; what is trained from it, to the rounding of sums in another order.
+No process restores what it saved itself; all that as many processes save is one launch, and all that they
+restore another.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.parallel.launch import torchrun
+from tests.parallel.resume import Job
+
 RELATIVE = 1e-5  # float32 sums in another order
 PROCESSES = {
     "": 1,
-    "--tensor 2": 2,
-    "--pipeline 2": 2,
-    "--pipeline 2 --interleaved 2": 2,
-    "--sharded": 2,
-    "--tensor 2 --pipeline 2": 4,
-    "--tensor 2 --sharded": 4,
-    "--context 2 --sharded": 2,
+    "tensor=2": 2,
+    "pipeline=2": 2,
+    "pipeline=2 virtual=2": 2,
+    "pipeline=2 virtual=2 untied": 2,
+    "sharded_optimizer": 2,
+    "tensor=2 pipeline=2": 4,
+    "tensor=2 sharded_optimizer": 4,
+    "context=2 sharded_optimizer": 2,
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of resume.py left in `out`, its checkpoints in `checkpoints`."""
+    """What a job left in `out`."""
 
     out: Path
-    checkpoints: Path
 
     @property
     def found(self) -> int:
@@ -44,9 +46,8 @@ class Run:
 
     @property
     def measured(self) -> torch.Tensor:
-        return torch.tensor(
-            json.loads((self.out / "steps.json").read_text())["measured"], dtype=torch.float64
-        )
+        measured = json.loads((self.out / "steps.json").read_text())["measured"]
+        return torch.tensor(measured, dtype=torch.float64)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -71,32 +72,49 @@ class Run:
         return whole
 
 
-def run(out: Path, checkpoints: Path, layout: str, *words: str) -> Run:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    script = ("--nproc-per-node", str(PROCESSES[layout]), "-m", "tests.parallel.resume")
-    done = subprocess.run(
-        [*torchrun, *script, str(out), str(checkpoints), *layout.split(), *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Run(out, checkpoints)
+def launch(folder: Path, jobs: Iterable[Job]) -> None:
+    """Does all jobs, those for as many processes in one launch."""
+    by_size: dict[int, list[Job]] = {}
+    for job in jobs:
+        by_size.setdefault(PROCESSES[job.layout], []).append(job)
+    for size, some in by_size.items():
+        file = folder / f"jobs{size}.json"
+        file.write_text(json.dumps([asdict(job) for job in some]))
+        torchrun(size, "resume", file)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Two steps, a checkpoint, and two further steps in the same run; once for each layout."""
-    known: dict[tuple[str, ...], Run] = {}
+def changed(
+    selected: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, str], tuple[Run, Run]]:
+    """The run before a change (two steps, a checkpoint, two steps) and the run after it (those two again)."""
+    asked = [(told["before"], told["after"], told["dtype"]) for told in selected]
+    folder = tmp_path_factory.mktemp("changed")
 
-    def get(layout: str, *words: str) -> Run:
-        asked = (layout, *words)
-        if asked not in known:
-            folder = tmp_path_factory.mktemp("saved")
-            known[asked] = run(folder / "out", folder / "checkpoints", layout, "--save-after", "2", *words)
-        return known[asked]
+    def place(*what: str) -> Path:
+        return folder / "-".join(word.replace(" ", "+") or "one" for word in what)
+
+    def checkpoints(*what: str) -> Path:
+        return place(*what, "checkpoints")
+
+    @cache
+    def launched() -> None:
+        starts = sorted({(before, dtype) for before, _, dtype in asked})
+        launch(
+            folder,
+            [Job(str(place(*start)), str(checkpoints(*start)), *start, save_after=2) for start in starts],
+        )
+        for before, after, dtype in asked:
+            shutil.copytree(checkpoints(before, dtype), checkpoints(before, after, dtype))
+        launch(folder, [Job(str(place(*one)), str(checkpoints(*one)), one[1], one[2]) for one in asked])
+
+    def get(before: str, after: str, dtype: str) -> tuple[Run, Run]:
+        launched()
+        first, second = Run(place(before, dtype)), Run(place(before, after, dtype))
+        for run in (first, second):
+            assert run.errors == [None] * len(run.errors) and run.measured.shape == (2, 2)
+        assert (first.found, second.found) == (0, 2)
+        return first, second
 
     return get
 
@@ -110,24 +128,23 @@ def assert_same_state(ours: Run, theirs: Run) -> None:
 slow = pytest.mark.slow
 
 
+@pytest.mark.parametrize("dtype", ["float32"])
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("", "--tensor 2"),
-        ("--sharded", ""),
-        pytest.param("--pipeline 2 --interleaved 2", "--tensor 2", marks=slow),
-        pytest.param("", "--tensor 2 --pipeline 2", marks=slow),
-        pytest.param("", "--sharded", marks=slow),
-        pytest.param("--tensor 2", "--pipeline 2", marks=slow),
-        pytest.param("--tensor 2 --sharded", "--pipeline 2 --interleaved 2", marks=slow),
-        pytest.param("--tensor 2 --sharded", "--context 2 --sharded", marks=slow),
-        pytest.param("--tensor 2 --pipeline 2", "", marks=slow),
+        ("", "tensor=2"),
+        ("sharded_optimizer", ""),
+        pytest.param("pipeline=2 virtual=2", "tensor=2", marks=slow),
+        pytest.param("", "tensor=2 pipeline=2", marks=slow),
+        pytest.param("", "sharded_optimizer", marks=slow),
+        pytest.param("tensor=2", "pipeline=2", marks=slow),
+        pytest.param("tensor=2 sharded_optimizer", "pipeline=2 virtual=2", marks=slow),
+        pytest.param("tensor=2 sharded_optimizer", "context=2 sharded_optimizer", marks=slow),
+        pytest.param("tensor=2 pipeline=2", "", marks=slow),
     ],
 )
-def test_another_layout_goes_on(saved, tmp_path: Path, before: str, after: str) -> None:
-    first = saved(before)
-    second = run(tmp_path / "out", shutil.copytree(first.checkpoints, tmp_path / "copy"), after)
-    assert second.found == 2 and first.measured.shape == second.measured.shape == (2, 2)
+def test_another_layout_goes_on(changed, before: str, after: str, dtype: str) -> None:
+    first, second = changed(before, after, dtype)
     assert_same_state(first, second)
     steps = ((second.measured - first.measured).abs() / first.measured).max().item()
     ours, theirs = second.weights, first.weights
@@ -137,51 +154,66 @@ def test_another_layout_goes_on(saved, tmp_path: Path, before: str, after: str) 
     assert steps <= RELATIVE and weights <= RELATIVE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "words"),
+    ("before", "after", "dtype"),
     [
-        pytest.param("--tensor 2 --sharded", (), marks=slow),
-        pytest.param("--pipeline 2 --interleaved 2", ("--untied",), marks=slow),
-        pytest.param("--sharded", ("--dtype", "bfloat16"), marks=slow),
+        ("tensor=2 sharded_optimizer", "tensor=2 sharded_optimizer", "float32"),
+        ("pipeline=2 virtual=2 untied", "pipeline=2 virtual=2 untied", "float32"),
+        ("sharded_optimizer", "sharded_optimizer", "bfloat16"),
     ],
 )
-def test_the_same_layout_goes_on_bit_for_bit(
-    saved, tmp_path: Path, layout: str, words: tuple[str, ...]
-) -> None:
-    first = saved(layout, *words)
-    second = run(tmp_path / "out", shutil.copytree(first.checkpoints, tmp_path / "copy"), layout, *words)
-    assert second.found == 2
+def test_the_same_layout_goes_on_bit_for_bit(changed, before: str, after: str, dtype: str) -> None:
+    first, second = changed(before, after, dtype)
     assert_same_state(first, second)
     assert torch.equal(first.measured, second.measured)
     ours, theirs = second.weights, first.weights
+    assert ours.keys() == theirs.keys()
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [("--sharded", "--tensor 2"), ("", "--sharded")])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+@pytest.mark.parametrize(("before", "after"), [("sharded_optimizer", "tensor=2"), ("", "sharded_optimizer")])
 def test_bf16_keeps_its_main_weights_under_another_layout(
-    saved, tmp_path: Path, before: str, after: str
+    changed, before: str, after: str, dtype: str
 ) -> None:
-    words = ("--dtype", "bfloat16")
-    first = saved(before, *words)
-    copy = shutil.copytree(first.checkpoints, tmp_path / "copy")
-    second = run(tmp_path / "out", copy, after, "--steps", "0", *words)
+    first, second = changed(before, after, dtype)
     assert_same_state(first, second)
     assert any(name.startswith("optimizer.state.fp32_param.") for name in second.state())
 
 
 @pytest.mark.slow
-def test_what_one_process_meets_all_are_told(saved, tmp_path: Path) -> None:
-    copy = shutil.copytree(saved("--sharded").checkpoints, tmp_path / "copy")
-    failed = run(tmp_path / "failed", copy, "--sharded", "--save-after", "1", "--full-disk", "1")
-    assert len(failed.errors) == 2
-    for error in failed.errors:
-        assert error and "step_000003 could not be written: File too large (process 1)" in error
-    assert [path.name for path in copy.iterdir()] == ["step_000002"]
-    assert run(tmp_path / "again", copy, "--sharded", "--steps", "0").found == 2
+def test_what_one_process_meets_all_are_told(tmp_path: Path) -> None:
+    def job(name: str, checkpoints: Path, **more: int) -> Job:
+        return Job(str(tmp_path / name), str(checkpoints), "sharded_optimizer", **more)
 
-    for shard in (copy / "step_000002").glob("__*.distcp"):
+    whole = tmp_path / "checkpoints"
+    launch(tmp_path, [job("first", whole, save_after=2, steps=0)])
+    # Of a checkpoint that both wrote, the second process reads the file that is wrong.
+    lost, cut = (shutil.copytree(whole, tmp_path / name) for name in ("lost", "cut"))
+    shutil.copytree(whole / "step_000002", lost / "step_000003")
+    (lost / "step_000003/__1_0.distcp").unlink()
+    for shard in (cut / "step_000002").glob("__*.distcp"):
         shard.write_bytes(shard.read_bytes()[:100])
-    damaged = run(tmp_path / "damaged", copy, "--sharded")
+    launch(
+        tmp_path,
+        [
+            job("full", whole, save_after=1, full_disk=1),
+            job("again", whole, steps=0),
+            job("without", lost, steps=0),
+            job("damaged", cut),
+        ],
+    )
+    full, again, without, damaged = (Run(tmp_path / name) for name in ("full", "again", "without", "damaged"))
+    assert len(full.errors) == 2
+    for error in full.errors:
+        assert error and "step_000003 could not be written: File too large (process 1)" in error
+    assert [path.name for path in whole.iterdir()] == ["step_000002"]
+    assert again.found == 2 and again.errors == [None, None]
+
+    assert without.found == 2 and without.errors == [None, None]
+    assert sorted(path.name for path in lost.iterdir()) == ["damaged_step_000003", "step_000002"]
+
     assert damaged.errors[0] == damaged.errors[1]
     assert "__0_0.distcp is 100 bytes instead of" in damaged.errors[0] and "and 1 more" in damaged.errors[0]

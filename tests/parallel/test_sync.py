@@ -3,51 +3,48 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.parallel.launch import torchrun
+
 # `torch.equal` may hold one byte for each number that it compares.
 COMPARED = 0.25
+
+
+@pytest.fixture(scope="module")
+def launched(
+    selected: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], dict[str, Any]]:
+    """What one launch of so many processes found, by layout."""
+
+    @cache
+    def launch(processes: int) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp("launched") / "found.json"
+        asked = [told["layout"] for told in selected if told["processes"] == processes]
+        torchrun(processes, "gathering", out, *asked)
+        return json.loads(out.read_text())
+
+    return launch
 
 
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
         (1, ""),
-        (2, "--tensor 2"),
-        (2, "--pipeline 2 --interleaved 2"),
-        (4, "--tensor 2 --pipeline 2"),
-        pytest.param(2, "--pipeline 2", marks=pytest.mark.slow),
-        pytest.param(4, "--tensor 2", marks=pytest.mark.slow),
-        pytest.param(4, "--context 2 --pipeline 2", marks=pytest.mark.slow),
+        (2, "tensor=2"),
+        (2, "pipeline=2 virtual=2"),
+        (4, "tensor=2 pipeline=2"),
+        pytest.param(2, "pipeline=2", marks=pytest.mark.slow),
+        pytest.param(4, "tensor=2", marks=pytest.mark.slow),
+        pytest.param(4, "context=2 pipeline=2", marks=pytest.mark.slow),
     ],
 )
-def test_buckets_hold_all_weights_once(tmp_path: Path, processes: int, layout: str) -> None:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    out = tmp_path / "found.json"
-    done = subprocess.run(
-        [
-            *torchrun,
-            "--nproc-per-node",
-            str(processes),
-            "-m",
-            "tests.parallel.gathering",
-            str(out),
-            *layout.split(),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for case, found in json.loads(out.read_text()).items():
+def test_buckets_hold_all_weights_once(launched, processes: int, layout: str) -> None:
+    for case, found in launched(processes)[layout].items():
         sender, *others = found["ranks"]
         assert sender["names"] and not sender["differing"], case
         assert sum(sender["sizes"]) == found["all"]
@@ -55,7 +52,7 @@ def test_buckets_hold_all_weights_once(tmp_path: Path, processes: int, layout: s
         assert max(sender["sizes"]) <= max(found["bucket"], found["largest"])
         if found["bucket"] >= found["all"]:
             # One from each stage, none from the same one twice.
-            assert len(sender["sizes"]) <= (2 if "--pipeline 2" in layout else 1)
+            assert len(sender["sizes"]) <= (2 if "pipeline=2" in layout else 1)
         assert not any(other["sent"] for other in others), "only the sender has buckets"
         # A bucket, the parts of one parameter, and what came of them before they are let go.
         bound = min(max(found["bucket"], found["largest"]), found["all"]) + 2 * found["largest"]

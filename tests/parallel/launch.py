@@ -1,0 +1,46 @@
+"""Launches by torchrun, as a user would, and layouts in words: `tensor=2 pipeline=2 sequence`.
+
+To start a process costs as much as what a layout has to show; so the processes of one launch come together
+and part again for each layout in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_parallel_r1.model.parallel import Parallel
+
+ROOT = Path(__file__).resolve().parents[2]
+# Nothing here is compiled, and to load torch's compiler is a third of the work of a process that starts.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+HANGS_S = 1500  # a launch that has not ended by then never will
+
+
+def torchrun(processes: int, module: str, *arguments: str | Path) -> None:
+    """Runs a module of this folder in so many processes; if one fails, the error has all that they said."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", f"tests.parallel.{module}", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=HANGS_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def settings_of(layout: str) -> dict[str, int | bool]:
+    """`tensor=2 sequence` is {"tensor": 2, "sequence": True}."""
+    pairs = (word.partition("=") for word in layout.split())
+    return {name: int(value) if value else True for name, _, value in pairs}
+
+
+def parallel_of(layout: str) -> tuple[Parallel, bool]:
+    """A layout, and whether its model has an output matrix of its own, which the word `untied` says."""
+    settings = settings_of(layout)
+    untied = bool(settings.pop("untied", False))
+    return Parallel(**settings), untied
