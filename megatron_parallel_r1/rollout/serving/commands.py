@@ -48,6 +48,9 @@ def command_of(
     else:
         # Several servers on few cores: a second thread of one only takes another's core.
         environment["OMP_NUM_THREADS"] = "1"
+        # Engines compile small functions within the first request that needs them. That asks for a C++
+        # compiler, and on a busy machine takes longer than a client waits.
+        environment["TORCH_COMPILE_DISABLE"] = "1"
     return Command((str(python), *command.arguments, *where, *serving.options), environment)
 
 

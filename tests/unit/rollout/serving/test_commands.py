@@ -30,6 +30,7 @@ def test_sglang_on_a_cpu_draws_by_seed_through_the_plugin() -> None:
     assert value(command.arguments, "--sampling-backend") == "pytorch"
     assert command.environment["SGLANG_PLUGINS"] == "parallel_r1_seeds"
     assert command.environment["OMP_NUM_THREADS"] == "1"
+    assert command.environment["TORCH_COMPILE_DISABLE"] == "1"
     assert "--sleep-on-idle" in command.arguments
     # As the cache is bounded by tokens, the share is no more than what others must leave.
     assert value(command.arguments, "--max-total-tokens") == "20000"
