@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 from megatron_parallel_r1.model.attention.interpreter import interpreted
 from megatron_parallel_r1.model.attention.kernels.delta import delta_kernel
 from megatron_parallel_r1.model.attention.kernels.forward import forward_kernel
 from megatron_parallel_r1.model.attention.kernels.key_gradient import key_gradient_kernel
 from megatron_parallel_r1.model.attention.kernels.query_gradient import query_gradient_kernel
-from megatron_parallel_r1.model.attention.kernels.tilings import Tiling, Tilings, tilings
+from megatron_parallel_r1.model.attention.kernels.tilings import ROOMY, Tiling, Tilings, tilings
 from megatron_parallel_r1.model.attention.memo import LayoutMemo
 from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_sight, transposed
 
@@ -81,7 +83,7 @@ def _forward(
         *_rows(query_QHD), *_rows(key_LGD), *_rows(value_LGD), *_rows(out_QHD), sizes.dim,
         SHARED=sizes.heads // sizes.groups, LEVELS=sizes.levels,
         BLOCK_M=tiling.queries, BLOCK_N=tiling.keys, BLOCK_D=sizes.block_d,
-        EMULATED=interpreted(), num_warps=tiling.warps, num_stages=tiling.stages,
+        EMULATED=interpreted(), num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out_QHD, lse2_HQ
 
@@ -109,7 +111,7 @@ def _query_gradient(
         lists.tiles_IJ.stride(0), *_rows(query_QHD), *_rows(key_LGD), *_rows(value_LGD), *_rows(grad_QHD),
         *_rows(query_grad_QHD), sizes.dim, SHARED=sizes.heads // sizes.groups, LEVELS=sizes.levels,
         BLOCK_M=tiling.queries, BLOCK_N=tiling.keys, BLOCK_D=sizes.block_d,
-        EMULATED=interpreted(), num_warps=tiling.warps, num_stages=tiling.stages,
+        EMULATED=interpreted(), num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return query_grad_QHD
 
@@ -131,7 +133,7 @@ def _key_gradient(
         lists.tiles_IJ.stride(0), *_rows(query_QHD), *_rows(key_LGD), *_rows(value_LGD), *_rows(grad_QHD),
         *grads_PLGD[0].stride()[:3], sizes.dim, HEADS=shared // splits, LEVELS=sizes.levels,
         BLOCK_M=tiling.queries, BLOCK_N=tiling.keys, BLOCK_D=sizes.block_d,
-        EMULATED=interpreted(), num_warps=tiling.warps, num_stages=tiling.stages,
+        EMULATED=interpreted(), num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
     )  # fmt: skip
     key_grad_LGD, value_grad_LGD = (x.sum(0).to(key_LGD) if splits > 1 else x[0] for x in grads_PLGD)
     return key_grad_LGD, value_grad_LGD
@@ -164,6 +166,14 @@ class _KernelAttention(torch.autograd.Function):
         return query_grad_QHD, *_key_gradient(*given, ctx.chosen.key_gradient), None, None, None
 
 
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """What a program may have of a multiprocessor's memory; the interpreter has no such thing."""
+    if device.type != "cuda":
+        return ROOMY
+    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
 def _dense_heads(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
@@ -189,7 +199,7 @@ def kernel_attention(
         [Q, H, D] in the dtype of the query, and the logarithm of each query's sum of exponentials, float32
         [H, Q], through which no gradient flows.
     """
-    chosen = chosen or tilings(query_QHD.shape[2], query_QHD.dtype)
+    chosen = chosen or tilings(query_QHD.shape[2], query_QHD.dtype, _shared_bytes(query_QHD.device))
     parts = (_dense_heads(x) for x in (query_QHD, key_LGD, value_LGD))
     out_QHD, lse2_HQ = _KernelAttention.apply(*parts, layout_KQ.contiguous(), scale, chosen)
     return out_QHD, lse2_HQ * math.log(2)

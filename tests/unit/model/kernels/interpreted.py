@@ -107,6 +107,15 @@ def chosen_by_name() -> float:
     return ((out_LHD - expected_LHD).abs().max() / expected_LHD.abs().max()).item()
 
 
+def worst(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The largest of each result's errors, by dtype."""
+    by_dtype: dict[str, dict[str, float]] = {}
+    for name, errors in found.items():
+        most = by_dtype.setdefault(name.rpartition("/")[2], dict.fromkeys(errors, 0.0))
+        most.update({result: max(most[result], error) for result, error in errors.items()})
+    return by_dtype
+
+
 if __name__ == "__main__":
     found = {case.name(): run(case) for case in cases()}
-    print(json.dumps({"cases": found, "chosen": chosen_by_name()}))
+    print(json.dumps({"cases": found, "worst": worst(found), "chosen": chosen_by_name()}))
