@@ -1,15 +1,16 @@
 """Batches rolled out ahead by several processes, while their main threads meet too; see test_ahead.py.
 
-torchrun --nproc-per-node 2 -m tests.parallel.ahead OUT.json --team 1
+torchrun --nproc-per-node 2 -m tests.parallel.ahead OUT.json "team=1" "team=2 staleness=2"
 
-World / team copies share each batch. What the training would change of the weights is made up here.
+One case after the other. World / team copies share each batch. What the training would change of the weights
+is made up here.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from megatron_parallel_r1.train.policy.filtering import Dynamic
 from megatron_parallel_r1.train.ranks import second_groups
 from megatron_parallel_r1.train.rolling import roll_out_and_judge
 from megatron_parallel_r1.train.rollouts import Collected, collect
+from tests.parallel.launch import settings_of
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3
 
 STEPS, SAMPLES = 4, 4
@@ -120,24 +122,20 @@ def crossing(team: Team) -> list[Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--team", type=int, default=1)
-    parser.add_argument("--staleness", type=int, default=1)
-    given = parser.parse_args()
+    out, *cases = sys.argv[1:]
     torch.set_num_threads(1)
-    with (
-        process.running(seed=1, parallel=Parallel(tensor=given.team)),
-        second_groups(timeout_s=120) as (tensor, world),
-    ):
-        team = Team.of(tensor)
-        mine = {
-            "batches": stage(team, world, given.staleness),
-            "crossing": crossing(team),
-        }
-        everyone = told_all(mine)
-        if dist.get_rank() == 0:
-            given.out.write_text(json.dumps(everyone))
+    found = {}
+    for case in cases:
+        settings = {"team": 1, "staleness": 1} | settings_of(case)
+        with (
+            process.running(seed=1, parallel=Parallel(tensor=settings["team"])),
+            second_groups(timeout_s=120) as (tensor, world),
+        ):
+            team = Team.of(tensor)
+            mine = {"batches": stage(team, world, settings["staleness"]), "crossing": crossing(team)}
+            found[case] = told_all(mine)
+    if process.is_first():
+        Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

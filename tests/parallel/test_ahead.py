@@ -7,31 +7,20 @@ here: nccl.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.parallel.launch import torchrun
+
 TOLERANCE = 2e-5  # float32, logits of some units: a few hundred roundings of 6e-8
 
 
-def launched(out: Path, processes: int, *arguments: str) -> list[dict[str, Any]]:
-    """What each rank of `tests.parallel.ahead` found."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "tests.parallel.ahead", str(out), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(out.read_text())
+def launched(folder: Path, processes: int, *cases: str) -> dict[str, list[dict[str, Any]]]:
+    """What each rank of `tests.parallel.ahead` found, by case."""
+    torchrun(processes, "ahead", folder / "found.json", *cases)
+    return json.loads((folder / "found.json").read_text())
 
 
 def assert_same(ours: list[Any], theirs: list[Any]) -> None:
@@ -45,15 +34,20 @@ def assert_same(ours: list[Any], theirs: list[Any]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    (found,) = launched(tmp_path_factory.mktemp("alone") / "found.json", 1)
+    (found,) = launched(tmp_path_factory.mktemp("alone"), 1, "")[""]
     return found["batches"]
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return launched(tmp_path_factory.mktemp("two"), 2, "team=1", "team=2", "team=2 staleness=2")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("team", [1, 2])
-def test_two_processes_roll_out_ahead_what_one_does(alone: list[Any], tmp_path: Path, team: int) -> None:
+@pytest.mark.parametrize("case", ["team=1", "team=2"])
+def test_two_processes_roll_out_ahead_what_one_does(alone: list[Any], two, case: str) -> None:
     assert max(rounds for rounds, *_ in alone) > 1, "no group was ever dropped"
-    ranks = launched(tmp_path / "found.json", 2, "--team", str(team))
+    ranks = two[case]
     assert ranks[0]["batches"] == ranks[1]["batches"]
     assert_same(ranks[0]["batches"], alone)
     for step, (_, _, traces) in enumerate(ranks[0]["batches"], start=1):
@@ -61,8 +55,9 @@ def test_two_processes_roll_out_ahead_what_one_does(alone: list[Any], tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_team_takes_offered_weights_at_one_pass(tmp_path: Path) -> None:
-    ranks = launched(tmp_path / "found.json", 2, "--team", "2", "--staleness", "2")
+def test_a_team_takes_offered_weights_at_one_pass(two) -> None:
+    ranks = two["team=2 staleness=2"]
+    assert ranks[0]["batches"] == ranks[1]["batches"]
     assert ranks[0]["crossing"] == ranks[1]["crossing"]
     met = {version for _, versions in ranks[0]["crossing"] for version in versions}
     assert len(met) >= 3, met
