@@ -121,6 +121,16 @@ def test_rotary_angles_are_those_of_transformers() -> None:
 def test_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
     config = transformer_config(ModelConfig.from_hf(hf_model(tied=True).config.to_dict()), dtype)
     ours, theirs = RMSNorm(config, 48, eps=1e-6), Qwen3RMSNorm(48, eps=1e-6).to(dtype)
-    x_TBC = torch.randn(7, 1, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    x_TBC, grad_TBC = (torch.randn(7, 1, 48, generator=generator).to(dtype) for _ in range(2))
     assert torch.equal(ours(x_TBC), theirs(x_TBC))
     assert ours.weight.sequence_parallel is False
+    for norm in (ours, theirs):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    mine, expected = (
+        torch.autograd.grad(norm(x_TBC.requires_grad_()), (x_TBC, norm.weight), grad_TBC)
+        for norm in (ours, theirs)
+    )
+    for one, other in zip(mine, expected, strict=True):
+        # A few roundings of numbers up to 10; in bfloat16 transformers' backward rounds in other places.
+        assert (one - other).abs().max() <= (1e-6 if dtype == torch.float32 else 2**-7) * other.abs().max()
