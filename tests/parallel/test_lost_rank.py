@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.errors import LOST_EXIT_CODE
+from tests.parallel.launch import ENVIRONMENT, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 RANKS = 3
 # Beats to convict (5 s), to spread the word and take leave (10 s), and other work on this machine's cores.
 MARGIN_S = 25.0
@@ -44,7 +44,7 @@ def ended(folder: Path, unlucky: int, what: str, *more: str) -> dict[int, Ended]
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.parallel.lost", str(unlucky), what, *more],
                     cwd=ROOT,
-                    env={**os.environ, **world, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, **ENVIRONMENT, **world, "RANK": str(rank)},
                     stdout=out,
                     stderr=err,
                 )
