@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.slurm.daemons import Daemons, missing
 from tests.slurm.jobs import RUN, Site
@@ -37,4 +39,7 @@ def undisturbed(slurm: Daemons, tmp_path_factory: pytest.TempPathFactory) -> Pat
     job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs")
     site.finish(job)
     assert (site.logs(job) / "attempt0/rank_1.log").is_file()
-    return site.folder / "runs/mini"
+    run = site.folder / "runs/mini"
+    before, after = (load_file(run / f"{stage}/model/model.safetensors") for stage in ("cold_start", "rl"))
+    assert all(not torch.equal(before[name], after[name]) for name in after)  # or equality would say nothing
+    return run

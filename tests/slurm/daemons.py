@@ -7,6 +7,7 @@ outermost process is what a crash of the whole machine is. All of it lives in on
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -51,7 +52,8 @@ SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 JobRequeue=1
 KillWait=5
-SlurmdTimeout=10
+MessageTimeout=100
+SlurmdTimeout=120
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -195,13 +197,14 @@ class Daemons:
         return [line for line in lines if not line.startswith(own) and "<defunct>" not in line]
 
     def wait_for(self, moment: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
-        give_up = time.monotonic() + patience_s
+        give_up, pause = time.monotonic() + patience_s, 0.1
         while not moment():
             gone = [name for name, process in self._running.items() if process.poll() is not None]
             if gone or time.monotonic() > give_up:
                 told = f"{gone[0]} ended" if gone else f"{what}: nothing after {patience_s:.0f} s"
                 raise TimeoutError(f"{told}; the logs are in {self.folder}")
-            time.sleep(0.1)
+            time.sleep(pause)
+            pause = min(0.5, 1.1 * pause)  # a client of SLURM that asks takes time from what is waited for
 
     def stop(self) -> None:
         for name, process in reversed(self._running.items()):
@@ -232,15 +235,15 @@ class Daemons:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports that nobody has, below those that the kernel would give to somebody else in the meantime."""
+    found: list[int] = []
+    for port in random.sample(range(30000, 32768), 200):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise TimeoutError(f"no {count} free ports from 30000 on")
 
 
 def _answers(port: int) -> bool:

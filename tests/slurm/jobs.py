@@ -12,6 +12,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from tests.curriculum.test_run import steps_of
 from tests.slurm.daemons import Daemons
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -22,7 +23,15 @@ HEADER = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-n
 ONE_NODE = ("--nodes=1", *HEADER[1:])
 PATIENCE_S = 600.0
 # Checkpoints are due never: what a stopped run goes on from, the signal made.
-SHORT = ("stages.cold_start.steps=4", "stages.rl.steps=20", "evaluation.count=4", "stages.rl.save_every=100")
+SHORT = (
+    *("stages.cold_start.steps=4", "stages.cold_start.evaluate=false", "evaluation.count=4"),
+    *(
+        "stages.rl.steps=6",
+        "stages.rl.save_every=100",
+        "stages.rl.reward={name: 'tests.slurm.rewards:shorter'}",
+    ),
+)
+FAILING = "stages.rl.reward={name: 'tests.slurm.rewards:third_step'}"
 RUN = (str(RECIPE), *SHORT, "parallel.sharded_optimizer=true")
 
 
@@ -69,6 +78,10 @@ class Site:
         """Waits for a job that must succeed."""
         state = self.wait(job)
         assert state == "COMPLETED", f"{state}\n{self.said(job)}\n{self.ranks_said(job)}"
+
+    def wait_for_steps(self, job: str, steps: list[int]) -> None:
+        """Waits until the RL stage of a job has written these down."""
+        self.wait(job, lambda: steps_of(self.folder / "runs/mini/rl") == steps)
 
     def kill_rank(self, job: str, rank: int) -> None:
         """Ends one process of a job's training by SIGKILL, whichever node it is on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from megatron_parallel_r1.cluster.command import app
 from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import steps_of
-from tests.slurm.jobs import RECIPE, REPOSITORY, RUN, SHORT, Site, assert_equal
+from tests.slurm.jobs import FAILING, RECIPE, REPOSITORY, RUN, SHORT, Site, assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
@@ -42,26 +43,26 @@ def ids_of(said: str) -> list[str]:
 
 
 def test_a_curriculum_is_a_chain_of_jobs_that_survive_preemption(undisturbed: Path, site: Site) -> None:
-    jobs = ids_of(launch(site, "curriculum", *RUN, f"out={site.folder}/runs", *TWO_NODES))
+    jobs = ids_of(launch(site, "curriculum", *RUN, f"out={site.folder}/runs", *TWO_NODES, HOLD="stop"))
     assert len(jobs) == 3
     run = site.folder / "runs/mini"
-    site.wait(jobs[1], lambda: max(steps_of(run / "rl"), default=0) >= 5)
+    site.wait_for_steps(jobs[1], [1, 2])
     site.slurm.client("scancel", "--signal=USR2", "--batch", jobs[1])
-    site.wait(jobs[1], lambda: "Restarts=1" in site.slurm.client("scontrol", "show", "job", jobs[1]))
-    stopped = max(steps_of(run / "rl"))
-    assert 5 <= stopped < 20 and (run / f"rl/checkpoints/step_{stopped:06d}").is_dir()
+    site.wait(jobs[1], lambda: (run / "rl/checkpoints/step_000003").is_dir())
     site.wait(jobs[2])
     told = launch(site, "status")
     assert [line.split()[:3] for line in told.splitlines()] == [
         [job, f"mini-{name}", "COMPLETED"]
         for job, name in zip(jobs, ("cold_start", "rl", "release"), strict=True)
     ]
+    tried = json.loads((site.logs(jobs[1]) / "attempts.json").read_text())
+    assert [one["outcome"] for one in tried] == ["stopped", "done"]
     assert_equal(run, undisturbed)
-    assert "rl  step 20/20" in launch(site, "logs", jobs[1])
+    assert "rl  step 6/6" in launch(site, "logs", jobs[1])
 
 
 def test_a_failed_stage_ends_the_chain_with_its_reason(site: Site) -> None:
-    words = ("stages.rl.reward={name: 'tests.slurm.bad_reward:third_step'}", f"out={site.folder}/runs")
+    words = (FAILING, f"out={site.folder}/runs")
     said = launch(site, "curriculum", str(RECIPE), *SHORT, *words, *ONE_NODE, MAX_FAILURES="1")
     jobs = ids_of(said)
     assert site.wait(jobs[2]) == "CANCELLED"
@@ -118,6 +119,8 @@ def test_a_dry_run_prints_the_job_and_submits_nothing(site: Site) -> None:
         (("submit", "rl", str(RECIPE)), {"CONTAINER": "gone.sif"}, "CONTAINER=gone.sif: no such file"),
         (("submit", "rl", str(RECIPE)), {"ROLLOUT_NODES": "2"}, "ROLLOUT_NODES=2 of 2 nodes leaves none"),
         (("submit", "rl", str(RECIPE)), {"PYTHON": "no/python"}, "PYTHON=no/python: no such program"),
+        (("submit", "rl", str(RECIPE)), {"MAX_FAILURES": "few"}, "MAX_FAILURES=few is no whole number"),
+        (("submit", "rl", str(RECIPE), "--time", "soon"), {}, "--time soon: write minutes, H:M:S or D-H"),
         (("submit", "serve", str(RECIPE)), {}, "serve is no kind of job"),
         (("cancel", "12345"), {}, "job 12345 is none of these"),
     ],
@@ -126,7 +129,7 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(
     site: Site, words: tuple[str, ...], settings: dict[str, str], message: str
 ) -> None:
     size = TWO_NODES if words[0] == "submit" else ()
-    size = size[2:] if "--nodes" in words else size
-    said = launch(site, *words, *size, code=2, **settings)
+    # The words' own come last, and hold.
+    said = launch(site, *words[:1], *size, *words[1:], code=2, **settings)
     assert message in said and len(said.splitlines()) == 1, said
     assert site.slurm.client("squeue", "--noheader") == ""

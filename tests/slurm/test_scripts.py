@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.curriculum.test_run import steps_of
-from tests.slurm.jobs import ONE_NODE, RECIPE, REPOSITORY, RUN, SHORT, Site, assert_equal
+from tests.slurm.jobs import FAILING, ONE_NODE, RECIPE, REPOSITORY, RUN, SHORT, Site, assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
@@ -46,23 +47,23 @@ def test_stages_one_by_one_and_an_evaluation(site: Site) -> None:
 
 
 def test_a_job_that_is_asked_to_stop_saves_and_goes_on(undisturbed: Path, site: Site) -> None:
-    job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs")
+    job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs", HOLD="stop")
     run = site.folder / "runs/mini"
-    site.wait(job, lambda: max(steps_of(run / "rl"), default=0) >= 5)
+    site.wait_for_steps(job, [1, 2])
     # As the controller does --signal seconds before the time limit.
     site.slurm.client("scancel", "--signal=USR1", "--batch", job)
-    site.wait(job, lambda: "saved; requeued" in site.said(job))
-    stopped = max(steps_of(run / "rl"))
-    assert 5 <= stopped < 20 and (run / f"rl/checkpoints/step_{stopped:06d}").is_dir()
+    site.wait(job, lambda: "stopped after 7 steps, saved; requeued" in site.said(job))  # 4 of them of SFT
+    assert (run / "rl/checkpoints/step_000003").is_dir()
     site.finish(job)
     assert (site.logs(job) / "attempt1/rank_0.log").is_file()
     assert_equal(run, undisturbed)
 
 
 def test_a_job_whose_node_crashes_goes_on_elsewhere(undisturbed: Path, site: Site) -> None:
-    job = site.submit("curriculum.sh", *RUN, "stages.rl.save_every=4", f"out={site.folder}/runs")
+    job = site.submit("curriculum.sh", *RUN, "stages.rl.save_every=1", f"out={site.folder}/runs", HOLD="end")
     run = site.folder / "runs/mini"
-    site.wait(job, lambda: (run / "rl/checkpoints/step_000008").is_dir())
+    site.wait_for_steps(job, [1, 2])
+    site.wait(job, lambda: (run / "rl/checkpoints/step_000001").is_dir())
     site.slurm.kill_node("n2")
     site.finish(job)
     attempts = json.loads((site.logs(job) / "attempts.json").read_text())
@@ -72,9 +73,8 @@ def test_a_job_whose_node_crashes_goes_on_elsewhere(undisturbed: Path, site: Sit
 
 
 def test_a_rank_that_dies_ends_the_job_and_its_last_lines_are_shown(site: Site) -> None:
-    job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs", MAX_FAILURES="1")
-    run = site.folder / "runs/mini"
-    site.wait(job, lambda: max(steps_of(run / "rl"), default=0) >= 1)
+    job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs", MAX_FAILURES="1", HOLD="end")
+    site.wait_for_steps(job, [1, 2])
     site.kill_rank(job, 1)
     assert site.wait(job) == "FAILED"
     said = site.said(job)
@@ -84,11 +84,7 @@ def test_a_rank_that_dies_ends_the_job_and_its_last_lines_are_shown(site: Site) 
 
 
 def test_a_run_that_fails_at_one_place_again_and_again_is_given_up(site: Site) -> None:
-    words = (
-        *RUN[:-1],
-        "stages.rl.reward={name: 'tests.slurm.bad_reward:third_step'}",
-        f"out={site.folder}/runs",
-    )
+    words = (str(RECIPE), *SHORT, FAILING, f"out={site.folder}/runs")
     job = site.submit("curriculum.sh", *words, header=ONE_NODE, MAX_FAILURES="2")
     assert site.wait(job) == "FAILED"
     said = site.said(job)
@@ -98,15 +94,27 @@ def test_a_run_that_fails_at_one_place_again_and_again_is_given_up(site: Site) -
 
 
 def test_a_step_longer_than_the_grace_time_is_cut_off(site: Site) -> None:
-    slow = "stages.rl.reward={name: 'tests.slurm.bad_reward:slow_third_step'}"
-    words = (str(RECIPE), *SHORT, slow, "stages.rl.steps=4", f"out={site.folder}/runs")
-    job = site.submit("curriculum.sh", *words, "stages.rl.save_every=2", header=ONE_NODE, GRACE_S="2")
+    words = (str(RECIPE), *SHORT, "stages.rl.steps=4", "stages.rl.save_every=1", f"out={site.folder}/runs")
+    job = site.submit("curriculum.sh", *words, header=ONE_NODE, GRACE_S="2", HOLD="end")
     rl = site.folder / "runs/mini/rl"
-    site.wait(job, lambda: (rl / "checkpoints/step_000002").is_dir())
+    site.wait_for_steps(job, [1, 2])
+    site.wait(job, lambda: (rl / "checkpoints/step_000001").is_dir())
     site.slurm.client("scancel", "--signal=USR1", "--batch", job)
     site.finish(job)
     assert "not saved within 2 s, requeued as it is" in site.said(job)
     assert steps_of(rl) == [1, 2, 3, 4]
+
+
+def test_servers_that_do_not_come_up_end_the_job(undisturbed: Path, site: Site) -> None:
+    shutil.copytree(undisturbed / "cold_start", site.folder / "runs/mini/cold_start")
+    words = (str(RECIPE), *SHORT, f"out={site.folder}/runs")
+    job = site.submit("rl_stage.sh", *words, ROLLOUT_NODES="1", ROLLOUT_PYTHON="no/python")
+    assert site.wait(job) == "FAILED"
+    said = site.said(job)
+    assert "error: the rollout servers ended before they served" in said
+    assert "rank 0 on n2 ended with exit code 2; its last lines" in said and "no/python" in said
+    assert "ExitCode=2:0" in site.slurm.client("scontrol", "show", "job", job)
+    site.no_process_is_left()
 
 
 def test_a_container_is_entered_for_each_part(site: Site) -> None:
@@ -137,28 +145,27 @@ def test_a_cancelled_job_leaves_no_process(site: Site) -> None:
     site.no_process_is_left()
 
 
-@pytest.mark.parametrize(
-    ("script", "words", "settings", "message"),
-    [
-        ("rl_stage.sh", ("nowhere.yaml",), {}, "nowhere.yaml: No such file or directory; give the path"),
-        ("rl_stage.sh", (str(RECIPE), "--stage", "sft"), {}, "no rl stage is called sft; it has rl"),
-        ("curriculum.sh", (str(RECIPE), "--fresh"), {}, "--fresh: a requeued job would begin anew each time"),
-        ("sft_stage.sh", (str(RECIPE),), {"CONTAINER": "gone.sif"}, "CONTAINER=gone.sif: no such file"),
-        (
-            "rl_stage.sh",
-            (str(RECIPE),),
-            {"ROLLOUT_NODES": "2"},
-            "ROLLOUT_NODES=2 of 2 nodes leaves none to train",
-        ),
-    ],
+REFUSED = (
+    ("rl_stage.sh", ("nowhere.yaml",), {}, "nowhere.yaml: No such file or directory; give the path"),
+    ("rl_stage.sh", (str(RECIPE), "--stage", "sft"), {}, "no rl stage is called sft; it has rl"),
+    ("curriculum.sh", (str(RECIPE), "--fresh"), {}, "--fresh: a requeued job would begin anew each time"),
+    ("sft_stage.sh", (str(RECIPE),), {"CONTAINER": "gone.sif"}, "CONTAINER=gone.sif: no such file"),
+    (
+        "rl_stage.sh",
+        (str(RECIPE),),
+        {"ROLLOUT_NODES": "2"},
+        "ROLLOUT_NODES=2 of 2 nodes leaves none to train",
+    ),
 )
-def test_what_cannot_run_is_refused_in_a_line(
-    site: Site, script: str, words: tuple[str, ...], settings: dict[str, str], message: str
-) -> None:
-    job = site.submit(script, *words, **settings)
-    assert site.wait(job) == "FAILED"
-    assert f"error: {message}" in site.said(job) or message in site.said(job)
-    assert "ExitCode=2:0" in site.slurm.client("scontrol", "show", "job", job)
+
+
+def test_what_cannot_run_is_refused_in_a_line(site: Site) -> None:
+    jobs = [site.submit(script, *words, **settings) for script, words, settings, _ in REFUSED]
+    for job, (*_, message) in zip(jobs, REFUSED, strict=True):
+        assert site.wait(job) == "FAILED"
+        (line,) = site.said(job).splitlines()
+        assert line.startswith("error: ") and message in line
+        assert "ExitCode=2:0" in site.slurm.client("scontrol", "show", "job", job)
 
 
 def records(stage: Path) -> list[dict[str, float]]:
