@@ -1,4 +1,4 @@
-"""Rate and peak memory of conversion, beside a plain copy of the same bytes.
+"""Rate, CPU time and peak memory of conversion, beside a plain copy of the same bytes, and beside mbridge.
 
     python benchmarks/conversion.py [--gigabytes 4] [--rounds 2] [--folder DIR]
 
@@ -6,7 +6,10 @@ A random Qwen3 of 1.7 B's widths with untied embeddings, in bfloat16. Each round
 it to Megatron for tensor 2 x pipeline 2, and converts that back; each in a process of its own, whose peak
 resident memory the kernel tells. The copy is `shutil.copyfile` and fsync of each file; a conversion also
 hashes what it writes, and syncs it, too. Before each, the files to read are put out of the page cache. Times
-are of what the process does after its imports, and in brackets those of the whole process.
+are of what the process does after its imports, and in brackets those of the whole process. CPU seconds are
+all threads' together; other work on the machine stretches the times far more than them.
+
+Where mbridge is installed (`mbridge_peer.py` says how), it converts the same model both ways in each round.
 """
 
 from __future__ import annotations
@@ -23,51 +26,67 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+import mbridge_peer
 import torch
 
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.hf import save_hf_folder
+from megatron_parallel_r1.model.safetensors_files import stored_tensors
 from megatron_parallel_r1.model.weight import table
 
 SHAPE = ModelConfig(2048, 28, 16, 8, 128, 6144, vocab=151936, tied=False, max_positions=40960)
 ROOT = Path(__file__).resolve().parents[1]
+COPY = """
+import shutil
+def copy(source, target):
+    target.mkdir()
+    for file in source.iterdir():
+        shutil.copyfile(file, target / file.name)
+        with (target / file.name).open("rb") as stream:
+            os.fsync(stream.fileno())
+"""
+OURS = """
+from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
+from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
+"""
+THEIRS = """
+from benchmarks import mbridge_peer
+import mbridge, megatron.core.dist_checkpointing
+"""
+# What begins it, what it does, from which folder to which.
 WORK = {
-    "copy": "copy(Path(a), Path(b))",
-    "hf to megatron": "hf_to_megatron(Path(a), Path(b), Target(2, 2))",
-    "megatron to hf": "megatron_to_hf(Path(a), Path(b))",
+    "copy": (COPY, "copy(a, b)", "hf", "copy"),
+    "hf to megatron": (OURS, "hf_to_megatron(a, b, Target(2, 2))", "hf", "megatron"),
+    "megatron to hf": (OURS, "megatron_to_hf(a, b)", "megatron", "back"),
+}
+PEER = {
+    "mbridge, there": (THEIRS, "mbridge_peer.to_megatron(a, b)", "hf", "theirs"),
+    "mbridge, back": (THEIRS, "mbridge_peer.to_hf(a.parent / 'hf', a, b)", "theirs", "theirs_back"),
 }
 CHILD = """
-import json, sys, time
+import json, os, resource, sys, time
 from pathlib import Path
-import os, shutil
-if {is_copy}:
-    def copy(source, target):
-        target.mkdir()
-        for file in source.iterdir():
-            shutil.copyfile(file, target / file.name)
-            with (target / file.name).open("rb") as stream:
-                os.fsync(stream.fileno())
-else:
-    from megatron_parallel_r1.conversion.pieces import Target
-    from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
-    from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
+{imports}
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-_, a, b = sys.argv
-begin = time.perf_counter()
-idle = peak()
+def cpu():
+    of = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in of)
+a, b = map(Path, sys.argv[1:])
+begin, used, idle = time.perf_counter(), cpu(), peak()
 {work}
-seconds = time.perf_counter() - begin
-print(json.dumps([seconds, idle, peak()]))
+print(json.dumps([time.perf_counter() - begin, cpu() - used, idle, peak()]))
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Seconds of the work and of the whole process; resident bytes before the work, and at most."""
+    """Seconds of the work, of its CPU, of the whole process; resident bytes before the work, and at most."""
 
     seconds: float
+    cpu: float
     whole: float
     idle: int
     peak: int
@@ -86,20 +105,32 @@ def main() -> None:
         size = _size(folder / "hf")
         largest = max(2 * torch.Size(weight.shape).numel() for weight in table(shape))
         print(f"{size / 1e9:.2f} GB in {len(table(shape))} weights, the largest {largest / 1e9:.2f} GB")
-        runs: dict[str, list[Run]] = {name: [] for name in WORK}
-        for _ in range(told.rounds):
-            for name, source, target in (
-                ("copy", "hf", "copy"),
-                ("hf to megatron", "hf", "megatron"),
-                ("megatron to hf", "megatron", "back"),
-            ):
+        work = WORK | (PEER if mbridge_peer.is_here() else {})
+        runs: dict[str, list[Run]] = {name: [] for name in work}
+        for number in range(told.rounds):
+            for name, (imports, words, source, target) in work.items():
                 shutil.rmtree(folder / target, ignore_errors=True)
-                runs[name].append(_run(name, folder / source, folder / target))
-        same = (folder / "hf/model.safetensors").read_bytes() == (
-            folder / "copy/model.safetensors"
-        ).read_bytes()
-        assert same
+                child = CHILD.format(imports=imports, work=words)
+                runs[name].append(_run(name, child, folder / source, folder / target))
+            if number == 0:
+                _check(folder)
         _report(runs, size, largest)
+
+
+def _check(folder: Path) -> None:
+    """What was measured did its work."""
+    from safetensors import safe_open
+
+    one, *others = (
+        folder / name for name in ("hf", "copy", "back", "theirs_back") if (folder / name).exists()
+    )
+    with safe_open(one / "model.safetensors", "pt") as expected:
+        for other in others:
+            held = stored_tensors(sorted(other.glob("*.safetensors")))
+            assert held.keys() == set(expected.keys()), other
+            for name, stored in held.items():
+                bits = (tensor.view(torch.int16) for tensor in (expected.get_tensor(name), stored.read()))
+                assert torch.equal(*bits), (other, name)
 
 
 def _shape(gigabytes: float) -> ModelConfig:
@@ -125,7 +156,7 @@ def _write(folder: Path, shape: ModelConfig) -> None:
     save_hf_folder(folder, shape, tensors)
 
 
-def _run(name: str, source: Path, target: Path) -> Run:
+def _run(name: str, child: str, source: Path, target: Path) -> Run:
     os.sync()
     for file in source.rglob("*"):
         if file.is_file():
@@ -133,22 +164,19 @@ def _run(name: str, source: Path, target: Path) -> Run:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     begin = time.perf_counter()
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            CHILD.format(is_copy=name == "copy", work=WORK[name]),
-            str(source),
-            str(target),
-        ],
+        [sys.executable, "-W", "ignore", "-c", child, str(source), str(target)],
         cwd=ROOT,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
     whole = time.perf_counter() - begin
-    seconds, idle, peak = json.loads(done.stdout)
-    print(f"{name:<15} {seconds:6.1f} s ({whole:.1f})  peak {peak * 1024 / 1e9:.2f} GB", flush=True)
-    return Run(seconds, whole, idle * 1024, peak * 1024)
+    seconds, cpu, idle, peak = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"{name:<15} {seconds:6.1f} s ({whole:.1f}), {cpu:.1f} s of CPU, peak {peak * 1024 / 1e9:.2f} GB",
+        flush=True,
+    )
+    return Run(seconds, cpu, whole, idle * 1024, peak * 1024)
 
 
 def _report(runs: dict[str, list[Run]], size: int, largest: int) -> None:
@@ -156,10 +184,12 @@ def _report(runs: dict[str, list[Run]], size: int, largest: int) -> None:
     for name, some in runs.items():
         seconds, whole = median(run.seconds for run in some), median(run.whole for run in some)
         peak, idle = max(run.peak for run in some), max(run.idle for run in some)
+        cpu = median(run.cpu for run in some)
         memory = f"{idle / 1e9:.2f} before it, the largest weight + {(peak - largest) / 1e9:.2f} GB"
         print(
             f"{name:<15} {size / seconds / 1e9:.2f} GB/s ({size / whole / 1e9:.2f}), "
-            f"{copied / seconds:.2f} of the copy's rate; peak {peak / 1e9:.2f} GB: {memory}"
+            f"{copied / seconds:.2f} of the copy's rate; {cpu / size * 1e9:.2f} s of CPU a GB; "
+            f"peak {peak / 1e9:.2f} GB: {memory}"
         )
 
 
