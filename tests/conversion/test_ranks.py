@@ -13,6 +13,7 @@ import pytest
 from megatron_parallel_r1.conversion.pieces import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
+from tests.parallel.launch import ENVIRONMENT
 from tests.unit.conversion.folders import assert_equal, tensors_of, write_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +30,7 @@ def test_ranks_load_it_and_what_they_save_is_the_same(variant: str, tmp_path: Pa
     done = subprocess.run(
         [*torchrun, "-m", "tests.conversion.loading", *paths, "--tensor", "2", "--pipeline", "2"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=600,

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.curriculum.test_run import steps_of
+from tests.parallel.launch import ENVIRONMENT
 from tests.slurm.daemons import Daemons
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ class Site:
             cwd=REPOSITORY,
             PYTHON=sys.executable,
             LOG_DIR=str(self.folder / "logs"),
-            **settings,
+            **(ENVIRONMENT | settings),
         ).strip()
 
     def state(self, job: str) -> str:

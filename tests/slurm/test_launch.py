@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from megatron_parallel_r1.cluster.command import app
 from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import steps_of
+from tests.parallel.launch import ENVIRONMENT
 from tests.slurm.jobs import FAILING, RECIPE, REPOSITORY, RUN, SHORT, Site, assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -35,7 +36,7 @@ def launch(site: Site, *words: str, code: int = 0, **settings: str) -> str:
 
 def environment(site: Site) -> dict[str, str]:
     own = {"PYTHON": sys.executable, "LOG_DIR": str(site.folder / "logs")}
-    return {**site.slurm.environment, **own}
+    return {**site.slurm.environment, **ENVIRONMENT, **own}
 
 
 def ids_of(said: str) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.curriculum.test_run import steps_of
+from tests.parallel.launch import ENVIRONMENT
 from tests.slurm.jobs import FAILING, ONE_NODE, RECIPE, REPOSITORY, RUN, SHORT, Site, assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -22,6 +23,7 @@ def test_two_nodes_train_what_one_process_does(undisturbed: Path, tmp_path: Path
     alone = subprocess.run(
         [sys.executable, "-m", "megatron_parallel_r1.cli", *words],
         cwd=REPOSITORY,
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         timeout=500,
     )
