@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.serving.settings import Device, Serving
+
+# Linux gives those from 32768 on (net.ipv4.ip_local_port_range).
+FREE_PORTS = range(20000, 32000)
+TRIES = 50
 
 
 def python_of(serving: Serving) -> Path:
@@ -77,10 +83,23 @@ def ports_of(serving: Serving) -> list[int]:
     listeners = [socket.socket() for _ in wanted]
     try:
         # All are held until the last is known, or two servers could get the same free one.
-        return [_bind(listener, serving.host, port) for listener, port in zip(listeners, wanted, strict=True)]
+        return [
+            _bind(listener, serving.host, port) if port else _bind_free(listener, serving.host)
+            for listener, port in zip(listeners, wanted, strict=True)
+        ]
     finally:
         for listener in listeners:
             listener.close()
+
+
+def _bind_free(listener: socket.socket, host: str) -> int:
+    """A port below those that the kernel gives to whoever asks for any: a server binds its own only when its
+    model is loaded, and by then such a one may be the near end of somebody's connection."""
+    # Not of the stream that a run draws from.
+    for port in random.SystemRandom().sample(FREE_PORTS, TRIES):
+        with suppress(UserError):
+            return _bind(listener, host, port)
+    return _bind(listener, host, 0)
 
 
 def _bind(listener: socket.socket, host: str, port: int) -> int:

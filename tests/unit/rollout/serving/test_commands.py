@@ -85,7 +85,9 @@ def test_gpus_are_those_that_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_ports_follow_one_another_or_are_free_ones() -> None:
-    assert len(set(ports_of(replace(SERVING, port=0, servers=3)))) == 3
+    free = ports_of(replace(SERVING, port=0, servers=3))
+    # None that the kernel may give to somebody's connection before the server listens.
+    assert len(set(free)) == 3 and max(free) < 32768
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
