@@ -68,3 +68,16 @@ def test_nodes_are_split(servers: str, message: str, tmp_path: Path) -> None:
     done = script(tmp_path, words=words, ROLLOUT_NODES=servers, SLURM_JOB_NODELIST="n1")
     assert message in done.stderr and done.returncode == (2 if message else 0)
     assert done.stdout == ("" if message else "n1::n1:20007\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "told"),
+    [(0, "server 1\n", "error: the rollout servers ended before the ranks\n"), (1, "", "")],
+)
+def test_servers_that_ended_before_ranks_that_succeeded(
+    code: int, said: str, told: str, tmp_path: Path
+) -> None:
+    """Of ranks that failed, it is they whose end is told."""
+    words = 'conclude() { echo "$@"; exit 1; }; true & SERVING=$!; sleep 0.1'
+    done = script(tmp_path, words=f"{words}; CODE={code}; end_servers")
+    assert (done.stdout, done.stderr) == (said, told)
