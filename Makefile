@@ -1,5 +1,6 @@
 # make demo: the whole curriculum on this CPU.  make test: the quick tests.  Each makes .venv first if absent.
 # make engines, make test-engines: real SGLang and vLLM servers, in environments of their own.
+# make bench: speed, side by side.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SHORT := name=tiny_short stages.arithmetic.steps=30 stages.cold_start.steps=20 stages.rl_easy.steps=2 \
 	stages.rl_hard.steps=3 evaluation.count=64
 
-.PHONY: demo demo-short test test-all engines engines-sglang engines-vllm test-engines lint clean
+.PHONY: demo demo-short test test-all engines engines-sglang engines-vllm test-engines bench lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/parallel-r1 curriculum recipes/tiny/demo.yaml
@@ -30,15 +31,20 @@ test-all: $(VENV)/ready
 	$(PYTEST) -m "not engines and not slurm"
 	$(BIN)/python -m pytest -m "slurm and not engines"
 
-# The inference servers' own environments; see engines/build.
-engines: engines-sglang engines-vllm
+# The inference servers' own environments, side by side, for an install keeps one core busy; see engines/build.
+engines:
+	$(MAKE) -j 2 engines-sglang engines-vllm
 
 engines-sglang engines-vllm: engines-%:
 	PYTHON=$(PYTHON) engines/build $*
 
-# Skips what no environment is built for.
+# Skips what no environment is built for. Tests that share a server are one group; the longest group comes first.
 test-engines: $(VENV)/ready
-	$(PYTEST) -m engines
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m engines
+
+# Every claim about speed, measured beside its alternative; writes docs/performance.md.
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks.run
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -11,11 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
-import torch
-from transformers import Qwen3ForCausalLM
 
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.hf import save_hf_folder
 from megatron_parallel_r1.rollout.joined import FIELD, understood
 from megatron_parallel_r1.rollout.pool import Pool
 from megatron_parallel_r1.rollout.server import Answered, Asked
@@ -28,10 +24,9 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.sglang import SGLang
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
-from tests.engines.servers import START_SECONDS, python_of
+from tests.engines.servers import CONTEXT_TOKENS, python_of, wait_until_healthy
 from tests.reference.traces import TAGS
-from tests.serve.release import tokenizer
-from tests.unit.rollout.tiny import random_prompts, tiny_qwen3
+from tests.unit.rollout.tiny import random_prompts
 
 # SGLang then counts every slot of its cache after each pass, and ends the server if one is lost.
 STRICT = {
@@ -42,22 +37,8 @@ STRICT = {
 RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "11"}
 # On a busy machine; httpx gives up after 5.
 HTTP_SECONDS = 300
-
-
-def model_of(seed: int) -> Qwen3ForCausalLM:
-    """A tiny model whose logits hang on what it attends to, with tags as likely as before beside the rest."""
-    model = tiny_qwen3(seed)
-    with torch.no_grad():
-        model.lm_head.weight[:, 1:] *= 4
-        model.lm_head.weight[:, 0] *= 1.5
-    return model
-
-
-def write_model(folder: Path, seed: int) -> Path:
-    model = model_of(seed)
-    config = ModelConfig.from_hf(model.config.to_dict())
-    save_hf_folder(folder, config, model.state_dict().items(), tokenizer())
-    return folder
+# Waits until so many joins have been answered.
+Reached = Callable[[int], Awaitable[None]]
 
 
 @contextmanager
@@ -67,7 +48,7 @@ def started(serving: Serving, env: dict[str, str], overlap: bool = False) -> Ite
     Args:
         overlap: it schedules a pass while the one before it runs, as on a GPU.
     """
-    serving = replace(serving, isolated=True, port=0, context_tokens=1024)
+    serving = replace(serving, isolated=True, port=0, context_tokens=CONTEXT_TOKENS)
     (port,) = ports_of(serving)
     command = command_of(serving, python_of("sglang"), "cpu", port)
     left_out = {"--disable-overlap-schedule"} if overlap else set()
@@ -84,21 +65,12 @@ def started(serving: Serving, env: dict[str, str], overlap: bool = False) -> Ite
             child.end()
 
 
-async def until_healthy(child: Child) -> None:
-    while not child.healthy():
-        log = "\n".join(child.last_lines(40))
-        assert child.status is None and child.age < START_SECONDS, f"not healthy; its log ends:\n{log}"
-        await asyncio.sleep(0.5)
-
-
 @contextmanager
-def isolated_server(
-    serving: Serving, env: dict[str, str] | None = None, overlap: bool = False
-) -> Iterator[str]:
-    """The base URL of a server with the plugin."""
-    with started(serving, env or {}, overlap) as child:
-        asyncio.run(until_healthy(child))
-        yield child.url
+def healthy(serving: Serving, env: dict[str, str], overlap: bool = False) -> Iterator[Child]:
+    """A server with the plugin that answers; arguments as of `started`."""
+    with started(serving, env, overlap) as child:
+        wait_until_healthy(child)
+        yield child
 
 
 class Recorded(SGLang):
@@ -146,24 +118,32 @@ def rolled_out(
     count: int,
     seed: int = 0,
     engine: type[ServerEngine] = ServerEngine,
-    meanwhile: Callable[[httpx.AsyncClient], Awaitable[None]] | None = None,
+    meanwhile: Callable[[httpx.AsyncClient, Reached], Awaitable[None]] | None = None,
 ) -> Rolled:
-    """`count` traces at once, of 1..8 paths; `counters` are the server's since the call."""
+    """`count` traces at once, of 1..8 paths; `counters` are the server's since the call.
+
+    Args:
+        meanwhile: runs beside them, and is told when so many joins have been answered.
+    """
     log: list[tuple[Asked, Answered]] = []
     pool = Pool(lambda url: Recorded(url, log), (url,))
     pool.meet()
     log.clear()
     before = counters_of(url)
 
+    async def reached(joins: int) -> None:
+        while sum(bool(asked.joined) for asked, _ in log) < joins:
+            await asyncio.sleep(0.01)
+
     async def main() -> list[Trace]:
         async with httpx.AsyncClient(base_url=url, timeout=HTTP_SECONDS) as client:
-            other = asyncio.ensure_future(meanwhile(client)) if meanwhile is not None else None
+            other = asyncio.ensure_future(meanwhile(client, reached)) if meanwhile is not None else None
             thinker = Thinker(engine(pool), TAGS, thinking)
             seeds = range(seed, seed + count)
             paths = [1 + index % 8 for index in range(count)]
             traces = await roll_out(thinker, random_prompts(count, seed), seeds, paths=paths)
             if other is not None:
-                await other
+                await asyncio.wait_for(other, HTTP_SECONDS)
             return traces
 
     traces = asyncio.run(main())

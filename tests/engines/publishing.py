@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,16 +27,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
-    parser.add_argument("--untied", action="store_true")
     parser.add_argument("--url", action="append", required=True)
     parser.add_argument("transports", nargs="+")
     given = parser.parse_args()
     torch.set_num_threads(1)
     parallel = Parallel(given.tensor, given.pipeline)
-    shape = replace(SHAPE, tied=not given.untied)
     found = []
     with process.running(1, parallel):
-        model = build_model(shape, torch.float32, parallel)
+        model = build_model(SHAPE, torch.float32, parallel)
         version = 0
         for transport in given.transports:
             settings = Sync(

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
+import httpx
+import psutil
 import pytest
 
 from megatron_parallel_r1.rollout.serving.child import Child
 from megatron_parallel_r1.rollout.serving.commands import Command, command_of
 from megatron_parallel_r1.rollout.serving.places import ports_of, url_of
 from megatron_parallel_r1.rollout.serving.settings import EngineName, Serving
+from tests.unit.rollout.serving.launched import Launched, launched
 
 ROOT = Path(__file__).resolve().parents[2]
 # A server is ready in 25 to 60 s where it has a core for itself; here it may share one with other work.
-START_SECONDS = 600
+START_SECONDS = 1200
+CONTEXT_TOKENS = 1024
 
 
 def python_of(engine: EngineName) -> Path:
@@ -27,6 +32,63 @@ def python_of(engine: EngineName) -> Path:
     if not (made / "ready").exists():
         pytest.skip(f"no .venv-{engine}: make engines")
     return made / "bin" / "python"
+
+
+class Shared:
+    """A server under `serve-rollout` that tests share, for a start is dear. It begins when a test first asks
+    for it, and anew after a test has ended it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        logs: Path,
+        engine: EngineName = "sglang",
+        isolated: bool = False,
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        settings = {"checkpoint": folder, "engine": engine, "isolated": isolated, "log_dir": logs}
+        usual = {"python": python_of(engine), "port": 0, "device": "cpu", "context_tokens": CONTEXT_TOKENS}
+        self.folder = folder
+        self._settings, self._env = {**settings, **usual}, env
+        self._stack = ExitStack()
+        self._supervisor: Launched | None = None
+        self._url = ""
+
+    @property
+    def supervisor(self) -> Launched:
+        """Started if there is none; its server may be on the way back."""
+        if self._supervisor is None or self._supervisor.process.poll() is not None:
+            self.end()
+            self._supervisor = self._stack.enter_context(launched(self._env, **self._settings))
+            _, self._url, _ = self._supervisor.next_healthy(START_SECONDS)
+        return self._supervisor
+
+    @property
+    def url(self) -> str:
+        """Of the server, which answers."""
+        end = time.monotonic() + START_SECONDS
+        while self.supervisor.process.poll() is None and not _healthy(self._url):
+            assert time.monotonic() < end, f"{self._url} is not healthy"
+            time.sleep(0.5)
+        return self._url
+
+    @property
+    def server(self) -> psutil.Process:
+        (guard,) = psutil.Process(self.supervisor.process.pid).children()
+        (server,) = guard.children()
+        return server
+
+    def end(self) -> None:
+        """Tells it to end, if it runs, and sees that nothing is left."""
+        self._stack.close()
+        self._supervisor = None
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=20, verify=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 @contextmanager
@@ -46,7 +108,7 @@ def vllm(folder: Path, *options: str, env: Mapping[str, str] | None = None) -> I
 
 @contextmanager
 def _running(serving: Serving, env: Mapping[str, str]) -> Iterator[str]:
-    serving = replace(serving, port=0, context_tokens=1024)
+    serving = replace(serving, port=0, context_tokens=CONTEXT_TOKENS)
     python = python_of(serving.engine)
     (port,) = ports_of(serving)
     command = command_of(serving, python, "cpu", port)
@@ -55,13 +117,13 @@ def _running(serving: Serving, env: Mapping[str, str]) -> Iterator[str]:
         child = Child(command, url_of(serving.host, port), Path(folder) / "server.log")
         child.start()
         try:
-            _wait_until_healthy(child)
+            wait_until_healthy(child)
             yield child.url
         finally:
             child.end()
 
 
-def _wait_until_healthy(child: Child) -> None:
+def wait_until_healthy(child: Child) -> None:
     while child.status is None and child.age < START_SECONDS:
         if child.healthy():
             return

@@ -6,7 +6,9 @@ trainer to the same."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import os
+import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -18,38 +20,38 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.sglang import SGLang
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
+from tests.engines.folders import untied_model, write_folder
 from tests.engines.isolated import (
     HTTP_SECONDS,
     RETRACTING,
     Flat,
+    Reached,
     ask,
-    isolated_server,
-    model_of,
+    healthy,
     rolled_out,
     started,
-    write_model,
 )
+from tests.engines.servers import START_SECONDS, Shared, python_of
 from tests.reference.traces import TAGS
 from tests.unit.rollout.test_exactness import TOLERANCE, largest_difference
 from tests.unit.rollout.tiny import native_engine, random_prompts
 
-pytestmark = [pytest.mark.engines, pytest.mark.slow]
+pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.xdist_group("sglang")]
 LONG = Thinking(max_blocks=4, max_path_tokens=60, max_response_tokens=500)
 NESTED = Thinking(max_blocks=4, max_depth=2, max_path_tokens=40, max_response_tokens=400)
 # Of a join's prompt: the last token drawn, or `</Parallel><Summary>`; a nested one's forced `</Summary>` too.
 NEW = 3
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("isolated") / "first", 0)
+@pytest.fixture
+def folder(isolated_server: Shared) -> Path:
+    return isolated_server.folder
 
 
-@pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
+@pytest.fixture
+def url(isolated_server: Shared) -> str:
     """Of a server with room for all; each test leaves its weights as they were."""
-    with isolated_server(Serving(folder)) as url:
-        yield url
+    return isolated_server.url
 
 
 def blocks_of(traces: list[Trace]) -> int:
@@ -57,7 +59,7 @@ def blocks_of(traces: list[Trace]) -> int:
 
 
 def assert_exact(name: str, traces: list[Trace], counters: dict[str, int], seed: int = 0) -> None:
-    worst = largest_difference(model_of(seed), traces, "isolated")
+    worst = largest_difference(untied_model(seed), traces, "isolated")
     tokens = sum(len(trace.tokens) for trace in traces)
     print(f"{name}: {worst:.2g} over {len(traces)} traces of {tokens} tokens, {counters}")
     assert worst <= TOLERANCE
@@ -82,14 +84,14 @@ def test_logprobs_are_the_trainers_and_each_token_is_computed_once(url: str, thi
 def test_without_the_plugins_joins_logprobs_are_off(url: str) -> None:
     rolled = rolled_out(url, NESTED, 32, engine=Flat)
     assert blocks_of(rolled.traces) > 10 and rolled.counters["joins"] == 0
-    off = largest_difference(model_of(0), rolled.traces, "isolated")
+    off = largest_difference(untied_model(0), rolled.traces, "isolated")
     print(f"flat text: {off:.2g}")
     assert off > 1000 * TOLERANCE
 
 
 def test_a_seed_draws_the_native_engines_trace(url: str) -> None:
     rolled = rolled_out(url, NESTED, 24, seed=100)
-    thinker = Thinker(native_engine(model_of(0)), TAGS, NESTED)
+    thinker = Thinker(native_engine(untied_model(0)), TAGS, NESTED)
     paths = [1 + index % 8 for index in range(24)]
     native = asyncio.run(roll_out(thinker, random_prompts(24, 100), range(100, 124), paths=paths))
     same = sum(mine.tokens == theirs.tokens for mine, theirs in zip(rolled.traces, native, strict=True))
@@ -98,9 +100,9 @@ def test_a_seed_draws_the_native_engines_trace(url: str) -> None:
 
 
 def test_a_flushed_cache_is_rebuilt_under_what_runs(url: str, folder: Path) -> None:
-    async def update_again_and_again(client: httpx.AsyncClient) -> None:
-        for mode in ("retract", "in_place", "retract"):
-            await asyncio.sleep(0.5)
+    async def update_again_and_again(client: httpx.AsyncClient, reached: Reached) -> None:
+        for mode, joins in (("retract", 20), ("in_place", 40), ("retract", 80)):
+            await reached(joins)
             (await client.post("/pause_generation", json={"mode": mode})).raise_for_status()
             if mode == "retract":
                 body = {"model_path": str(folder), "flush_cache": True}
@@ -113,9 +115,9 @@ def test_a_flushed_cache_is_rebuilt_under_what_runs(url: str, folder: Path) -> N
 
 
 def test_aborted_requests_leave_nothing_behind(url: str) -> None:
-    async def abort_twice(client: httpx.AsyncClient) -> None:
-        for _ in range(2):
-            await asyncio.sleep(0.5)
+    async def abort_twice(client: httpx.AsyncClient, reached: Reached) -> None:
+        for joins in (20, 60):
+            await reached(joins)
             (await client.post("/flush_cache")).read()
             (await client.post("/abort_request", json={"abort_all": True})).raise_for_status()
 
@@ -124,7 +126,7 @@ def test_aborted_requests_leave_nothing_behind(url: str) -> None:
 
 
 def test_new_weights_rebuild_what_the_old_ones_wrote(url: str, folder: Path, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "second", 1)
+    other = write_folder(tmp_path / "second", untied_model(1))
 
     def update(to: Path) -> None:
         body = {"model_path": str(to), "flush_cache": True}
@@ -166,7 +168,7 @@ def test_bad_blocks_are_answered_and_the_server_lives(url: str) -> None:
     assert [answer["meta_info"]["prompt_tokens"] for answer in answers] == [8] * 4
 
 
-def test_requests_without_blocks_are_a_stock_servers(url: str, folder: Path) -> None:
+def test_requests_without_blocks_are_a_stock_servers(url: str, sglang_server: Shared) -> None:
     prompts = random_prompts(12, seed=5)
 
     def answers(of: str) -> list[tuple[list[int], list[float]]]:
@@ -180,10 +182,10 @@ def test_requests_without_blocks_are_a_stock_servers(url: str, folder: Path) -> 
             told.append((answer["output_ids"], logprobs))
         return told
 
-    with isolated_server(Serving(folder), {"SGLANG_PLUGINS": "parallel_r1_seeds"}) as stock:
-        assert "isolated" not in asyncio.run(SGLang(stock).about()).modes
-        assert "isolated" in asyncio.run(SGLang(url).about()).modes
-        assert answers(stock) == answers(url)
+    stock = sglang_server.url
+    assert "isolated" not in asyncio.run(SGLang(stock).about()).modes
+    assert "isolated" in asyncio.run(SGLang(url).about()).modes
+    assert answers(stock) == answers(url)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -194,18 +196,48 @@ def test_a_cache_too_small_for_all_finishes_every_trace_exactly(folder: Path, ra
     serving = Serving(folder, tensor=ranks, cache_tokens=1100, options=options)
     thinking = Thinking(max_blocks=4, max_depth=2, max_path_tokens=40, max_response_tokens=300)
     # One rank schedules ahead as on a GPU.
-    with isolated_server(serving, env, overlap=ranks == 1) as url:
-        rolled = rolled_out(url, thinking, 32, seed=500)
+    with healthy(serving, env, overlap=ranks == 1) as server:
+        rolled = rolled_out(server.url, thinking, 32, seed=500)
+        told = "\n".join(server.last_lines(10**6))
     assert_exact(f"a small cache, {ranks} ranks", rolled.traces, rolled.counters)
     assert sum(len(trace.prompt) + len(trace.tokens) for trace in rolled.traces) > 3.5 * 1100
     assert rolled.counters["rebuilds"] > 10 and rolled.counters["rebuilt_tokens"] > 300
+    # Each is told in the log too, by every rank.
+    assert told.count("lost paths from the cache") == ranks * rolled.counters["rebuilds"]
+    assert told.count("lost tokens of") == ranks * rolled.counters["rebuilt_paths"]
 
 
 def test_what_it_cannot_serve_is_refused_at_start(folder: Path) -> None:
     with started(Serving(folder, options=("--page-size", "16")), {}) as child:
         while child.status is None and not child.healthy():
-            assert child.age < HTTP_SECONDS
-            asyncio.run(asyncio.sleep(0.5))
+            assert child.age < START_SECONDS
+            time.sleep(0.5)
         log = "\n".join(child.last_lines(400))
         assert child.status is not None
     assert "parallel_r1: this server cannot serve isolated paths exactly: set --page-size 1" in log
+
+
+def test_an_unknown_release_of_sglang_loads_no_plugin() -> None:
+    """By SGLang's own loader, which goes on after an exception of a plugin."""
+    loads = (
+        "from megatron_parallel_r1.rollout.sglang_plugin import versions; versions.TESTED = ('0.4.0',); "
+        "from sglang.srt.plugins import load_plugins; load_plugins(); print('loaded')"
+    )
+    for allowed in ("", "1"):
+        done = subprocess.run(
+            [str(python_of("sglang")), "-c", loads],
+            env={
+                **os.environ,
+                "SGLANG_PLUGINS": "parallel_r1",
+                "SGLANG_USE_CPU_ENGINE": "0",
+                "PARALLEL_R1_ANY_SGLANG": allowed,
+            },
+            capture_output=True,
+            text=True,
+            timeout=HTTP_SECONDS,
+        )
+        if allowed:
+            assert done.returncode == 0 and done.stdout == "loaded\n", done.stderr
+        else:
+            assert done.returncode == 1 and not done.stdout
+            assert "parallel_r1: tested with SGLang 0.4.0, this is 0.5.23: " in done.stderr

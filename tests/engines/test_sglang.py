@@ -3,52 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.base import Sampling
 from megatron_parallel_r1.rollout.pool import Pool
-from megatron_parallel_r1.rollout.server import STOCK_MODES, Answered, Asked, Unreachable
+from megatron_parallel_r1.rollout.server import STARTED, STOCK_MODES, Answered, Asked, Unreachable
 from megatron_parallel_r1.rollout.server_engine import ServerEngine
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.sglang import SGLang
 from megatron_parallel_r1.thought.layout import Mode
-from tests.engines.eager import TOLERANCE, all_of, difference, eager_qwen3, many, rolled, write_eager
-from tests.engines.servers import sglang
+from tests.engines.asking import TOLERANCE, all_of, assert_several, difference, many, rolled
+from tests.engines.folders import untied_model
+from tests.engines.servers import CONTEXT_TOKENS, Shared
 from tests.unit.rollout.test_exactness import largest_difference
 from tests.unit.rollout.tiny import random_prompts
 
-pytestmark = [pytest.mark.engines, pytest.mark.slow]
+pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.xdist_group("sglang")]
 NOTHING: frozenset[int] = frozenset()
+# Tokens that the model draws now and then.
+STOP = {11, 12}
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder: Path = write_eager(tmp_path_factory.mktemp("sglang") / "eager")
-    with sglang(folder, "--skip-tokenizer-init") as url:
-        yield url
+@pytest.fixture
+def url(sglang_server: Shared) -> str:
+    return sglang_server.url
 
 
-def test_about(url: str) -> None:
+def test_about(url: str, sglang_server: Shared) -> None:
     about = asyncio.run(SGLang(url).about())
-    assert about.modes == STOCK_MODES and about.version == 0 and about.seeded
-    assert 1000 < about.max_tokens <= 1024 and about.cache_tokens == 20000
+    assert about.modes == STOCK_MODES and about.version == STARTED and about.seeded
+    assert about.model == str(sglang_server.folder) and about.cache_tokens == 20000
+    assert 1000 < about.max_tokens <= CONTEXT_TOKENS
 
 
 def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -> None:
     samplings = [Sampling(t, p, k) for t in (1.0, 0.7, 0.0, 1.3) for p, k in ((1.0, 0), (1.0, 5), (0.8, 0))]
-    asked = many(samplings, 96)
-    model = eager_qwen3()
+    asked = many(samplings, 96, STOP)
+    model = untied_model()
     completions = asyncio.run(all_of(SGLang(url), asked))
     worst = max(
         difference(model, one, completion) for one, completion in zip(asked, completions, strict=True)
     )
     print(f"sglang: max |server - transformers| = {worst:.2e}")
     assert worst <= TOLERANCE
-    ends = {5: 0, 6: 0}
+    ends = dict.fromkeys(STOP, 0)
     for one, completion in zip(asked, completions, strict=True):
         assert not one.suppress & {*completion.tokens}
         assert not one.stop & {*completion.tokens[:-1]}
@@ -60,7 +60,7 @@ def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -
 
 
 def test_a_seed_fixes_what_is_drawn_and_others_differ(url: str) -> None:
-    asked = many([Sampling(), Sampling(0.7)], 48)
+    asked = many([Sampling(), Sampling(0.7)], 48, STOP)
     together = asyncio.run(all_of(SGLang(url), asked))
     # A float tie that a batch's rounding breaks otherwise would be one of 2e-7 among some hundred draws.
     assert [asyncio.run(all_of(SGLang(url), [one]))[0].tokens for one in asked[:12]] == [
@@ -75,6 +75,10 @@ def test_draws_follow_the_position_so_that_a_continuation_may_be_cut(url: str) -
     (drawn,) = asyncio.run(all_of(SGLang(url), [whole]))
     rest = Asked((7, 8, *drawn.tokens[:8]), Sampling(seed=9), 12, NOTHING, NOTHING, "t")
     assert asyncio.run(all_of(SGLang(url), [rest]))[0].tokens == drawn.tokens[8:]
+
+
+def test_several_continuations_of_one_text(url: str) -> None:
+    assert_several(Pool(SGLang, [url]))
 
 
 def test_score_abort_and_refusal(url: str) -> None:
@@ -109,10 +113,10 @@ def test_traces_are_exact_and_share_the_cache(url: str, mode: Mode) -> None:
     pool.meet()
     engine = ServerEngine(pool)
     prompts = random_prompts(24)
-    thinking = Thinking(mode=mode, max_blocks=3, max_depth=2, max_path_tokens=20, max_response_tokens=110)
+    thinking = Thinking(mode=mode, max_blocks=3, max_depth=2, max_path_tokens=20, max_response_tokens=150)
     traces = rolled(engine, thinking, prompts)
     metrics = pool.metrics()
-    worst = largest_difference(eager_qwen3(), traces, mode)
+    worst = largest_difference(untied_model(), traces, mode)
     cached = metrics["server_cached_share"]
     print(f"sglang, {mode}: max |server - transformers| = {worst:.2e}, cached {cached:.1%}")
     assert worst <= TOLERANCE

@@ -1,4 +1,6 @@
-"""Weights published to a real SGLang server, by each transport and from a split model, are computed with."""
+"""Weights published to a real SGLang server, by each transport and from a split model, are computed with.
+
+A tied model. An untied one, two servers and one that dies: test_losses.py."""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,13 +25,16 @@ from megatron_parallel_r1.sync.probe import difference
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import InFlight, Kind, Sync
 from megatron_parallel_r1.sync.sglang import SglangControl
+from megatron_parallel_r1.sync.transport import Passed
 from tests.engines.servers import sglang
 from tests.engines.trained import EXACT, ROWS, SHAPE, Trained, draw, write_drawn
 
-pytestmark = [pytest.mark.engines, pytest.mark.slow]
+pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.xdist_group("sync")]
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS: tuple[Kind, ...] = ("distributed", "tensor", "disk")
+# Tokens of a request that a publication meets.
+LONG = 900
 
 
 @pytest.fixture(scope="module")
@@ -99,49 +103,60 @@ def test_two_updates_are_exact_and_differ(server: str, model: Model, tmp_path: P
         assert sorted(path.name for path in tmp_path.iterdir()) == ["version-21", "version-22"]
 
 
+class Asked(SglangControl):
+    """Is asked for a long text just before it is paused, and has begun it then."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, 120)
+        self.answers: list[dict] = []
+        self._begun = threading.Event()
+        self.request = threading.Thread(target=self._ask)
+
+    def pause(self, in_flight: InFlight) -> None:
+        self.request.start()
+        assert self._begun.wait(120), "the request did not begin"
+        super().pause(in_flight)
+
+    def _ask(self) -> None:
+        params = {"max_new_tokens": LONG, "temperature": 0, "ignore_eos": True}
+        asked = {"input_ids": [5, 6, 7], "sampling_params": params, "stream": True}
+        with httpx.stream("POST", f"{self.url}/generate", json=asked, timeout=300) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    self.answers.append(json.loads(line.removeprefix("data: ")))
+                    self._begun.set()
+
+
 @pytest.mark.parametrize("in_flight", ["finish", "retract", "abort"])
 def test_what_becomes_of_requests_under_way(
     server: str, model: Model, tmp_path: Path, in_flight: InFlight
 ) -> None:
-    asked = {
-        "input_ids": [5, 6, 7],
-        "sampling_params": {"max_new_tokens": 400, "temperature": 0, "ignore_eos": True},
-    }
-    answers: list[dict] = []
-
-    def ask() -> None:
-        answers.append(httpx.post(f"{server}/generate", json=asked, timeout=300).json())
-
-    with publishing(model, tmp_path, server, in_flight=in_flight) as publisher:
-        draw(model, 31)
-        publisher.publish(31)
-        request = threading.Thread(target=ask)
-        request.start()
-        wait_until_running(server)
-        draw(model, 32)
-        published = publisher.publish(32)
-        request.join()
-    assert published.in_step == (server,)
-    about = answers[0]["meta_info"]
-    spans = [(span["version"], span["end"] - span["start"]) for span in about["weight_versions"]]
-    print(in_flight, about["finish_reason"], spans)
+    # On a busy machine a request may be over before the pause comes; then another one is asked.
+    for old in (31, 33, 35, 37, 39):
+        with publishing(model, tmp_path, server) as publisher:
+            draw(model, old)
+            publisher.publish(old)
+        with publishing(model, tmp_path, server, in_flight=in_flight) as publisher:
+            control = Asked(server)
+            publisher.add(control)
+            draw(model, old + 1)
+            published = publisher.publish(old + 1)
+            control.request.join(300)
+        assert published.in_step == (server,) and published.difference <= EXACT
+        told = control.answers[-1]
+        about, count = told["meta_info"], len(told["output_ids"])
+        spans = [(int(span["version"]), span["end"] - span["start"]) for span in about["weight_versions"]]
+        print(in_flight, about["finish_reason"], spans)
+        if in_flight == "finish" or spans != [(old, LONG)]:
+            break
     if in_flight == "finish":
-        assert spans == [("31", 400)]
+        assert spans == [(old, LONG)]
     elif in_flight == "retract":
-        assert [version for version, _count in spans] == ["31", "32"]
-        assert sum(count for _version, count in spans) == 400 and about["finish_reason"]["type"] == "length"
+        assert [version for version, _count in spans] == [old, old + 1]
+        assert count == LONG and about["finish_reason"]["type"] == "length"
     else:
-        assert about["finish_reason"]["type"] == "abort" and len(answers[0]["output_ids"]) < 400
-        assert {version for version, _count in spans} == {"31"}
-
-
-def wait_until_running(url: str) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        if httpx.get(f"{url}/v1/loads").json()["loads"][0]["num_running_reqs"]:
-            return
-        time.sleep(0.05)
-    pytest.fail("the request did not begin")
+        assert about["finish_reason"]["type"] == "abort" and count < LONG
+        assert {version for version, _count in spans} == {old}
 
 
 def test_memory_is_given_back_and_taken_again(server: str, model: Model, tmp_path: Path) -> None:
@@ -174,55 +189,7 @@ class Deaf:
     def send(self, bucket) -> None: ...
 
     def close(self):
-        from megatron_parallel_r1.sync.transport import Passed
-
         return Passed({})
 
     def end(self) -> None:
         self._real.end()
-
-
-def test_a_server_that_dies_is_left_out_and_one_that_comes_back_is_taken_in(
-    server: str, model: Model, tmp_path: Path
-) -> None:
-    folder = write_drawn(tmp_path / "second", SHAPE, seed=101)
-    with publishing(model, tmp_path, server) as publisher:
-        with sglang(folder) as second:
-            publisher.add(SglangControl(second, 120))
-            draw(model, 61)
-            assert set(publisher.publish(61).in_step) == {server, second}
-            transport = publisher._sender.transport
-            send, sent = transport.send, []
-
-            def killing(bucket) -> None:
-                sent.append(bucket)
-                if len(sent) == 3:
-                    end_now.set()
-                    gone.wait()
-                send(bucket)
-
-            transport.send = killing
-            draw(model, 62)
-            end_now, gone = threading.Event(), threading.Event()
-            result: list = []
-            thread = threading.Thread(target=lambda: result.append(publisher.publish(62)))
-            thread.start()
-            end_now.wait(120)
-        gone.set()
-        thread.join(300)
-        assert not thread.is_alive()
-        (published,) = result
-        assert published.in_step == (server,) and list(published.out) == [second]
-        assert published.difference <= EXACT and SglangControl(server).facts().version == 62
-        publisher.remove(second)
-        draw(model, 63)
-        assert publisher.publish(63).in_step == (server,)
-
-
-def test_an_untied_model(model: Model, tmp_path: Path) -> None:
-    untied = build_model(replace(SHAPE, tied=False))
-    with sglang(write_drawn(tmp_path / "untied", untied.shape, seed=102)) as url:
-        for version, kind in enumerate(KINDS, 71):
-            with publishing(untied, tmp_path / "versions", url, transport=kind) as publisher:
-                draw(untied, version)
-                assert publisher.publish(version).difference <= EXACT

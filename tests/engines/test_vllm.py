@@ -3,53 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.base import Sampling
 from megatron_parallel_r1.rollout.pool import Pool
-from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Answered, Asked, Unreachable
+from megatron_parallel_r1.rollout.server import STARTED, STOCK_MODES, About, Answered, Asked, Unreachable
 from megatron_parallel_r1.rollout.server_engine import ServerEngine
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.vllm import VLLM
 from megatron_parallel_r1.thought.layout import Mode
-from tests.engines.eager import TOLERANCE, all_of, difference, eager_qwen3, many, rolled, write_eager
-from tests.engines.servers import vllm
+from tests.engines.asking import TOLERANCE, all_of, assert_several, difference, many, rolled
+from tests.engines.folders import tied_model
+from tests.engines.servers import CONTEXT_TOKENS, Shared
 from tests.unit.rollout.test_exactness import largest_difference
 from tests.unit.rollout.tiny import random_prompts
 
-pytestmark = [pytest.mark.engines, pytest.mark.slow]
+pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 NOTHING: frozenset[int] = frozenset()
+# Tokens that the model draws now and then.
+STOP = {5, 6}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_eager(tmp_path_factory.mktemp("vllm") / "eager")
+@pytest.fixture
+def url(vllm_server: Shared) -> str:
+    return vllm_server.url
 
 
-@pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
-    with vllm(folder, "--skip-tokenizer-init") as url:
-        yield url
-
-
-def test_about(url: str, folder: Path) -> None:
-    assert asyncio.run(VLLM(url).about()) == About(str(folder), STOCK_MODES, 0, 1024, None, True)
+def test_about(url: str, vllm_server: Shared) -> None:
+    expected = About(str(vllm_server.folder), STOCK_MODES, STARTED, CONTEXT_TOKENS, None, True)
+    assert asyncio.run(VLLM(url).about()) == expected
 
 
 def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -> None:
-    asked = many([Sampling(temperature) for temperature in (1.0, 0.7, 0.0, 1.3)], 96)
-    model = eager_qwen3()
+    asked = many([Sampling(temperature) for temperature in (1.0, 0.7, 0.0, 1.3)], 96, STOP)
+    model = tied_model()
     completions = asyncio.run(all_of(VLLM(url), asked))
     worst = max(
         difference(model, one, completion) for one, completion in zip(asked, completions, strict=True)
     )
     print(f"vllm: max |server - transformers| = {worst:.2e}")
     assert worst <= TOLERANCE
-    ends = {5: 0, 6: 0}
+    ends = dict.fromkeys(STOP, 0)
     for one, completion in zip(asked, completions, strict=True):
         assert not one.suppress & {*completion.tokens}
         assert not one.stop & {*completion.tokens[:-1]}
@@ -61,7 +57,7 @@ def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -
 
 
 def test_a_seed_fixes_what_is_drawn_and_others_differ(url: str) -> None:
-    asked = many([Sampling(), Sampling(0.7)], 48)
+    asked = many([Sampling(), Sampling(0.7)], 48, STOP)
     together = asyncio.run(all_of(VLLM(url), asked))
     # A float tie that a batch's rounding breaks otherwise would be one of 2e-7 among some hundred draws.
     assert [asyncio.run(all_of(VLLM(url), [one]))[0].tokens for one in asked[:12]] == [
@@ -69,6 +65,10 @@ def test_a_seed_fixes_what_is_drawn_and_others_differ(url: str) -> None:
     ]
     seeds = [Asked((7, 8), Sampling(seed=seed), 20, NOTHING, NOTHING, "t") for seed in (3, 4, 3 + (1 << 40))]
     assert len({completion.tokens for completion in asyncio.run(all_of(VLLM(url), seeds))}) == 3
+
+
+def test_several_continuations_of_one_text(url: str) -> None:
+    assert_several(Pool(VLLM, [url]))
 
 
 def test_score_abort_and_refusal(url: str) -> None:
@@ -108,7 +108,7 @@ def test_traces_are_exact_and_share_the_cache(url: str, mode: Mode) -> None:
     thinking = Thinking(mode=mode, max_blocks=3, max_depth=2, max_path_tokens=20, max_response_tokens=110)
     traces = rolled(engine, thinking, prompts)
     metrics = pool.metrics()
-    worst = largest_difference(eager_qwen3(), traces, mode)
+    worst = largest_difference(tied_model(), traces, mode)
     cached = metrics["server_cached_share"]
     print(f"vllm, {mode}: max |server - transformers| = {worst:.2e}, cached {cached:.1%}")
     assert worst <= TOLERANCE
@@ -122,9 +122,3 @@ def test_traces_are_exact_and_share_the_cache(url: str, mode: Mode) -> None:
     few = rolled(engine, thinking, prompts[:6], concurrent=2)
     assert [trace.tokens for trace in few] == [trace.tokens for trace in traces[:6]]
 
-
-def test_a_server_with_raw_log_probs_is_refused(folder: Path) -> None:
-    options = ("--skip-tokenizer-init", "--logprobs-mode", "raw_logprobs")
-    refusal = pytest.raises(UserError, match="leave the temperature out; start vLLM")
-    with vllm(folder, *options) as url, refusal:
-        Pool(VLLM, [url]).meet()

@@ -1,59 +1,25 @@
-"""What the tests of clients and pool share: a folder whose model opens blocks, traces, and their referee."""
+"""What the tests of clients and pool share: requests, traces, and their referee."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Sequence, Set
+from dataclasses import replace
 
-import psutil
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from megatron_parallel_r1.rollout.base import Completion, Sampling
+from megatron_parallel_r1.rollout.pool import Pool
 from megatron_parallel_r1.rollout.server import Asked, Server
 from megatron_parallel_r1.rollout.server_engine import ServerEngine
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
 from tests.reference.traces import TAGS
-from tests.unit.rollout.tiny import EAGER, VOCABULARY
 
 TOLERANCE = 2e-5  # float32, logits of some units: a few hundred roundings of 6e-8
-
-
-def eager_qwen3() -> Qwen3ForCausalLM:
-    """As `tiny_qwen3`, untied so that tags are likely, with heads of 32, the least that vLLM's CPU has."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        rope_theta=1000.0,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    model = Qwen3ForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * (0.15 if weight.dim() > 1 else 0.1))
-        model.model.embed_tokens.weight[:, 0] = 8.0
-        model.lm_head.weight[:, 0] = 0.0
-        for token, nats in EAGER.items():
-            model.lm_head.weight[token, 0] = nats / 4.15
-    return model
-
-
-def write_eager(folder: Path) -> Path:
-    """No tokenizer: the servers of these tests are started without one."""
-    eager_qwen3().save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()
@@ -72,7 +38,7 @@ def difference(model: Qwen3ForCausalLM, asked: Asked, completion: Completion) ->
     return max(abs(got - wanted) for got, wanted in pairs)
 
 
-def many(samplings: Sequence[Sampling], count: int) -> list[Asked]:
+def many(samplings: Sequence[Sampling], count: int, stop: Set[int]) -> list[Asked]:
     """Continuations of various prompts, with stops and suppressed tokens, each with a seed of 63 bits."""
     asked = []
     for index in range(count):
@@ -81,7 +47,7 @@ def many(samplings: Sequence[Sampling], count: int) -> list[Asked]:
         tokens = tuple(7 + (index * 7 + place) % 30 for place in range(2 + index % 9))
         suppress = frozenset({0}) if index % 2 else frozenset({0, 3, 9, 21})
         limit = 20 if index % 3 else 2
-        asked.append(Asked(tokens, sampling, limit, frozenset({5, 6}), suppress, str(index)))
+        asked.append(Asked(tokens, sampling, limit, frozenset(stop), suppress, str(index)))
     return asked
 
 
@@ -98,12 +64,12 @@ def rolled(
     return asyncio.run(roll_out(thinker, prompts, list(range(len(prompts))), concurrent, paths))
 
 
-def kill(url: str) -> None:
-    """kill -9 of the server that listens there, with all that it started and what watches it."""
-    port = url.rsplit(":", 1)[1]
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or ()
-        if "--port" in command and port in command:
-            for one in [*process.children(recursive=True), process]:
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
+def assert_several(pool: Pool) -> None:
+    """Continuations of one text, asked for at once, are those of their seeds one by one."""
+    pool.meet()
+    asked = Asked((7, 8, 9, 10), Sampling(seed=2**63 - 2), 12, frozenset(), frozenset({0}), "several")
+    answers = asyncio.run(pool.several(asked, 4))
+    seeds = [2**63 - 2, 2**63 - 1, 0, 1]
+    alone = [replace(asked, sampling=replace(asked.sampling, seed=seed)) for seed in seeds]
+    told = [asyncio.run(pool.generate(one)).completion.tokens for one in alone]
+    assert [answer.completion.tokens for answer in answers] == told and len(set(told)) == 4
