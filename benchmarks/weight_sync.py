@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bucket-mb", type=int, default=64)
     given = parser.parse_args()
+    if not PYTHON.exists():
+        parser.error(f"no {PYTHON}: run `make engines` first")
     torch.set_num_threads(1)
     shape = shape_of(given.megabytes)
     seconds: dict[str, list[float]] = {name: [] for name in ("gloo broadcast", *KINDS)}
