@@ -174,7 +174,7 @@ def _ms(call: Callable[[], object]) -> float:
 
 def _size(count: int) -> str:
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
+        if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} GiB"
