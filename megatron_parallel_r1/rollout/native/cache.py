@@ -3,7 +3,7 @@
 A slot holds the key and value of one token in every layer. A fork copies slot numbers, never keys; a join
 lays the paths' slot numbers behind the trunk's.
 
-Shapes: C contexts, T tokens of the longest context, S slots.
+Shapes: C contexts, T tokens of the longest context, S slots, N slots that are given at once.
 """
 
 from __future__ import annotations
@@ -45,15 +45,23 @@ class SlotTable:
         self.lengths_C[row] = 0
         return row
 
-    def extend(self, row: int, count: int) -> NDArray[np.int64]:
-        """Gives `count` fresh slots to a context and returns their numbers."""
+    def extend(self, rows_N: NDArray[np.int64], places_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Gives contexts fresh slots, one for each entry, and returns their numbers.
+
+        Args:
+            rows_N: contexts; one that gets several comes as often.
+            places_N: where in its context each slot stands: right behind those that are there, in order.
+        """
+        count = len(rows_N)
         while self._free_count < count:
             self._grow_slots()
         self._free_count -= count
-        fresh = self._free_slots_S[self._free_count : self._free_count + count].copy()
-        self._owners_S[fresh] = 1
-        self._append(row, fresh)
-        return fresh
+        fresh_N = self._free_slots_S[self._free_count : self._free_count + count].copy()
+        self._owners_S[fresh_N] = 1
+        self._reach(int(places_N.max()) + 1)
+        self.slots_CT[rows_N, places_N] = fresh_N
+        np.maximum.at(self.lengths_C, rows_N, places_N + 1)
+        return fresh_N
 
     def fork(self, row: int) -> int:
         """A context that sees the same slots."""
@@ -80,10 +88,14 @@ class SlotTable:
 
     def _append(self, row: int, slots: NDArray[np.int64]) -> None:
         start = self.lengths_C[row]
-        while start + len(slots) > self.slots_CT.shape[1]:
-            self.slots_CT = np.concatenate([self.slots_CT, np.zeros_like(self.slots_CT)], axis=1)
+        self._reach(start + len(slots))
         self.slots_CT[row, start : start + len(slots)] = slots
         self.lengths_C[row] += len(slots)
+
+    def _reach(self, tokens: int) -> None:
+        """Makes room for contexts of so many tokens."""
+        while tokens > self.slots_CT.shape[1]:
+            self.slots_CT = np.concatenate([self.slots_CT, np.zeros_like(self.slots_CT)], axis=1)
 
     def _grow_slots(self) -> None:
         old = self.slot_count

@@ -256,9 +256,7 @@ class NativeEngine:
         ends = np.cumsum(counts)
         steps = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
         lengths_N = self._table.lengths_C[rows] + steps + 1
-        slots_N = np.concatenate(
-            [self._table.extend(c.row, count) for c, count in zip(contexts, counts, strict=True)]
-        )
+        slots_N = self._table.extend(rows, lengths_N - 1)
         if self._table.slot_count > len(self._model.cache_LSX[0]):
             self._model.grow(self._table.slot_count)
         tokens = [token for c, count in zip(contexts, counts, strict=True) for token in c.pending[:count]]

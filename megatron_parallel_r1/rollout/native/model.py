@@ -10,7 +10,7 @@ F feed-forward size, V vocabulary, S slots; H, K, F and a weight's V count this 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,6 +25,8 @@ from megatron_parallel_r1.rope import RopeScaling, rope_frequencies, rope_gain
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+# Pairs of row and slot that are attended at once; on a CPU what was gathered is still in its cache then.
+MOST_CELLS = {"cpu": 2**12, "cuda": 2**16}
 
 
 class ShapeOfExperts(Protocol):
@@ -105,6 +107,19 @@ class _Layer:
     mlp: Dense | Experts
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that are attended together, with the slots that they see; the same in every layer.
+
+    Attributes:
+        bias_N11T: 0 where a slot is the row's own, -inf where it fills up.
+    """
+
+    rows: torch.Tensor
+    seen_NT: torch.Tensor
+    bias_N11T: torch.Tensor
+
+
 class DecodeModel:
     """The weights, the cache tensors, and the pass over them; in a team this process's part of all three.
 
@@ -180,7 +195,10 @@ class DecodeModel:
         cos_N1D, sin_N1D = self._rotation(positions_N)
         hidden_NE = self._embed(tokens_N)
         key_sizes = [a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim]
-        groups = groups or _groups(lengths_N)
+        attended = [
+            _attended(rows, seen_NT[rows, :longest], lengths_N[rows], hidden_NE.dtype)
+            for rows, longest in groups or _groups(lengths_N, MOST_CELLS[self.device.type])
+        ]
         for layer, cache_SX in zip(self.layers, self.cache_LSX, strict=True):
             normed_NE = _rms_norm(hidden_NE, layer.attention_norm_E, a.norm_eps)
             qkv_NX = F.linear(normed_NE, layer.qkv_AE, layer.qkv_bias_A)
@@ -193,7 +211,7 @@ class DecodeModel:
             query_NHD = _rotate(query_NHD, cos_N1D, sin_N1D)
             key_NKD = _rotate(key_NKD, cos_N1D, sin_N1D)
             cache_SX[slots_N] = torch.cat([key_NKD.flatten(1), value_NX], dim=-1)
-            attended_NX = self._attend(query_NHD, cache_SX, seen_NT, lengths_N, groups)
+            attended_NX = self._attend(query_NHD, cache_SX, attended)
             hidden_NE = hidden_NE + self.team.sum(F.linear(attended_NX, layer.output_EA))
             normed_NE = _rms_norm(hidden_NE, layer.mlp_norm_E, a.norm_eps)
             hidden_NE = hidden_NE + self.team.sum(layer.mlp(normed_NE))
@@ -211,25 +229,21 @@ class DecodeModel:
         return self.team.sum(found_NE.masked_fill(elsewhere_N[:, None], 0.0))
 
     def _attend(
-        self,
-        query_NHD: torch.Tensor,
-        cache_SX: torch.Tensor,
-        seen_NT: torch.Tensor,
-        lengths_N: torch.Tensor,
-        groups: list[tuple[torch.Tensor, int]],
+        self, query_NHD: torch.Tensor, cache_SX: torch.Tensor, groups: Sequence[_Group]
     ) -> torch.Tensor:
-        """Attention of each row over its own slots, in groups of similar length: little padding."""
+        """Attention of each row over its own slots."""
         a = self.architecture
-        out_NKGD = query_NHD.new_empty(len(query_NHD), a.kv_heads, a.heads // a.kv_heads, a.head_dim)
-        query_NKGD = query_NHD.unflatten(1, (a.kv_heads, -1)) * a.head_dim**-0.5
-        for rows, longest in groups:
-            both_NT2KD = cache_SX[seen_NT[rows, :longest]].unflatten(-1, (2, a.kv_heads, a.head_dim))
+        out_NHD = torch.empty_like(query_NHD)
+        query_NKGD = query_NHD.unflatten(1, (a.kv_heads, -1))
+        for group in groups:
+            # An embedding's gather is some twice as fast on a CPU as the same by an index.
+            both_NT2KD = F.embedding(group.seen_NT, cache_SX).unflatten(-1, (2, a.kv_heads, a.head_dim))
             key_NKTD, value_NKTD = both_NT2KD.permute(2, 0, 3, 1, 4)
-            scores_NKGT = torch.matmul(query_NKGD[rows], key_NKTD.transpose(-1, -2)).float()
-            unseen_NT = torch.arange(longest, device=rows.device) >= lengths_N[rows, None]
-            scores_NKGT.masked_fill_(unseen_NT[:, None, None], float("-inf"))
-            out_NKGD[rows] = torch.matmul(scores_NKGT.softmax(-1).to(value_NKTD.dtype), value_NKTD)
-        return out_NKGD.flatten(1)
+            out_NKGD = F.scaled_dot_product_attention(
+                query_NKGD[group.rows], key_NKTD, value_NKTD, attn_mask=group.bias_N11T
+            )
+            out_NHD[group.rows] = out_NKGD.flatten(1, 2)
+        return out_NHD.flatten(1)
 
     def _rotation(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles_N1D = (positions_N[:, None].float() * self.frequencies).repeat(1, 2)[:, None]
@@ -283,7 +297,15 @@ def _rotate(x_NHD: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor) -
     return x_NHD * cos_N1D + torch.cat([-high, low], dim=-1) * sin_N1D
 
 
-def _groups(lengths_N: torch.Tensor, most_cells: int = 2**16) -> list[tuple[torch.Tensor, int]]:
+def _attended(
+    rows: torch.Tensor, seen_NT: torch.Tensor, lengths_N: torch.Tensor, dtype: torch.dtype
+) -> _Group:
+    unseen_NT = torch.arange(seen_NT.shape[1], device=rows.device) >= lengths_N[:, None]
+    bias_NT = torch.zeros_like(unseen_NT, dtype=dtype).masked_fill_(unseen_NT, float("-inf"))
+    return _Group(rows, seen_NT, bias_NT[:, None, None])
+
+
+def _groups(lengths_N: torch.Tensor, most_cells: int) -> list[tuple[torch.Tensor, int]]:
     """Rows of rising length, cut so that a group has at most `most_cells` (row, slot) pairs."""
     order = lengths_N.argsort(stable=True)
     sorted_lengths = lengths_N[order].tolist()
