@@ -1,0 +1,105 @@
+"""Rollouts of the embedded model in known lengths that differ, and the same work as plain sequences."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.paced import Pace, Paced
+from megatron_parallel_r1.data.embedded.generate import training_problem
+from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
+from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.weights import random_hf_tensors
+from megatron_parallel_r1.rollout.base import Completion, Sampling
+from megatron_parallel_r1.rollout.native.engine import NativeContext, NativeEngine
+from megatron_parallel_r1.rollout.native.model import Architecture
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.thought.tags import Tags
+from megatron_parallel_r1.thought.tokenizer import add_tags
+from megatron_parallel_r1.thought.trace import Trace
+
+Sequence_ = tuple[list[int], int]  # what a sequence begins with, and how many tokens it draws
+
+
+class Varied(Paced):
+    """Draws of each stretch from half its pace to half above; the seed of the draw says how many."""
+
+    async def sample(
+        self,
+        context: NativeContext,
+        sampling: Sampling,
+        limit: int,
+        stop: frozenset[int],
+        suppress: frozenset[int],
+    ) -> Completion:
+        pace, share = self._pace, 0.5 + sampling.seed % 1000 / 999
+        varied = Pace(*(max(2, round(share * count)) for count in (pace.main, pace.path, pace.summary)))
+        paced = Paced(self._engine, self._tags, varied)
+        return await paced.sample(context, sampling, limit, stop, suppress)
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """One trace with one block as sequences that know nothing of each other's caches.
+
+    Attributes:
+        main: up to `<Parallel>`.
+        paths: from `<Path>` to `</Path>`.
+        rest: from `<Summary>` to the end.
+    """
+
+    main: Sequence_
+    paths: list[Sequence_]
+    rest: Sequence_
+
+    @property
+    def drawn(self) -> int:
+        return sum(count for _, count in (self.main, *self.paths, self.rest))
+
+
+class EmbeddedWork:
+    """The demo's model with random weights, and prompts of its problems."""
+
+    def __init__(self) -> None:
+        self.tokenizer = build_tokenizer()
+        self.tags: Tags = add_tags(self.tokenizer)
+        self.shape = ModelConfig(
+            128, 2, 4, 2, 32, 512, vocab=len(self.tokenizer), rope_theta=1e3, max_positions=1024
+        )
+        self.tensors: dict[str, torch.Tensor] = dict(random_hf_tensors(self.shape, seed=0, std=0.08))
+
+    def engine(self) -> NativeEngine:
+        engine = NativeEngine(Architecture.of(self.shape))
+        engine.load_weights(self.tensors.items(), version=0)
+        return engine
+
+    def prompts(self, count: int) -> list[list[int]]:
+        questions = (training_problem("easy", 5, index).prompt for index in range(count))
+        return [self.tokenizer(question)["input_ids"] for question in questions]
+
+    def traces(
+        self, engine: NativeEngine, pace: Pace, paths: int, prompts: Sequence[Sequence[int]], varied: bool
+    ) -> list[Trace]:
+        """One for each prompt, all at once, each with one block."""
+        thinking = Thinking(paths=paths, max_blocks=1, max_path_tokens=900, max_response_tokens=8000)
+        paced = (Varied if varied else Paced)(engine, self.tags, pace)
+        thinker = Thinker(paced, self.tags, thinking)
+        return asyncio.run(roll_out(thinker, prompts, range(len(prompts)), concurrent=len(prompts)))
+
+
+def flattened(trace: Trace) -> Flat:
+    """The sequences that draw the same tokens, forced ones being part of what they begin with."""
+    ((_, block),) = trace.tree.all_blocks()
+    prompt, tokens = list(trace.prompt), list(trace.tokens)
+    opened = block.paths[0].start
+    before = prompt + tokens[:opened]
+    rest = block.paths[-1].stop + 2
+    return Flat(
+        (prompt, opened),
+        [(before + tokens[path.start : path.start + 1], path.stop - path.start - 1) for path in block.paths],
+        (prompt + tokens[:rest], len(tokens) - rest),
+    )
