@@ -80,6 +80,12 @@ class Served:
             self._publisher.release()
             self._resting = True
 
+    def end(self) -> None:
+        """Leaves the servers awake, with the last weights: whoever comes next asks them first of all."""
+        if self._resting:
+            self._publish((), self.engine.version + 1)
+        self._publisher.end()
+
     def metrics(self) -> dict[str, float]:
         each = told_all(self._pool.metrics())
         counts = {name: sum(one[name] for one in each) for name in each[0]}
@@ -147,14 +153,15 @@ class Decoders:
         publisher = Publisher(
             controls, model, asked.sync, probe_texts(self._bench.shape.vocab), _Expected(model, self._bench)
         )
+        served = Served(pool, publisher, asked)
         try:
-            yield Served(pool, publisher, asked)
+            yield served
         except BaseException:
             # Others may be gone: nothing that waits for them.
             for control in controls:
                 control.close()
             raise
-        publisher.end()
+        served.end()
 
     def _started(self, model: Model, thinking: Thinking) -> tuple[str, ...]:
         """Servers of this run. They begin with the model as it is now, and soon get its next weights."""
