@@ -89,8 +89,8 @@ class Machine:
 H100 = Machine(
     name="H100",
     per_node=8,
-    products=989e12 * 0.655,
-    experts=989e12 * 0.12,
+    products=989e12 * 0.614,
+    experts=989e12 * 0.114,
     attention=989e12 * 0.45,
     stream=3.35e12 * 0.8,
     node=450e9 * 0.7,

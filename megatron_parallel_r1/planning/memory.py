@@ -3,11 +3,12 @@
 Activations are counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
 Models" (arXiv 2205.05198, section 4): what autograd keeps of a layer for backward, tensor by tensor. What
 differs here: attention keeps no scores and no mask (model/attention/), nothing is dropped out, RMSNorm
-keeps a float32 copy of its input, the MLP is SwiGLU with Megatron's unfused gate, and logits exist a chunk
-at a time (train/logprobs.py).
+keeps its input and a scale, the MLP is SwiGLU with Megatron's unfused gate, and logits exist a chunk at a
+time (train/logprobs.py).
 
-Not counted: what a kernel allocates and frees within itself, gradients of activations (about one layer's
-widest tensor), communication buffers, the CUDA context, and the allocator's fragmentation.
+Not counted: the float32 copies that a CPU's attention keeps of bfloat16 (model/attention/fused.py), what a
+kernel allocates and frees within itself, gradients of activations (about one layer's widest tensor),
+communication buffers, the CUDA context, and the allocator's fragmentation.
 
 Letters: b bytes a number, E hidden, Q and K sizes of all query and of all key heads, D of one, F ffn.
 """
@@ -26,9 +27,9 @@ from megatron_parallel_r1.rollout.native.cache import SlotTable
 from megatron_parallel_r1.train.logprobs import CHUNK_LOGITS
 
 FLOAT32 = 4
-# Float32 tensors of a chunk's size that exist at once in the backward of `target_logprobs`: the logits and
-# their division by the temperature, log-shares, shares, their gradient, and the temporaries of a product.
-CHUNKS_ALIVE = 7
+# Float32 tensors of a chunk's size that exist at once in the backward of `target_logprobs`: logits and
+# gradient of a chunk, while logits of the next one are made, and a temporary.
+CHUNKS_ALIVE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,29 +130,29 @@ def activation_bytes(shape: ModelConfig, parallel: Parallel, part: Part, work: W
         total += forwards * FLOAT32 * shape.head_dim * tokens
     if part.last:
         # The final norm, and its output of those tokens that predict one with loss: at most all.
-        total += narrow * _norm(shape.hidden, 1, number) + number * shape.hidden * tokens
+        total += narrow * _norm(shape.hidden, number) + number * shape.hidden * tokens
     return total
 
 
 def layer_bytes(shape: ModelConfig, parallel: Parallel, row: int, number: int) -> tuple[int, int, int]:
     """What one layer keeps of a row, in three parts: attention, the norm before the MLP, inside the MLP.
 
-    Attention: its norm and the norm's output E b, which the projection keeps; the norms of queries and keys;
-    cosines and sines for both, 4 D b; the query Q b and, of the whole row under context parallelism too, key
-    and value 2 K b; the output Q b. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b. Experts:
-    the same for each that a token goes through, a copy of the token before and behind it, and the router's
-    float32 scores, logits and map.
+    Attention: its norm and the norm's output E b, which the projection keeps; what that makes, (Q + 2 K) b,
+    of which the norm of keys and attention's values are views, and a copy Q b of the queries where there are
+    several groups; a scale of each head's norm; cosines and sines for both, 4 D b; the rotated query Q b and
+    key K b; the output Q b and its sums. Under context parallelism key and value are copies, of the whole
+    row. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b. Experts: the same for each that a token
+    goes through, a copy of the token before and behind it, and the router's float32 scores, logits and map.
     """
     tokens, narrow = _tokens(parallel, row)
     size = parallel.tensor
     heads, groups, dim = shape.heads // size, shape.kv_heads // size, shape.head_dim
     query, key = heads * dim, groups * dim
-    normed = narrow * (_norm(shape.hidden, 1, number) + number * shape.hidden)
-    per_token = _norm(query, heads, number) + _norm(key, groups, number) + number * (4 * dim + 2 * query)
-    if number == FLOAT32:
-        # Views of the projection, which they keep whole: the key's norm, and the query's of a single group.
-        per_token += number * (query + key if groups > 1 else key)
-    attention = normed + tokens * per_token + row * number * 2 * key
+    normed = narrow * (_norm(shape.hidden, number) + number * shape.hidden)
+    projected = query + 2 * key + (query if groups > 1 else 0)
+    per_token = number * (projected + 4 * dim + 2 * query) + FLOAT32 * (2 * heads + groups)
+    seen = key if parallel.context == 1 else 2 * key
+    attention = normed + tokens * per_token + row * number * seen
     if shape.experts is None:
         return attention, normed, tokens * number * 5 * (shape.ffn // size)
     chosen, routed = shape.experts, 3 * FLOAT32 * shape.experts.count
@@ -187,9 +188,9 @@ def cache_bytes(shape: ModelConfig, parallel: Parallel, slots: int, number: int)
     return room * shape.layers * 2 * (shape.kv_heads // parallel.tensor) * shape.head_dim * number
 
 
-def _norm(width: int, groups: int, number: int) -> int:
-    """What RMSNorm keeps of a token: its input in float32, that scaled, and a scale for each group."""
-    return (FLOAT32 + number) * width + FLOAT32 * groups
+def _norm(width: int, number: int) -> int:
+    """What RMSNorm keeps of a token: its input, and a scale."""
+    return number * width + FLOAT32
 
 
 def _tokens(parallel: Parallel, row: int) -> tuple[int, int]:

@@ -62,7 +62,17 @@ def compare(dtype: torch.dtype, parallel: Parallel) -> tuple[int, int]:
     # Of what is computed anew, nothing is there yet before backward.
     attention, norm, mlp = layer_bytes(SHAPE, parallel, LENGTH, number)
     planned -= {"none": 0, "selective": mlp, "full": attention + norm + mlp}[parallel.recompute]
+    if dtype == torch.bfloat16 and parallel.recompute != "full":
+        planned += SHAPE.layers * widened(parallel, len(tokens_T))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), planned
+
+
+def widened(parallel: Parallel, tokens: int) -> int:
+    """What a CPU's attention keeps of a layer on top in bfloat16: float32 query, key, value in place of
+    bfloat16 ones, and the output in both."""
+    query, key = (count * SHAPE.head_dim // parallel.tensor for count in (SHAPE.heads, SHAPE.kv_heads))
+    of_value = 4 if parallel.context == 1 else 2  # a view before, or a copy
+    return tokens * (2 + 4) * query + LENGTH * (2 + of_value) * key
 
 
 def compare_all(parallel: Parallel) -> list[tuple[int, int]]:
