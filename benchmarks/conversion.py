@@ -1,6 +1,6 @@
 """Rate, CPU time and peak memory of conversion, beside a plain copy of the same bytes, and beside mbridge.
 
-    python benchmarks/conversion.py [--gigabytes 4] [--rounds 2] [--folder DIR]
+    python -m benchmarks.conversion [--gigabytes 4] [--rounds 2] [--folder DIR] [--write]
 
 A random Qwen3 of 1.7 B's widths with untied embeddings, in bfloat16. Each round copies its folder, converts
 it to Megatron for tensor 2 x pipeline 2, and converts that back; each in a process of its own, whose peak
@@ -26,9 +26,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import mbridge_peer
 import torch
 
+from benchmarks import mbridge_peer
+from benchmarks.page import Table, add_write_option, publish
+from benchmarks.side_by_side import ratios, spread
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.hf import save_hf_folder
 from megatron_parallel_r1.model.safetensors_files import stored_tensors
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to make about four times as many gigabytes")
+    add_write_option(parser)
     told = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=told.folder) as place:
         folder = Path(place)
@@ -114,7 +117,7 @@ def main() -> None:
                 runs[name].append(_run(name, child, folder / source, folder / target))
             if number == 0:
                 _check(folder)
-        _report(runs, size, largest)
+    publish("conversion", [_table(runs, size, largest)], f"{os.cpu_count()} CPU cores and a disk", told.write)
 
 
 def _check(folder: Path) -> None:
@@ -179,18 +182,22 @@ def _run(name: str, child: str, source: Path, target: Path) -> Run:
     return Run(seconds, cpu, whole, idle * 1024, peak * 1024)
 
 
-def _report(runs: dict[str, list[Run]], size: int, largest: int) -> None:
-    copied = median(run.seconds for run in runs["copy"])
+def _table(runs: dict[str, list[Run]], size: int, largest: int) -> Table:
+    copied, rows = [run.seconds for run in runs["copy"]], []
     for name, some in runs.items():
-        seconds, whole = median(run.seconds for run in some), median(run.whole for run in some)
-        peak, idle = max(run.peak for run in some), max(run.idle for run in some)
-        cpu = median(run.cpu for run in some)
-        memory = f"{idle / 1e9:.2f} before it, the largest weight + {(peak - largest) / 1e9:.2f} GB"
-        print(
-            f"{name:<15} {size / seconds / 1e9:.2f} GB/s ({size / whole / 1e9:.2f}), "
-            f"{copied / seconds:.2f} of the copy's rate; {cpu / size * 1e9:.2f} s of CPU a GB; "
-            f"peak {peak / 1e9:.2f} GB: {memory}"
+        taken, peak = [run.seconds for run in some], max(run.peak for run in some)
+        rows.append(
+            (
+                name,
+                spread([size / 1e9 / seconds for seconds in taken]),
+                spread(ratios(copied, taken)),
+                f"{median(run.cpu for run in some) / size * 1e9:.2f}",
+                f"{peak / 1e9:.2f}",
+                f"{(peak - largest) / 1e9:.2f}",
+            )
         )
+    columns = ("work", "GB/s", "of the copy's rate", "CPU s a GB", "peak GB", "beside the largest weight")
+    return Table(f"Conversion of {size / 1e9:.2f} GB, each in its own process", columns, rows)
 
 
 def _size(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """MB/s of weights published to an SGLang server, beside a plain gloo broadcast of as many bytes, in one run.
 
-    make engines && python benchmarks/weight_sync.py [--megabytes 160] [--repeats 5] [--bucket-mb 64]
+    make engines && python -m benchmarks.weight_sync [--megabytes 160] [--repeats 5] [--bucket-mb 64]
 
 A server of a random float32 model of about that size is started on this CPU. Each repeat broadcasts as many
 bytes from one process to another (one tensor, both ends this project's torch) and then publishes the model by
@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from benchmarks.page import Table, add_write_option, publish
+from benchmarks.side_by_side import ratios, spread
 from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import build_model
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=160)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bucket-mb", type=int, default=64)
+    add_write_option(parser)
     given = parser.parse_args()
     if not PYTHON.exists():
         parser.error(f"no {PYTHON}: run `make engines` first")
@@ -154,14 +156,16 @@ def main() -> None:
                     worst = max(worst, published.difference)
             for publisher in publishers.values():
                 publisher.end()
-    print(f"{size / 1e6:.0f} MB in float32, buckets of {given.bucket_mb} MiB, {given.repeats} repeats")
-    print(f"largest difference of a log-prob: {worst:.1e}")
-    print(f"{'':16}  MB/s  seconds (all)")
+    plainly, rows = seconds["gloo broadcast"][1:], []
     for name, taken in seconds.items():
-        counted = taken[1:]
-        share = median(one / other for one, other in zip(seconds["gloo broadcast"][1:], counted, strict=True))
-        shown = " ".join(f"{one:.2f}" for one in counted)
-        print(f"{name:16} {size / 1e6 / median(counted):5.0f}  {share:4.2f} x  {shown}")
+        rates = [size / 1e6 / one for one in taken[1:]]
+        rows.append((name, spread(rates, ".0f"), spread(ratios(plainly, taken[1:]))))
+    note = (
+        f"{size / 1e6:.0f} MB in float32, buckets of {given.bucket_mb} MiB, {given.repeats} repeats; the pause "
+        f"of the server and its own loading are included. Log-probs afterwards differ by {worst:.1e} at most."
+    )
+    table = Table("Weights to an SGLang server", ("way", "MB/s", "of the broadcast's rate"), rows, note)
+    publish("weight sync", [table], "one thread on each side", given.write)
 
 
 if __name__ == "__main__":

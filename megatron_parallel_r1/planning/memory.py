@@ -141,8 +141,8 @@ def layer_bytes(shape: ModelConfig, parallel: Parallel, row: int, number: int) -
     of which the norm of keys and attention's values are views, and a copy Q b of the queries where there are
     several groups; a scale of each head's norm; cosines and sines for both, 4 D b; the rotated query Q b and
     key K b; the output Q b and its sums. Under context parallelism key and value are copies, of the whole
-    row. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b. Experts: the same for each that a token
-    goes through, a copy of the token before and behind it, and the router's float32 scores, logits and map.
+    row. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b. Experts: the same for each that a
+    token goes through, a copy of it before and behind that, and the router's float32 scores, logits and map.
     """
     tokens, narrow = _tokens(parallel, row)
     size = parallel.tensor
