@@ -161,8 +161,8 @@ def main() -> None:
         rates = [size / 1e6 / one for one in taken[1:]]
         rows.append((name, spread(rates, ".0f"), spread(ratios(plainly, taken[1:]))))
     note = (
-        f"{size / 1e6:.0f} MB in float32, buckets of {given.bucket_mb} MiB, {given.repeats} repeats; the pause "
-        f"of the server and its own loading are included. Log-probs afterwards differ by {worst:.1e} at most."
+        f"{size / 1e6:.0f} MB in float32, buckets of {given.bucket_mb} MiB, {given.repeats} repeats; the "
+        f"server's pause and its own loading are included. Log-probs then differ by {worst:.1e} at most."
     )
     table = Table("Weights to an SGLang server", ("way", "MB/s", "of the broadcast's rate"), rows, note)
     publish("weight sync", [table], "one thread on each side", given.write)
