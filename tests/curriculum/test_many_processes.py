@@ -31,7 +31,7 @@ def run(out: Path, processes: int, *words: str, **environment: str) -> subproces
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
 
 

@@ -23,7 +23,7 @@ def command(out: Path, *words: str) -> list[str]:
 
 
 def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(out, *words), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(out, *words), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

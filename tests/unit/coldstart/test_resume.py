@@ -43,7 +43,7 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
     asked = {"samples": 2, "balance": {"per_problem": 2, "ratio": 1.2}}
     with FakeTeacher(behave).running() as teacher:
         whole = settings_tree(teacher.url, data, tmp_path / "whole") | asked
-        assert start(whole).wait(timeout=120) == 0
+        assert start(whole).wait(timeout=600) == 0
         answers = (tmp_path / "whole" / "answers.jsonl").read_bytes().count(b"\n")
 
     killed = tmp_path / "killed"
@@ -61,7 +61,7 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
             assert not (killed / "traces.parquet").exists()
         torn = killed / "answers.jsonl"
         torn.write_bytes(torn.read_bytes() + b'{"key": "torn')
-        assert start(tree).wait(timeout=120) == 0
+        assert start(tree).wait(timeout=600) == 0
         successes = len(teacher.requests) - len(
             [1 for _, _, body in teacher.requests if body["seed"] % 7 == 0]
         )

@@ -52,7 +52,7 @@ def _dom(url: str, folder: Path) -> str:
     """The page's HTML after its scripts ran; any request to a network fails."""
     command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={folder}", "--dump-dom", url]
     command.insert(-2, "--host-resolver-rules=MAP * ~NOTFOUND")
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 def test_one_trace_is_open_and_no_foreign_script_ran(report: Path, tmp_path: Path) -> None:

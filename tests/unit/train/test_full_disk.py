@@ -15,7 +15,7 @@ SCRIPT = [sys.executable, "-m", "tests.unit.train.full_disk"]
 
 
 def outcome(command: list[str]) -> dict[str, object]:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -187,7 +187,7 @@ def test_two_processes_that_share_rows_have_the_loss_and_gradient_of_one(tmp_pat
         for rank, place in enumerate(places)
     ]
     try:
-        errors = [child.communicate(timeout=120)[1] for child in children]
+        errors = [child.communicate(timeout=600)[1] for child in children]
     finally:
         for child in children:
             child.kill()
