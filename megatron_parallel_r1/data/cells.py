@@ -63,6 +63,10 @@ def as_text(cell: object, column: str) -> str:
         raise BadCell(column, f"{type(cell).__name__} instead of text")
     if not cell.strip():
         raise BadCell(column, "blank")
+    try:
+        cell.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half of a pair; no tokenizer takes it
+        raise BadCell(column, "a lone surrogate", f", at character {error.start}") from None
     return cell.strip()
 
 
@@ -70,6 +74,8 @@ def as_value(cell: object, column: str) -> str:
     """As `as_text`, or a number; a whole one is written without its fraction."""
     if isinstance(cell, bool) or not isinstance(cell, (int, float)):
         return as_text(cell, column)
+    if isinstance(cell, int):
+        return str(cell)
     if not math.isfinite(cell):
         raise BadCell(column, "a number that is not finite")
     return str(int(cell)) if cell == int(cell) else str(cell)

@@ -58,6 +58,8 @@ def _object(line: bytes) -> dict[str, Any] | Unusable:
         return Unusable("text that is not UTF-8", f", at byte {error.start} of the line")
     except json.JSONDecodeError as error:
         return Unusable("not JSON", f", {error.msg} at character {error.pos} of the line")
+    except ValueError:  # Python's own limit for text that becomes a whole number
+        return Unusable("not JSON", ", a number of too many digits")
     except RecursionError:
         return Unusable("not JSON", ", nested too deep")
     if not isinstance(cells, dict):

@@ -81,7 +81,10 @@ def test_parallel_examples_are_canonical(tmp_path: Path) -> None:
     assert example.problem.answers == ("3",)
 
 
-@pytest.mark.parametrize(("answer", "read"), [(27, "27"), (27.0, "27"), (0.5, "0.5"), ("\\pi", "\\pi")])
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [(27, "27"), (27.0, "27"), (0.5, "0.5"), (10**400, "1" + "0" * 400), ("\\pi", "\\pi")],
+)
 def test_answers_kept_as_numbers(answer: object, read: str, tmp_path: Path) -> None:
     for name, column in (("math-ai/amc23", "question"), ("math-ai/amc23", "problem")):
         path = jsonl(tmp_path, {column: "p", "answer": answer})
@@ -171,13 +174,15 @@ def test_broken_lines_are_bad_rows(tmp_path: Path) -> None:
         b'{"problem": {"text": "p"}, "answer": 1}\n',
         b'{"problem": "p", "answer": NaN}\r\n',
         b"[" * 100_000 + b"\n",
+        b'{"problem": "p", "answer": ' + b"9" * 5000 + b"}\n",
+        b'{"problem": "p \\ud800", "answer": 1}\n',
         good.strip(),
     ]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"".join(lines))
     reading = read_problems("math-ai/aime25", path, bad_rows="skip")
-    assert [problem.id for problem in reading.items] == ["0", "8"]
-    assert reading.rows == 8
+    assert [problem.id for problem in reading.items] == ["0", "10"]
+    assert reading.rows == 10
     assert [(bad.row, bad.what) for bad in reading.bad] == [
         (1, "text that is not UTF-8"),
         (3, "not JSON"),
@@ -185,6 +190,8 @@ def test_broken_lines_are_bad_rows(tmp_path: Path) -> None:
         (5, "column 'problem': dict instead of text"),
         (6, "column 'answer': a number that is not finite"),
         (7, "not JSON"),
+        (8, "not JSON"),
+        (9, "column 'problem': a lone surrogate"),
     ]
     with pytest.raises(UserError, match=r"row 1 \(from 0\), text that is not UTF-8, at byte 16 of the line"):
         read_problems("math-ai/aime25", path)
