@@ -38,7 +38,9 @@ def cold_start(told: ColdStart, tell: Tell = lambda line: None) -> Outcome:
         UserError: the data, the teacher or the folder cannot be used as set; or nothing passes.
     """
     data = told.data
-    reading = read_problems(data.name, data.path, limit=data.limit, bad_rows=data.bad_rows)
+    reading = read_problems(
+        data.name, data.path, columns=data.columns, limit=data.limit, bad_rows=data.bad_rows
+    )
     with open_journal(told.out / "answers.jsonl") as journal:
         tell(f"{len(reading.items)} problems; {len(journal)} answers in {told.out / 'answers.jsonl'}")
         asked = asyncio.run(_ask(told, reading.items, journal, tell))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.data.schemas import Columns
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.recipe_errors import first_problem
 from megatron_parallel_r1.rollout.settings import Thinking
@@ -97,6 +98,7 @@ class Problems:
 
     name: str
     path: Path | None = None
+    columns: Columns | None = None
     limit: int | None = None
     bad_rows: Literal["refuse", "skip"] = "refuse"
 

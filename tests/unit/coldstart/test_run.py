@@ -105,6 +105,19 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
         assert len(teacher.requests) == 24
 
 
+def test_a_data_set_of_the_users_own(tmp_path: Path) -> None:
+    data = tmp_path / "own.jsonl"
+    rows = [{"ask": "What is 4 plus 4?", "gold": {"value": 8}}, {"ask": "What is 5 plus 5?", "gold": {}}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "ask", "answer": "gold.value"}
+    own = {"name": "custom", "path": str(data), "columns": columns, "bad_rows": "skip"}
+    with FakeTeacher(lambda body, tried: chat(trace(answer_to(prompt_of(body))))).running() as teacher:
+        outcome = cold_start(settings_with(teacher.url, data, tmp_path / "out", {"data": own}))
+    assert (outcome.problems, outcome.written.traces) == (1, 1)
+    (row,) = parquet.read_table(tmp_path / "out" / "traces.parquet").to_pylist()
+    assert (row["question"], row["answer"]) == ("What is 4 plus 4?", "8")
+
+
 def test_the_unanswered_are_asked_again(tmp_path: Path) -> None:
     data, out = gsm8k_file(tmp_path, 5), tmp_path / "out"
     down = {"now": True}

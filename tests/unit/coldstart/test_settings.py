@@ -37,6 +37,8 @@ def test_both_teachers() -> None:
         ("check", {"max_chars": 0}, "check: max_chars must be >= 1"),
         ("balance", {"ratio": 0.5}, "balance: ratio must be >= 1"),
         ("data", {"name": "openai/gsm8k", "limit": 0}, "data: limit must be >= 1"),
+        ("data", {"name": "custom", "columns": {"prompt": "q"}}, "data.columns.answer: "),
+        ("data", {"name": "custom", "columns": {"prompt": "q", "answer": "a", "gold": "g"}}, "gold: unknown"),
         ("teacher", {"kind": "oracle"}, "teacher: "),
     ],
 )
