@@ -20,6 +20,7 @@ from megatron_parallel_r1.coldstart.settings import ColdStart, OwnEngine
 from megatron_parallel_r1.coldstart.tally import Seen, Shapes, Tally
 from megatron_parallel_r1.coldstart.teacher import Teacher
 from megatron_parallel_r1.coldstart.writing import Row, write_text, write_traces
+from megatron_parallel_r1.data.account import account_table
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.readers import read_problems
 from megatron_parallel_r1.errors import UserError
@@ -41,6 +42,8 @@ def cold_start(told: ColdStart, tell: Tell = lambda line: None) -> Outcome:
     reading = read_problems(
         data.name, data.path, columns=data.columns, limit=data.limit, bad_rows=data.bad_rows
     )
+    if reading.account.kept < reading.account.rows:
+        tell(account_table([reading.account]).rstrip())
     with open_journal(told.out / "answers.jsonl") as journal:
         tell(f"{len(reading.items)} problems; {len(journal)} answers in {told.out / 'answers.jsonl'}")
         asked = asyncio.run(_ask(told, reading.items, journal, tell))

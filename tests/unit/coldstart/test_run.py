@@ -112,7 +112,10 @@ def test_a_data_set_of_the_users_own(tmp_path: Path) -> None:
     columns = {"prompt": "ask", "answer": "gold.value"}
     own = {"name": "custom", "path": str(data), "columns": columns, "bad_rows": "skip"}
     with FakeTeacher(lambda body, tried: chat(trace(answer_to(prompt_of(body))))).running() as teacher:
-        outcome = cold_start(settings_with(teacher.url, data, tmp_path / "out", {"data": own}))
+        settings = settings_with(teacher.url, data, tmp_path / "out", {"data": own})
+        told: list[str] = []
+        outcome = cold_start(settings, told.append)
+    assert "| 2 | 1 | 1 | column 'gold.value': missing | 1 |" in told[0]
     assert (outcome.problems, outcome.written.traces) == (1, 1)
     (row,) = parquet.read_table(tmp_path / "out" / "traces.parquet").to_pylist()
     assert (row["question"], row["answer"]) == ("What is 4 plus 4?", "8")
