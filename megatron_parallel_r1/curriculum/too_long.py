@@ -10,7 +10,6 @@ from megatron_parallel_r1.data.problems import Example, Problem
 from megatron_parallel_r1.data.readers import Reading
 from megatron_parallel_r1.data.source import Streamed, problem_of
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model import process
 
 T = TypeVar("T", Problem, Example)
 
@@ -33,6 +32,8 @@ def without_long(
             longer.add(problem_of(item).id)
     if len(longer) == count:
         raise UserError(f"stage {stage}: nothing of its data has at most {most:,} tokens; raise {setting}")
+    # It brings Megatron, which a command that only reads need not wait for.
+    from megatron_parallel_r1.model import process
     if longer and process.is_first():
         left_out = f"{len(longer)} of {count} have more than {most:,} tokens ({setting}), left out"
         print(f"stage {stage}: {left_out}", file=sys.stderr)
