@@ -61,12 +61,16 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Before the weights are read: a port that is taken is told at once."""
+    """Before the weights are read: a port that is taken is told at once, and who comes early waits.
+
+    Bound alone it would refuse who asks at once, and Linux would let a second server bind it too.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or error

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.serve.run import _listen
 from megatron_parallel_r1.serve.served import Served
 from tests.serve.server import chat, events, running, wait_until_idle
 
@@ -102,6 +103,15 @@ def test_it_listens_at_the_loopback_alone_and_only_under_its_name(client: httpx.
         assert probe.connect_ex(("127.0.0.2", port)) != 0
     for host, status in (("evil.example", 403), (f"localhost:{port}", 200), ("[::1]", 200), ("", 403)):
         assert client.get("/v1/models", headers={"Host": host}).status_code == status, host
+
+
+def test_the_port_is_held_from_the_start() -> None:
+    """Who reads the address may ask at once; a second server is told while the first reads its weights."""
+    with _listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+        with pytest.raises(UserError, match="cannot listen"):
+            _listen("127.0.0.1", port)
 
 
 def test_an_open_address_without_a_key_is_warned_of(release: Path, capfd: pytest.CaptureFixture[str]) -> None:
