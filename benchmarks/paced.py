@@ -5,14 +5,12 @@ All other work is the real one: the wrapped engine's passes, caches, forks and j
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from megatron_parallel_r1.rollout.base import Completion, Engine, Sampling
-from megatron_parallel_r1.thought.layout import Mode
+from megatron_parallel_r1.rollout.wrapped import Wrapped
 from megatron_parallel_r1.thought.tags import Tags
 
 
@@ -30,7 +28,7 @@ class Pace:
         return self.main * (blocks + 1) + blocks * (paths * (self.path + 1) + 2 + self.summary)
 
 
-class Paced:
+class Paced(Wrapped[Any]):
     """Opens a block wherever one is allowed, and ends every stretch by its tag after so many tokens.
 
     The closing token is written, not drawn, and its log-prob is told as 0: what a trainer compares with it
@@ -38,28 +36,8 @@ class Paced:
     """
 
     def __init__(self, engine: Engine[Any], tags: Tags, pace: Pace) -> None:
-        self._engine, self._tags, self._pace = engine, tags, pace
-
-    @property
-    def modes(self) -> frozenset[Mode]:
-        return self._engine.modes
-
-    @property
-    def version(self) -> int:
-        return self._engine.version
-
-    @property
-    def together(self) -> bool:
-        return self._engine.together
-
-    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self._engine.load_weights(tensors, version)
-
-    def offer_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self._engine.offer_weights(tensors, version)
-
-    def interrupt(self) -> None:
-        self._engine.interrupt()
+        super().__init__(engine)
+        self._tags, self._pace = tags, pace
 
     def open(self) -> Any:
         return self._engine.open()

@@ -55,7 +55,7 @@ class Model(Strict):
     path: Path | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["local", "transformer_engine"] = "local"
-    attention: Literal["auto", "fused", "tiled", "flex", "triton"] = "auto"
+    attention: Literal["auto", "sdpa", "tiled", "flex", "triton"] = "auto"
     fp8: Literal["none", "delayed", "current", "blockwise"] = "none"
     fp8_params: bool = False
 

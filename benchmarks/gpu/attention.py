@@ -31,7 +31,7 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
 def kernels_on(device: torch.device) -> tuple[Kernel, ...]:
     """Those that train there; the first is the one that `auto` takes."""
-    return ("triton", "flex", "tiled") if device.type == "cuda" else ("fused", "tiled")
+    return ("triton", "flex", "tiled") if device.type == "cuda" else ("sdpa", "tiled")
 
 
 def _inputs(length: int, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

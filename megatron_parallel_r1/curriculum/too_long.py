@@ -25,6 +25,9 @@ def without_long(
     Raises:
         UserError: all are longer.
     """
+    # It brings Megatron, which a command that only reads need not wait for.
+    from megatron_parallel_r1.model import process
+
     count, longer = 0, set()
     for item in items.in_order():
         count += 1
@@ -32,8 +35,6 @@ def without_long(
             longer.add(problem_of(item).id)
     if len(longer) == count:
         raise UserError(f"stage {stage}: nothing of its data has at most {most:,} tokens; raise {setting}")
-    # It brings Megatron, which a command that only reads need not wait for.
-    from megatron_parallel_r1.model import process
     if longer and process.is_first():
         left_out = f"{len(longer)} of {count} have more than {most:,} tokens ({setting}), left out"
         print(f"stage {stage}: {left_out}", file=sys.stderr)

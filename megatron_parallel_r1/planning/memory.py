@@ -6,7 +6,7 @@ differs here: attention keeps no scores and no mask (model/attention/), nothing 
 keeps its input and a scale, the MLP is SwiGLU with Megatron's unfused gate, and logits exist a chunk at a
 time (train/logprobs.py).
 
-Not counted: the float32 copies that a CPU's attention keeps of bfloat16 (model/attention/fused.py), what a
+Not counted: the float32 copies that a CPU's attention keeps of bfloat16 (model/attention/sdpa.py), what a
 kernel allocates and frees within itself, gradients of activations (about one layer's widest tensor),
 communication buffers, the CUDA context, and the allocator's fragmentation.
 

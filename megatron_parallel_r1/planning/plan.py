@@ -127,15 +127,15 @@ def plan(
         except UserError as refused:
             in_process = False
             notes.append(f"a run would end with: {refused}")
-    timing = Timing(recipe, shape, pieces, data, machine)
-    planner = _Planner(recipe, shape, pieces, data, longest, in_process, timing)
+    planner = _Planner(recipe, shape, pieces, data, longest, in_process, machine)
     stages = tuple(planner.stage(stage) for stage in recipe.stages)
     notes += [
         *assumed,
         *(note for stage in stages for note in _warnings(stage, recipe, shape, data, gpu)),
     ]
     if recipe.rollout.engine != "native":
-        notes.append(f"times are told for {timing.engines} servers of {_gpus(recipe.rollout.tensor)} each")
+        servers, tensor = planner.timing.engines, recipe.rollout.tensor
+        notes.append(f"times are told for {servers} servers of {_gpus(tensor)} each")
     return Plan(recipe, shape, parallel, world, data, pieces, stages, gpu, machine, tuple(notes))
 
 
@@ -166,7 +166,11 @@ class _Planner:
     data: int
     longest: Longest
     in_process: bool
-    timing: Timing
+    machine: Machine
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(self.recipe, self.shape, self.parts, self.data, self.machine)
 
     def stage(self, stage: config.SftStage | config.RlStage) -> StagePlan:
         thinking = self.recipe.thinking_of(stage)

@@ -7,14 +7,12 @@ goes on as the block's summary, and so on; see `_tell_written` and `_tell_drawn`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
-import torch
-
 from megatron_parallel_r1.rollout.base import Completion, Context, Engine, Interrupted, Sampling
-from megatron_parallel_r1.thought.layout import Mode
+from megatron_parallel_r1.rollout.wrapped import Wrapped
 from megatron_parallel_r1.thought.tags import Tags
 
 # Whose token: () the main text, (2,) the tags and the summary of its second block, (2, 0) that block's first
@@ -38,7 +36,7 @@ class Strand(Generic[Context]):
     blocks: int = 0
 
 
-class ListeningEngine(Generic[Context]):
+class ListeningEngine(Wrapped[Context]):
     """An `Engine` for one trace; what the loop leaves open when it is cut short, `close_all` closes.
 
     Args:
@@ -46,28 +44,11 @@ class ListeningEngine(Generic[Context]):
     """
 
     def __init__(self, engine: Engine[Context], tags: Tags, hear: Hear) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._tags = tags
         self._hear = hear
         self._open: set[Strand[Context]] = set()
         self._ended = False
-
-    @property
-    def modes(self) -> frozenset[Mode]:
-        return self._engine.modes
-
-    @property
-    def version(self) -> int:
-        return self._engine.version
-
-    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self._engine.load_weights(tensors, version)
-
-    def offer_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self._engine.offer_weights(tensors, version)
-
-    def interrupt(self) -> None:
-        self._engine.interrupt()
 
     @staticmethod
     def prompt(inner: Context) -> Strand[Context]:

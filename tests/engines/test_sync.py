@@ -8,13 +8,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 
@@ -28,13 +26,12 @@ from megatron_parallel_r1.sync.sglang import SglangControl
 from megatron_parallel_r1.sync.transport import Passed
 from tests.engines.servers import sglang
 from tests.engines.trained import EXACT, ROWS, SHAPE, Trained, draw, write_drawn
+from tests.engines.under_way import LONG, Asked
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.xdist_group("sync")]
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS: tuple[Kind, ...] = ("distributed", "tensor", "disk")
-# Tokens of a request that a publication meets.
-LONG = 900
 
 
 @pytest.fixture(scope="module")
@@ -103,28 +100,10 @@ def test_two_updates_are_exact_and_differ(server: str, model: Model, tmp_path: P
         assert sorted(path.name for path in tmp_path.iterdir()) == ["version-21", "version-22"]
 
 
-class Asked(SglangControl):
-    """Is asked for a long text just before it is paused, and has begun it then."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url, 120)
-        self.answers: list[dict] = []
-        self._begun = threading.Event()
-        self.request = threading.Thread(target=self._ask)
-
-    def pause(self, in_flight: InFlight) -> None:
-        self.request.start()
-        assert self._begun.wait(120), "the request did not begin"
-        super().pause(in_flight)
-
-    def _ask(self) -> None:
+class AskedControl(Asked, SglangControl):
+    def question(self) -> tuple[str, dict]:
         params = {"max_new_tokens": LONG, "temperature": 0, "ignore_eos": True}
-        asked = {"input_ids": [5, 6, 7], "sampling_params": params, "stream": True}
-        with httpx.stream("POST", f"{self.url}/generate", json=asked, timeout=300) as reply:
-            for line in reply.iter_lines():
-                if line.startswith("data: {"):
-                    self.answers.append(json.loads(line.removeprefix("data: ")))
-                    self._begun.set()
+        return "/generate", {"input_ids": [5, 6, 7], "sampling_params": params}
 
 
 @pytest.mark.parametrize("in_flight", ["finish", "retract", "abort"])
@@ -137,7 +116,7 @@ def test_what_becomes_of_requests_under_way(
             draw(model, old)
             publisher.publish(old)
         with publishing(model, tmp_path, server, in_flight=in_flight) as publisher:
-            control = Asked(server)
+            control = AskedControl(server)
             publisher.add(control)
             draw(model, old + 1)
             published = publisher.publish(old + 1)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 
@@ -24,11 +21,9 @@ from megatron_parallel_r1.train.probing import causal_logprobs
 from megatron_parallel_r1.train.scorer import Scorer
 from tests.engines.servers import vllm
 from tests.engines.trained import EXACT, ROWS, SHAPE, Trained, draw, write_drawn
+from tests.engines.under_way import LONG, Asked
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.xdist_group("sync_vllm")]
-
-# Tokens of a request that a publication meets.
-LONG = 900
 
 
 @pytest.fixture(scope="module")
@@ -93,28 +88,10 @@ def test_the_old_output_matrix_is_an_error_that_names_it(server: str, model: Mod
     assert whole.publish(23).difference <= EXACT
 
 
-class Asked(VllmControl):
-    """Is asked for a long text just before it is paused, and has begun it then."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url, 120)
-        self.choices: list[dict] = []
-        self._begun = threading.Event()
-        self.request = threading.Thread(target=self._ask)
-
-    def pause(self, in_flight: InFlight) -> None:
-        self.request.start()
-        assert self._begun.wait(120), "the request did not begin"
-        super().pause(in_flight)
-
-    def _ask(self) -> None:
+class AskedControl(Asked, VllmControl):
+    def question(self) -> tuple[str, dict]:
         asked = {"model": self._name(), "prompt": [5, 6, 7], "max_tokens": LONG, "temperature": 0}
-        asked |= {"stream": True, "ignore_eos": True, "logprobs": 0, "return_token_ids": True}
-        with httpx.stream("POST", f"{self.url}/v1/completions", json=asked, timeout=300) as reply:
-            for line in reply.iter_lines():
-                if line.startswith("data: {"):
-                    self.choices.append(json.loads(line.removeprefix("data: "))["choices"][0])
-                    self._begun.set()
+        return "/v1/completions", asked | {"ignore_eos": True, "logprobs": 0, "return_token_ids": True}
 
 
 @pytest.mark.parametrize("in_flight", ["finish", "retract", "abort"])
@@ -126,12 +103,12 @@ def test_what_becomes_of_requests_under_way(
         before = publisher_to(VllmControl(server, 120), model, tmp_path)
         draw(model, old)
         before.publish(old)
-        control = Asked(server)
+        control = AskedControl(server)
         publisher = publisher_to(control, model, tmp_path, in_flight)
         draw(model, old + 1)
         assert publisher.publish(old + 1).in_step == (server,)
         control.request.join(300)
-        choices = control.choices
+        choices = [answer["choices"][0] for answer in control.answers]
         reason = choices[-1]["finish_reason"]
         tokens = [token for choice in choices for token in choice["token_ids"]]
         logprobs = [one for choice in choices for one in (choice["logprobs"] or {}).get("token_logprobs", ())]

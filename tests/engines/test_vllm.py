@@ -121,4 +121,3 @@ def test_traces_are_exact_and_share_the_cache(url: str, mode: Mode) -> None:
     assert cached > 0.2
     few = rolled(engine, thinking, prompts[:6], concurrent=2)
     assert [trace.tokens for trace in few] == [trace.tokens for trace in traces[:6]]
-

@@ -2,7 +2,7 @@
 
 | kernel | runs on | is |
 |---|---|---|
-| `fused` | CPU | torch's fused kernel, called for parts of the row; the fastest there |
+| `sdpa` | CPU | torch's fused kernel, called for parts of the row; the fastest there |
 | `tiled` | CPU, CUDA | plain torch, exact in float64, too |
 | `flex` | CUDA; forward on the CPU | torch's FlexAttention, compiled, under a block mask made of the layout |
 | `triton` | CUDA | our own kernels; the fastest here |
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.attention.fused import fused_attention
 from megatron_parallel_r1.model.attention.interpreter import interpreted
+from megatron_parallel_r1.model.attention.sdpa import sdpa_attention
 from megatron_parallel_r1.model.attention.tiled import tiled_attention
 
-Kernel = Literal["auto", "fused", "tiled", "flex", "triton"]
+Kernel = Literal["auto", "sdpa", "tiled", "flex", "triton"]
 # The widest head that the Triton kernels' tiles fit into a multiprocessor with.
 WIDEST = 256
 
@@ -44,9 +44,9 @@ def check_kernel(kernel: str, device: torch.device, dim: int) -> None:
         raise UserError(f"model.attention: {kernel!r} is none of {', '.join(get_args(Kernel))}; choose one")
     if kernel in ("auto", "tiled"):
         return
-    if kernel == "fused":
+    if kernel == "sdpa":
         if device.type != "cpu":
-            raise UserError("model.attention: fused is for the CPU; set it to auto")
+            raise UserError("model.attention: sdpa is for the CPU; set it to auto")
         return
     if device.type != "cuda" and not (kernel == "triton" and interpreted()):
         raise UserError(f"model.attention: {kernel} needs a CUDA device; set it to auto, or tiled")
@@ -59,11 +59,11 @@ def check_kernel(kernel: str, device: torch.device, dim: int) -> None:
 
 
 def chosen_kernel(kernel: Kernel, query_QHD: Tensor) -> Kernel:
-    """What `auto` stands for: `fused` on a CPU, elsewhere `triton` if it can take the heads, else `tiled`."""
+    """What `auto` stands for: `sdpa` on a CPU, elsewhere `triton` if it can take the heads, else `tiled`."""
     if kernel != "auto":
         return kernel
     if query_QHD.device.type == "cpu":
-        return "fused"
+        return "sdpa"
     fits = query_QHD.is_cuda and query_QHD.shape[2] <= WIDEST and query_QHD.dtype != torch.float64
     return "triton" if fits and find_spec("triton") is not None else "tiled"
 
@@ -99,8 +99,8 @@ def path_attention(
 
         return flex_attention(query_QHD, key_LGD, value_LGD, layout_KQ, scale)
     check_kernel(kernel, query_QHD.device, query_QHD.shape[2])
-    if kernel == "fused":
-        return fused_attention(query_QHD, key_LGD, value_LGD, layout_KQ, scale)
+    if kernel == "sdpa":
+        return sdpa_attention(query_QHD, key_LGD, value_LGD, layout_KQ, scale)
     # Triton is not there on every machine.
     from megatron_parallel_r1.model.attention.kernels.launch import kernel_attention
 

@@ -162,11 +162,11 @@ def test_memo_forgets_with_the_layout() -> None:
 def test_auto_is_fused_on_a_cpu() -> None:
     query, key, value = inputs(150, 150)
     layout_KL, _ = layouts()["causal"]
-    assert chosen_kernel("auto", query) == "fused"
-    fused_LHD = path_attention(query, key, value, layout_KL, 0.25, "fused")
-    assert torch.equal(path_attention(query, key, value, layout_KL, 0.25), fused_LHD)
-    with pytest.raises(UserError, match="fused is for the CPU"):
-        check_kernel("fused", torch.device("cuda"), 16)
+    assert chosen_kernel("auto", query) == "sdpa"
+    sdpa_LHD = path_attention(query, key, value, layout_KL, 0.25, "sdpa")
+    assert torch.equal(path_attention(query, key, value, layout_KL, 0.25), sdpa_LHD)
+    with pytest.raises(UserError, match="sdpa is for the CPU"):
+        check_kernel("sdpa", torch.device("cuda"), 16)
     with pytest.raises(UserError, match="triton needs a CUDA device"):
         path_attention(query, key, value, layout_KL, 0.25, "triton")
 

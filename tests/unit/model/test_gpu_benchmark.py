@@ -25,7 +25,7 @@ def test_every_measurement_runs(world: None) -> None:
     logits = {
         tuple(row[:4]): row[4:] for row in tables["Difference of logits from transformers' in float32"].rows
     }
-    for kernel in ("fused", "tiled"):
+    for kernel in ("sdpa", "tiled"):
         assert float(logits["local", kernel, "none", "float32"][0]) <= 2e-5  # the promise of the design
     # Ours is rounded as often as theirs.
     ours = float(logits["local", "auto", "none", "bfloat16"][1])
@@ -34,7 +34,7 @@ def test_every_measurement_runs(world: None) -> None:
     exact, rounded = tables["Difference of a token's log-prob at rollout and in training"].rows
     assert float(exact[2]) <= 2e-5 < float(rounded[2])
     errors = tables["Largest error by the largest number"].rows[0]
-    assert errors[:2] == ["fused", "float32"]
+    assert errors[:2] == ["sdpa", "float32"]
     assert max(map(float, errors[2:6])) < 2e-6  # float32 sums of a few hundred products
     by_kernel = {tuple(row[:4]): row for row in tables["A training step of 1 layers of 32"].rows}
     assert float(by_kernel["local", "tiled", "none", "bfloat16"][4]) > 0

@@ -49,7 +49,7 @@ def test_what_cannot_run_is_told_in_one_line() -> None:
     assert told == "model.fp8: blockwise: compute capability 9.0 or higher required; set it to none"
     for kernel in ("flex", "triton"):
         assert f"{kernel} needs a CUDA device" in refusal(Layers(attention=kernel), Machine(CPU))
-    assert "none of auto, fused, tiled, flex, triton" in refusal(Layers(attention="dense"), Machine(CUDA))
+    assert "none of auto, sdpa, tiled, flex, triton" in refusal(Layers(attention="dense"), Machine(CUDA))
 
 
 def test_what_can_run_passes() -> None:

@@ -50,7 +50,7 @@ def _bias(layout_KQ: Tensor, call: Call, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(sees_MS.shape, dtype=dtype).masked_fill_(~sees_MS, -torch.inf)
 
 
-class _FusedAttention(torch.autograd.Function):
+class _SdpaAttention(torch.autograd.Function):
     """softmax(scale * query key^T under the layout) value, in float32 or float64."""
 
     @staticmethod
@@ -113,7 +113,7 @@ class _FusedAttention(torch.autograd.Function):
         return query_grad_QHD, key_grad_LGD, value_grad_LGD, None, None, None
 
 
-def fused_attention(
+def sdpa_attention(
     query_QHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, layout_KQ: Tensor, scale: float, long: int = LONG
 ) -> Tensor:
     """Attention of one packed row under its layout; arguments and result as `choice.path_attention`'s.
@@ -125,4 +125,4 @@ def fused_attention(
     wide = torch.promote_types(dtype, torch.float32)
     parts = (part.to(wide) for part in (query_QHD, key_LGD, value_LGD))
     plan = PLANS.of(layout_KQ, long, lambda: plan_calls(layout_KQ, long))
-    return _FusedAttention.apply(*parts, layout_KQ, scale, plan).to(dtype)
+    return _SdpaAttention.apply(*parts, layout_KQ, scale, plan).to(dtype)

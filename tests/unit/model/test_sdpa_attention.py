@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.model.attention.fused import fused_attention
+from megatron_parallel_r1.model.attention.sdpa import sdpa_attention
 from megatron_parallel_r1.model.attention.segments import Call, plan_calls
 from megatron_parallel_r1.model.attention.tiles import visible
 from megatron_parallel_r1.thought.packing import context_indices
@@ -34,7 +34,7 @@ def worst_difference(
     *leaves, grad_QHD = inputs(*sees_QL.shape, heads, groups, dtype)
     exact = dense_attended(*leaves, grad_QHD, sees_QL, 8**-0.5)
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    out_QHD = fused_attention(*leaves, layout_KQ, 8**-0.5, long)
+    out_QHD = sdpa_attention(*leaves, layout_KQ, 8**-0.5, long)
     out_QHD.backward(grad_QHD)
     found = [out_QHD, *(leaf.grad for leaf in leaves)]
     wanted = [exact.out, exact.query_grad, exact.key_grad, exact.value_grad]
@@ -91,14 +91,14 @@ def test_gradcheck() -> None:
     row = random_row(1, documents=2, depth=1)
     query, key, value, _ = inputs(len(row), len(row), 2, 1, torch.float64)
     leaves = [x[..., :2].contiguous().requires_grad_() for x in (query, key, value)]
-    assert torch.autograd.gradcheck(lambda q, k, v: fused_attention(q, k, v, row.layout_KL, 0.5, 8), leaves)
+    assert torch.autograd.gradcheck(lambda q, k, v: sdpa_attention(q, k, v, row.layout_KL, 0.5, 8), leaves)
 
 
 def test_bfloat16_keeps_its_softmax_in_float32() -> None:
     row = random_row(4, documents=2, depth=2)
     query, key, value, _ = inputs(len(row), len(row), 4, 2, torch.bfloat16)
-    out_LHD = fused_attention(query, key, value, row.layout_KL, 8**-0.5)
-    wide_LHD = fused_attention(query.float(), key.float(), value.float(), row.layout_KL, 8**-0.5)
+    out_LHD = sdpa_attention(query, key, value, row.layout_KL, 8**-0.5)
+    wide_LHD = sdpa_attention(query.float(), key.float(), value.float(), row.layout_KL, 8**-0.5)
     assert out_LHD.dtype == torch.bfloat16
     assert torch.equal(out_LHD, wide_LHD.bfloat16())
 
@@ -110,7 +110,7 @@ def test_a_stretch_hidden_from_a_call_takes_no_gradient() -> None:
     layout_KL[2, 200:299], layout_KL[3, 200:299] = 100, 200
     *leaves, grad_LHD = inputs(300, 300, 2, 1, torch.float32)
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    fused_attention(*leaves, layout_KL, 1.0)[200:299].backward(grad_LHD[200:299])
+    sdpa_attention(*leaves, layout_KL, 1.0)[200:299].backward(grad_LHD[200:299])
     assert not leaves[1].grad[100:200].any() and leaves[1].grad[:100].any()
 
 
@@ -161,6 +161,6 @@ def test_memory_is_linear_in_the_row() -> None:
         query, key, value, _ = (x.requires_grad_() for x in inputs(length, length, 2, 1, torch.float32))
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
-            fused_attention(query, key, value, causal_row(length).layout_KL, 1.0)
+            sdpa_attention(query, key, value, causal_row(length).layout_KL, 1.0)
         saved.append(sum(x.numel() for x in kept))
     assert saved[1] == 4 * saved[0]
