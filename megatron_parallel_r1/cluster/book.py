@@ -83,20 +83,22 @@ def statuses(logs: Path, entries: Sequence[Entry]) -> list[Status]:
 
 
 def slurm_states(ids: Sequence[str]) -> dict[str, str]:
-    """From the accounts, or from the controller where a site keeps none; it forgets after some minutes."""
+    """From the controller, and from the accounts, which lag by seconds, for jobs that it has forgotten."""
     if not ids:
         return {}
-    asked = ["sacct", "-X", "--noheader", "--parsable2", "--format=JobID,State", f"--jobs={','.join(ids)}"]
+    asked = ["squeue", "--array", "--states=all", "--noheader", "--format=%i|%T", f"--jobs={','.join(ids)}"]
+    states = answered(asked)
+    if forgotten := [id for id in ids if id not in states]:
+        fields = ["--noheader", "--parsable2", "--format=JobID,State"]
+        states |= answered(["sacct", "-X", *fields, f"--jobs={','.join(forgotten)}"])
+    return states
+
+
+def answered(asked: Sequence[str]) -> dict[str, str]:
+    """A client of SLURM that prints `id|state` a line; what it knows of no job is not in there."""
     said = subprocess.run(asked, capture_output=True, text=True)
-    states = dict(line.split("|")[:2] for line in said.stdout.splitlines() if "|" in line)
-    for id in ids:
-        if id not in states:
-            shown = subprocess.run(
-                ["scontrol", "show", "job", "--oneliner", id], capture_output=True, text=True
-            )
-            words = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
-            states[id] = words.get("JobState", "UNKNOWN")
-    return {id: state.split()[0] for id, state in states.items()}  # `CANCELLED by 0`
+    pairs = (line.split("|") for line in said.stdout.splitlines() if "|" in line)
+    return {id: state.split()[0] for id, state in pairs}  # `CANCELLED by 0`
 
 
 def local_state(entry: Entry, outcomes: Sequence[str]) -> str:

@@ -73,6 +73,19 @@ def test_a_failed_stage_ends_the_chain_with_its_reason(site: Site) -> None:
     assert f"mini-rl (job {jobs[1]}), which it waits for, is FAILED" in third
     assert "the third step went wrong on purpose" in launch(site, "logs", jobs[1])
     assert not (site.folder / "runs/mini/release").exists()
+    known = ("COMPLETED", "FAILED", "CANCELLED")
+    site.slurm.wait_for(lambda: states_in_the_accounts(site, len(jobs)) == known, "the accounts")
+
+
+def states_in_the_accounts(site: Site, jobs: int) -> tuple[str, ...]:
+    """What `status` says once the controller has forgotten the jobs."""
+    forgetful = site.folder / "forgetful"
+    forgetful.mkdir(exist_ok=True)
+    (forgetful / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    (forgetful / "squeue").chmod(0o755)
+    lines = launch(site, "status", PATH=f"{forgetful}:{os.environ['PATH']}").splitlines()
+    assert len(lines) == jobs
+    return tuple(line.split()[2] for line in lines)
 
 
 def test_a_sweep_is_an_array(site: Site) -> None:
