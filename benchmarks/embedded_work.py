@@ -14,7 +14,8 @@ from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.weights import random_hf_tensors
 from megatron_parallel_r1.rollout.base import Completion, Sampling
-from megatron_parallel_r1.rollout.native.engine import NativeContext, NativeEngine
+from megatron_parallel_r1.rollout.native.context import NativeContext
+from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out

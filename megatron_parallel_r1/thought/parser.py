@@ -84,6 +84,8 @@ class Parser:
         name = self._names.get(token)
         if name == "eos":
             name = None
+        if name is None and self._state is not State.BLOCK and self._state is not State.JOINED:
+            return
         match self._state, name:
             case ((State.TEXT | State.PATH), "<Parallel>"):
                 self._open.append(_OpenBlock(index))
@@ -114,8 +116,6 @@ class Parser:
                 self.feed(token)
             case State.BLOCK, None:
                 self._complain(index, "text between the paths of a block")
-            case _, None:
-                return
             case state, _:
                 self._complain(index, f"{name} inside {_WHERE[state]}")
 

@@ -9,51 +9,32 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from megatron_parallel_r1.rollout.base import Completion, Interrupted, Sampling
 from megatron_parallel_r1.rollout.native.cache import SlotTable
-from megatron_parallel_r1.rollout.native.graphs import Decoder, Decoding
+from megatron_parallel_r1.rollout.native.context import NativeContext
+from megatron_parallel_r1.rollout.native.draws import Call, Draws
+from megatron_parallel_r1.rollout.native.graphs import Decoder
 from megatron_parallel_r1.rollout.native.model import Architecture, DecodeModel
-from megatron_parallel_r1.rollout.native.sampler import draw
+from megatron_parallel_r1.rollout.native.rows import Numbers, Rows
+from megatron_parallel_r1.rollout.native.sampler import draw, uniforms
 from megatron_parallel_r1.rollout.native.team import Team
 from megatron_parallel_r1.thought.layout import Mode
 
-
-@dataclass(slots=True)
-class NativeContext:
-    """A row of the slot table.
-
-    Attributes:
-        position: of the next token.
-        pending: tokens that are part of the context but not in the cache yet.
-        logits_V: for the next token, once nothing is pending; of a team, rank 0 alone has all of them.
-        version: of the weights that made `logits_V`.
-    """
-
-    row: int
-    position: int = 0
-    pending: list[int] = field(default_factory=list)
-    logits_V: torch.Tensor | None = None
-    version: int = -1
+Answer = TypeVar("Answer")
 
 
-@dataclass(slots=True)
-class _Request:
-    """One `write` (limit 0) or `sample` under way."""
+@dataclass(frozen=True, eq=False, slots=True)
+class _Write:
+    """One `write` under way."""
 
     context: NativeContext
-    done: asyncio.Future[Completion | None]
-    sampling: Sampling = field(default_factory=Sampling)
-    limit: int = 0
-    stop: frozenset[int] = frozenset()
-    suppress: frozenset[int] = frozenset()
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    done: asyncio.Future[None]
 
 
 class NativeEngine:
@@ -91,7 +72,10 @@ class NativeEngine:
         self._decoder: Decoder | None = None
         self._table = SlotTable()
         self._model: DecodeModel | None = None
-        self._requests: list[_Request] = []
+        self._writes: list[_Write] = []
+        self._calls: list[Call] = []
+        self._draws = Draws()
+        self._cancelled = False
         self._driver: asyncio.Task[None] | None = None
         self._offers: dict[int, list[tuple[str, torch.Tensor]]] = {}
         self._offering = threading.Lock()
@@ -149,7 +133,9 @@ class NativeEngine:
     async def write(self, context: NativeContext, tokens: Sequence[int]) -> None:
         context.pending += tokens
         if context.pending:
-            await self._serve(_Request(context, asyncio.get_running_loop().create_future()))
+            written = _Write(context, asyncio.get_running_loop().create_future())
+            self._writes.append(written)
+            await self._served(written.done)
 
     async def sample(
         self,
@@ -161,56 +147,119 @@ class NativeEngine:
     ) -> Completion:
         assert limit >= 1, "a completion has at least one token"
         assert context.pending or context.logits_V is not None, "nothing to continue: write something first"
-        done = asyncio.get_running_loop().create_future()
-        completion = await self._serve(_Request(context, done, sampling, limit, stop, suppress))
-        assert completion is not None
-        return completion
+        done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._calls.append(Call(context, done, sampling, limit, stop, suppress))
+        return await self._served(done)
 
-    async def _serve(self, request: _Request) -> Completion | None:
-        self._requests.append(request)
+    async def _served(self, done: asyncio.Future[Answer]) -> Answer:
         if self._driver is None or self._driver.done():
             self._driver = asyncio.ensure_future(self._drive())
-        return await request.done
+        try:
+            return await done
+        except asyncio.CancelledError:
+            self._cancelled = True
+            raise
 
     async def _drive(self) -> None:
         """Passes until nobody asks. Between two, whoever was answered gets the time to ask again."""
         try:
-            while self._requests:
+            while self._writes or self._calls or self._draws:
                 for _ in range(4):
                     await asyncio.sleep(0)
                 self._step()
         except BaseException as error:
-            for request in self._requests:
-                if not request.done.done():
-                    request.done.set_exception(error)
-            self._requests.clear()
+            for asked in (*self._writes, *self._calls, *self._draws.calls):
+                if not asked.done.done():
+                    asked.done.set_exception(error)
+            self._writes, self._calls, self._draws = [], [], Draws()
             if not isinstance(error, Exception):  # Of others, whoever asked was told.
                 raise
 
     def _step(self) -> None:
+        """One pass, then a token for each call that has logits to draw from."""
         if self._interrupted:
             raise Interrupted("the engine was told to end")
-        self._requests = [request for request in self._requests if not request.done.done()]
+        if self._cancelled:
+            self._forget_cancelled()
+        draws, newcomers = self._draws, self._calls
+        draws.admit(newcomers)
+        self._calls = []
         counts = self._counts()
+        behind = draws.waiting()[: self._max_rows - sum(counts)]
+        self._meet(counts, behind)
+        logits_NV = self._pass(counts, behind)
+        draws.advance(behind)
+        self._end_writes(counts, logits_NV)
+        held = [call.context for call in newcomers if not call.context.pending]
+        logits = [logits_NV[-len(behind) :]] if len(behind) else []
+        logits += [context.logits_V[None] for context in held]
+        chosen = np.concatenate([behind, draws.without_token()])
+        versions = np.array([self.version] * len(behind) + [one.version for one in held])
+        if len(chosen):
+            self._draw(chosen, torch.cat(logits), versions)
+
+    def _forget_cancelled(self) -> None:
+        self._writes = [write for write in self._writes if not write.done.done()]
+        self._calls = [call for call in self._calls if not call.done.done()]
+        self._draws.forget_cancelled()
+        self._cancelled = False
+
+    def _counts(self) -> list[int]:
+        """How many of each write's tokens go through the next pass: `max_rows` in all at most."""
+        counts, left = [], self._max_rows
+        for write in self._writes:
+            counts.append(min(len(write.context.pending), left))
+            left -= counts[-1]
+        return counts
+
+    def _meet(self, counts: list[int], behind: Numbers) -> None:
+        """All ranks of a team are about to do the same, with the newest weights that all of them have."""
         with self._offering:
             newest = max(self._offers, default=self.version)
         if self._team.size > 1:
-            work = [
-                (request.context.position, request.limit, request.context.pending[:count])
-                for request, count in zip(self._requests, counts, strict=True)
+            writes = [
+                (write.context.position, write.context.pending[:count])
+                for write, count in zip(self._writes, counts, strict=True)
             ]
-            newest = self._team.agree(len(work), work, newest)
+            columns_N = self._draws.columns_N
+            work = (writes, columns_N[["position", "token", "limit"]].tolist(), len(behind))
+            newest = self._team.agree(len(writes) + len(columns_N), work, newest)
         if newest > self.version:
             self._take_offer(newest)
-        self._forward(counts)
-        ready = [request for request in self._requests if not request.context.pending]
-        drawing = [request for request in ready if request.limit]
-        if drawing:
-            self._draw(drawing)
-        for request in ready:
-            if not request.limit:
-                request.done.set_result(None)
-        self._requests = [request for request in self._requests if not request.done.done()]
+
+    def _end_writes(self, counts: list[int], logits_NV: torch.Tensor) -> None:
+        """Moves the written contexts on; whoever asked for one that is complete is told."""
+        passed = [(write, count) for write, count in zip(self._writes, counts, strict=True) if count]
+        for (write, count), logits_V in zip(passed, logits_NV[: len(passed)], strict=True):
+            context = write.context
+            del context.pending[:count]
+            context.position += count
+            context.logits_V, context.version = logits_V, self.version
+            if not context.pending:
+                write.done.set_result(None)
+        self._writes = [write for write in self._writes if write.context.pending]
+
+    @torch.inference_mode()
+    def _draw(self, chosen: Numbers, logits_NV: torch.Tensor, versions: Numbers) -> None:
+        """One token for each; of a team rank 0 draws, so that rounding cannot make the ranks part ways."""
+        tokens, logprobs = np.empty(0, np.int64), np.empty(0)
+        if self._team.rank == 0:
+            columns_N = self._draws.columns_N[chosen]
+            rows, suppressed = map(torch.from_numpy, self._draws.suppressed(chosen))
+            logits_NV[rows.to(logits_NV.device), suppressed.to(logits_NV.device)] = float("-inf")
+            tokens, logprobs = draw(
+                logits_NV,
+                uniforms(columns_N["seed"], columns_N["position"]),
+                columns_N["temperature"],
+                columns_N["top_k"],
+                columns_N["top_p"],
+            )
+        if self._team.size > 1:
+            told = self._team.broadcast((tokens, logprobs), (2, len(chosen)))
+            tokens, logprobs = np.array(told[0], np.int64), np.array(told[1])
+        for call, completion in self._draws.record(chosen, tokens, logprobs, versions):
+            call.context.logits_V = None
+            call.done.set_result(completion)
 
     def _drop(self) -> None:
         """The old weights, and what was captured with them, make room before the new ones come."""
@@ -227,78 +276,35 @@ class NativeEngine:
         self._model.cache_LSX = cache_LSX or self._model.cache_LSX
         self.version = version
 
-    def _counts(self) -> list[int]:
-        """How many of each request's pending tokens go through the next pass: `max_rows` in all at most."""
-        counts, left = [], self._max_rows
-        for request in self._requests:
-            counts.append(min(len(request.context.pending), left))
-            left -= counts[-1]
-        return counts
+    def _pass(self, counts: list[int], behind: Numbers) -> torch.Tensor:
+        """One forward pass over so many tokens of each write, and the last token of the calls `behind`.
 
-    def _forward(self, request_counts: list[int]) -> None:
-        """Brings so many pending tokens of each request into the cache."""
-        contexts = [r.context for r, count in zip(self._requests, request_counts, strict=True) if count]
-        counts = [count for count in request_counts if count]
-        if not contexts:
-            return
-        logits_CV = self._pass(contexts, counts)
-        self.computed_tokens += sum(counts)
-        for context, count, logits_V in zip(contexts, counts, logits_CV, strict=True):
-            del context.pending[:count]
-            context.position += count
-            context.logits_V, context.version = logits_V, self.version
-
-    def _pass(self, contexts: list[NativeContext], counts: list[int]) -> torch.Tensor:
-        """One forward pass; the logits behind the last of each context's `counts` tokens, [C, V]."""
+        Returns:
+            Logits [C, V] behind each write that had any token in the pass, then behind each call.
+        """
         if self._model is None:
             raise RuntimeError("the engine has no weights yet: call load_weights first")
-        rows = np.repeat([context.row for context in contexts], counts)
-        ends = np.cumsum(counts)
-        steps = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        lengths_N = self._table.lengths_C[rows] + steps + 1
-        slots_N = self._table.extend(rows, lengths_N - 1)
+        parts = [(write.context, count) for write, count in zip(self._writes, counts, strict=True) if count]
+        columns = self._draws.columns_N[behind]
+        counts_C = np.array([count for _, count in parts] + [1] * len(behind), np.int64)
+        if not len(counts_C):
+            return torch.empty(0, 0)
+        ends_C = np.cumsum(counts_C)
+        steps_N = np.arange(ends_C[-1]) - np.repeat(ends_C - counts_C, counts_C)
+        rows_C = np.concatenate([np.array([c.row for c, _ in parts], np.int64), columns["row"]])
+        starts_C = np.concatenate([np.array([c.position for c, _ in parts], np.int64), columns["position"]])
+        written = [token for context, count in parts for token in context.pending[:count]]
+        tokens_N = np.concatenate([np.array(written, np.int64), columns["token"]])
+        rows_N = np.repeat(rows_C, counts_C)
+        positions_N = np.repeat(starts_C, counts_C) + steps_N
+        lengths_N = self._table.lengths_C[rows_N] + steps_N + 1
+        slots_N = self._table.extend(rows_N, lengths_N - 1)
         if self._table.slot_count > len(self._model.cache_LSX[0]):
             self._model.grow(self._table.slot_count)
-        tokens = [token for c, count in zip(contexts, counts, strict=True) for token in c.pending[:count]]
-        positions_N = np.repeat([context.position for context in contexts], counts) + steps
-        seen_NT = self._table.slots_CT[rows, : lengths_N.max()]
-        if self._recurring and len(rows) == len(contexts):
+        self.computed_tokens += len(tokens_N)
+        seen_NT = self._table.slots_CT[rows_N, : lengths_N.max()]
+        asked = Rows(tokens_N, positions_N, slots_N, seen_NT, lengths_N)
+        if self._recurring and len(rows_N) == len(rows_C):
             self._decoder = self._decoder or Decoder(self._model)
-            return self._decoder.logits(
-                Decoding(np.asarray(tokens), positions_N, slots_N, seen_NT, lengths_N)
-            )
-        device = self._model.device
-        return self._model.forward(
-            tokens_N=torch.tensor(tokens, device=device),
-            positions_N=torch.from_numpy(positions_N).to(device),
-            slots_N=torch.from_numpy(slots_N).to(device),
-            seen_NT=torch.from_numpy(seen_NT).to(device),
-            lengths_N=torch.from_numpy(lengths_N).to(device),
-            wanted=torch.from_numpy(ends - 1).to(device),
-        )
-
-    def _draw(self, requests: list[_Request]) -> None:
-        """One token for each; of a team rank 0 draws, so that rounding cannot make the ranks part ways."""
-        tokens: list[int] = []
-        logprobs: list[float] = []
-        if self._team.rank == 0:
-            tokens, logprobs = draw(
-                torch.stack([request.context.logits_V for request in requests]),
-                [request.sampling for request in requests],
-                [request.context.position for request in requests],
-                [request.suppress for request in requests],
-            )
-        if self._team.size > 1:
-            drawn, logprobs = self._team.broadcast((tokens, logprobs), (2, len(requests)))
-            tokens = [int(token) for token in drawn]
-        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            request.tokens.append(token)
-            request.logprobs.append(logprob)
-            request.versions.append(request.context.version)
-            request.context.pending.append(token)
-            stopped = token in request.stop
-            if stopped or len(request.tokens) == request.limit:
-                completion = Completion(
-                    tuple(request.tokens), tuple(request.logprobs), tuple(request.versions), stopped
-                )
-                request.done.set_result(completion)
+            return self._decoder.logits(asked)
+        return self._model.pass_of(asked, ends_C - 1)

@@ -9,12 +9,12 @@ Shapes: N rows, T longest context, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+
+from megatron_parallel_r1.rollout.native.rows import Group, Rows
 
 # Smaller passes are filled up to these.
 LEAST_ROWS, LEAST_LENGTH = 8, 128
@@ -22,8 +22,6 @@ LEAST_ROWS, LEAST_LENGTH = 8, 128
 COLUMNS = 4
 # Pairs of row and slot that are attended at once; their keys and values exist as a copy (model.DecodeModel).
 MOST_CELLS = 2**16
-
-Group = tuple[torch.Tensor, int]
 
 
 class Passes(Protocol):
@@ -42,23 +40,8 @@ class Passes(Protocol):
         seen_NT: torch.Tensor,
         lengths_N: torch.Tensor,
         wanted: torch.Tensor,
-        groups: list[Group] | None,
+        groups: list[Group],
     ) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Decoding:
-    """One token for each row.
-
-    Attributes:
-        tokens_N, positions_N, slots_N, seen_NT, lengths_N: as `DecodeModel.forward` takes them.
-    """
-
-    tokens_N: NDArray[np.int64]
-    positions_N: NDArray[np.int64]
-    slots_N: NDArray[np.int64]
-    seen_NT: NDArray[np.int64]
-    lengths_N: NDArray[np.int64]
 
 
 class _Shape:
@@ -72,13 +55,13 @@ class _Shape:
         self._sent = torch.cuda.Event() if on_gpu else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits_NV: torch.Tensor | None = None
-        every_N = torch.arange(rows, device=model.device)
-        self._wanted = every_N
-        self._groups = [(part, length) for part in every_N.split(max(1, MOST_CELLS // length))]
+        self._wanted = torch.arange(rows, device=model.device)
+        step = max(1, MOST_CELLS // length)
+        self._groups = [(start, min(start + step, rows), length) for start in range(0, rows, step)]
 
-    def logits(self, asked: Decoding, pool: object) -> torch.Tensor:
+    def logits(self, asked: Rows, pool: object) -> torch.Tensor:
         """Those of the asked rows [N, V], the caller's own."""
-        count = len(asked.tokens_N)
+        count = len(asked)
         self._fill(asked)
         if self._sent is None:
             return self._pass()[:count]
@@ -88,7 +71,7 @@ class _Shape:
         # The next replay writes here again, while contexts keep what they were given.
         return self._logits_NV[:count].clone()
 
-    def _fill(self, asked: Decoding) -> None:
+    def _fill(self, asked: Rows) -> None:
         if self._sent is not None:
             self._sent.synchronize()  # The last copy may still read the pinned memory.
         host_NX = self._host_NX.numpy()
@@ -134,12 +117,12 @@ class Decoder:
         self._shapes: dict[tuple[int, int], _Shape] = {}
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
-    def logits(self, asked: Decoding) -> torch.Tensor:
+    def logits(self, asked: Rows) -> torch.Tensor:
         """Writes each row's key and value into its slot; logits [N, V], float32."""
         if self._cache is not self._model.cache_LSX[0]:  # It grew, and lies elsewhere now.
             self._shapes.clear()
             self._cache = self._model.cache_LSX[0]
-        size = (_filled(len(asked.tokens_N), LEAST_ROWS), _filled(asked.seen_NT.shape[1], LEAST_LENGTH))
+        size = (_filled(len(asked), LEAST_ROWS), _filled(asked.seen_NT.shape[1], LEAST_LENGTH))
         if size not in self._shapes:
             self._shapes[size] = _Shape(self._model, *size)
         return self._shapes[size].logits(asked, self._pool)

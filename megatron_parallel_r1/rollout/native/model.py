@@ -5,7 +5,8 @@ decode are the same pass: a row is one token, wherever in whichever context it s
 computes its own heads, features and logits of every row; their sums are the whole model's.
 
 Shapes: N rows, T longest context, E hidden size, H query heads, K key/value heads, G = H / K, D head size,
-F feed-forward size, V vocabulary, S slots; H, K, F and a weight's V count this process's own.
+J = H + K, F feed-forward size, V vocabulary, S slots, C slots that are gathered at once; H, K, F and a
+weight's V count this process's own.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import torch.nn.functional as F
 from megatron_parallel_r1.rollout.native.feed_forward import Dense, Experts
 from megatron_parallel_r1.rollout.native.limits import check_heads
 from megatron_parallel_r1.rollout.native.parts import own_part
+from megatron_parallel_r1.rollout.native.rows import Group, Numbers, Rows
 from megatron_parallel_r1.rollout.native.team import Team
 from megatron_parallel_r1.rope import RopeScaling, rope_frequencies, rope_gain
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-# Pairs of row and slot that are attended at once; on a CPU what was gathered is still in its cache then.
-MOST_CELLS = {"cpu": 2**12, "cuda": 2**16}
+# Bytes of keys and values that are gathered at once; on a CPU they are still in its cache when they are read.
+MOST_BYTES = {"cpu": 2**19, "cuda": 2**28}
 
 
 class ShapeOfExperts(Protocol):
@@ -100,23 +102,24 @@ class _Layer:
     attention_norm_E: torch.Tensor
     qkv_AE: torch.Tensor
     qkv_bias_A: torch.Tensor | None
-    query_norm_D: torch.Tensor | None
-    key_norm_D: torch.Tensor | None
+    query_key_norm_JD: torch.Tensor | None
     output_EA: torch.Tensor
     mlp_norm_E: torch.Tensor
     mlp: Dense | Experts
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """Rows that are attended together, with the slots that they see; the same in every layer.
+class _Seen:
+    """Rows from `start` to before `stop`, which are attended together; the same in every layer.
 
     Attributes:
+        slots: that they see, row after row, each filled up to the longest.
         bias_N11T: 0 where a slot is the row's own, -inf where it fills up.
     """
 
-    rows: torch.Tensor
-    seen_NT: torch.Tensor
+    start: int
+    stop: int
+    slots: torch.Tensor
     bias_N11T: torch.Tensor
 
 
@@ -150,7 +153,7 @@ class DecodeModel:
         self.head_VE = self.embedding_VE if architecture.tied else by_name[HEAD]
         self.norm_E = by_name["model.norm.weight"]
         self.layers = [
-            _fused(by_name, f"{prefix}{index}.", architecture) for index in range(architecture.layers)
+            _fused(by_name, f"{prefix}{index}.", self.architecture) for index in range(architecture.layers)
         ]
         frequencies = rope_frequencies(
             architecture.head_dim, architecture.rope_theta, architecture.rope_scaling
@@ -169,6 +172,14 @@ class DecodeModel:
             more_SX = self._empty_cache(slots - len(cache_SX))
             self.cache_LSX[index] = torch.cat([cache_SX, more_SX])
 
+    def pass_of(self, rows: Rows, wanted: Numbers) -> torch.Tensor:
+        """Writes each row's key and value into its slot; the logits [C, V], float32, of the `wanted` rows."""
+        rows, places_N = rows.longest_first()
+        most_cells = MOST_BYTES[self.device.type] // (self._width * self.embedding_VE.element_size())
+        columns = (rows.tokens_N, rows.positions_N, rows.slots_N, rows.seen_NT, rows.lengths_N)
+        arguments = (torch.from_numpy(column).to(self.device) for column in (*columns, places_N[wanted]))
+        return self.forward(*arguments, rows.groups(most_cells))
+
     @torch.inference_mode()
     def forward(
         self,
@@ -178,40 +189,31 @@ class DecodeModel:
         seen_NT: torch.Tensor,
         lengths_N: torch.Tensor,
         wanted: torch.Tensor,
-        groups: list[tuple[torch.Tensor, int]] | None = None,
+        groups: Sequence[Group],
     ) -> torch.Tensor:
-        """Writes each row's key and value into its slot and returns logits [len(wanted), V], float32.
+        """The pass itself, which asks the host for no number on a GPU; see `Rows` for its arguments.
 
         Of a team only rank 0 gets the whole vocabulary's logits, the others those of their own part.
-
-        Args:
-            seen_NT: slots that a row sees, itself last; padded with any slot number.
-            lengths_N: how many of those count.
-            wanted: rows whose next token is asked for.
-            groups: rows that are attended together, with the longest length among each; None: such of
-                similar length, for which the host has to know the lengths.
         """
         a = self.architecture
         cos_N1D, sin_N1D = self._rotation(positions_N)
         hidden_NE = self._embed(tokens_N)
-        key_sizes = [a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim]
-        attended = [
-            _attended(rows, seen_NT[rows, :longest], lengths_N[rows], hidden_NE.dtype)
-            for rows, longest in groups or _groups(lengths_N, MOST_CELLS[self.device.type])
+        seen = [
+            _Seen(start, stop, seen_NT[start:stop, :longest].flatten(), bias_N11T)
+            for start, stop, longest in groups
+            for bias_N11T in (_bias(lengths_N[start:stop], longest, hidden_NE.dtype),)
         ]
+        gathered_CX = self.cache_LSX[0].new_empty(max(len(group.slots) for group in seen), self._width)
         for layer, cache_SX in zip(self.layers, self.cache_LSX, strict=True):
             normed_NE = _rms_norm(hidden_NE, layer.attention_norm_E, a.norm_eps)
             qkv_NX = F.linear(normed_NE, layer.qkv_AE, layer.qkv_bias_A)
-            query_NX, key_NX, value_NX = qkv_NX.split(key_sizes, dim=-1)
-            query_NHD = query_NX.unflatten(-1, (a.heads, -1))
-            key_NKD = key_NX.unflatten(-1, (a.kv_heads, -1))
-            if layer.query_norm_D is not None:
-                query_NHD = _rms_norm(query_NHD, layer.query_norm_D, a.norm_eps)
-                key_NKD = _rms_norm(key_NKD, layer.key_norm_D, a.norm_eps)
-            query_NHD = _rotate(query_NHD, cos_N1D, sin_N1D)
-            key_NKD = _rotate(key_NKD, cos_N1D, sin_N1D)
-            cache_SX[slots_N] = torch.cat([key_NKD.flatten(1), value_NX], dim=-1)
-            attended_NX = self._attend(query_NHD, cache_SX, attended)
+            query_key_NX, value_NX = qkv_NX.tensor_split([(a.heads + a.kv_heads) * a.head_dim], dim=-1)
+            query_key_NJD = query_key_NX.unflatten(-1, (-1, a.head_dim))
+            if layer.query_key_norm_JD is not None:
+                query_key_NJD = _rms_norm(query_key_NJD, layer.query_key_norm_JD, a.norm_eps)
+            query_NHD, key_NKD = _rotate(query_key_NJD, cos_N1D, sin_N1D).tensor_split([a.heads], dim=1)
+            cache_SX.index_copy_(0, slots_N, torch.cat([key_NKD.flatten(1), value_NX], dim=-1))
+            attended_NX = self._attend(query_NHD, cache_SX, seen, gathered_CX)
             hidden_NE = hidden_NE + self.team.sum(F.linear(attended_NX, layer.output_EA))
             normed_NE = _rms_norm(hidden_NE, layer.mlp_norm_E, a.norm_eps)
             hidden_NE = hidden_NE + self.team.sum(layer.mlp(normed_NE))
@@ -229,21 +231,25 @@ class DecodeModel:
         return self.team.sum(found_NE.masked_fill(elsewhere_N[:, None], 0.0))
 
     def _attend(
-        self, query_NHD: torch.Tensor, cache_SX: torch.Tensor, groups: Sequence[_Group]
+        self,
+        query_NHD: torch.Tensor,
+        cache_SX: torch.Tensor,
+        seen: Sequence[_Seen],
+        gathered_CX: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention of each row over its own slots."""
+        """Attention of each row over its own slots, [N, H x D]; `gathered_CX` is written over."""
         a = self.architecture
-        out_NHD = torch.empty_like(query_NHD)
         query_NKGD = query_NHD.unflatten(1, (a.kv_heads, -1))
-        for group in groups:
-            # An embedding's gather is some twice as fast on a CPU as the same by an index.
-            both_NT2KD = F.embedding(group.seen_NT, cache_SX).unflatten(-1, (2, a.kv_heads, a.head_dim))
+        out_NKGD = torch.empty_like(query_NKGD)
+        for group in seen:
+            rows = slice(group.start, group.stop)
+            both_CX = torch.index_select(cache_SX, 0, group.slots, out=gathered_CX[: len(group.slots)])
+            both_NT2KD = both_CX.view(group.stop - group.start, -1, 2, a.kv_heads, a.head_dim)
             key_NKTD, value_NKTD = both_NT2KD.permute(2, 0, 3, 1, 4)
-            out_NKGD = F.scaled_dot_product_attention(
-                query_NKGD[group.rows], key_NKTD, value_NKTD, attn_mask=group.bias_N11T
+            out_NKGD[rows] = F.scaled_dot_product_attention(
+                query_NKGD[rows], key_NKTD, value_NKTD, attn_mask=group.bias_N11T
             )
-            out_NHD[group.rows] = out_NKGD.flatten(1, 2)
-        return out_NHD.flatten(1)
+        return out_NKGD.flatten(1)
 
     def _rotation(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles_N1D = (positions_N[:, None].float() * self.frequencies).repeat(1, 2)[:, None]
@@ -252,10 +258,15 @@ class DecodeModel:
         return (angles_N1D.cos() * gain).to(dtype), (angles_N1D.sin() * gain).to(dtype)
 
     def _empty_cache(self, slots: int) -> torch.Tensor:
-        return self.embedding_VE.new_zeros(slots, 2 * self.architecture.kv_heads * self.architecture.head_dim)
+        return self.embedding_VE.new_zeros(slots, self._width)
+
+    @property
+    def _width(self) -> int:
+        """Numbers of one token's key and value in one layer."""
+        return 2 * self.architecture.kv_heads * self.architecture.head_dim
 
 
-def _fused(by_name: dict[str, torch.Tensor], prefix: str, architecture: Architecture) -> _Layer:
+def _fused(by_name: dict[str, torch.Tensor], prefix: str, own: Architecture) -> _Layer:
     """Takes a layer's weights out of `by_name`: fused and unfused, only one layer's exist at once."""
 
     def weight(name: str) -> torch.Tensor:
@@ -265,21 +276,23 @@ def _fused(by_name: dict[str, torch.Tensor], prefix: str, architecture: Architec
         gate_up_FE = torch.cat([weight(f"{name}.gate_proj"), weight(f"{name}.up_proj")])
         return Dense(gate_up_FE, weight(f"{name}.down_proj"))
 
-    has_norms = f"{prefix}self_attn.q_norm.weight" in by_name
+    norms = []
+    if f"{prefix}self_attn.q_norm.weight" in by_name:
+        heads = ((weight("self_attn.q_norm"), own.heads), (weight("self_attn.k_norm"), own.kv_heads))
+        norms = [norm_D.expand(count, -1) for norm_D, count in heads]
     has_bias = f"{prefix}self_attn.q_proj.bias" in by_name
     biases = [by_name.pop(f"{prefix}self_attn.{part}_proj.bias") for part in "qkv"] if has_bias else []
-    if architecture.experts_per_token:
+    if own.experts_per_token:
         router_XE = weight("mlp.gate")
         experts = [mlp(f"mlp.experts.{index}") for index in range(len(router_XE))]
-        feed_forward = Experts(router_XE, experts, architecture.experts_per_token, architecture.renormalized)
+        feed_forward = Experts(router_XE, experts, own.experts_per_token, own.renormalized)
     else:
         feed_forward = mlp("mlp")
     return _Layer(
         attention_norm_E=weight("input_layernorm"),
         qkv_AE=torch.cat([weight(f"self_attn.{part}_proj") for part in "qkv"]),
         qkv_bias_A=torch.cat(biases) if has_bias else None,
-        query_norm_D=weight("self_attn.q_norm") if has_norms else None,
-        key_norm_D=weight("self_attn.k_norm") if has_norms else None,
+        query_key_norm_JD=torch.cat(norms) if norms else None,
         output_EA=weight("self_attn.o_proj"),
         mlp_norm_E=weight("post_attention_layernorm"),
         mlp=feed_forward,
@@ -297,22 +310,7 @@ def _rotate(x_NHD: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor) -
     return x_NHD * cos_N1D + torch.cat([-high, low], dim=-1) * sin_N1D
 
 
-def _attended(
-    rows: torch.Tensor, seen_NT: torch.Tensor, lengths_N: torch.Tensor, dtype: torch.dtype
-) -> _Group:
-    unseen_NT = torch.arange(seen_NT.shape[1], device=rows.device) >= lengths_N[:, None]
-    bias_NT = torch.zeros_like(unseen_NT, dtype=dtype).masked_fill_(unseen_NT, float("-inf"))
-    return _Group(rows, seen_NT, bias_NT[:, None, None])
-
-
-def _groups(lengths_N: torch.Tensor, most_cells: int) -> list[tuple[torch.Tensor, int]]:
-    """Rows of rising length, cut so that a group has at most `most_cells` (row, slot) pairs."""
-    order = lengths_N.argsort(stable=True)
-    sorted_lengths = lengths_N[order].tolist()
-    groups, start = [], 0
-    for stop in range(1, len(sorted_lengths) + 1):
-        full = stop == len(sorted_lengths) or (stop + 1 - start) * sorted_lengths[stop] > most_cells
-        if full:
-            groups.append((order[start:stop], sorted_lengths[stop - 1]))
-            start = stop
-    return groups
+def _bias(lengths_N: torch.Tensor, longest: int, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a slot is the row's own, -inf where it fills up; [N, 1, 1, T]."""
+    unseen_NT = torch.arange(longest, device=lengths_N.device) >= lengths_N[:, None]
+    return torch.zeros_like(unseen_NT, dtype=dtype).masked_fill_(unseen_NT, float("-inf"))[:, None, None]

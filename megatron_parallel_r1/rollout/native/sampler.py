@@ -11,29 +11,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_parallel_r1.rollout.base import Sampling
-
 
 def draw(
     logits_NV: torch.Tensor,
-    samplings: Sequence[Sampling],
-    positions: Sequence[int],
-    suppress: Sequence[frozenset[int]],
-) -> tuple[list[int], list[float]]:
-    """Tokens and their log-probs (rollout.base.Completion says of which distribution)."""
-    temperatures_N = torch.tensor([s.temperature or 1.0 for s in samplings], device=logits_NV.device)
-    logits_NV = _suppressed(logits_NV.float() / temperatures_N[:, None], suppress)
+    uniform_N: NDArray[np.float64],
+    temperature_N: NDArray[np.float64],
+    top_k_N: NDArray[np.int64],
+    top_p_N: NDArray[np.float64],
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Tokens and their log-probs (rollout.base.Completion says of which distribution).
+
+    Args:
+        logits_NV: float32, those of suppressed tokens -inf.
+        uniform_N: from [0, 1); the same number draws the same token.
+    """
+    is_greedy_N = temperature_N == 0
+    temperature_N = np.where(is_greedy_N, 1.0, temperature_N)
+    if (temperature_N != 1.0).any():
+        logits_NV = logits_NV / _like(logits_NV, temperature_N)[:, None].to(logits_NV.dtype)
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
-    weights_NV = logprobs_NV.exp()
-    greedy_N = weights_NV.argmax(-1)
-    weights_NV = _top(weights_NV, samplings)
-    cumulative_NV = weights_NV.double().cumsum(-1)
-    uniform_N = torch.from_numpy(uniforms([s.seed for s in samplings], positions)).to(logits_NV.device)
-    target_N1 = (uniform_N * cumulative_NV[:, -1])[:, None]
-    drawn_N = torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0]
-    is_greedy_N = torch.tensor([s.temperature == 0 for s in samplings], device=logits_NV.device)
-    tokens_N = torch.where(is_greedy_N, greedy_N, drawn_N.clamp(max=logits_NV.shape[1] - 1))
-    return tokens_N.tolist(), logprobs_NV.gather(1, tokens_N[:, None])[:, 0].tolist()
+    weights_NV = _top(logprobs_NV.exp(), top_k_N, top_p_N)
+    cumulative_NV = weights_NV.cumsum(-1, dtype=torch.float64)
+    target_N1 = (_like(logits_NV, uniform_N) * cumulative_NV[:, -1])[:, None]
+    tokens_N1 = torch.searchsorted(cumulative_NV, target_N1, right=True).clamp(max=logits_NV.shape[1] - 1)
+    if is_greedy_N.any():
+        tokens_N1 = torch.where(
+            _like(logits_NV, is_greedy_N)[:, None], logprobs_NV.argmax(-1, keepdim=True), tokens_N1
+        )
+    logprobs_N = logprobs_NV.gather(1, tokens_N1)[:, 0]
+    return tokens_N1[:, 0].cpu().numpy(), logprobs_N.double().cpu().numpy()
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
@@ -47,27 +53,21 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _suppressed(logits_NV: torch.Tensor, suppress: Sequence[frozenset[int]]) -> torch.Tensor:
-    rows = [row for row, ids in enumerate(suppress) for _ in ids]
-    if not rows:
-        return logits_NV
-    columns = [token for ids in suppress for token in ids]
-    return logits_NV.index_put(
-        (torch.tensor(rows), torch.tensor(columns)), torch.tensor(float("-inf")).to(logits_NV)
-    )
-
-
-def _top(weights_NV: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
-    """Zeroes what top-k and then top-p (on what top-k left) drop; ties at the edge are kept in order."""
+def _top(weights_NV: torch.Tensor, top_k_N: NDArray[np.int64], top_p_N: NDArray[np.float64]) -> torch.Tensor:
+    """Zeroes what top-k (0: all) and then top-p (on what top-k left) drop; ties at the edge stay in order."""
     vocabulary = weights_NV.shape[1]
-    if all(s.top_k in (0, vocabulary) and s.top_p == 1.0 for s in samplings):
+    if ((top_k_N == 0) | (top_k_N >= vocabulary)).all() and (top_p_N == 1.0).all():
         return weights_NV
     sorted_NV, order_NV = weights_NV.sort(dim=-1, descending=True, stable=True)
-    top_k_N = torch.tensor([s.top_k or vocabulary for s in samplings], device=weights_NV.device)
-    top_p_N = torch.tensor([s.top_p for s in samplings], device=weights_NV.device)
+    top_k_N1 = _like(weights_NV, np.where(top_k_N == 0, vocabulary, top_k_N))[:, None]
+    top_p_N1 = _like(weights_NV, top_p_N)[:, None]
     ranks_V = torch.arange(vocabulary, device=weights_NV.device)
-    sorted_NV = sorted_NV * (ranks_V < top_k_N[:, None])
+    sorted_NV = sorted_NV * (ranks_V < top_k_N1)
     share_NV = sorted_NV / sorted_NV.sum(-1, keepdim=True)
     # The likeliest token that crosses top-p stays in, hence the share before each token.
-    kept_NV = (share_NV.cumsum(-1) - share_NV < top_p_N[:, None]) | (top_p_N[:, None] >= 1)
+    kept_NV = (share_NV.cumsum(-1) - share_NV < top_p_N1) | (top_p_N1 >= 1)
     return torch.zeros_like(weights_NV).scatter(1, order_NV, sorted_NV * kept_NV)
+
+
+def _like(tensor: torch.Tensor, numbers: NDArray[np.generic]) -> torch.Tensor:
+    return torch.from_numpy(numbers).to(tensor.device)

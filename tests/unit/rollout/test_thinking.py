@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -144,12 +145,14 @@ def test_draws_follow_the_distribution_top_k_and_top_p() -> None:
     logits_NV = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(20000, 1)
 
     def frequencies(sampling: dict, suppress: frozenset[int] = frozenset()) -> torch.Tensor:
-        samplings = [Sampling(seed=3, **sampling)] * 20000
-        tokens, logprobs = draw(logits_NV, samplings, range(20000), [suppress] * 20000)
-        allowed_V = logits_NV[0] / (sampling.get("temperature") or 1.0)
-        allowed_V[list(suppress)] = -torch.inf
-        assert torch.allclose(torch.tensor(logprobs), allowed_V.log_softmax(-1)[tokens])
-        return torch.bincount(torch.tensor(tokens), minlength=4) / 20000
+        allowed_NV = logits_NV.clone()
+        allowed_NV[:, list(suppress)] = -torch.inf
+        how = Sampling(seed=3, **sampling)
+        columns = (np.full(20000, number) for number in (how.temperature, how.top_k, how.top_p))
+        tokens, logprobs = draw(allowed_NV, uniforms([how.seed] * 20000, range(20000)), *columns)
+        expected_V = (allowed_NV[0] / (how.temperature or 1.0)).log_softmax(-1)
+        assert torch.allclose(torch.from_numpy(logprobs), expected_V[tokens].double())
+        return torch.bincount(torch.from_numpy(tokens), minlength=4) / 20000
 
     def near(expected: list[float], found: torch.Tensor) -> bool:
         return bool((found - torch.tensor(expected)).abs().max() < 0.015)
