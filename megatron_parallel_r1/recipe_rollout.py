@@ -21,6 +21,7 @@ class Rollout(Strict):
     (`servers`) beside its first process and ends them when it ends.
 
     Attributes:
+        compiled: the native engine's layers go through torch.compile.
         urls_file: as `parallel-r1 serve-rollout --urls-file` writes it; read again while the run goes on, so
             that servers may join and leave.
         tensor: processes (GPUs) of each server that the run starts.
@@ -33,6 +34,7 @@ class Rollout(Strict):
     """
 
     engine: Literal["native", "sglang", "vllm"] = "native"
+    compiled: bool = False
     urls: tuple[Url, ...] = ()
     urls_file: Path | None = None
     servers: Annotated[int, Field(ge=0)] = 0
@@ -53,6 +55,8 @@ class Rollout(Strict):
                     f"{ways[0]}: the native engine needs no servers; set engine to sglang or vllm"
                 )
             return self
+        if self.compiled:
+            raise ValueError(f"compiled: only the native engine's layers; {self.engine} has its own settings")
         if len(ways) != 1:
             raise ValueError(
                 f"engine {self.engine} needs servers: give urls, urls_file, or servers (so many are started)"

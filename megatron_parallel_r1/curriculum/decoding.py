@@ -56,7 +56,7 @@ class Native:
     """Decodes in these processes."""
 
     def __init__(self, bench: Workbench, team: dist.ProcessGroup | None) -> None:
-        self.engine = native_engine(bench.shape, team)
+        self.engine = native_engine(bench.shape, team, bench.recipe.rollout.compiled)
 
     def rest(self) -> None:
         return None
@@ -193,7 +193,7 @@ def engine_of_checkpoint(recipe: config.Recipe, folder: Path, thinking: Thinking
     if asked.engine == "native":
         limits.refuse(recipe.parallel.pipeline, recipe.parallel.context)
         shape, tensors = load_hf_folder(folder)
-        engine = native_engine(shape)
+        engine = native_engine(shape, compiled=asked.compiled)
         engine.load_weights(tensors, version=0)
         yield engine
         return

@@ -191,13 +191,14 @@ class Workbench:
         return grown_VE
 
 
-def native_engine(shape: ModelConfig, group: dist.ProcessGroup | None = None) -> NativeEngine:
+def native_engine(
+    shape: ModelConfig, group: dist.ProcessGroup | None = None, compiled: bool = False
+) -> NativeEngine:
     """An engine of the model's shape, without weights, shared by this process's tensor group.
 
     Args:
         group: that group once more, for an engine of a second thread.
+        compiled: as the engine takes it.
     """
-    return NativeEngine(
-        Architecture.of(shape),
-        Team.of(group or parallel_state.get_tensor_model_parallel_group()),
-    )
+    team = Team.of(group or parallel_state.get_tensor_model_parallel_group())
+    return NativeEngine(Architecture.of(shape), team, compiled=compiled)

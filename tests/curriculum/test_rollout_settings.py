@@ -27,6 +27,10 @@ from tests.curriculum.test_bad_input import RECIPE, fail
             ("rollout.engine=sglang", "rollout.urls_file=urls", "rollout.colocated=true"),
             "colocated: only for servers that the run starts",
         ),
+        (
+            ("rollout.engine=sglang", "rollout.servers=1", "rollout.compiled=true"),
+            "compiled: only the native engine's layers; sglang has its own",
+        ),
         (("rollout.engine=vllm", "rollout.servers=1"), "vllm takes new weights from disk only"),
         (("rollout.engine=sglang", "rollout.servers=1", "rollout.sync.transport=disk"), "needs a folder"),
         (("rollout.engine=sglang", "rollout.servers=1", "rollout.sync.tolerance=0"), "tolerance must be > 0"),

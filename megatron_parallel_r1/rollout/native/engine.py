@@ -46,6 +46,8 @@ class NativeEngine:
         max_rows: tokens in one pass at most; longer prompts take several.
         recurring: decode on shapes that recur, which CUDA graphs replay (graphs.py); None: where there is
             CUDA. Never for a team or a model with experts.
+        compiled: the model's layers go through torch.compile, which takes up to a minute at the first passes
+            and, on a CPU, a C++ compiler.
 
     Raises:
         UserError: the team's size does not divide the model's heads.
@@ -60,6 +62,7 @@ class NativeEngine:
         team: Team | None = None,
         max_rows: int = 1024,
         recurring: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         self.version = -1
         self.computed_tokens = 0
@@ -67,6 +70,7 @@ class NativeEngine:
         architecture.shared(self._team.size)
         self._architecture = architecture
         self._max_rows = max_rows
+        self._compiled = compiled
         recurring = torch.cuda.is_available() if recurring is None else recurring
         self._recurring = recurring and self._team.size == 1 and not architecture.experts_per_token
         self._decoder: Decoder | None = None
@@ -91,7 +95,7 @@ class NativeEngine:
             raise RuntimeError(f"{self._table.used} cache slots are in use; close all contexts first")
         self._team.agree(0, ("weights", version))
         self._drop()
-        self._model = DecodeModel(self._architecture, tensors, self._table.slot_count, self._team)
+        self._model = self._new_model(tensors, self._table.slot_count)
         self.version = version
 
     def offer_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
@@ -261,6 +265,9 @@ class NativeEngine:
             call.context.logits_V = None
             call.done.set_result(completion)
 
+    def _new_model(self, tensors: Iterable[tuple[str, torch.Tensor]], slots: int) -> DecodeModel:
+        return DecodeModel(self._architecture, tensors, slots, self._team, self._compiled)
+
     def _drop(self) -> None:
         """The old weights, and what was captured with them, make room before the new ones come."""
         self._model = self._decoder = None
@@ -272,7 +279,7 @@ class NativeEngine:
             self._offers = {other: kept for other, kept in self._offers.items() if other > version}
         cache_LSX = self._model.cache_LSX if self._model else None
         self._drop()
-        self._model = DecodeModel(self._architecture, tensors, 0, self._team)
+        self._model = self._new_model(tensors, 0)
         self._model.cache_LSX = cache_LSX or self._model.cache_LSX
         self.version = version
 

@@ -11,14 +11,15 @@ weight's V count this process's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from megatron_parallel_r1.rollout.native.feed_forward import Dense, Experts
+from megatron_parallel_r1.rollout.native.layer import attention_inputs, feed_forward, fused, rms_norm
 from megatron_parallel_r1.rollout.native.limits import check_heads
 from megatron_parallel_r1.rollout.native.parts import own_part
 from megatron_parallel_r1.rollout.native.rows import Group, Numbers, Rows
@@ -98,17 +99,6 @@ class Architecture:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
-    attention_norm_E: torch.Tensor
-    qkv_AE: torch.Tensor
-    qkv_bias_A: torch.Tensor | None
-    query_key_norm_JD: torch.Tensor | None
-    output_EA: torch.Tensor
-    mlp_norm_E: torch.Tensor
-    mlp: Dense | Experts
-
-
-@dataclass(frozen=True, slots=True)
 class _Seen:
     """Rows from `start` to before `stop`, which are attended together; the same in every layer.
 
@@ -131,6 +121,8 @@ class DecodeModel:
         tensors: whole, under their Hugging Face names; no two need to exist at once.
         slots: of the cache.
         team: the processes that share the model.
+        compiled: layers go through torch.compile, but for their attention and for experts, whose choice makes
+            shapes depend on numbers.
     """
 
     def __init__(
@@ -139,9 +131,14 @@ class DecodeModel:
         tensors: Iterable[tuple[str, torch.Tensor]],
         slots: int,
         team: Team,
+        compiled: bool = False,
     ) -> None:
         self.architecture = architecture.shared(team.size)
         self.team = team
+        self._inputs = _compiled(attention_inputs) if compiled else attention_inputs
+        self._feed_forward = feed_forward
+        if compiled and not architecture.experts_per_token:
+            self._feed_forward = _compiled(feed_forward)
         by_name: dict[str, torch.Tensor] = {}
         for name, tensor in tensors:
             if name == EMBEDDING:
@@ -153,7 +150,7 @@ class DecodeModel:
         self.head_VE = self.embedding_VE if architecture.tied else by_name[HEAD]
         self.norm_E = by_name["model.norm.weight"]
         self.layers = [
-            _fused(by_name, f"{prefix}{index}.", self.architecture) for index in range(architecture.layers)
+            fused(by_name, f"{prefix}{index}.", self.architecture) for index in range(architecture.layers)
         ]
         frequencies = rope_frequencies(
             architecture.head_dim, architecture.rope_theta, architecture.rope_scaling
@@ -205,19 +202,12 @@ class DecodeModel:
         ]
         gathered_CX = self.cache_LSX[0].new_empty(max(len(group.slots) for group in seen), self._width)
         for layer, cache_SX in zip(self.layers, self.cache_LSX, strict=True):
-            normed_NE = _rms_norm(hidden_NE, layer.attention_norm_E, a.norm_eps)
-            qkv_NX = F.linear(normed_NE, layer.qkv_AE, layer.qkv_bias_A)
-            query_key_NX, value_NX = qkv_NX.tensor_split([(a.heads + a.kv_heads) * a.head_dim], dim=-1)
-            query_key_NJD = query_key_NX.unflatten(-1, (-1, a.head_dim))
-            if layer.query_key_norm_JD is not None:
-                query_key_NJD = _rms_norm(query_key_NJD, layer.query_key_norm_JD, a.norm_eps)
-            query_NHD, key_NKD = _rotate(query_key_NJD, cos_N1D, sin_N1D).tensor_split([a.heads], dim=1)
-            cache_SX.index_copy_(0, slots_N, torch.cat([key_NKD.flatten(1), value_NX], dim=-1))
+            query_NHD, key_value_NX = self._inputs(layer, hidden_NE, cos_N1D, sin_N1D, a.heads, a.norm_eps)
+            cache_SX.index_copy_(0, slots_N, key_value_NX)
             attended_NX = self._attend(query_NHD, cache_SX, seen, gathered_CX)
             hidden_NE = hidden_NE + self.team.sum(F.linear(attended_NX, layer.output_EA))
-            normed_NE = _rms_norm(hidden_NE, layer.mlp_norm_E, a.norm_eps)
-            hidden_NE = hidden_NE + self.team.sum(layer.mlp(normed_NE))
-        last_NE = _rms_norm(hidden_NE[wanted], self.norm_E, a.norm_eps)
+            hidden_NE = hidden_NE + self.team.sum(self._feed_forward(layer, hidden_NE, a.norm_eps))
+        last_NE = rms_norm(hidden_NE[wanted], self.norm_E, a.norm_eps)
         logits_NV = self.team.gather_columns(F.linear(last_NE, self.head_VE))
         return logits_NV[:, : self.vocabulary].float()
 
@@ -266,48 +256,10 @@ class DecodeModel:
         return 2 * self.architecture.kv_heads * self.architecture.head_dim
 
 
-def _fused(by_name: dict[str, torch.Tensor], prefix: str, own: Architecture) -> _Layer:
-    """Takes a layer's weights out of `by_name`: fused and unfused, only one layer's exist at once."""
-
-    def weight(name: str) -> torch.Tensor:
-        return by_name.pop(f"{prefix}{name}.weight")
-
-    def mlp(name: str) -> Dense:
-        gate_up_FE = torch.cat([weight(f"{name}.gate_proj"), weight(f"{name}.up_proj")])
-        return Dense(gate_up_FE, weight(f"{name}.down_proj"))
-
-    norms = []
-    if f"{prefix}self_attn.q_norm.weight" in by_name:
-        heads = ((weight("self_attn.q_norm"), own.heads), (weight("self_attn.k_norm"), own.kv_heads))
-        norms = [norm_D.expand(count, -1) for norm_D, count in heads]
-    has_bias = f"{prefix}self_attn.q_proj.bias" in by_name
-    biases = [by_name.pop(f"{prefix}self_attn.{part}_proj.bias") for part in "qkv"] if has_bias else []
-    if own.experts_per_token:
-        router_XE = weight("mlp.gate")
-        experts = [mlp(f"mlp.experts.{index}") for index in range(len(router_XE))]
-        feed_forward = Experts(router_XE, experts, own.experts_per_token, own.renormalized)
-    else:
-        feed_forward = mlp("mlp")
-    return _Layer(
-        attention_norm_E=weight("input_layernorm"),
-        qkv_AE=torch.cat([weight(f"self_attn.{part}_proj") for part in "qkv"]),
-        qkv_bias_A=torch.cat(biases) if has_bias else None,
-        query_key_norm_JD=torch.cat(norms) if norms else None,
-        output_EA=weight("self_attn.o_proj"),
-        mlp_norm_E=weight("post_attention_layernorm"),
-        mlp=feed_forward,
-    )
-
-
-def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = hidden.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(hidden.dtype)
-
-
-def _rotate(x_NHD: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor) -> torch.Tensor:
-    low, high = x_NHD.chunk(2, dim=-1)
-    return x_NHD * cos_N1D + torch.cat([-high, low], dim=-1) * sin_N1D
+@cache
+def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+    """One for all models of the process: layers of one shape, old weights or new, share what was compiled."""
+    return torch.compile(part, dynamic=True)
 
 
 def _bias(lengths_N: torch.Tensor, longest: int, dtype: torch.dtype) -> torch.Tensor:

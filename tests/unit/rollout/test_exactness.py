@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Mode, lay_out
@@ -107,3 +108,17 @@ def test_a_trace_depends_on_its_seed_and_not_on_its_company() -> None:
     assert [trace.tokens for trace in together] == [trace.tokens for trace in alone]
     few = traces_of(native_engine(model), thinking, prompts, concurrent=2)
     assert [trace.tokens for trace in together] == [trace.tokens for trace in few]
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_exact_and_new_weights_need_no_new_ones() -> None:
+    engine = native_engine(tiny_qwen3(), compiled=True)
+    thinking = Thinking(paths=3, max_path_tokens=20, max_response_tokens=90)
+    traces_of(engine, thinking, random_prompts(12))
+    made = counters["stats"]["unique_graphs"]
+    assert made > 0
+    model = tiny_qwen3(seed=1)
+    engine.load_weights(model.state_dict().items(), version=1)
+    traces = traces_of(engine, thinking, random_prompts(12))
+    assert counters["stats"]["unique_graphs"] == made
+    assert largest_difference(model, traces, "isolated") <= TOLERANCE

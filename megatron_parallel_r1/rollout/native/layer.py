@@ -1,0 +1,107 @@
+"""A layer's weights, fused for decoding, and what it computes before and after its attention.
+
+Shapes: as in model.py; A the queries', keys' and values' features, X a token's key and value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from megatron_parallel_r1.rollout.native.feed_forward import Dense, Experts
+
+
+class Parts(Protocol):
+    """The fields of `Architecture` that say how weights are put together."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int: ...
+    @property
+    def renormalized(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    attention_norm_E: torch.Tensor
+    qkv_AE: torch.Tensor
+    qkv_bias_A: torch.Tensor | None
+    query_key_norm_JD: torch.Tensor | None
+    output_EA: torch.Tensor
+    mlp_norm_E: torch.Tensor
+    mlp: Dense | Experts
+
+
+def attention_inputs(
+    layer: Layer,
+    hidden_NE: torch.Tensor,
+    cos_N1D: torch.Tensor,
+    sin_N1D: torch.Tensor,
+    heads: int,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [N, H, D], and what the cache keeps of each row [N, X]."""
+    head_dim = cos_N1D.shape[-1]
+    normed_NE = rms_norm(hidden_NE, layer.attention_norm_E, norm_eps)
+    qkv_NJD = F.linear(normed_NE, layer.qkv_AE, layer.qkv_bias_A).unflatten(-1, (-1, head_dim))
+    kv_heads = (qkv_NJD.shape[1] - heads) // 2
+    query_key_NJD, value_NKD = qkv_NJD.split([heads + kv_heads, kv_heads], dim=1)
+    if layer.query_key_norm_JD is not None:
+        query_key_NJD = rms_norm(query_key_NJD, layer.query_key_norm_JD, norm_eps)
+    query_NHD, key_NKD = _rotate(query_key_NJD, cos_N1D, sin_N1D).split([heads, kv_heads], dim=1)
+    return query_NHD, torch.cat([key_NKD, value_NKD], dim=1).flatten(1)
+
+
+def feed_forward(layer: Layer, hidden_NE: torch.Tensor, norm_eps: float) -> torch.Tensor:
+    """What the second half adds to each row; in a team, this process's share of it."""
+    return layer.mlp(rms_norm(hidden_NE, layer.mlp_norm_E, norm_eps))
+
+
+def fused(by_name: dict[str, torch.Tensor], prefix: str, own: Parts) -> Layer:
+    """Takes a layer's weights out of `by_name`: fused and unfused, only one layer's exist at once."""
+
+    def weight(name: str) -> torch.Tensor:
+        return by_name.pop(f"{prefix}{name}.weight")
+
+    def mlp(name: str) -> Dense:
+        gate_up_FE = torch.cat([weight(f"{name}.gate_proj"), weight(f"{name}.up_proj")])
+        return Dense(gate_up_FE, weight(f"{name}.down_proj"))
+
+    norms = []
+    if f"{prefix}self_attn.q_norm.weight" in by_name:
+        heads = ((weight("self_attn.q_norm"), own.heads), (weight("self_attn.k_norm"), own.kv_heads))
+        norms = [norm_D.expand(count, -1) for norm_D, count in heads]
+    has_bias = f"{prefix}self_attn.q_proj.bias" in by_name
+    biases = [by_name.pop(f"{prefix}self_attn.{part}_proj.bias") for part in "qkv"] if has_bias else []
+    if own.experts_per_token:
+        router_XE = weight("mlp.gate")
+        experts = [mlp(f"mlp.experts.{index}") for index in range(len(router_XE))]
+        feed_forward = Experts(router_XE, experts, own.experts_per_token, own.renormalized)
+    else:
+        feed_forward = mlp("mlp")
+    return Layer(
+        attention_norm_E=weight("input_layernorm"),
+        qkv_AE=torch.cat([weight(f"self_attn.{part}_proj") for part in "qkv"]),
+        qkv_bias_A=torch.cat(biases) if has_bias else None,
+        query_key_norm_JD=torch.cat(norms) if norms else None,
+        output_EA=weight("self_attn.o_proj"),
+        mlp_norm_E=weight("post_attention_layernorm"),
+        mlp=feed_forward,
+    )
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = hidden.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(hidden.dtype)
+
+
+def _rotate(x_NHD: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor) -> torch.Tensor:
+    low, high = x_NHD.chunk(2, dim=-1)
+    return x_NHD * cos_N1D + torch.cat([-high, low], dim=-1) * sin_N1D
