@@ -195,10 +195,10 @@ class DecodeModel:
         a = self.architecture
         cos_N1D, sin_N1D = self._rotation(positions_N)
         hidden_NE = self._embed(tokens_N)
+        bias_N11T = _bias(lengths_N, seen_NT.shape[1], hidden_NE.dtype)
         seen = [
-            _Seen(start, stop, seen_NT[start:stop, :longest].flatten(), bias_N11T)
-            for start, stop, longest in groups
-            for bias_N11T in (_bias(lengths_N[start:stop], longest, hidden_NE.dtype),)
+            _Seen(start, stop, seen_NT[start:stop, :most].flatten(), bias_N11T[start:stop, ..., :most])
+            for start, stop, most in groups
         ]
         gathered_CX = self.cache_LSX[0].new_empty(max(len(group.slots) for group in seen), self._width)
         for layer, cache_SX in zip(self.layers, self.cache_LSX, strict=True):
@@ -262,7 +262,7 @@ def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(part, dynamic=True)
 
 
-def _bias(lengths_N: torch.Tensor, longest: int, dtype: torch.dtype) -> torch.Tensor:
+def _bias(lengths_N: torch.Tensor, most: int, dtype: torch.dtype) -> torch.Tensor:
     """0 where a slot is the row's own, -inf where it fills up; [N, 1, 1, T]."""
-    unseen_NT = torch.arange(longest, device=lengths_N.device) >= lengths_N[:, None]
+    unseen_NT = torch.arange(most, device=lengths_N.device) >= lengths_N[:, None]
     return torch.zeros_like(unseen_NT, dtype=dtype).masked_fill_(unseen_NT, float("-inf"))[:, None, None]
