@@ -11,7 +11,8 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
-BOTH = 2**28  # bytes that two things in memory may be; a larger one is alone there
+# Bytes that two things in memory may be together; with what Python and torch take, less than a gigabyte.
+BOTH = 700_000_000
 
 
 def loaded(
@@ -33,19 +34,26 @@ def loaded(
 
 
 class Rooms:
-    """Memory for things read in turn, of which two exist at once: fresh pages cost more than reading."""
+    """Memory for things read in turn, of which two exist at once: fresh pages cost more than reading.
+
+    Things of which two may be in memory take turns in two rooms. Of larger ones no two are (`loaded`); they
+    share a third.
+    """
 
     def __init__(self) -> None:
-        self._memory = [bytearray(), bytearray()]
+        self._memory = [bytearray(), bytearray(), bytearray()]
         self._turn = 0
 
     def empty(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor with a storage of its own, good until the next but one; a large one is fresh memory."""
+        """A tensor with a storage of its own, good until the next but one, a large one until the next."""
         count = torch.Size(sizes).numel()
         need = count * dtype.itemsize
-        if need > BOTH // 2 or not need:
-            return torch.empty(sizes, dtype=dtype)
-        self._turn = 1 - self._turn
-        if len(self._memory[self._turn]) < need:
-            self._memory[self._turn] = bytearray(need)
-        return torch.frombuffer(self._memory[self._turn], dtype=dtype, count=count).view(*sizes)
+        if not need:
+            return torch.empty(tuple(sizes), dtype=dtype)
+        room = 2
+        if need <= BOTH // 2:
+            self._turn = room = 1 - self._turn
+        if len(self._memory[room]) < need:
+            self._memory[room] = bytearray()  # The old one goes before the new one comes.
+            self._memory[room] = bytearray(need)
+        return torch.frombuffer(self._memory[room], dtype=dtype, count=count).view(*sizes)

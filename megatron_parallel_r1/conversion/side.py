@@ -14,7 +14,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.hf import read_config, weight_files
 from megatron_parallel_r1.model.safetensors_files import StoredTensor, stored_tensors
-from megatron_parallel_r1.model.torch_dist import MegatronCheckpoint, find_checkpoint
+from megatron_parallel_r1.model.torch_dist import Empty, MegatronCheckpoint, find_checkpoint
 from megatron_parallel_r1.model.weight import EMBEDDING, Weight, check_fit
 from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST
 
@@ -50,11 +50,16 @@ class Side:
             return self.checkpoint.dtype(weight, self.shape)
         return self.stored[weight.parts[0][0]].dtype
 
-    def parts(self, weight: Weight) -> list[Tensor]:
+    def parts(self, weight: Weight, empty: Empty | None = None) -> list[Tensor]:
         """The Hugging Face tensors that a weight is made of, each [groups, rows of a group, …]: its first two
-        dimensions together are its rows."""
+        dimensions together are its rows.
+
+        Args:
+            empty: gives the memory that a checkpoint's weight is read into.
+        """
         if self.checkpoint:
-            return weight.views(self.checkpoint.read(weight, self.shape))
+            memory = (empty,) if empty else ()
+            return weight.views(self.checkpoint.read(weight, self.shape, *memory))
         return [self.stored[name].read()[None] for name, _ in weight.parts]
 
 

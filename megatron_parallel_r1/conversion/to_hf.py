@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.conversion.ahead import loaded
+from megatron_parallel_r1.conversion.ahead import Rooms, loaded
 from megatron_parallel_r1.conversion.side import Side, open_side
 from megatron_parallel_r1.conversion.to_megatron import Advance, copy_companions, source_identity
 from megatron_parallel_r1.conversion.work import Sink, Work
@@ -87,10 +87,10 @@ def write_hf(
         "like": source_identity(side.like),
         "extra": {name: content.hex() for name, content in extra.items() if len(content) < 2**16},
     }
-    names = shard_names(len(files))
+    names, rooms = shard_names(len(files)), Rooms()
     with Work(out, identity, replace) as work:
         for name, some in zip(names, files, strict=True):
-            work.file(name, lambda sink, some=some: _write(sink, some, side, dtypes, advance))
+            work.file(name, lambda sink, some=some: _write(sink, some, side, dtypes, rooms, advance))
         if len(names) > 1:
             places = {
                 part: name
@@ -131,7 +131,12 @@ def _shards(weights: list[Weight], dtypes: Mapping[str, torch.dtype], shard_byte
 
 
 def _write(
-    sink: Sink, weights: list[Weight], side: Side, dtypes: Mapping[str, torch.dtype], advance: Advance
+    sink: Sink,
+    weights: list[Weight],
+    side: Side,
+    dtypes: Mapping[str, torch.dtype],
+    rooms: Rooms,
+    advance: Advance,
 ) -> None:
     """Writes a safetensors file: its header, then the tensors in the order that the header says."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -147,7 +152,11 @@ def _write(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     sink.write(len(text).to_bytes(8, "little") + text)
-    for weight, parts in loaded(weights, side.parts, lambda weight: _bytes(weight, dtypes)):
+
+    def read(weight: Weight) -> list[Tensor]:
+        return side.parts(weight, rooms.empty)
+
+    for weight, parts in loaded(weights, read, lambda weight: _bytes(weight, dtypes)):
         for part in parts:
             for rows in _in_blocks(part):
                 block = rows.to(dtypes[weight.name]).contiguous()
@@ -156,7 +165,7 @@ def _write(
         del parts, part, rows, block
 
 
-def _in_blocks(part: Tensor, size: int = 2**26) -> list[Tensor]:
+def _in_blocks(part: Tensor, size: int = 2**24) -> list[Tensor]:
     """A part's rows in order, in pieces that may be cast or copied one at a time."""
     dim = 0 if len(part) > 1 else 1
     each = max(1, size * part.shape[dim] // max(part.nbytes, 1))

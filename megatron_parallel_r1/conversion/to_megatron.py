@@ -82,12 +82,15 @@ def hf_to_megatron(
         "dtype": str(dtype),
         "source": source_identity(source),
     }
+    rooms = Rooms()
     with Work(out, identity, replace) as work:
         index: list[tuple[str, dict[str, Any]]] = []
         for rank, pieces in sorted(ranks.items()):
             for number, some in enumerate(_files(pieces, numbers)):
                 name = f"{RELEASE}/__{rank}_{number}.distcp"
-                told = work.file(name, lambda sink, some=some: _write(sink, some, stored, dtype, advance))
+                told = work.file(
+                    name, lambda sink, some=some: _write(sink, some, stored, dtype, rooms, advance)
+                )
                 index.append((Path(name).name, told))
         work.file(f"{RELEASE}/.metadata", lambda sink: sink.write(_metadata(index)))
         work.file(f"{RELEASE}/metadata.json", lambda sink: sink.write(_FORMAT))
@@ -150,11 +153,10 @@ def _write(
     pieces: list[Piece],
     stored: Mapping[str, StoredTensor],
     dtype: torch.dtype | None,
+    rooms: Rooms,
     advance: Advance,
 ) -> list[dict[str, Any]]:
     """Writes a file of pieces, each as torch.save does; returns what the checkpoint's index says of them."""
-
-    rooms = Rooms()
 
     def read(piece: Piece) -> Tensor:
         out = rooms.empty(piece.sizes, _dtype(piece, stored, dtype))

@@ -8,23 +8,32 @@ experts, which are rows of one tensor of a rank more. Megatron-LM may also stack
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.model.safetensors_files import StoredTensor
+from megatron_parallel_r1.model.saved_tensor import find_tensor
 from megatron_parallel_r1.model.weight import Weight, table
+
+Empty = Callable[[Sequence[int], torch.dtype], Tensor]
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # What else a training run keeps beside its weights.
 _NO_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
+
+
+def _empty(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(sizes), dtype=dtype)
 
 
 def checkpoint_key(weight: Weight, has_experts: bool) -> str:
@@ -149,30 +158,28 @@ class MegatronCheckpoint:
         return self.dtypes[self._located(weight, shape)[0]]
 
     @torch.no_grad()
-    def read(self, weight: Weight, shape: ModelConfig) -> Tensor:
+    def read(self, weight: Weight, shape: ModelConfig, empty: Empty = _empty) -> Tensor:
         """The whole Megatron parameter, its vocabulary cut to the model's.
+
+        Args:
+            empty: gives the memory that it is read into.
 
         Raises:
             UserError: a piece cannot be read, or one is missing.
         """
         key, index = self._located(weight, shape)
-        out = torch.empty(weight.shape, dtype=self.dtypes[key])
+        out = empty(weight.shape, self.dtypes[key])
         filled = 0
         for piece in self.pieces(key):
             lead = tuple(zip(piece.corner, piece.sizes, strict=True))[: len(index)]
             if not all(start <= i < start + size for i, (start, size) in zip(index, lead, strict=True)):
                 continue
-            place = tuple(
-                slice(start, min(start + size, limit))
-                for start, size, limit in zip(
-                    piece.corner[len(index) :], piece.sizes[len(index) :], out.shape, strict=True
-                )
-            )
-            held = self._load(key, piece)[tuple(i - start for i, (start, _) in zip(index, lead, strict=True))]
-            if held.shape == out.shape:
-                return held
-            target = out[place]
-            target.copy_(held[tuple(slice(0, size) for size in target.shape)])
+            corner, sizes = piece.corner[len(index) :], piece.sizes[len(index) :]
+            target = out[tuple(slice(start, start + size) for start, size in zip(corner, sizes, strict=True))]
+            above = 0
+            for i, (start, size) in zip(index, lead, strict=True):
+                above = above * size + i - start
+            self._read_into(target, key, piece, sizes, above)
             filled += target.numel()
         if filled != out.numel():
             raise UserError(f"{self.folder}: pieces of {key} are missing; copy the checkpoint again")
@@ -196,19 +203,24 @@ class MegatronCheckpoint:
             )
         return made
 
-    def _load(self, key: str, piece: Piece) -> Tensor:
+    def _read_into(self, target: Tensor, key: str, piece: Piece, sizes: tuple[int, ...], above: int) -> None:
+        """Fills `target` from the first rows of one of the tensors of `sizes` that a piece holds, that behind
+        `above` others."""
         try:
             with piece.file.open("rb") as stream:
                 if piece.file.stat().st_size < piece.begin + piece.length:
                     raise UserError(f"{piece.file} ends within {key}; copy it again")
-                held = torch.load(
-                    _create_file_view(stream, piece.begin, piece.length), "cpu", weights_only=True
-                )
+                held = find_tensor(stream, piece.begin, piece.length)
         except OSError as error:
             raise UserError(f"{piece.file} cannot be read ({error.strerror}); copy it again") from None
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except (ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise UserError(f"{piece.file}: {key} is damaged ({error}); copy it again") from None
-        return held.view(piece.sizes)
+        if prod(held.shape) != prod(piece.sizes):
+            raise UserError(f"{piece.file}: {key} is of sizes {held.shape} instead of {piece.sizes}")
+        rows, rest = sizes[0], sizes[1:]
+        count = prod(piece.sizes) // prod(sizes)
+        stored = StoredTensor(piece.file, key, held.dtype, (count * rows, *rest), held.begin)
+        stored.read_into(target[None], above * rows)
 
     def _located(self, weight: Weight, shape: ModelConfig) -> tuple[str, tuple[int, ...]] | None:
         places = _places(weight, shape.experts is not None)
