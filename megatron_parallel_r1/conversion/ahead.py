@@ -1,7 +1,8 @@
-"""Reading the next thing while this one is written, as long as both are small."""
+"""Reading the next few things while one is written, within a bound, into memory that is used again."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -11,49 +12,64 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
-# Bytes that two things in memory may be together; with what Python and torch take, less than a gigabyte.
-BOTH = 700_000_000
+# Bytes that things in memory may be together, if they are several; with what Python and torch take, less than
+# a gigabyte. One that is larger is alone there.
+TOGETHER = 700_000_000
+# One ahead is not enough: behind a norm, which is written at once, the matrix after it would be waited for.
+MOST = 4
 
 
 def loaded(
-    items: Sequence[Item], load: Callable[[Item], Loaded], size: Callable[[Item], int]
+    items: Sequence[Item], load: Callable[[Item, bytearray], Loaded], need: Callable[[Item], int]
 ) -> Iterator[tuple[Item, Loaded]]:
-    """Each item with what `load` makes of it, in order; `size` says how many bytes that will be.
+    """Each item with what `load` makes of it, in order.
 
-    The caller must let go of a thing before it asks for the next.
+    Args:
+        load: is given memory of as many bytes as `need` says.
+
+    The caller must let go of a thing before it asks for the next: its memory is used again.
     """
+    rooms, coming, waiting, used = _Rooms(), deque(items), deque(), 0
     with ThreadPoolExecutor(1) as reader:
-        pending = None
-        for number, item in enumerate(items):
-            now = pending.result() if pending else load(item)
-            pending = None
-            if number + 1 < len(items) and size(item) + size(items[number + 1]) <= BOTH:
-                pending = reader.submit(load, items[number + 1])
-            yield item, now
-            del now
+        try:
+            while coming or waiting:
+                while coming and len(waiting) < MOST and (not used or used + need(coming[0]) <= TOGETHER):
+                    item = coming.popleft()
+                    memory = rooms.take(need(item))
+                    used += len(memory)
+                    waiting.append((item, memory, reader.submit(load, item, memory)))
+                item, memory, loading = waiting.popleft()
+                yield item, loading.result()
+                used -= len(memory)
+                rooms.give(memory)
+        finally:
+            reader.shutdown(cancel_futures=True)
 
 
-class Rooms:
-    """Memory for things read in turn, of which two exist at once: fresh pages cost more than reading.
-
-    Things of which two may be in memory take turns in two rooms. Of larger ones no two are (`loaded`); they
-    share a third.
-    """
+class _Rooms:
+    """Memory by size, for layers are alike: fresh pages cost more than reading."""
 
     def __init__(self) -> None:
-        self._memory = [bytearray(), bytearray(), bytearray()]
-        self._turn = 0
+        self._free: dict[int, list[bytearray]] = {}
+        self._idle = 0
 
-    def empty(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor with a storage of its own, good until the next but one, a large one until the next."""
-        count = torch.Size(sizes).numel()
-        need = count * dtype.itemsize
-        if not need:
-            return torch.empty(tuple(sizes), dtype=dtype)
-        room = 2
-        if need <= BOTH // 2:
-            self._turn = room = 1 - self._turn
-        if len(self._memory[room]) < need:
-            self._memory[room] = bytearray()  # The old one goes before the new one comes.
-            self._memory[room] = bytearray(need)
-        return torch.frombuffer(self._memory[room], dtype=dtype, count=count).view(*sizes)
+    def take(self, size: int) -> bytearray:
+        if self._free.get(size):
+            self._idle -= size
+            return self._free[size].pop()
+        if self._idle + size > TOGETHER // 2:
+            self._free.clear()
+            self._idle = 0
+        return bytearray(size)
+
+    def give(self, memory: bytearray) -> None:
+        self._free.setdefault(len(memory), []).append(memory)
+        self._idle += len(memory)
+
+
+def tensor_in(memory: bytearray, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor that has the first bytes of the memory as its storage."""
+    count = torch.Size(sizes).numel()
+    if not count:
+        return torch.empty(tuple(sizes), dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(*sizes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.conversion.ahead import Rooms, loaded
+from megatron_parallel_r1.conversion.ahead import loaded, tensor_in
 from megatron_parallel_r1.conversion.side import Side, open_side
 from megatron_parallel_r1.conversion.to_megatron import Advance, copy_companions, source_identity
 from megatron_parallel_r1.conversion.work import Sink, Work
@@ -87,10 +88,10 @@ def write_hf(
         "like": source_identity(side.like),
         "extra": {name: content.hex() for name, content in extra.items() if len(content) < 2**16},
     }
-    names, rooms = shard_names(len(files)), Rooms()
+    names = shard_names(len(files))
     with Work(out, identity, replace) as work:
         for name, some in zip(names, files, strict=True):
-            work.file(name, lambda sink, some=some: _write(sink, some, side, dtypes, rooms, advance))
+            work.file(name, lambda sink, some=some: _write(sink, some, side, dtypes, advance))
         if len(names) > 1:
             places = {
                 part: name
@@ -135,7 +136,6 @@ def _write(
     weights: list[Weight],
     side: Side,
     dtypes: Mapping[str, torch.dtype],
-    rooms: Rooms,
     advance: Advance,
 ) -> None:
     """Writes a safetensors file: its header, then the tensors in the order that the header says."""
@@ -153,10 +153,13 @@ def _write(
     text += b" " * (-len(text) % 8)
     sink.write(len(text).to_bytes(8, "little") + text)
 
-    def read(weight: Weight) -> list[Tensor]:
-        return side.parts(weight, rooms.empty)
+    def read(weight: Weight, memory: bytearray) -> list[Tensor]:
+        return side.parts(weight, partial(tensor_in, memory))
 
-    for weight, parts in loaded(weights, read, lambda weight: _bytes(weight, dtypes)):
+    def need(weight: Weight) -> int:
+        return torch.Size(weight.shape).numel() * side.dtype(weight).itemsize
+
+    for weight, parts in loaded(weights, read, need):
         for part in parts:
             for rows in _in_blocks(part):
                 block = rows.to(dtypes[weight.name]).contiguous()

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_parallel_r1.conversion.ahead import Rooms, loaded
+from megatron_parallel_r1.conversion.ahead import loaded, tensor_in
 from megatron_parallel_r1.conversion.pieces import Piece, Target, pieces_of
 from megatron_parallel_r1.conversion.work import Sink, Work
 from megatron_parallel_r1.model.hf import read_config, weight_files
@@ -82,15 +82,12 @@ def hf_to_megatron(
         "dtype": str(dtype),
         "source": source_identity(source),
     }
-    rooms = Rooms()
     with Work(out, identity, replace) as work:
         index: list[tuple[str, dict[str, Any]]] = []
         for rank, pieces in sorted(ranks.items()):
             for number, some in enumerate(_files(pieces, numbers)):
                 name = f"{RELEASE}/__{rank}_{number}.distcp"
-                told = work.file(
-                    name, lambda sink, some=some: _write(sink, some, stored, dtype, rooms, advance)
-                )
+                told = work.file(name, lambda sink, some=some: _write(sink, some, stored, dtype, advance))
                 index.append((Path(name).name, told))
         work.file(f"{RELEASE}/.metadata", lambda sink: sink.write(_metadata(index)))
         work.file(f"{RELEASE}/metadata.json", lambda sink: sink.write(_FORMAT))
@@ -153,22 +150,21 @@ def _write(
     pieces: list[Piece],
     stored: Mapping[str, StoredTensor],
     dtype: torch.dtype | None,
-    rooms: Rooms,
     advance: Advance,
 ) -> list[dict[str, Any]]:
     """Writes a file of pieces, each as torch.save does; returns what the checkpoint's index says of them."""
 
-    def read(piece: Piece) -> Tensor:
-        out = rooms.empty(piece.sizes, _dtype(piece, stored, dtype))
+    def read(piece: Piece, memory: bytearray) -> Tensor:
+        out = tensor_in(memory, piece.sizes, _dtype(piece, stored, dtype))
         _assemble(piece, stored, out)
         return out
 
-    def size(piece: Piece) -> int:
+    def need(piece: Piece) -> int:
         return piece.numbers * _dtype(piece, stored, dtype).itemsize
 
     told = []
     with _no_checksums():
-        for piece, tensor in loaded(pieces, read, size):
+        for piece, tensor in loaded(pieces, read, need):
             begin = sink.tell()
             torch.save(tensor, sink)
             advance(tensor.nbytes)

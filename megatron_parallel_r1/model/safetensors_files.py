@@ -25,7 +25,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
-BLOCK = 2**26  # bytes read at a time where they cannot go straight to their place
+BLOCK = 2**22  # bytes read at a time where they cannot go straight to their place
 
 
 @dataclass(frozen=True, slots=True)

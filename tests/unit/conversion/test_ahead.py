@@ -14,26 +14,40 @@ from megatron_parallel_r1.conversion import ahead
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 30), max_size=12))
-def test_each_is_whole_while_it_is_used(sizes: list[int]) -> None:
+def test_each_is_whole_while_it_is_used_and_few_are_there(sizes: list[int]) -> None:
+    there, most = 0, 0
+
+    def need(item: tuple[int, int]) -> int:
+        return 4 * item[1]
+
+    def load(item: tuple[int, int], memory: bytearray) -> torch.Tensor:
+        nonlocal there, most
+        there += need(item)
+        most = max(most, there if there > need(item) else 0)
+        return ahead.tensor_in(memory, (item[1],), torch.float32).fill_(item[0])
+
+    items = list(enumerate(sizes))
+    seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead, "BOTH", 80)  # bytes: of numbers of 4, two of 10 are in memory together
-        rooms, alive = ahead.Rooms(), []
-
-        def load(item: tuple[int, int]) -> torch.Tensor:
-            number, size = item
-            alive.append(4 * size)
-            return rooms.empty((size,), torch.float32).fill_(number)
-
-        items = list(enumerate(sizes))
-        for (number, size), tensor in ahead.loaded(items, load, lambda item: 4 * item[1]):
-            time.sleep(0.0005)  # The next one is being loaded now.
-            assert tensor.tolist() == [number] * size and tensor.untyped_storage().nbytes() == 4 * size
-    assert alive == [4 * size for size in sizes]
+        patch.setattr(ahead, "TOGETHER", 80)  # bytes: of numbers of 4, two of 10 are in memory together
+        for item, tensor in ahead.loaded(items, load, need):
+            time.sleep(0.0005)  # Others are being loaded now.
+            assert tensor.tolist() == [item[0]] * item[1]
+            assert tensor.untyped_storage().nbytes() == need(item)
+            seen.append(item)
+            there -= need(item)
+    assert seen == items
+    assert most <= 80
 
 
-def test_rooms_are_used_again_and_grow() -> None:
-    rooms = ahead.Rooms()
-    first, second, third = (rooms.empty((4,), torch.float32) for _ in range(3))
-    assert first.data_ptr() == third.data_ptr() != second.data_ptr()
-    assert rooms.empty((1000,), torch.float32).shape == (1000,)
-    assert rooms.empty((0, 3), torch.float32).numel() == 0
+def test_an_error_of_the_reader_comes_in_its_turn() -> None:
+    def load(item: int, memory: bytearray) -> int:
+        if item == 2:
+            raise OSError("no more")
+        return item
+
+    found = []
+    with pytest.raises(OSError, match="no more"):
+        for item, _ in ahead.loaded([0, 1, 2, 3], load, lambda item: 8):
+            found.append(item)
+    assert found == [0, 1]
