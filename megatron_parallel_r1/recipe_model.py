@@ -72,10 +72,6 @@ class Model(Strict):
             _ = self.made_of if self.fp8 != "none" or self.fp8_params else None
         except UserError as error:
             raise ValueError(str(error).removeprefix("model.")) from None
-        if self.fp8 == "delayed":
-            raise ValueError(
-                "fp8 delayed: its scaling history is not kept in checkpoints; use current or blockwise"
-            )
         return self
 
     @model_validator(mode="after")

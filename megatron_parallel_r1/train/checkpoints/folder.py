@@ -24,10 +24,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from safetensors.torch import load_file
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.agreement import all_agree, first_does, told_all
 from megatron_parallel_r1.train.checkpoints.manifest import Damaged, Manifest, fault, read_manifest, sync
+from megatron_parallel_r1.train.checkpoints.scaling import FILE as EXTRA
+from megatron_parallel_r1.train.checkpoints.scaling import extra_states, set_extra_states
 from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
 from megatron_parallel_r1.train.checkpoints.writing import WriteFailed, Writing
 from megatron_parallel_r1.train.trainer import Trainer
@@ -82,7 +85,9 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {final} cannot be written: {error.strerror}; make room, or choose another out"
             ) from None
-        self._underway = _Underway(Writing(work, parts, about), work, final, trainer.device)
+        self._underway = _Underway(
+            Writing(work, parts, extra_states(trainer.model), about), work, final, trainer.device
+        )
 
     def poll(self) -> None:
         """Completes what was begun if it is written everywhere by now; free where nothing is under way.
@@ -240,4 +245,6 @@ def _load(trainer: Trainer, folder: Path, manifest: Manifest) -> None:
             + "; go on with the recipe that made it, or begin anew in another folder"
         )
     dist_checkpointing.load({str(number): part for number, part in enumerate(parts)}, str(folder))
+    if (folder / EXTRA).is_file():
+        set_extra_states(trainer.model, load_file(folder / EXTRA))
     set_steps_taken(trainer.optimizer, manifest.optimizer_steps)

@@ -22,7 +22,6 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.train.trainer import Trainer
 
@@ -180,8 +179,6 @@ def _blocks(model: Model) -> Iterator[tuple[Parameter, Block]]:
                 blocks = [entry] if isinstance(entry, ShardedTensor) else entry.build()
                 for block in blocks:
                     yield entry.data, Block.of(block, entry.data, model.shape.vocab)
-            elif entry.data is not None and entry.data.numel():
-                raise UserError(f"{entry.key}: checkpoints do not keep FP8 scaling yet; train in bfloat16")
 
 
 def _own_state(inner: MegatronOptimizer, parameter: Parameter, block: Block) -> Iterator[ShardedTensor]:

@@ -17,9 +17,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from safetensors.torch import save_file
 
 from megatron_parallel_r1.train.agreement import first_does, told_all, told_first
 from megatron_parallel_r1.train.checkpoints.manifest import Manifest, Stamp, stamp, sync, write_manifest
+from megatron_parallel_r1.train.checkpoints.scaling import FILE as EXTRA
 
 
 class WriteFailed(Exception):
@@ -36,13 +38,16 @@ class Writing:
     Args:
         folder: exists, is empty, and is seen by all processes.
         parts: of this process; they may change as soon as this returns.
+        extra: extra states of this process's layers, copies.
         about: the manifest but for its files.
 
     All processes make one at the same time.
     """
 
-    def __init__(self, folder: Path, parts: list[ShardedTensor], about: Manifest) -> None:
-        self._folder, self._about = folder, about
+    def __init__(
+        self, folder: Path, parts: list[ShardedTensor], extra: dict[str, torch.Tensor], about: Manifest
+    ) -> None:
+        self._folder, self._extra, self._about = folder, extra, about
         copies = [
             replace(part, data=part.data.to("cpu", copy=True))
             for part in parts
@@ -74,7 +79,7 @@ class Writing:
         errors = [f"{error} (process {rank})" for rank, error in enumerate(told_all(self._error)) if error]
         if errors:
             raise WriteFailed(errors[0])
-        told = told_first((self._stamps, self._results))
+        told = told_first((self._stamps, self._results, self._extra))
         first_does(lambda: self._finish(told))
 
     def _write(self) -> None:
@@ -98,11 +103,13 @@ class Writing:
         finally:
             writer.write_buckets = []
 
-    def _finish(self, told: list[tuple[dict[str, Stamp], list[Any]]]) -> None:
-        """What the first process adds: where each tensor is, and the manifest."""
-        stamps = {name: stamp for some, _ in told for name, stamp in some.items()}
+    def _finish(self, told: list[tuple[dict[str, Stamp], list[Any], dict[str, torch.Tensor]]]) -> None:
+        """What the first process adds: where each tensor is, the extra states, and the manifest."""
+        stamps = {name: stamp for some, _, _ in told for name, stamp in some.items()}
         try:
-            self._plan.writer.finish(self._plan.metadata, [results for _, results in told])
+            self._plan.writer.finish(self._plan.metadata, [results for _, results, _ in told])
+            if extra := {name: state for _, _, some in told for name, state in some.items()}:
+                save_file(extra, self._folder / EXTRA)
             torch.save({"optimizer_steps": self._about.optimizer_steps}, self._folder / COMMON_STATE_FNAME)
             save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
             for file in [file for file in self._folder.iterdir() if file.name not in stamps]:

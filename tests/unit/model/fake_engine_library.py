@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest.mock import MagicMock
 
 import torch
@@ -58,6 +58,43 @@ def install(source: Path) -> None:
     import transformer_engine.pytorch
 
 
+def histories(model: torch.nn.ModuleList) -> list[torch.Tensor]:
+    """Scales and histories of all its layers, which are made if they are not there."""
+    from transformer_engine.common.recipe import DelayedScaling
+
+    found = []
+    for layer in (module for module in model.modules() if hasattr(module, "fp8_meta")):
+        if "scaling_fwd" not in layer.fp8_meta:
+            layer.fp8_meta.update(fp8_checkpoint=True, num_gemms=1, recipe=DelayedScaling())
+            layer.init_fp8_meta_tensors(layer.fp8_meta["recipe"])
+        for way in ("scaling_fwd", "scaling_bwd"):
+            found += [layer.fp8_meta[way].scale, layer.fp8_meta[way].amax_history]
+    return found
+
+
+def kept(model: torch.nn.ModuleList, other: torch.nn.ModuleList) -> bool:
+    """Whether histories go from one model to another by what a checkpoint keeps."""
+    from transformer_engine.pytorch.quantization import DelayedScalingRecipeState
+
+    from megatron_parallel_r1.train.checkpoints.scaling import extra_states, set_extra_states
+
+    made = DelayedScalingRecipeState.__init__
+
+    def made_here(self: DelayedScalingRecipeState, *given: object, **named: object) -> None:
+        made(self, *given, **named | {"device": torch.device("cpu")})
+
+    DelayedScalingRecipeState.__init__ = made_here
+    torch.cuda.synchronize = lambda: None
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(major=9, minor=0)
+    nothing_yet = not extra_states(model)
+    given = histories(model)
+    for number, tensor in enumerate(given):
+        tensor.fill_(number + 0.5)
+    set_extra_states(other, extra_states(model))
+    found = histories(other)
+    return nothing_yet and len(given) == len(found) == 32 and all(map(torch.equal, given, found))
+
+
 def main() -> None:
     install(Path(os.environ["TRANSFORMER_ENGINE_SOURCE"]))
     from megatron_parallel_r1.model import gpt, process, weights
@@ -72,7 +109,7 @@ def main() -> None:
         config = transformer_config(shape, torch.bfloat16, layers=engine)
         config.use_cpu_initialization = True
         torch.cuda.is_available = lambda: True  # All that its layers ask for to be made.
-        theirs = gpt.Model(shape, [gpt.PathGPT(shape, config, engine)])
+        theirs, others = (gpt.Model(shape, [gpt.PathGPT(shape, config, engine)]) for _ in range(2))
         torch.cuda.is_available = lambda: False
         for model in (local, theirs):
             weights.load_hf_tensors(model, weights.random_hf_tensors(shape, 1))
@@ -94,6 +131,7 @@ def main() -> None:
                     "same_names": set(weights.own_parameters(local)) == set(weights.own_parameters(theirs)),
                     "same_tensors": all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs),
                     "same_checkpoint": saved[0] == saved[1],
+                    "keeps_histories": kept(theirs, others),
                 }
             )
         )

@@ -22,6 +22,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.engine_weights import FUSED, local_name, set_weight
 from megatron_parallel_r1.model.layers import Layers, Machine, check_layers
 from megatron_parallel_r1.model.spec import block_spec
+from megatron_parallel_r1.train.checkpoints.scaling import TRUST
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 UNPACKED, INSTALLED = os.environ.get("TRANSFORMER_ENGINE_SOURCE"), find_spec("transformer_engine")
@@ -99,6 +100,11 @@ def test_a_matrix_that_remembers_its_birth_remembers_what_it_was_set_to() -> Non
         set_weight(parameter, value)
     assert parameter.tolist() == [1.0, 3.0]
     assert torch.equal(parameter._high_precision_init_val, value)
+
+
+@needs_engine
+def test_it_is_told_by_the_name_that_it_knows_that_a_checkpoint_is_trusted() -> None:
+    assert TRUST in ast.unparse(source("pytorch._extra_state"))
 
 
 @needs_engine
@@ -223,4 +229,9 @@ def test_its_layers_have_the_weights_and_checkpoint_keys_of_ours() -> None:
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout.splitlines()[-1])
     assert told.pop("layers") == ["TELayerNormColumnParallelLinear"]
-    assert told == {"same_names": True, "same_tensors": True, "same_checkpoint": True}
+    assert told == {
+        "same_names": True,
+        "same_tensors": True,
+        "same_checkpoint": True,
+        "keeps_histories": True,
+    }
