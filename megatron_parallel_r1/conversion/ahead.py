@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Condition
 from typing import TypeVar
 
 import torch
@@ -19,8 +20,50 @@ TOGETHER = 700_000_000
 MOST = 4
 
 
+class Rooms:
+    """Memory for all that is read at the same time, by any thread.
+
+    What is given back is kept by its size, for layers are alike, and fresh pages cost more than reading.
+    """
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._free: dict[int, list[bytearray]] = {}
+        self._used = self._idle = 0
+
+    def take(self, size: int, wait: bool) -> bytearray | None:
+        """So many bytes, once there is room for them; None if there is none yet and `wait` is not set.
+
+        Who waits must have none, or two could wait for each other.
+        """
+        with self._changed:
+            while self._used and self._used + size > TOGETHER:
+                if not wait:
+                    return None
+                self._changed.wait()
+            self._used += size
+            if self._free.get(size):
+                self._idle -= size
+                return self._free[size].pop()
+            if self._used + self._idle > TOGETHER:
+                self._free.clear()
+                self._idle = 0
+        return bytearray(size)
+
+    def give(self, memory: bytearray) -> None:
+        """Back, for others."""
+        with self._changed:
+            self._used -= len(memory)
+            self._idle += len(memory)
+            self._free.setdefault(len(memory), []).append(memory)
+            self._changed.notify_all()
+
+
 def loaded(
-    items: Sequence[Item], load: Callable[[Item, bytearray], Loaded], need: Callable[[Item], int]
+    items: Sequence[Item],
+    load: Callable[[Item, bytearray], Loaded],
+    need: Callable[[Item], int],
+    rooms: Rooms,
 ) -> Iterator[tuple[Item, Loaded]]:
     """Each item with what `load` makes of it, in order.
 
@@ -29,42 +72,26 @@ def loaded(
 
     The caller must let go of a thing before it asks for the next: its memory is used again.
     """
-    rooms, coming, waiting, used = _Rooms(), deque(items), deque(), 0
+    coming, waiting = deque(items), deque()
+    memory: bytearray | None = None
     with ThreadPoolExecutor(1) as reader:
         try:
             while coming or waiting:
-                while coming and len(waiting) < MOST and (not used or used + need(coming[0]) <= TOGETHER):
+                while coming and len(waiting) < MOST:
+                    taken = rooms.take(need(coming[0]), wait=not waiting)
+                    if taken is None:
+                        break
                     item = coming.popleft()
-                    memory = rooms.take(need(item))
-                    used += len(memory)
-                    waiting.append((item, memory, reader.submit(load, item, memory)))
+                    waiting.append((item, taken, reader.submit(load, item, taken)))
                 item, memory, loading = waiting.popleft()
                 yield item, loading.result()
-                used -= len(memory)
                 rooms.give(memory)
+                memory = None
         finally:
             reader.shutdown(cancel_futures=True)
-
-
-class _Rooms:
-    """Memory by size, for layers are alike: fresh pages cost more than reading."""
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[bytearray]] = {}
-        self._idle = 0
-
-    def take(self, size: int) -> bytearray:
-        if self._free.get(size):
-            self._idle -= size
-            return self._free[size].pop()
-        if self._idle + size > TOGETHER // 2:
-            self._free.clear()
-            self._idle = 0
-        return bytearray(size)
-
-    def give(self, memory: bytearray) -> None:
-        self._free.setdefault(len(memory), []).append(memory)
-        self._idle += len(memory)
+            for taken in (memory, *(taken for _, taken, _ in waiting)):
+                if taken is not None:
+                    rooms.give(taken)
 
 
 def tensor_in(memory: bytearray, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.conversion.ahead import loaded, tensor_in
+from megatron_parallel_r1.conversion.ahead import Rooms, loaded, tensor_in
 from megatron_parallel_r1.conversion.side import Side, open_side
 from megatron_parallel_r1.conversion.to_megatron import Advance, copy_companions, source_identity
 from megatron_parallel_r1.conversion.work import Sink, Work
@@ -159,7 +159,7 @@ def _write(
     def need(weight: Weight) -> int:
         return torch.Size(weight.shape).numel() * side.dtype(weight).itemsize
 
-    for weight, parts in loaded(weights, read, need):
+    for weight, parts in loaded(weights, read, need, Rooms()):
         for part in parts:
             for rows in _in_blocks(part):
                 block = rows.to(dtypes[weight.name]).contiguous()

@@ -15,8 +15,10 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_parallel_r1.conversion.ahead import loaded, tensor_in
+from megatron_parallel_r1.conversion.ahead import Rooms, loaded, tensor_in
 from megatron_parallel_r1.conversion.pieces import Piece, Target, pieces_of
 from megatron_parallel_r1.conversion.work import Sink, Work
 from megatron_parallel_r1.model.hf import read_config, weight_files
@@ -38,7 +40,10 @@ from megatron_parallel_r1.model.safetensors_files import StoredTensor, stored_te
 from megatron_parallel_r1.model.torch_dist import TRACKER
 from megatron_parallel_r1.model.weight import check_fit
 
-FILE_BYTES = 2**30  # what a killed conversion does again at most
+FILE_BYTES = 2**30
+# Files that are written side by side, one being read or hashed while the other waits for the disk; a killed
+# conversion does these again at most.
+AT_ONCE = 2
 RELEASE = "release"
 # Small files that belong to a model in either form.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
@@ -82,13 +87,29 @@ def hf_to_megatron(
         "dtype": str(dtype),
         "source": source_identity(source),
     }
+    files = [
+        (f"{RELEASE}/__{rank}_{number}.distcp", some)
+        for rank, pieces in sorted(ranks.items())
+        for number, some in enumerate(_files(pieces, numbers))
+    ]
+    rooms, failed = Rooms(), Event()
+
+    def convert(file: tuple[str, list[Piece]]) -> list[dict[str, Any]]:
+        if failed.is_set():
+            return []  # Whoever collects the results meets the failure first.
+        name, some = file
+        try:
+            return work.file(name, lambda sink: _write(sink, some, stored, dtype, rooms, advance))
+        except BaseException:
+            failed.set()
+            raise
+
     with Work(out, identity, replace) as work:
-        index: list[tuple[str, dict[str, Any]]] = []
-        for rank, pieces in sorted(ranks.items()):
-            for number, some in enumerate(_files(pieces, numbers)):
-                name = f"{RELEASE}/__{rank}_{number}.distcp"
-                told = work.file(name, lambda sink, some=some: _write(sink, some, stored, dtype, advance))
-                index.append((Path(name).name, told))
+        with _no_checksums(), ThreadPoolExecutor(AT_ONCE) as writers:
+            index = [
+                (Path(name).name, told)
+                for (name, _), told in zip(files, writers.map(convert, files), strict=True)
+            ]
         work.file(f"{RELEASE}/.metadata", lambda sink: sink.write(_metadata(index)))
         work.file(f"{RELEASE}/metadata.json", lambda sink: sink.write(_FORMAT))
         work.file(f"{RELEASE}/common.pt", lambda sink: torch.save(_COMMON, sink))
@@ -150,6 +171,7 @@ def _write(
     pieces: list[Piece],
     stored: Mapping[str, StoredTensor],
     dtype: torch.dtype | None,
+    rooms: Rooms,
     advance: Advance,
 ) -> list[dict[str, Any]]:
     """Writes a file of pieces, each as torch.save does; returns what the checkpoint's index says of them."""
@@ -163,23 +185,22 @@ def _write(
         return piece.numbers * _dtype(piece, stored, dtype).itemsize
 
     told = []
-    with _no_checksums():
-        for piece, tensor in loaded(pieces, read, need):
-            begin = sink.tell()
-            torch.save(tensor, sink)
-            advance(tensor.nbytes)
-            told.append(
-                {
-                    "key": piece.key,
-                    "dtype": str(tensor.dtype).removeprefix("torch."),
-                    "whole": piece.whole,
-                    "corner": piece.corner,
-                    "sizes": piece.sizes,
-                    "begin": begin,
-                    "length": sink.tell() - begin,
-                }
-            )
-            del tensor
+    for piece, tensor in loaded(pieces, read, need, rooms):
+        begin = sink.tell()
+        torch.save(tensor, sink)
+        advance(tensor.nbytes)
+        told.append(
+            {
+                "key": piece.key,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "whole": piece.whole,
+                "corner": piece.corner,
+                "sizes": piece.sizes,
+                "begin": begin,
+                "length": sink.tell() - begin,
+            }
+        )
+        del tensor
     return told
 
 
