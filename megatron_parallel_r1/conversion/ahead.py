@@ -29,26 +29,32 @@ class Rooms:
     def __init__(self) -> None:
         self._changed = Condition()
         self._free: dict[int, list[bytearray]] = {}
-        self._used = self._idle = 0
+        self._used = self._idle = self._waiting = 0
 
     def take(self, size: int, wait: bool) -> bytearray | None:
-        """So many bytes, once there is room for them; None if there is none yet and `wait` is not set.
+        """So many bytes, once there is room for them.
 
-        Who waits must have none, or two could wait for each other.
+        Without `wait`, None if there is none yet, or if somebody waits already. Who waits must have none, or
+        two could wait for each other.
         """
         with self._changed:
-            while self._used and self._used + size > TOGETHER:
-                if not wait:
-                    return None
-                self._changed.wait()
-            self._used += size
+            if not wait and (self._waiting or not self._has_room(size)):
+                return None
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._has_room(size))
+            self._waiting -= 1
             if self._free.get(size):
-                self._idle -= size
+                self._used, self._idle = self._used + size, self._idle - size
                 return self._free[size].pop()
-            if self._used + self._idle > TOGETHER:
+            if self._used + self._idle + size > TOGETHER:
                 self._free.clear()
                 self._idle = 0
-        return bytearray(size)
+            memory = bytearray(size)
+            self._used += size
+            return memory
+
+    def _has_room(self, size: int) -> bool:
+        return not self._used or self._used + size <= TOGETHER
 
     def give(self, memory: bytearray) -> None:
         """Back, for others."""
@@ -85,6 +91,7 @@ def loaded(
                     waiting.append((item, taken, reader.submit(load, item, taken)))
                 item, memory, loading = waiting.popleft()
                 yield item, loading.result()
+                del loading  # It holds what was loaded.
                 rooms.give(memory)
                 memory = None
         finally:
@@ -94,7 +101,7 @@ def loaded(
                     rooms.give(taken)
 
 
-def tensor_in(memory: bytearray, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def tensor_in(memory: bytearray | memoryview, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor that has the first bytes of the memory as its storage."""
     count = torch.Size(sizes).numel()
     if not count:

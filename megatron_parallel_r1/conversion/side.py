@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_parallel_r1.conversion.ahead import tensor_in
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.hf import read_config, weight_files
 from megatron_parallel_r1.model.safetensors_files import StoredTensor, stored_tensors
-from megatron_parallel_r1.model.torch_dist import Empty, MegatronCheckpoint, find_checkpoint
+from megatron_parallel_r1.model.torch_dist import MegatronCheckpoint, find_checkpoint
 from megatron_parallel_r1.model.weight import EMBEDDING, Weight, check_fit
 from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST
 
@@ -50,17 +53,29 @@ class Side:
             return self.checkpoint.dtype(weight, self.shape)
         return self.stored[weight.parts[0][0]].dtype
 
-    def parts(self, weight: Weight, empty: Empty | None = None) -> list[Tensor]:
+    def bytes_of(self, weight: Weight) -> int:
+        """As it is stored."""
+        if self.checkpoint:
+            return prod(weight.shape) * self.dtype(weight).itemsize
+        return sum(self.stored[name].nbytes for name, _ in weight.parts)
+
+    def parts(self, weight: Weight, memory: bytearray | None = None) -> list[Tensor]:
         """The Hugging Face tensors that a weight is made of, each [groups, rows of a group, …]: its first two
         dimensions together are its rows.
 
         Args:
-            empty: gives the memory that a checkpoint's weight is read into.
+            memory: `bytes_of` bytes, that they are read into; None for fresh memory.
         """
+        memory = bytearray(self.bytes_of(weight)) if memory is None else memory
         if self.checkpoint:
-            memory = (empty,) if empty else ()
-            return weight.views(self.checkpoint.read(weight, self.shape, *memory))
-        return [self.stored[name].read()[None] for name, _ in weight.parts]
+            return weight.views(self.checkpoint.read(weight, self.shape, partial(tensor_in, memory)))
+        parts, begin = [], 0
+        for stored in (self.stored[name] for name, _ in weight.parts):
+            out = tensor_in(memoryview(memory)[begin:], stored.shape, stored.dtype)[None]
+            stored.read_into(out)
+            parts.append(out)
+            begin += stored.nbytes
+        return parts
 
 
 def open_side(path: Path, like: Path | None = None) -> Side:

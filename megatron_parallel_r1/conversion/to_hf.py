@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.conversion.ahead import Rooms, loaded, tensor_in
+from megatron_parallel_r1.conversion.ahead import Rooms, loaded
 from megatron_parallel_r1.conversion.side import Side, open_side
 from megatron_parallel_r1.conversion.to_megatron import Advance, copy_companions, source_identity
 from megatron_parallel_r1.conversion.work import Sink, Work
@@ -153,13 +152,7 @@ def _write(
     text += b" " * (-len(text) % 8)
     sink.write(len(text).to_bytes(8, "little") + text)
 
-    def read(weight: Weight, memory: bytearray) -> list[Tensor]:
-        return side.parts(weight, partial(tensor_in, memory))
-
-    def need(weight: Weight) -> int:
-        return torch.Size(weight.shape).numel() * side.dtype(weight).itemsize
-
-    for weight, parts in loaded(weights, read, need, Rooms()):
+    for weight, parts in loaded(weights, side.parts, side.bytes_of, Rooms()):
         for part in parts:
             for rows in _in_blocks(part):
                 block = rows.to(dtypes[weight.name]).contiguous()

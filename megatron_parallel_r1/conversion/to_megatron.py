@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
@@ -50,6 +49,10 @@ COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
 _NOT = ("model.safetensors.index.json", TRACKER)
 
 Advance = Callable[[int], None]
+
+
+class _Stopped(Exception):
+    """Another writer has failed."""
 
 
 def hf_to_megatron(
@@ -92,24 +95,34 @@ def hf_to_megatron(
         for rank, pieces in sorted(ranks.items())
         for number, some in enumerate(_files(pieces, numbers))
     ]
-    rooms, failed = Rooms(), Event()
+    rooms, errors = Rooms(), []
+
+    def advanced(count: int) -> None:
+        if errors:
+            raise _Stopped
+        advance(count)
 
     def convert(file: tuple[str, list[Piece]]) -> list[dict[str, Any]]:
-        if failed.is_set():
-            return []  # Whoever collects the results meets the failure first.
         name, some = file
         try:
-            return work.file(name, lambda sink: _write(sink, some, stored, dtype, rooms, advance))
-        except BaseException:
-            failed.set()
+            if errors:
+                raise _Stopped
+            with _no_checksums():
+                return work.file(name, lambda sink: _write(sink, some, stored, dtype, rooms, advanced))
+        except _Stopped:
+            return []  # The error itself is met where it was raised.
+        except BaseException as error:
+            errors.append(error)
             raise
 
     with Work(out, identity, replace) as work:
-        with _no_checksums(), ThreadPoolExecutor(AT_ONCE) as writers:
-            index = [
-                (Path(name).name, told)
-                for (name, _), told in zip(files, writers.map(convert, files), strict=True)
-            ]
+        with ThreadPoolExecutor(AT_ONCE) as writers:
+            try:
+                told = list(writers.map(convert, files))
+            except BaseException as error:  # of a writer, or an interrupt
+                errors.append(error)
+                raise
+        index = [(Path(name).name, pieces) for (name, _), pieces in zip(files, told, strict=True)]
         work.file(f"{RELEASE}/.metadata", lambda sink: sink.write(_metadata(index)))
         work.file(f"{RELEASE}/metadata.json", lambda sink: sink.write(_FORMAT))
         work.file(f"{RELEASE}/common.pt", lambda sink: torch.save(_COMMON, sink))
@@ -206,7 +219,10 @@ def _write(
 
 @contextmanager
 def _no_checksums() -> Iterator[None]:
-    """Without the zip format's own CRC, which nobody reads and which takes longer than writing."""
+    """Without the zip format's own CRC, which nobody reads and which takes longer than writing.
+
+    torch keeps the setting for each thread.
+    """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -38,6 +38,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> Tensor:
         """All of it.
 

@@ -89,15 +89,27 @@ class _Part(io.RawIOBase):
         return len(data)
 
 
+class OddStrides(Exception):
+    """The tensor is not contiguous; the message has its strides."""
+
+
 def find_tensor(file: IO[bytes], begin: int, length: int) -> SavedTensor:
     """
     Args:
         file: where `length` bytes from `begin` on are what torch.save wrote of one tensor.
 
     Raises:
-        pickle.UnpicklingError: it is something else, or the tensor is not contiguous.
+        OddStrides: a reader of bytes alone cannot make the tensor of them.
+        pickle.UnpicklingError: it is something else than a tensor, or damaged.
         zipfile.BadZipFile: it is damaged.
     """
+    try:
+        return _found(file, begin, length)
+    except (ValueError, KeyError, TypeError, EOFError, IndexError) as error:
+        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
+
+
+def _found(file: IO[bytes], begin: int, length: int) -> SavedTensor:
     stream = io.BufferedReader(_Part(file, begin, length))
     with zipfile.ZipFile(stream) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -114,7 +126,7 @@ def find_tensor(file: IO[bytes], begin: int, length: int) -> SavedTensor:
     if record.file_size < (told.offset + numbers) * dtype.itemsize:
         raise pickle.UnpicklingError("its numbers are too few")
     if numbers and not torch.empty_strided(told.size, told.stride, device="meta").is_contiguous():
-        raise pickle.UnpicklingError(f"its strides are {told.stride}; save it contiguous")
+        raise OddStrides(f"its strides are {told.stride}")
     return SavedTensor(dtype, told.size, begin + place)
 
 

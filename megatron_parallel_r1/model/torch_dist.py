@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.safetensors_files import StoredTensor
-from megatron_parallel_r1.model.saved_tensor import find_tensor
+from megatron_parallel_r1.model.saved_tensor import OddStrides, find_tensor
 from megatron_parallel_r1.model.weight import Weight, table
 
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]
@@ -206,6 +206,8 @@ class MegatronCheckpoint:
     def _read_into(self, target: Tensor, key: str, piece: Piece, sizes: tuple[int, ...], above: int) -> None:
         """Fills `target` from the first rows of one of the tensors of `sizes` that a piece holds, that behind
         `above` others."""
+        if not target.numel():
+            return
         try:
             with piece.file.open("rb") as stream:
                 if piece.file.stat().st_size < piece.begin + piece.length:
@@ -213,7 +215,9 @@ class MegatronCheckpoint:
                 held = find_tensor(stream, piece.begin, piece.length)
         except OSError as error:
             raise UserError(f"{piece.file} cannot be read ({error.strerror}); copy it again") from None
-        except (ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        except OddStrides as error:
+            raise UserError(f"{piece.file}: {key} is not contiguous ({error}); save it so") from None
+        except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise UserError(f"{piece.file}: {key} is damaged ({error}); copy it again") from None
         if prod(held.shape) != prod(piece.sizes):
             raise UserError(f"{piece.file}: {key} is of sizes {held.shape} instead of {piece.sizes}")

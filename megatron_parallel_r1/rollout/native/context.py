@@ -14,7 +14,7 @@ class NativeContext:
     Attributes:
         position: of the next token.
         pending: tokens that are part of the context but not in the cache yet.
-        logits_V: for the next token, if `write` was the last call; of a team, rank 0 alone has all of them.
+        logits_V: for the next token, until one is drawn; of a team, rank 0 alone has all of them.
         version: of the weights that made `logits_V`.
     """
 

@@ -83,9 +83,6 @@ class Draws:
             self._sets = TokenSets()  # Sets that users made up are not kept for ever.
         fresh = []
         for call in calls:
-            assert len(call.context.pending) <= 1, (
-                "a written context has at most the last drawn token pending"
-            )
             token = call.context.pending[0] if call.context.pending else NO_TOKEN
             sampling, place = call.sampling, self._place()
             self._calls[place] = call

@@ -151,6 +151,7 @@ class NativeEngine:
     ) -> Completion:
         assert limit >= 1, "a completion has at least one token"
         assert context.pending or context.logits_V is not None, "nothing to continue: write something first"
+        assert len(context.pending) <= 1, "a write was broken off: write again first"
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._calls.append(Call(context, done, sampling, limit, stop, suppress))
         return await self._served(done)
@@ -171,6 +172,7 @@ class NativeEngine:
                 for _ in range(4):
                     await asyncio.sleep(0)
                 self._step()
+            self._draws = Draws()  # Lets go of what held the longest completions.
         except BaseException as error:
             for asked in (*self._writes, *self._calls, *self._draws.calls):
                 if not asked.done.done():
@@ -188,8 +190,10 @@ class NativeEngine:
         draws, newcomers = self._draws, self._calls
         draws.admit(newcomers)
         self._calls = []
-        counts = self._counts()
-        behind = draws.waiting()[: self._max_rows - sum(counts)]
+        waiting = draws.waiting()
+        # However many write, half of a pass is for those who draw.
+        counts = self._counts(self._max_rows - min(len(waiting), self._max_rows // 2))
+        behind = waiting[: self._max_rows - sum(counts)]
         self._meet(counts, behind)
         logits_NV = self._pass(counts, behind)
         draws.advance(behind)
@@ -201,6 +205,8 @@ class NativeEngine:
         versions = np.array([self.version] * len(behind) + [one.version for one in held])
         if len(chosen):
             self._draw(chosen, torch.cat(logits), versions)
+        for context in held:
+            context.logits_V = None
 
     def _forget_cancelled(self) -> None:
         self._writes = [write for write in self._writes if not write.done.done()]
@@ -208,9 +214,9 @@ class NativeEngine:
         self._draws.forget_cancelled()
         self._cancelled = False
 
-    def _counts(self) -> list[int]:
-        """How many of each write's tokens go through the next pass: `max_rows` in all at most."""
-        counts, left = [], self._max_rows
+    def _counts(self, left: int) -> list[int]:
+        """How many of each write's tokens go through the next pass, `left` in all at most."""
+        counts = []
         for write in self._writes:
             counts.append(min(len(write.context.pending), left))
             left -= counts[-1]
@@ -238,9 +244,11 @@ class NativeEngine:
             context = write.context
             del context.pending[:count]
             context.position += count
-            context.logits_V, context.version = logits_V, self.version
             if not context.pending:
-                write.done.set_result(None)
+                # A copy: a view would keep the logits of the whole pass.
+                context.logits_V, context.version = logits_V.clone(), self.version
+                if not write.done.done():  # else cancelled just now
+                    write.done.set_result(None)
         self._writes = [write for write in self._writes if write.context.pending]
 
     @torch.inference_mode()
@@ -262,8 +270,8 @@ class NativeEngine:
             told = self._team.broadcast((tokens, logprobs), (2, len(chosen)))
             tokens, logprobs = np.array(told[0], np.int64), np.array(told[1])
         for call, completion in self._draws.record(chosen, tokens, logprobs, versions):
-            call.context.logits_V = None
-            call.done.set_result(completion)
+            if not call.done.done():  # else cancelled just now
+                call.done.set_result(completion)
 
     def _new_model(self, tensors: Iterable[tuple[str, torch.Tensor]], slots: int) -> DecodeModel:
         return DecodeModel(self._architecture, tensors, slots, self._team, self._compiled)

@@ -5,11 +5,9 @@ Shapes: N rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 def draw(
@@ -42,7 +40,7 @@ def draw(
     return tokens_N1[:, 0].cpu().numpy(), logprobs_N.double().cpu().numpy()
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+def uniforms(seeds: ArrayLike, positions: ArrayLike) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), one for each (seed, position): splitmix64 (Steele et al., 2014)."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):

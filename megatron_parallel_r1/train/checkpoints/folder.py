@@ -245,6 +245,6 @@ def _load(trainer: Trainer, folder: Path, manifest: Manifest) -> None:
             + "; go on with the recipe that made it, or begin anew in another folder"
         )
     dist_checkpointing.load({str(number): part for number, part in enumerate(parts)}, str(folder))
-    if (folder / EXTRA).is_file():
+    if EXTRA in manifest.files:  # So its digest was checked.
         set_extra_states(trainer.model, load_file(folder / EXTRA))
     set_steps_taken(trainer.optimizer, manifest.optimizer_steps)

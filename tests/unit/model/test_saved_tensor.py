@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_parallel_r1.model.saved_tensor import find_tensor
+from megatron_parallel_r1.model.saved_tensor import OddStrides, find_tensor
 
 
 def saved(what: object, before: bytes = b"") -> tuple[io.BytesIO, int, int]:
@@ -59,7 +59,6 @@ class Runs:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        (torch.ones(4, 3).t(), "strides are"),
         ([torch.ones(2)], "a list, no tensor"),
         (Runs(), "no plain tensor"),
         (torch.ones(2).to_sparse(), "no plain tensor"),
@@ -72,8 +71,13 @@ def test_others_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wha
     assert not list(tmp_path.iterdir())
 
 
+def test_a_transposed_tensor_is_refused() -> None:
+    with pytest.raises(OddStrides, match=r"its strides are \(1, 3\)"):
+        find_tensor(*saved(torch.ones(4, 3).t()))
+
+
 def test_a_cut_file_is_damaged() -> None:
     file, begin, length = saved(torch.ones(300))
     for less in range(1, length, 37):
-        with pytest.raises((zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError)):
+        with pytest.raises((zipfile.BadZipFile, pickle.UnpicklingError)):
             find_tensor(io.BytesIO(file.getvalue()[: length - less]), begin, length - less)
