@@ -4,7 +4,8 @@ It says `r` when it is ready; then it reads one JSON line `[answer, reference]` 
 one byte, `1` for equal, `0` for not. Whatever math-verify prints goes nowhere, so it cannot disturb that.
 
 The parent enforces the time limit. Should the parent be gone, the process ends with its input, or, from
-inside one endless multiplication, by a kernel timer that needs no turn of the interpreter.
+inside one endless multiplication, by a kernel timer of its processor time that needs no turn of the
+interpreter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functools import lru_cache
 def main(limit_s: float, memory_bytes: int) -> None:
     with suppress(ValueError, OSError):  # not every kernel limits the address space
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -44,12 +45,12 @@ def main(limit_s: float, memory_bytes: int) -> None:
     os.dup2(nowhere, 2)
     os.write(replies, b"r")
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        signal.setitimer(signal.ITIMER_PROF, limit_s)
         try:
             right = equal(*json.loads(line))
         except (Exception, RecursionError, MemoryError):
             right = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(replies, b"1" if right else b"0")
 
 

@@ -1,8 +1,9 @@
 """Many answers against their references, in worker processes with a hard time-out.
 
-A pair that takes too long costs its worker's life: the parent kills it and starts another. After many such
-pairs in one call the rest of it is given up. So no answers can hang or end the training process, and a
-verdict comes for every pair, in order.
+A pair that takes too long costs its worker's life: the parent kills it and starts another. What counts is the
+time of the processor, so that a verdict does not depend on what else a machine does. After many such pairs in
+one call the rest of it is given up. So no answers can hang or end the training process, and a verdict comes
+for every pair, in order.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from types import TracebackType
 
@@ -20,6 +22,23 @@ from megatron_parallel_r1.rewards.settle import Verdict, settle
 from megatron_parallel_r1.rewards.worker import Worker
 
 Pair = tuple[str, str]
+# How many times a pair's limit may pass by the clock, for a worker that gets no processor or only sleeps.
+MOST_BY_THE_CLOCK = 10
+
+
+@dataclass(slots=True)
+class _Open:
+    """A pair that a worker has.
+
+    Attributes:
+        used: seconds of the processor that the worker had used before.
+        look: when to see whether its patience has ended, and `end`, when it has in any case.
+    """
+
+    pair: Pair
+    used: float
+    look: float
+    end: float
 
 
 class Verifier:
@@ -29,8 +48,8 @@ class Verifier:
     collection and the interpreter's end all kill the workers.
 
     Args:
-        limit_s: wall time for one pair. Typical ones take milliseconds, so that a busy machine does not
-            change a verdict.
+        limit_s: time of the processor for one pair; ten times as much by the clock. Typical ones take
+            milliseconds.
         workers: processes.
         memory_bytes: the address space of each.
         most_timeouts: in one `check_many`, for each worker; the pairs that are then left are wrong by
@@ -89,7 +108,7 @@ class Verifier:
         solved: dict[Pair, Verdict] = {}
         todo = deque(pairs)
         idle = self._workers[: len(pairs)]
-        busy: dict[Worker, tuple[Pair, float]] = {}  # with the time at which the pair's patience ends
+        busy: dict[Worker, _Open] = {}
         timeouts = 0
         with self._lock:
             try:
@@ -99,15 +118,16 @@ class Verifier:
                     while todo and idle:
                         worker, pair = idle.pop(), todo.popleft()
                         worker.send(*map(clean, pair))
-                        busy[worker] = (pair, time.monotonic() + self._limit_s)
-                    first = min(deadline for _, deadline in busy.values())
+                        now = time.monotonic()
+                        end = now + MOST_BY_THE_CLOCK * self._limit_s
+                        busy[worker] = _Open(pair, worker.cpu_s(), now + self._limit_s, end)
+                    first = min(given.look for given in busy.values())
                     answered = wait(list(busy), max(0.0, first - time.monotonic()))
-                    now = time.monotonic()
-                    for worker, (pair, deadline) in list(busy.items()):
+                    for worker, given in list(busy.items()):
                         if worker in answered:
-                            solved[pair] = _read(worker)
-                        elif now >= deadline:
-                            solved[pair] = Verdict(False, "timeout")
+                            solved[given.pair] = _read(worker)
+                        elif self._is_over(worker, given):
+                            solved[given.pair] = Verdict(False, "timeout")
                             worker.stop()
                             timeouts += 1
                         else:
@@ -121,6 +141,17 @@ class Verifier:
                 _stop_all(busy)  # an answer that nobody awaits any more would be taken for the next one
                 raise
         return solved
+
+    def _is_over(self, worker: Worker, given: _Open) -> bool:
+        """Whether a pair has had its time; if not, it is looked at again when it may have."""
+        now = time.monotonic()
+        if now < given.look:
+            return False
+        left = self._limit_s - (worker.cpu_s() - given.used)
+        if left <= 0 or now >= given.end:
+            return True
+        given.look = min(now + max(left, 0.01), given.end)
+        return False
 
 
 def _read(worker: Worker) -> Verdict:

@@ -7,11 +7,14 @@ the child, with torch and Megatron in it, and a child here needs sympy alone.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from multiprocessing.connection import wait
 from pathlib import Path
+
+import psutil
 
 START_LIMIT_S = 120.0
 """Importing sympy takes half a second, on a busy file system much longer."""
@@ -21,7 +24,8 @@ class Worker:
     """One process, started by the first pair and again by the first after a `stop`.
 
     Args:
-        limit_s: the seconds that the caller grants a pair. The process ends itself at twice that.
+        limit_s: the seconds of the processor that the caller grants a pair. The process ends itself at twice
+            that.
         memory_bytes: the limit on its address space.
     """
 
@@ -35,6 +39,15 @@ class Worker:
     def pid(self) -> int | None:
         """The process, None where none runs."""
         return self._process.pid if self._process else None
+
+    def cpu_s(self) -> float:
+        """Seconds of the processor that the process has used; infinite if it is gone."""
+        assert self._process, "the worker runs"
+        try:
+            spent = psutil.Process(self._process.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return math.inf
+        return spent.user + spent.system
 
     def fileno(self) -> int:
         """Readable when an answer has come or the process has died."""
