@@ -38,7 +38,7 @@ ALL = (
     Benchmark("critical_path"),
     Benchmark("rl_step"),
     Benchmark("weight_sync", environment=".venv-sglang"),
-    Benchmark("conversion", ("--gigabytes", "1")),
+    Benchmark("conversion"),
     Benchmark("verifier", ("--pairs", "200")),
     Benchmark("plan_error"),
 )
