@@ -39,9 +39,8 @@ engines-sglang engines-vllm: engines-%:
 	PYTHON=$(PYTHON) engines/build $*
 
 # Skips what no environment is built for. Tests that share a server are one group; the longest group comes first.
-# Who waits for servers leaves cores to others, so one worker more.
 test-engines: $(VENV)/ready
-	$(BIN)/python -m pytest -n $$(($(WORKERS) + 1)) --dist loadgroup --no-loadscope-reorder -m engines
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m engines
 
 # Every claim about speed, measured beside its alternative; writes docs/performance.md.
 bench: $(VENV)/ready
