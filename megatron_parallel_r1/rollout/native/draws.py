@@ -79,8 +79,6 @@ class Draws:
 
     def admit(self, calls: Sequence[Call]) -> None:
         """Puts new calls behind the others."""
-        if not len(self):
-            self._sets = TokenSets()  # Sets that users made up are not kept for ever.
         fresh = []
         for call in calls:
             token = call.context.pending[0] if call.context.pending else NO_TOKEN

@@ -172,7 +172,7 @@ class NativeEngine:
                 for _ in range(4):
                     await asyncio.sleep(0)
                 self._step()
-            self._draws = Draws()  # Lets go of what held the longest completions.
+            self._draws = Draws()  # Lets go of long completions, and of sets of tokens that users made up.
         except BaseException as error:
             for asked in (*self._writes, *self._calls, *self._draws.calls):
                 if not asked.done.done():
@@ -267,8 +267,9 @@ class NativeEngine:
                 columns_N["top_p"],
             )
         if self._team.size > 1:
-            told = self._team.broadcast((tokens, logprobs), (2, len(chosen)))
-            tokens, logprobs = np.array(told[0], np.int64), np.array(told[1])
+            told_XN = np.stack([tokens.astype(np.float64), logprobs])
+            drawn, logprobs = self._team.broadcast(told_XN, (2, len(chosen)))
+            tokens = drawn.astype(np.int64)
         for call, completion in self._draws.record(chosen, tokens, logprobs, versions):
             if not call.done.done():  # else cancelled just now
                 call.done.set_result(completion)

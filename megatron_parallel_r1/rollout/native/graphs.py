@@ -20,8 +20,6 @@ from megatron_parallel_r1.rollout.native.rows import Group, Rows
 LEAST_ROWS, LEAST_LENGTH = 8, 128
 # Columns of the buffer before the seen slots: token, position, slot, length.
 COLUMNS = 4
-# Pairs of row and slot that are attended at once; their keys and values exist as a copy (model.DecodeModel).
-MOST_CELLS = 2**16
 
 
 class Passes(Protocol):
@@ -31,6 +29,9 @@ class Passes(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def most_cells(self) -> int: ...
 
     def forward(
         self,
@@ -56,7 +57,7 @@ class _Shape:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits_NV: torch.Tensor | None = None
         self._wanted = torch.arange(rows, device=model.device)
-        step = max(1, MOST_CELLS // length)
+        step = max(1, model.most_cells // length)
         self._groups = [(start, min(start + step, rows), length) for start in range(0, rows, step)]
 
     def logits(self, asked: Rows, pool: object) -> torch.Tensor:

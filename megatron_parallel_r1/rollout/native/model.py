@@ -163,6 +163,11 @@ class DecodeModel:
     def device(self) -> torch.device:
         return self.embedding_VE.device
 
+    @property
+    def most_cells(self) -> int:
+        """Pairs of row and slot whose keys and values are gathered at once."""
+        return MOST_BYTES[self.device.type] // (self._width * self.embedding_VE.element_size())
+
     def grow(self, slots: int) -> None:
         """Makes room for `slots` slots; what is cached stays."""
         for index, cache_SX in enumerate(self.cache_LSX):
@@ -172,10 +177,9 @@ class DecodeModel:
     def pass_of(self, rows: Rows, wanted: Numbers) -> torch.Tensor:
         """Writes each row's key and value into its slot; the logits [C, V], float32, of the `wanted` rows."""
         rows, places_N = rows.longest_first()
-        most_cells = MOST_BYTES[self.device.type] // (self._width * self.embedding_VE.element_size())
         columns = (rows.tokens_N, rows.positions_N, rows.slots_N, rows.seen_NT, rows.lengths_N)
         arguments = (torch.from_numpy(column).to(self.device) for column in (*columns, places_N[wanted]))
-        return self.forward(*arguments, rows.groups(most_cells))
+        return self.forward(*arguments, rows.groups(self.most_cells))
 
     @torch.inference_mode()
     def forward(

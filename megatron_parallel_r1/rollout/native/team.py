@@ -6,11 +6,12 @@ They run the same loop over the same requests, in lockstep, and meet in every pa
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +51,18 @@ class Team:
         dist.gather(part_NX, parts, dst=self._first(), group=self.group)
         return torch.cat(parts, dim=-1) if parts else part_NX
 
-    def broadcast(self, told: Sequence[Sequence[float]], shape: tuple[int, int]) -> list[list[float]]:
-        """Rank 0's numbers (rows of doubles; integers up to 2**53 stay exact), on every rank.
+    def broadcast(self, told_XN: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.float64]:
+        """Rank 0's numbers (integers up to 2**53 stay exact), on every rank.
 
         Args:
-            told: what rank 0 says; other ranks' is not read.
-            shape: of `told`.
+            told_XN: what rank 0 says; other ranks' is not read.
+            shape: of `told_XN` there.
         """
         numbers = torch.empty(shape, dtype=torch.float64, device=self._device())
         if self.rank == 0:
-            numbers.copy_(torch.tensor(told, dtype=torch.float64))
+            numbers.copy_(torch.from_numpy(told_XN))
         dist.broadcast(numbers, src=self._first(), group=self.group)
-        return numbers.tolist()
+        return numbers.cpu().numpy()
 
     def agree(self, count: int, work: object, version: int = -1) -> int:
         """Returns the least of all ranks' versions, if all are about to do the same work.
