@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_parallel_r1.conversion.ahead import Rooms, loaded
 from megatron_parallel_r1.conversion.side import Side, open_side
+from megatron_parallel_r1.conversion.sink import Sink
 from megatron_parallel_r1.conversion.to_megatron import Advance, copy_companions, source_identity
-from megatron_parallel_r1.conversion.work import Sink, Work
+from megatron_parallel_r1.conversion.work import Work
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.hf import SHARD_BYTES, shard_names
 from megatron_parallel_r1.model.safetensors_files import NAMES
@@ -87,10 +88,13 @@ def write_hf(
         "like": source_identity(side.like),
         "extra": {name: content.hex() for name, content in extra.items() if len(content) < 2**16},
     }
-    names = shard_names(len(files))
+    names, rooms = shard_names(len(files)), Rooms()
+
+    def writer(some: list[Weight]) -> Callable[[Sink], None]:
+        return lambda sink: _write(sink, some, side, dtypes, rooms, advance)
+
     with Work(out, identity, replace) as work:
-        for name, some in zip(names, files, strict=True):
-            work.file(name, lambda sink, some=some: _write(sink, some, side, dtypes, advance))
+        work.files([(name, writer(some)) for name, some in zip(names, files, strict=True)])
         if len(names) > 1:
             places = {
                 part: name
@@ -135,6 +139,7 @@ def _write(
     weights: list[Weight],
     side: Side,
     dtypes: Mapping[str, torch.dtype],
+    rooms: Rooms,
     advance: Advance,
 ) -> None:
     """Writes a safetensors file: its header, then the tensors in the order that the header says."""
@@ -152,7 +157,7 @@ def _write(
     text += b" " * (-len(text) % 8)
     sink.write(len(text).to_bytes(8, "little") + text)
 
-    for weight, parts in loaded(weights, side.parts, side.bytes_of, Rooms()):
+    for weight, parts in loaded(weights, side.parts, side.bytes_of, rooms):
         for part in parts:
             for rows in _in_blocks(part):
                 block = rows.to(dtypes[weight.name]).contiguous()

@@ -15,7 +15,6 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,26 +32,20 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_parallel_r1.conversion.ahead import Rooms, loaded, tensor_in
 from megatron_parallel_r1.conversion.pieces import Piece, Target, pieces_of
-from megatron_parallel_r1.conversion.work import Sink, Work
+from megatron_parallel_r1.conversion.sink import Sink
+from megatron_parallel_r1.conversion.work import Work
 from megatron_parallel_r1.model.hf import read_config, weight_files
 from megatron_parallel_r1.model.safetensors_files import StoredTensor, stored_tensors
 from megatron_parallel_r1.model.torch_dist import TRACKER
 from megatron_parallel_r1.model.weight import check_fit
 
 FILE_BYTES = 2**30
-# Files that are written side by side, one being read or hashed while the other waits for the disk; a killed
-# conversion does these again at most.
-AT_ONCE = 2
 RELEASE = "release"
 # Small files that belong to a model in either form.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
 _NOT = ("model.safetensors.index.json", TRACKER)
 
 Advance = Callable[[int], None]
-
-
-class _Stopped(Exception):
-    """Another writer has failed."""
 
 
 def hf_to_megatron(
@@ -95,33 +88,13 @@ def hf_to_megatron(
         for rank, pieces in sorted(ranks.items())
         for number, some in enumerate(_files(pieces, numbers))
     ]
-    rooms, errors = Rooms(), []
+    rooms = Rooms()
 
-    def advanced(count: int) -> None:
-        if errors:
-            raise _Stopped
-        advance(count)
-
-    def convert(file: tuple[str, list[Piece]]) -> list[dict[str, Any]]:
-        name, some = file
-        try:
-            if errors:
-                raise _Stopped
-            with _no_checksums():
-                return work.file(name, lambda sink: _write(sink, some, stored, dtype, rooms, advanced))
-        except _Stopped:
-            return []  # The error itself is met where it was raised.
-        except BaseException as error:
-            errors.append(error)
-            raise
+    def writer(pieces: list[Piece]) -> Callable[[Sink], list[dict[str, Any]]]:
+        return lambda sink: _write(sink, pieces, stored, dtype, rooms, advance)
 
     with Work(out, identity, replace) as work:
-        with ThreadPoolExecutor(AT_ONCE) as writers:
-            try:
-                told = list(writers.map(convert, files))
-            except BaseException as error:  # of a writer, or an interrupt
-                errors.append(error)
-                raise
+        told = work.files([(name, writer(pieces)) for name, pieces in files])
         index = [(Path(name).name, pieces) for (name, _), pieces in zip(files, told, strict=True)]
         work.file(f"{RELEASE}/.metadata", lambda sink: sink.write(_metadata(index)))
         work.file(f"{RELEASE}/metadata.json", lambda sink: sink.write(_FORMAT))
@@ -200,7 +173,8 @@ def _write(
     told = []
     for piece, tensor in loaded(pieces, read, need, rooms):
         begin = sink.tell()
-        torch.save(tensor, sink)
+        with _no_checksums():
+            torch.save(tensor, sink)
         advance(tensor.nbytes)
         told.append(
             {

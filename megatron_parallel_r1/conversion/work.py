@@ -7,63 +7,24 @@ their digests; when `SHA256SUMS` (as `sha256sum -c` reads it) is in it, one rena
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
+from megatron_parallel_r1.conversion.sink import Sink, Stopped
 from megatron_parallel_r1.errors import UserError
 
 SUMS = "SHA256SUMS"
 JOURNAL = "journal.jsonl"
-FLUSH = 2**26  # bytes after which the disk is asked to begin
-CHUNK = 2**20  # bytes a call: ext4 took 4.2 GB/s so, and 0.8 to 1.8 in calls of 32 MB
-
-
-class Sink:
-    """A file being written, hashed at the same time; `write` and `tell` are all that torch.save needs."""
-
-    def __init__(self, stream: BinaryIO, helpers: ThreadPoolExecutor) -> None:
-        self._stream = stream
-        self._helpers = helpers
-        self._digest = hashlib.sha256()
-        self._flushed = self._size = 0
-
-    def write(self, data: Any) -> int:
-        """Appends bytes; hashing and writing them go on side by side."""
-        memory = memoryview(data).cast("B")
-        hashing = self._helpers.submit(self._digest.update, memory) if len(memory) > 2**16 else None
-        if hashing is None:
-            self._digest.update(memory)
-        done = 0
-        while done < len(memory):
-            done += self._stream.write(memory[done : done + CHUNK])
-        if hashing is not None:
-            hashing.result()
-        self._size += len(memory)
-        if self._size - self._flushed >= FLUSH:
-            # "Not needed any more" makes Linux begin to write them, and does not wait for it.
-            span = (self._flushed, self._size - self._flushed)
-            os.posix_fadvise(self._stream.fileno(), *span, os.POSIX_FADV_DONTNEED)
-            self._flushed = self._size
-        return len(memory)
-
-    def tell(self) -> int:
-        return self._size
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
-
-    def close(self) -> str:
-        """Returns the SHA-256 once everything is on the disk."""
-        os.fsync(self._stream.fileno())
-        return self._digest.hexdigest()
+# Files that are written side by side, one being read or hashed while the other waits for the disk; a killed
+# conversion does these again at most.
+AT_ONCE = 2
 
 
 class Work:
@@ -96,7 +57,7 @@ class Work:
             raise UserError(f"{final} is being written by another process; wait for it") from None
         self._done = self._read()
         self._noting = Lock()
-        self._helpers = ThreadPoolExecutor(2)
+        self._stop = Event()
 
     def __enter__(self) -> Work:
         return self
@@ -104,7 +65,6 @@ class Work:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._helpers.shutdown()
         self._journal.close()
         if isinstance(error, OSError):
             raise UserError(
@@ -118,18 +78,38 @@ class Work:
         return len(self._done)
 
     def file(self, name: str, write: Callable[[Sink], Any]) -> Any:
-        """Writes a file unless it is there already; returns what `write` returned then or now, JSON.
+        """Writes a file unless it is there already; returns what `write` returned then or now, JSON."""
+        return self.files([(name, write)])[0]
 
-        Several threads may each write one.
-        """
+    def files(self, each: Sequence[tuple[str, Callable[[Sink], Any]]]) -> list[Any]:
+        """`file` for each, `AT_ONCE` at a time; the first that fails stops the others and is raised."""
+        with ThreadPoolExecutor(AT_ONCE) as writers:
+            calls = [writers.submit(self._file, *one) for one in each]
+            try:
+                # Not in their order: a failure is to be met where it is.
+                wait(calls, return_when=FIRST_EXCEPTION)
+            except BaseException:
+                self._stop.set()
+                raise
+        errors = [error for call in calls if (error := call.exception())]
+        if errors:
+            raise min(errors, key=lambda error: isinstance(error, Stopped))
+        return [call.result() for call in calls]
+
+    def _file(self, name: str, write: Callable[[Sink], Any]) -> Any:
         if name in self._done:
             return self._done[name]["told"]
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb", buffering=0) as stream:
-            sink = Sink(stream, self._helpers)
-            told = json.loads(json.dumps(write(sink)))
-            entry = {"file": name, "size": sink.tell(), "sha256": sink.close(), "told": told}
+        try:
+            if self._stop.is_set():
+                raise Stopped
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with Sink(path, self._stop) as sink:
+                told = json.loads(json.dumps(write(sink)))
+                entry = {"file": name, "size": sink.tell(), "sha256": sink.finish(), "told": told}
+        except BaseException:
+            self._stop.set()
+            raise
         with self._noting:
             self._append(entry)
             self._done[name] = entry

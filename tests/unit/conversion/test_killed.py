@@ -13,7 +13,7 @@ from megatron_parallel_r1.conversion import to_megatron
 from megatron_parallel_r1.conversion.pieces import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
-from megatron_parallel_r1.conversion.work import SUMS, Work
+from megatron_parallel_r1.conversion.work import AT_ONCE, SUMS, Work
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.torch_dist import find_checkpoint
 from tests.unit.conversion.folders import assert_equal, tensors_of, write_hf
@@ -65,7 +65,7 @@ def test_it_goes_on_and_ends_as_if_never_killed(after: int, hf: Path, tmp_path: 
         if untouched.get(path.name) == path.stat().st_mtime_ns
     ]
     # All but those that were being written.
-    assert max(0, len(kept) - to_megatron.AT_ONCE) <= len(same) < max(1, len(kept))
+    assert max(0, len(kept) - AT_ONCE) <= len(same) < max(1, len(kept))
 
 
 SELF_KILLED = """

@@ -1,0 +1,147 @@
+"""A file that is written past the page cache and hashed on the way, neither waited for until memory runs out.
+
+Through the page cache each byte would be copied by the kernel and each page be found, which costs a core more
+than the disk takes: 0.5 s a GB, and 0.2 so (on the CPU of docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+BLOCK = 2**22
+BLOCKS = 6  # in memory: one being filled, the others being hashed and written
+# What a file system may want direct reads and writes to begin at and to be a multiple of.
+ALIGNED = 4096
+DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class Stopped(Exception):
+    """Another file's writer has failed, so that this one need not go on."""
+
+
+class Sink:
+    """A new file; `write`, `tell` and `flush` are all that torch.save needs. A context manager.
+
+    Args:
+        stop: set when what is written is of no use any more.
+    """
+
+    def __init__(self, path: Path, stop: Event) -> None:
+        self._descriptor = _create(path)
+        self._stop = stop
+        self._digest = hashlib.sha256()
+        # One thread each: blocks are hashed in order, and a second write at a time gains nothing.
+        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._under_way: deque[tuple[mmap.mmap, tuple[Future[Any], ...]]] = deque()
+        self._block = _memory()
+        self._begin = self._filled = self._size = 0  # the block's place in the file, its bytes, all bytes
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pool in (self._hasher, self._writer):
+            pool.shutdown(cancel_futures=True)
+        os.close(self._descriptor)
+
+    def write(self, data: Any) -> int:
+        """Appends bytes; `data` may be changed afterwards.
+
+        Raises:
+            OSError: these, or earlier bytes, could not be written.
+            Stopped: nobody wants them.
+        """
+        if self._stop.is_set():
+            raise Stopped
+        source = np.frombuffer(data, dtype=np.uint8)
+        done = 0
+        while done < len(source):
+            some = source[done : done + BLOCK - self._filled]
+            # By numpy, which lets other threads run meanwhile.
+            np.frombuffer(self._block, dtype=np.uint8)[self._filled : self._filled + len(some)] = some
+            self._filled += len(some)
+            done += len(some)
+            if self._filled == BLOCK:
+                self._hand_over()
+        self._size += len(source)
+        return len(source)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        """Nothing is promised before `finish`."""
+
+    def finish(self) -> str:
+        """Returns the SHA-256 once everything is on the disk.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        if self._filled:
+            self._hand_over()
+        while self._under_way:
+            self._oldest()
+        os.ftruncate(self._descriptor, self._size)
+        os.fsync(self._descriptor)
+        return self._digest.hexdigest()
+
+    def _hand_over(self) -> None:
+        """Has the block hashed and written, and goes on with another."""
+        # Behind the last one's bytes lie older ones, which `finish` cuts off.
+        whole = -(-self._filled // ALIGNED) * ALIGNED
+        hashing = self._hasher.submit(self._digest.update, memoryview(self._block)[: self._filled])
+        writing = self._writer.submit(self._put, memoryview(self._block)[:whole], self._begin)
+        self._under_way.append((self._block, (hashing, writing)))
+        self._begin += self._filled
+        self._filled = 0
+        self._block = self._oldest() if len(self._under_way) == BLOCKS - 1 else _memory()
+
+    def _oldest(self) -> mmap.mmap:
+        """Waits for the block that was handed over first."""
+        block, calls = self._under_way.popleft()
+        for call in calls:
+            call.result()
+        return block
+
+    def _put(self, data: memoryview, begin: int) -> None:
+        while data:
+            try:
+                count = os.pwrite(self._descriptor, data, begin)
+            except OSError as error:
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & DIRECT:
+                    raise
+                # It wants another alignment, or takes no direct writes at all.
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~DIRECT)
+                continue
+            data, begin = data[count:], begin + count
+
+
+def _create(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)  # tmpfs, for one, has none
+
+
+def _memory() -> mmap.mmap:
+    """A block at a page's begin."""
+    return mmap.mmap(-1, BLOCK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,0 +1,89 @@
+"""A sink leaves what was written and tells its digest, whatever the file system takes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_parallel_r1.conversion import sink
+from megatron_parallel_r1.conversion.sink import ALIGNED, BLOCK, BLOCKS, Sink, Stopped
+
+MEMORY = Path("/dev/shm")
+SIZES = (0, 1, ALIGNED - 1, ALIGNED, BLOCK - 1, BLOCK, BLOCK + 1, BLOCKS * BLOCK + 5)
+
+
+def pieces_of(sizes: list[int]) -> list[bytearray]:
+    seed = bytes(range(251))
+    return [bytearray((seed * (size // 251 + 1))[:size]) for size in sizes]
+
+
+def check(path: Path, pieces: list[bytearray]) -> None:
+    content = b"".join(pieces)
+    with Sink(path, Event()) as out:
+        for piece in pieces:
+            before = out.tell()
+            assert out.write(memoryview(piece)) == len(piece) == out.tell() - before
+            piece[:] = bytes(len(piece))  # The caller may use its memory again.
+        digest = out.finish()
+    assert path.read_bytes() == content
+    assert digest == hashlib.sha256(content).hexdigest()
+
+
+@given(st.lists(st.sampled_from(SIZES) | st.integers(0, 3 * BLOCK), max_size=6))
+@settings(max_examples=25, deadline=None)
+def test_what_is_written_is_there(sizes: list[int]) -> None:
+    with TemporaryDirectory() as folder:
+        check(Path(folder) / "file", pieces_of(sizes))
+
+
+@pytest.mark.skipif(not MEMORY.is_dir(), reason="there is no /dev/shm")
+def test_a_file_system_in_memory() -> None:
+    with TemporaryDirectory(dir=MEMORY) as folder:
+        check(Path(folder) / "file", pieces_of([BLOCK + 3, 17]))
+
+
+@pytest.mark.parametrize("refused", ["open", "pwrite"])
+def test_where_direct_writes_are_refused(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some file systems do, at once or only at the first write."""
+    real, refusals = getattr(os, refused), []
+
+    def refuse(target: object, *rest: object) -> int:
+        flags = rest[0] if refused == "open" else sink.fcntl.fcntl(target, sink.fcntl.F_GETFL)
+        if flags & sink.DIRECT:
+            refusals.append(target)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(target, *rest)
+
+    monkeypatch.setattr(os, refused, refuse)
+    check(tmp_path / "file", pieces_of([2 * BLOCK, 1]))
+    assert len(refusals) == 1
+
+
+def test_a_write_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda where, data, begin: real(where, data[:1_000_001], begin))
+    check(tmp_path / "file", pieces_of([BLOCK + 9]))
+
+
+def test_a_full_disk_is_met() -> None:
+    with pytest.raises(OSError, match="No space left"), Sink(Path("/dev/full"), Event()) as out:
+        for _ in range(2 * BLOCKS):
+            out.write(bytes(BLOCK))
+
+
+def test_who_is_told_to_stop_does(tmp_path: Path) -> None:
+    stop = Event()
+    with pytest.raises(Stopped), Sink(tmp_path / "file", stop) as out:
+        out.write(b"some")
+        stop.set()
+        out.write(b"more")
