@@ -99,11 +99,11 @@ def open_side(path: Path, like: Path | None = None) -> Side:
     shape = read_config(like)
     config = json.loads((like / "config.json").read_text())
     if is_megatron:
-        checkpoint = MegatronCheckpoint(path)
+        checkpoint = MegatronCheckpoint(path, once=True)
         shape = _grown(shape, checkpoint)
         checkpoint.check(shape)
         return Side(path, shape, config, like, checkpoint=checkpoint)
-    stored = stored_tensors(weight_files(path))
+    stored = stored_tensors(weight_files(path), once=True)
     check_fit(shape, {name: tensor.shape for name, tensor in stored.items()})
     return Side(path, shape, config, like, stored=stored)
 

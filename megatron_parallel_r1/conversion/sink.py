@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_parallel_r1.model.file_bytes import ALIGNED, DIRECT, aligned_memory
+
 BLOCK = 2**22
 BLOCKS = 6  # in memory: one being filled, the others being hashed and written
-# What a file system may want direct reads and writes to begin at and to be a multiple of.
-ALIGNED = 4096
-DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class Stopped(Exception):
@@ -45,7 +44,7 @@ class Sink:
         # One thread each: blocks are hashed in order, and a second write at a time gains nothing.
         self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._under_way: deque[tuple[mmap.mmap, tuple[Future[Any], ...]]] = deque()
-        self._block = _memory()
+        self._block = aligned_memory(BLOCK)
         self._begin = self._filled = self._size = 0  # the block's place in the file, its bytes, all bytes
 
     def __enter__(self) -> Sink:
@@ -109,7 +108,7 @@ class Sink:
         self._under_way.append((self._block, (hashing, writing)))
         self._begin += self._filled
         self._filled = 0
-        self._block = self._oldest() if len(self._under_way) == BLOCKS - 1 else _memory()
+        self._block = self._oldest() if len(self._under_way) == BLOCKS - 1 else aligned_memory(BLOCK)
 
     def _oldest(self) -> mmap.mmap:
         """Waits for the block that was handed over first."""
@@ -140,8 +139,3 @@ def _create(path: Path) -> int:
         if error.errno != errno.EINVAL:
             raise
         return os.open(path, flags, 0o666)  # tmpfs, for one, has none
-
-
-def _memory() -> mmap.mmap:
-    """A block at a page's begin."""
-    return mmap.mmap(-1, BLOCK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

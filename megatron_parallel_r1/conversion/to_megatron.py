@@ -71,7 +71,7 @@ def hf_to_megatron(
         UserError: the source cannot be converted, before anything is written; or `out` cannot be written.
     """
     shape = read_config(source)
-    stored = stored_tensors(weight_files(source))
+    stored = stored_tensors(weight_files(source), once=True)
     check_fit(shape, {name: tensor.shape for name, tensor in stored.items()})
     target.check(shape)
     ranks = pieces_of(shape, target)

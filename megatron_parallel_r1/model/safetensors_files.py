@@ -10,7 +10,8 @@ Shapes: G groups of r rows each, X what a row consists of.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.file_bytes import FileBytes
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,13 +32,18 @@ BLOCK = 2**22  # bytes read at a time where they cannot go straight to their pla
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file, its first byte at `begin`."""
+    """A tensor in a file, its first byte at `begin`.
+
+    Attributes:
+        once: whether its rows are each read by one reader, so that the page cache need not hold them.
+    """
 
     file: Path
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
+    once: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -64,35 +71,41 @@ class StoredTensor:
         """
         width = prod(self.shape[1:]) * self.dtype.itemsize
         groups, rows = out_GrX.shape[:2]
-        # Where it is one piece of memory of the right dtype, bytes go there; otherwise through a block.
-        if column is None and out_GrX.dtype == self.dtype and out_GrX.is_contiguous():
-            self._read_bytes(out_GrX, self.begin + row * width)
-            return
-        step_r = rows if groups > 1 else max(1, BLOCK // max(width, 1))
-        step_G = max(1, BLOCK // max(width * rows, 1))
-        for group in range(0, groups, step_G):
-            for first in range(0, rows, step_r):
-                part = out_GrX[group : group + step_G, first : first + step_r]
-                block = torch.empty((*part.shape[:2], *self.shape[1:]), dtype=self.dtype)
-                self._read_bytes(block, self.begin + (row + group * rows + first) * width)
-                part.copy_(block if column is None else block[..., column : column + part.shape[-1]])
+        # Whoever wants some columns leaves the others to somebody else.
+        with self._opened(self.once and column is None) as source:
+            # Where it is one piece of memory of the right dtype, bytes go there; otherwise through a block.
+            if column is None and out_GrX.dtype == self.dtype and out_GrX.is_contiguous():
+                self._read(source, out_GrX, self.begin + row * width)
+                return
+            step_r = rows if groups > 1 else max(1, BLOCK // max(width, 1))
+            step_G = max(1, BLOCK // max(width * rows, 1))
+            most = min(step_G, groups) * min(step_r, rows)
+            block = torch.empty((most, *self.shape[1:]), dtype=self.dtype)
+            for group in range(0, groups, step_G):
+                for first in range(0, rows, step_r):
+                    part = out_GrX[group : group + step_G, first : first + step_r]
+                    held = block[: part.shape[0] * part.shape[1]].unflatten(0, part.shape[:2])
+                    self._read(source, held, self.begin + (row + group * rows + first) * width)
+                    part.copy_(held if column is None else held[..., column : column + part.shape[-1]])
 
-    def _read_bytes(self, out: Tensor, offset: int) -> None:
-        memory = memoryview(out.view(-1).view(torch.uint8).numpy())
+    @contextmanager
+    def _opened(self, once: bool) -> Iterator[FileBytes]:
         try:
-            with self.file.open("rb", buffering=0) as stream:
-                stream.seek(offset)
-                while memory:
-                    count = stream.readinto(memory)
-                    if not count:
-                        raise UserError(f"{self.file} ends within {self.name}; copy it again")
-                    memory = memory[count:]
+            with FileBytes(self.file, once) as source:
+                yield source
         except OSError as error:
             raise UserError(f"{self.file} cannot be read ({error.strerror}); copy it again") from None
 
+    def _read(self, source: FileBytes, out: Tensor, begin: int) -> None:
+        if source.read(begin, out.view(-1).view(torch.uint8).numpy()) < out.nbytes:
+            raise UserError(f"{self.file} ends within {self.name}; copy it again")
 
-def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
+
+def stored_tensors(files: list[Path], once: bool = False) -> dict[str, StoredTensor]:
     """Everything that is in some files.
+
+    Args:
+        once: as in `StoredTensor`.
 
     Raises:
         UserError: a file is damaged, a tensor is in two of them, or of a dtype that is not computed with.
@@ -107,7 +120,7 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
                     f"{file}: {name} is of dtype {told['dtype']}; first cast it to one of {', '.join(DTYPES)}"
                 )
             dtype = DTYPES[told["dtype"]]
-            found[name] = StoredTensor(file, name, dtype, tuple(told["shape"]), told["begin"])
+            found[name] = StoredTensor(file, name, dtype, tuple(told["shape"]), told["begin"], once)
     return found
 
 

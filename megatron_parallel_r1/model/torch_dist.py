@@ -89,6 +89,9 @@ class Piece:
 class MegatronCheckpoint:
     """A distributed checkpoint, its index in memory.
 
+    Args:
+        once: whether its weights are read by this process alone; see `StoredTensor`.
+
     Attributes:
         folder: with the pieces.
         sizes: of all its tensors.
@@ -98,7 +101,8 @@ class MegatronCheckpoint:
         UserError: there is none in `path`, or its index is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, once: bool = False) -> None:
+        self._once = once
         folder = find_checkpoint(path)
         if folder is None:
             raise UserError(
@@ -223,7 +227,7 @@ class MegatronCheckpoint:
             raise UserError(f"{piece.file}: {key} is of sizes {held.shape} instead of {piece.sizes}")
         rows, rest = sizes[0], sizes[1:]
         count = prod(piece.sizes) // prod(sizes)
-        stored = StoredTensor(piece.file, key, held.dtype, (count * rows, *rest), held.begin)
+        stored = StoredTensor(piece.file, key, held.dtype, (count * rows, *rest), held.begin, self._once)
         stored.read_into(target[None], above * rows)
 
     def _located(self, weight: Weight, shape: ModelConfig) -> tuple[str, tuple[int, ...]] | None:

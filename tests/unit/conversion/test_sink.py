@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.conversion import sink
-from megatron_parallel_r1.conversion.sink import ALIGNED, BLOCK, BLOCKS, Sink, Stopped
+from megatron_parallel_r1.conversion.sink import BLOCK, BLOCKS, Sink, Stopped
+from megatron_parallel_r1.model.file_bytes import ALIGNED, DIRECT
 
 MEMORY = Path("/dev/shm")
 SIZES = (0, 1, ALIGNED - 1, ALIGNED, BLOCK - 1, BLOCK, BLOCK + 1, BLOCKS * BLOCK + 5)
@@ -58,8 +59,8 @@ def test_where_direct_writes_are_refused(
     real, refusals = getattr(os, refused), []
 
     def refuse(target: object, *rest: object) -> int:
-        flags = rest[0] if refused == "open" else sink.fcntl.fcntl(target, sink.fcntl.F_GETFL)
-        if flags & sink.DIRECT:
+        flags = rest[0] if refused == "open" else fcntl.fcntl(target, fcntl.F_GETFL)
+        if flags & DIRECT:
             refusals.append(target)
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(target, *rest)
