@@ -23,6 +23,31 @@ from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST
 
 
 @dataclass(frozen=True, slots=True)
+class Slab:
+    """A weight, or rows of one that is a Hugging Face tensor as it is."""
+
+    weight: Weight
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, weight: Weight) -> Slab:
+        return cls(weight, 0, weight.shape[0])
+
+    @classmethod
+    def of(cls, weight: Weight, count: int) -> list[Slab]:
+        """All of a weight, of `count` rows each where it can be cut."""
+        if weight.groups > 1 or len(weight.parts) > 1:
+            return [cls.whole(weight)]
+        rows = weight.shape[0]
+        return [cls(weight, start, min(start + count, rows)) for start in range(0, rows, count)]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.weight.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
 class Side:
     """A checked model.
 
@@ -53,29 +78,39 @@ class Side:
             return self.checkpoint.dtype(weight, self.shape)
         return self.stored[weight.parts[0][0]].dtype
 
-    def bytes_of(self, weight: Weight) -> int:
+    def bytes_of(self, slab: Slab) -> int:
         """As it is stored."""
         if self.checkpoint:
-            return prod(weight.shape) * self.dtype(weight).itemsize
-        return sum(self.stored[name].nbytes for name, _ in weight.parts)
+            return prod(slab.sizes) * self.dtype(slab.weight).itemsize
+        dtypes = (self.stored[name].dtype for name, _ in slab.weight.parts)
+        return sum(prod(sizes) * dtype.itemsize for sizes, dtype in zip(_sizes(slab), dtypes, strict=True))
 
-    def parts(self, weight: Weight, memory: bytearray | None = None) -> list[Tensor]:
+    def parts(self, slab: Slab, memory: bytearray | None = None) -> list[Tensor]:
         """The Hugging Face tensors that a weight is made of, each [groups, rows of a group, …]: its first two
         dimensions together are its rows.
 
         Args:
             memory: `bytes_of` bytes, that they are read into; None for fresh memory.
         """
-        memory = bytearray(self.bytes_of(weight)) if memory is None else memory
+        memory = bytearray(self.bytes_of(slab)) if memory is None else memory
         if self.checkpoint:
-            return weight.views(self.checkpoint.read(weight, self.shape, partial(tensor_in, memory)))
+            empty = partial(tensor_in, memory)
+            read = self.checkpoint.read(slab.weight, self.shape, empty, slab.start, slab.stop)
+            return slab.weight.views(read)
         parts, begin = [], 0
-        for stored in (self.stored[name] for name, _ in weight.parts):
-            out = tensor_in(memoryview(memory)[begin:], stored.shape, stored.dtype)[None]
-            stored.read_into(out)
+        for (name, _), sizes in zip(slab.weight.parts, _sizes(slab), strict=True):
+            stored = self.stored[name]
+            out = tensor_in(memoryview(memory)[begin:], sizes, stored.dtype)[None]
+            stored.read_into(out, slab.start)
             parts.append(out)
-            begin += stored.nbytes
+            begin += out.nbytes
         return parts
+
+
+def _sizes(slab: Slab) -> list[tuple[int, ...]]:
+    """Of the Hugging Face tensors that a slab has."""
+    parts = slab.weight.parts
+    return [slab.sizes] if len(parts) == 1 else [shape for _, shape in parts]
 
 
 def open_side(path: Path, like: Path | None = None) -> Side:

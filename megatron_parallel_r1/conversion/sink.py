@@ -35,10 +35,14 @@ class Sink:
 
     Args:
         stop: set when what is written is of no use any more.
+
+    Attributes:
+        error: what `write` raised; torch.save puts one of its own in its place.
     """
 
     def __init__(self, path: Path, stop: Event) -> None:
         self._descriptor = _create(path)
+        self.error: Exception | None = None
         self._stop = stop
         self._digest = hashlib.sha256()
         # One thread each: blocks are hashed in order, and a second write at a time gains nothing.
@@ -64,20 +68,26 @@ class Sink:
             OSError: these, or earlier bytes, could not be written.
             Stopped: nobody wants them.
         """
+        try:
+            self._append(np.frombuffer(data, dtype=np.uint8))
+        except Exception as error:
+            self.error = error
+            raise
+        return memoryview(data).nbytes
+
+    def _append(self, data_B: np.ndarray) -> None:
         if self._stop.is_set():
             raise Stopped
-        source = np.frombuffer(data, dtype=np.uint8)
         done = 0
-        while done < len(source):
-            some = source[done : done + BLOCK - self._filled]
+        while done < len(data_B):
+            some_B = data_B[done : done + BLOCK - self._filled]
             # By numpy, which lets other threads run meanwhile.
-            np.frombuffer(self._block, dtype=np.uint8)[self._filled : self._filled + len(some)] = some
-            self._filled += len(some)
-            done += len(some)
+            np.frombuffer(self._block, dtype=np.uint8)[self._filled : self._filled + len(some_B)] = some_B
+            self._filled += len(some_B)
+            done += len(some_B)
             if self._filled == BLOCK:
                 self._hand_over()
-        self._size += len(source)
-        return len(source)
+        self._size += len(data_B)
 
     def tell(self) -> int:
         return self._size

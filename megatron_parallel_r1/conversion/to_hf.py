@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_parallel_r1.conversion.ahead import Rooms, loaded
-from megatron_parallel_r1.conversion.side import Side, open_side
+from megatron_parallel_r1.conversion.side import Side, Slab, open_side
 from megatron_parallel_r1.conversion.sink import Sink
 from megatron_parallel_r1.conversion.to_megatron import Advance, copy_companions, source_identity
 from megatron_parallel_r1.conversion.work import Work
@@ -20,6 +20,7 @@ from megatron_parallel_r1.model.hf import SHARD_BYTES, shard_names
 from megatron_parallel_r1.model.safetensors_files import NAMES
 from megatron_parallel_r1.model.weight import Weight, table
 
+SLAB_BYTES = 2**25  # read at once where a weight can be cut
 INDEX = "model.safetensors.index.json"
 
 
@@ -157,13 +158,19 @@ def _write(
     text += b" " * (-len(text) % 8)
     sink.write(len(text).to_bytes(8, "little") + text)
 
-    for weight, parts in loaded(weights, side.parts, side.bytes_of, rooms):
+    slabs = [slab for weight in weights for slab in Slab.of(weight, _rows(weight, dtypes))]
+    for slab, parts in loaded(slabs, side.parts, side.bytes_of, rooms):
         for part in parts:
             for rows in _in_blocks(part):
-                block = rows.to(dtypes[weight.name]).contiguous()
+                block = rows.to(dtypes[slab.weight.name]).contiguous()
                 sink.write(block.view(-1).view(torch.uint8).numpy())
                 advance(block.nbytes)
         del parts, part, rows, block
+
+
+def _rows(weight: Weight, dtypes: Mapping[str, torch.dtype]) -> int:
+    """Of a slab of about `SLAB_BYTES`."""
+    return max(1, SLAB_BYTES * weight.shape[0] // max(_bytes(weight, dtypes), 1))
 
 
 def _in_blocks(part: Tensor, size: int = 2**24) -> list[Tensor]:

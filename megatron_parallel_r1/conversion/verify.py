@@ -14,7 +14,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.conversion.side import Side
+from megatron_parallel_r1.conversion.side import Side, Slab
 from megatron_parallel_r1.conversion.to_megatron import Advance
 from megatron_parallel_r1.model.weight import table
 
@@ -35,7 +35,7 @@ def compare_tensors(one: Side, two: Side, advance: Advance = lambda count: None)
     """Tensors of two models of one shape that are not bit-equal; `advance` is told of each that was read."""
     found = []
     for weight in table(one.shape):
-        pairs = zip(weight.parts, one.parts(weight), two.parts(weight), strict=True)
+        pairs = zip(weight.parts, one.parts(Slab.whole(weight)), two.parts(Slab.whole(weight)), strict=True)
         for (name, _), first, second in pairs:
             first, second = first.flatten(0, 1), second.flatten(0, 1)
             if first.dtype != second.dtype:

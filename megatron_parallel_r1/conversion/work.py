@@ -105,7 +105,10 @@ class Work:
                 raise Stopped
             path.parent.mkdir(parents=True, exist_ok=True)
             with Sink(path, self._stop) as sink:
-                told = json.loads(json.dumps(write(sink)))
+                try:
+                    told = json.loads(json.dumps(write(sink)))
+                except Exception as error:
+                    raise sink.error or error from None
                 entry = {"file": name, "size": sink.tell(), "sha256": sink.finish(), "told": told}
         except BaseException:
             self._stop.set()

@@ -162,28 +162,41 @@ class MegatronCheckpoint:
         return self.dtypes[self._located(weight, shape)[0]]
 
     @torch.no_grad()
-    def read(self, weight: Weight, shape: ModelConfig, empty: Empty = _empty) -> Tensor:
-        """The whole Megatron parameter, its vocabulary cut to the model's.
+    def read(
+        self,
+        weight: Weight,
+        shape: ModelConfig,
+        empty: Empty = _empty,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        """The Megatron parameter, its vocabulary cut to the model's.
 
         Args:
             empty: gives the memory that it is read into.
+            start, stop: the rows that are wanted; None: to the last.
 
         Raises:
             UserError: a piece cannot be read, or one is missing.
         """
         key, index = self._located(weight, shape)
-        out = empty(weight.shape, self.dtypes[key])
+        stop = weight.shape[0] if stop is None else stop
+        out = empty((stop - start, *weight.shape[1:]), self.dtypes[key])
         filled = 0
         for piece in self.pieces(key):
             lead = tuple(zip(piece.corner, piece.sizes, strict=True))[: len(index)]
-            if not all(start <= i < start + size for i, (start, size) in zip(index, lead, strict=True)):
+            if not all(first <= i < first + size for i, (first, size) in zip(index, lead, strict=True)):
                 continue
-            corner, sizes = piece.corner[len(index) :], piece.sizes[len(index) :]
-            target = out[tuple(slice(start, start + size) for start, size in zip(corner, sizes, strict=True))]
+            (top, *left), (rows, *widths) = piece.corner[len(index) :], piece.sizes[len(index) :]
+            first, last = max(start, top), min(stop, top + rows)
+            if first >= last:
+                continue
+            columns = (slice(begin, begin + width) for begin, width in zip(left, widths, strict=True))
+            target = out[(slice(first - start, last - start), *columns)]
             above = 0
-            for i, (start, size) in zip(index, lead, strict=True):
-                above = above * size + i - start
-            self._read_into(target, key, piece, sizes, above)
+            for i, (begin, size) in zip(index, lead, strict=True):
+                above = above * size + i - begin
+            self._read_into(target, key, piece, (rows, *widths), above * rows + first - top)
             filled += target.numel()
         if filled != out.numel():
             raise UserError(f"{self.folder}: pieces of {key} are missing; copy the checkpoint again")
@@ -207,9 +220,8 @@ class MegatronCheckpoint:
             )
         return made
 
-    def _read_into(self, target: Tensor, key: str, piece: Piece, sizes: tuple[int, ...], above: int) -> None:
-        """Fills `target` from the first rows of one of the tensors of `sizes` that a piece holds, that behind
-        `above` others."""
+    def _read_into(self, target: Tensor, key: str, piece: Piece, sizes: tuple[int, ...], row: int) -> None:
+        """Fills `target` with the rows from `row` on of the tensors of `sizes` that a piece holds."""
         if not target.numel():
             return
         try:
@@ -228,7 +240,7 @@ class MegatronCheckpoint:
         rows, rest = sizes[0], sizes[1:]
         count = prod(piece.sizes) // prod(sizes)
         stored = StoredTensor(piece.file, key, held.dtype, (count * rows, *rest), held.begin, self._once)
-        stored.read_into(target[None], above * rows)
+        stored.read_into(target[None], row)
 
     def _located(self, weight: Weight, shape: ModelConfig) -> tuple[str, tuple[int, ...]] | None:
         places = _places(weight, shape.experts is not None)

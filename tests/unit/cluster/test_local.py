@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from megatron_parallel_r1.cluster.command import app
 from megatron_parallel_r1.stop_signals import STOP_SIGNALS
 from tests.curriculum.test_run import RECIPE, steps_of
+from tests.parallel.launch import ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PATIENCE_S = 600.0
@@ -32,7 +33,7 @@ def launch(folder: Path, *words: str) -> str:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    return {"PYTHON": sys.executable, "LOG_DIR": str(folder / "logs")}
+    return {**ENVIRONMENT, "PYTHON": sys.executable, "LOG_DIR": str(folder / "logs")}
 
 
 def wait_for(folder: Path, moment: Callable[[], bool]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import sys
@@ -160,3 +161,26 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         work.file("b", lambda sink: sink.write(b"y"))
         work.complete()
     assert contents(tmp_path / "out").keys() == {"a", "b", SUMS}
+
+
+@pytest.mark.parametrize("way", ["there", "back"])
+def test_a_disk_that_fills_up_is_one_line(way: str, hf: Path, tmp_path: Path) -> None:
+    """Under torch.save, too, which has an error of its own for whatever its file raises."""
+    hf_to_megatron(hf, tmp_path / "megatron", HERE)
+
+    def convert() -> None:
+        if way == "there":
+            hf_to_megatron(hf, tmp_path / "out", HERE)
+        else:
+            megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))
+    try:
+        with pytest.raises(UserError, match="out could not be written: File too large; mend that"):
+            convert()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
+    convert()
+    assert (tmp_path / "out").is_dir()

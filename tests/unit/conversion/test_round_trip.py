@@ -11,6 +11,7 @@ import torch
 from megatron.core import dist_checkpointing
 from transformers import AutoModelForCausalLM
 
+from megatron_parallel_r1.conversion import to_hf
 from megatron_parallel_r1.conversion.live import load_with_megatron
 from megatron_parallel_r1.conversion.pieces import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
@@ -24,7 +25,10 @@ pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_tensor_comes_back_bit_equal(variant: str, tmp_path: Path) -> None:
+def test_every_tensor_comes_back_bit_equal(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_hf, "SLAB_BYTES", 1000)  # a few rows, some in two ranks' pieces
     write_hf(tmp_path / "hf", variant, shards=3)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) >= 3
     expected = tensors_of(tmp_path / "hf")
@@ -33,6 +37,8 @@ def test_every_tensor_comes_back_bit_equal(variant: str, tmp_path: Path) -> None
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back", replace=True, shard_bytes=100_000)
         assert_equal(expected, tensors_of(tmp_path / "back"))
         index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+        megatron_to_hf(tmp_path / "back", tmp_path / "again", replace=True)
+        assert_equal(expected, tensors_of(tmp_path / "again"))
         assert index["weight_map"].keys() == expected.keys()
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
