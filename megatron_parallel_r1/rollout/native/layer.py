@@ -97,8 +97,7 @@ def fused(by_name: dict[str, torch.Tensor], prefix: str, own: Parts) -> Layer:
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = hidden.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=eps)
     return weight * normed.to(hidden.dtype)
 
 
