@@ -13,8 +13,8 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
-# Bytes that things in memory may be together, if they are several; with what Python and torch take, less than
-# a gigabyte. One that is larger is alone there.
+# Bytes that things in memory may be together, if they are several; one that is larger is alone there. With
+# what Python and torch take, a conversion needs at most the largest thing and a gigabyte.
 TOGETHER = 700_000_000
 # One ahead is not enough: behind a norm, which is written at once, the matrix after it would be waited for.
 MOST = 4

@@ -71,7 +71,7 @@ def write_release(
             if not source.is_dir():
                 raise UserError(f"{run}: its last stage is not done; name the checkpoint and --run {run}")
     like = given.like
-    side = open_side(source, like)
+    side = open_side(source, like, once=True)
     extra = _tokenizer_files(side, run)
     more = "\n\n".join(_text(file) for file in given.evaluations)
     if recipe is not None and given.thinking is None:

@@ -86,8 +86,8 @@ class Side:
         return sum(prod(sizes) * dtype.itemsize for sizes, dtype in zip(_sizes(slab), dtypes, strict=True))
 
     def parts(self, slab: Slab, memory: bytearray | None = None) -> list[Tensor]:
-        """The Hugging Face tensors that a weight is made of, each [groups, rows of a group, …]: its first two
-        dimensions together are its rows.
+        """What a slab has of the Hugging Face tensors that its weight is made of, each [groups, rows of a
+        group, …]: the first two dimensions together are rows.
 
         Args:
             memory: `bytes_of` bytes, that they are read into; None for fresh memory.
@@ -113,11 +113,12 @@ def _sizes(slab: Slab) -> list[tuple[int, ...]]:
     return [slab.sizes] if len(parts) == 1 else [shape for _, shape in parts]
 
 
-def open_side(path: Path, like: Path | None = None) -> Side:
+def open_side(path: Path, like: Path | None = None, once: bool = False) -> Side:
     """Opens a Hugging Face folder or a Megatron checkpoint, and checks that its weights fit its config.json.
 
     Args:
         like: the folder with config.json and tokenizer, None: `path` has them.
+        once: whether nobody will read its weights soon again; see `FileBytes`.
 
     Raises:
         UserError: it is neither, or does not fit.
@@ -134,11 +135,11 @@ def open_side(path: Path, like: Path | None = None) -> Side:
     shape = read_config(like)
     config = json.loads((like / "config.json").read_text())
     if is_megatron:
-        checkpoint = MegatronCheckpoint(path, once=True)
+        checkpoint = MegatronCheckpoint(path, once=once)
         shape = _grown(shape, checkpoint)
         checkpoint.check(shape)
         return Side(path, shape, config, like, checkpoint=checkpoint)
-    stored = stored_tensors(weight_files(path), once=True)
+    stored = stored_tensors(weight_files(path), once=once)
     check_fit(shape, {name: tensor.shape for name, tensor in stored.items()})
     return Side(path, shape, config, like, stored=stored)
 

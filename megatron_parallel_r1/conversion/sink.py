@@ -23,7 +23,7 @@ import numpy as np
 from megatron_parallel_r1.model.file_bytes import ALIGNED, DIRECT, aligned_memory
 
 BLOCK = 2**22
-BLOCKS = 6  # in memory: one being filled, the others being hashed and written
+BLOCKS = 5  # in memory: one being filled, the others being hashed and written
 
 
 class Stopped(Exception):
@@ -41,7 +41,6 @@ class Sink:
     """
 
     def __init__(self, path: Path, stop: Event) -> None:
-        self._descriptor = _create(path)
         self.error: Exception | None = None
         self._stop = stop
         self._digest = hashlib.sha256()
@@ -49,6 +48,7 @@ class Sink:
         self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._under_way: deque[tuple[mmap.mmap, tuple[Future[Any], ...]]] = deque()
         self._block = aligned_memory(BLOCK)
+        self._descriptor = _create(path)
         self._begin = self._filled = self._size = 0  # the block's place in the file, its bytes, all bytes
 
     def __enter__(self) -> Sink:
@@ -76,10 +76,10 @@ class Sink:
         return memoryview(data).nbytes
 
     def _append(self, data_B: np.ndarray) -> None:
-        if self._stop.is_set():
-            raise Stopped
         done = 0
         while done < len(data_B):
+            if self._stop.is_set():
+                raise Stopped
             some_B = data_B[done : done + BLOCK - self._filled]
             # By numpy, which lets other threads run meanwhile.
             np.frombuffer(self._block, dtype=np.uint8)[self._filled : self._filled + len(some_B)] = some_B
@@ -118,7 +118,7 @@ class Sink:
         self._under_way.append((self._block, (hashing, writing)))
         self._begin += self._filled
         self._filled = 0
-        self._block = self._oldest() if len(self._under_way) == BLOCKS - 1 else aligned_memory(BLOCK)
+        self._block = self._oldest() if len(self._under_way) == BLOCKS else aligned_memory(BLOCK)
 
     def _oldest(self) -> mmap.mmap:
         """Waits for the block that was handed over first."""
@@ -148,4 +148,4 @@ def _create(path: Path) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return os.open(path, flags, 0o666)  # tmpfs, for one, has none
+        return os.open(path, flags, 0o666)  # tmpfs, for one, had none before Linux 6.6

@@ -44,7 +44,7 @@ def megatron_to_hf(
     Raises:
         UserError: the source cannot be converted, before anything is written; or `out` cannot be written.
     """
-    side = open_side(source, like)
+    side = open_side(source, like, once=True)
     write_hf(side, out, dtype, shard_bytes, replace, {}, advance, begin)
 
 

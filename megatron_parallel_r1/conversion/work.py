@@ -22,6 +22,7 @@ from megatron_parallel_r1.errors import UserError
 
 SUMS = "SHA256SUMS"
 JOURNAL = "journal.jsonl"
+LOCK = "lock"
 # Files that are written side by side, one being read or hashed while the other waits for the disk; a killed
 # conversion does these again at most.
 AT_ONCE = 2
@@ -47,15 +48,20 @@ class Work:
             raise UserError(f"{final} exists; choose another folder, or replace it with --replace")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._journal = (self.folder / JOURNAL).open("a+")
+            self._lock = (self.folder / LOCK).open("w")
         except OSError as error:
             raise UserError(f"{self.folder}: {error.strerror}; choose another folder") from None
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._journal.close()
+            self._lock.close()
             raise UserError(f"{final} is being written by another process; wait for it") from None
-        self._done = self._read()
+        try:
+            self._done = self._read()
+            self._journal = (self.folder / JOURNAL).open("ab", buffering=0)
+        except OSError as error:
+            self._lock.close()
+            raise self._unwritable(error) from None
         self._noting = Lock()
         self._stop = Event()
 
@@ -66,11 +72,15 @@ class Work:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._journal.close()
+        self._lock.close()
         if isinstance(error, OSError):
-            raise UserError(
-                f"{self._final} could not be written: {error.strerror or error}; mend that and start again, "
-                "files that are whole are kept"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._final} could not be written: {error.strerror or error}; mend that and start again, "
+            "files that are whole are kept"
+        )
 
     @property
     def resumed(self) -> int:
@@ -84,8 +94,8 @@ class Work:
     def files(self, each: Sequence[tuple[str, Callable[[Sink], Any]]]) -> list[Any]:
         """`file` for each, `AT_ONCE` at a time; the first that fails stops the others and is raised."""
         with ThreadPoolExecutor(AT_ONCE) as writers:
-            calls = [writers.submit(self._file, *one) for one in each]
             try:
+                calls = [writers.submit(self._file, *one) for one in each]
                 # Not in their order: a failure is to be met where it is.
                 wait(calls, return_when=FIRST_EXCEPTION)
             except BaseException:
@@ -110,12 +120,12 @@ class Work:
                 except Exception as error:
                     raise sink.error or error from None
                 entry = {"file": name, "size": sink.tell(), "sha256": sink.finish(), "told": told}
+            with self._noting:
+                self._append(entry)
+                self._done[name] = entry
         except BaseException:
             self._stop.set()
             raise
-        with self._noting:
-            self._append(entry)
-            self._done[name] = entry
         return told
 
     def complete(self) -> None:
@@ -143,32 +153,39 @@ class Work:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         """What is whole of an earlier try with the same identity; anything else is cleared away."""
-        self._journal.seek(0)
-        entries = []
-        for line in self._journal:
+        journal, entries = self.folder / JOURNAL, []
+        for line in journal.read_bytes().splitlines() if journal.is_file() else ():
             try:
                 entries.append(json.loads(line))
             except ValueError:  # the last one, of a process that was killed in it
                 break
         if not entries or entries[0] != self._identity:
             for left in self.folder.iterdir():
-                if left.name != JOURNAL:
+                if left.name != LOCK:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
-            entries = [self._identity]
+            entries = []
         whole = [
             entry
             for entry in entries[1:]
             if (path := self.folder / entry["file"]).is_file() and path.stat().st_size == entry["size"]
         ]
-        self._journal.truncate(0)
-        self._append(self._identity, *whole)
+        # Beside the old one, which is kept where there is no room for another.
+        with (self.folder / f"{JOURNAL}.new").open("wb") as stream:
+            stream.write(_lines(self._identity, *whole))
+            stream.flush()
+            os.fsync(stream.fileno())
+        (self.folder / f"{JOURNAL}.new").rename(journal)
         return {entry["file"]: entry for entry in whole}
 
-    def _append(self, *entries: Mapping[str, Any]) -> None:
-        self._journal.seek(0, os.SEEK_END)
-        self._journal.writelines(json.dumps(entry) + "\n" for entry in entries)
-        self._journal.flush()
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        line = _lines(entry)
+        while line:
+            line = line[self._journal.write(line) :]
         os.fsync(self._journal.fileno())
+
+
+def _lines(*entries: Mapping[str, Any]) -> bytes:
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
 
 
 def _sync(folder: Path) -> None:

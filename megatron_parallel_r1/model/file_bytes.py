@@ -15,6 +15,7 @@ from types import TracebackType
 import numpy as np
 
 BLOCK = 2**22
+MOST = 2**30  # bytes a call; not every system takes more than 2 GiB
 # What a file system may want direct reads and writes to begin at and to be a multiple of.
 ALIGNED = 4096
 DIRECT = getattr(os, "O_DIRECT", 0)
@@ -34,13 +35,14 @@ class FileBytes:
         self._file = file
         self._block: mmap.mmap | None = None
         if once and DIRECT:
+            self._block = aligned_memory(BLOCK)
             try:
                 self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | DIRECT)
-                self._block = aligned_memory(BLOCK)
                 return
             except OSError as error:
-                if error.errno != errno.EINVAL:  # A file system without direct reads; tmpfs, for one.
+                if error.errno != errno.EINVAL:  # The file system has no direct reads.
                     raise
+                self._block = None
         self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
 
     def __enter__(self) -> FileBytes:
@@ -63,7 +65,10 @@ class FileBytes:
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~DIRECT)
                 self._block = None
         done = 0
-        while done < len(out_B) and (count := os.preadv(self._descriptor, [out_B[done:]], begin + done)):
+        while done < len(out_B):
+            count = os.preadv(self._descriptor, [out_B[done : done + MOST]], begin + done)
+            if not count:
+                break
             done += count
         return done
 
@@ -84,4 +89,4 @@ class FileBytes:
 
 def aligned_memory(size: int) -> mmap.mmap:
     """Zeros that begin where a page does."""
-    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)

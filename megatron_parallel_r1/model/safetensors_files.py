@@ -35,7 +35,7 @@ class StoredTensor:
     """A tensor in a file, its first byte at `begin`.
 
     Attributes:
-        once: whether its rows are each read by one reader, so that the page cache need not hold them.
+        once: whether nobody will read the same rows soon again; see `FileBytes`.
     """
 
     file: Path

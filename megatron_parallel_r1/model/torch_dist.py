@@ -90,7 +90,7 @@ class MegatronCheckpoint:
     """A distributed checkpoint, its index in memory.
 
     Args:
-        once: whether its weights are read by this process alone; see `StoredTensor`.
+        once: whether nobody will read its weights soon again; see `FileBytes`.
 
     Attributes:
         folder: with the pieces.

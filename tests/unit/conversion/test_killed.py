@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -184,3 +185,32 @@ def test_a_disk_that_fills_up_is_one_line(way: str, hf: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
     convert()
     assert (tmp_path / "out").is_dir()
+
+
+def test_a_journal_that_cannot_be_written_stops_all_and_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"file {number}" for number in range(12)]
+
+    def write_all() -> None:
+        with Work(tmp_path / "out", {}) as work:
+            work.files([(name, lambda sink: sink.write(b"x")) for name in names])
+            work.complete()
+
+    real, calls = os.fsync, iter(range(100))
+
+    def full(descriptor: int) -> None:
+        if next(calls) >= 8:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for _ in range(2):  # The second finds no room for its journal, and leaves the first one's.
+            with pytest.raises(UserError, match="out could not be written: No space left"):
+                write_all()
+    assert len(list((tmp_path / ".out.converting").glob("file *"))) < len(names)
+    with Work(tmp_path / "out", {}) as work:
+        assert work.resumed >= 2
+    write_all()
+    assert contents(tmp_path / "out").keys() == {*names, SUMS}

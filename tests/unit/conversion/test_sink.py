@@ -51,6 +51,7 @@ def test_a_file_system_in_memory() -> None:
         check(Path(folder) / "file", pieces_of([BLOCK + 3, 17]))
 
 
+@pytest.mark.skipif(not DIRECT, reason="this system has no direct writes")
 @pytest.mark.parametrize("refused", ["open", "pwrite"])
 def test_where_direct_writes_are_refused(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -76,6 +77,7 @@ def test_a_write_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.M
     check(tmp_path / "file", pieces_of([BLOCK + 9]))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_is_met() -> None:
     with pytest.raises(OSError, match="No space left"), Sink(Path("/dev/full"), Event()) as out:
         for _ in range(2 * BLOCKS):

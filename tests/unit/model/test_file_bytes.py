@@ -48,6 +48,7 @@ def test_what_is_read(file: Path, content: bytes, once: bool, begin: int, size: 
     check(file, content, begin, size, once)
 
 
+@pytest.mark.skipif(not DIRECT, reason="this system has no direct reads")
 @pytest.mark.parametrize("refused", ["open", "preadv"])
 def test_where_direct_reads_are_refused(
     refused: str, file: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
@@ -71,5 +72,5 @@ def test_a_failing_disk_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        FileBytes(file, once=True).read(0, np.zeros(ALIGNED, dtype=np.uint8))
+    with pytest.raises(OSError, match="Input/output error"), FileBytes(file, once=True) as source:
+        source.read(0, np.zeros(ALIGNED, dtype=np.uint8))
