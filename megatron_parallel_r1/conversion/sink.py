@@ -1,7 +1,7 @@
 """A file that is written past the page cache and hashed on the way, neither waited for until memory runs out.
 
-Through the page cache each byte would be copied by the kernel and each page be found, which costs a core more
-than the disk takes: 0.5 s a GB, and 0.2 so (on the CPU of docs/performance.md).
+Through the page cache the kernel would copy each byte and look for a page to hold it, on cores that have to
+hash.
 """
 
 from __future__ import annotations

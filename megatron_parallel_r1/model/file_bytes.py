@@ -1,6 +1,6 @@
 """Bytes of a file into memory, on request past the page cache: what is read once need not be kept there.
 
-Through it a GB of a cold file costs a core 0.6 s; so, 0.1 s (on the CPU of docs/performance.md).
+Past it, the kernel need neither copy them nor look for pages to hold them.
 """
 
 from __future__ import annotations
