@@ -143,9 +143,10 @@ PAIR = (
     *PAIR_STEPS,
 )
 
+# Killed behind the checkpoint of step 2, maybe before the beat that tells of step 3.
 LOST = (
-    r"(error: )?rank 0 \(stage rl, step [3-5]\): rank 1 has not been heard of for \d+ s, "
-    r"it was last in stage rl, step [3-5]; this process ends"
+    r"(error: )?rank 0 \(stage rl, step [2-5]\): rank 1 has not been heard of for \d+ s, "
+    r"it was last in stage rl, step [2-5]; this process ends"
 )
 
 

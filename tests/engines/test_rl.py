@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.xdist_group("rl
 ROOT = Path(__file__).parents[2]
 DEMO, RECIPE = ROOT / "recipes" / "tiny" / "demo.yaml", ROOT / "tests" / "engines" / "rl.yaml"
 # As rl.yaml has them.
-PROMPTS, SAMPLES, STEPS = 8, 4, 20
+PROMPTS, SAMPLES, STEPS = 4, 4, 20
 # The promise of docs/architecture.md for float32: rollout and trainer agree to this, in nats.
 EXACT = 2e-5
 
