@@ -88,5 +88,5 @@ class FileBytes:
 
 
 def aligned_memory(size: int) -> mmap.mmap:
-    """Zeros that begin where a page does."""
-    return mmap.mmap(-1, size)
+    """Zeros that begin where a page does. Private: Linux gives shared memory small pages by default."""
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
