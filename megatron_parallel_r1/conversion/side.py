@@ -43,8 +43,11 @@ class Slab:
         return [cls(weight, start, min(start + count, rows)) for start in range(0, rows, count)]
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        return (self.stop - self.start, *self.weight.shape[1:])
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of what it has of each Hugging Face tensor."""
+        if len(self.weight.parts) > 1:
+            return [shape for _, shape in self.weight.parts]
+        return [(self.stop - self.start, *self.weight.shape[1:])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +84,9 @@ class Side:
     def bytes_of(self, slab: Slab) -> int:
         """As it is stored."""
         if self.checkpoint:
-            return prod(slab.sizes) * self.dtype(slab.weight).itemsize
+            return sum(map(prod, slab.shapes)) * self.dtype(slab.weight).itemsize
         dtypes = (self.stored[name].dtype for name, _ in slab.weight.parts)
-        return sum(prod(sizes) * dtype.itemsize for sizes, dtype in zip(_sizes(slab), dtypes, strict=True))
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in zip(slab.shapes, dtypes, strict=True))
 
     def parts(self, slab: Slab, memory: bytearray | None = None) -> list[Tensor]:
         """What a slab has of the Hugging Face tensors that its weight is made of, each [groups, rows of a
@@ -98,19 +101,13 @@ class Side:
             read = self.checkpoint.read(slab.weight, self.shape, empty, slab.start, slab.stop)
             return slab.weight.views(read)
         parts, begin = [], 0
-        for (name, _), sizes in zip(slab.weight.parts, _sizes(slab), strict=True):
+        for (name, _), shape in zip(slab.weight.parts, slab.shapes, strict=True):
             stored = self.stored[name]
-            out = tensor_in(memoryview(memory)[begin:], sizes, stored.dtype)[None]
+            out = tensor_in(memoryview(memory)[begin:], shape, stored.dtype)[None]
             stored.read_into(out, slab.start)
             parts.append(out)
             begin += out.nbytes
         return parts
-
-
-def _sizes(slab: Slab) -> list[tuple[int, ...]]:
-    """Of the Hugging Face tensors that a slab has."""
-    parts = slab.weight.parts
-    return [slab.sizes] if len(parts) == 1 else [shape for _, shape in parts]
 
 
 def open_side(path: Path, like: Path | None = None, once: bool = False) -> Side:

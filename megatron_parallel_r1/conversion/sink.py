@@ -6,8 +6,6 @@ hash.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import mmap
 import os
@@ -20,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_parallel_r1.model.file_bytes import ALIGNED, DIRECT, aligned_memory
+from megatron_parallel_r1.model.direct import aligned_memory, give_up, open_direct, rounded_up
 
 BLOCK = 2**22
 BLOCKS = 5  # in memory: one being filled, the others being hashed and written
@@ -48,7 +46,7 @@ class Sink:
         self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._under_way: deque[tuple[mmap.mmap, tuple[Future[Any], ...]]] = deque()
         self._block = aligned_memory(BLOCK)
-        self._descriptor = _create(path)
+        self._descriptor = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._begin = self._filled = self._size = 0  # the block's place in the file, its bytes, all bytes
 
     def __enter__(self) -> Sink:
@@ -112,7 +110,7 @@ class Sink:
     def _hand_over(self) -> None:
         """Has the block hashed and written, and goes on with another."""
         # Behind the last one's bytes lie older ones, which `finish` cuts off.
-        whole = -(-self._filled // ALIGNED) * ALIGNED
+        whole = rounded_up(self._filled)
         hashing = self._hasher.submit(self._digest.update, memoryview(self._block)[: self._filled])
         writing = self._writer.submit(self._put, memoryview(self._block)[:whole], self._begin)
         self._under_way.append((self._block, (hashing, writing)))
@@ -132,20 +130,6 @@ class Sink:
             try:
                 count = os.pwrite(self._descriptor, data, begin)
             except OSError as error:
-                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-                if error.errno != errno.EINVAL or not flags & DIRECT:
-                    raise
-                # It wants another alignment, or takes no direct writes at all.
-                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~DIRECT)
+                give_up(self._descriptor, error)
                 continue
             data, begin = data[count:], begin + count
-
-
-def _create(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    try:
-        return os.open(path, flags | DIRECT, 0o666)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags, 0o666)  # tmpfs, for one, had none before Linux 6.6

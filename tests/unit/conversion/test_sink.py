@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import os
 from pathlib import Path
@@ -15,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.conversion.sink import BLOCK, BLOCKS, Sink, Stopped
-from megatron_parallel_r1.model.file_bytes import ALIGNED, DIRECT
+from megatron_parallel_r1.model.direct import ALIGNED
+from tests.unit.model.no_direct import needs_direct, refuse_direct
 
 MEMORY = Path("/dev/shm")
 SIZES = (0, 1, ALIGNED - 1, ALIGNED, BLOCK - 1, BLOCK, BLOCK + 1, BLOCKS * BLOCK + 5)
@@ -51,24 +50,12 @@ def test_a_file_system_in_memory() -> None:
         check(Path(folder) / "file", pieces_of([BLOCK + 3, 17]))
 
 
-@pytest.mark.skipif(not DIRECT, reason="this system has no direct writes")
-@pytest.mark.parametrize("refused", ["open", "pwrite"])
-def test_where_direct_writes_are_refused(
-    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As some file systems do, at once or only at the first write."""
-    real, refusals = getattr(os, refused), []
-
-    def refuse(target: object, *rest: object) -> int:
-        flags = rest[0] if refused == "open" else fcntl.fcntl(target, fcntl.F_GETFL)
-        if flags & DIRECT:
-            refusals.append(target)
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return real(target, *rest)
-
-    monkeypatch.setattr(os, refused, refuse)
+@needs_direct
+@pytest.mark.parametrize("call", ["open", "pwrite"])
+def test_where_direct_writes_are_refused(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = refuse_direct(monkeypatch, call)
     check(tmp_path / "file", pieces_of([2 * BLOCK, 1]))
-    assert len(refusals) == 1
+    assert len(refused) == 1
 
 
 def test_a_write_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

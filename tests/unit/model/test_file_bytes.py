@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.model.file_bytes import ALIGNED, BLOCK, DIRECT, FileBytes
+from megatron_parallel_r1.model.direct import ALIGNED
+from megatron_parallel_r1.model.file_bytes import BLOCK, FileBytes
+from tests.unit.model.no_direct import needs_direct, refuse_direct
 
 SIZE = 2 * BLOCK + ALIGNED + 321
 
@@ -48,23 +49,14 @@ def test_what_is_read(file: Path, content: bytes, once: bool, begin: int, size: 
     check(file, content, begin, size, once)
 
 
-@pytest.mark.skipif(not DIRECT, reason="this system has no direct reads")
-@pytest.mark.parametrize("refused", ["open", "preadv"])
+@needs_direct
+@pytest.mark.parametrize("call", ["open", "preadv"])
 def test_where_direct_reads_are_refused(
-    refused: str, file: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+    call: str, file: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, refusals = getattr(os, refused), []
-
-    def refuse(target: object, *rest: object) -> int:
-        flags = rest[0] if refused == "open" else fcntl.fcntl(target, fcntl.F_GETFL)
-        if flags & DIRECT:
-            refusals.append(target)
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return real(target, *rest)
-
-    monkeypatch.setattr(os, refused, refuse)
+    refused = refuse_direct(monkeypatch, call)
     check(file, content, 5, BLOCK + 9, once=True)
-    assert len(refusals) == 1
+    assert len(refused) == 1
 
 
 def test_a_failing_disk_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
