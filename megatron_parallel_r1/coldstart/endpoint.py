@@ -21,6 +21,7 @@ from megatron_parallel_r1.coldstart.settings import Endpoint
 from megatron_parallel_r1.coldstart.teacher import Answer, Request, Unanswered
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.connection import IDLE_S
 
 PASSING = frozenset({408, 409, 425, 429})
 """Statuses below 500 that may be another one a while later."""
@@ -43,7 +44,9 @@ async def open_endpoint(endpoint: Endpoint, concurrency: int) -> AsyncIterator[E
     """
     key = _key(endpoint.key_variable)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    limits = httpx.Limits(
+        max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=IDLE_S
+    )
     async with httpx.AsyncClient(headers=headers, timeout=endpoint.timeout_s, limits=limits) as client:
         yield EndpointTeacher(endpoint, client, key)
 

@@ -14,6 +14,10 @@ from megatron_parallel_r1.rollout.server import Timeouts, Unreachable
 # Said by a server, or a proxy before it, that may do it a little later.
 BUSY = frozenset({408, 425, 429})
 
+IDLE_S = 2.0
+"""How long an unused connection is kept, in seconds: less than by a server. SGLang's and vLLM's close theirs
+after 5 s. So does httpx by default, and a request that is sent in that very moment is lost."""
+
 
 class Connection:
     """JSON requests to one base address.
@@ -95,9 +99,8 @@ class Connection:
         loop = asyncio.get_running_loop()
         if self._client is None or self._loop is not loop:
             self._loop = loop
-            self._client = httpx.AsyncClient(
-                transport=self._transport, limits=httpx.Limits(max_connections=None), trust_env=False
-            )
+            limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE_S)
+            self._client = httpx.AsyncClient(transport=self._transport, limits=limits, trust_env=False)
             self._closing = _kept(self._client)
             await self._closing.__anext__()
         return self._client

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.connection import IDLE_S
 from megatron_parallel_r1.rollout.server import Unreachable
 
 # A step may take `timeout_s`; what the server says when it did not end comes later.
@@ -28,7 +29,8 @@ class Wire:
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
         # A proxy of the environment is for the world outside, not for servers of the cluster.
-        self._client = httpx.Client(base_url=self.url, trust_env=False)
+        limits = httpx.Limits(keepalive_expiry=IDLE_S)
+        self._client = httpx.Client(base_url=self.url, limits=limits, trust_env=False)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, quick: bool = False) -> Any:
         """The answer's JSON, or its text if it is none."""

@@ -78,7 +78,8 @@ def test_a_killed_server_costs_no_trace_and_changes_none(two: tuple[Shared, Shar
     pool = Pool(SGLang, (staying.url, victim.url), SETTINGS)
     pool.meet()
     quiet = rolled(ServerEngine(pool), THINKING, PROMPTS)
-    assert pool.metrics()["server_retries"] == 0
+    troubles = [member.trouble for member in pool._roster.members()]
+    assert pool.metrics()["server_retries"] == 0, troubles
 
     struck = Struck(victim)
     clients = {staying.url: SGLang(staying.url), victim.url: struck}
