@@ -49,7 +49,7 @@ class RopeScaling:
         kind = told.get("rope_type", told.get("type", "default"))
         if kind == "default":
             return None
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise UserError(
                 f"config.json: rope_type = {kind!r} is not supported; use one of default, {', '.join(KINDS)}"
             )
@@ -64,6 +64,8 @@ class RopeScaling:
         for name, value in given.items():
             if value is None:
                 raise UserError(f"config.json: rope_type {kind!r} needs {name}, which is missing")
+            if not isinstance(value, (int, float)):
+                raise UserError(f"config.json: {name} = {value!r} of rope_type {kind!r} is no number")
         factor, *values = (float(value) for value in given.values())
         return cls(kind, factor, tuple(values))
 

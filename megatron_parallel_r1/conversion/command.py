@@ -175,6 +175,7 @@ def release_command(words: Sequence[str] | None = None) -> int:
     _like(parser)
     _shards(parser)
     parser.add_argument("--run", type=Path, help="the run that trained it: settings, recipe and figures")
+    parser.add_argument("--stage", help="the stage that trained it last, where its place does not tell")
     parser.add_argument("--thinking", type=Path, help="a thinking.json, where no run says how to decode")
     parser.add_argument(
         "--evaluation", type=Path, action="append", default=[], help="a table of eval/run.py (.md); repeat it"
@@ -182,7 +183,7 @@ def release_command(words: Sequence[str] | None = None) -> int:
     told = parser.parse_args(words)
     from megatron_parallel_r1.conversion.release import Given, write_release
 
-    given = Given(told.source, told.like, told.run, told.thinking, tuple(told.evaluation))
+    given = Given(told.source, told.like, told.run, told.stage, told.thinking, tuple(told.evaluation))
     with _bar("writing") as bar:
         write_release(
             given,

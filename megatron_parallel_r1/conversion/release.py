@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import yaml
@@ -16,7 +18,7 @@ from megatron_parallel_r1 import config
 from megatron_parallel_r1.conversion.side import Side, open_side
 from megatron_parallel_r1.conversion.to_hf import write_hf
 from megatron_parallel_r1.conversion.to_megatron import Advance
-from megatron_parallel_r1.curriculum.card import card, run_card, thinking_json
+from megatron_parallel_r1.curriculum.card import Point, card, licence, lineage, run_card, thinking_json
 from megatron_parallel_r1.curriculum.folder import past_evaluations
 from megatron_parallel_r1.curriculum.sources import open_tokenizer
 from megatron_parallel_r1.data.encode import CHAT_TEMPLATE
@@ -35,6 +37,7 @@ class Given:
         source: a Hugging Face folder, a Megatron checkpoint, or a run's folder: the model of its last stage.
         like: the folder with config.json and tokenizer, None: `source` has them.
         run: the folder of the run that trained it, for settings and card; None: `source`, if that is one.
+        stage: of the run, that trained it last; None: it is told by where in the run `source` is.
         thinking: a thinking.json, where no run tells how to decode.
         evaluations: Markdown files for the card, as `eval/run.py` writes them.
     """
@@ -42,6 +45,7 @@ class Given:
     source: Path
     like: Path | None = None
     run: Path | None = None
+    stage: str | None = None
     thinking: Path | None = None
     evaluations: Sequence[Path] = ()
 
@@ -61,32 +65,36 @@ def write_release(
         UserError: a part is missing or does not fit, before anything is written; or `out` cannot be written.
     """
     run, source = given.run, given.source
-    recipe = None
+    recipe = at = None
     if run is None and (source / "stages.json").is_file():
         run = source
     if run is not None:
         recipe = _recipe(run)
+        at = _point(recipe, run, given)
         if source == run:
-            source = run / recipe.stages[-1].name / "model"
+            source = run / at.stage.name / "model"
             if not source.is_dir():
-                raise UserError(f"{run}: its last stage is not done; name the checkpoint and --run {run}")
+                raise UserError(f"{run}: {at.stage.name} is not done; name the checkpoint and --run {run}")
     like = given.like
     side = open_side(source, like, once=True)
     extra = _tokenizer_files(side, run)
     more = "\n\n".join(_text(file) for file in given.evaluations)
     if recipe is not None and given.thinking is None:
-        extra["thinking.json"] = thinking_json(recipe).encode()
+        extra["thinking.json"] = thinking_json(recipe, at.stage).encode()
     else:
         file = given.thinking or side.like / "thinking.json"
         if not file.is_file():
             raise UserError(f"{file} is missing; give --thinking, or the --run whose settings hold")
         extra["thinking.json"] = file.read_bytes()
     if recipe is not None:
-        text = run_card(recipe, run, side.shape, past_evaluations(run)) + (f"\n{more}\n" if more else "")
+        text = run_card(recipe, run, side.shape, _evaluations(recipe, run, at), at)
+        text += f"\n{more}\n" if more else ""
     else:
         told = stored_decoding(given.thinking or side.like / "thinking.json").thinking
         unknown = "It was released without the folder of the run that trained it."
-        text = card(out.name, side.shape, told, unknown, unknown, more or "None was given.")
+        text = card(
+            out.name, side.shape, told, licence(side.like), unknown, unknown, more or "None was given."
+        )
     extra["README.md"] = text.encode()
     write_hf(side, out, dtype, shard_bytes, replace, extra, advance, begin)
 
@@ -101,6 +109,47 @@ def _recipe(run: Path) -> config.Recipe:
         raise UserError(f"{file}: {first_problem(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: no valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _point(recipe: config.Recipe, run: Path, given: Given) -> Point:
+    """Which stage, and which of its steps, is released.
+
+    Raises:
+        UserError: it cannot be told, or the run has no such stage.
+    """
+    stages = {stage.name: stage for stage in recipe.stages}
+    last = recipe.stages[-1]
+    source, folder = given.source.resolve(), run.resolve()
+    inside = source.relative_to(folder).parts if source.is_relative_to(folder) else ()
+    if given.stage is not None:
+        name = given.stage
+    elif source == folder or inside == ("release",):
+        name = last.name
+    elif inside:
+        name = inside[0]
+    else:
+        name = last.name if len(stages) == 1 else None
+    if name not in stages:
+        told = (
+            f"the run {run} has no stage {name}" if name else f"which stage of {run} trained {given.source}"
+        )
+        raise UserError(f"{told}; give --stage, one of {', '.join(stages)}")
+    step = re.fullmatch(r"step_(\d+)", source.name)
+    return Point(stages[name], int(step[1]) if step else None)
+
+
+def _evaluations(recipe: config.Recipe, run: Path, at: Point) -> list[dict[str, Any]]:
+    """Those of the stages that the weights went through, as far as they went; of a whole run all."""
+    records = past_evaluations(run)
+    if at == Point(recipe.stages[-1]):
+        return records
+    behind = {stage.name for stage in lineage(recipe, at.stage)}
+    beyond = {at.stage.name} if at.step is not None else set()
+    return [
+        record
+        for record in records
+        if record["stage"] in behind and not (record["stage"] in beyond and record["step"] > at.step)
+    ]
 
 
 def _tokenizer_files(side: Side, run: Path | None) -> dict[str, bytes]:

@@ -85,8 +85,8 @@ def write_hf(
         "to": "hf",
         "dtype": str(dtype),
         "shard_bytes": shard_bytes,
-        "source": source_identity(side.weights_folder),
-        "like": source_identity(side.like),
+        "source": source_identity(side.weights_folder, out),
+        "like": source_identity(side.like, out),
         "extra": {name: content.hex() for name, content in extra.items() if len(content) < 2**16},
     }
     names, rooms = shard_names(len(files)), Rooms()

@@ -2,11 +2,12 @@
 
     <out>/config.json, tokenizer…              as in the source: what a run needs beside the weights
           latest_checkpointed_iteration.txt    "release", as Megatron-LM calls weights that it did not train
-          release/__<rank>_<n>.distcp          the pieces that a rank of the target layout holds
+          release/__<rank>_<n>.distcp          the pieces that a rank of the target layout would save
                   .metadata, metadata.json, common.pt
           SHA256SUMS
 
-Any layout can load it; under the target one each rank finds all that it wants in its own files.
+Any layout can load it. Under the target one a rank finds its slices in its own files, and what several ranks
+hold alike in those of the first of them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_parallel_r1.conversion.ahead import Rooms, loaded, tensor_in
 from megatron_parallel_r1.conversion.pieces import Piece, Target, pieces_of
 from megatron_parallel_r1.conversion.sink import Sink
-from megatron_parallel_r1.conversion.work import Work
+from megatron_parallel_r1.conversion.work import Work, working_folder
 from megatron_parallel_r1.model.hf import read_config, weight_files
 from megatron_parallel_r1.model.safetensors_files import StoredTensor, stored_tensors
 from megatron_parallel_r1.model.torch_dist import TRACKER
@@ -81,7 +82,7 @@ def hf_to_megatron(
         "to": "megatron",
         "layout": [target.tensor, target.pipeline, target.expert],
         "dtype": str(dtype),
-        "source": source_identity(source),
+        "source": source_identity(source, out),
     }
     files = [
         (f"{RELEASE}/__{rank}_{number}.distcp", some)
@@ -120,9 +121,14 @@ _COMMON = {
 }
 
 
-def source_identity(folder: Path) -> list[list[Any]]:
-    """By which a source is told from another, or from what it was before."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def source_identity(folder: Path, out: Path) -> list[list[Any]]:
+    """By which a source is told from another, or from what it was before; `out` may grow inside it."""
+    own = (out.resolve(), working_folder(out).resolve())
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(path.resolve().is_relative_to(one) for one in own)
+    )
     return [
         [str(folder.resolve()), str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns]
         for path in files

@@ -94,7 +94,9 @@ def _ours(side: Side, tokens_1L: Tensor) -> Tensor:
         load_hf_tensors(model, load_hf_folder(side.path)[1])
     index_L = torch.arange(LENGTH)
     layout_KL = torch.stack([index_L, torch.zeros_like(index_L)]).int()
-    return logits(model, tokens_1L, index_L[None], layout_KL)[0]
+    device = next(model.parameters()).device
+    given = (tokens_1L.to(device), index_L[None].to(device), layout_KL.to(device))
+    return logits(model, *given)[0].cpu()
 
 
 @torch.no_grad()

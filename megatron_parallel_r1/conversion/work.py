@@ -28,6 +28,11 @@ LOCK = "lock"
 AT_ONCE = 2
 
 
+def working_folder(final: Path) -> Path:
+    """Where a folder grows until it gets its name."""
+    return final.parent / f".{final.name}.converting"
+
+
 class Work:
     """A context manager around the folder; leaving it without `complete` keeps what is done for the next try.
 
@@ -42,7 +47,7 @@ class Work:
 
     def __init__(self, final: Path, identity: Mapping[str, Any], replace: bool = False) -> None:
         self._final = final
-        self.folder = final.parent / f".{final.name}.converting"
+        self.folder = working_folder(final)
         self._identity = json.loads(json.dumps(identity))
         if final.exists() and not replace:
             raise UserError(f"{final} exists; choose another folder, or replace it with --replace")

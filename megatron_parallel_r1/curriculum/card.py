@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.folder import steps_done
@@ -29,9 +31,21 @@ _HABIT = {
 }
 
 
-def thinking_json(recipe: config.Recipe) -> str:
-    """The decoding settings and prompt of a run's last stage."""
-    told = asdict(recipe.thinking_of(recipe.stages[-1])) | {
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Of a run: behind which step of which stage its weights are released.
+
+    Attributes:
+        step: None: the stage's last one.
+    """
+
+    stage: config.SftStage | config.RlStage
+    step: int | None = None
+
+
+def thinking_json(recipe: config.Recipe, stage: config.Stage) -> str:
+    """The decoding settings and prompt of a stage."""
+    told = asdict(recipe.thinking_of(stage)) | {
         "prompt": recipe.prompt,
         "prompt_template": TEMPLATES[recipe.prompt],
     }
@@ -39,18 +53,26 @@ def thinking_json(recipe: config.Recipe) -> str:
 
 
 def run_card(
-    recipe: config.Recipe, folder: Path, shape: ModelConfig, evaluations: Sequence[dict[str, Any]]
+    recipe: config.Recipe,
+    folder: Path,
+    shape: ModelConfig,
+    evaluations: Sequence[dict[str, Any]],
+    at: Point,
 ) -> str:
     """The model card of a run.
 
     Args:
         folder: of the run.
         evaluations: its records.
+        at: what is released.
     """
-    lineage = _lineage(recipe)
-    thinking = recipe.thinking_of(lineage[-1])
+    past = lineage(recipe, at.stage)
+    thinking = recipe.thinking_of(at.stage)
+    steps = {stage.name: steps_done(folder, stage) for stage in past}
+    if at.step is not None:
+        steps[at.stage.name] = at.step
     stages = "\n".join(
-        f"| {stage.name} | {stage.kind} | {_data(stage)} | {steps_done(folder, stage)} |" for stage in lineage
+        f"| {stage.name} | {stage.kind} | {_data(stage)} | {steps[stage.name]} |" for stage in past
     )
     figures = eval_markdown(evaluations) if evaluations else "This run was not evaluated."
     training = f"""| stage | kind | data | steps |
@@ -68,16 +90,31 @@ Seed {recipe.seed}; the last stage in mode `{thinking.mode}` with {thinking.path
 
 </details>"""
     evaluation = f"Plain accuracy on held-out problems, ± half the 95 % interval.\n\n{figures}"
-    return card(recipe.name, shape, thinking, training, _provenance(recipe), evaluation)
+    base = recipe.model.path
+    facts = {"license": "apache-2.0"} if base is None else {**licence(base), "base_model": base.name}
+    return card(recipe.name, shape, thinking, facts, training, _provenance(recipe, past), evaluation)
 
 
-def card(name: str, shape: ModelConfig, thinking: Thinking, training: str, data: str, evaluation: str) -> str:
-    """A model card; the last three are sections in Markdown."""
+def card(
+    name: str,
+    shape: ModelConfig,
+    thinking: Thinking,
+    facts: Mapping[str, str],
+    training: str,
+    data: str,
+    evaluation: str,
+) -> str:
+    """A model card.
+
+    Args:
+        facts: for its head, such as the licence.
+        training, data, evaluation: sections in Markdown.
+    """
+    head = yaml.safe_dump({"library_name": "transformers", **facts}, sort_keys=False).strip()
     parameters = sum(prod(size) for weight in table(shape) for _, size in weight.parts)
     kind = FAMILIES[shape.family].architecture.removesuffix("ForCausalLM")
     return f"""---
-library_name: transformers
-license: apache-2.0
+{head}
 tags: [parallel-thinking, reinforcement-learning, grpo]
 ---
 
@@ -103,10 +140,20 @@ Trained with megatron_parallel_r1 after Parallel-R1 (arXiv 2509.07980).
 """
 
 
-def _lineage(recipe: config.Recipe) -> list[config.SftStage | config.RlStage]:
-    """The stages that the released weights went through, the first one first."""
+def licence(folder: Path) -> dict[str, str]:
+    """What the card of a model says of its licence, as the Hub reads it; `unknown` if nothing."""
+    try:
+        told = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+        found = {key: str(told[key]) for key in ("license", "license_name", "license_link") if key in told}
+    except (OSError, ValueError, IndexError, TypeError, yaml.YAMLError):
+        found = {}
+    return {"license": "unknown", **found}
+
+
+def lineage(recipe: config.Recipe, last: config.Stage) -> list[config.SftStage | config.RlStage]:
+    """The stages that weights went through up to `last`, the first one first."""
     by_name = {stage.name: stage for stage in recipe.stages}
-    chain = [recipe.stages[-1]]
+    chain = [last]
     while (before := recipe.start_of(chain[0])) is not None:
         chain.insert(0, by_name[before])
     return chain
@@ -118,11 +165,9 @@ def _start(recipe: config.Recipe) -> str:
     return f"It began as the weights of `{recipe.model.path.name}`, whose licence holds for it, too."
 
 
-def _provenance(recipe: config.Recipe) -> str:
+def _provenance(recipe: config.Recipe, past: Sequence[config.Stage]) -> str:
     """Where each set of data comes from, and what was kept out of it."""
-    lines: Mapping[str, None] = dict.fromkeys(
-        f"- {_origin(data)}" for data in [stage.data for stage in _lineage(recipe)]
-    )
+    lines: Mapping[str, None] = dict.fromkeys(f"- {_origin(data)}" for data in [stage.data for stage in past])
     if recipe.evaluation is not None:
         lines = {**lines, f"- held out, for evaluation: {_origin(recipe.evaluation.data)}": None}
     kept_out = "No problem of the evaluation is among those of the training."

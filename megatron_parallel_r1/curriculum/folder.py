@@ -90,10 +90,10 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def steps_done(folder: Path, stage: config.Stage) -> int:
-    """The last step that a stage took; it may have ended before its `steps`."""
+    """The last step that a stage has taken, 0 if none; it may have ended before its `steps`."""
     file = folder / stage.name / "metrics.jsonl"
     records = read_jsonl(file) if file.is_file() else []
-    return max((record["step"] for record in records), default=stage.steps)
+    return max((record["step"] for record in records), default=0)
 
 
 def past_evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_parallel_r1.curriculum.card import run_card, thinking_json
+from megatron_parallel_r1.curriculum.card import Point, run_card, thinking_json
 from megatron_parallel_r1.curriculum.keeping import save_model
 from megatron_parallel_r1.curriculum.workbench import Workbench
 from megatron_parallel_r1.data.encode import CHAT_TEMPLATE
@@ -21,9 +21,10 @@ def write_release(bench: Workbench, model: Model, evaluations: Sequence[dict[str
     checkpoint.
     """
     release = bench.folder / "release"
+    last = bench.recipe.stages[-1]
     extra = {
-        "thinking.json": thinking_json(bench.recipe),
-        "README.md": run_card(bench.recipe, bench.folder, bench.shape, evaluations),
+        "thinking.json": thinking_json(bench.recipe, last),
+        "README.md": run_card(bench.recipe, bench.folder, bench.shape, evaluations, Point(last)),
     }
     if bench.tokenizer.chat_template is None:
         extra["chat_template.jinja"] = CHAT_TEMPLATE

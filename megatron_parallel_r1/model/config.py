@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ class ModelConfig:
             UserError: the architecture is another one, or a field asks for what this model does not compute.
         """
         kind = hf.get("model_type")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise UserError(
                 f"config.json: model_type is {kind!r}; supported are {', '.join(map(repr, FAMILIES))}"
             )
@@ -102,26 +103,31 @@ class ModelConfig:
             if hf.get(field) not in allowed:
                 told = hf.get(field)
                 raise UserError(f"config.json: {field} = {told!r} is not supported; use a plain {kind}")
-        if set(hf.get("layer_types") or ()) - {"full_attention"}:
+        if any(told != "full_attention" for told in hf.get("layer_types") or ()):
             raise UserError("config.json: layer_types other than full_attention are not supported")
         # transformers 5 keeps theta and the stretch in one place, 4 kept the stretch apart.
-        rope = hf.get("rope_parameters") or {}
-        stretches = {RopeScaling.of(told) for told in (rope, hf.get("rope_scaling")) if told}
+        ropes = [hf.get(field) or {} for field in ("rope_parameters", "rope_scaling")]
+        if not all(isinstance(rope, Mapping) for rope in ropes):
+            raise UserError("config.json: rope_parameters or rope_scaling is no object; copy the file again")
+        stretches = {RopeScaling.of(rope) for rope in ropes if rope}
+        theta = {"rope_theta": ropes[0].get("rope_theta") or hf.get("rope_theta")}
         if len(stretches) > 1:
             raise UserError("config.json: rope_scaling and rope_parameters say different things; delete one")
         try:
             return cls(
-                hidden=hf["hidden_size"],
-                layers=hf["num_hidden_layers"],
-                heads=hf["num_attention_heads"],
-                kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-                head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-                ffn=hf["intermediate_size"],
-                vocab=hf["vocab_size"],
-                rope_theta=float(rope.get("rope_theta") or hf["rope_theta"]),
-                rms_eps=hf["rms_norm_eps"],
-                tied=hf.get("tie_word_embeddings", False),
-                max_positions=hf["max_position_embeddings"],
+                hidden=_count(hf, "hidden_size"),
+                layers=_count(hf, "num_hidden_layers"),
+                heads=_count(hf, "num_attention_heads"),
+                kv_heads=_count(hf, "num_key_value_heads", "num_attention_heads"),
+                head_dim=_count(hf, "head_dim")
+                if hf.get("head_dim")
+                else _count(hf, "hidden_size") // _count(hf, "num_attention_heads"),
+                ffn=_count(hf, "intermediate_size"),
+                vocab=_count(hf, "vocab_size"),
+                rope_theta=_number(theta, "rope_theta"),
+                rms_eps=_number(hf, "rms_norm_eps"),
+                tied=hf.get("tie_word_embeddings") is True,
+                max_positions=_count(hf, "max_position_embeddings"),
                 family=kind,
                 rope_scaling=stretches.pop() if stretches else None,
                 experts=_experts(hf) if family.has_experts else None,
@@ -168,13 +174,37 @@ class ModelConfig:
         return told
 
 
+def _count(hf: Mapping[str, Any], field: str, instead: str | None = None) -> int:
+    """A whole number above 0.
+
+    Args:
+        instead: a field that holds for one that is missing or 0.
+    """
+    name = field if hf.get(field) or instead is None else instead
+    value = hf[name]
+    if type(value) is not int or value < 1:
+        raise UserError(f"config.json: {name} = {value!r} is no whole number above 0; copy the file again")
+    return value
+
+
+def _number(hf: Mapping[str, Any], field: str) -> float:
+    if hf.get(field) is None:
+        raise KeyError(field)
+    if type(hf[field]) not in (int, float) or not 0 < hf[field] < math.inf:
+        raise UserError(f"config.json: {field} = {hf[field]!r} is no number above 0; copy the file again")
+    return float(hf[field])
+
+
 def _experts(hf: Mapping[str, Any]) -> Experts:
-    count = hf.get("num_local_experts") or hf["num_experts"]
     experts = Experts(
-        count, hf["num_experts_per_tok"], hf["moe_intermediate_size"], hf.get("norm_topk_prob", False)
+        count=_count(hf, "num_local_experts", "num_experts"),
+        per_token=_count(hf, "num_experts_per_tok"),
+        ffn=_count(hf, "moe_intermediate_size"),
+        renormalized=hf.get("norm_topk_prob") is True,
     )
-    if not 1 <= experts.per_token <= count:
+    if experts.per_token > experts.count:
         raise UserError(
-            f"config.json: num_experts_per_tok = {experts.per_token} of {count} experts cannot be; mend it"
+            f"config.json: num_experts_per_tok = {experts.per_token} of {experts.count} experts cannot be; "
+            "mend it"
         )
     return experts

@@ -54,12 +54,17 @@ def read_config(path: Path | str) -> ModelConfig:
     """
     folder = Path(path)
     try:
-        return ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    except FileNotFoundError:
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(told, dict):
+            raise UserError("config.json is no JSON object; copy it again")
+        return ModelConfig.from_hf(told)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder}: no config.json; give the folder of a Hugging Face model on this machine"
         ) from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UserError(f"{folder}/config.json: {error.strerror}; make it readable") from None
+    except ValueError as error:  # also what is no UTF-8
         raise UserError(f"{folder}/config.json is no valid JSON ({error}); copy it again") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None

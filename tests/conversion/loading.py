@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 4 -m tests.conversion.loading MEGATRON HF OUT --tensor 2 --pipeline 2
 
-Rank 0 writes OUT: whether the model has the Hugging Face folder's weights bit for bit; then all save it
-again, as Megatron does, to OUT.again.
+Rank 0 writes OUT: whether the model has the Hugging Face folder's weights bit for bit, and which slices that
+Megatron would have a rank save are not in that rank's files; then all save it again, as Megatron does, to
+OUT.again.
 """
 
 from __future__ import annotations
@@ -11,16 +12,37 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_parallel_r1.conversion.live import load_with_megatron
+from megatron_parallel_r1.conversion.to_megatron import RELEASE
 from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.hf import load_hf_folder, read_config
 from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import hf_tensors
+
+
+def astray(state: dict[str, Any], release: Path) -> list[str]:
+    """Slices of which this rank has the first copy, and that are in no file of its own."""
+    places = FileSystemReader(release).read_metadata().storage_data
+    own = f"__{torch.distributed.get_rank()}_"
+    state = dict(state)
+    apply_factories(state)
+    found = []
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
+            place = places[MetadataIndex(shard.key, torch.Size(shard.global_offset))]
+            if not place.relative_path.startswith(own):
+                found.append(f"{shard.key} at {shard.global_offset}: {place.relative_path}, not {own}")
+    return found
 
 
 def main() -> None:
@@ -36,8 +58,16 @@ def main() -> None:
         load_with_megatron(model, told.megatron)
         expected = dict(load_hf_folder(told.hf)[1])
         wrong = [name for name, tensor in hf_tensors(model) if not torch.equal(expected.pop(name), tensor)]
+        state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
+        each: list[list[str]] = [[] for _ in range(process.world_size())]
+        torch.distributed.all_gather_object(each, astray(state, told.megatron / RELEASE))
         if process.is_first():
-            told.out.write_text(json.dumps({"wrong": wrong, "missing": list(expected)}))
+            found = {
+                "wrong": wrong,
+                "missing": list(expected),
+                "astray": [one for some in each for one in some],
+            }
+            told.out.write_text(json.dumps(found))
             told.out.with_suffix(".again").mkdir()
         torch.distributed.barrier()
         state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})

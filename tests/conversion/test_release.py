@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -66,7 +67,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(RECIPE)
     (folder / "stages.json").write_text(json.dumps(["cold_start", "rl"]))
-    (folder / "eval.jsonl").write_text(json.dumps(EVALUATION) + "\n")
+    records = [EVALUATION | {"stage": "cold_start", "step": 3, "accuracy": 0.25}, EVALUATION]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for stage, steps in (("cold_start", 3), ("rl", 2)):
+        (folder / stage).mkdir()
+        lines = [json.dumps({"step": 1 + step}) + "\n" for step in range(steps)]
+        (folder / stage / "metrics.jsonl").write_text("".join(lines))
     model = tiny_qwen3()
     shape = ModelConfig.from_hf(model.config.to_dict())
     save_hf_folder(folder / "rl" / "model", shape, model.state_dict().items(), tokenizer())
@@ -89,13 +95,14 @@ def test_a_run_is_released(run: Path, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     for said in (
         "| cold_start | sft | embedded_cold_start | 3 |",
-        "| rl | rl |",
+        "| rl | rl | embedded (easy) | 2 |",
+        "25.0",
         "50.0",
         "aime24",
         "## Data",
     ):
         assert said in card, said
-    assert "`embedded`: synthetic" in card and "held out" in card
+    assert "`embedded`: synthetic" in card and "held out" in card and "license: apache-2.0" in card
 
 
 def test_its_settings_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
@@ -103,6 +110,62 @@ def test_its_settings_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
     decoding = open_checkpoint(tmp_path / "out").decoding
     assert decoding.thinking == Thinking(paths=3, max_path_tokens=40, max_response_tokens=300)
     assert decoding.template == TEMPLATES["plain"]
+
+
+@pytest.mark.parametrize("place", ["rl/checkpoints/step_000001", "rl/model", "cold_start/model", "elsewhere"])
+def test_a_checkpoint_of_a_run_is_described_as_what_it_is(place: str, run: Path, tmp_path: Path) -> None:
+    """A copy of the run, in which something else than the end of its last stage is released."""
+    folder = tmp_path / "made_up"
+    shutil.copytree(run, folder)
+    recipe = RECIPE.replace("    prompts: 2", "    thinking: {mode: replay, paths: 5}\n    prompts: 2")
+    (folder / "config.yaml").write_text(recipe)
+    source = tmp_path / "elsewhere" if place == "elsewhere" else folder / place
+    if not source.exists():
+        shutil.copytree(run / "rl" / "model", source)
+    told = ("--stage", "cold_start") if place == "elsewhere" else ()
+    assert code_of(source, tmp_path / "out", "--run", folder, *told) == 0
+    card = (tmp_path / "out" / "README.md").read_text().split("<details>")[0]
+    evaluated = (tmp_path / "out" / "README.md").read_text().split("## Evaluation")[1]
+    thinking = open_checkpoint(tmp_path / "out").decoding.thinking
+    assert "| cold_start | sft | embedded_cold_start | 3 |" in card and "25.0" in evaluated
+    if place.startswith("rl"):
+        steps = 1 if "step" in place else 2
+        assert f"| rl | rl | embedded (easy) | {steps} |" in card
+        assert (thinking.mode, thinking.paths) == ("replay", 5) and "reads them as one text" in card
+        assert ("50.0" in evaluated) == (steps == 2)
+    else:
+        assert "| rl |" not in card and "50.0" not in evaluated
+        assert (thinking.mode, thinking.paths) == ("isolated", 3) and "with 3 paths" in card
+
+
+def test_where_a_checkpoint_comes_from_must_be_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "rl" / "model", tmp_path / "model")
+    assert code_of(tmp_path / "model", tmp_path / "out", "--run", run) == 2
+    assert "give --stage, one of cold_start, rl" in capsys.readouterr().err
+    assert code_of(tmp_path / "model", tmp_path / "out", "--run", run, "--stage", "sft") == 2
+    assert "has no stage sft; give --stage, one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("---\nlicense: llama3.2\n---\n# Llama", "license: llama3.2"),
+        ("---\nlicense: other\nlicense_name: qwen\n---\n", "license: other\nlicense_name: qwen"),
+        ("# no head", "license: unknown"),
+    ],
+)
+def test_the_licence_is_that_of_the_base(head: str, said: str, run: Path, tmp_path: Path) -> None:
+    base, folder = tmp_path / "Base-1B", tmp_path / "made_up"
+    base.mkdir()
+    (base / "README.md").write_text(head)
+    shutil.copytree(run, folder)
+    shape = RECIPE.splitlines()[2]
+    (folder / "config.yaml").write_text(RECIPE.replace(shape, f"model: {{path: {base}}}"))
+    assert code_of(folder, tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{said}\nbase_model: Base-1B\n" in card and "apache" not in card.split("---")[1]
 
 
 def test_its_chat_template_makes_the_prompt_of_the_training(run: Path, tmp_path: Path) -> None:

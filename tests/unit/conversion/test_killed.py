@@ -70,6 +70,16 @@ def test_it_goes_on_and_ends_as_if_never_killed(after: int, hf: Path, tmp_path: 
     assert max(0, len(kept) - AT_ONCE) <= len(same) < max(1, len(kept))
 
 
+def test_it_goes_on_inside_its_own_source(hf: Path) -> None:
+    with pytest.raises(Killed):
+        hf_to_megatron(hf, hf / "megatron", HERE, advance=killer(17))
+    kept = {path.name: path.stat().st_mtime_ns for path in (hf / ".megatron.converting").rglob("*.distcp")}
+    hf_to_megatron(hf, hf / "megatron", HERE)
+    stamps = {path.name: path.stat().st_mtime_ns for path in (hf / "megatron").rglob("*.distcp")}
+    same = [name for name, stamp in kept.items() if stamps[name] == stamp]
+    assert len(same) >= len(kept) - AT_ONCE > 0
+
+
 SELF_KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -68,7 +68,8 @@ def test_megatron_loads_it_and_we_what_megatron_saves(variant: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("variant", ["qwen3", "qwen3_moe"])
-def test_the_files_of_a_rank_hold_what_that_rank_wants(variant: str, tmp_path: Path) -> None:
+def test_the_files_of_a_rank_hold_layers_of_its_stage(variant: str, tmp_path: Path) -> None:
+    """That they hold what Megatron would have that rank save: tests/conversion."""
     write_hf(tmp_path / "hf", variant)
     target = Target(2, 2, 2 if "moe" in variant else 1)
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", target)

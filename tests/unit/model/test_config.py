@@ -43,6 +43,15 @@ def test_a_config_of_transformers_4_is_read() -> None:
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_key_value_heads": 3}, "cannot share 3"),
+        ({"hidden_size": "48"}, "hidden_size = '48' is no whole number above 0"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads = 0 is no whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True is no whole number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small' is no number above 0"),
+        ({"rope_parameters": None, "rope_theta": "1e4"}, "rope_theta = '1e4' is no number above 0"),
+        ({"rope_parameters": [1]}, "rope_parameters or rope_scaling is no object"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "factor = '4' of rope_type 'linear'"),
+        ({"rope_parameters": {"rope_type": ["linear"]}}, r"rope_type = \['linear'\] is not supported"),
+        ({"model_type": ["qwen3"]}, r"model_type is \['qwen3'\]"),
     ],
 )
 def test_what_is_not_computed_is_refused(change: dict[str, Any], message: str) -> None:

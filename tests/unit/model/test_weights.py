@@ -115,9 +115,15 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         load_hf_folder(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text("{")
-    with pytest.raises(UserError, match="no valid JSON"):
+    for broken in (b"{", b'{"model_type": "\xff"}'):
+        config.write_bytes(broken)
+        with pytest.raises(UserError, match="no valid JSON"):
+            load_hf_folder(tmp_path)
+    config.write_text("[1]")
+    with pytest.raises(UserError, match="no JSON object"):
         load_hf_folder(tmp_path)
+    with pytest.raises(UserError, match=r"no config\.json; give the folder"):
+        load_hf_folder(config)
     config.write_text(json.dumps(tiny().to_hf()))
     with pytest.raises(UserError, match=r"no \*\.safetensors"):
         load_hf_folder(tmp_path)
