@@ -34,6 +34,13 @@ class SlotTable:
         """Slots that some context sees."""
         return self.slot_count - self._free_count
 
+    def slots_with(self, count: int) -> int:
+        """Slots of the table once so many more are given."""
+        slots = self.slot_count
+        while slots - self.used < count:
+            slots *= 2
+        return slots
+
     def open(self) -> int:
         """The row of a new, empty context."""
         if not self._free_rows:

@@ -314,9 +314,10 @@ class NativeEngine:
         rows_N = np.repeat(rows_C, counts_C)
         positions_N = np.repeat(starts_C, counts_C) + steps_N
         lengths_N = self._table.lengths_C[rows_N] + steps_N + 1
+        slots = self._table.slots_with(len(rows_N))
+        if slots > len(self._model.cache_LSX[0]):
+            self._model.grow(slots)  # Before the table: if memory ends here, it still says what there is.
         slots_N = self._table.extend(rows_N, lengths_N - 1)
-        if self._table.slot_count > len(self._model.cache_LSX[0]):
-            self._model.grow(self._table.slot_count)
         self.computed_tokens += len(tokens_N)
         seen_NT = self._table.slots_CT[rows_N, : lengths_N.max()]
         asked = Rows(tokens_N, positions_N, slots_N, seen_NT, lengths_N)

@@ -169,10 +169,21 @@ class DecodeModel:
         return MOST_BYTES[self.device.type] // (self._width * self.embedding_VE.element_size())
 
     def grow(self, slots: int) -> None:
-        """Makes room for `slots` slots; what is cached stays."""
-        for index, cache_SX in enumerate(self.cache_LSX):
-            more_SX = self._empty_cache(slots - len(cache_SX))
-            self.cache_LSX[index] = torch.cat([cache_SX, more_SX])
+        """Makes room for `slots` slots; what is cached stays.
+
+        Raises:
+            RuntimeError: memory ends on the way. The cache has the size that it had.
+        """
+        held, layers = len(self.cache_LSX[0]), range(len(self.cache_LSX))
+        try:
+            # One after the other: all new ones beside all old ones would take half as much memory again.
+            for index in layers:
+                self.cache_LSX[index] = torch.cat([self.cache_LSX[index], self._empty_cache(slots - held)])
+        except RuntimeError:
+            for index in layers:
+                if len(self.cache_LSX[index]) > held:
+                    self.cache_LSX[index] = self.cache_LSX[index][:held].clone()
+            raise
 
     def pass_of(self, rows: Rows, wanted: Numbers) -> torch.Tensor:
         """Writes each row's key and value into its slot; the logits [C, V], float32, of the `wanted` rows."""
