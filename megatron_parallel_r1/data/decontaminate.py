@@ -2,10 +2,10 @@ r"""Finds training problems that an evaluation asks too, by the words that they 
 
 A training problem counts as contaminated by an evaluation problem if both hold the same 13 words in a row, as
 in GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C). From there too: a run of words that more than ten
-training problems hold says nothing ("where m and n are relatively prime positive integers, find") and is
-passed over. An evaluation problem shorter than 13 words, or without a telling run, is found if a training
-problem is the same text, but for case, white space, the marks of mathematics ($, \(, \left, …) and the final
-stop.
+different training problems hold says nothing ("where m and n are relatively prime positive integers, find")
+and is passed over. An evaluation problem shorter than 13 words, or without a telling run, is found if a
+training problem is the same text, but for case, white space, the marks of mathematics ($, \(, \left, …) and
+the final stop.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Contamination:
         checked: training problems that were looked at.
         held_out: evaluation problems.
         overlaps: in the order of the training problems.
-        passed_over: runs of words that too many training problems hold, and how many do, the most frequent
-            first.
+        passed_over: runs of words that too many different training problems hold, and how many do, the most
+            frequent first.
     """
 
     checked: int
@@ -77,10 +77,10 @@ def contamination(
     """Looks at each of `trained` in one pass, and keeps those alone that share words.
 
     Args:
-        trained: of one data set, so that ids tell them apart; without repeats, or these make a copied
-            problem look common.
+        trained: of one data set, so that ids tell them apart. A problem that comes several times, as with
+            several worked answers, counts as one that holds its runs; each row of it may overlap.
         words: in a run.
-        common: a run that more training problems hold is passed over.
+        common: a run that more different training problems hold is passed over.
         least_share: an overlap counts from this share of the evaluation problem's telling runs on; at 0 one
             run is enough. The same text always counts.
 
@@ -99,12 +99,17 @@ def contamination(
 
     checked = 0
     holders: Counter[Run] = Counter()
+    counted: set[str] = set()
     suspects: list[tuple[Problem, set[Run], list[int]]] = []
     for problem in trained:
         checked += 1
         runs = {run for run in _runs(problem.prompt, words) if run in askers}
-        same = texts.get(bare(problem.prompt), [])
-        holders.update(runs)
+        text = bare(problem.prompt)
+        same = texts.get(text, [])
+        # Several answers to one problem are several rows, which must not make a copied problem look common.
+        if runs and text not in counted:
+            counted.add(text)
+            holders.update(runs)
         if runs or same:
             suspects.append((problem, runs, same))
 

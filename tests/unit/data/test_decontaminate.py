@@ -66,6 +66,16 @@ def test_runs_that_many_training_problems_hold_are_passed_over() -> None:
     assert len(contamination(trained, problems("eval", LONG), common=12).rows()) == 12
 
 
+def test_several_answers_to_a_problem_do_not_make_it_common() -> None:
+    copies = [f"As seen: {LONG} Say a number.", f"as seen: {LONG}  Say a number"] * 10
+    trained = problems("train", *copies, "other", f"{LONG} Explain.")
+    found = contamination(trained, problems("eval", LONG))
+    assert found.rows() == {str(row) for row in (*range(20), 21)} and not found.passed_over
+    assert (found.checked, {overlap.share for overlap in found.overlaps}) == (22, {1.0})
+    counted = contamination(trained, problems("eval", LONG), common=1).passed_over
+    assert {count for _, count in counted} == {2}
+
+
 def test_what_cannot_be_a_run() -> None:
     for words, common in ((0, 1), (13, 0)):
         with pytest.raises(ValueError, match="both must be positive"):
@@ -84,7 +94,8 @@ def test_the_definition(trained: list[str], asked: list[str], words: int, common
     def telling(text: str) -> list[list[str]]:
         inside = words_of(text)
         runs = [inside[start : start + words] for start in range(len(inside) - words + 1)]
-        return [run for run in runs if sum(holds(other, run) for other in trained) <= common]
+        different = {bare(other): other for other in trained}.values()
+        return [run for run in runs if sum(holds(other, run) for other in different) <= common]
 
     expected = {
         (str(i), str(j))
