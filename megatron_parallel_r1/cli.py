@@ -11,7 +11,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, PeerLost, Stopped, UserError
+from megatron_parallel_r1.errors import (
+    LOST_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    PeerLost,
+    ServersLost,
+    Stopped,
+    UserError,
+)
 from megatron_parallel_r1.stop_signals import hold_stop_signals
 
 app = typer.Typer(
@@ -261,7 +268,8 @@ def main() -> None:
         raise SystemExit(STOPPED_EXIT_CODE) from None
     except UserError as error:
         _explain(error)
-        raise SystemExit(2) from None
+        is_lost = isinstance(error, ServersLost) and "SERVERS_OF_JOB" in os.environ
+        raise SystemExit(LOST_EXIT_CODE if is_lost else 2) from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on where it was", err=True)
         raise SystemExit(130) from None

@@ -14,6 +14,13 @@ class UserError(Exception):
     """
 
 
+class ServersLost(UserError):
+    """No rollout server is left.
+
+    Within a job that started them itself, the exit code is LOST_EXIT_CODE: started again, it has fresh ones.
+    """
+
+
 class PeerLost(RuntimeError):
     """Another rank is gone, so that no collective can complete any more.
 

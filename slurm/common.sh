@@ -85,6 +85,7 @@ start_servers() {  # KIND WORDS...: of the command line
         waited=$((waited + 1))
     done
     find "$LOGS" -name 'urls.[0-9]*' -type f -exec cat {} + >"$URLS"
+    export SERVERS_OF_JOB=yes  # to lose them is no mistake of the user's: a requeued job has fresh ones
     TO_SERVERS=("rollout.engine=$ROLLOUT_ENGINE" "rollout.urls_file=$URLS")
 }
 

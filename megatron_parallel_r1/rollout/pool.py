@@ -119,7 +119,8 @@ class Pool:
         """Waits until each server has told of itself or failed to, and one may be asked; to be called first.
 
         Raises:
-            UserError: there is none within the patience that is set, or all refuse what is promised.
+            ServersLost: there is none within the patience that is set.
+            UserError: all refuse what is promised.
         """
         asyncio.run(self._met())
 
@@ -172,7 +173,8 @@ class Pool:
 
         Raises:
             Interrupted: somebody called `interrupt`.
-            UserError: no server is left, or one refuses what is asked, or it fails again and again.
+            ServersLost: no server is left.
+            UserError: one refuses what is asked, or it fails again and again.
         """
         self._counts["requests"] += 1
         failures = 0
@@ -211,7 +213,7 @@ class Pool:
         while not self._roster.usable() or any(m.state == "new" for m in self._roster.members()):
             complaint = self._roster.complaint(self._settings.patience_s)
             if complaint:
-                raise UserError(complaint)
+                raise complaint
             here.looked.clear()
             await here.looked.wait()
         self._roster.settle_modes()
@@ -293,7 +295,7 @@ class Pool:
         complaint = self._roster.complaint(self._settings.patience_s)
         for waiting in list(here.waiting) if complaint else ():
             if not waiting.done():
-                waiting.set_exception(UserError(complaint))
+                waiting.set_exception(complaint)
         here.looked.set()
 
     def _end_all(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_parallel_r1.errors import ServersLost, UserError
 from megatron_parallel_r1.rollout.member import Member
 from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Server, told_version
 from megatron_parallel_r1.thought.layout import Mode
@@ -99,7 +100,7 @@ class Roster:
         usable = [members[i].url for i in mine if self._unfit(members[i]) is None]
         return tuple(usable or [members[i].url for i in others if self._unfit(members[i]) is None])
 
-    def complaint(self, patience_s: float) -> str | None:
+    def complaint(self, patience_s: float) -> UserError | None:
         """Why to give up: all servers refuse, or none could be asked for so long; None: go on."""
         members = self.members()
         if self.usable():
@@ -111,7 +112,7 @@ class Roster:
         if not refused and waited_s < patience_s:
             return None
         each = "; ".join(f"{member.url} ({self._unfit(member)})" for member in members) or "none is known"
-        return (
+        return (UserError if refused else ServersLost)(
             f"no rollout server can be asked since {waited_s:.0f} s: {each}; start servers again, or give "
             "others in rollout.urls or rollout.urls_file; the run then goes on from its last checkpoint"
         )

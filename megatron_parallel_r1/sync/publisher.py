@@ -84,7 +84,8 @@ class Publisher:
             version: their number, not that of the publication before.
 
         Raises:
-            UserError: no server is left; or one computes with other weights than the trainer.
+            ServersLost: no server is left.
+            UserError: one computes with other weights than the trainer.
         """
         trained = Trained(self._expected(self.rows, None), self._before, None, _name(self._dtype))
         started = time.perf_counter()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.errors import ServersLost, UserError
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.control import Control, Facts, Memory, Row, Scores
 from megatron_parallel_r1.sync.fan import each
@@ -126,7 +126,7 @@ class Sender:
         """Takes servers out of step.
 
         Raises:
-            UserError: none is left.
+            ServersLost: none is left.
         """
         for url, why in reasons.items():
             LOG.warning("%s is out of step and gets no requests until it takes a whole update: %s", url, why)
@@ -134,4 +134,4 @@ class Sender:
         self._taking = [server for server in self._taking if server.url not in reasons]
         if not self._taking:
             url, why = next(reversed(self.out.items()))
-            raise UserError(f"no rollout server is left that takes weights; the last one: {why}")
+            raise ServersLost(f"no rollout server is left that takes weights; the last one: {why}")

@@ -119,6 +119,19 @@ def test_servers_that_do_not_come_up_end_the_job(undisturbed: Path, site: Site) 
     site.no_process_is_left()
 
 
+def test_servers_that_are_lost_are_started_anew(site: Site) -> None:
+    words = (str(RECIPE), *SHORT, f"out={site.folder}/runs", "thinking.mode=replay", "rollout.patience_s=1")
+    site.finish(site.submit("sft_stage.sh", *words, header=ONE_NODE))
+    engine = {"ROLLOUT_PYTHON": "tests/slurm/standins/engine", "ROLLOUT_SERVERS": "1"}
+    job = site.submit("rl_stage.sh", *words, ROLLOUT_NODES="1", MAX_FAILURES="2", **engine)
+    assert site.wait(job) == "FAILED"
+    said = site.said(job)
+    assert "failed after 0 steps; requeued" in said and "crash loop: 2 failures" in said
+    assert said.count("error: no rollout server can be asked since") == 2
+    assert (site.logs(job) / "attempt1/urls").is_file()
+    site.no_process_is_left()
+
+
 def test_a_container_is_entered_for_each_part(site: Site) -> None:
     image, calls = site.folder / "image.sif", site.folder / "calls"
     image.touch()
