@@ -61,5 +61,8 @@ def _settle_formulas(mine: Canonical, theirs: Canonical) -> Verdict | None:
 
 def _values(answer: Canonical) -> Values | None:
     if answer.number and not answer.number.percent:
-        return Values((complex(answer.number.value),))
+        try:
+            return Values((complex(answer.number.value),))
+        except OverflowError:  # beyond what floats hold; algebra has numbers of any size
+            return None
     return read_values(answer.body) if answer.is_formula else None

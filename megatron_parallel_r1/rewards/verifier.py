@@ -8,6 +8,7 @@ for every pair, in order.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -67,6 +68,7 @@ class Verifier:
         self._limit_s = limit_s
         self._most_timeouts = most_timeouts * workers
         self._workers = [Worker(limit_s, memory_bytes) for _ in range(workers)]
+        self._has_started = False
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)
 
@@ -83,7 +85,7 @@ class Verifier:
         """The verdicts on (answer, reference) pairs, in their order; equal pairs are worked out once.
 
         Raises:
-            RuntimeError: no worker can be started.
+            RuntimeError: no worker has ever started, nor does now.
         """
         pairs = [(answer or "", reference) for answer, reference in pairs]
         settled = [settle(*pair) for pair in pairs]
@@ -112,15 +114,29 @@ class Verifier:
         timeouts = 0
         with self._lock:
             try:
-                for worker in idle:
-                    worker.launch()
+                with contextlib.suppress(OSError):  # which `send` meets again
+                    for worker in idle:
+                        worker.launch()
                 while todo or busy:
                     while todo and idle:
                         worker, pair = idle.pop(), todo.popleft()
-                        worker.send(*map(clean, pair))
+                        try:
+                            worker.send(*map(clean, pair))
+                        except (RuntimeError, OSError):
+                            if not self._has_started:
+                                raise
+                            # The machine is short of something for a while; training goes on.
+                            worker.stop()
+                            idle.append(worker)
+                            solved[pair] = Verdict(False, "crash")
+                            timeouts += 1
+                            continue
+                        self._has_started = True
                         now = time.monotonic()
                         end = now + MOST_BY_THE_CLOCK * self._limit_s
                         busy[worker] = _Open(pair, worker.cpu_s(), now + self._limit_s, end)
+                    if not busy:
+                        break
                     first = min(given.look for given in busy.values())
                     answered = wait(list(busy), max(0.0, first - time.monotonic()))
                     for worker, given in list(busy.items()):

@@ -5,6 +5,7 @@ Not covered: a machine so loaded that an ordinary pair takes longer than the lim
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_parallel_r1.rewards import worker
 from megatron_parallel_r1.rewards.extract import extract_answer
 from megatron_parallel_r1.rewards.settle import Verdict
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -65,6 +67,7 @@ def three() -> Iterator[Verifier]:
         "\\input{/etc/passwd}",
         "\\begin{pmatrix}",
         "1/0",
+        "9" * 350,
         "9" * 900,
         "🙂",
         "\n",
@@ -195,6 +198,29 @@ def test_a_worker_that_dies_by_itself_is_replaced() -> None:
         assert verifier.check(TOWER, "3") == Verdict(False, "crash")
         killer.join()
         assert gone(second) and verifier.check("1+x", "x+1").correct
+
+
+def test_a_worker_that_cannot_be_started_again_costs_its_pairs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Verifier(limit_s=30.0) as verifier:
+        assert verifier.check("1+x", "x+1").correct
+        (first,) = verifier.pids
+        os.kill(first, signal.SIGKILL)
+        assert wait_until(lambda: gone(first), 5)
+        with monkeypatch.context() as short:
+            short.setattr(worker.subprocess, "Popen", no_process)
+            pairs = [("1+x", "x+1"), ("2+x", "x+2")]
+            assert verifier.check_many(pairs) == [Verdict(False, "crash")] * 2
+        assert verifier.check("1+x", "x+1").correct
+
+
+def test_one_that_never_started_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.subprocess, "Popen", no_process)
+    with Verifier() as verifier, pytest.raises(BlockingIOError):
+        verifier.check("1+x", "x+1")
+
+
+def no_process(*_: object, **__: object) -> None:
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
 
 def test_it_works_off_the_main_thread(verifier: Verifier) -> None:
