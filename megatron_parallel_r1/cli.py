@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -107,7 +108,9 @@ def coldstart(
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Processes, one a GPU.")] = 1,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Processes, one a GPU; default: one copy of the model.")
+    ] = None,
     gpu_memory: Annotated[float, typer.Option(min=1, help="Of one GPU, in GiB.")] = 80,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt to reckon with.")] = 2000,
     example_tokens: Annotated[int, typer.Option(min=1, help="Longest SFT row to reckon with.")] = 4096,
@@ -122,7 +125,8 @@ def plan(
 
     told, longest = read_recipe(recipe, overrides or ()), Longest(prompt_tokens, example_tokens)
     gpu, by = round(gpu_memory * GIB), read_machine(machine)
-    typer.echo(plan_text(plan(told, world=gpus, gpu=gpu, longest=longest, machine=by)))
+    world = gpus or told.parallel.copy
+    typer.echo(plan_text(plan(told, world=world, gpu=gpu, longest=longest, machine=by)))
 
 
 @app.command()
@@ -270,6 +274,11 @@ def main() -> None:
         _explain(error)
         is_lost = isinstance(error, ServersLost) and "SERVERS_OF_JOB" in os.environ
         raise SystemExit(LOST_EXIT_CODE if is_lost else 2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _explain(UserError(f"{error.filename or 'a file'} could not be written: {error.strerror}; make room"))
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on where it was", err=True)
         raise SystemExit(130) from None

@@ -6,13 +6,16 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.workbench import Workbench
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.hf import save_hf_folder
 from megatron_parallel_r1.model.weights import hf_tensors
-from megatron_parallel_r1.train.agreement import wait_for_all
+from megatron_parallel_r1.train.agreement import first_does
 from megatron_parallel_r1.train.learning import Learner
 
 
@@ -21,14 +24,27 @@ def save_model(bench: Workbench, model: Model, folder: Path, extra: Mapping[str,
 
     Args:
         extra: further files, name and text.
+
+    Raises:
+        UserError: it cannot be written; on every process.
     """
     tensors = hf_tensors(model)
+    problem: UserError | None = None
     if process.is_first():
-        save_hf_folder(folder, bench.shape, tensors, bench.tokenizer, extra)
-    else:
-        for _ in tensors:  # each is gathered as it is asked for
-            continue
-    wait_for_all()
+        try:
+            save_hf_folder(folder, bench.shape, tensors, bench.tokenizer, extra)
+        except UserError as error:
+            problem = error
+        except (OSError, SafetensorError) as error:
+            problem = UserError(
+                f"{folder} could not be written ({error}); mend that and start again, the run goes on from "
+                "its last checkpoint"
+            )
+    for _ in tensors:  # each is gathered as it is asked for, by all
+        continue
+    problem = first_does(lambda: problem)
+    if problem is not None:
+        raise problem
 
 
 def renew_reference(bench: Workbench, stage: config.RlStage, learner: Learner, step: int) -> None:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.safetensors_files import stored_tensors
+from megatron_parallel_r1.model.safetensors_files import save_tensors, stored_tensors
 from megatron_parallel_r1.model.torch_dist import MegatronCheckpoint, find_checkpoint, read_weights
 from megatron_parallel_r1.model.weight import table
 
@@ -188,7 +187,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch.
 
     def write() -> None:
         shards.append(folder / f".shard_{len(shards)}")
-        save_file(held, shards[-1], metadata={"format": "pt"})
+        save_tensors(held, shards[-1])
         held.clear()
 
     for name, tensor in tensors:

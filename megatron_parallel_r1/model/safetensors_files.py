@@ -1,4 +1,4 @@
-"""Reading tensors, or some of their rows and columns, out of safetensors files without mapping them.
+"""Writing safetensors files; reading tensors, or some of their rows and columns, without mapping them.
 
 A mapped file counts towards a process's memory page by page as it is read; these reads leave nothing behind.
 The format: 8 bytes with the length of a JSON header, the header, the tensors' bytes
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_parallel_r1.errors import UserError
@@ -28,6 +29,17 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 BLOCK = 2**22  # bytes read at a time where they cannot go straight to their place
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Writes a file as safetensors' own `save_file`, with the rights that new files have here.
+
+    That one leaves it to its owner alone (0.8.0), whatever the umask.
+    """
+    file.touch()
+    rights = file.stat().st_mode
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    file.chmod(rights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from typer.testing import CliRunner
 
+from megatron_parallel_r1.cli import app
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.parallel import Parallel
@@ -154,6 +156,11 @@ def test_every_recipe_has_a_plan_in_words(path: Path) -> None:
     made = planned(path, world=2)
     text = plan_text(made)
     assert all(f"{stage.stage.name}: {stage.stage.kind}" in text for stage in made.stages)
+
+
+def test_without_a_number_of_gpus_it_is_for_one_copy_of_the_model() -> None:
+    said = CliRunner().invoke(app, ["plan", str(CURRICULUM)])
+    assert said.exit_code == 0 and "2 processes = tensor 2" in said.output
 
 
 def test_the_plan_in_words() -> None:

@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from safetensors.torch import save_file
 
+from megatron_parallel_r1.model.safetensors_files import save_tensors
 from megatron_parallel_r1.train.agreement import first_does, told_all, told_first
 from megatron_parallel_r1.train.checkpoints.manifest import Manifest, Stamp, stamp, sync, write_manifest
 from megatron_parallel_r1.train.checkpoints.scaling import FILE as EXTRA
@@ -109,7 +109,7 @@ class Writing:
         try:
             self._plan.writer.finish(self._plan.metadata, [results for _, results, _ in told])
             if extra := {name: state for _, _, some in told for name, state in some.items()}:
-                save_file(extra, self._folder / EXTRA)
+                save_tensors(extra, self._folder / EXTRA)
             torch.save({"optimizer_steps": self._about.optimizer_steps}, self._folder / COMMON_STATE_FNAME)
             save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
             for file in [file for file in self._folder.iterdir() if file.name not in stamps]:

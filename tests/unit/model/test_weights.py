@@ -89,6 +89,10 @@ def test_a_saved_folder_loads_in_transformers_and_here(tied: bool, tmp_path: Pat
     logits_1LV = gpt.logits(model, tokens_1L, row.positions_1L, row.layout_KL)
     assert (theirs(tokens_1L).logits - logits_1LV).abs().max() < 2e-5
 
+    # Others may read it, if the umask lets them read anything.
+    rights = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(rights) == 1
+
     config, tensors = load_hf_folder(tmp_path / "out")
     assert config == model.shape
     expected = dict(weights.hf_tensors(model))
