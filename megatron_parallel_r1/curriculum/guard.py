@@ -112,12 +112,14 @@ class Guard:
 
 
 def has_fallen(values: Sequence[float]) -> bool:
-    """Whether the mean of the last WINDOW values lies nearer to the first such mean than to the best.
+    """Whether the mean of the last WINDOW values lies nearer to the first such mean than to the best, or
+    below the first.
 
-    The best must be clearly above the first, by a tenth of what values are worth, or noise would be a fall.
+    Clearly: by a tenth of what values are worth, or noise would be a gain or a fall.
     """
     if len(values) < 3 * WINDOW:
         return False
     means = [fmean(values[start : start + WINDOW]) for start in range(0, len(values) - WINDOW + 1)]
     first, best, last = means[0], max(means), means[-1]
-    return best - first > 0.1 * max(1.0, abs(first)) and last < (first + best) / 2
+    clear = 0.1 * max(1.0, abs(first))
+    return last < first - clear or (best - first > clear and last < (first + best) / 2)

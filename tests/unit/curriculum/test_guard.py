@@ -81,9 +81,15 @@ def test_collapses_warn_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         ([0.0] * 10 + [1.0] * 10 + [0.6] * 10, False),
         ([0.0] * 10 + [0.05] * 10 + [0.0] * 10, False),
         ([0.0] * 10 + [1.0] * 10 + [0.0] * 9, False),
+        ([0.8] * 10 + [-1.0] * 60, True),
+        ([0.5] * 15 + [0.6] * 15 + [-1.0] * 60, True),
+        ([0.8] * 20 + [0.75] * 40, False),
+        ([8.0] * 20 + [7.5] * 40, False),
     ],
 )
-def test_a_fall_is_more_than_half_of_a_clear_gain(values: list[float], fallen: bool) -> None:
+def test_a_fall_is_more_than_half_of_a_clear_gain_or_clearly_below_the_start(
+    values: list[float], fallen: bool
+) -> None:
     assert has_fallen(values) is fallen
 
 
