@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, PeerLost, UserError
 from megatron_parallel_r1.model import process
+from megatron_parallel_r1.stop_signals import hold_stop_signals
 
 LAST = 3  # the step in which the told rank does it
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--heartbeat", type=float, default=60)
     given = parser.parse_args()
+    hold_stop_signals()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     unlucky = int(os.environ["RANK"]) == given.unlucky

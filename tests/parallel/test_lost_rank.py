@@ -1,7 +1,7 @@
 """A rank that is gone ends every other, with its name and step: real processes over gloo, started by hand.
 
-No torchrun agent cleans up here, as under a launcher that leaves the others running. Not covered: nccl, and a
-machine whose power fails (its connections stay open, as those of the stopped rank do).
+But for one test no torchrun agent cleans up here, as under a launcher that leaves the others running. Not
+covered: nccl, and a machine whose power fails (its connections stay open, as those of the stopped rank do).
 """
 
 from __future__ import annotations
@@ -86,6 +86,22 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     check(
         found, (0, 2), 0, "(stage rl, step 3): rank 1 has not been heard of for", "last in stage rl, step 3"
     )
+
+
+def test_under_torchrun_a_killed_rank_is_named_before_the_agent_ends_the_others() -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.parallel.lost", "1", "kill"],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    for rank in (0, 2):
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith(f"rank {rank} (stage rl")]
+        assert "(stage rl, step 3): rank 1 has not been heard of for" in line
 
 
 def test_an_error_of_a_rank_keeps_its_message_and_is_told_to_the_others(tmp_path: Path) -> None:
