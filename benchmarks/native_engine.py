@@ -169,7 +169,8 @@ def measure(
         rows,
         f"{repeats} repeats; median (lowest to highest). Of a trace {PACE.main} tokens before the block, "
         f"{PACE.path} in a path, {PACE.summary} in the summary and {PACE.main} behind it, each from half as "
-        "many to half more. Tokens that the native engine computed twice: 0.",
+        "many to half more. Tokens that the native engine computed twice: 0. Neither engine compiles: vLLM "
+        "runs with enforce_eager.",
     )
 
 
