@@ -131,7 +131,8 @@ def shares(repeats: int, size: Size = Size()) -> Table:
     note = (
         f"{size.prompts * SAMPLES} traces of {size.tokens} tokens, two updates. Ahead, draws and verdicts "
         "run in a second thread, so the shares add up to more than the step; idle is what the training "
-        f"thread waits. In turn, a step takes {saved} times as long as ahead; one is measured behind the other."
+        f"thread waits. In turn, a step takes {saved} times as long as ahead; one is measured behind the "
+        "other."
     )
     return Table("Where the time of an RL step goes", columns, rows, note)
 

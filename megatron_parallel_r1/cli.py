@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import time
@@ -256,6 +257,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # As torchrun does: threads of several small processes on few cores only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Imports alone make half a million objects that stay. To go over them at each 700th, as Python does by
+    # default, is a tenth of a start.
+    gc.set_threshold(10_000)
     try:
         app()
     except PeerLost as error:
