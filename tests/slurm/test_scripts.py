@@ -132,7 +132,7 @@ def test_servers_that_are_lost_are_started_anew(site: Site) -> None:
     site.no_process_is_left()
 
 
-def test_a_container_is_entered_for_each_part(site: Site) -> None:
+def test_a_container_is_entered_for_bookkeeping_and_ranks(site: Site) -> None:
     image, calls = site.folder / "image.sif", site.folder / "calls"
     image.touch()
     standin = {
