@@ -57,13 +57,14 @@ def ask(served: Served, limits: Limits, request: ChatRequest | CompletionRequest
 
 
 def _thinking(served: Served, limits: Limits, request: ChatRequest | CompletionRequest) -> Thinking:
-    """The model's own settings with what the request changes."""
+    """The model's own settings with what the request changes.
+
+    A client's `max_tokens` is a bound, never what it is owed: one above ours says no more than ours does.
+    """
     own = served.thinking
     most = limits.max_tokens or own.max_response_tokens
     asked = [count for count in (request.max_tokens, request.max_completion_tokens) if count is not None]
-    tokens = min(asked, default=min(own.max_response_tokens, most))
-    if tokens > most:
-        raise Refused(400, f"max_tokens is {tokens}; {most} is the limit", "max_tokens")
+    tokens = min(most, *asked or [own.max_response_tokens])
     changes = {
         "temperature": request.temperature,
         "top_p": request.top_p,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from tests.serve.release import THINKING, tokenizer
 from tests.serve.server import PROMPT, chat, events, wait_until_idle
 
+HARNESS = Path(__file__).parents[2] / "eval/harness"
 TOKENIZER = tokenizer()
 SEED = 2  # of a response with several blocks and an end
 
@@ -124,6 +127,15 @@ def test_what_a_request_may_change(client: httpx.Client) -> None:
     assert greedy[0] == greedy[1]
     unlike = [said(client, chat())["choices"][0]["message"]["content"] for _ in range(4)]
     assert len(set(unlike)) > 1, "without a seed each request has its own"
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_the_length_that_the_harness_sends_is_as_good_as_none(client: httpx.Client, field: str) -> None:
+    task = yaml.load((HARNESS / "_base.yaml").read_text(), yaml.BaseLoader)
+    length = int(task["generation_kwargs"]["max_gen_toks"])
+    assert length > THINKING.max_response_tokens
+    asked = chat(seed=SEED, **{field: length})
+    assert said(client, asked)["choices"] == said(client, chat(seed=SEED))["choices"]
 
 
 def test_a_stop_sequence_ends_the_main_text(client: httpx.Client) -> None:
