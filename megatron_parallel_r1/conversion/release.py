@@ -80,7 +80,7 @@ def write_release(
     extra = _tokenizer_files(side, run)
     more = "\n\n".join(_text(file) for file in given.evaluations)
     if recipe is not None and given.thinking is None:
-        extra["thinking.json"] = thinking_json(recipe, at.stage).encode()
+        extra["thinking.json"] = thinking_json(recipe, run, at).encode()
     else:
         file = given.thinking or side.like / "thinking.json"
         if not file.is_file():

@@ -33,7 +33,7 @@ _HABIT = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Of a run: behind which step of which stage its weights are released.
+    """Of a run: behind which step of which stage its weights are kept.
 
     Attributes:
         step: None: the stage's last one.
@@ -43,11 +43,19 @@ class Point:
     step: int | None = None
 
 
-def thinking_json(recipe: config.Recipe, stage: config.Stage) -> str:
-    """The decoding settings and prompt of a stage."""
-    told = asdict(recipe.thinking_of(stage)) | {
+def thinking_json(recipe: config.Recipe, folder: Path, at: Point) -> str:
+    """The decoding settings and prompt of a stage, and how far the weights are trained: `step` counts from
+    those that the run began with.
+
+    Args:
+        folder: of the run.
+        at: whose weights they are.
+    """
+    told = asdict(recipe.thinking_of(at.stage)) | {
         "prompt": recipe.prompt,
         "prompt_template": TEMPLATES[recipe.prompt],
+        "stage": at.stage.name,
+        "step": sum(_steps(recipe, folder, at).values()),
     }
     return json.dumps(told, indent=2) + "\n"
 
@@ -68,9 +76,7 @@ def run_card(
     """
     past = lineage(recipe, at.stage)
     thinking = recipe.thinking_of(at.stage)
-    steps = {stage.name: steps_done(folder, stage) for stage in past}
-    if at.step is not None:
-        steps[at.stage.name] = at.step
+    steps = _steps(recipe, folder, at)
     stages = "\n".join(
         f"| {stage.name} | {stage.kind} | {_data(stage)} | {steps[stage.name]} |" for stage in past
     )
@@ -157,6 +163,12 @@ def lineage(recipe: config.Recipe, last: config.Stage) -> list[config.SftStage |
     while (before := recipe.start_of(chain[0])) is not None:
         chain.insert(0, by_name[before])
     return chain
+
+
+def _steps(recipe: config.Recipe, folder: Path, at: Point) -> dict[str, int]:
+    """Of each stage that the weights went through, by name, how many it took with them."""
+    steps = {stage.name: steps_done(folder, stage) for stage in lineage(recipe, at.stage)}
+    return steps if at.step is None else steps | {at.stage.name: at.step}
 
 
 def _start(recipe: config.Recipe) -> str:

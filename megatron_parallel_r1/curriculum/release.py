@@ -21,10 +21,10 @@ def write_release(bench: Workbench, model: Model, evaluations: Sequence[dict[str
     checkpoint.
     """
     release = bench.folder / "release"
-    last = bench.recipe.stages[-1]
+    end = Point(bench.recipe.stages[-1])
     extra = {
-        "thinking.json": thinking_json(bench.recipe, last),
-        "README.md": run_card(bench.recipe, bench.folder, bench.shape, evaluations, Point(last)),
+        "thinking.json": thinking_json(bench.recipe, bench.folder, end),
+        "README.md": run_card(bench.recipe, bench.folder, bench.shape, evaluations, end),
     }
     if bench.tokenizer.chat_template is None:
         extra["chat_template.jinja"] = CHAT_TEMPLATE

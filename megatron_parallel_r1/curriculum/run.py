@@ -14,6 +14,7 @@ from rich.console import Console
 
 from megatron_parallel_r1 import config
 from megatron_parallel_r1.curriculum.board import check_wandb
+from megatron_parallel_r1.curriculum.card import Point, thinking_json
 from megatron_parallel_r1.curriculum.decoding import Decoders
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
 from megatron_parallel_r1.curriculum.folder import (
@@ -152,7 +153,8 @@ def _run_stage(
         else:
             model = run_rl(bench, stage, verifier, decoders, watch).model
         watch.at(f"stage {stage.name}, its end")
-        save_model(bench, model, folder / "model")
+        told = {"thinking.json": thinking_json(bench.recipe, bench.folder, Point(stage))}
+        save_model(bench, model, folder / "model", told)
     else:
         console.print(f"{stage.name}  done before", highlight=False)
     if process.is_first() and not bench.recipe.keeps_checkpoints(stage):

@@ -1,6 +1,7 @@
 """Checkpoints to evaluate: a release, a stage's model, any Hugging Face folder; and the stages of a run.
 
-How a checkpoint decodes is read from its `thinking.json`; for a stage of a run, from the run's recipe.
+How a checkpoint decodes is read from its `thinking.json`; where a stage of an older run has none, from the
+run's recipe.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; give the folder of a released or a Hugging Face model")
     real = folder.resolve()
-    if (real / "thinking.json").is_file():
-        name = real.parent.name if real.name == "release" else real.name
-        return Checkpoint(name, folder, stored_decoding(real / "thinking.json"), real / "thinking.json")
+    told = real / "thinking.json"
+    if told.is_file():
+        name = real.parent.name if real.name in ("release", "model") else real.name
+        return Checkpoint(name, folder, stored_decoding(told), told, _stored_step(told))
     run = real.parent.parent
     if real.name == "model" and (run / "stages.json").is_file():
         for checkpoint in stages_of(run):
@@ -95,8 +97,10 @@ def stages_of(run: Path) -> list[Checkpoint]:
         behind[stage.name] = (behind[before] if before else 0) + made.get(stage.name, stage.steps)
         folder = run / stage.name / "model"
         if (folder / "config.json").is_file():
-            decoding = Decoding(recipe.thinking_of(stage), TEMPLATES[recipe.prompt])
-            found.append(Checkpoint(stage.name, folder, decoding, written, behind[stage.name]))
+            decoding, told = Decoding(recipe.thinking_of(stage), TEMPLATES[recipe.prompt]), written
+            if (folder / "thinking.json").is_file():
+                decoding, told = stored_decoding(folder / "thinking.json"), folder / "thinking.json"
+            found.append(Checkpoint(stage.name, folder, decoding, told, behind[stage.name]))
     if not found:
         raise UserError(f"{run}: no stage of this run is done (no <stage>/model)")
     return found
@@ -121,12 +125,7 @@ def stored_decoding(file: Path) -> Decoding:
     Raises:
         UserError: it cannot be used.
     """
-    try:
-        told: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: no valid JSON ({error}); copy it again") from None
-    if not isinstance(told, dict):
-        raise UserError(f"{file}: a JSON object was expected; copy it again")
+    told = _read(file)
     known = {field.name for field in fields(Thinking)}
     try:
         thinking = TypeAdapter(Thinking).validate_python({k: v for k, v in told.items() if k in known})
@@ -138,3 +137,20 @@ def stored_decoding(file: Path) -> Decoding:
             f"{file}: prompt_template must be a text with {{problem}} in it; mend it, or copy it again"
         )
     return Decoding(thinking, template)
+
+
+def _stored_step(file: Path) -> int | None:
+    step = _read(file).get("step")
+    if step is not None and (type(step) is not int or step < 0):
+        raise UserError(f"{file}: step must be a number of training steps; mend it, or copy it again")
+    return step
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        told: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: no valid JSON ({error}); copy it again") from None
+    if not isinstance(told, dict):
+        raise UserError(f"{file}: a JSON object was expected; copy it again")
+    return told

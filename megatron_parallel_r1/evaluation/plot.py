@@ -21,7 +21,7 @@ _DODGE = 0.008  # of the axis's width, so that intervals of several modes do not
 def draw_plot(summaries: Sequence[Summary]) -> Figure:
     """One panel a benchmark: the score of each mode with its interval; dotted: its parallel ratio.
 
-    Checkpoints stand at their training steps; if one's steps are unknown, in their order.
+    Checkpoints stand at their training steps; if one's steps are unknown or those of another, in their order.
     """
     names = list(dict.fromkeys(summary.benchmark for summary in summaries))
     columns = min(3, len(names))
@@ -51,7 +51,8 @@ def svg_of(figure: Figure) -> str:
 def places(summaries: Sequence[Summary]) -> tuple[dict[tuple[str, int | None], float], bool]:
     """Where each checkpoint stands on the axis, and whether that is its training steps."""
     ordered = list(dict.fromkeys((summary.checkpoint, summary.step) for summary in summaries))
-    if all(step is not None for _, step in ordered):
+    steps = {step for _, step in ordered}
+    if None not in steps and len(steps) == len(ordered):
         return {(name, step): float(step or 0) for name, step in ordered}, True
     return {key: float(index) for index, key in enumerate(ordered)}, False
 

@@ -126,15 +126,19 @@ def test_a_checkpoint_of_a_run_is_described_as_what_it_is(place: str, run: Path,
     assert code_of(source, tmp_path / "out", "--run", folder, *told) == 0
     card = (tmp_path / "out" / "README.md").read_text().split("<details>")[0]
     evaluated = (tmp_path / "out" / "README.md").read_text().split("## Evaluation")[1]
-    thinking = open_checkpoint(tmp_path / "out").decoding.thinking
+    found = open_checkpoint(tmp_path / "out")
+    thinking = found.decoding.thinking
+    stored = json.loads((tmp_path / "out" / "thinking.json").read_text())
     assert "| cold_start | sft | embedded_cold_start | 3 |" in card and "25.0" in evaluated
     if place.startswith("rl"):
         steps = 1 if "step" in place else 2
         assert f"| rl | rl | embedded (easy) | {steps} |" in card
+        assert (stored["stage"], found.step) == ("rl", 3 + steps)
         assert (thinking.mode, thinking.paths) == ("replay", 5) and "reads them as one text" in card
         assert ("50.0" in evaluated) == (steps == 2)
     else:
         assert "| rl |" not in card and "50.0" not in evaluated
+        assert (stored["stage"], found.step) == ("cold_start", 3)
         assert (thinking.mode, thinking.paths) == ("isolated", 3) and "with 3 paths" in card
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import read_benchmarks
-from megatron_parallel_r1.evaluation.checkpoints import fingerprint, open_checkpoint
+from megatron_parallel_r1.evaluation.checkpoints import fingerprint, open_checkpoint, stages_of
 from megatron_parallel_r1.evaluation.engines import EngineRequest, engine_opener
 from megatron_parallel_r1.evaluation.modes import Mode
 from megatron_parallel_r1.evaluation.runs import Plan
 from megatron_parallel_r1.rollout.settings import Thinking
+
+RECIPE = Path(__file__).parents[2] / "curriculum" / "mini.yaml"
 
 
 def test_embedded_benchmarks_need_no_data() -> None:
@@ -78,6 +81,26 @@ def test_a_release_tells_how_it_decodes(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "tiny").folder == folder
 
 
+def test_it_tells_how_far_it_is_trained(tmp_path: Path) -> None:
+    folders = [release(tmp_path / f"release_{step}", stage="rl", step=450 + step) for step in (100, 200)]
+    found = [open_checkpoint(folder) for folder in folders]
+    assert [(one.name, one.step) for one in found] == [("release_100", 550), ("release_200", 650)]
+
+
+def test_a_stage_is_asked_with_the_prompt_that_is_stored_with_it(tmp_path: Path) -> None:
+    """Of a run made before stages had their own `thinking.json`, with the one of its recipe."""
+    shutil.copy(RECIPE, tmp_path / "config.yaml")
+    (tmp_path / "stages.json").write_text('["cold_start", "rl"]')
+    for stage, steps in (("cold_start", 20), ("rl", 8)):
+        release(tmp_path / stage / "model", stage=stage, prompt_template=f"{stage}: {{problem}}", step=28)
+        (tmp_path / stage / "metrics.jsonl").write_text(json.dumps({"kind": "", "step": steps}) + "\n")
+    (tmp_path / "cold_start" / "model" / "thinking.json").unlink()
+    opened = [open_checkpoint(tmp_path / stage) for stage in ("cold_start", "rl")]
+    for first, last in (stages_of(tmp_path), opened):
+        assert (first.name, first.step, first.decoding.template) == ("cold_start", 20, "{problem}")
+        assert (last.name, last.step, last.decoding.template) == ("rl", 28, "rl: {problem}")
+
+
 def test_a_folder_that_does_not_gets_the_defaults(tmp_path: Path) -> None:
     folder = release(tmp_path / "qwen")
     (folder / "thinking.json").unlink()
@@ -93,6 +116,7 @@ def test_a_folder_that_does_not_gets_the_defaults(tmp_path: Path) -> None:
         ({"mode": "loops"}, "mode"),
         ({"prompt_template": "no place"}, r"prompt_template must be a text with \{problem\}"),
         ({"prompt_template": None}, "prompt_template"),
+        ({"step": "200"}, "step must be a number of training steps"),
     ],
 )
 def test_bad_thinking(thinking: dict[str, object], what: str, tmp_path: Path) -> None:

@@ -145,6 +145,12 @@ def test_the_plot_stands_at_training_steps() -> None:
     assert svg == svg_of(draw_plot(summaries())) and re.match(r"<\?xml", svg)
 
 
+def test_checkpoints_with_the_same_steps_do_not_lie_on_each_other() -> None:
+    found = [result(problem("a", 1), checkpoint=name, step=10).summary for name in ("parallel", "chain")]
+    where, by_steps = places(found)
+    assert not by_steps and list(where.values()) == [0.0, 1.0]
+
+
 def test_without_steps_checkpoints_stand_in_their_order() -> None:
     found = [result(problem("a", 1), checkpoint=name, step=None).summary for name in ("x", "w$", "v")]
     where, by_steps = places(found)
