@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -21,15 +22,30 @@ NUMBERS = {
     "GRACE_S": 1,
     "MAX_FAILURES": 1,
 }
+# Of the options that are read here, and of those that a site is told to edit.
+SHORT = {
+    "A": "account",
+    "J": "job-name",
+    "N": "nodes",
+    "c": "cpus-per-task",
+    "o": "output",
+    "p": "partition",
+    "t": "time",
+}
 NAMES = ("PYTHON", "LOG_DIR", "CONTAINER", *NUMBERS)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The #SBATCH lines of a script that a submission from Python needs itself; `more` are all others."""
+    """The #SBATCH lines of a script that a submission from Python needs itself; `more` are all others.
+
+    Attributes:
+        gpu_type: as it stands before the number of GPUs, its colon included; empty: any.
+    """
 
     nodes: int
     ranks_per_node: int
+    gpu_type: str
     gpus_per_node: int
     cpus_per_rank: int
     minutes: int
@@ -58,19 +74,22 @@ def read_site(folder: Path) -> dict[str, str]:
 def read_header(script: Path) -> Header:
     """
     Raises:
-        UserError: a number or a time in it is none.
+        UserError: a number or a time in it is none, or a line cannot be read.
     """
-    found = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", script.read_text(), re.M)
-    told: dict[str, str | bool] = {key: value or True for key, value in found}
+    told = read_options(script)
     try:
         warned = re.fullmatch(r"(?:[A-Z]*:)?\w+@(\d+)", str(told.pop("signal", "B:USR1@90")))
         if warned is None:
             raise ValueError("--signal")
+        gpus = re.fullmatch(r"((?:[^:,]+:)*)(\d+)", str(told.pop("gpus-per-node", 0)))
+        if gpus is None:
+            raise ValueError("--gpus-per-node")
         header = Header(
-            nodes=int(told.pop("nodes", 1)),
-            ranks_per_node=int(told.pop("ntasks-per-node", 1)),
-            gpus_per_node=int(told.pop("gpus-per-node", 0)),
-            cpus_per_rank=int(told.pop("cpus-per-task", 1)),
+            nodes=int(str(told.pop("nodes", 1))),
+            ranks_per_node=int(str(told.pop("ntasks-per-node", 1))),
+            gpu_type=gpus[1],
+            gpus_per_node=int(gpus[2]),
+            cpus_per_rank=int(str(told.pop("cpus-per-task", 1))),
             minutes=minutes_of(str(told.pop("time", "60"))),
             signal_s=int(warned[1]),
             more=told,
@@ -80,6 +99,32 @@ def read_header(script: Path) -> Header:
     for own in ("job-name", "output", "open-mode"):  # launch.py has its own
         header.more.pop(own, None)
     return header
+
+
+def read_options(script: Path) -> dict[str, str | bool]:
+    """The #SBATCH lines of a script as sbatch reads them, by long names; True: an option without a value.
+
+    Raises:
+        UserError: a line cannot be read.
+    """
+    told: dict[str, str | bool] = {}
+    for line in re.findall(r"^#SBATCH\b(.*)$", script.read_text(), re.M):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"{script}: #SBATCH{line}: {error}") from None
+        waiting = None
+        for word in words:
+            long = re.fullmatch(r"--([a-z][a-z-]*)(?:=(.+))?", word)
+            short = re.fullmatch(rf"-([{''.join(SHORT)}])(.+)?", word)
+            if long or short:
+                key, value = (long[1], long[2]) if long else (SHORT[short[1]], short[2])
+                told[key], waiting = value or True, None if value else key
+            elif waiting and not re.match("-[a-zA-Z-]", word):
+                told[waiting], waiting = word, None
+            else:
+                raise UserError(f"{script}: #SBATCH{line}: {word} is no option; write --name=value")
+    return told
 
 
 def minutes_of(time: str) -> int:

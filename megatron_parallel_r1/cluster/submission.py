@@ -134,7 +134,7 @@ class Launcher:
             if value:
                 more[key] = value
         if header.gpus_per_node:
-            more["gpus-per-node"] = header.gpus_per_node
+            more["gpus-per-node"] = f"{header.gpu_type}{header.gpus_per_node}"
         # The batch shell becomes submitit's process, so that the signal reaches it.
         executor = SlurmExecutor(
             self.logs / "submitit/%j", max_num_timeout=REQUEUES, python=f"exec {shlex.quote(sys.executable)}"

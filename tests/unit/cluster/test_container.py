@@ -1,4 +1,4 @@
-"""What the container's Pythons, which have none of the package's code, find of it in the mounted repository."""
+"""What the container's Pythons, which have none of the package's code, find of it in the mount."""
 
 from __future__ import annotations
 

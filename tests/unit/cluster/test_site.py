@@ -33,6 +33,53 @@ def test_the_headers_of_the_scripts_are_read(script: str) -> None:
     assert "account" not in header.more  # a site takes its second # away
 
 
+def lines(folder: Path, *said: str) -> Path:
+    """A script with these #SBATCH lines."""
+    script = folder / "job.sh"
+    script.write_text("#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in said) + "exit\n")
+    return script
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ("--nodes=4", "--cpus-per-task=6", "--time=90", "--account=acc", "--partition=gpu", "--job-name=x"),
+        ("--nodes 4", "--cpus-per-task 6", "--time 1:30:00", "--account acc", "--partition gpu"),
+        ("-N 4 # of the small ones", "-c 6", "-t 90", "-A acc", "-p gpu", "-J x", "-o %j.out"),
+        ("-N4 -c6 -t90 -Aacc", "-p 'gpu'"),
+    ],
+)
+def test_headers_are_read_as_sbatch_reads_them(said: tuple[str, ...], tmp_path: Path) -> None:
+    header = read_header(lines(tmp_path, *said, "--requeue --nice -5", "--exclusive"))
+    assert (header.nodes, header.cpus_per_rank, header.minutes) == (4, 6, 90)
+    more = {"account": "acc", "partition": "gpu", "requeue": True, "nice": "-5", "exclusive": True}
+    assert header.more == more
+
+
+def test_gpus_may_be_of_a_type(tmp_path: Path) -> None:
+    header = read_header(lines(tmp_path, "--gpus-per-node=h100:8"))
+    assert (header.gpu_type, header.gpus_per_node) == ("h100:", 8)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("nodes=4", "#SBATCH nodes=4: nodes=4 is no option; write --name=value"),
+        ("-n 8", "-n is no option"),
+        ("--nodes 4 5", "5 is no option"),
+        ("--comment='open", "#SBATCH --comment='open: No closing quotation"),
+        ("--nodes=four", "no number where one belongs"),
+        ("--nodes", "no number where one belongs"),
+        ("--gpus-per-node=h100", "no number where one belongs (--gpus-per-node)"),
+        ("--gpus-per-node=h100:4,a100:4", "no number where one belongs (--gpus-per-node)"),
+    ],
+)
+def test_a_header_that_cannot_be_read_is_refused(line: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        read_header(lines(tmp_path, line))
+    assert named in str(refused.value)
+
+
 def test_a_site_that_is_not_as_it_says_is_refused() -> None:
     site, header = read_site(SLURM) | {"PYTHON": "bash"}, read_header(SLURM / "rl_stage.sh")
     check_site(site, header)

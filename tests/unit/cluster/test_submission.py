@@ -1,0 +1,49 @@
+"""The job that launch.py would hand over, made from a site's scripts, where nothing is submitted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_parallel_r1.cluster.order import Order
+from megatron_parallel_r1.cluster.submission import Launcher, Wish
+from tests.curriculum.test_run import RECIPE
+
+SLURM = Path(__file__).resolve().parents[3] / "slurm"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One whose #SBATCH lines a test may edit; submitit asks no more of SLURM than that an srun is there."""
+    shutil.copytree(SLURM, tmp_path / "slurm")
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", "bash")
+    return tmp_path
+
+
+def edit(repository: Path, line: str, other: str) -> None:
+    script = repository / "slurm/rl_stage.sh"
+    text = script.read_text()
+    assert text.count(line) == 1
+    script.write_text(text.replace(line, other))
+
+
+def described(repository: Path, *words: str, **wish: int) -> list[str]:
+    """Its lines."""
+    order = Order.read("rl", [str(RECIPE), *words])
+    return Launcher(repository, Wish(**wish), local=False).describe([order], "rl").splitlines()
+
+
+def test_a_site_may_write_its_lines_as_sbatch_takes_them(repository: Path) -> None:
+    edit(repository, "#SBATCH --gpus-per-node=8\n", "#SBATCH --gpus-per-node h100:8\n")
+    edit(repository, "#SBATCH --nodes=2\n", "#SBATCH -N 4\n")
+    edit(repository, "##SBATCH --account=yours\n", "#SBATCH -A physics\n")
+    job = described(repository)
+    for line in ("--gpus-per-node=h100:8", "--nodes=4", "--account=physics"):
+        assert f"#SBATCH {line}" in job
+    assert "#SBATCH --gpus-per-node=h100:2" in described(repository, gpus=2)
