@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_parallel_r1.curriculum.sources import open_tokenizer
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.checkpoints import stored_decoding
+from megatron_parallel_r1.evaluation.modes import Decoding
 from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
 from megatron_parallel_r1.model.weights import check_fit
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
@@ -60,7 +61,7 @@ class Served:
         """
         shape, tensors = load_hf_folder(folder)
         check_fit(shape, hf_sizes(folder))
-        thinking, template = _read_thinking(folder / "thinking.json")
+        told = _read_thinking(folder / "thinking.json")
         tokenizer = open_tokenizer(folder)
         try:
             tags = Tags.of(tokenizer)
@@ -77,25 +78,16 @@ class Served:
         engine.load_weights(((key, tensor.to(where)) for key, tensor in tensors), version=0)
         place = folder.resolve()
         called = name or (place.parent.name if place.name == "release" else place.name)
-        return cls(called, engine, tokenizer, tags, thinking, template, shape.vocab, shape.max_positions)
+        sizes = (shape.vocab, shape.max_positions)
+        return cls(called, engine, tokenizer, tags, told.thinking, told.template, *sizes)
 
 
-def _read_thinking(file: Path) -> tuple[Thinking, str]:
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        template = told["prompt_template"]
-        known = {field.name for field in fields(Thinking)}
-        settings: dict[str, Any] = {key: value for key, value in told.items() if key in known}
-        thinking = Thinking(**settings)
-    except FileNotFoundError:
+def _read_thinking(file: Path) -> Decoding:
+    if not file.is_file():
         raise UserError(
             f"{file.parent}: no thinking.json, which says how the model thinks; give a `release` folder"
-        ) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file}: {error!r} is wrong with it; release the run again") from None
-    if not isinstance(template, str) or "{problem}" not in template:
-        raise UserError(f"{file}: prompt_template has no {{problem}}; release the run again")
-    return thinking, template
+        )
+    return stored_decoding(file)
 
 
 def _device(name: str | None) -> torch.device:
