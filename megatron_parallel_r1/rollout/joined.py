@@ -17,6 +17,9 @@ from typing import Any
 
 FIELD = "parallel_r1"
 PROTOCOL = 1
+# Levels of blocks in blocks. Each is a call within a call, here and in the plugin, and no trace is near it:
+# past Python's own limit the scheduler of a server would end.
+DEEPEST = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +75,20 @@ def decode(numbers: object, length: int) -> tuple[Joined, ...]:
     return tuple(blocks)
 
 
-def check(blocks: Sequence[Joined], start: int, stop: int) -> None:
+def check(blocks: Sequence[Joined], start: int, stop: int, depth: int = 0) -> None:
     """Whether a text [start, stop) can have these closed blocks, nested ones included, in order of forks.
 
     Each has a token before it and one behind it (its own tags) in the text or path that it lies in, and no
     path is empty.
 
+    Args:
+        depth: how many blocks the text itself lies in.
+
     Raises:
         ValueError: it cannot.
     """
+    if blocks and depth == DEEPEST:
+        raise ValueError(f"{FIELD}: blocks lie more than {DEEPEST} levels deep")
     while blocks:
         block, count = blocks[0], nested(blocks)
         inside = blocks[1 : 1 + count]
@@ -90,7 +98,7 @@ def check(blocks: Sequence[Joined], start: int, stop: int) -> None:
         if any(other.fork < block.fork for other in inside):
             raise ValueError(f"{FIELD}: a block comes before the one at {block.fork}, out of order")
         for lo, hi in block.paths:
-            check([other for other in inside if lo <= other.fork < hi], lo, hi)
+            check([other for other in inside if lo <= other.fork < hi], lo, hi, depth + 1)
         start, blocks = block.stop, blocks[1 + count :]
 
 

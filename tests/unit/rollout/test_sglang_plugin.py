@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_parallel_r1.rollout import sglang_plugin
-from megatron_parallel_r1.rollout.joined import FIELD, PROTOCOL, Joined, decode, encode, understood
+from megatron_parallel_r1.rollout.joined import DEEPEST, FIELD, PROTOCOL, Joined, decode, encode, understood
 from megatron_parallel_r1.rollout.sglang_plugin import versions
 from megatron_parallel_r1.rollout.sglang_plugin.contexts import Context, read
 from megatron_parallel_r1.thought.parser import parse
@@ -68,6 +68,20 @@ def test_blocks_come_as_they_went() -> None:
 def test_blocks_that_no_trace_can_have_are_refused(numbers: object, length: int, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         decode(numbers, length)
+
+
+def nest(depth: int) -> tuple[list[int], int]:
+    """Blocks of one path, each in the path of the one before, on the wire; and how long their text is."""
+    length = 2 * depth + 2
+    return encode([Joined(1 + level, (length - 1 - level,)) for level in range(depth)]), length
+
+
+def test_blocks_in_blocks_are_read_up_to_a_depth_and_refused_above_it() -> None:
+    numbers, length = nest(DEEPEST)
+    assert read(array("q", range(length)), decode(numbers, length), None).length == length
+    for depth in (DEEPEST + 1, 600, 5000):
+        with pytest.raises(ValueError, match=f"more than {DEEPEST} levels deep"):
+            decode(*nest(depth))
 
 
 def test_a_context_holds_what_its_last_token_sees() -> None:
