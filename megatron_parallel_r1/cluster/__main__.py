@@ -30,11 +30,10 @@ def begin(job: Path, kind: str, words: Sequence[str], most: int) -> None:
     Raises:
         UserError: it cannot run, or it fails at one place again and again.
     """
-    folders: tuple[Path, ...] = ()
-    if kind != "eval":  # which checks its own words, and whose records are its progress
-        from megatron_parallel_r1.cluster.order import Order
+    from megatron_parallel_r1.cluster.order import Order, records_of
 
-        folders = Order.read(kind, words).folders
+    # An evaluation checks its own words.
+    folders = (records_of(words),) if kind == "eval" else Order.read(kind, words).folders
     order = {"kind": kind, "words": list(words), "folders": [str(folder) for folder in folders]}
     (job / ORDER).write_text(json.dumps(order, indent=1) + "\n")
     tried = attempts.begin(job, steps_written(folders))

@@ -28,8 +28,12 @@ class Attempt:
 
 
 def steps_written(folders: Iterable[Path]) -> int:
-    """Of all stages in the folders. Their sum grows with each step of a run; going on cuts it back first."""
-    files = {file for folder in folders for file in folder.rglob("metrics.jsonl")}
+    """Of all stages in the folders. Their sum grows with each step of a run; going on cuts it back first.
+
+    A step of an evaluation is a record.
+    """
+    names = ("metrics.jsonl", "copy*.jsonl")
+    files = {file for folder in folders for name in names for file in folder.rglob(name)}
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 

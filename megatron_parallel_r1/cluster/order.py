@@ -38,7 +38,7 @@ class Order:
         Raises:
             UserError: the command line itself would refuse it, or the job could not be requeued with it.
         """
-        parser = _Parser(add_help=False, allow_abbrev=False)
+        parser = _Parser("RECIPE [--stage NAME] [KEY=VALUE]...")
         parser.add_argument("recipe", type=Path)
         parser.add_argument("overrides", nargs="*")
         parser.add_argument("--stage")
@@ -60,6 +60,29 @@ class Order:
         return cls(kind, tuple(words), recipe, stage, tuple(one / stage if stage else one for one in runs))
 
 
+def records_of(words: Sequence[str]) -> Path:
+    """Where an evaluation keeps its records.
+
+    Args:
+        words: of its command line; it checks the others itself.
+
+    Raises:
+        UserError: `--out` stands without a folder.
+    """
+    parser = _Parser("--out FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("runs/eval"))
+    return parser.parse_known_args(list(words))[0].out / "records"
+
+
 class _Parser(argparse.ArgumentParser):
+    """
+    Args:
+        form: of the words, for whoever gave others.
+    """
+
+    def __init__(self, form: str) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self._form = form
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; give RECIPE [--stage NAME] [KEY=VALUE]...")
+        raise UserError(f"{message}; give {self._form}")

@@ -17,7 +17,9 @@ from megatron_parallel_r1.cluster.attempts import (
 )
 from megatron_parallel_r1.cluster.failure import Failure, first_failure
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.records import RecordFolder
 from tests.curriculum.test_run import RECIPE
+from tests.unit.evaluation.made import record
 
 KILLED = """\
 srun: error: n2: task 1: Killed
@@ -73,6 +75,24 @@ def test_nodes_lost_at_one_place_again_and_again_are_a_crash_loop(tmp_path: Path
         books.begin(tmp_path, "curriculum", words, most=2)
     with pytest.raises(UserError, match="crash loop: 2 failures without a step beyond 0"):
         books.begin(tmp_path, "curriculum", words, most=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "out"),
+    [((), "runs/eval"), (("--out", "own"), "own"), (("--mode", "majority@4", "--out=own"), "own")],
+)
+def test_an_evaluation_that_is_cut_off_goes_on_while_it_writes_records(
+    words: tuple[str, ...], out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    needed = ["--checkpoint", "release", "--benchmarks", "embedded_hard"]
+    for key in "abcd":
+        books.begin(tmp_path, "eval", [*needed, *words], most=2)
+        with RecordFolder(Path(out), ["weights"]).writer(0) as writer:
+            writer.write(record(key))
+    books.begin(tmp_path, "eval", [*needed, *words], most=2)
+    with pytest.raises(UserError, match="crash loop: 2 failures without a step beyond 4"):
+        books.begin(tmp_path, "eval", [*needed, *words], most=2)
 
 
 @pytest.mark.parametrize(
