@@ -58,11 +58,11 @@ split_nodes() {
     export MASTER_ADDR=${TRAINERS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 }
 
-step() {  # NAME NODES...: the words of a srun on these nodes; each task has its log
-    local name=$1 nodes
-    shift
+step() {  # NAME CPUS NODES...: the words of a srun on these nodes, so many CPUs a task; each task has its log
+    local name=$1 cpus=$2 nodes
+    shift 2
     nodes=$(IFS=,; echo "$*")
-    STEP=(srun --nodes=$# --nodelist="$nodes" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1
+    STEP=(srun --nodes=$# --nodelist="$nodes" --cpus-per-task="$cpus" --kill-on-bad-exit=1
         --unbuffered --output="$LOGS/${name}_%t.log" "${AT_STEP[@]}")
 }
 
@@ -72,7 +72,8 @@ start_servers() {  # KIND WORDS...: of the command line
     [[ $LOGS != /* ]] || URLS=$LOGS/urls
     words=$(bookkeeping servers "$@")
     mapfile -t words <<<"$words"
-    step server "${SERVERS[@]}"
+    # All servers of a node are one task; a step that names CPUs gets no others of its node.
+    step server $((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1})) "${SERVERS[@]}"
     "${STEP[@]}" --ntasks="${#SERVERS[@]}" --ntasks-per-node=1 "${INSIDE[@]}" bash slurm/server.sh \
         "$PYTHON" -m megatron_parallel_r1.cli serve-rollout "${words[@]}" --engine "$ROLLOUT_ENGINE" \
         --servers "$ROLLOUT_SERVERS" --tp "$ROLLOUT_TENSOR" \
@@ -115,7 +116,7 @@ requeue_unsaved() {
 }
 
 run_ranks() {  # COMMAND...: returns srun's exit code in CODE
-    step rank "${TRAINERS[@]}"
+    step rank "${SLURM_CPUS_PER_TASK:-1}" "${TRAINERS[@]}"
     # shellcheck disable=SC2206
     local more=($SRUN_WORDS)
     "${STEP[@]}" --ntasks=$((${#TRAINERS[@]} * ${SLURM_NTASKS_PER_NODE:-1})) "${more[@]}" \

@@ -71,6 +71,27 @@ def test_nodes_are_split(servers: str, message: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "cpus"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "12", "SLURM_NTASKS_PER_NODE": "8"}, 96),
+        ({"SLURM_CPUS_PER_TASK": "12"}, 12),
+        ({"SLURM_NTASKS_PER_NODE": "8"}, 8),
+        ({}, 1),
+    ],
+)
+def test_servers_have_all_that_the_job_has_of_their_node(
+    size: dict[str, str], cpus: int, tmp_path: Path
+) -> None:
+    """With a `srun` that says how it was called, and serves."""
+    srun = 'srun() { echo "$*" >"$LOGS/called"; touch "$LOGS/urls.0"; exec sleep 60; }'
+    words = f"{srun}; bookkeeping() {{ echo --checkpoint=any; }}; SERVERS=(n2); start_servers rl any.yaml"
+    done = script(tmp_path, words=f"{words}; kill $SERVING", **size)
+    assert done.returncode == 0, done.stderr
+    called = (tmp_path / "logs/rl-7/attempt0/called").read_text().split()
+    assert f"--cpus-per-task={cpus}" in called and "--ntasks-per-node=1" in called
+
+
+@pytest.mark.parametrize(
     ("code", "said", "told"),
     [(0, "server 1\n", "error: the rollout servers ended before the ranks\n"), (1, "", "")],
 )
