@@ -90,7 +90,8 @@ class Served:
         each = told_all(self._pool.metrics())
         counts = {name: sum(one[name] for one in each) for name in each[0]}
         counts["server_cached_share"] /= len(each)
-        counts["servers_up"], counts["servers_lost"] = each[0]["servers_up"], each[0]["servers_lost"]
+        for name in ("servers_up", "servers_unseeded", "servers_lost"):
+            counts[name] = each[0][name]
         if self._published is None:
             return counts
         sent = self._published

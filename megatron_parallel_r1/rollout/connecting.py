@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +14,7 @@ from megatron_parallel_r1.rollout.server import STARTED, Server, Timeouts
 from megatron_parallel_r1.rollout.sglang import SGLang
 from megatron_parallel_r1.rollout.vllm import VLLM
 
+LOG = logging.getLogger(__name__)
 CLIENTS: Mapping[str, Callable[[str, Timeouts], Server]] = MappingProxyType({"sglang": SGLang, "vllm": VLLM})
 
 
@@ -22,7 +25,7 @@ def met_pool(
     settings: PoolSettings,
     urls_file: Path | None = None,
 ) -> Pool:
-    """The servers at these addresses, at least one of them answering.
+    """The servers at these addresses, at least one of them answering; warns of those that ignore seeds.
 
     Args:
         engine: one of `CLIENTS`.
@@ -37,6 +40,13 @@ def met_pool(
 
     pool = Pool(connect, urls, settings, urls_file)
     pool.meet()
+    unseeded = [url for url, about in pool.abouts.items() if not about.seeded]
+    if unseeded and os.environ.get("RANK", "0") == "0":
+        LOG.warning(
+            "warning: %s: seeds are ignored, so what is asked again is drawn anew; start servers by "
+            "serve-rollout, without --no-deterministic",
+            ", ".join(unseeded),
+        )
     return pool
 
 

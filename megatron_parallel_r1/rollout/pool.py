@@ -1,7 +1,8 @@
 """Many rollout servers as one: a continuation goes to a server that is up and holds the right weights.
 
 What a server leaves undone is asked of another one, from the continuation's own tokens and with its seed.
-Draws are keyed by seed and position, so what comes is what would have come.
+Where draws are keyed by seed and position (`About.seeded`), what comes is what would have come; servers that
+ignore seeds draw anew, from the same distribution.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ class Pool:
         """Counts since the last call, for the step log.
 
         `server_requests`, `server_retries`, `server_tokens` (drawn), `server_prompt_tokens` (asked),
-        `server_cached_share` (of these in a server's cache), `servers_lost`, and `servers_up` now.
+        `server_cached_share` (of these in a server's cache), `servers_lost`, and now `servers_up` and of
+        these `servers_unseeded`, which ignore seeds.
         """
         counts, self._counts = self._counts, Counter()
         lost, self._lost_told = self._roster.lost - self._lost_told, self._roster.lost
@@ -165,7 +167,9 @@ class Pool:
         told["server_prompt_tokens"] = float(counts["prompt"])
         told["server_cached_share"] = counts["cached"] / max(1, counts["prompt"])
         told["servers_lost"] = float(lost)
-        told["servers_up"] = float(sum(member.state == "up" for member in self._roster.members()))
+        up = [member.about for member in self._roster.members() if member.state == "up"]
+        told["servers_up"] = float(len(up))
+        told["servers_unseeded"] = float(sum(about is not None and not about.seeded for about in up))
         return told
 
     async def generate(self, asked: Asked) -> Answered:

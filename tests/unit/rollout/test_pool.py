@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout import roster
+from megatron_parallel_r1.rollout import connecting, roster
 from megatron_parallel_r1.rollout.base import Interrupted, Sampling
 from megatron_parallel_r1.rollout.pool import Pool, PoolSettings
-from megatron_parallel_r1.rollout.server import STARTED, STOCK_MODES, About, Asked
+from megatron_parallel_r1.rollout.server import STARTED, STOCK_MODES, About, Asked, Timeouts
 from megatron_parallel_r1.rollout.server_engine import ServerEngine
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
@@ -77,6 +77,26 @@ def test_a_server_killed_under_a_batch_costs_no_trace_and_changes_none() -> None
     assert metrics["server_retries"] >= 1 and metrics["servers_lost"] == 1 and metrics["servers_up"] == 1
     # Each continuation counts once, whoever gave it in the end.
     assert metrics["server_tokens"] == sum(trace.sampled_count for trace in quiet)
+
+
+def test_servers_that_ignore_seeds_are_told_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = two()
+    known = {a.url: a, b.url: b}
+    monkeypatch.setattr(connecting, "CLIENTS", {"sglang": lambda url, timeouts: known[url]})
+
+    def met() -> Pool:
+        return connecting.met_pool("sglang", list(known), Timeouts(), QUICK)
+
+    assert met().metrics()["servers_unseeded"] == 0 and not caplog.messages
+    b.told = replace(b.told, seeded=False)
+    assert met().metrics()["servers_unseeded"] == 1
+    (line,) = caplog.messages
+    assert b.url in line and a.url not in line and "without --no-deterministic" in line and "\n" not in line
+    monkeypatch.setenv("RANK", "1")
+    met()
+    assert len(caplog.messages) == 1, "the first process tells it for all"
 
 
 def test_several_continuations_of_one_text() -> None:
