@@ -15,6 +15,8 @@ for name in ROLLOUT_NODES ROLLOUT_SERVERS ROLLOUT_TENSOR ROLLOUT_WAIT_S GRACE_S 
     [[ ${!name:-} =~ ^[1-9][0-9]*$ || $name=${!name:-} == ROLLOUT_NODES=0 ]] ||
         refuse "$name=${!name:-} is no whole number from 1 on; mend slurm/site.env"
 done
+[[ ${ROLLOUT_ENGINE:-} =~ ^(sglang|vllm)$ ]] ||
+    refuse "ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-} is none of sglang, vllm; mend slurm/site.env"
 export MAX_FAILURES  # for the bookkeeping
 
 ATTEMPT=${SLURM_RESTART_COUNT:-0}

@@ -32,7 +32,8 @@ SHORT = {
     "p": "partition",
     "t": "time",
 }
-NAMES = ("PYTHON", "LOG_DIR", "CONTAINER", *NUMBERS)
+NAMES = ("PYTHON", "LOG_DIR", "CONTAINER", "ROLLOUT_ENGINE", "ROLLOUT_PYTHON", *NUMBERS)
+SERVE = ("sglang", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,8 @@ def check_site(site: dict[str, str], header: Header) -> None:
     rollout, container = site["ROLLOUT_NODES"], site["CONTAINER"]
     if int(rollout) >= header.nodes:
         raise UserError(f"ROLLOUT_NODES={rollout} of {header.nodes} nodes leaves none to train")
+    if int(rollout):
+        check_servers(site, header)
     if container.endswith((".sif", ".sqsh")) and not Path(container).is_file():
         raise UserError(f"CONTAINER={container}: no such file")
     if not container and shutil.which(site["PYTHON"]) is None:
@@ -169,3 +172,22 @@ def check_site(site: dict[str, str], header: Header) -> None:
         )
     if os.sep in site["LOG_DIR"] and not Path(site["LOG_DIR"]).parent.is_dir():
         raise UserError(f"LOG_DIR={site['LOG_DIR']}: its parent folder is missing")
+
+
+def check_servers(site: dict[str, str], header: Header) -> None:
+    """
+    Raises:
+        UserError: the rollout servers could not start.
+    """
+    engine, python, container = (site[name] for name in ("ROLLOUT_ENGINE", "ROLLOUT_PYTHON", "CONTAINER"))
+    if engine not in SERVE:
+        raise UserError(f"ROLLOUT_ENGINE={engine} is none of {', '.join(SERVE)}; mend slurm/site.env")
+    # Of an absolute path, only the nodes know; of any in a container, only that.
+    if python and not container and not Path(python).is_absolute() and not os.access(python, os.X_OK):
+        raise UserError(f"ROLLOUT_PYTHON={python}: no such program; `make engines` makes those that run here")
+    wanted = int(site["ROLLOUT_SERVERS"]) * int(site["ROLLOUT_TENSOR"])
+    if header.gpus_per_node and wanted > header.gpus_per_node:
+        raise UserError(
+            f"ROLLOUT_SERVERS={site['ROLLOUT_SERVERS']} of ROLLOUT_TENSOR={site['ROLLOUT_TENSOR']} GPUs need "
+            f"{wanted}, a node has {header.gpus_per_node}; lower one of the two"
+        )

@@ -18,8 +18,10 @@ from submitit import LocalExecutor, SlurmExecutor
 
 from megatron_parallel_r1.cluster.job import LocalJob, ScriptJob
 from megatron_parallel_r1.cluster.order import Order
+from megatron_parallel_r1.cluster.servers import check_served
 from megatron_parallel_r1.cluster.site import SCRIPTS, Header, check_site, minutes_of, read_header, read_site
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.parallel import check_world
 
 # Time limits and preemptions; what makes no progress ends by MAX_FAILURES.
 REQUEUES = 1000
@@ -73,10 +75,21 @@ class Launcher:
     def check(self, orders: Sequence[Order], name: str) -> None:
         """
         Raises:
-            UserError: SLURM would not take the job.
+            UserError: SLURM would not take the job, or an order could not run in it.
         """
         if self._local:
+            for order in orders:
+                check_world(order.recipe.parallel, self._local_size()[0])
             return
+        kind = orders[0].kind
+        site = self._site if kind == "rl" else self._site | {"ROLLOUT_NODES": "0"}
+        header = self._header(kind)
+        check_site(site, header)
+        servers = int(site["ROLLOUT_NODES"])
+        for order in orders:
+            check_world(order.recipe.parallel, (header.nodes - servers) * header.ranks_per_node)
+            if servers:
+                check_served(order, site["ROLLOUT_ENGINE"])
         with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
             file.write(self.describe(orders, name))
             file.flush()
@@ -124,7 +137,6 @@ class Launcher:
 
     def _slurm(self, kind: str, name: str, after: str | None) -> SlurmExecutor:
         header = self._header(kind)
-        check_site(self._site if kind == "rl" else self._site | {"ROLLOUT_NODES": "0"}, header)
         more: dict[str, Any] = header.more | {
             "signal": f"B:USR2@{header.signal_s}",
             "requeue": True,

@@ -42,6 +42,12 @@ def test_a_number_that_is_none_is_refused(name: str, value: str, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+def test_an_engine_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = script(tmp_path, ROLLOUT_ENGINE="sglnag")
+    assert done.returncode == 2
+    assert done.stderr == "error: ROLLOUT_ENGINE=sglnag is none of sglang, vllm; mend slurm/site.env\n"
+
+
 def test_no_servers_are_asked_for_and_the_bookkeeping_learns_what_site_env_says(tmp_path: Path) -> None:
     done = script(tmp_path, ROLLOUT_NODES="0")
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_parallel_r1.cluster.command import app
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.stop_signals import STOP_SIGNALS
 from tests.curriculum.test_run import RECIPE, steps_of
 from tests.parallel.launch import ENVIRONMENT
@@ -103,3 +104,9 @@ def test_a_dry_run_prints_the_command_and_runs_nothing(tmp_path: Path) -> None:
     said = launch(tmp_path, "submit", "rl", str(RECIPE), "seed=5", "--local", "--ranks", "3", "--dry-run")
     assert "3 processes" in said and f"parallel-r1 rl {RECIPE} seed=5" in said
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_layout_that_does_not_divide_the_processes_is_refused(tmp_path: Path) -> None:
+    words = ("submit", "rl", str(RECIPE), "parallel.tensor=2", "--local", "--ranks", "3", "--dry-run")
+    done = CliRunner().invoke(app, words, env=environment(tmp_path))
+    assert isinstance(done.exception, UserError) and "does not divide the 3 processes" in str(done.exception)

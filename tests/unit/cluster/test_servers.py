@@ -20,7 +20,9 @@ def test_servers_begin_with_the_stage_before(tmp_path: Path) -> None:
     model.mkdir(parents=True)
     (model / "config.json").touch()
     assert server_words(order, "sglang") == ["--checkpoint", str(model), "--isolated"]
-    assert server_words(order, "vllm") == ["--checkpoint", str(model)]
+    by_disk = ("rollout.sync.transport=disk", f"rollout.sync.folder={tmp_path}")
+    on_disk = Order.read("rl", [str(RECIPE), f"out={tmp_path}", "--stage", "rl", *by_disk])
+    assert server_words(on_disk, "vllm") == ["--checkpoint", str(model)]
     replayed = Order.read("rl", [str(RECIPE), f"out={tmp_path}", "thinking.mode=replay"])
     assert server_words(replayed, "sglang") == ["--checkpoint", str(model)]
 

@@ -97,6 +97,25 @@ def test_a_site_that_is_not_as_it_says_is_refused() -> None:
     check_site(site | {"ROLLOUT_NODES": "2"}, replace(header, nodes=3))
 
 
+def test_servers_that_could_not_start_are_refused() -> None:
+    site, header = read_site(SLURM) | {"PYTHON": "bash"}, read_header(SLURM / "rl_stage.sh")
+    for wrong in (
+        {"ROLLOUT_ENGINE": "sglnag"},
+        {"ROLLOUT_PYTHON": "no/one"},
+        {"ROLLOUT_SERVERS": "4", "ROLLOUT_TENSOR": "3"},
+    ):
+        check_site(site | wrong, header)  # no one asks for them
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            check_site(site | wrong | {"ROLLOUT_NODES": "1"}, header)
+    for right in (
+        {"ROLLOUT_PYTHON": "/on/nodes/alone"},
+        {"ROLLOUT_PYTHON": "in/the/image", "CONTAINER": "registry/image"},
+        {"ROLLOUT_SERVERS": "4", "ROLLOUT_TENSOR": "2"},
+    ):
+        check_site(site | right | {"ROLLOUT_NODES": "1"}, header)
+    check_site(site | {"ROLLOUT_NODES": "1", "ROLLOUT_TENSOR": "3"}, replace(header, gpus_per_node=0))
+
+
 def test_the_environment_goes_before_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_site(SLURM)["MAX_FAILURES"] == "3"
     monkeypatch.setenv("MAX_FAILURES", "7")

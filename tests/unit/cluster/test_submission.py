@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_parallel_r1.cluster.order import Order
 from megatron_parallel_r1.cluster.submission import Launcher, Wish
+from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import RECIPE
 
 SLURM = Path(__file__).resolve().parents[3] / "slurm"
@@ -47,3 +49,27 @@ def test_a_site_may_write_its_lines_as_sbatch_takes_them(repository: Path) -> No
     for line in ("--gpus-per-node=h100:8", "--nodes=4", "--account=physics"):
         assert f"#SBATCH {line}" in job
     assert "#SBATCH --gpus-per-node=h100:2" in described(repository, gpus=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        (("parallel.tensor=3",), {}, "= 3 does not divide the 16 processes; start a multiple of 3"),
+        (("parallel.pipeline=16",), {"ROLLOUT_NODES": "1"}, "= 16 does not divide the 8 processes"),
+        ((), {"ROLLOUT_NODES": "1", "ROLLOUT_ENGINE": "vllm"}, "vllm takes new weights from disk only; "),
+        (("rollout.engine=sglang", "rollout.servers=8"), {"ROLLOUT_NODES": "1"}, "set ROLLOUT_NODES=0"),
+        (("seeds=[1,2]",), {"ROLLOUT_NODES": "1"}, "give seed, not seeds"),
+        ((), {"ROLLOUT_NODES": "1", "ROLLOUT_TENSOR": "2"}, "need 16, a node has 8; lower one of the two"),
+    ],
+)
+def test_what_ranks_would_refuse_is_refused_before(
+    words: tuple[str, ...],
+    settings: dict[str, str],
+    message: str,
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(message)):
+        Launcher(repository, Wish(), local=False).check([Order.read("rl", [str(RECIPE), *words])], "rl")
