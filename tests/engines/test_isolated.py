@@ -241,3 +241,21 @@ def test_an_unknown_release_of_sglang_loads_no_plugin() -> None:
         else:
             assert done.returncode == 1 and not done.stdout
             assert "parallel_r1: tested with SGLang 0.4.0, this is 0.5.23: " in done.stderr
+
+
+def test_what_a_release_of_sglang_lacks_is_told_as_missing() -> None:
+    """In the place of another release: hooks with targets that this one does not have."""
+    targets = ("sglang.srt.managers.scheduler.Scheduler.of_old", "sglang.srt.of_old.Cache.lock")
+    asks = (
+        "from dataclasses import replace; from megatron_parallel_r1.rollout.sglang_plugin import hooks; "
+        f"hooks.HOOKS += tuple(replace(hooks.HOOKS[0], target=target) for target in {targets}); "
+        "from sglang.srt.plugins import load_plugins; load_plugins(); print(*hooks.missing_hooks())"
+    )
+    done = subprocess.run(
+        [str(python_of("sglang")), "-c", asks],
+        env={**os.environ, "SGLANG_PLUGINS": "parallel_r1", "SGLANG_USE_CPU_ENGINE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=HTTP_SECONDS,
+    )
+    assert done.returncode == 0 and done.stdout.split() == list(targets), done.stderr

@@ -67,6 +67,13 @@ def register_hooks() -> None:
 
 
 def missing_hooks() -> list[str]:
-    """Targets that SGLang has not wrapped (it only logs why)."""
+    """Targets that SGLang has not wrapped (it only logs why), among them those that a release lacks."""
     targets = dict.fromkeys(hook.target for hook in HOOKS)
-    return [target for target in targets if not hasattr(pkgutil.resolve_name(target), "__wrapped__")]
+    return [target for target in targets if not _is_wrapped(target)]
+
+
+def _is_wrapped(target: str) -> bool:
+    try:
+        return hasattr(pkgutil.resolve_name(target), "__wrapped__")
+    except (ImportError, AttributeError):
+        return False
