@@ -59,7 +59,7 @@ class ScriptJob:
         environment = {**os.environ, **self.settings, "SLURM_SUBMIT_DIR": str(self.repository)}
         # submitit lets SIGTERM pass, which a cancelled job gets; what it starts shall end of it.
         self._running = subprocess.Popen(["bash", *self.script], cwd=self.repository, env=environment)
-        while (code := exit_code(self._running.pid)) is None:
+        while (code := exit_code(self._running)) is None:
             time.sleep(POLL_S)
         if code == STOPPED_EXIT_CODE:
             # Its steps were asked without this process, as `scancel --signal` may; nobody else requeues it.
@@ -74,7 +74,7 @@ class ScriptJob:
         assert self._running, "submitit calls it within __call__"
         self._running.send_signal(signal.SIGUSR1)
         give_up = time.monotonic() + float(self.settings["GRACE_S"])
-        while exit_code(self._running.pid) is None and time.monotonic() < give_up:
+        while exit_code(self._running) is None and time.monotonic() < give_up:
             time.sleep(POLL_S)
         return DelayedSubmission(ScriptJob(self.script, self.repository, self.settings))
 

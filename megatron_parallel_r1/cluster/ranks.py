@@ -37,7 +37,7 @@ class LocalRanks:
     def wait(self) -> int:
         """Waits for all; the exit code of the first that failed, 0 if none did."""
         while True:
-            codes = [exit_code(process.pid) for process in self._processes]
+            codes = [exit_code(process) for process in self._processes]
             if failed := [code for code in codes if code]:
                 self.kill()
                 return failed[0]
@@ -56,9 +56,11 @@ class LocalRanks:
             process.wait()
 
 
-def exit_code(child: int) -> int | None:
-    """As `Popen.poll`, but a signal handler may call it too, whatever it interrupted: nothing is reaped."""
-    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+def exit_code(child: subprocess.Popen[bytes]) -> int | None:
+    """As `Popen.poll`, but a signal handler may call it too, whatever it interrupted: it reaps nothing."""
+    if child.returncode is not None:  # its end was met before, as by `send_signal`
+        return child.returncode
+    ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if ended is None:
         return None
     return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
