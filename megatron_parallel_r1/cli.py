@@ -141,6 +141,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Under which clients ask for the model.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU, if any.")] = None,
     running: Annotated[int, typer.Option(min=1, help="Requests that are decoded at once.")] = 8,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=1, help="That they may hold in the cache; default: as they need.")
+    ] = None,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
     seconds: Annotated[float, typer.Option(min=1, help="For one request, waiting included.")] = 600,
     max_tokens: Annotated[
@@ -153,7 +156,12 @@ def serve(
     from megatron_parallel_r1.serve.run import serve as run_server
 
     limits = Limits(
-        running=running, waiting=waiting, seconds=seconds, max_tokens=max_tokens, prompt_tokens=prompt_tokens
+        running=running,
+        cache_tokens=cache_tokens,
+        waiting=waiting,
+        seconds=seconds,
+        max_tokens=max_tokens,
+        prompt_tokens=prompt_tokens,
     )
     run_server(checkpoint, host, port, api_key, name, device, limits)
 

@@ -37,7 +37,7 @@ def make_app(served: Served, limits: Limits, api_key: str | None = None, local: 
         local: refuse requests that a browser believes to send to another machine.
     """
     worker = Worker()
-    admission = Admission(limits.running, limits.waiting)
+    admission = Admission(limits)
     page, policy = build_page(served.name, served.thinking, needs_key=api_key is not None)
 
     @asynccontextmanager

@@ -34,6 +34,16 @@ class Question:
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
 
+    @property
+    def cache_tokens(self) -> int:
+        """That its answer may come to hold in the engine's cache.
+
+        Prompts once, and each token of a response once; in mode replay twice: paths are written again behind
+        the first one before they are let go of.
+        """
+        copies = 2 if self.thinking.mode == "replay" else 1
+        return self.prompt_tokens + copies * len(self.seeds) * self.thinking.max_response_tokens
+
 
 class Exchange:
     """Answers one question in a task of its own; nothing of it outlives that task.
@@ -103,7 +113,7 @@ class Exchange:
             self._begun.set()
 
     async def _answer(self) -> None:
-        async with self._admission.place():
+        async with self._admission.place(self.question.cache_tokens):
             self._begun.set()
             asking = Asking(self._served.engine, self._served.tags)
             responses: list[asyncio.Task[None]] = []

@@ -18,6 +18,7 @@ class Limits:
         max_tokens: of one response, forced ones included; None: as many as the model was trained with.
         choices: responses to one request: its prompts times its n.
         running: requests that are decoded at once.
+        cache_tokens: that those at once may come to hold in the engine's cache; None: as many as they need.
         waiting: requests that wait for their turn; a further one is sent away.
         seconds: from a request's arrival to the end of its answer, waiting included.
     """
@@ -28,6 +29,7 @@ class Limits:
     max_tokens: int | None = None
     choices: int = 16
     running: int = 8
+    cache_tokens: int | None = None
     waiting: int = 64
     seconds: float = 600.0
 

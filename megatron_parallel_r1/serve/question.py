@@ -53,7 +53,15 @@ def ask(served: Served, limits: Limits, request: ChatRequest | CompletionRequest
     if count > limits.choices:
         raise Refused(400, f"{count} responses are asked for; {limits.choices} is the limit", "n")
     seed = secrets.randbits(63) if request.seed is None else request.seed
-    return Question(prompts, request.n, [_seed(seed, i) for i in range(count)], thinking, request.stops)
+    question = Question(prompts, request.n, [_seed(seed, i) for i in range(count)], thinking, request.stops)
+    if limits.cache_tokens is not None and question.cache_tokens > limits.cache_tokens:
+        raise Refused(
+            400,
+            f"prompts and responses may take {question.cache_tokens} tokens of the cache; "
+            f"{limits.cache_tokens} is the limit; ask for fewer max_tokens or responses",
+            "max_tokens",
+        )
+    return question
 
 
 def _thinking(served: Served, limits: Limits, request: ChatRequest | CompletionRequest) -> Thinking:

@@ -14,7 +14,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PARALLEL_R1_API_KEY": "secr
 
 
 def test_it_serves_with_its_flags(release: Path) -> None:
-    command = [*CLI, "--checkpoint", str(release), "--port", "0", "--name", "mine", "--max-tokens", "7"]
+    limits = ["--max-tokens", "7", "--cache-tokens", "40"]
+    command = [*CLI, "--checkpoint", str(release), "--port", "0", "--name", "mine", *limits]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as server:
         try:
             address = server.stdout.readline().split()[-1]
@@ -26,6 +27,8 @@ def test_it_serves_with_its_flags(release: Path) -> None:
                 answered = client.post("/v1/chat/completions", json=body).json()
                 assert answered["usage"]["completion_tokens"] == 7
                 assert answered["choices"][0]["finish_reason"] == "length"
+                refused = client.post("/v1/chat/completions", json=body | {"n": 6})
+                assert refused.status_code == 400 and "40" in refused.json()["error"]["message"]
         finally:
             server.terminate()
 

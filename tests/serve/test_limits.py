@@ -46,6 +46,18 @@ def test_a_full_queue_sends_away_and_the_time_limit_ends_the_rest(narrow: httpx.
     assert post(narrow, chat(seed=1, max_tokens=5)).status_code == 200
 
 
+def test_requests_wait_for_room_in_the_cache(release: Path) -> None:
+    limits = {"cache_tokens": 6100, "waiting": 1, "seconds": 2.0}
+    with running(release, limits=limits) as client, ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: post(client, LONG), range(6)))
+        # Room for two of 3000 tokens, one waits.
+        assert sorted(answer.status_code for answer in answers) == [503] * 3 + [504] * 3
+        assert wait_until_idle(client) == IDLE
+        refused = post(client, chat(n=3))
+        assert refused.status_code == 400 and "6100 is the limit" in refused.json()["error"]["message"]
+        assert post(client, chat(n=3, max_tokens=5)).status_code == 200
+
+
 def test_a_stream_that_takes_too_long_ends_in_an_error(narrow: httpx.Client) -> None:
     with narrow.stream("POST", "/v1/chat/completions", json=LONG | {"stream": True}) as response:
         assert response.status_code == 200
