@@ -175,7 +175,7 @@ def serve_rollout(
     engine: Annotated[Literal["sglang", "vllm"], typer.Option(help="Of the servers.")] = "sglang",
     servers: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share one copy of the weights.")] = 1,
-    dp: Annotated[int, typer.Option(min=1, help="Copies in one server.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Copies in one server; weights then come by disk only.")] = 1,
     host: Annotated[str, typer.Option(help="0.0.0.0: reachable from other nodes.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the first server; 0: free ones.")] = 30000,
     memory_share: Annotated[float | None, typer.Option(min=0, max=1, help="Of a GPU's memory.")] = None,

@@ -30,7 +30,7 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.sync.control import Control, Row, Scores
 from megatron_parallel_r1.sync.probe import Head
 from megatron_parallel_r1.sync.publisher import Published, Publisher
-from megatron_parallel_r1.sync.sglang import SglangControl
+from megatron_parallel_r1.sync.sglang import SglangControl, check_copies
 from megatron_parallel_r1.sync.vllm import VllmControl
 from megatron_parallel_r1.train.agreement import first_does, told_all
 from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
@@ -142,7 +142,7 @@ class Decoders:
             team: the tensor group once more, for an engine of a second thread.
 
         Raises:
-            UserError: no server answers, or they do not decode in `thinking.mode`.
+            UserError: no server answers, they do not decode in `thinking.mode`, or one could take no weights.
         """
         asked = self._bench.recipe.rollout
         if asked.engine == "native":
@@ -150,6 +150,8 @@ class Decoders:
             return
         urls = asked.urls or (self._started(model, thinking) if asked.servers else ())
         pool = _shared_pool(asked, urls, thinking)
+        for url, about in pool.abouts.items():
+            check_copies(url, about.copies, asked.sync.transport)
         controls = [_control(asked, url) for url in pool.abouts]
         publisher = Publisher(
             controls, model, asked.sync, probe_texts(self._bench.shape.vocab), _Expected(model, self._bench)
@@ -223,4 +225,6 @@ def _shared_pool(asked: Rollout, urls: Sequence[str], thinking: Thinking) -> Poo
 
 def _control(asked: Rollout, url: str) -> Control:
     timeout_s = asked.sync.timeout_s
-    return VllmControl(url, timeout_s) if asked.engine == "vllm" else SglangControl(url, timeout_s)
+    if asked.engine == "vllm":
+        return VllmControl(url, timeout_s)
+    return SglangControl(url, timeout_s, asked.sync.transport)

@@ -89,6 +89,7 @@ class About:
         max_tokens: prompt and continuation of one request together.
         cache_tokens: of its key/value cache; None: it does not say.
         seeded: a draw is fixed by its seed: asked for the same twice, it drew the same.
+        copies: of the model in an SGLang server, data-parallel ones.
     """
 
     model: str
@@ -97,6 +98,7 @@ class About:
     max_tokens: int
     cache_tokens: int | None
     seeded: bool = True
+    copies: int = 1
 
 
 class Server(Protocol):

@@ -76,6 +76,7 @@ class SGLang:
                 max_tokens=_least(server, "context_length", "max_req_input_len", "max_total_num_tokens"),
                 cache_tokens=server.get("max_total_num_tokens"),
                 seeded=self._seeded,
+                copies=server.get("dp_size", 1),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise Unreachable(

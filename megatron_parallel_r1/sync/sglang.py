@@ -19,13 +19,15 @@ class SglangControl:
     Args:
         url: base address.
         timeout_s: how long one answer may take.
+        transport: by which it will be sent weights.
     """
 
     kinds: frozenset[Kind] = frozenset({"distributed", "tensor", "disk"})
     wants_head = False
 
-    def __init__(self, url: str, timeout_s: float = 600.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 600.0, transport: Kind = "distributed") -> None:
         self._wire = Wire(url, timeout_s)
+        self._transport: Kind = transport
 
     @property
     def url(self) -> str:
@@ -36,16 +38,17 @@ class SglangControl:
         now, told = (self._wire.get(path, quick=True) for path in ("/model_info", "/server_info"))
         try:
             version, tensor = str(now["weight_version"]), int(told["tp_size"])
-            others, dtype = int(told["pp_size"]) * int(told["dp_size"]), str(told["dtype"])
+            stages, copies, dtype = int(told["pp_size"]), int(told["dp_size"]), str(told["dtype"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.url}/server_info: no SGLang server answers like this ({error!r})"
             ) from None
-        if others > 1:
+        if stages > 1:
             raise UserError(
-                f"{self.url}: SGLang takes live weights with tensor parallelism only; start it with "
-                "pp-size 1 and dp-size 1, and more servers instead"
+                f"{self.url}: a server cut in layers takes no weights of a trainer here; start it with "
+                "pp-size 1, and a larger tp-size instead"
             )
+        check_copies(self.url, copies, self._transport)
         return Facts(
             int(version) if version.isdecimal() else None, tensor, None if dtype == "auto" else dtype
         )
@@ -133,6 +136,20 @@ class SglangControl:
 
     def close(self) -> None:
         self._wire.close()
+
+
+def check_copies(url: str, copies: int, transport: Kind) -> None:
+    """Whether a server takes weights by `transport`: one of several data-parallel copies has them from disk
+    alone (assertions in SGLang's `managers/tokenizer_control_mixin.py`).
+
+    Raises:
+        UserError: it cannot.
+    """
+    if copies > 1 and transport != "disk":
+        raise UserError(
+            f"{url} has {copies} copies of the model, and SGLang takes weights by sync.transport {transport} "
+            "in servers of one copy only; start more servers in place of --dp, or set it to disk"
+        )
 
 
 def _named(version: int | None) -> dict[str, str | bool]:

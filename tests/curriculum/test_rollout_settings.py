@@ -11,7 +11,9 @@ import pytest
 from megatron_parallel_r1.curriculum.folder import is_resumable, open_run_folder
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.recipe_file import read_recipe
+from megatron_parallel_r1.rollout import connecting
 from tests.curriculum.test_bad_input import RECIPE, fail
+from tests.unit.rollout.test_sglang import URL, FakeSGLang
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,18 @@ def test_no_server_answers(capsys, monkeypatch, tmp_path: Path) -> None:
     assert re.search(rf"no rollout server can be asked since \d+ s: {url}", shown)
     assert "goes on from its last checkpoint" in shown
     assert len(list(tmp_path.glob("*/cold_start/model/config.json"))) == 1
+
+
+def test_servers_of_several_copies_are_refused_when_the_run_meets_them(
+    capsys, monkeypatch, tmp_path: Path
+) -> None:
+    server = FakeSGLang()
+    server.server_info["dp_size"] = 2
+    monkeypatch.setattr(connecting, "CLIENTS", {"sglang": lambda url, timeouts: server.client()})
+    words = [f"out={tmp_path}", "thinking.mode=replay", "stages.cold_start.steps=2"]
+    words += ["rollout.engine=sglang", f"rollout.urls=[{URL}]", "rollout.patience_s=1"]
+    shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
+    assert f"{URL} has 2 copies of the model" in shown and "start more servers in place of --dp" in shown
 
 
 def test_who_decodes_may_change_when_a_run_goes_on(tmp_path: Path) -> None:

@@ -80,8 +80,12 @@ def test_facts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = SglangControl(url).facts()
     assert (facts.version, facts.dtype) == (12, None)
     monkeypatch.setitem(ANSWERS, "/server_info", (200, SGLANG | {"pp_size": 2}))
-    with pytest.raises(UserError, match=r"tensor parallelism only"):
+    with pytest.raises(UserError, match=r"a server cut in layers"):
         SglangControl(url).facts()
+    monkeypatch.setitem(ANSWERS, "/server_info", (200, SGLANG | {"dp_size": 2}))
+    with pytest.raises(UserError, match=r"has 2 copies .* start more servers in place of --dp, or set it to"):
+        SglangControl(url).facts()
+    assert SglangControl(url, transport="disk").facts().processes == 2
     monkeypatch.setitem(ANSWERS, "/server_info", (200, {"vllm_config": ""}))
     with pytest.raises(UserError, match=r"no SGLang server"):
         SglangControl(url).facts()
