@@ -51,7 +51,8 @@ def submit(
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="The stage, if there are several of the kind.")] = None,
     sweep: Annotated[
-        list[str] | None, typer.Option(help="KEY=A,B,...: a job each, an array; repeat it for all pairs.")
+        list[str] | None,
+        typer.Option(help="KEY=A,B,...: an array of jobs, locally a row; repeat it for all pairs."),
     ] = None,
     nodes: Nodes = None,
     ranks: Ranks = None,
@@ -76,10 +77,12 @@ def submit(
     if dry_run:
         typer.echo(launcher.describe(orders, name))
         return
-    ids = launcher.submit(orders, name)
+    ids, told = launcher.submit(orders, name), [order.words for order in orders]
+    if is_local:
+        told = [(*words, *(f"--sweep={one}" for one in sweep or ()))]
     entries = [
-        Entry(id, name, f"{kind} {shlex.join(order.words)}", None, is_local)
-        for id, order in zip(ids, orders, strict=True)
+        Entry(id, name, f"{kind} {shlex.join(one)}", None, is_local)
+        for id, one in zip(ids, told, strict=True)
     ]
     tell(launcher.logs, entries)
 
@@ -114,7 +117,7 @@ def curriculum(
             typer.echo(launcher.describe([order], name, after))
         return
     if is_local:
-        (id,) = launcher.submit_in_a_row(orders, told.name)
+        (id,) = launcher.submit(orders, told.name)
         tell(launcher.logs, [Entry(id, told.name, f"curriculum {shlex.join([recipe, *given])}", None, True)])
     else:
         after = None

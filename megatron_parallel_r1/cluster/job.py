@@ -113,7 +113,7 @@ class LocalJob:
                 attempts.end(self._folder, Attempt("stopped", steps=self._steps()))
                 sys.exit(STOPPED_EXIT_CODE)
             if code:
-                why = f"{order.stage or order.kind} ended with exit code {code}"
+                why = f"{order.recipe.name}: {order.stage or order.kind} ended with exit code {code}"
                 attempts.end(self._folder, Attempt("failed", why, self._steps()))
                 raise JobFailed(why)
         attempts.end(self._folder, Attempt("done", steps=self._steps()))

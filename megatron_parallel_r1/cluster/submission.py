@@ -62,7 +62,8 @@ class Launcher:
         """The job, exactly as `submit` would hand it over; as an array if there are several orders."""
         if self._local:
             ranks, minutes = self._local_size()
-            lines = [f"on this machine, {ranks} processes, {minutes} minutes:"]
+            row = ", one after the other" if len(orders) > 1 else ""
+            lines = [f"on this machine, {ranks} processes, {minutes} minutes{row}:"]
             return "\n".join(
                 [*lines, *(f"parallel-r1 {order.kind} {shlex.join(order.words)}" for order in orders)]
             )
@@ -99,22 +100,18 @@ class Launcher:
             raise UserError(f"SLURM refuses the job: {why}; --local runs it on this machine")
 
     def submit(self, orders: Sequence[Order], name: str, after: str | None = None) -> list[str]:
-        """The ids of the jobs, one an order.
+        """The ids of the jobs, one an order; on this machine, whose GPUs they share, one for all in a row.
 
         Args:
             after: a job that must have succeeded before; if it does not, these are never started.
         """
         if self._local:
-            return [self._submit_local([order], name) for order in orders]
+            return [self._submit_local(orders, name)]
         executor = self._slurm(orders[0].kind, name, after)
         jobs = executor.submit_array(
             [ScriptJob(script_of(order), self._repository, self._settings) for order in orders]
         )
         return [str(job.job_id) for job in jobs]
-
-    def submit_in_a_row(self, orders: Sequence[Order], name: str) -> list[str]:
-        """As `submit`, on this machine: one job that does one order after the other."""
-        return [self._submit_local(orders, name)]
 
     def _submit_local(self, orders: Sequence[Order], name: str) -> str:
         ranks, minutes = self._local_size()

@@ -84,8 +84,21 @@ def test_a_failed_stage_ends_the_row_with_its_reason(tmp_path: Path) -> None:
     bad = "stages.cold_start.optimizer.lr=1.0e+30"
     launch(tmp_path, "curriculum", str(RECIPE), bad, f"out={tmp_path}/runs", "--local")
     wait_for(tmp_path, lambda: "FAILED" in launch(tmp_path, "status"))
-    assert "cold_start ended with exit code 2" in launch(tmp_path, "status")
+    assert "mini: cold_start ended with exit code 2" in launch(tmp_path, "status")
     assert not (tmp_path / "runs/mini/rl").exists()
+
+
+@pytest.mark.slow
+def test_the_members_of_a_sweep_take_turns(tmp_path: Path) -> None:
+    short = ("stages.cold_start.steps=2", "stages.cold_start.evaluate=false", f"out={tmp_path}/runs")
+    said = launch(tmp_path, "submit", "sft", str(RECIPE), *short, "--sweep", "seed=1,2", "--local")
+    (job,) = said.splitlines()
+    assert job.endswith("--sweep=seed=1,2")
+    wait_for(tmp_path, lambda: "COMPLETED" in launch(tmp_path, "status"))
+    first, second = (tmp_path / f"runs/mini_seed{seed}/cold_start" for seed in (1, 2))
+    assert steps_of(first) == steps_of(second) == [1, 2]
+    begun = (second.parent / "config.yaml").stat().st_mtime
+    assert begun > (first / "model/config.json").stat().st_mtime
 
 
 @pytest.mark.slow
