@@ -208,13 +208,15 @@ def test_a_cache_too_small_for_all_finishes_every_trace_exactly(folder: Path, ra
 
 
 def test_what_it_cannot_serve_is_refused_at_start(folder: Path) -> None:
-    with started(Serving(folder, options=("--page-size", "16")), {}) as child:
+    options = ("--page-size", "16", "--disable-radix-cache")
+    with started(Serving(folder, options=options), {}) as child:
         while child.status is None and not child.healthy():
             assert child.age < START_SECONDS
             time.sleep(0.5)
         log = "\n".join(child.last_lines(400))
         assert child.status is not None
-    assert "parallel_r1: this server cannot serve isolated paths exactly: set --page-size 1" in log
+    assert "parallel_r1: this server cannot serve isolated paths exactly: leave the radix cache on" in log
+    assert "set --attention-backend triton); set --page-size 1" in log
 
 
 def test_an_unknown_release_of_sglang_loads_no_plugin() -> None:

@@ -22,7 +22,9 @@ def refused(scheduler: Any) -> list[str]:
     runner = scheduler.tp_worker.model_runner
     unified = isinstance(cache, UnifiedRadixCache) and not cache.disable
     wrong = {
-        "leave the radix cache on, of the default kind": not unified,
+        # Where nobody names a backend, on Blackwell, deterministic inference takes FlashInfer.
+        "leave the radix cache on, of the default kind (deterministic inference turns it off under "
+        "FlashInfer: set --attention-backend triton)": not unified,
         "set --page-size 1": scheduler.page_size != 1,
         "leave out models with windows, chunked attention or Mamba layers": (
             bool(runner.sliding_window_size or runner.attention_chunk_size)
