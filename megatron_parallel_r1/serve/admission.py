@@ -42,9 +42,8 @@ class Admission:
             )
         self.waiting += 1
         try:
-            async with (
-                self._door
-            ):  # Who came first stands in it, so that a small request overtakes no large one.
+            # Who came first stands in the door, so that a small request overtakes no large one.
+            async with self._door:
                 while not self._has_room(cache_tokens):
                     self._left.clear()
                     await self._left.wait()

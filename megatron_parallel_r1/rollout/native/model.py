@@ -182,7 +182,7 @@ class DecodeModel:
         except RuntimeError:
             for index in layers:
                 if len(self.cache_LSX[index]) > held:
-                    self.cache_LSX[index] = self.cache_LSX[index][:held].clone()
+                    self.cache_LSX[index] = _first(held, self.cache_LSX[index])
             raise
 
     def pass_of(self, rows: Rows, wanted: Numbers) -> torch.Tensor:
@@ -275,6 +275,14 @@ class DecodeModel:
 def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
     """One for all models of the process: layers of one shape, old weights or new, share what was compiled."""
     return torch.compile(part, dynamic=True)
+
+
+def _first(slots: int, cache_SX: torch.Tensor) -> torch.Tensor:
+    """The first slots of a layer's cache: a copy, or all of its memory while there is none for a copy."""
+    try:
+        return cache_SX[:slots].clone()
+    except RuntimeError:
+        return cache_SX[:slots]
 
 
 def _bias(lengths_N: torch.Tensor, most: int, dtype: torch.dtype) -> torch.Tensor:
