@@ -19,6 +19,7 @@ from megatron_parallel_r1.evaluation.engines import ENGINES
 from megatron_parallel_r1.evaluation.modes import Mode
 from megatron_parallel_r1.evaluation.pairs import pairs_of
 from megatron_parallel_r1.evaluation.plot import draw_plot, save_plot, svg_of
+from megatron_parallel_r1.evaluation.records import check_out, writing
 from megatron_parallel_r1.evaluation.runs import Plan, Result, evaluate, write_summaries
 from megatron_parallel_r1.evaluation.table import Table, html_page, markdown_page, tables_of
 
@@ -35,10 +36,10 @@ def run_command(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--mode", default="parallel", help="parallel (as stored), sequential or majority@k")
     told = parser.parse_args(words)
-    mode, console = Mode.of(told.mode), _console()
+    mode, console, plan = Mode.of(told.mode), _console(), _plan(told)
     checkpoint = open_checkpoint(told.checkpoint)
     benchmarks = read_benchmarks(_words(told.benchmarks), told.data, told.limit)
-    results = evaluate(checkpoint, benchmarks, mode, _plan(told), console)
+    results = evaluate(checkpoint, benchmarks, mode, plan, console)
     if is_first():
         _write(
             results, tables_of([r.summary for r in results]), told.out / f"{checkpoint.name}_{mode}", console
@@ -142,6 +143,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _plan(told: argparse.Namespace) -> Plan:
+    check_out(told.out)
     return Plan(
         out=told.out,
         samples=told.samples,
@@ -178,15 +180,16 @@ def _write(results: Sequence[Result], tables: Sequence[Table], stem: Path, conso
     """`<stem>.md`, `.html` and `.json`; of several checkpoints also the plot, `.png` and `.svg`."""
     several = len({(r.summary.checkpoint, r.summary.step) for r in results}) > 1
     svg = None
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    if several:
-        figure = draw_plot([result.summary for result in results])
-        save_plot(figure, stem.with_name(f"{stem.name}.png"))
-        svg = svg_of(figure)
-        stem.with_name(f"{stem.name}.svg").write_text(svg, encoding="utf-8")
-    stem.with_name(f"{stem.name}.md").write_text(markdown_page(tables), encoding="utf-8")
-    stem.with_name(f"{stem.name}.html").write_text(html_page(tables, svg), encoding="utf-8")
-    write_summaries(results, stem.with_name(f"{stem.name}.json"))
+    with writing(stem.parent):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        if several:
+            figure = draw_plot([result.summary for result in results])
+            save_plot(figure, stem.with_name(f"{stem.name}.png"))
+            svg = svg_of(figure)
+            stem.with_name(f"{stem.name}.svg").write_text(svg, encoding="utf-8")
+        stem.with_name(f"{stem.name}.md").write_text(markdown_page(tables), encoding="utf-8")
+        stem.with_name(f"{stem.name}.html").write_text(html_page(tables, svg), encoding="utf-8")
+        write_summaries(results, stem.with_name(f"{stem.name}.json"))
     for table in tables:
         console.print(table.terminal())
     console.print(f"tables   {stem}.md, {stem}.html", soft_wrap=True, highlight=False)

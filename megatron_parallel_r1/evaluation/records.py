@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,33 @@ class Record:
     first_block: float | None
     first_block_token: int | None
     response: str
+
+
+def check_out(folder: Path) -> None:
+    """Whether `folder` can be written, or made: known before a model is loaded, and nothing is made yet.
+
+    Raises:
+        UserError: it cannot.
+    """
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"--out {folder}: {there} is no folder; give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: {there} may not be written; give another")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around what writes there.
+
+    Raises:
+        UserError: it cannot be written, or the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or folder, error.strerror or error
+        raise UserError(f"{where}: {why}; make room and start again, or give another --out") from None
 
 
 def attempts(
@@ -149,23 +178,30 @@ class RecordFolder:
         return found
 
     def writer(self, copy: int) -> RecordWriter:
-        """Appends what this copy of the model draws."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if copy == 0:
-            (self.folder / "setup.json").write_text(
-                json.dumps(self._setup, indent=2, ensure_ascii=False) + "\n"
-            )
-        return RecordWriter(self.folder / f"copy{copy}.jsonl")
+        """Appends what this copy of the model draws.
+
+        Raises:
+            UserError: here, and at each record: it cannot be written.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if copy == 0:
+                (self.folder / "setup.json").write_text(
+                    json.dumps(self._setup, indent=2, ensure_ascii=False) + "\n"
+                )
+            return RecordWriter(self.folder / f"copy{copy}.jsonl")
 
 
 class RecordWriter:
     """Keeps each record as soon as it is there; use it as a context manager."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._lines = JsonLines(path)
 
     def write(self, record: Record) -> None:
-        self._lines.write(asdict(record))
+        with writing(self._path):
+            self._lines.write(asdict(record))
 
     def __enter__(self) -> RecordWriter:
         return self

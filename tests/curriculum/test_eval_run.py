@@ -206,6 +206,43 @@ def test_mistakes_are_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script", ["run.py", "compare.py"])
+@pytest.mark.parametrize("inside", [".", "runs/eval"])
+def test_an_out_that_is_a_file_is_told_before_anything_else(script: str, inside: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / inside
+    process = start(script, "--checkpoint", "nowhere", *ASKED, "--out", out)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error == f"error: --out {out}: {tmp_path / 'file'} is no folder; give another\n"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, how: place != tmp_path)  # root may write everywhere
+    with pytest.raises(UserError, match=f"{tmp_path} may not be written"):
+        run_command(["--checkpoint", "nowhere", *ASKED, "--out", str(tmp_path / "out")])
+
+
+def test_a_full_disk_ends_in_one_line_and_what_was_drawn_is_kept(trained: Path, tmp_path: Path) -> None:
+    words = ("run.py", "--checkpoint", trained, *ASKED, "--out", tmp_path)
+
+    def cut_at(size: int) -> str:
+        """What it says where no file may grow beyond that size."""
+        process = start(*words, launcher=("prlimit", f"--fsize={size}", sys.executable))
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 2 and error.count("\n") == 1, error
+        return error
+
+    said = cut_at(10_000)
+    assert re.match(rf"error: {tmp_path}/records/\S+/copy0.jsonl: .*; make room and start again", said)
+    (file,) = tmp_path.glob("records/*/copy0.jsonl")
+    kept = file.read_text().count("\n")
+    assert 0 < kept < 48
+    assert f"{kept} of 48 responses are cached" in run(*words)
+    assert cut_at(500).startswith(f"error: {tmp_path}: File too large; make room and start again")
+
+
 def test_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path: Path) -> None:
     process = start("run.py", "--checkpoint", tmp_path, *ASKED)
     _, error = process.communicate(timeout=120)
