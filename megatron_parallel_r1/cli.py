@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import signal
 import sys
 import time
 import warnings
@@ -252,6 +253,7 @@ def _explain(error: UserError) -> None:
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which torchrun ends them
         time.sleep(3)
     who = "" if rank == "0" else f"rank {rank}: "
     typer.echo(f"{who}error: {' '.join(str(error).split())}", err=True)

@@ -15,6 +15,7 @@ nothing else ends a process whose main thread is inside a collective.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from threading import Event, Thread, get_ident
@@ -25,7 +26,7 @@ from megatron_parallel_r1.errors import LOST_EXIT_CODE, PeerLost
 from megatron_parallel_r1.model.beats import Beat, Heard, failed_collective, first_line
 
 BEAT_S = 1.0
-PATIENCE_S = 5.0  # a silence of so many beats convicts once a collective has failed
+PATIENCE_S = 5.0  # a silence of so many beats convicts once a collective has failed, or a launcher ends us
 GRACE_S = 2.0  # for the main thread to leave by its own error, which says more
 LEAVE_S = 10.0  # for a main thread that is leaving to be gone, whatever it waits for
 FAREWELL_S = 4.0  # for others to read the verdict before the store's host takes it along
@@ -169,7 +170,9 @@ class Watch:
                 self._end(why)
 
     def _judged(self, now: float) -> str | None:
-        patience = PATIENCE_S if self._doubt or self._own_doubt else self._timeout_s
+        # A held SIGTERM: torchrun misses a process too, and ends this one half a minute later.
+        is_late = self._doubt or self._own_doubt or signal.SIGTERM in signal.sigpending()
+        patience = PATIENCE_S if is_late else self._timeout_s
         last = f"; rank 0 was last in {self._heard.beat(0).place}"
         if self._cut:
             return f"{self._host} is gone{last}"

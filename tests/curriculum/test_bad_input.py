@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,13 @@ def test_a_folder_of_another_recipe_or_of_no_run_is_left_alone(capsys, monkeypat
     (folder / "config.yaml").unlink()
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}", "--fresh")
     assert "is no run folder" in shown and (folder / "cold_start").is_dir()
+
+
+def test_under_torchrun_one_process_speaks_for_all(tmp_path: Path) -> None:
+    """What is wrong is wrong on all of them, and torchrun ends the others with the first."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    train = ("-m", "megatron_parallel_r1.cli", "sft", str(tmp_path / "no.yaml"))
+    done = subprocess.run([sys.executable, *launcher, *train], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line and "no.yaml: No such" in line]
+    assert line.startswith("error: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -70,18 +71,38 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 
 
-def test_a_held_signal_ends_no_child(tmp_path: Path) -> None:
+@pytest.mark.parametrize("under_torchrun", [False, True])
+def test_a_held_signal_ends_no_child(under_torchrun: bool, tmp_path: Path) -> None:
+    """SIGTERM is held under torchrun alone."""
+    first, second = ("SIGTERM", "SIGTERM") if under_torchrun else ("SIGUSR1", "SIGUSR2")
     script = (
         "import os, signal, subprocess, sys\n"
         "from megatron_parallel_r1.stop_signals import hold_stop_signals, stop_signal_came\n"
         "hold_stop_signals()\n"
         "assert not stop_signal_came()\n"
-        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        f"os.kill(os.getpid(), signal.{first})\n"
         "assert stop_signal_came()\n"
-        "child = 'import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print(\"alive\")'\n"
+        f"child = 'import os, signal; os.kill(os.getpid(), signal.{second}); print(\"alive\")'\n"
         "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True).stdout)\n"
     )
+    told = {"TORCHELASTIC_RUN_ID": "1"} if under_torchrun else {}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, **told},
     )
     assert done.stdout.strip() == "alive", done.stderr
+
+
+def test_without_torchrun_a_sigterm_ends_a_run(tmp_path: Path) -> None:
+    script = (
+        "import os, signal\n"
+        "from megatron_parallel_r1.stop_signals import hold_stop_signals\n"
+        "hold_stop_signals()\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], timeout=120, cwd=tmp_path)
+    assert done.returncode == -signal.SIGTERM

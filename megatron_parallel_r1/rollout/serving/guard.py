@@ -36,6 +36,8 @@ def main(supervisor: int, command: list[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     server = None
     try:
+        # A trainer under torchrun holds it, and what is started inherits that.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != supervisor:
             return 128 + signal.SIGTERM

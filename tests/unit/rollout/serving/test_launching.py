@@ -79,13 +79,21 @@ def test_told_to_end_it_leaves_nothing(settings: dict[str, object]) -> None:
         assert not Path(str(settings["urls_file"])).exists()
 
 
-def test_a_killed_supervisor_leaves_nothing(settings: dict[str, object]) -> None:
-    with launched(**settings) as it:
-        for _ in range(2):
-            it.next_healthy(SECONDS)
-        family = it.family()
-        it.process.kill()
-        assert_gone(family)
+@pytest.mark.parametrize("held", [(), (signal.SIGTERM,)], ids=["", "SIGTERM held"])
+def test_a_killed_supervisor_leaves_nothing(
+    settings: dict[str, object], held: tuple[signal.Signals, ...]
+) -> None:
+    """Also one that holds SIGTERM, as a trainer under torchrun."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        with launched(**settings) as it:
+            for _ in range(2):
+                it.next_healthy(SECONDS)
+            family = it.family()
+            it.process.kill()
+            assert_gone(family)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def test_a_killed_guard_takes_its_server_along(settings: dict[str, object]) -> None:
