@@ -9,6 +9,7 @@ for every pair, in order.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 import weakref
@@ -22,6 +23,7 @@ from megatron_parallel_r1.rewards.normalize import clean
 from megatron_parallel_r1.rewards.settle import Verdict, settle
 from megatron_parallel_r1.rewards.worker import Worker
 
+LOG = logging.getLogger(__name__)
 Pair = tuple[str, str]
 # How many times a pair's limit may pass by the clock, for a worker that gets no processor or only sleeps.
 MOST_BY_THE_CLOCK = 10
@@ -85,7 +87,7 @@ class Verifier:
         """The verdicts on (answer, reference) pairs, in their order; equal pairs are worked out once.
 
         Raises:
-            RuntimeError: no worker has ever started, nor does now.
+            RuntimeError, OSError: no worker has ever started, nor does now.
         """
         pairs = [(answer or "", reference) for answer, reference in pairs]
         settled = [settle(*pair) for pair in pairs]
@@ -122,20 +124,21 @@ class Verifier:
                         worker, pair = idle.pop(), todo.popleft()
                         try:
                             worker.send(*map(clean, pair))
-                        except (RuntimeError, OSError):
+                        except (RuntimeError, OSError) as error:
                             if not self._has_started:
                                 raise
-                            # The machine is short of something for a while; training goes on.
+                            # The machine is short of something for a while; training goes on, and the next
+                            # call tries anew.
+                            LOG.warning("warning: a verification worker cannot be started: %s", error)
                             worker.stop()
-                            idle.append(worker)
                             solved[pair] = Verdict(False, "crash")
-                            timeouts += 1
                             continue
                         self._has_started = True
                         now = time.monotonic()
                         end = now + MOST_BY_THE_CLOCK * self._limit_s
                         busy[worker] = _Open(pair, worker.cpu_s(), now + self._limit_s, end)
                     if not busy:
+                        solved |= dict.fromkeys(todo, Verdict(False, "crash"))
                         break
                     first = min(given.look for given in busy.values())
                     answered = wait(list(busy), max(0.0, first - time.monotonic()))
