@@ -103,13 +103,15 @@ def read_header(script: Path) -> Header:
 
 
 def read_options(script: Path) -> dict[str, str | bool]:
-    """The #SBATCH lines of a script as sbatch reads them, by long names; True: an option without a value.
+    """The #SBATCH lines of a script as sbatch reads them: above its first command. By long names; True: an
+    option without a value.
 
     Raises:
         UserError: a line cannot be read.
     """
     told: dict[str, str | bool] = {}
-    for line in re.findall(r"^#SBATCH\b(.*)$", script.read_text(), re.M):
+    head = re.match(r"(?:[ \t]*(?:#.*)?\n)*", script.read_text())[0]
+    for line in re.findall(r"^#SBATCH\b(.*)$", head, re.M):
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:

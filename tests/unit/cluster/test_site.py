@@ -34,9 +34,11 @@ def test_the_headers_of_the_scripts_are_read(script: str) -> None:
 
 
 def lines(folder: Path, *said: str) -> Path:
-    """A script with these #SBATCH lines."""
+    """A script with these #SBATCH lines, and one behind its first command, where none counts."""
     script = folder / "job.sh"
-    script.write_text("#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in said) + "exit\n")
+    script.write_text(
+        "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in said) + "exit\n#SBATCH --nodes=9\n"
+    )
     return script
 
 
