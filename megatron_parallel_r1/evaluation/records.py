@@ -100,7 +100,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where, why = error.filename or folder, error.strerror or error
-        raise UserError(f"{where}: {why}; make room and start again, or give another --out") from None
+        raise UserError(f"{where}: {why}; mend that and start again, or give another --out") from None
 
 
 def attempts(

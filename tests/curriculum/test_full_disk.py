@@ -28,7 +28,8 @@ def test_what_does_not_fit_is_one_line(size: str, said: str, tmp_path: Path) -> 
     train = [sys.executable, "-m", "megatron_parallel_r1.cli", "sft", str(RECIPE), "--stage", "cold_start"]
     train += ["stages.cold_start.steps=2", f"out={tmp_path}"]
     script = f"{shlex.join(mount)}; {shlex.join(train)}; code=$?; ls {tmp_path}/mini/cold_start; exit $code"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    words = ["unshare", "-rm", "sh", "-c", script]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said in line and "No space left" in line and "Traceback" not in done.stderr
