@@ -289,7 +289,7 @@ def main() -> None:
         is_lost = isinstance(error, ServersLost) and "SERVERS_OF_JOB" in os.environ
         raise SystemExit(LOST_EXIT_CODE if is_lost else 2) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         _explain(UserError(f"{error.filename or 'a file'} could not be written: {error.strerror}; make room"))
         raise SystemExit(2) from None

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_parallel_r1.evaluation.out import RECORDS
+
 Outcome = Literal["running", "done", "stopped", "failed"]
 FILE = "attempts.json"
 
@@ -32,7 +34,7 @@ def steps_written(folders: Iterable[Path]) -> int:
 
     A step of an evaluation is a record.
     """
-    names = ("metrics.jsonl", "copy*.jsonl")
+    names = ("metrics.jsonl", RECORDS)
     files = {file for folder in folders for name in names for file in folder.rglob(name)}
     return sum(file.read_bytes().count(b"\n") for file in files)
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from megatron_parallel_r1.config import Recipe
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.out import USUAL, records_under
 from megatron_parallel_r1.recipe_file import read_recipe, refuse_single_stage, stage_to_run
 
 KINDS = ("sft", "rl", "curriculum")
@@ -70,8 +71,8 @@ def records_of(words: Sequence[str]) -> Path:
         UserError: `--out` stands without a folder.
     """
     parser = _Parser("--out FOLDER")
-    parser.add_argument("--out", type=Path, default=Path("runs/eval"))
-    return parser.parse_known_args(list(words))[0].out / "records"
+    parser.add_argument("--out", type=Path, default=USUAL)
+    return records_under(parser.parse_known_args(list(words))[0].out)
 
 
 class _Parser(argparse.ArgumentParser):

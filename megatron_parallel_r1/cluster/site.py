@@ -9,8 +9,10 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.serving.settings import EngineName
 
 SCRIPTS = {"sft": "sft_stage.sh", "rl": "rl_stage.sh", "curriculum": "curriculum.sh", "eval": "eval.sh"}
 # Settings that are whole numbers, and the least that each may be.
@@ -33,7 +35,6 @@ SHORT = {
     "t": "time",
 }
 NAMES = ("PYTHON", "LOG_DIR", "CONTAINER", "ROLLOUT_ENGINE", "ROLLOUT_PYTHON", *NUMBERS)
-SERVE = ("sglang", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +183,9 @@ def check_servers(site: dict[str, str], header: Header) -> None:
         UserError: the rollout servers could not start.
     """
     engine, python, container = (site[name] for name in ("ROLLOUT_ENGINE", "ROLLOUT_PYTHON", "CONTAINER"))
-    if engine not in SERVE:
-        raise UserError(f"ROLLOUT_ENGINE={engine} is none of {', '.join(SERVE)}; mend slurm/site.env")
+    known = get_args(EngineName)
+    if engine not in known:
+        raise UserError(f"ROLLOUT_ENGINE={engine} is none of {', '.join(known)}; mend slurm/site.env")
     # Of an absolute path, only the nodes know; of any in a container, only that.
     if python and not container and not Path(python).is_absolute() and not os.access(python, os.X_OK):
         raise UserError(f"ROLLOUT_PYTHON={python}: no such program; `make engines` makes those that run here")

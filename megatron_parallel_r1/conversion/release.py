@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,13 +144,10 @@ def _evaluations(recipe: config.Recipe, run: Path, at: Point) -> list[dict[str, 
     records = past_evaluations(run)
     if at == Point(recipe.stages[-1]):
         return records
-    behind = {stage.name for stage in lineage(recipe, at.stage)}
-    beyond = {at.stage.name} if at.step is not None else set()
-    return [
-        record
-        for record in records
-        if record["stage"] in behind and not (record["stage"] in beyond and record["step"] > at.step)
-    ]
+    most = {stage.name: math.inf for stage in lineage(recipe, at.stage)}
+    if at.step is not None:
+        most[at.stage.name] = at.step
+    return [record for record in records if record["step"] <= most.get(record["stage"], -1)]
 
 
 def _tokenizer_files(side: Side, run: Path | None) -> dict[str, bytes]:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.out import RECORDS, records_under, writing
 from megatron_parallel_r1.report.jsonl import JsonLines, read_jsonl
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.thought.trace import Trace
@@ -76,33 +75,6 @@ class Record:
     response: str
 
 
-def check_out(folder: Path) -> None:
-    """Whether `folder` can be written, or made: known before a model is loaded, and nothing is made yet.
-
-    Raises:
-        UserError: it cannot.
-    """
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    if not there.is_dir():
-        raise UserError(f"--out {folder}: {there} is no folder; give another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out {folder}: {there} may not be written; give another")
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Around what writes there.
-
-    Raises:
-        UserError: it cannot be written, or the disk is full.
-    """
-    try:
-        yield
-    except OSError as error:
-        where, why = error.filename or folder, error.strerror or error
-        raise UserError(f"{where}: {why}; mend that and start again, or give another --out") from None
-
-
 def attempts(
     benchmark: str, problems: Sequence[Problem], samples: int, seed: int, setup: Sequence[Any]
 ) -> list[Attempt]:
@@ -159,7 +131,7 @@ class RecordFolder:
     """
 
     def __init__(self, folder: Path, setup: Sequence[Any]) -> None:
-        self.folder = folder / "records" / _hash(list(setup))[:12]
+        self.folder = records_under(folder) / _hash(list(setup))[:12]
         self._setup = setup
 
     def read(self) -> dict[str, Record]:
@@ -189,7 +161,7 @@ class RecordFolder:
                 (self.folder / "setup.json").write_text(
                     json.dumps(self._setup, indent=2, ensure_ascii=False) + "\n"
                 )
-            return RecordWriter(self.folder / f"copy{copy}.jsonl")
+            return RecordWriter(self.folder / RECORDS.replace("*", str(copy)))
 
 
 class RecordWriter:
