@@ -31,10 +31,10 @@ import torch
 from benchmarks import mbridge_peer
 from benchmarks.page import Table, add_write_option, publish
 from benchmarks.side_by_side import ratios, spread
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.hf import save_hf_folder
-from megatron_parallel_r1.model.safetensors_files import stored_tensors
-from megatron_parallel_r1.model.weight import table
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import table
+from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
+from megatron_parallel_r1.checkpoint_formats.safetensors_file import stored_tensors
 
 SHAPE = ModelConfig(2048, 28, 16, 8, 128, 6144, vocab=151936, tied=False, max_positions=40960)
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def copy(source, target):
             os.fsync(stream.fileno())
 """
 OURS = """
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
 """

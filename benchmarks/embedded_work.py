@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.paced import Pace, Paced
-from megatron_parallel_r1.data.embedded.generate import training_problem
-from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.data.embedded.generate import build_tokenizer, training_problem
 from megatron_parallel_r1.model.weights import random_hf_tensors
-from megatron_parallel_r1.rollout.base import Completion, Sampling
-from megatron_parallel_r1.rollout.native.context import NativeContext
+from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
+from megatron_parallel_r1.rollout.native.forward_batch import NativeContext
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out

@@ -56,9 +56,9 @@ def to_hf(like: Path, megatron: Path, out: Path) -> None:
 
 @contextmanager
 def _bridged(hf: Path) -> Iterator[tuple[object, Model]]:
-    from megatron_parallel_r1.model import process
+    from megatron_parallel_r1.checkpoint_formats.hf_folder import read_config
+    from megatron_parallel_r1.distributed import process
     from megatron_parallel_r1.model.gpt import build_model
-    from megatron_parallel_r1.model.hf import read_config
 
     with process.running(seed=0):
         from mbridge import AutoBridge

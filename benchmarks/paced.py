@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_parallel_r1.rollout.base import Completion, Engine, Sampling
-from megatron_parallel_r1.rollout.wrapped import Wrapped
+from megatron_parallel_r1.rollout.engine import Completion, Engine, Sampling, Wrapped
 from megatron_parallel_r1.thought.tags import Tags
 
 

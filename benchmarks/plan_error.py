@@ -28,11 +28,12 @@ import torch
 
 from benchmarks.page import Table, add_write_option, publish
 from benchmarks.published_runs import CALIBRATED_ON, HELD_OUT, calibrated, overlapping
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.config.reader import read_recipe
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
-from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.planning.cost import Cost
 from megatron_parallel_r1.planning.decoding import pass_cost
@@ -40,8 +41,7 @@ from megatron_parallel_r1.planning.machine import H100, Machine
 from megatron_parallel_r1.planning.plan import GIB, plan
 from megatron_parallel_r1.planning.split import parts
 from megatron_parallel_r1.planning.training import Rows, Split, update_cost
-from megatron_parallel_r1.recipe_file import read_recipe
-from megatron_parallel_r1.rollout.base import Sampling
+from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.thought.layout import Row, lay_out

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from megatron_parallel_r1.model.config import Experts, ModelConfig
-from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.architecture.model_config import Experts, ModelConfig
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.cost import Cost
 from megatron_parallel_r1.planning.machine import Machine

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.rows import trace_row
-from megatron_parallel_r1.data.bpe import train_tokenizer
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.data.readers import read_examples
+from megatron_parallel_r1.data.tokenizers import train_tokenizer
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
 from megatron_parallel_r1.thought.tokenizer import add_tags

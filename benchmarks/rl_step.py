@@ -33,27 +33,26 @@ import torch.distributed as dist
 from benchmarks.paced import Pace, Paced
 from benchmarks.page import Table, add_write_option, publish
 from benchmarks.side_by_side import ratios, spread
-from megatron_parallel_r1.data.embedded.generate import training_problem
-from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.data.embedded.generate import build_tokenizer, training_problem
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.sampler import ProblemStream
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.replicas import second_groups
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rewards.registry import make_reward
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.learner import Learner, Schooling
+from megatron_parallel_r1.rl.objective.settings import Objective
+from megatron_parallel_r1.rl.rollout_queue import batches
+from megatron_parallel_r1.rl.rollout_worker import Grpo
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.tokenizer import add_tags
-from megatron_parallel_r1.train.ahead import batches
-from megatron_parallel_r1.train.grpo import Grpo
-from megatron_parallel_r1.train.learning import Learner, Schooling
-from megatron_parallel_r1.train.policy.objective import Objective
-from megatron_parallel_r1.train.ranks import second_groups
 from megatron_parallel_r1.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,8 +34,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.page import Table, add_write_option, publish
 from benchmarks.real_traces import VOCAB, additive_mask, load_traces
 from benchmarks.side_by_side import alternate, ratios, spread
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors

@@ -26,20 +26,20 @@ from torch import multiprocessing
 
 from benchmarks.page import Table, add_write_option, publish
 from benchmarks.side_by_side import ratios, spread
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
+from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.hf import save_hf_folder
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.rollout.serving.child import Child
-from megatron_parallel_r1.rollout.serving.commands import command_of
-from megatron_parallel_r1.rollout.serving.places import url_of
-from megatron_parallel_r1.rollout.serving.settings import Serving
+from megatron_parallel_r1.rollout.launcher.commands import command_of
+from megatron_parallel_r1.rollout.launcher.placement import url_of
+from megatron_parallel_r1.rollout.launcher.server_process import Child
+from megatron_parallel_r1.rollout.launcher.settings import Serving
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import Kind, Sync
 from megatron_parallel_r1.sync.sglang import SglangControl
+from megatron_parallel_r1.train.logprob_runner import Scorer
 from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
-from megatron_parallel_r1.train.scorer import Scorer
 
 KINDS: tuple[Kind, ...] = ("distributed", "tensor", "disk")
 PYTHON = Path(__file__).resolve().parents[1] / ".venv-sglang" / "bin" / "python"

@@ -13,7 +13,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from megatron_parallel_r1.data.encode import decode
+from megatron_parallel_r1.data.prompts import decode
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.decode import prompt_tokens
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out

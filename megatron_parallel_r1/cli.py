@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_parallel_r1.distributed.stop_signals import hold_stop_signals
 from megatron_parallel_r1.errors import (
     LOST_EXIT_CODE,
     STOPPED_EXIT_CODE,
@@ -22,7 +23,6 @@ from megatron_parallel_r1.errors import (
     Stopped,
     UserError,
 )
-from megatron_parallel_r1.stop_signals import hold_stop_signals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,8 +49,8 @@ def curriculum(
 ) -> None:
     """Run all stages of a recipe, evaluate, release, report. Started again, it goes on where it stopped."""
     hold_stop_signals()
+    from megatron_parallel_r1.config.reader import read_recipe, refuse_single_stage
     from megatron_parallel_r1.curriculum.run import open_console, run
-    from megatron_parallel_r1.recipe_file import read_recipe, refuse_single_stage
 
     console = open_console()
     refuse_single_stage(recipe)
@@ -80,9 +80,9 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a released checkpoint with the recipe's evaluation and thinking settings."""
+    from megatron_parallel_r1.config.reader import read_recipe
     from megatron_parallel_r1.curriculum.evaluation import evaluate_checkpoint
     from megatron_parallel_r1.curriculum.run import open_console
-    from megatron_parallel_r1.recipe_file import read_recipe
     from megatron_parallel_r1.report.tables import eval_table
 
     record = evaluate_checkpoint(read_recipe(recipe, overrides or ()), checkpoint)
@@ -97,7 +97,7 @@ def coldstart(
     """Have a teacher write cold-start traces. Started again, it asks only what has no answer yet."""
     from megatron_parallel_r1.coldstart.run import cold_start
     from megatron_parallel_r1.coldstart.settings import settings_of
-    from megatron_parallel_r1.recipe_file import read_tree
+    from megatron_parallel_r1.config.reader import read_tree
 
     told = settings_of(read_tree(settings, overrides or ()), str(settings))
     outcome = cold_start(told, tell=lambda line: typer.echo(line, err=True))
@@ -119,11 +119,11 @@ def plan(
     machine: Annotated[str, typer.Option(help="h100, or a YAML file of a machine's rates.")] = "h100",
 ) -> None:
     """Say what a recipe will do and need: layout, steps, tokens, memory, time. Needs no weights."""
+    from megatron_parallel_r1.config.reader import read_recipe
     from megatron_parallel_r1.planning.lengths import Longest
     from megatron_parallel_r1.planning.machine import read_machine
     from megatron_parallel_r1.planning.plan import GIB, plan
     from megatron_parallel_r1.planning.plan_text import plan_text
-    from megatron_parallel_r1.recipe_file import read_recipe
 
     told, longest = read_recipe(recipe, overrides or ()), Longest(prompt_tokens, example_tokens)
     gpu, by = round(gpu_memory * GIB), read_machine(machine)
@@ -197,8 +197,8 @@ def serve_rollout(
     crashes: Annotated[int, typer.Option(min=1, help="In a row, then it gives up.")] = 3,
 ) -> None:
     """Start rollout servers of a checkpoint, start a crashed one again, end them all at the end."""
-    from megatron_parallel_r1.rollout.serving.run import serve_rollout as serve_until_told
-    from megatron_parallel_r1.rollout.serving.settings import Serving
+    from megatron_parallel_r1.rollout.launcher.run import serve_rollout as serve_until_told
+    from megatron_parallel_r1.rollout.launcher.settings import Serving
 
     serving = Serving(
         checkpoint=checkpoint,
@@ -237,8 +237,8 @@ def report(
 
 def _run_kind(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None) -> None:
     hold_stop_signals()
+    from megatron_parallel_r1.config.reader import read_recipe, stage_to_run
     from megatron_parallel_r1.curriculum.run import open_console, run
-    from megatron_parallel_r1.recipe_file import read_recipe, stage_to_run
 
     console = open_console()
     told = read_recipe(recipe, overrides or ())

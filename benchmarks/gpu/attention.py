@@ -19,7 +19,7 @@ from benchmarks.gpu.clock import Cost, cost_of, let_go
 from benchmarks.gpu.rows import dense_mask, timed_rows, visible_pairs
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.page import Table
-from megatron_parallel_r1.model.attention.choice import Kernel, path_attention
+from megatron_parallel_r1.model.attention.dispatch import Kernel, path_attention
 from megatron_parallel_r1.thought.packing import context_indices
 from tests.unit.model.kernels.dense import dense_attended
 

@@ -19,20 +19,20 @@ from benchmarks.gpu.clock import Cost, cost_of, let_go
 from benchmarks.gpu.rows import TAGS, dense_mask, trace_row
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.page import Table
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import Model, build_model, logits
 from megatron_parallel_r1.model.layers import Layers, Scaling
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors, table
-from megatron_parallel_r1.rollout.base import Sampling
+from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.packing import concatenate, pack
-from megatron_parallel_r1.train.microbatch import MicroBatch
+from megatron_parallel_r1.train.micro_batch import MicroBatch
 from megatron_parallel_r1.train.sft import sft_step
 from megatron_parallel_r1.train.trainer import Trainer
 

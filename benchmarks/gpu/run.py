@@ -25,7 +25,7 @@ from benchmarks.gpu import attention, models, tune
 from benchmarks.gpu.sizes import FULL, Sizes
 from benchmarks.gpu.targets import targets
 from benchmarks.page import PAGE, Table, replace_section
-from megatron_parallel_r1.model import process
+from megatron_parallel_r1.distributed import process
 
 Measure = Callable[[Sizes, torch.device], list[Table]]
 

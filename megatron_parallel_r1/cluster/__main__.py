@@ -18,8 +18,8 @@ from pathlib import Path
 from megatron_parallel_r1.cluster import attempts
 from megatron_parallel_r1.cluster.attempts import Attempt, failures_in_vain, steps_written
 from megatron_parallel_r1.cluster.failure import Failure, first_failure, last_lines
+from megatron_parallel_r1.distributed.stop_signals import STOP_SIGNALS
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, UserError
-from megatron_parallel_r1.stop_signals import STOP_SIGNALS
 
 ORDER = "order.json"
 STOPS = (STOPPED_EXIT_CODE, *(128 + stop for stop in STOP_SIGNALS))
@@ -30,7 +30,7 @@ def begin(job: Path, kind: str, words: Sequence[str], most: int) -> None:
     Raises:
         UserError: it cannot run, or it fails at one place again and again.
     """
-    from megatron_parallel_r1.cluster.order import Order, records_of
+    from megatron_parallel_r1.cluster.job_spec import Order, records_of
 
     # An evaluation checks its own words.
     folders = (records_of(words),) if kind == "eval" else Order.read(kind, words).folders
@@ -96,7 +96,7 @@ def main(words: Sequence[str]) -> int:
             begin(Path(job), rest[0], rest[1:], most)
             return 0
         if verb == "servers":
-            from megatron_parallel_r1.cluster.order import Order
+            from megatron_parallel_r1.cluster.job_spec import Order
             from megatron_parallel_r1.cluster.servers import server_words
 
             print("\n".join(server_words(Order.read(job, rest), os.environ["ROLLOUT_ENGINE"])))

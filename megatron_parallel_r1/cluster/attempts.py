@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_parallel_r1.evaluation.out import RECORDS
+from megatron_parallel_r1.evaluation.records import RECORDS
 
 Outcome = Literal["running", "done", "stopped", "failed"]
 FILE = "attempts.json"

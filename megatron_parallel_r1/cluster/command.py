@@ -13,13 +13,13 @@ from typing import Annotated
 import psutil
 import typer
 
-from megatron_parallel_r1.cluster.book import UNDER_WAY, Entry, note, noted, statuses
 from megatron_parallel_r1.cluster.failure import last_lines
-from megatron_parallel_r1.cluster.order import KINDS, Order
+from megatron_parallel_r1.cluster.job_registry import UNDER_WAY, Entry, note, noted, statuses
+from megatron_parallel_r1.cluster.job_spec import KINDS, Order
 from megatron_parallel_r1.cluster.site import has_slurm, read_site
 from megatron_parallel_r1.cluster.submission import Launcher, Wish
+from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.recipe_file import read_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -21,12 +21,12 @@ from submitit.core.utils import DelayedSubmission
 
 from megatron_parallel_r1.cluster import attempts
 from megatron_parallel_r1.cluster.attempts import Attempt, steps_written
-from megatron_parallel_r1.cluster.ranks import POLL_S, LocalRanks, exit_code
+from megatron_parallel_r1.cluster.local_ranks import POLL_S, LocalRanks, exit_code
+from megatron_parallel_r1.distributed.stop_signals import hear_stop_signals
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE
-from megatron_parallel_r1.stop_signals import hear_stop_signals
 
 if TYPE_CHECKING:
-    from megatron_parallel_r1.cluster.order import Order
+    from megatron_parallel_r1.cluster.job_spec import Order
 
 REQUEUE_S = 120.0  # for the controller to end a job that was requeued
 

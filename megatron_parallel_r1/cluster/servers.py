@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_parallel_r1.cluster.order import Order
-from megatron_parallel_r1.config import Stage
+from megatron_parallel_r1.cluster.job_spec import Order
+from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.errors import UserError
 
 

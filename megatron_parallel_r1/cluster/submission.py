@@ -17,11 +17,11 @@ from typing import Any
 from submitit import LocalExecutor, SlurmExecutor
 
 from megatron_parallel_r1.cluster.job import LocalJob, ScriptJob
-from megatron_parallel_r1.cluster.order import Order
+from megatron_parallel_r1.cluster.job_spec import Order
 from megatron_parallel_r1.cluster.servers import check_served
 from megatron_parallel_r1.cluster.site import SCRIPTS, Header, check_site, minutes_of, read_header, read_site
+from megatron_parallel_r1.distributed.parallel_config import check_world
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.parallel import check_world
 
 # Time limits and preemptions; what makes no progress ends by MAX_FAILURES.
 REQUEUES = 1000

@@ -5,16 +5,16 @@ The reasons are tried in their order, cheap and telling ones first; the first th
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_parallel_r1.coldstart.references import sibling_named
 from megatron_parallel_r1.coldstart.settings import Check
 from megatron_parallel_r1.coldstart.teacher import Answer
-from megatron_parallel_r1.coldstart.written import Written
-from megatron_parallel_r1.data.canonical import canonical
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.rewards.judge import Attempt, judge
+from megatron_parallel_r1.data.trace_text import WrittenTrace, canonical
+from megatron_parallel_r1.rewards.verification import Attempt, judge
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.parser import ParseError
 
@@ -91,7 +91,7 @@ def check(answer: Answer, problem: Problem, asked: Check, verifier: Verifier) ->
     if rejection := _before_reading(answer, text, asked):
         return Checked(text, rejection)
     try:
-        written = Written.of(text)
+        written = WrittenTrace.of(text)
     except ParseError as error:
         return Checked(text, Rejection("malformed", error.what, _place(text, error)))
     shape = Shape(tuple(len(block.paths) for _, block in written.tree.all_blocks()))
@@ -111,7 +111,7 @@ def _before_reading(answer: Answer, text: str, asked: Check) -> Rejection | None
     return None
 
 
-def _of_form(written: Written, shape: Shape, asked: Check) -> Rejection | None:
+def _of_form(written: WrittenTrace, shape: Shape, asked: Check) -> Rejection | None:
     if asked.parallel and not shape.blocks:
         return Rejection("no block")
     if 1 in shape.paths:
@@ -126,7 +126,7 @@ def _of_form(written: Written, shape: Shape, asked: Check) -> Rejection | None:
     return None
 
 
-def _of_answer(written: Written, problem: Problem, verifier: Verifier) -> Rejection | None:
+def _of_answer(written: WrittenTrace, problem: Problem, verifier: Verifier) -> Rejection | None:
     (judged,) = judge([Attempt(written.main, written.tree, problem.answers)], verifier)
     if judged.correct:
         return None
@@ -139,5 +139,32 @@ def _of_answer(written: Written, problem: Problem, verifier: Verifier) -> Reject
 
 
 def _place(text: str, error: ParseError) -> str:
-    before, after = Written.around(text, error.index)
+    before, after = WrittenTrace.around(text, error.index)
     return f"behind {before[-_SHOWN:]!r}" + (f", at {after[:_SHOWN]!r}" if after else "")
+
+
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+_KIND = r"(?:(?:reasoning|solution|parallel|sibling|thinking)\s+)?"
+_NAMED = re.compile(
+    rf"\b(?P<ordinal>{'|'.join(_ORDINALS)})\s+{_KIND}path\b|\bpath\s+(?:\#\s*)?(?P<number>[1-8])\b(?![.,]\d)",
+    re.IGNORECASE,
+)
+_OTHERS = re.compile(
+    rf"\b(?:the|all|both|any)\s+(?:other|previous|preceding|earlier)\s+{_KIND}paths?\b|\bsibling\s+paths?\b",
+    re.IGNORECASE,
+)
+
+
+def sibling_named(paths: Sequence[str]) -> str | None:
+    """The first mention of a sibling in the texts of a block's paths; None if there is none."""
+    if len(paths) < 2:
+        return None
+    for own, text in enumerate(paths):
+        for named in _NAMED.finditer(text):
+            ordinal = named["ordinal"]
+            which = _ORDINALS.index(ordinal.lower()) if ordinal else int(named["number"]) - 1
+            if which != own and which < len(paths):
+                return named.group()
+        if others := _OTHERS.search(text):
+            return others.group()
+    return None

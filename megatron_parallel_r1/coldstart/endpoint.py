@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
 
-from megatron_parallel_r1.coldstart.backoff import PATIENCE_S, backoff_s, retry_after_s
-from megatron_parallel_r1.coldstart.reply import BadReply, error_of, read_reply
-from megatron_parallel_r1.coldstart.settings import Endpoint
-from megatron_parallel_r1.coldstart.teacher import Answer, Request, Unanswered
+from megatron_parallel_r1.coldstart.settings import Api, Endpoint
+from megatron_parallel_r1.coldstart.teacher import Answer, Finish, Request, Unanswered
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.connection import IDLE_S
+from megatron_parallel_r1.rollout.servers.client import IDLE_S
 
 PASSING = frozenset({408, 409, 425, 429})
 """Statuses below 500 that may be another one a while later."""
@@ -175,3 +176,100 @@ def _key(variable: str | None) -> str | None:
             f"teacher.key_variable: what {variable} holds is no key; it has characters that no key has"
         )
     return key
+
+
+THINK, THINK_END = "<think>", "</think>"
+_FINISH: dict[str | None, Finish] = {"length": "length", "content_filter": "refused"}
+
+
+class BadReply(ValueError):
+    """A body that holds no answer, and why."""
+
+
+def read_reply(body: bytes, api: Api) -> Answer:
+    """The first choice of a reply.
+
+    Raises:
+        BadReply: the body is no JSON, or not of the shape that OpenAI's API has.
+    """
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadReply(f"no JSON: {_shown(body)}") from None
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        raise BadReply(f"no choices: {_shown(body)}")
+    refused = False
+    if api == "completions":
+        text = choice.get("text")
+    else:
+        message = choice.get("message")
+        if not isinstance(message, dict):
+            raise BadReply(f"a choice without a message: {_shown(body)}")
+        text = message.get("content")
+        refused = bool(message.get("refusal"))
+    if not isinstance(text, str | None):
+        raise BadReply(f"an answer that is no text: {_shown(body)}")
+    reason = choice.get("finish_reason")
+    finish = "refused" if refused else _FINISH.get(reason if isinstance(reason, str) else None, "stop")
+    return Answer(_without_thought(_unicode(text or "")), finish)
+
+
+def error_of(body: bytes) -> tuple[str, str]:
+    """(code, message) of a reply that says what is wrong; empty where it does not."""
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError):
+        return "", ""
+    error: Any = reply.get("error", reply) if isinstance(reply, dict) else None
+    if not isinstance(error, dict):
+        return "", str(error or "")
+    return str(error.get("code") or ""), str(error.get("message") or error.get("detail") or "")
+
+
+def _without_thought(text: str) -> str:
+    """What follows the thought of a reasoning model; nothing, if the thought never ends."""
+    _, end, answer = text.rpartition(THINK_END)
+    if end:
+        return answer
+    return "" if text.lstrip().startswith(THINK) else text
+
+
+def _unicode(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no file can hold."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _shown(body: bytes) -> str:
+    return repr(body[:80].decode("utf-8", errors="replace"))
+
+
+PATIENCE_S = 3600.0
+"""A server that wants a longer pause is not waited for."""
+
+
+def backoff_s(first_s: float, longest_s: float, attempt: int, seed: int) -> float:
+    """The wait before retry `attempt` (0, 1, …): half to all of first_s * 2**attempt, at most longest_s.
+
+    The half that is left to chance keeps requests apart that failed together; `seed` fixes it.
+    """
+    whole = min(longest_s, first_s * 2.0 ** min(attempt, 60))
+    return whole * random.Random(f"{seed}/{attempt}").uniform(0.5, 1.0)
+
+
+def retry_after_s(header: str | None, now: datetime | None = None) -> float | None:
+    """Seconds that a `Retry-After` header asks for (RFC 9110, 10.2.3: seconds or a date); None without one.
+
+    A header that is neither is none.
+    """
+    if header is None:
+        return None
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        date = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
+    return max(0.0, (date - (now or datetime.now(timezone.utc))).total_seconds())

@@ -9,17 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
 from megatron_parallel_r1.coldstart.settings import OwnEngine
 from megatron_parallel_r1.coldstart.teacher import Answer, Request
-from megatron_parallel_r1.curriculum.sources import open_tokenizer
-from megatron_parallel_r1.curriculum.workbench import native_engine
-from megatron_parallel_r1.data.encode import decode, encode_prompt
-from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.data.prompts import TEMPLATES, decode, encode_prompt
+from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
 from megatron_parallel_r1.model.weights import check_fit
 from megatron_parallel_r1.rollout.thinking import Thinker
+from megatron_parallel_r1.run.context import native_engine
+from megatron_parallel_r1.run.datasets import open_tokenizer
 from megatron_parallel_r1.thought.tags import Tags
 
 if TYPE_CHECKING:

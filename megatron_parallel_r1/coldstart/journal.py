@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_parallel_r1.coldstart.teacher import Answer, Request
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.report.jsonl import JsonLines, read_jsonl
+from megatron_parallel_r1.utils.jsonl import JsonLines, read_jsonl
 
 
 class Journal:

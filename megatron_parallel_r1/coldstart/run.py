@@ -14,10 +14,9 @@ from contextlib import asynccontextmanager
 from megatron_parallel_r1.coldstart.balance import Candidate, balance
 from megatron_parallel_r1.coldstart.endpoint import open_endpoint
 from megatron_parallel_r1.coldstart.journal import Journal, open_journal
-from megatron_parallel_r1.coldstart.report import Outcome
+from megatron_parallel_r1.coldstart.report import Outcome, Seen, Shapes, Tally
 from megatron_parallel_r1.coldstart.rounds import Asked, Rounds
 from megatron_parallel_r1.coldstart.settings import ColdStart, OwnEngine
-from megatron_parallel_r1.coldstart.tally import Seen, Shapes, Tally
 from megatron_parallel_r1.coldstart.teacher import Teacher
 from megatron_parallel_r1.coldstart.writing import Row, write_text, write_traces
 from megatron_parallel_r1.data.account import account_table

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from megatron_parallel_r1.config.errors import first_problem
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.data.schemas import Columns
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.recipe_errors import first_problem
 from megatron_parallel_r1.rollout.settings import Thinking
 
 # For pydantic, which reads these settings from a file: an unknown key is an error.

@@ -8,8 +8,8 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from megatron_parallel_r1.coldstart.checks import check
+from megatron_parallel_r1.coldstart.report import Seen, Tally
 from megatron_parallel_r1.coldstart.settings import Check
-from megatron_parallel_r1.coldstart.tally import Seen, Tally
 from megatron_parallel_r1.coldstart.teacher import Answer
 from megatron_parallel_r1.coldstart.writing import SCHEMA
 from megatron_parallel_r1.data.problems import Problem

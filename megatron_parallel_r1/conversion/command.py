@@ -25,7 +25,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.errors import UserError
 
 DTYPES = ("keep", "bfloat16", "float16", "float32")
@@ -111,9 +111,9 @@ def verify_command(words: Sequence[str] | None = None) -> int:
     _like(parser)
     parser.add_argument("--no-logits", action="store_true", help="compare the tensors alone: less memory")
     told = parser.parse_args(words)
-    from megatron_parallel_r1.conversion.side import open_side
+    from megatron_parallel_r1.architecture.weight_table import table
+    from megatron_parallel_r1.conversion.checkpoint_source import open_side
     from megatron_parallel_r1.conversion.verify import compare_logits, compare_shapes, compare_tensors
-    from megatron_parallel_r1.model.weight import table
 
     def opened(path: Path) -> object:
         return open_side(path, None if (path / "config.json").is_file() else told.like)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_parallel_r1.checkpoint_formats.torch_dist import find_checkpoint
 from megatron_parallel_r1.conversion.to_megatron import Advance
-from megatron_parallel_r1.conversion.work import SUMS
+from megatron_parallel_r1.conversion.work_folder import SUMS
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.torch_dist import find_checkpoint
 from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST, Damaged, fault, read_manifest, stamp
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from megatron_parallel_r1.conversion.side import open_side
+from megatron_parallel_r1.architecture.weight_table import table
+from megatron_parallel_r1.checkpoint_formats.hf_folder import weight_files
+from megatron_parallel_r1.checkpoint_formats.safetensors_file import stored_tensors
+from megatron_parallel_r1.checkpoint_formats.torch_dist import MegatronCheckpoint, find_checkpoint
+from megatron_parallel_r1.conversion.checkpoint_source import open_side
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.hf import weight_files
-from megatron_parallel_r1.model.safetensors_files import stored_tensors
-from megatron_parallel_r1.model.torch_dist import MegatronCheckpoint, find_checkpoint
-from megatron_parallel_r1.model.weight import table
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 

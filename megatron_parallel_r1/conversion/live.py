@@ -9,9 +9,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from megatron_parallel_r1.checkpoint_formats.torch_dist import find_checkpoint
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.torch_dist import find_checkpoint
 
 
 @torch.no_grad()

@@ -15,18 +15,18 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from megatron_parallel_r1 import config
-from megatron_parallel_r1.conversion.side import Side, open_side
+from megatron_parallel_r1.checkpoint_formats.hf_folder import SHARD_BYTES
+from megatron_parallel_r1.config.errors import first_problem
+from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.conversion.checkpoint_source import Side, open_side
 from megatron_parallel_r1.conversion.to_hf import write_hf
 from megatron_parallel_r1.conversion.to_megatron import Advance
-from megatron_parallel_r1.curriculum.card import Point, card, licence, lineage, run_card, thinking_json
-from megatron_parallel_r1.curriculum.folder import past_evaluations
-from megatron_parallel_r1.curriculum.sources import open_tokenizer
-from megatron_parallel_r1.data.encode import CHAT_TEMPLATE
+from megatron_parallel_r1.curriculum.model_card import Point, card, licence, lineage, run_card, thinking_json
+from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import stored_decoding
-from megatron_parallel_r1.model.hf import SHARD_BYTES
-from megatron_parallel_r1.recipe_errors import first_problem
+from megatron_parallel_r1.run.datasets import open_tokenizer
+from megatron_parallel_r1.run.folder import past_evaluations
 from megatron_parallel_r1.thought.tags import Tags
 
 
@@ -100,10 +100,10 @@ def write_release(
     write_hf(side, out, dtype, shard_bytes, replace, extra, advance, begin)
 
 
-def _recipe(run: Path) -> config.Recipe:
+def _recipe(run: Path) -> Recipe:
     file = run / "config.yaml"
     try:
-        return config.Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{run}: no config.yaml; give the folder of a run") from None
     except ValidationError as error:
@@ -112,7 +112,7 @@ def _recipe(run: Path) -> config.Recipe:
         raise UserError(f"{file}: no valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _point(recipe: config.Recipe, run: Path, given: Given) -> Point:
+def _point(recipe: Recipe, run: Path, given: Given) -> Point:
     """Which stage, and which of its steps, is released.
 
     Raises:
@@ -139,7 +139,7 @@ def _point(recipe: config.Recipe, run: Path, given: Given) -> Point:
     return Point(stages[name], int(step[1]) if step else None)
 
 
-def _evaluations(recipe: config.Recipe, run: Path, at: Point) -> list[dict[str, Any]]:
+def _evaluations(recipe: Recipe, run: Path, at: Point) -> list[dict[str, Any]]:
     """Those of the stages that the weights went through, as far as they went; of a whole run all."""
     records = past_evaluations(run)
     if at == Point(recipe.stages[-1]):

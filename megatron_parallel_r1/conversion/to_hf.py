@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.conversion.ahead import Rooms, loaded
-from megatron_parallel_r1.conversion.side import Side, Slab, open_side
-from megatron_parallel_r1.conversion.sink import Sink
+from megatron_parallel_r1.architecture.weight_table import Weight, table
+from megatron_parallel_r1.checkpoint_formats.hf_folder import SHARD_BYTES, shard_names
+from megatron_parallel_r1.checkpoint_formats.safetensors_file import NAMES
+from megatron_parallel_r1.conversion.checkpoint_source import Side, Slab, open_side
+from megatron_parallel_r1.conversion.hashing_writer import Sink
+from megatron_parallel_r1.conversion.prefetch import Rooms, loaded
 from megatron_parallel_r1.conversion.to_megatron import Advance, copy_companions, source_identity
-from megatron_parallel_r1.conversion.work import Work
+from megatron_parallel_r1.conversion.work_folder import Work
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.hf import SHARD_BYTES, shard_names
-from megatron_parallel_r1.model.safetensors_files import NAMES
-from megatron_parallel_r1.model.weight import Weight, table
 
 SLAB_BYTES = 2**25  # read at once where a weight can be cut
 INDEX = "model.safetensors.index.json"

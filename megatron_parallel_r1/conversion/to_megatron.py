@@ -31,14 +31,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_parallel_r1.conversion.ahead import Rooms, loaded, tensor_in
-from megatron_parallel_r1.conversion.pieces import Piece, Target, pieces_of
-from megatron_parallel_r1.conversion.sink import Sink
-from megatron_parallel_r1.conversion.work import Work, working_folder
-from megatron_parallel_r1.model.hf import read_config, weight_files
-from megatron_parallel_r1.model.safetensors_files import StoredTensor, stored_tensors
-from megatron_parallel_r1.model.torch_dist import TRACKER
-from megatron_parallel_r1.model.weight import check_fit
+from megatron_parallel_r1.architecture.weight_table import check_fit
+from megatron_parallel_r1.checkpoint_formats.hf_folder import read_config, weight_files
+from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTensor, stored_tensors
+from megatron_parallel_r1.checkpoint_formats.torch_dist import TRACKER
+from megatron_parallel_r1.conversion.hashing_writer import Sink
+from megatron_parallel_r1.conversion.prefetch import Rooms, loaded, tensor_in
+from megatron_parallel_r1.conversion.shard_plan import Piece, Target, pieces_of
+from megatron_parallel_r1.conversion.work_folder import Work, working_folder
 
 FILE_BYTES = 2**30
 RELEASE = "release"

@@ -14,9 +14,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.conversion.side import Side, Slab
+from megatron_parallel_r1.architecture.weight_table import table
+from megatron_parallel_r1.conversion.checkpoint_source import Side, Slab
 from megatron_parallel_r1.conversion.to_megatron import Advance
-from megatron_parallel_r1.model.weight import table
 
 TOLERANCE = 2e-5  # float32 logits of order 1; relative to the largest where that is more
 LENGTH = 64
@@ -50,7 +50,7 @@ def compare_tensors(one: Side, two: Side, advance: Advance = lambda count: None)
 
 def compare_logits(one: Side, two: Side) -> tuple[dict[str, float], list[str]]:
     """The largest differences of float32 logits, by what was compared; and those that are too large."""
-    from megatron_parallel_r1.model import process
+    from megatron_parallel_r1.distributed import process
 
     tokens_1L = torch.randint(0, one.shape.vocab, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     with process.running(seed=0):
@@ -82,9 +82,9 @@ def _largest(tensor: Tensor) -> float:
 
 @torch.no_grad()
 def _ours(side: Side, tokens_1L: Tensor) -> Tensor:
+    from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
     from megatron_parallel_r1.conversion.live import load_with_megatron
     from megatron_parallel_r1.model.gpt import build_model, logits
-    from megatron_parallel_r1.model.hf import load_hf_folder
     from megatron_parallel_r1.model.weights import load_hf_tensors
 
     model = build_model(side.shape)

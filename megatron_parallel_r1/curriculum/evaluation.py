@@ -8,29 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_parallel_r1 import config
-from megatron_parallel_r1.curriculum.decoding import Decoders, engine_of_checkpoint
-from megatron_parallel_r1.curriculum.draws import seed_of
-from megatron_parallel_r1.curriculum.folder import steps_done
-from megatron_parallel_r1.curriculum.sources import evaluation_problems, open_tokenizer
-from megatron_parallel_r1.curriculum.viewing import trace_record
-from megatron_parallel_r1.curriculum.workbench import Workbench
+from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
+from megatron_parallel_r1.config.recipe import Evaluation, Recipe
+from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.parallel_config import check_parallel
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
-from megatron_parallel_r1.model.parallel import check_parallel
 from megatron_parallel_r1.model.weights import check_fit, hf_tensors
-from megatron_parallel_r1.report.jsonl import JsonLines
+from megatron_parallel_r1.report.trace_record import trace_record
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.terms import score_accuracy
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.metrics import trace_metrics
+from megatron_parallel_r1.rl.rollout_worker import roll_out_and_judge
 from megatron_parallel_r1.rollout.thinking import Thinker
+from megatron_parallel_r1.run.context import Workbench
+from megatron_parallel_r1.run.datasets import evaluation_problems, open_tokenizer
+from megatron_parallel_r1.run.engines import Decoders, engine_of_checkpoint
+from megatron_parallel_r1.run.folder import steps_done
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.rolling import roll_out_and_judge
-from megatron_parallel_r1.train.scoring import trace_metrics
+from megatron_parallel_r1.utils.jsonl import JsonLines
+from megatron_parallel_r1.utils.seeding import seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     verifier: Verifier,
     template: str,
-    asked: config.Evaluation,
+    asked: Evaluation,
     seed: int,
 ) -> tuple[dict[str, Any], list[Trace], list[Judged]]:
     """`asked.samples` traces of each problem, scored by accuracy whatever the model was trained on.
@@ -75,7 +76,7 @@ def evaluate(
 
 
 def evaluate_stage(
-    bench: Workbench, stage: config.Stage, model: Model, verifier: Verifier, decoders: Decoders
+    bench: Workbench, stage: Stage, model: Model, verifier: Verifier, decoders: Decoders
 ) -> dict[str, Any]:
     """Evaluates a finished stage; the record goes to `eval.jsonl`, a few traces to `eval_traces.jsonl`."""
     recipe = bench.recipe
@@ -103,7 +104,7 @@ def evaluate_stage(
     return record
 
 
-def evaluate_checkpoint(recipe: config.Recipe, checkpoint: Path | None = None) -> dict[str, Any]:
+def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None = None) -> dict[str, Any]:
     """Evaluates a Hugging Face folder with the recipe's evaluation and its last stage's thinking.
 
     Args:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_parallel_r1.curriculum.card import Point, run_card, thinking_json
-from megatron_parallel_r1.curriculum.keeping import save_model
-from megatron_parallel_r1.curriculum.workbench import Workbench
-from megatron_parallel_r1.data.encode import CHAT_TEMPLATE
+from megatron_parallel_r1.curriculum.model_card import Point, run_card, thinking_json
+from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE
 from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.run.context import Workbench
+from megatron_parallel_r1.run.save import save_model
 
 
 def write_release(bench: Workbench, model: Model, evaluations: Sequence[dict[str, Any]]) -> Path:

@@ -12,31 +12,27 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_parallel_r1 import config
-from megatron_parallel_r1.curriculum.board import check_wandb
-from megatron_parallel_r1.curriculum.card import Point, thinking_json
-from megatron_parallel_r1.curriculum.decoding import Decoders
+from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
-from megatron_parallel_r1.curriculum.folder import (
-    is_resumable,
-    keep_tokenizer,
-    open_run_folder,
-    past_evaluations,
-)
-from megatron_parallel_r1.curriculum.keeping import save_model
-from megatron_parallel_r1.curriculum.loop import checkpoint_folder
+from megatron_parallel_r1.curriculum.model_card import Point, thinking_json
 from megatron_parallel_r1.curriculum.release import write_release
-from megatron_parallel_r1.curriculum.seeds import across_seeds
-from megatron_parallel_r1.curriculum.sources import check_sources, contamination_report
+from megatron_parallel_r1.curriculum.seed_table import across_seeds
 from megatron_parallel_r1.curriculum.stages import run_rl, run_sft
-from megatron_parallel_r1.curriculum.workbench import Workbench
-from megatron_parallel_r1.model import process
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.collectives import wait_for_all
+from megatron_parallel_r1.distributed.watchdog import Watch
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.watch import Watch
 from megatron_parallel_r1.report.html import build_report
 from megatron_parallel_r1.report.tables import eval_table
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.train.agreement import wait_for_all
+from megatron_parallel_r1.run.context import Workbench
+from megatron_parallel_r1.run.datasets import check_sources, contamination_report
+from megatron_parallel_r1.run.engines import Decoders
+from megatron_parallel_r1.run.folder import is_resumable, keep_tokenizer, open_run_folder, past_evaluations
+from megatron_parallel_r1.run.save import save_model
+from megatron_parallel_r1.run.stage_loop import checkpoint_folder
+from megatron_parallel_r1.run.wandb_log import check_wandb
 
 
 def open_console() -> Console:
@@ -56,7 +52,7 @@ class Outcome:
 
 
 def run(
-    recipe: config.Recipe,
+    recipe: Recipe,
     only: Collection[str] | None = None,
     fresh: bool = False,
     adapt: bool = False,
@@ -90,7 +86,7 @@ def run(
 
 
 def _run_seed(
-    recipe: config.Recipe,
+    recipe: Recipe,
     folder: Path,
     only: Collection[str] | None,
     fresh: bool,
@@ -137,7 +133,7 @@ def _run_seed(
 
 def _run_stage(
     bench: Workbench,
-    stage: config.SftStage | config.RlStage,
+    stage: SftStage | RlStage,
     verifier: Verifier,
     decoders: Decoders,
     console: Console,
@@ -148,7 +144,7 @@ def _run_stage(
     model: Model | None = None
     if not (folder / "model").is_dir():
         folder.mkdir(exist_ok=True)
-        if isinstance(stage, config.SftStage):
+        if isinstance(stage, SftStage):
             model = run_sft(bench, stage, watch).model
         else:
             model = run_rl(bench, stage, verifier, decoders, watch).model

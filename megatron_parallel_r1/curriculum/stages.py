@@ -10,36 +10,37 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_parallel_r1 import config
-from megatron_parallel_r1.curriculum.decoding import Decoders
-from megatron_parallel_r1.curriculum.keeping import renew_reference
-from megatron_parallel_r1.curriculum.loop import StageLoop
-from megatron_parallel_r1.curriculum.sources import example_rows, problem_stream
-from megatron_parallel_r1.curriculum.viewing import trace_record
-from megatron_parallel_r1.curriculum.workbench import Workbench
+from megatron_parallel_r1.config.data import DataSet
+from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.data.embedded.traces import stated_result
-from megatron_parallel_r1.data.encode import encode_prompt
+from megatron_parallel_r1.data.prompts import encode_prompt
 from megatron_parallel_r1.data.row_cache import RowCache, tokenizer_hash
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.watch import Watch
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.replicas import second_groups
+from megatron_parallel_r1.distributed.watchdog import Watch
 from megatron_parallel_r1.model.weights import hf_tensors
+from megatron_parallel_r1.report.trace_record import trace_record
 from megatron_parallel_r1.rewards.extract import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rollout.base import Engine
+from megatron_parallel_r1.rl.learner import Learner, Schooling
+from megatron_parallel_r1.rl.metrics import without_stale
+from megatron_parallel_r1.rl.path_metrics import stated_value
+from megatron_parallel_r1.rl.rollout_batch import Collected, Rollouts
+from megatron_parallel_r1.rl.rollout_queue import batches
+from megatron_parallel_r1.rl.rollout_worker import Grpo
+from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.rollout.thinking import Thinker
+from megatron_parallel_r1.run.context import Workbench
+from megatron_parallel_r1.run.datasets import example_rows, problem_stream
+from megatron_parallel_r1.run.engines import Decoders
+from megatron_parallel_r1.run.save import renew_reference
+from megatron_parallel_r1.run.stage_loop import StageLoop
 from megatron_parallel_r1.thought.layout import Row
-from megatron_parallel_r1.train.ahead import batches
-from megatron_parallel_r1.train.grpo import Grpo
-from megatron_parallel_r1.train.learning import Learner, Schooling
-from megatron_parallel_r1.train.ranks import second_groups
-from megatron_parallel_r1.train.rollouts import Collected, Rollouts
 from megatron_parallel_r1.train.sft import example_row, sft_step
-from megatron_parallel_r1.train.shape import stated_value
-from megatron_parallel_r1.train.staleness import without_stale
 from megatron_parallel_r1.train.trainer import Trainer
 
 
-def run_sft(bench: Workbench, stage: config.SftStage, watch: Watch) -> Trainer:
+def run_sft(bench: Workbench, stage: SftStage, watch: Watch) -> Trainer:
     """Trains a supervised stage and returns its trainer."""
     recipe = bench.recipe
     mode = recipe.thinking_of(stage).mode
@@ -61,9 +62,7 @@ def run_sft(bench: Workbench, stage: config.SftStage, watch: Watch) -> Trainer:
     return trainer
 
 
-def run_rl(
-    bench: Workbench, stage: config.RlStage, verifier: Verifier, decoders: Decoders, watch: Watch
-) -> Trainer:
+def run_rl(bench: Workbench, stage: RlStage, verifier: Verifier, decoders: Decoders, watch: Watch) -> Trainer:
     """Trains a reinforcement-learning stage and returns its trainer."""
     stream = problem_stream(
         bench.recipe,
@@ -129,7 +128,7 @@ def _traces_kept(collected: Collected) -> list[dict[str, Any]]:
 
 def _grpo(
     bench: Workbench,
-    stage: config.RlStage,
+    stage: RlStage,
     trainer: Trainer,
     engine: Engine[Any],
     verifier: Verifier,
@@ -166,7 +165,7 @@ def _grpo(
         concurrent=stage.concurrent,
         max_staleness=stage.max_staleness,
         world=world,
-        stated=stated_value if isinstance(stage.data, config.DataSet) else _stated_embedded,
+        stated=stated_value if isinstance(stage.data, DataSet) else _stated_embedded,
     )
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_parallel_r1 import thought
-from megatron_parallel_r1.data import encode
+from megatron_parallel_r1.data import prompts
 from megatron_parallel_r1.data.problems import Example
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.errors import UserError
@@ -87,7 +87,7 @@ def _code_hash(to_row: Callable[[Example], Row]) -> str:
     while isinstance(function, partial):
         function = function.func
     sources = sorted(Path(thought.__file__).parent.glob("*.py"))
-    own = [Path(inspect.getsourcefile(module)) for module in (encode, inspect.getmodule(function))]
+    own = [Path(inspect.getsourcefile(module)) for module in (prompts, inspect.getmodule(function))]
     return _files_hash([*sources, *own])
 
 

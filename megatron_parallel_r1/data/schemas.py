@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megatron_parallel_r1.data.canonical import canonical
 from megatron_parallel_r1.data.cells import BadCell, CellReader, as_text, as_value, at_path, text, value
-from megatron_parallel_r1.data.form import malformed
 from megatron_parallel_r1.data.shard import Cells
+from megatron_parallel_r1.data.trace_text import canonical, malformed
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.latex import last_box
+from megatron_parallel_r1.utils.latex import last_box
 
 CUSTOM = "custom"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_parallel_r1.rewards.equal import equivalent
+from megatron_parallel_r1.rewards.equality import equivalent
 from megatron_parallel_r1.rewards.extract import extract_answer
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags

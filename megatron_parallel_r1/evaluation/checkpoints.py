@@ -15,12 +15,11 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_parallel_r1 import config
-from megatron_parallel_r1.data.encode import CHAT_TEMPLATE
-from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.config.errors import first_problem
+from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE, TEMPLATES
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.modes import Decoding
-from megatron_parallel_r1.recipe_errors import first_problem
 from megatron_parallel_r1.report.run_folder import read_run
 from megatron_parallel_r1.rollout.settings import Thinking
 
@@ -84,7 +83,7 @@ def stages_of(run: Path) -> list[Checkpoint]:
             f"{run}: no run folder (config.yaml is missing); give one, or checkpoints by --checkpoint"
         )
     try:
-        recipe = config.Recipe.model_validate(yaml.safe_load(written.read_text(encoding="utf-8")))
+        recipe = Recipe.model_validate(yaml.safe_load(written.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise UserError(f"{written}: {first_problem(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

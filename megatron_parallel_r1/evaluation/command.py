@@ -17,9 +17,9 @@ from megatron_parallel_r1.evaluation.benchmarks import EMBEDDED, EMBEDDED_PROBLE
 from megatron_parallel_r1.evaluation.checkpoints import Checkpoint, open_checkpoint, stages_of
 from megatron_parallel_r1.evaluation.engines import ENGINES
 from megatron_parallel_r1.evaluation.modes import Mode
-from megatron_parallel_r1.evaluation.out import USUAL, check_out, writing
 from megatron_parallel_r1.evaluation.pairs import pairs_of
 from megatron_parallel_r1.evaluation.plot import draw_plot, save_plot, svg_of
+from megatron_parallel_r1.evaluation.records import USUAL, check_out, writing
 from megatron_parallel_r1.evaluation.runs import Plan, Result, evaluate, write_summaries
 from megatron_parallel_r1.evaluation.table import Table, html_page, markdown_page, tables_of
 

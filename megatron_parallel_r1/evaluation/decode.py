@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_parallel_r1.data.encode import decode as text_of
-from megatron_parallel_r1.data.encode import encode_prompt
+from megatron_parallel_r1.data.prompts import decode as text_of
+from megatron_parallel_r1.data.prompts import encode_prompt
 from megatron_parallel_r1.evaluation.records import Attempt, Record, record_of
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.metrics import judge_traces
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.scoring import judge_traces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
 """Engines by name, each opened for one checkpoint.
 
 A new engine is a context manager that yields an `Opened`, and one line in `ENGINES`; what decodes with it
-knows only `rollout/base.py`'s protocol.
+knows only `rollout/engine.py`'s protocol.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.base import Engine
+from megatron_parallel_r1.rollout.engine import Engine
 
 # How long servers may take to answer at all, in seconds.
 PATIENCE_S = 60.0
@@ -73,13 +73,13 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
     """In this process, or in all processes of a launch; they leave together, all records written."""
     from megatron.core import parallel_state
 
-    from megatron_parallel_r1.curriculum.workbench import native_engine
-    from megatron_parallel_r1.model import process
-    from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder
-    from megatron_parallel_r1.model.parallel import Parallel, check_parallel
+    from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
+    from megatron_parallel_r1.distributed import process
+    from megatron_parallel_r1.distributed.collectives import wait_for_all
+    from megatron_parallel_r1.distributed.parallel_config import Parallel, check_parallel
+    from megatron_parallel_r1.distributed.replicas import speaks
     from megatron_parallel_r1.model.weights import check_fit
-    from megatron_parallel_r1.train.agreement import wait_for_all
-    from megatron_parallel_r1.train.ranks import speaks
+    from megatron_parallel_r1.run.context import native_engine
 
     if asked.servers:
         raise UserError("engine native: decodes in this process and takes no --server; leave it out")
@@ -105,10 +105,10 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
 @contextmanager
 def _served(engine: str, asked: EngineRequest) -> Iterator[Opened]:
     """On rollout servers of the checkpoint, which share the work among themselves."""
-    from megatron_parallel_r1.rollout.connecting import check_checkpoint, met_pool
-    from megatron_parallel_r1.rollout.pool import PoolSettings
-    from megatron_parallel_r1.rollout.server import Timeouts
-    from megatron_parallel_r1.rollout.server_engine import ServerEngine
+    from megatron_parallel_r1.rollout.servers.client import Timeouts
+    from megatron_parallel_r1.rollout.servers.connect import check_checkpoint, met_pool
+    from megatron_parallel_r1.rollout.servers.engine import ServerEngine
+    from megatron_parallel_r1.rollout.servers.pool import PoolSettings
 
     if not asked.servers:
         raise UserError(

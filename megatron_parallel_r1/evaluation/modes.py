@@ -15,9 +15,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_parallel_r1.config.errors import first_problem
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.recipe_errors import first_problem
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
 

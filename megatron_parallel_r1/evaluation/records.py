@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.out import RECORDS, records_under, writing
-from megatron_parallel_r1.report.jsonl import JsonLines, read_jsonl
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.utils.jsonl import JsonLines, read_jsonl
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,3 +192,39 @@ def _read(told: dict[str, Any]) -> Record | None:
 def _hash(*parts: Any) -> str:
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=8).digest().hex()
+
+
+USUAL = Path("runs/eval")
+RECORDS = "copy*.jsonl"
+
+
+def records_under(out: Path) -> Path:
+    """The folder of all records."""
+    return out / "records"
+
+
+def check_out(folder: Path) -> None:
+    """Whether `folder` can be written, or made: known before a model is loaded, and nothing is made yet.
+
+    Raises:
+        UserError: it cannot.
+    """
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"--out {folder}: {there} is no folder; give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: {there} may not be written; give another")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around what writes there.
+
+    Raises:
+        UserError: it cannot be written, or the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or folder, error.strerror or error
+        raise UserError(f"{where}: {why}; mend that and start again, or give another --out") from None

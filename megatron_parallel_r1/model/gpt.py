@@ -22,22 +22,21 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import padded_vocab
+from megatron_parallel_r1.distributed.parallel_config import Parallel, check_parallel
 from megatron_parallel_r1.model.layers import Layers, check_layers
-from megatron_parallel_r1.model.parallel import Parallel, check_parallel
-from megatron_parallel_r1.model.rotary import PositionRotary
 from megatron_parallel_r1.model.spec import block_spec
-from megatron_parallel_r1.model.transformer import transformer_config
-from megatron_parallel_r1.model.weight import padded_vocab
+from megatron_parallel_r1.model.transformer import PositionRotary, transformer_config
 
 __all__ = ["Model", "PathGPT", "build_model", "logits", "padded_vocab"]
 
 
 class PathGPT(GPTModel):
-    """A stage of a GPTModel whose `position_ids` [1, L] are obeyed and whose `attention_mask` is the layout.
+    """A stage of GPTModel that obeys `position_ids` [1, L]; its `attention_mask` is the layout.
 
     The last stage returns hidden states [T, 1, E] like any other. Logits are made from them where they are
-    needed (train/logprobs.py), since those of a long row over a large vocabulary would fill the memory.
+    needed (train/target_logprobs.py): those of a long row over a large vocabulary would fill the memory.
 
     Args:
         shape: the architecture, kept as `self.shape`.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.attention.choice import Kernel, check_kernel
+from megatron_parallel_r1.model.attention.dispatch import Kernel, check_kernel
 
 Kind = Literal["local", "transformer_engine"]
 Scaling = Literal["none", "delayed", "current", "blockwise"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.model.layers import Layers
-from megatron_parallel_r1.model.parallel import Parallel
 
 
 def _leave_unset(weight: torch.Tensor) -> None:
@@ -97,3 +98,25 @@ def transformer_config(
     if model.rope_gain != 1.0:
         config.yarn_rotary_scaling_factor = model.rope_scaling.factor
     return config
+
+
+class PositionRotary(nn.Module):
+    """Angles of rotary embeddings (arXiv 2104.09864), bit-equal to transformers' in float32.
+
+    Args:
+        shape: says how fast each pair of dimensions turns; all dimensions of a head rotate.
+    """
+
+    def __init__(self, shape: ModelConfig) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @torch.no_grad()
+    def forward(self, positions_1L: Tensor) -> Tensor:
+        """Returns the angles [L, 1, 1, R] in float32, as Megatron's attention takes them.
+
+        They are computed anew, never kept in a buffer: a model cast to bfloat16 must not round them.
+        """
+        frequencies_r = self.shape.rope_frequencies().to(positions_1L.device)
+        angles_Lr = positions_1L[0, :, None].float() * frequencies_r
+        return torch.cat((angles_Lr, angles_Lr), dim=-1)[:, None, None, :]

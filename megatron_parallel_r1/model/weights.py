@@ -11,10 +11,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.engine_weights import local_name, set_weight
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import EMBEDDING, HEAD, Weight, check_fit, table
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.weight import EMBEDDING, HEAD, Weight, check_fit, table
 
 __all__ = [
     "EMBEDDING",
@@ -105,3 +104,25 @@ def random_hf_tensors(shape: ModelConfig, seed: int, std: float = 0.02) -> Itera
         is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         scale = std / (2 * shape.layers) ** 0.5 if is_residual else std
         yield name, torch.randn(size, generator=generator) * scale
+
+
+FUSED = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def local_name(name: str) -> str:
+    """The name of a layer's parameter, given without the layer's own, in a model of local layers."""
+    return FUSED.get(name, name)
+
+
+def set_weight(parameter: Parameter, value: Tensor) -> None:
+    """Sets a parameter, of whatever kind, and what its float32 copy in the optimizer will begin from.
+
+    A matrix that is kept in FP8 remembers the numbers that it was born with for that copy; these are not the
+    weights, which come later.
+    """
+    parameter.copy_(value)
+    if hasattr(parameter, "_high_precision_init_val"):
+        parameter._high_precision_init_val = value.to("cpu", parameter._high_precision_init_val.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.planning.cost import Cost, sent
 from megatron_parallel_r1.planning.lengths import PATH_TAGS, longest_branches, longest_response
 from megatron_parallel_r1.planning.memory import FLOAT32

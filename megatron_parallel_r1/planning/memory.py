@@ -4,7 +4,7 @@ Activations are counted as in Korthikanti et al., "Reducing Activation Recomputa
 Models" (arXiv 2205.05198, section 4): what autograd keeps of a layer for backward, tensor by tensor. What
 differs here: attention keeps no scores and no mask (model/attention/), nothing is dropped out, RMSNorm
 keeps its input and a scale, the MLP is SwiGLU with Megatron's unfused gate, and logits exist a chunk at a
-time (train/logprobs.py).
+time (train/target_logprobs.py).
 
 Not counted: the float32 copies that a CPU's attention keeps of bfloat16 (model/attention/sdpa.py), what a
 kernel allocates and frees within itself, gradients of activations (about one layer's widest tensor),
@@ -18,13 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import prod
 
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.model.gpt import padded_vocab
-from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.split import Part
-from megatron_parallel_r1.rollout.native.cache import SlotTable
-from megatron_parallel_r1.train.logprobs import CHUNK_LOGITS
+from megatron_parallel_r1.rollout.native.page_table import SlotTable
+from megatron_parallel_r1.train.target_logprobs import CHUNK_LOGITS
 
 FLOAT32 = 4
 # Float32 tensors of a chunk's size that exist at once in the backward of `target_logprobs`: logits and
@@ -44,7 +44,7 @@ class Memory:
         logits: what the loss needs on top, on the last pipeline stage.
         reference: weights of the policy that a KL term holds the trained one to.
         engine: weights of an engine that decodes in process, and the whole copies that are published ahead of
-            it (train/ahead.py).
+            it (rl/rollout_queue.py).
         cache: its keys and values.
     """
 

@@ -11,11 +11,12 @@ from math import ceil
 
 import torch
 
-from megatron_parallel_r1 import config
-from megatron_parallel_r1.curriculum.sources import load_tokenizer
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.config.data import BpeTokenizer
+from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.config.stages import RlStage, SftStage
+from megatron_parallel_r1.distributed.parallel_config import Parallel, check_parallel
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.parallel import Parallel, check_parallel
 from megatron_parallel_r1.planning.lengths import Longest, longest_response, longest_row
 from megatron_parallel_r1.planning.machine import H100, Machine
 from megatron_parallel_r1.planning.memory import Memory, Work, memory
@@ -25,6 +26,7 @@ from megatron_parallel_r1.planning.step_time import StepTime
 from megatron_parallel_r1.planning.timing import Timing
 from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.run.datasets import load_tokenizer
 from megatron_parallel_r1.thought.layout import Mode
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
 from megatron_parallel_r1.thought.tokenizer import add_tags
@@ -51,7 +53,7 @@ class StagePlan:
         time: of a step on the plan's machine.
     """
 
-    stage: config.SftStage | config.RlStage
+    stage: SftStage | RlStage
     mode: Mode
     start: str | None
     rows: int
@@ -84,7 +86,7 @@ class Plan:
         notes: what was assumed, and what will not work, a line each.
     """
 
-    recipe: config.Recipe
+    recipe: Recipe
     shape: ModelConfig
     parallel: Parallel
     world: int
@@ -97,7 +99,7 @@ class Plan:
 
 
 def plan(
-    recipe: config.Recipe,
+    recipe: Recipe,
     world: int = 1,
     gpu: int = 80 * GIB,
     longest: Longest | None = None,
@@ -121,7 +123,7 @@ def plan(
     pieces = parts(shape, parallel)
     data = world // parallel.copy
     in_process = recipe.rollout.engine == "native"
-    if in_process and any(isinstance(stage, config.RlStage) or stage.evaluate for stage in recipe.stages):
+    if in_process and any(isinstance(stage, RlStage) or stage.evaluate for stage in recipe.stages):
         try:
             limits.refuse(parallel.pipeline, parallel.context)
         except UserError as refused:
@@ -143,14 +145,14 @@ def _gpus(count: int) -> str:
     return f"{count} GPU{'s' if count > 1 else ''}"
 
 
-def _shape(recipe: config.Recipe) -> tuple[ModelConfig, list[str]]:
+def _shape(recipe: Recipe) -> tuple[ModelConfig, list[str]]:
     """The model's shape, and what had to be assumed of it."""
     told = recipe.model
     if told.path is not None:
         shape, read = shape_of(told.path)
         note = f"{told.path} is not here: the shape is that of the published {told.path.name}"
         return shape, [] if read else [note]
-    if isinstance(recipe.tokenizer, config.BpeTokenizer):
+    if isinstance(recipe.tokenizer, BpeTokenizer):
         vocab = recipe.tokenizer.vocab + len(TAG_TEXTS)
         return told.shape.config(vocab), ["few texts may give the tokenizer a smaller vocabulary"]
     tokenizer = load_tokenizer(recipe)
@@ -160,7 +162,7 @@ def _shape(recipe: config.Recipe) -> tuple[ModelConfig, list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class _Planner:
-    recipe: config.Recipe
+    recipe: Recipe
     shape: ModelConfig
     parts: tuple[Part, ...]
     data: int
@@ -172,9 +174,9 @@ class _Planner:
     def timing(self) -> Timing:
         return Timing(self.recipe, self.shape, self.parts, self.data, self.machine)
 
-    def stage(self, stage: config.SftStage | config.RlStage) -> StagePlan:
+    def stage(self, stage: SftStage | RlStage) -> StagePlan:
         thinking = self.recipe.thinking_of(stage)
-        if isinstance(stage, config.RlStage):
+        if isinstance(stage, RlStage):
             rows, longest = stage.prompts * stage.samples, longest_row(thinking, self._prompt(thinking))
             rounds, asked = _asked(stage)
             drawn = rounds * asked * stage.samples * longest_response(thinking)
@@ -188,7 +190,7 @@ class _Planner:
             longest = min(self.longest.example, self.shape.max_positions, self.recipe.micro_tokens)
             drawn, updates, trained, slots, reference = 0, 1, rows * longest, None, False
             rounds, asked = 0, 0
-        staleness = stage.max_staleness if isinstance(stage, config.RlStage) else 0
+        staleness = stage.max_staleness if isinstance(stage, RlStage) else 0
         micro_batches = self._micro_batches(together, longest)
         work = Work(self._packed(longest), micro_batches, slots, reference, staleness)
         return StagePlan(
@@ -256,14 +258,14 @@ class _Planner:
         return most
 
 
-def _asked(stage: config.RlStage) -> tuple[int, int]:
+def _asked(stage: RlStage) -> tuple[int, int]:
     """Rounds of rollouts in a step, and problems in each, at most."""
     if stage.dynamic is None:
         return 1, stage.prompts
     return stage.dynamic.rounds, ceil(stage.dynamic.over_sample * stage.prompts)
 
 
-def _bounded(longest: Longest, recipe: config.Recipe) -> tuple[Longest, list[str]]:
+def _bounded(longest: Longest, recipe: Recipe) -> tuple[Longest, list[str]]:
     """What to reckon with where the recipe bounds it too, and a note on what it does not bound so low."""
     prompt, example = recipe.max_prompt_tokens, recipe.max_example_tokens
     kinds = {stage.kind for stage in recipe.stages}
@@ -283,9 +285,7 @@ def _bounded(longest: Longest, recipe: config.Recipe) -> tuple[Longest, list[str
     return bounded, [note] if assumed else []
 
 
-def _warnings(
-    made: StagePlan, recipe: config.Recipe, shape: ModelConfig, data: int, gpu: int
-) -> Iterator[str]:
+def _warnings(made: StagePlan, recipe: Recipe, shape: ModelConfig, data: int, gpu: int) -> Iterator[str]:
     """What about a stage does not fit."""
     stage, need = made.stage, made.memories[made.fullest].total
     if need > gpu:
@@ -312,6 +312,6 @@ def _warnings(
             f"stage {stage.name}: a response may have {response:,} tokens, the model was made for "
             f"{shape.max_positions:,}"
         )
-    together = made.rows // (stage.mini_batches if isinstance(stage, config.RlStage) else 1)
+    together = made.rows // (stage.mini_batches if isinstance(stage, RlStage) else 1)
     if together < data:
         yield f"stage {stage.name}: {together} rows an update leave some of {data} copies idle"

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from math import prod
 
-from megatron_parallel_r1 import config
+from megatron_parallel_r1.config.stages import Optimizer, RlStage, Stage
 from megatron_parallel_r1.model.gpt import padded_vocab
 from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.memory import Memory
 from megatron_parallel_r1.planning.plan import GIB, Plan, StagePlan
 from megatron_parallel_r1.planning.split import Part
 from megatron_parallel_r1.rewards.base import Component
-from megatron_parallel_r1.rewards.weights import Constant, Linear, Window
-from megatron_parallel_r1.train.policy.objective import Objective
+from megatron_parallel_r1.rewards.schedule import Constant, Linear, Window
+from megatron_parallel_r1.rl.objective.settings import Objective
 
 
 def plan_text(plan: Plan) -> str:
@@ -85,7 +85,7 @@ def _stage(made: StagePlan, data: int) -> list[str]:
         f"{stage.name}: {stage.kind}, {_many(stage.steps, 'step')}{_end(stage)}, mode {made.mode}, from "
         f"{made.start or 'the model'}{' with its optimizer' if stage.carry_optimizer else ''}"
     ]
-    if isinstance(stage, config.RlStage):
+    if isinstance(stage, RlStage):
         lines += [
             f"  {made.rows:,} traces a step: {stage.prompts} prompts x {stage.samples}; draws at most "
             f"{made.drawn:,} tokens a step, {made.drawn * stage.steps:.3g} in all",
@@ -103,7 +103,7 @@ def _stage(made: StagePlan, data: int) -> list[str]:
     ]
 
 
-def _end(stage: config.Stage) -> str:
+def _end(stage: Stage) -> str:
     return "" if stage.until is None else f" at most, until {stage.until.metric} gets no better"
 
 
@@ -126,7 +126,7 @@ def _component(component: Component) -> str:
             return f"{bonus:g} x {component.name} in the last {round(window * share)} of every {window} steps"
 
 
-def _rate(optimizer: config.Optimizer) -> str:
+def _rate(optimizer: Optimizer) -> str:
     rise = f"rises to {optimizer.lr:g} over {_many(optimizer.warmup, 'step')}" if optimizer.warmup else ""
     if optimizer.final == 1:
         return f"{rise}, then constant" if rise else f"{optimizer.lr:g}, constant"

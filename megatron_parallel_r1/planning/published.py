@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from megatron_parallel_r1.architecture.model_config import Experts, ModelConfig
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import Experts, ModelConfig
 
 _QWEN3 = {
     "Qwen3-0.6B": ModelConfig(1024, 28, 16, 8, 128, 3072, vocab=151936, tied=True, max_positions=40960),

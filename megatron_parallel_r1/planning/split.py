@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.model.weights import EMBEDDING, HEAD, table
 
 Named = tuple[str, tuple[int, ...]]

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_parallel_r1 import config
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.config.stages import RlStage, SftStage
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.planning.machine import Machine
 from megatron_parallel_r1.planning.memory import Work
 from megatron_parallel_r1.planning.split import Part
@@ -21,7 +22,7 @@ from megatron_parallel_r1.rollout.settings import Thinking
 class Timing:
     """What is the same for all stages of a recipe on so many processes."""
 
-    recipe: config.Recipe
+    recipe: Recipe
     shape: ModelConfig
     parts: tuple[Part, ...]
     data: int
@@ -38,7 +39,7 @@ class Timing:
 
     def of(
         self,
-        stage: config.SftStage | config.RlStage,
+        stage: SftStage | RlStage,
         thinking: Thinking,
         work: Work,
         longest: int,
@@ -59,7 +60,7 @@ class Timing:
         rollout, parallel = self.recipe.rollout, self.recipe.parallel
         in_process = rollout.engine == "native"
         number = getattr(torch, self.recipe.model.dtype).itemsize
-        rl = stage if isinstance(stage, config.RlStage) else None
+        rl = stage if isinstance(stage, RlStage) else None
         tokens = trained / self.data / work.micro_batches
         per_node = self.machine.per_node
         tensor = parallel.tensor if in_process else rollout.tensor
@@ -83,7 +84,7 @@ class Timing:
         )
         return step_time(self.machine, asks)
 
-    def _concurrent(self, stage: config.RlStage) -> int:
+    def _concurrent(self, stage: RlStage) -> int:
         """Traces under way in one engine at most."""
         if self.recipe.rollout.engine == "native":
             return stage.concurrent

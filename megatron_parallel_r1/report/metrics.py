@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_parallel_r1.report.jsonl import JsonLines, jsonable, read_jsonl
+from megatron_parallel_r1.utils.jsonl import JsonLines, jsonable, read_jsonl
 
 __all__ = ["MetricsWriter", "read_jsonl"]
 

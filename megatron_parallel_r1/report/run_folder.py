@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.report.jsonl import read_jsonl
 from megatron_parallel_r1.report.tables import latest_evals
+from megatron_parallel_r1.utils.jsonl import read_jsonl
 
 Record = dict[str, Any]
 

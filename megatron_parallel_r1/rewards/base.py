@@ -11,9 +11,9 @@ from math import fsum
 from typing import Protocol
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rewards.fast_equality import Reason
 from megatron_parallel_r1.rewards.formats import Format
-from megatron_parallel_r1.rewards.settle import Reason
-from megatron_parallel_r1.rewards.weights import ONE, Weight
+from megatron_parallel_r1.rewards.schedule import ONE, Weight
 
 
 @dataclass(frozen=True, slots=True)

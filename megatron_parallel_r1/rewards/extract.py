@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_parallel_r1.latex import last_box
+from megatron_parallel_r1.utils.latex import last_box
 
 _MARKER = re.compile(r"final[ \t]{1,4}answer[ \t*_]{0,8}[:：][*_]{0,4}", re.IGNORECASE)
 _NOTHING = {"", "$", "$$", "\\[", "\\("}  # a display formula opens: the answer stands on the next line

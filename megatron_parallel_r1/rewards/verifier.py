@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from types import TracebackType
 
+from megatron_parallel_r1.rewards.fast_equality import Verdict, settle
 from megatron_parallel_r1.rewards.normalize import clean
-from megatron_parallel_r1.rewards.settle import Verdict, settle
-from megatron_parallel_r1.rewards.worker import Worker
+from megatron_parallel_r1.rewards.verifier_worker import Worker
 
 LOG = logging.getLogger(__name__)
 Pair = tuple[str, str]

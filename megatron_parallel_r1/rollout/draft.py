@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_parallel_r1.rollout.base import Completion
+from megatron_parallel_r1.rollout.engine import Completion
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Generic, Literal
 
-from megatron_parallel_r1.rollout.base import Completion, Context, Engine, Sampling
 from megatron_parallel_r1.rollout.draft import Draft, Room
+from megatron_parallel_r1.rollout.engine import Completion, Context, Engine, Sampling
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags

@@ -9,8 +9,8 @@ import ipaddress
 from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
+from megatron_parallel_r1.serve.api_error import Refused
 from megatron_parallel_r1.serve.limits import Limits
-from megatron_parallel_r1.serve.refusal import Refused
 
 # Times the limit: so much of a body that is too long is read and thrown away. A connection that is closed
 # while the client still writes is reset, and the client never reads why.

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from megatron_parallel_r1.serve.api_error import Refused
 from megatron_parallel_r1.serve.limits import Limits
-from megatron_parallel_r1.serve.refusal import Refused
 
 RETRY_AFTER = "5"  # seconds
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_parallel_r1.serve.exchange import Question
-from megatron_parallel_r1.serve.script import Delta, Script
+from megatron_parallel_r1.serve.response_assembler import Delta, Script
+from megatron_parallel_r1.serve.session import Question
 
 Kind = Literal["chat", "text"]
 

@@ -17,13 +17,13 @@ from starlette.types import Receive, Scope, Send
 from megatron_parallel_r1.serve.access import check_host, check_key, read_body
 from megatron_parallel_r1.serve.admission import Admission
 from megatron_parallel_r1.serve.answer import Answer, Kind
-from megatron_parallel_r1.serve.exchange import Exchange
+from megatron_parallel_r1.serve.api_error import Refused
+from megatron_parallel_r1.serve.engine_request import ask
 from megatron_parallel_r1.serve.limits import Limits
 from megatron_parallel_r1.serve.page import build_page
-from megatron_parallel_r1.serve.question import ask
-from megatron_parallel_r1.serve.refusal import Refused
 from megatron_parallel_r1.serve.schema import ChatRequest, CompletionRequest, read_request
 from megatron_parallel_r1.serve.served import Served
+from megatron_parallel_r1.serve.session import Exchange
 from megatron_parallel_r1.serve.worker import Worker
 
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}

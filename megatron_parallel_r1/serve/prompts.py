@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_parallel_r1.serve.refusal import Refused
+from megatron_parallel_r1.serve.api_error import Refused
 from megatron_parallel_r1.serve.schema import Message
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_parallel_r1.serve.refusal import Refused
+from megatron_parallel_r1.serve.api_error import Refused
 from megatron_parallel_r1.thought.layout import Mode
 
 # Fields of OpenAI's that change nothing here.

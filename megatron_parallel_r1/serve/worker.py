@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from megatron_parallel_r1.rollout.native.context import NativeContext
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
+from megatron_parallel_r1.rollout.native.forward_batch import NativeContext
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker
-from megatron_parallel_r1.serve.listening import Hear, ListeningEngine
+from megatron_parallel_r1.serve.token_stream import Hear, ListeningEngine
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Finish
 

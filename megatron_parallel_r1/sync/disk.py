@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.control import Control, Facts
-from megatron_parallel_r1.sync.fan import each
+from megatron_parallel_r1.sync.sender import each
 from megatron_parallel_r1.sync.transport import Passed
 
 MANIFEST = "manifest.json"

@@ -9,11 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from typing import cast
 
-from megatron_parallel_r1.rollout.server import Unreachable
+from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.control import Control, Facts, LiveControl, Meeting
-from megatron_parallel_r1.sync.fan import each, outcomes, over
-from megatron_parallel_r1.sync.group import GroupBroken, SenderGroup, local_address
+from megatron_parallel_r1.sync.process_group import GroupBroken, SenderGroup, local_address
+from megatron_parallel_r1.sync.sender import each, outcomes, over
 from megatron_parallel_r1.sync.settings import Sync
 from megatron_parallel_r1.sync.transport import Passed
 

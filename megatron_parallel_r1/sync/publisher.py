@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import torch
 
+from megatron_parallel_r1.distributed.collectives import first_does
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import EMBEDDING, own_parameters
 from megatron_parallel_r1.sync.buckets import gathered, is_sender
@@ -25,8 +26,7 @@ from megatron_parallel_r1.sync.distributed import Distributed
 from megatron_parallel_r1.sync.probe import Answers, Expected, Head, Trained, failure
 from megatron_parallel_r1.sync.sender import Sender
 from megatron_parallel_r1.sync.settings import Sync
-from megatron_parallel_r1.sync.tensor import SharedTensors
-from megatron_parallel_r1.sync.together import first_does
+from megatron_parallel_r1.sync.shared_memory import SharedTensors
 from megatron_parallel_r1.sync.transport import Transport
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.server import Unreachable
+from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.control import Facts, Memory, Row, Scores
+from megatron_parallel_r1.sync.http_client import Wire
 from megatron_parallel_r1.sync.settings import InFlight, Kind
-from megatron_parallel_r1.sync.wire import Wire
 
 PAUSES: dict[InFlight, str] = {"finish": "wait", "retract": "keep", "abort": "abort"}
 

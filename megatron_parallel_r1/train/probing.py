@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 import torch.distributed as dist
 
+from megatron_parallel_r1.distributed.collectives import told_all
 from megatron_parallel_r1.thought.layout import lay_out
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.agreement import told_all
-from megatron_parallel_r1.train.microbatch import MicroBatch
-from megatron_parallel_r1.train.scorer import Scorer
-from megatron_parallel_r1.train.share import share_out
+from megatron_parallel_r1.train.logprob_runner import Scorer
+from megatron_parallel_r1.train.micro_batch import MicroBatch
+from megatron_parallel_r1.train.partition import share_out
 
 
 def probe_texts(vocabulary: int, count: int = 4, length: int = 48) -> tuple[tuple[int, ...], ...]:

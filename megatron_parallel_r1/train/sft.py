@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_parallel_r1.data.encode import encode_prompt, encode_response
 from megatron_parallel_r1.data.problems import Example
+from megatron_parallel_r1.data.prompts import encode_prompt, encode_response
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.layout import Mode, Row, lay_out
 from megatron_parallel_r1.thought.parser import ParseError, parse
 from megatron_parallel_r1.thought.tags import Tags
-from megatron_parallel_r1.train.microbatch import MicroBatch
-from megatron_parallel_r1.train.share import share_out
+from megatron_parallel_r1.train.micro_batch import MicroBatch
+from megatron_parallel_r1.train.partition import share_out
 from megatron_parallel_r1.train.trainer import Trainer, Update
 
 if TYPE_CHECKING:

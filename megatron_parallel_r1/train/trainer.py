@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 
+from megatron_parallel_r1.distributed.collectives import total
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.optimizer import Adam, trainable
-from megatron_parallel_r1.train.microbatch import MicroBatch
-from megatron_parallel_r1.train.scorer import Scorer
-from megatron_parallel_r1.train.totals import total
+from megatron_parallel_r1.train.logprob_runner import Scorer
+from megatron_parallel_r1.train.micro_batch import MicroBatch
 
 # From log-probs and entropies of the targets and their micro-batch: the loss summed over targets, and sums to
 # report.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
 from tests.parallel.launch import ENVIRONMENT

@@ -13,14 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
 from megatron_parallel_r1.conversion.command import explained, release_command
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
-from megatron_parallel_r1.data.encode import encode_prompt
-from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.data.prompts import TEMPLATES, encode_prompt
 from megatron_parallel_r1.evaluation.checkpoints import open_checkpoint
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.hf import save_hf_folder
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from tests.serve.release import THINKING, tokenizer, words

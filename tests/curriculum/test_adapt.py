@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_parallel_r1.curriculum.loop import checkpoint_folder
+from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.curriculum.run import run
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.recipe_file import read_recipe
+from megatron_parallel_r1.run.stage_loop import checkpoint_folder
 
 RECIPE = Path(__file__).parent / "mini.yaml"
 QUICK = (

@@ -116,7 +116,7 @@ def test_numbers_that_are_no_longer_finite_end_the_run(capsys, monkeypatch, tmp_
 def test_a_folder_of_another_recipe_or_of_no_run_is_left_alone(capsys, monkeypatch, tmp_path: Path) -> None:
     folder = tmp_path / "mini"
     (folder / "cold_start/model").mkdir(parents=True)
-    from megatron_parallel_r1.recipe_file import read_recipe
+    from megatron_parallel_r1.config.reader import read_recipe
 
     (folder / "config.yaml").write_text(read_recipe(Path(RECIPE)).yaml())
     (folder / "stages.json").write_text('["cold_start", "rl"]')

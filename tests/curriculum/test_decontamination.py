@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_parallel_r1.curriculum.sources import check_sources, contamination_report, problem_stream
+from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.recipe_file import read_recipe
+from megatron_parallel_r1.run.datasets import check_sources, contamination_report, problem_stream
 
 RECIPE = Path(__file__).parent / "mini.yaml"
 LONG = "A train leaves the station at noon and travels north at forty miles an hour for {} hours; how far?"

@@ -14,9 +14,9 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.curriculum.run import run as run_recipe
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.recipe_file import read_recipe
 
 RECIPE = Path(__file__).parent / "mini.yaml"
 SHORT = ("stages.cold_start.steps=4", "stages.rl.steps=2", "evaluation.count=6")

@@ -91,9 +91,9 @@ def test_every_metric_is_documented_and_every_documented_one_is_logged(whole: Pa
 def test_the_release_is_a_hugging_face_model(whole: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_parallel_r1.model import process
+    from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
+    from megatron_parallel_r1.distributed import process
     from megatron_parallel_r1.model.gpt import build_model, logits
-    from megatron_parallel_r1.model.hf import load_hf_folder
     from megatron_parallel_r1.model.weights import load_hf_tensors
 
     tokenizer = AutoTokenizer.from_pretrained(whole / "release")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_parallel_r1.curriculum.loop import StageLoop
+from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.curriculum.run import run
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.recipe_file import read_recipe
+from megatron_parallel_r1.run.stage_loop import StageLoop
 
 RECIPE = Path(__file__).parent / "mini.yaml"
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from megatron_parallel_r1.curriculum.seeds import across_seeds
+from megatron_parallel_r1.curriculum.seed_table import across_seeds
 
 
 def record(stage: str, accuracy: float, length: float) -> dict[str, object]:

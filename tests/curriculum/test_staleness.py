@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.recipe_file import read_recipe
 from tests.curriculum.test_run import RECIPE, command, run, steps_of
 
 # Shorter is better, which an untrained model can learn: every group has something to say.

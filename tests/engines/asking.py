@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from transformers import Qwen3ForCausalLM
 
-from megatron_parallel_r1.rollout.base import Completion, Sampling
-from megatron_parallel_r1.rollout.pool import Pool
-from megatron_parallel_r1.rollout.server import Asked, Server
-from megatron_parallel_r1.rollout.server_engine import ServerEngine
+from megatron_parallel_r1.rollout.engine import Completion, Sampling
+from megatron_parallel_r1.rollout.servers.client import Asked, Server
+from megatron_parallel_r1.rollout.servers.engine import ServerEngine
+from megatron_parallel_r1.rollout.servers.pool import Pool
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
 from megatron_parallel_r1.conversion.release import Given, write_release
+from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.hf import save_hf_folder
 from megatron_parallel_r1.rollout.settings import Thinking
 from tests.serve.release import tokenizer
 from tests.unit.rollout.tiny import EAGER, VOCABULARY, tiny_qwen3

@@ -12,16 +12,16 @@ from typing import Any
 
 import httpx
 
-from megatron_parallel_r1.rollout.joined import FIELD, understood
-from megatron_parallel_r1.rollout.pool import Pool
-from megatron_parallel_r1.rollout.server import Answered, Asked
-from megatron_parallel_r1.rollout.server_engine import ServerContext, ServerEngine
-from megatron_parallel_r1.rollout.serving.child import Child
-from megatron_parallel_r1.rollout.serving.commands import Command, command_of
-from megatron_parallel_r1.rollout.serving.places import ports_of, url_of
-from megatron_parallel_r1.rollout.serving.settings import Serving
+from megatron_parallel_r1.rollout.joined_blocks import FIELD, understood
+from megatron_parallel_r1.rollout.launcher.commands import Command, command_of
+from megatron_parallel_r1.rollout.launcher.placement import ports_of, url_of
+from megatron_parallel_r1.rollout.launcher.server_process import Child
+from megatron_parallel_r1.rollout.launcher.settings import Serving
+from megatron_parallel_r1.rollout.servers.client import Answered, Asked
+from megatron_parallel_r1.rollout.servers.engine import ServerContext, ServerEngine
+from megatron_parallel_r1.rollout.servers.pool import Pool
+from megatron_parallel_r1.rollout.servers.sglang import SGLang
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.rollout.sglang import SGLang
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
 from tests.engines.servers import CONTEXT_TOKENS, python_of, wait_until_healthy

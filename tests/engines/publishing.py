@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_parallel_r1.model import process
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import Sync
 from megatron_parallel_r1.sync.sglang import SglangControl

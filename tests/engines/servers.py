@@ -14,10 +14,10 @@ import httpx
 import psutil
 import pytest
 
-from megatron_parallel_r1.rollout.serving.child import Child
-from megatron_parallel_r1.rollout.serving.commands import Command, command_of
-from megatron_parallel_r1.rollout.serving.places import ports_of, url_of
-from megatron_parallel_r1.rollout.serving.settings import EngineName, Serving
+from megatron_parallel_r1.rollout.launcher.commands import Command, command_of
+from megatron_parallel_r1.rollout.launcher.placement import ports_of, url_of
+from megatron_parallel_r1.rollout.launcher.server_process import Child
+from megatron_parallel_r1.rollout.launcher.settings import EngineName, Serving
 from tests.unit.rollout.serving.launched import Launched, launched
 
 ROOT = Path(__file__).resolve().parents[2]

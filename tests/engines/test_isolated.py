@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from megatron_parallel_r1.rollout.joined import FIELD, Joined, encode
-from megatron_parallel_r1.rollout.serving.settings import Serving
+from megatron_parallel_r1.rollout.joined_blocks import FIELD, Joined, encode
+from megatron_parallel_r1.rollout.launcher.settings import Serving
+from megatron_parallel_r1.rollout.servers.sglang import SGLang
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.rollout.sglang import SGLang
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
 from tests.engines.folders import untied_model, write_folder

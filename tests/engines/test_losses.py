@@ -11,15 +11,15 @@ import psutil
 import pytest
 import torch
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.rollout.pool import Pool, PoolSettings
-from megatron_parallel_r1.rollout.server import Answered, Asked
-from megatron_parallel_r1.rollout.server_engine import ServerEngine
+from megatron_parallel_r1.rollout.servers.client import Answered, Asked
+from megatron_parallel_r1.rollout.servers.engine import ServerEngine
+from megatron_parallel_r1.rollout.servers.pool import Pool, PoolSettings
+from megatron_parallel_r1.rollout.servers.sglang import SGLang
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.rollout.sglang import SGLang
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import Sync

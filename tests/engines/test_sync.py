@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.sync.probe import difference
 from megatron_parallel_r1.sync.publisher import Publisher

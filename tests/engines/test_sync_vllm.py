@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model import process
 from megatron_parallel_r1.model.gpt import Model, build_model
-from megatron_parallel_r1.rollout.pool import Pool
-from megatron_parallel_r1.rollout.vllm import VLLM
+from megatron_parallel_r1.rollout.servers.pool import Pool
+from megatron_parallel_r1.rollout.servers.vllm import VLLM
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import InFlight, Sync
 from megatron_parallel_r1.sync.vllm import VllmControl
+from megatron_parallel_r1.train.logprob_runner import Scorer
 from megatron_parallel_r1.train.probing import causal_logprobs
-from megatron_parallel_r1.train.scorer import Scorer
 from tests.engines.servers import vllm
 from tests.engines.trained import EXACT, ROWS, SHAPE, Trained, draw, write_drawn
 from tests.engines.under_way import LONG, Asked

@@ -7,12 +7,19 @@ import asyncio
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.base import Sampling
-from megatron_parallel_r1.rollout.pool import Pool
-from megatron_parallel_r1.rollout.server import STARTED, STOCK_MODES, About, Answered, Asked, Unreachable
-from megatron_parallel_r1.rollout.server_engine import ServerEngine
+from megatron_parallel_r1.rollout.engine import Sampling
+from megatron_parallel_r1.rollout.servers.client import (
+    STARTED,
+    STOCK_MODES,
+    About,
+    Answered,
+    Asked,
+    Unreachable,
+)
+from megatron_parallel_r1.rollout.servers.engine import ServerEngine
+from megatron_parallel_r1.rollout.servers.pool import Pool
+from megatron_parallel_r1.rollout.servers.vllm import VLLM
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.rollout.vllm import VLLM
 from megatron_parallel_r1.thought.layout import Mode
 from tests.engines.asking import TOLERANCE, all_of, assert_several, difference, many, rolled
 from tests.engines.folders import tied_model

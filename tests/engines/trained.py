@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.hf import save_hf_folder
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.sync.control import Row, Scores
 from megatron_parallel_r1.sync.probe import Head
+from megatron_parallel_r1.train.logprob_runner import Scorer
 from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
-from megatron_parallel_r1.train.scorer import Scorer
 from tests.serve.release import tokenizer
 
 # A head size that vLLM's CPU attention knows; 97 tokens: no tensor group divides them.

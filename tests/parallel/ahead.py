@@ -21,23 +21,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import Qwen3ForCausalLM
 
-from megatron_parallel_r1.data.embedded.generate import training_problem
-from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
+from megatron_parallel_r1.data.embedded.generate import build_tokenizer, training_problem
 from megatron_parallel_r1.data.sampler import ProblemStream
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.collectives import told_all
+from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.replicas import second_groups
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rollout.native.team import Team
+from megatron_parallel_r1.rl.objective.filtering import Dynamic
+from megatron_parallel_r1.rl.rollout_batch import Collected, collect
+from megatron_parallel_r1.rl.rollout_queue import batches
+from megatron_parallel_r1.rl.rollout_worker import roll_out_and_judge
+from megatron_parallel_r1.rollout.native.tensor_parallel import Team
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.tokenizer import add_tags
-from megatron_parallel_r1.train.agreement import told_all
-from megatron_parallel_r1.train.ahead import batches
-from megatron_parallel_r1.train.policy.filtering import Dynamic
-from megatron_parallel_r1.train.ranks import second_groups
-from megatron_parallel_r1.train.rolling import roll_out_and_judge
-from megatron_parallel_r1.train.rollouts import Collected, collect
 from tests.parallel.launch import settings_of
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3
 

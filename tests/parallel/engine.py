@@ -20,7 +20,7 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.team import Team
+from megatron_parallel_r1.rollout.native.tensor_parallel import Team
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.trace import Trace
 from tests.parallel.launch import settings_of

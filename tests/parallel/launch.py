@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_parallel_r1.model.parallel import Parallel
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 # Nothing here is compiled, and to load torch's compiler is a third of the work of a process that starts.

@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
-from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.rewards.siblings import content
+from megatron_parallel_r1.rewards.path_diversity import content
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.learner import Learner, Schooling
+from megatron_parallel_r1.rl.objective.settings import Objective
+from megatron_parallel_r1.rl.path_verdicts import Verdicts, judge_paths
+from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.learning import Learner, Schooling
-from megatron_parallel_r1.train.path_verdicts import Verdicts, judge_paths
-from megatron_parallel_r1.train.policy.objective import Objective
 from megatron_parallel_r1.train.probing import causal_logprobs
-from megatron_parallel_r1.train.reference import Reference
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.reference.traces import TAGS, random_trace
 

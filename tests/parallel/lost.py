@@ -15,9 +15,9 @@ import warnings
 import torch
 import torch.distributed as dist
 
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.stop_signals import hold_stop_signals
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, PeerLost, UserError
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.stop_signals import hold_stop_signals
 
 LAST = 3  # the step in which the told rank does it
 

@@ -18,19 +18,19 @@ from typing import Any
 
 import torch
 
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
-from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.rl.objective.loss import policy_loss
+from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse
-from megatron_parallel_r1.train.microbatch import MicroBatch
-from megatron_parallel_r1.train.policy.loss import policy_loss
-from megatron_parallel_r1.train.policy.objective import Objective
+from megatron_parallel_r1.train.micro_batch import MicroBatch
+from megatron_parallel_r1.train.partition import share_out
 from megatron_parallel_r1.train.sft import sft_loss
-from megatron_parallel_r1.train.share import share_out
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.parallel.launch import parallel_of
 from tests.parallel.learning import LESSONS, three_lessons

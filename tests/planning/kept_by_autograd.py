@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam, trainable
-from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.planning.memory import Work, activation_bytes, layer_bytes
 from megatron_parallel_r1.planning.split import parts
 from megatron_parallel_r1.thought.packing import context_indices
-from megatron_parallel_r1.train.logprobs import Question, target_logprobs
+from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
 
 SHAPE = ModelConfig(hidden=256, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=640, vocab=300)
 LENGTH = 128

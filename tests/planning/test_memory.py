@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam, trainable
-from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.planning.lengths import longest_row
 from megatron_parallel_r1.planning.memory import (
@@ -33,8 +33,8 @@ from megatron_parallel_r1.planning.memory import (
 )
 from megatron_parallel_r1.planning.split import parts
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.train import logprobs
-from megatron_parallel_r1.train.logprobs import Question, target_logprobs
+from megatron_parallel_r1.train import target_logprobs as target_logprobs_module
+from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
 from tests.planning.kept_by_autograd import DTYPES, LENGTH, RECOMPUTE, SHAPE, compare_all
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
@@ -153,7 +153,7 @@ class Alive(TorchDispatchMode):
 def test_the_logits_chunks_are_those_of_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Chunks that are large beside everything else, as those of a real vocabulary are.
     targets, hidden, vocab, chunk = 256, 16, 4096, 64
-    monkeypatch.setattr(logprobs, "CPU_CHUNK_LOGITS", chunk * vocab)
+    monkeypatch.setattr(target_logprobs_module, "CPU_CHUNK_LOGITS", chunk * vocab)
     monkeypatch.setattr("megatron_parallel_r1.planning.memory.CHUNK_LOGITS", chunk * vocab)
     hidden_NE = torch.randn(targets, hidden).to(dtype).requires_grad_()
     head_VE = torch.randn(vocab, hidden).to(dtype).requires_grad_()

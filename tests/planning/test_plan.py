@@ -11,10 +11,11 @@ import pytest
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from typer.testing import CliRunner
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.cli import app
+from megatron_parallel_r1.config.reader import read_recipe
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.transformer import transformer_config
 from megatron_parallel_r1.model.weights import EMBEDDING, HEAD, table
 from megatron_parallel_r1.planning.lengths import Longest, longest_branches, longest_row
@@ -22,11 +23,10 @@ from megatron_parallel_r1.planning.plan import GIB, Plan, plan
 from megatron_parallel_r1.planning.plan_text import plan_text
 from megatron_parallel_r1.planning.published import SHAPES, shape_of
 from megatron_parallel_r1.planning.split import parts
-from megatron_parallel_r1.recipe_file import read_recipe
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse
-from megatron_parallel_r1.train.share import Place, share_out
+from megatron_parallel_r1.train.partition import Place, share_out
 from tests.reference.traces import TAGS, random_trace
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.published_runs import CALIBRATED_ON, HELD_OUT, calibrated, overlapping
+from megatron_parallel_r1.architecture.model_config import Experts, ModelConfig
+from megatron_parallel_r1.config.reader import read_recipe
+from megatron_parallel_r1.distributed.parallel_config import Parallel
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import Experts, ModelConfig
-from megatron_parallel_r1.model.parallel import Parallel
 from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.cost import Cost
 from megatron_parallel_r1.planning.decoding import Draws, pass_cost, rollout_cost, width
@@ -19,7 +20,6 @@ from megatron_parallel_r1.planning.machine import H100, Machine, read_machine
 from megatron_parallel_r1.planning.plan import plan
 from megatron_parallel_r1.planning.step_time import StepTime
 from megatron_parallel_r1.planning.training import Rows, Split, forward_cost, scoring_cost, update_cost
-from megatron_parallel_r1.recipe_file import read_recipe
 from megatron_parallel_r1.rollout.settings import Thinking
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -11,8 +11,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.hf import save_hf_folder
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_parallel_r1.rollout.native.cache import SlotTable
+from megatron_parallel_r1.rollout.native.page_table import SlotTable
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.serve.admission import Admission
-from megatron_parallel_r1.serve.exchange import Question
+from megatron_parallel_r1.serve.api_error import Refused
 from megatron_parallel_r1.serve.limits import Limits
-from megatron_parallel_r1.serve.refusal import Refused
+from megatron_parallel_r1.serve.session import Question
 from megatron_parallel_r1.thought.layout import Mode
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_parallel_r1.data.encode import decode
-from megatron_parallel_r1.rollout.base import Interrupted
+from megatron_parallel_r1.data.prompts import decode
+from megatron_parallel_r1.rollout.engine import Interrupted
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker
-from megatron_parallel_r1.serve.listening import ListeningEngine, Place
-from megatron_parallel_r1.serve.script import Script
+from megatron_parallel_r1.serve.response_assembler import Script
+from megatron_parallel_r1.serve.token_stream import ListeningEngine, Place
 from megatron_parallel_r1.thought.layout import Mode, critical_length
 from megatron_parallel_r1.thought.trace import Trace
 from tests.reference.traces import TAGS

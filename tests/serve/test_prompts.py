@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_parallel_r1.data.encode import encode_prompt
-from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.data.prompts import TEMPLATES, encode_prompt
+from megatron_parallel_r1.serve.api_error import Refused
 from megatron_parallel_r1.serve.prompts import chat_prompt
-from megatron_parallel_r1.serve.refusal import Refused
 from megatron_parallel_r1.serve.schema import Message
 from tests.serve.release import tokenizer
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.data.bpe import train_tokenizer
-from megatron_parallel_r1.data.encode import decode
+from megatron_parallel_r1.data.prompts import decode
+from megatron_parallel_r1.data.tokenizers import train_tokenizer
 from megatron_parallel_r1.serve.detokenizer import Detokenizer
-from megatron_parallel_r1.serve.script import Script
+from megatron_parallel_r1.serve.response_assembler import Script
 from megatron_parallel_r1.serve.stops import StopCutter
 from megatron_parallel_r1.thought.tokenizer import add_tags
 from tests.reference.traces import TAGS

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 
+from megatron_parallel_r1.distributed.stop_signals import stop_signal_came
 from megatron_parallel_r1.rewards.base import Judged
-from megatron_parallel_r1.stop_signals import stop_signal_came
 
 PATIENCE_S = 600.0
 

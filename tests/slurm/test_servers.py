@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.serving.places import python_of
-from megatron_parallel_r1.rollout.serving.settings import Serving
+from megatron_parallel_r1.rollout.launcher.placement import python_of
+from megatron_parallel_r1.rollout.launcher.settings import Serving
 from tests.slurm.jobs import ONE_NODE, RECIPE, Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.engines]

@@ -11,7 +11,9 @@ Three choices make it learnable from scratch within some two hundred steps (meas
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 MODULUS = 13
@@ -71,3 +73,42 @@ def vocabulary() -> list[str]:
     words += [f"{n}{power}" for power in ("x", "x²") for n in residues[1:]]
     words += [role.format(n) for role in (*roles, "{}") for n in residues]
     return words
+
+
+HELD_OUT = {"easy": 39, "hard": 46}
+
+
+@cache
+def reduced_forms(kind: Kind, held_out: bool) -> tuple[Congruence, ...]:
+    """All solvable problems without a constant (d = 0) on one side of the split, in a fixed order."""
+    return tuple(form for form in _solvable(kind) if is_held_out(form) == held_out)
+
+
+def is_held_out(congruence: Congruence) -> bool:
+    """Whether a problem belongs to the evaluation side, whatever its constant."""
+    return _identity(congruence) in _held_out_identities(congruence.kind)
+
+
+@cache
+def _solvable(kind: Kind) -> tuple[Congruence, ...]:
+    forms = (
+        Congruence(kind, a, b, 0, need)
+        for a in range(1, MODULUS)
+        for b in (range(MODULUS) if kind == "hard" else (0,))
+        for need in range(MODULUS)
+    )
+    return tuple(form for form in forms if form.roots)
+
+
+def _identity(congruence: Congruence) -> tuple[int, int]:
+    if congruence.kind == "easy":
+        return congruence.a, congruence.need
+    inverse = pow(congruence.a, -1, MODULUS)
+    return congruence.b * inverse % MODULUS, congruence.need * inverse % MODULUS
+
+
+@cache
+def _held_out_identities(kind: Kind) -> frozenset[tuple[int, int]]:
+    identities = {_identity(form) for form in _solvable(kind)}
+    ranked = sorted(identities, key=lambda pair: hashlib.sha256(f"{kind}{pair}".encode()).digest())
+    return frozenset(ranked[: HELD_OUT[kind]])

@@ -8,12 +8,12 @@ from __future__ import annotations
 import random
 from dataclasses import astuple, replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from megatron_parallel_r1.data.embedded.arithmetic import write_drill
-from megatron_parallel_r1.data.embedded.congruence import MODULUS, Congruence, Kind
-from megatron_parallel_r1.data.embedded.split import reduced_forms
-from megatron_parallel_r1.data.embedded.traces import TraceStyle, write_trace
+from megatron_parallel_r1.data.embedded.congruence import MODULUS, Congruence, Kind, reduced_forms, vocabulary
+from megatron_parallel_r1.data.embedded.traces import TraceStyle, write_drill, write_trace
 from megatron_parallel_r1.data.problems import Example, Problem
+from megatron_parallel_r1.data.tokenizers import BOS, EOS, PAD, UNK, as_hf
 from megatron_parallel_r1.errors import UserError
 
 SOURCE = "embedded"
@@ -76,3 +76,23 @@ def _draw(kind: Kind, rng: random.Random) -> Congruence:
 
 def _with_constant(form: Congruence, d: int) -> Congruence:
     return replace(form, d=d, c=(form.need + d) % MODULUS)
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that splits at white space alone; the tags are not in it yet.
+
+    `thought.tokenizer.add_tags` adds those. Decoding joins the words with blanks; `data.canonical` then
+    gives back a trace's text.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    words = [PAD, BOS, EOS, UNK, *vocabulary()]
+    tokenizer = Tokenizer(WordLevel({word: id for id, word in enumerate(words)}, unk_token=UNK))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return as_hf(tokenizer)

@@ -15,8 +15,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_parallel_r1.data.canonical import canonical
 from megatron_parallel_r1.data.embedded.congruence import MODULUS, Congruence
+from megatron_parallel_r1.data.trace_text import canonical
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +124,21 @@ def _search(
 def _untried(tried: set[int], rng: random.Random) -> int:
     """A value not yet tried, any value where all were."""
     return rng.choice([x for x in range(MODULUS) if x not in tried] or range(MODULUS))
+
+
+MOST_TRIES = 8
+
+
+def write_drill(congruence: Congruence, rng: random.Random) -> str:
+    """A response to `congruence.question` that is right throughout and has no tags.
+
+    At most 1 + 5 * 8 + 4 words: `need=…`, up to eight tries of different values, and how it ended.
+    """
+    words = [f"need={congruence.need}"]
+    tries = rng.sample(range(MODULUS), rng.randint(1, MOST_TRIES))
+    stops_at_solution = rng.random() < 0.5
+    for x in tries:
+        words += congruence.attempt(x)
+        if stops_at_solution and x in congruence.roots:
+            return " ".join([*words, f"found={x}", "Final", "Answer:", str(x)])
+    return " ".join([*words, "none", "Final", "Answer:", "none"] if stops_at_solution else words)

@@ -18,7 +18,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.attention.memo import LayoutMemo
+from megatron_parallel_r1.model.attention.layout_cache import LayoutMemo
 from megatron_parallel_r1.model.attention.tiles import Sight, tile_lists, tile_sight
 
 BLOCK = 128  # What FlexAttention's own tiles divide.

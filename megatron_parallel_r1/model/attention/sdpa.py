@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.model.attention.memo import LayoutMemo
+from megatron_parallel_r1.model.attention.layout_cache import LayoutMemo
 from megatron_parallel_r1.model.attention.segments import LONG, Call, plan_calls
 from megatron_parallel_r1.model.attention.tiles import visible
 

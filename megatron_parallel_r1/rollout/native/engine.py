@@ -15,15 +15,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from megatron_parallel_r1.rollout.base import Completion, Interrupted, Sampling
-from megatron_parallel_r1.rollout.native.cache import SlotTable
-from megatron_parallel_r1.rollout.native.context import NativeContext
-from megatron_parallel_r1.rollout.native.draws import Call, Draws
+from megatron_parallel_r1.rollout.engine import Completion, Interrupted, Sampling
+from megatron_parallel_r1.rollout.native.forward_batch import NativeContext, Numbers, Rows
 from megatron_parallel_r1.rollout.native.graphs import Decoder
 from megatron_parallel_r1.rollout.native.model import Architecture, DecodeModel
-from megatron_parallel_r1.rollout.native.rows import Numbers, Rows
+from megatron_parallel_r1.rollout.native.page_table import SlotTable
+from megatron_parallel_r1.rollout.native.running_batch import Call, Draws
 from megatron_parallel_r1.rollout.native.sampler import draw, uniforms
-from megatron_parallel_r1.rollout.native.team import Team
+from megatron_parallel_r1.rollout.native.tensor_parallel import Team
 from megatron_parallel_r1.thought.layout import Mode
 
 Answer = TypeVar("Answer")

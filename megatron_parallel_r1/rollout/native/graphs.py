@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_parallel_r1.rollout.native.rows import Group, Rows
+from megatron_parallel_r1.rollout.native.forward_batch import Group, Rows
 
 # Smaller passes are filled up to these.
 LEAST_ROWS, LEAST_LENGTH = 8, 128

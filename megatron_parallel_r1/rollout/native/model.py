@@ -19,12 +19,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from megatron_parallel_r1.architecture.rope import RopeScaling, rope_frequencies, rope_gain
+from megatron_parallel_r1.rollout.native.forward_batch import Group, Numbers, Rows
 from megatron_parallel_r1.rollout.native.layer import attention_inputs, feed_forward, fused, rms_norm
 from megatron_parallel_r1.rollout.native.limits import check_heads
-from megatron_parallel_r1.rollout.native.parts import own_part
-from megatron_parallel_r1.rollout.native.rows import Group, Numbers, Rows
-from megatron_parallel_r1.rollout.native.team import Team
-from megatron_parallel_r1.rope import RopeScaling, rope_frequencies, rope_gain
+from megatron_parallel_r1.rollout.native.tensor_parallel import Team, own_part
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

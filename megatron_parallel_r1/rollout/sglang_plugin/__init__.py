@@ -1,7 +1,7 @@
 """Exact path isolation in a stock SGLang server: a plugin of its group `sglang.srt.plugins`.
 
-A request names the closed blocks of its prompt (rollout/joined.py). The plugin has it attend to the keys and
-values that the paths wrote, each where it was written, and go on behind the longest one:
+A request names the closed blocks of its prompt (rollout/joined_blocks.py). The plugin has it attend to the
+keys and values that the paths wrote, each where it was written, and go on behind the longest one:
 
 - contexts.py   what a token sees, as chains of SGLang's prefix cache
 - request.py    a request's blocks, read and checked
@@ -33,7 +33,7 @@ def register() -> None:
     """
     if NAME not in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
         return
-    from megatron_parallel_r1.rollout.sglang_plugin.versions import require_tested
+    from megatron_parallel_r1.rollout.sglang_plugin.compatibility import require_tested
 
     require_tested(os.environ)
     from megatron_parallel_r1.rollout.sglang_plugin.hooks import register_hooks

@@ -27,8 +27,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.base_prefix_cache import TreeLock
 
 from megatron_parallel_r1.rollout.sglang_plugin.cache import find
-from megatron_parallel_r1.rollout.sglang_plugin.request import Join, joined, of
-from megatron_parallel_r1.rollout.sglang_plugin.writers import is_writer, writer
+from megatron_parallel_r1.rollout.sglang_plugin.requests import Join, is_writer, joined, of, writer
 
 logger = logging.getLogger(__name__)
 

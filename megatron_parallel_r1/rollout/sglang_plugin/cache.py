@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from megatron_parallel_r1.rollout.sglang_plugin.contexts import Context
-from megatron_parallel_r1.rollout.sglang_plugin.request import joined
+from megatron_parallel_r1.rollout.sglang_plugin.requests import joined
 
 Slots = tuple[int, int, int]  # slots [lo, hi) of the path from the root to a node
 

@@ -15,7 +15,7 @@ on:
 
 The slots that the next token attends to are then those of the first path's chain whole, of each other path's
 from the fork on, and the tail's. A path may itself hold closed blocks: its slots lie in several chains too.
-Contexts are built by the engine protocol's own words (rollout/base.py): write, fork (a value: just use it
+Contexts are built by the engine protocol's own words (rollout/engine.py): write, fork (a value: just use it
 twice) and join.
 """
 
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from megatron_parallel_r1.rollout.joined import Joined, nested
+from megatron_parallel_r1.rollout.joined_blocks import Joined, nested
 
 Tokens = array  # of type code "q", as SGLang has them
 

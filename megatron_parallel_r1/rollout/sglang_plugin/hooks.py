@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from megatron_parallel_r1.rollout.joined_blocks import FIELD, PROTOCOL
 from megatron_parallel_r1.rollout.sglang_plugin import (
     admission,
     cache,
-    handshake,
-    limits,
+    compatibility,
+    hooks,
     positions,
-    request,
-    writers,
+    requests,
 )
+from megatron_parallel_r1.rollout.sglang_plugin.admission import state_of
+from megatron_parallel_r1.rollout.sglang_plugin.compatibility import TESTED
 
 SRT = "sglang.srt."
 SCHEDULER = SRT + "managers.scheduler.Scheduler."
@@ -33,15 +35,15 @@ class Hook:
 
 
 HOOKS = (
-    Hook(SCHEDULER + "__init__", limits.start, HookType.AFTER),
-    Hook(SCHEDULER + "_create_generation_req", request.read_blocks, HookType.AFTER),
-    Hook(SCHEDULER + "_add_request_to_queue", request.refuse_unsupported, HookType.BEFORE),
+    Hook(SCHEDULER + "__init__", compatibility.start, HookType.AFTER),
+    Hook(SCHEDULER + "_create_generation_req", requests.read_blocks, HookType.AFTER),
+    Hook(SCHEDULER + "_add_request_to_queue", requests.refuse_unsupported, HookType.BEFORE),
     Hook(SCHEDULER + "get_new_batch_prefill", admission.look_after, HookType.BEFORE),
-    Hook(SCHEDULER + "send_abort_output", writers.hide_abort, HookType.AROUND),
-    Hook(SCHEDULER + "get_internal_state", handshake.tell, HookType.AFTER),
+    Hook(SCHEDULER + "send_abort_output", requests.hide_abort, HookType.AROUND),
+    Hook(SCHEDULER + "get_internal_state", hooks.tell, HookType.AFTER),
     Hook(
         SRT + "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
-        writers.hide_output,
+        requests.hide_output,
         HookType.BEFORE,
     ),
     Hook(SRT + "managers.schedule_policy.SchedulePolicy.calc_priority", admission.head_queue, HookType.AFTER),
@@ -77,3 +79,18 @@ def _is_wrapped(target: str) -> bool:
         return hasattr(pkgutil.resolve_name(target), "__wrapped__")
     except (ImportError, AttributeError):
         return False
+
+
+def tell(result: Any, scheduler: Any, *args: Any, **named: Any) -> None:
+    """AFTER `Scheduler.get_internal_state`."""
+    pass
+
+    state = state_of(scheduler.tree_cache)
+    result.internal_state[FIELD] = {
+        "protocol": PROTOCOL,
+        "tested": list(TESTED),
+        "modes": ["isolated"],
+        "nesting": True,
+        "missing": missing_hooks() + (["state"] if state is None else []),
+        "counters": asdict(state.counters) if state is not None else {},
+    }

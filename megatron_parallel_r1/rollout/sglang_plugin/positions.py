@@ -17,7 +17,7 @@ import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from megatron_parallel_r1.rollout.sglang_plugin.request import saved
+from megatron_parallel_r1.rollout.sglang_plugin.requests import saved
 
 TABLE = "parallel_r1_saved"
 

@@ -26,13 +26,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
+from megatron_parallel_r1.distributed.collectives import all_agree, first_does, told_all
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.train.agreement import all_agree, first_does, told_all
+from megatron_parallel_r1.train.checkpoints.fp8_state import FILE as EXTRA
+from megatron_parallel_r1.train.checkpoints.fp8_state import extra_states, set_extra_states
 from megatron_parallel_r1.train.checkpoints.manifest import Damaged, Manifest, fault, read_manifest, sync
-from megatron_parallel_r1.train.checkpoints.scaling import FILE as EXTRA
-from megatron_parallel_r1.train.checkpoints.scaling import extra_states, set_extra_states
 from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
-from megatron_parallel_r1.train.checkpoints.writing import WriteFailed, Writing
+from megatron_parallel_r1.train.checkpoints.writer import WriteFailed, Writing
 from megatron_parallel_r1.train.trainer import Trainer
 
 # Names of folders on their way in and out; what a killed run leaves of them is of no use.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.plan_error import Case, cost_of, fit, measured_here, predicted, published
-from megatron_parallel_r1.model import process
+from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.planning.cost import Cost
 
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import rl_step
 from benchmarks.paced import Pace
 from benchmarks.rl_step import SAMPLES, Size, exponent
-from megatron_parallel_r1.model import process
+from megatron_parallel_r1.distributed import process
 
 
 @pytest.fixture(scope="module", autouse=True)

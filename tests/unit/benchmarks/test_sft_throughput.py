@@ -10,8 +10,8 @@ from benchmarks import sft_throughput
 from benchmarks.gpu.rows import trace_row
 from benchmarks.real_traces import VOCAB, load_traces
 from benchmarks.sft_throughput import ADAM, OURS, Theirs
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.train.sft import sft_step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from megatron_parallel_r1.cluster.ranks import LocalRanks, exit_code
+from megatron_parallel_r1.cluster.local_ranks import LocalRanks, exit_code
 
 
 def test_ranks_may_be_asked_to_stop_when_some_have_ended() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_parallel_r1.cluster.order import Order
+from megatron_parallel_r1.cluster.job_spec import Order
 from megatron_parallel_r1.cluster.servers import server_words
 from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import RECIPE

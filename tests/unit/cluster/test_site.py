@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.cluster.command import swept
-from megatron_parallel_r1.cluster.order import Order
+from megatron_parallel_r1.cluster.job_spec import Order
 from megatron_parallel_r1.cluster.site import (
     SCRIPTS,
     check_site,
@@ -162,7 +162,7 @@ def test_an_order_that_cannot_run_is_refused(kind: str, words: list[str], messag
 
 def test_a_job_begins_without_waiting_for_torch() -> None:
     """Its script reads the recipe before it starts a rank; torch takes most of what Python needs to start."""
-    program = "import sys, megatron_parallel_r1.cluster.order; sys.exit('torch' in sys.modules)"
+    program = "import sys, megatron_parallel_r1.cluster.job_spec; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=100).returncode == 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_parallel_r1.cluster.order import Order
+from megatron_parallel_r1.cluster.job_spec import Order
 from megatron_parallel_r1.cluster.submission import Launcher, Wish
 from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import RECIPE

@@ -9,14 +9,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megatron_parallel_r1.coldstart.checks import Shape, check
-from megatron_parallel_r1.coldstart.references import sibling_named
+from megatron_parallel_r1.coldstart.checks import Shape, check, sibling_named
 from megatron_parallel_r1.coldstart.settings import Check
 from megatron_parallel_r1.coldstart.survey import survey
 from megatron_parallel_r1.coldstart.teacher import Answer
-from megatron_parallel_r1.coldstart.written import Written
-from megatron_parallel_r1.data.canonical import canonical
-from megatron_parallel_r1.data.form import malformed
+from megatron_parallel_r1.data.trace_text import WrittenTrace, canonical, malformed
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.parser import ParseError
@@ -91,7 +88,7 @@ def test_written_agrees_with_the_readers(real_data: Path) -> None:
     for response in table["response"].to_pylist():
         text = canonical(response)
         try:
-            written = Written.of(text)
+            written = WrittenTrace.of(text)
         except ParseError as error:
             assert malformed(text).startswith(error.what)
         else:

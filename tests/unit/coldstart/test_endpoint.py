@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
-from megatron_parallel_r1.coldstart.backoff import backoff_s, retry_after_s
-from megatron_parallel_r1.coldstart.endpoint import open_endpoint
-from megatron_parallel_r1.coldstart.reply import BadReply, read_reply
+from megatron_parallel_r1.coldstart.endpoint import (
+    BadReply,
+    backoff_s,
+    open_endpoint,
+    read_reply,
+    retry_after_s,
+)
 from megatron_parallel_r1.coldstart.settings import Endpoint
 from megatron_parallel_r1.coldstart.teacher import Answer, Request, Unanswered
 from megatron_parallel_r1.errors import UserError

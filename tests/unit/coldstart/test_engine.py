@@ -12,14 +12,14 @@ import torch
 from megatron_parallel_r1.coldstart.run import cold_start
 from megatron_parallel_r1.coldstart.settings import settings_of
 from megatron_parallel_r1.coldstart.teacher import Request
-from megatron_parallel_r1.data.bpe import train_tokenizer
-from megatron_parallel_r1.data.encode import decode, encode_prompt
+from megatron_parallel_r1.data.prompts import decode, encode_prompt
+from megatron_parallel_r1.data.tokenizers import train_tokenizer
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.report.jsonl import read_jsonl
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags
+from megatron_parallel_r1.utils.jsonl import read_jsonl
 from tests.unit.coldstart.written_traces import gsm8k_file, posed
 from tests.unit.rollout.tiny import native_engine, tiny_qwen3
 

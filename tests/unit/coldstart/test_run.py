@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
-from megatron_parallel_r1.coldstart.report import tally_lines
+from megatron_parallel_r1.coldstart.report import Tally, tally_lines
 from megatron_parallel_r1.coldstart.run import cold_start
-from megatron_parallel_r1.coldstart.tally import Tally
 from megatron_parallel_r1.coldstart.writing import SCHEMA
 from megatron_parallel_r1.data.readers import read_examples
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.report.jsonl import read_jsonl
+from megatron_parallel_r1.utils.jsonl import read_jsonl
 from tests.unit.coldstart.fake_teacher import Body, FakeTeacher, Reply, chat, fault
 from tests.unit.coldstart.written_traces import answer_to, gsm8k_file, settings_with, trace
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.shard_plan import Target
 from tests.unit.model.family_models import VARIANTS, family_model
 
 TARGETS = (Target(), Target(tensor=2, pipeline=2))

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_parallel_r1.checkpoint_formats.torch_dist import find_checkpoint
 from megatron_parallel_r1.conversion import to_megatron
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
-from megatron_parallel_r1.conversion.work import AT_ONCE, SUMS, Work
+from megatron_parallel_r1.conversion.work_folder import AT_ONCE, SUMS, Work
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.torch_dist import find_checkpoint
 from tests.unit.conversion.folders import assert_equal, tensors_of, write_hf
 
 HERE = Target(2, 2)
@@ -84,7 +84,7 @@ SELF_KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatron_parallel_r1.conversion import to_megatron
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.shard_plan import Target
 to_megatron.FILE_BYTES = 40_000
 calls = iter(range(17))
 def advance(count):

@@ -17,7 +17,7 @@ from megatron_parallel_r1.conversion.command import (
     megatron_to_hf_command,
     verify_command,
 )
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_megatron import RELEASE, hf_to_megatron
 from tests.unit.conversion.folders import write_hf
 

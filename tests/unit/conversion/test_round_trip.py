@@ -11,13 +11,13 @@ import torch
 from megatron.core import dist_checkpointing
 from transformers import AutoModelForCausalLM
 
+from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder, read_config
 from megatron_parallel_r1.conversion import to_hf
 from megatron_parallel_r1.conversion.live import load_with_megatron
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import RELEASE, hf_to_megatron
 from megatron_parallel_r1.model import gpt, weights
-from megatron_parallel_r1.model.hf import hf_sizes, load_hf_folder, read_config
 from tests.unit.conversion.folders import assert_equal, targets, tensors_of, write_hf
 from tests.unit.model.family_models import VARIANTS
 

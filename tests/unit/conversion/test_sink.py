@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.conversion.sink import BLOCK, BLOCKS, Sink, Stopped
-from megatron_parallel_r1.model.direct import ALIGNED
+from megatron_parallel_r1.checkpoint_formats.direct_io import ALIGNED
+from megatron_parallel_r1.conversion.hashing_writer import BLOCK, BLOCKS, Sink, Stopped
 from tests.unit.model.no_direct import needs_direct, refuse_direct
 
 MEMORY = Path("/dev/shm")

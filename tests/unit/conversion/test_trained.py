@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.conversion.command import inspect_command, megatron_to_hf_command, verify_command
-from megatron_parallel_r1.conversion.pieces import Target
+from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.hf import load_hf_folder
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors
 from megatron_parallel_r1.thought.tags import TAG_TEXTS

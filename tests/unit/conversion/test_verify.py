@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_parallel_r1.conversion.checkpoint_source import open_side
 from megatron_parallel_r1.conversion.command import verify_command
-from megatron_parallel_r1.conversion.pieces import Target
-from megatron_parallel_r1.conversion.side import open_side
+from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
 from megatron_parallel_r1.conversion.verify import compare_logits

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_parallel_r1.curriculum.guard import WINDOW, Guard, has_fallen
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.train.plateau import Plateau
+from megatron_parallel_r1.run.early_stopping import Plateau
+from megatron_parallel_r1.run.guard import WINDOW, Guard, has_fallen
 from megatron_parallel_r1.train.trainer import NotFinite
 
 STAGE: Any = SimpleNamespace(name="rl", max_bad_steps=3)

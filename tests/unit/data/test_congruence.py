@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_parallel_r1.data.embedded.congruence import MODULUS, Congruence, Kind, vocabulary
+from megatron_parallel_r1.data.embedded.congruence import (
+    MODULUS,
+    Congruence,
+    Kind,
+    is_held_out,
+    reduced_forms,
+    vocabulary,
+)
 from megatron_parallel_r1.data.embedded.generate import evaluation_problems, training_problem
-from megatron_parallel_r1.data.embedded.split import is_held_out, reduced_forms
 from megatron_parallel_r1.errors import UserError
 from tests.unit.data.posed import read
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_parallel_r1.data.bpe import train_tokenizer
 from megatron_parallel_r1.data.readers import read_examples, read_problems
+from megatron_parallel_r1.data.tokenizers import train_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tokenizer import add_tags

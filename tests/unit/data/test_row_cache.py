@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_parallel_r1.data.embedded.generate import cold_start_example
-from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
+from megatron_parallel_r1.data.embedded.generate import build_tokenizer, cold_start_example
 from megatron_parallel_r1.data.embedded.traces import TraceStyle
-from megatron_parallel_r1.data.encode import encode_prompt, encode_response
 from megatron_parallel_r1.data.problems import Example
+from megatron_parallel_r1.data.prompts import encode_prompt, encode_response
 from megatron_parallel_r1.data.row_cache import RowCache, tokenizer_hash
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.layout import Mode, Row, lay_out

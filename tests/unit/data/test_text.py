@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_parallel_r1.data.canonical import canonical
-from megatron_parallel_r1.data.form import malformed
 from megatron_parallel_r1.data.prompts import TEMPLATES, render
+from megatron_parallel_r1.data.trace_text import canonical, malformed
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.latex import last_box
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
+from megatron_parallel_r1.utils.latex import last_box
 
 
 def test_canonical_closes_the_gaps_that_an_engine_never_leaves() -> None:

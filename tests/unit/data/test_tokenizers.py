@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
-from megatron_parallel_r1.data.bpe import train_tokenizer
-from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
+from megatron_parallel_r1.data.embedded.generate import build_tokenizer
+from megatron_parallel_r1.data.tokenizers import train_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags

@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.data.canonical import canonical
 from megatron_parallel_r1.data.embedded.congruence import Congruence
-from megatron_parallel_r1.data.embedded.generate import arithmetic_example, cold_start_example
-from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
+from megatron_parallel_r1.data.embedded.generate import (
+    arithmetic_example,
+    build_tokenizer,
+    cold_start_example,
+)
 from megatron_parallel_r1.data.embedded.traces import TraceStyle, stated_result
+from megatron_parallel_r1.data.trace_text import canonical
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tokenizer import add_tags
 from tests.unit.data.posed import read

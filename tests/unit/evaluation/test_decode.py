@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
+from megatron_parallel_r1.data.embedded.generate import build_tokenizer
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.evaluation.decode import draw, judged_record, prompt_tokens
 from megatron_parallel_r1.evaluation.records import Attempt

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_parallel_r1.model import process
+from megatron_parallel_r1.distributed import process
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def kept(model: torch.nn.ModuleList, other: torch.nn.ModuleList) -> bool:
     """Whether histories go from one model to another by what a checkpoint keeps."""
     from transformer_engine.pytorch.quantization import DelayedScalingRecipeState
 
-    from megatron_parallel_r1.train.checkpoints.scaling import extra_states, set_extra_states
+    from megatron_parallel_r1.train.checkpoints.fp8_state import extra_states, set_extra_states
 
     made = DelayedScalingRecipeState.__init__
 
@@ -97,8 +97,9 @@ def kept(model: torch.nn.ModuleList, other: torch.nn.ModuleList) -> bool:
 
 def main() -> None:
     install(Path(os.environ["TRANSFORMER_ENGINE_SOURCE"]))
-    from megatron_parallel_r1.model import gpt, process, weights
-    from megatron_parallel_r1.model.config import ModelConfig
+    from megatron_parallel_r1.architecture.model_config import ModelConfig
+    from megatron_parallel_r1.distributed import process
+    from megatron_parallel_r1.model import gpt, weights
     from megatron_parallel_r1.model.layers import Layers
     from megatron_parallel_r1.model.transformer import transformer_config
 

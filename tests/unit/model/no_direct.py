@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from megatron_parallel_r1.model.direct import DIRECT, is_direct
+from megatron_parallel_r1.checkpoint_formats.direct_io import DIRECT, is_direct
 
 needs_direct = pytest.mark.skipif(not DIRECT, reason="this system has no direct reads and writes")
 

@@ -12,10 +12,10 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.attention import path_attention
-from megatron_parallel_r1.model.attention.choice import check_kernel, chosen_kernel
-from megatron_parallel_r1.model.attention.core import in_order
+from megatron_parallel_r1.model.attention.dispatch import check_kernel, chosen_kernel
 from megatron_parallel_r1.model.attention.flex import block_mask, flex_attention
-from megatron_parallel_r1.model.attention.memo import LayoutMemo
+from megatron_parallel_r1.model.attention.layout_cache import LayoutMemo
+from megatron_parallel_r1.model.attention.megatron_adapter import in_order
 from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_sight, transposed
 from megatron_parallel_r1.thought.packing import context_indices
 from tests.unit.model.kernels.dense import dense_attention

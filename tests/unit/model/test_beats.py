@@ -3,8 +3,8 @@
 import pytest
 import torch.distributed as dist
 
-from megatron_parallel_r1.model.beats import Beat, Heard, failed_collective, first_line
-from megatron_parallel_r1.model.watch import Watch
+from megatron_parallel_r1.distributed.heartbeat import Beat, Heard, failed_collective, first_line
+from megatron_parallel_r1.distributed.watchdog import Watch
 
 
 def packed(count: int, place: str = "step 1", state: str = "here") -> bytes:

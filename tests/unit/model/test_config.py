@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import ModelConfig
 
 QWEN3 = ModelConfig(
     hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=112, vocab=97, rope_theta=1e4, tied=False

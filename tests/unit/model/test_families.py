@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder, save_hf_folder
 from megatron_parallel_r1.model import gpt, weights
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.hf import load_hf_folder, save_hf_folder
 from tests.unit.model.family_models import VARIANTS, family_model
 from tests.unit.model.qwen3 import hf_logits
 from tests.unit.model.rows import random_row

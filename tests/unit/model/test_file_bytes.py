@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.model.direct import ALIGNED
-from megatron_parallel_r1.model.file_bytes import BLOCK, FileBytes
+from megatron_parallel_r1.checkpoint_formats.direct_io import ALIGNED, BLOCK, FileBytes
 from tests.unit.model.no_direct import needs_direct, refuse_direct
 
 SIZE = 2 * BLOCK + ALIGNED + 321

@@ -5,11 +5,10 @@ import torch
 from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.model import gpt, weights
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.rotary import PositionRotary
 from megatron_parallel_r1.model.spec import RMSNorm
-from megatron_parallel_r1.model.transformer import transformer_config
+from megatron_parallel_r1.model.transformer import PositionRotary, transformer_config
 from tests.unit.model.qwen3 import hf_logits, hf_model
 from tests.unit.model.rows import Row, causal_row, random_row
 

@@ -19,10 +19,10 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.engine_weights import FUSED, local_name, set_weight
 from megatron_parallel_r1.model.layers import Layers, Machine, check_layers
 from megatron_parallel_r1.model.spec import block_spec
-from megatron_parallel_r1.train.checkpoints.scaling import TRUST
+from megatron_parallel_r1.model.weights import FUSED, local_name, set_weight
+from megatron_parallel_r1.train.checkpoints.fp8_state import TRUST
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 UNPACKED, INSTALLED = os.environ.get("TRANSFORMER_ENGINE_SOURCE"), find_spec("transformer_engine")

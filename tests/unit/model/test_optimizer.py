@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.model import gpt, weights
-from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.optimizer import Adam, trainable
 from tests.unit.model.qwen3 import hf_model
 from tests.unit.model.rows import Row, random_row

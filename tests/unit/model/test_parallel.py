@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed.parallel_config import Parallel, check_parallel
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.parallel import Parallel, check_parallel
 
 SHAPE = ModelConfig(hidden=48, layers=6, heads=6, kv_heads=3, head_dim=8, ffn=96, vocab=101)
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
+from megatron_parallel_r1.distributed import cpu_backend, process
+from megatron_parallel_r1.distributed.process import Parallel
 from megatron_parallel_r1.errors import PeerLost, UserError
-from megatron_parallel_r1.model import cpu, process
-from megatron_parallel_r1.model.process import Parallel
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA nothing is redirected")
 
@@ -30,11 +30,11 @@ def test_on_a_gpu_nothing_is_redirected(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cuda = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "manual_seed")}
     tensor = (torch.Tensor.cuda, torch.Tensor.type)
-    cpu.bring_up()
+    cpu_backend.bring_up()
     assert schedules.torch is torch and (torch.Tensor.cuda, torch.Tensor.type) == tensor
     assert all(getattr(torch.cuda, name) is kept for name, kept in cuda.items())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cpu.bring_up()
+    cpu_backend.bring_up()
     assert schedules.torch is not torch
 
 

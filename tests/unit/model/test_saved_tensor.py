@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_parallel_r1.model.saved_tensor import OddStrides, find_tensor
+from megatron_parallel_r1.checkpoint_formats.torch_save import OddStrides, find_tensor
 
 
 def saved(what: object, before: bytes = b"") -> tuple[io.BytesIO, int, int]:

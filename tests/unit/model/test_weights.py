@@ -9,10 +9,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder, save_hf_folder
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model import gpt, weights
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.hf import load_hf_folder, save_hf_folder
 from tests.unit.model.qwen3 import hf_model
 from tests.unit.model.rows import causal_row
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.rewards.equal import equivalent
+from megatron_parallel_r1.rewards.equality import equivalent
 from megatron_parallel_r1.rewards.extract import extract_answer
-from megatron_parallel_r1.rewards.settle import MAX_CHARS, settle
+from megatron_parallel_r1.rewards.fast_equality import MAX_CHARS, settle
 from megatron_parallel_r1.rewards.verifier import Verifier
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from megatron_parallel_r1.rewards.formats import Format
-from megatron_parallel_r1.rewards.judge import Attempt, judge
+from megatron_parallel_r1.rewards.verification import Attempt, judge
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.tree import Block, Path, Summary, Tree
 

@@ -11,8 +11,8 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward, Score, reward_metrics
 from megatron_parallel_r1.rewards.formats import Format
 from megatron_parallel_r1.rewards.registry import REWARDS, TERMS, make_component, make_reward
+from megatron_parallel_r1.rewards.schedule import Constant, Linear, Window
 from megatron_parallel_r1.rewards.terms import Accuracy, Diversity, Length, Parallel, score_accuracy
-from megatron_parallel_r1.rewards.weights import Constant, Linear, Window
 
 PARALLEL, MALFORMED, SEQUENTIAL = Format(1, 1, 2), Format(1, 0, 1), Format()
 

@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.rewards.siblings import block_difference, content, difference, trace_difference
+from megatron_parallel_r1.rewards.path_diversity import (
+    block_difference,
+    content,
+    difference,
+    trace_difference,
+)
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.rewards.normalize import canonical
-from megatron_parallel_r1.rewards.value import MAX_CHARS, Values, differ, read_values
+from megatron_parallel_r1.rewards.numeric import MAX_CHARS, Values, differ, read_values
 
 X = read_values("x").items[0].real
 

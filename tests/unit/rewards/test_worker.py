@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_parallel_r1.rewards import worker
+from megatron_parallel_r1.rewards import verifier_worker
 from megatron_parallel_r1.rewards.extract import extract_answer
-from megatron_parallel_r1.rewards.settle import Verdict
+from megatron_parallel_r1.rewards.fast_equality import Verdict
 from megatron_parallel_r1.rewards.verifier import Verifier
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -207,14 +207,14 @@ def test_a_worker_that_cannot_be_started_again_costs_its_pairs_alone(monkeypatch
         os.kill(first, signal.SIGKILL)
         assert wait_until(lambda: gone(first), 5)
         with monkeypatch.context() as short:
-            short.setattr(worker.subprocess, "Popen", no_process)
+            short.setattr(verifier_worker.subprocess, "Popen", no_process)
             pairs = [("1+x", "x+1"), ("2+x", "x+2")]
             assert verifier.check_many(pairs) == [Verdict(False, "crash")] * 2
         assert verifier.check("1+x", "x+1").correct
 
 
 def test_one_that_never_started_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.subprocess, "Popen", no_process)
+    monkeypatch.setattr(verifier_worker.subprocess, "Popen", no_process)
     with Verifier() as verifier, pytest.raises(BlockingIOError):
         verifier.check("1+x", "x+1")
 
@@ -266,16 +266,16 @@ def parent(code: str) -> subprocess.Popen[str]:
 def test_the_interpreters_end_leaves_no_process() -> None:
     with parent("pass") as process:
         assert process.stdout
-        worker = int(process.stdout.readline())
-    assert process.returncode == 0 and gone(worker)
+        verifier_worker = int(process.stdout.readline())
+    assert process.returncode == 0 and gone(verifier_worker)
 
 
 @pytest.mark.parametrize("code", ["import time; time.sleep(60)", f"v._limit_s = 60; v.check('{TOWER}', '3')"])
 def test_a_killed_parent_leaves_no_process(code: str) -> None:
     with parent(code) as process:
         assert process.stdout
-        worker = int(process.stdout.readline())
+        verifier_worker = int(process.stdout.readline())
         time.sleep(0.5)  # the worker is idle, or deep in one multiplication
-        assert not gone(worker)
+        assert not gone(verifier_worker)
         process.kill()
-    assert wait_until(lambda: gone(worker), 10)
+    assert wait_until(lambda: gone(verifier_worker), 10)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.base import Completion
-from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Answered, Asked, Unreachable
+from megatron_parallel_r1.rollout.engine import Completion
+from megatron_parallel_r1.rollout.servers.client import STOCK_MODES, About, Answered, Asked, Unreachable
 from tests.reference.traces import FIRST_TEXT, TAGS
 
 # Tags come often enough for blocks, and ends for short traces.

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_parallel_r1.rollout.connection import IDLE_S, Connection
-from megatron_parallel_r1.rollout.server import Timeouts
-from megatron_parallel_r1.sync.wire import Wire
+from megatron_parallel_r1.rollout.servers.client import IDLE_S, Connection, Timeouts
+from megatron_parallel_r1.sync.http_client import Wire
 
 PAUSE_S = IDLE_S + 1.0
 

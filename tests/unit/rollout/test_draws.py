@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.rollout.base import Completion, Sampling
-from megatron_parallel_r1.rollout.native.context import NativeContext
-from megatron_parallel_r1.rollout.native.draws import Call, Draws
+from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.rows import Rows
+from megatron_parallel_r1.rollout.native.forward_batch import NativeContext, Rows
+from megatron_parallel_r1.rollout.native.running_batch import Call, Draws
 from tests.unit.rollout.tiny import native_engine, tiny_qwen3
 
 SETS = [frozenset(), frozenset({3}), frozenset({1, 4, 7})]

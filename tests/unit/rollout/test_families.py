@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_parallel_r1.model.hf import load_hf_folder
+from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking

@@ -10,7 +10,7 @@ import asyncio
 import pytest
 import torch
 
-from megatron_parallel_r1.rollout.base import Sampling
+from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import DecodeModel
 from tests.unit.rollout.tiny import VOCABULARY, native_engine, tiny_qwen3

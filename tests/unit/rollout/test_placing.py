@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.rollout.placing import Placing, Ticket
+from megatron_parallel_r1.rollout.servers.router import Placing, Ticket
 
 
 class Asker:

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout import connecting, roster
-from megatron_parallel_r1.rollout.base import Interrupted, Sampling
-from megatron_parallel_r1.rollout.pool import Pool, PoolSettings
-from megatron_parallel_r1.rollout.server import STARTED, STOCK_MODES, About, Asked, Timeouts
-from megatron_parallel_r1.rollout.server_engine import ServerEngine
+from megatron_parallel_r1.rollout.engine import Interrupted, Sampling
+from megatron_parallel_r1.rollout.servers import connect, registry
+from megatron_parallel_r1.rollout.servers.client import STARTED, STOCK_MODES, About, Asked, Timeouts
+from megatron_parallel_r1.rollout.servers.engine import ServerEngine
+from megatron_parallel_r1.rollout.servers.pool import Pool, PoolSettings
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
@@ -84,10 +84,10 @@ def test_servers_that_ignore_seeds_are_told_and_counted(
 ) -> None:
     a, b = two()
     known = {a.url: a, b.url: b}
-    monkeypatch.setattr(connecting, "CLIENTS", {"sglang": lambda url, timeouts: known[url]})
+    monkeypatch.setattr(connect, "CLIENTS", {"sglang": lambda url, timeouts: known[url]})
 
     def met() -> Pool:
-        return connecting.met_pool("sglang", list(known), Timeouts(), QUICK)
+        return connect.met_pool("sglang", list(known), Timeouts(), QUICK)
 
     assert met().metrics()["servers_unseeded"] == 0 and not caplog.messages
     b.told = replace(b.told, seeded=False)
@@ -204,7 +204,7 @@ def test_a_pause_between_batches_is_no_time_without_servers(monkeypatch: pytest.
     a.die()
     asyncio.run(given_up())
     later = SimpleNamespace(monotonic=lambda: time.monotonic() + 2 * QUICK.patience_s)
-    monkeypatch.setattr(roster, "time", later)
+    monkeypatch.setattr(registry, "time", later)
     threading.Timer(0.1, setattr, (a, "alive", True)).start()
     assert asyncio.run(pool.generate(asked())).completion == drawn(asked())
 

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.rollout.base import Sampling
-from megatron_parallel_r1.rollout.joined import Joined, check
-from megatron_parallel_r1.rollout.pool import Pool, PoolSettings
-from megatron_parallel_r1.rollout.server import STOCK_MODES, About, Asked
-from megatron_parallel_r1.rollout.server_engine import ServerEngine
+from megatron_parallel_r1.rollout.engine import Sampling
+from megatron_parallel_r1.rollout.joined_blocks import Joined, check
+from megatron_parallel_r1.rollout.servers.client import STOCK_MODES, About, Asked
+from megatron_parallel_r1.rollout.servers.engine import ServerEngine
+from megatron_parallel_r1.rollout.servers.pool import Pool, PoolSettings
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.layout import isolated_positions

@@ -16,9 +16,9 @@ import httpx
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.base import Completion, Sampling
-from megatron_parallel_r1.rollout.joined import Joined
-from megatron_parallel_r1.rollout.server import (
+from megatron_parallel_r1.rollout.engine import Completion, Sampling
+from megatron_parallel_r1.rollout.joined_blocks import Joined
+from megatron_parallel_r1.rollout.servers.client import (
     STARTED,
     STOCK_MODES,
     About,
@@ -27,7 +27,7 @@ from megatron_parallel_r1.rollout.server import (
     Timeouts,
     Unreachable,
 )
-from megatron_parallel_r1.rollout.sglang import SGLang
+from megatron_parallel_r1.rollout.servers.sglang import SGLang
 
 URL = "http://a:30000"
 ASKED = Asked((7, 8, 9), Sampling(0.5, 0.9, 5, (1 << 62) + 3), 4, frozenset({3, 6}), frozenset({0}), "t")

@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 
 from megatron_parallel_r1.rollout import sglang_plugin
-from megatron_parallel_r1.rollout.joined import DEEPEST, FIELD, PROTOCOL, Joined, decode, encode, understood
-from megatron_parallel_r1.rollout.sglang_plugin import versions
+from megatron_parallel_r1.rollout.joined_blocks import (
+    DEEPEST,
+    FIELD,
+    PROTOCOL,
+    Joined,
+    decode,
+    encode,
+    understood,
+)
+from megatron_parallel_r1.rollout.sglang_plugin import compatibility
 from megatron_parallel_r1.rollout.sglang_plugin.contexts import Context, read
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tree import Tree
@@ -189,7 +197,7 @@ def test_it_is_off_unless_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(env: object) -> None:
         raise AssertionError("switched on")
 
-    monkeypatch.setattr(versions, "require_tested", never)
+    monkeypatch.setattr(compatibility, "require_tested", never)
     for plugins in (None, "", "other", "parallel_r1_seeds"):
         monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
         if plugins is not None:
@@ -201,14 +209,14 @@ def test_it_is_off_unless_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_release_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for release in versions.TESTED:
-        monkeypatch.setattr(versions, "version", lambda name, release=release: release)
-        versions.require_tested({})
-    monkeypatch.setattr(versions, "version", lambda name: "0.6.0")
+    for release in compatibility.TESTED:
+        monkeypatch.setattr(compatibility, "version", lambda name, release=release: release)
+        compatibility.require_tested({})
+    monkeypatch.setattr(compatibility, "version", lambda name: "0.6.0")
     with pytest.raises(SystemExit, match=r"^parallel_r1: .*0\.6\.0.*PARALLEL_R1_ANY_SGLANG=1") as refused:
-        versions.require_tested({})
+        compatibility.require_tested({})
     assert "\n" not in str(refused.value)
-    versions.require_tested({"PARALLEL_R1_ANY_SGLANG": "1"})
+    compatibility.require_tested({"PARALLEL_R1_ANY_SGLANG": "1"})
 
 
 def test_importing_it_loads_neither_torch_nor_sglang() -> None:

@@ -14,8 +14,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.limits import check_heads, refuse
 from megatron_parallel_r1.rollout.native.model import Architecture, DecodeModel
-from megatron_parallel_r1.rollout.native.parts import CUT, own_part
-from megatron_parallel_r1.rollout.native.team import Team
+from megatron_parallel_r1.rollout.native.tensor_parallel import CUT, Team, own_part
 from tests.unit.rollout.tiny import tiny_qwen3
 
 ARCHITECTURE = Architecture(

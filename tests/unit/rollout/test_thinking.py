@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.rollout.base import Sampling
+from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.sampler import draw, uniforms
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen3ForCausalLM
 
-from megatron_parallel_r1.rollout.base import Completion, Interrupted, Sampling
-from megatron_parallel_r1.rollout.native.context import NativeContext
+from megatron_parallel_r1.rollout.engine import Completion, Interrupted, Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
+from megatron_parallel_r1.rollout.native.forward_batch import NativeContext
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace

@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.base import Completion, Sampling
-from megatron_parallel_r1.rollout.joined import Joined
-from megatron_parallel_r1.rollout.server import (
+from megatron_parallel_r1.rollout.engine import Completion, Sampling
+from megatron_parallel_r1.rollout.joined_blocks import Joined
+from megatron_parallel_r1.rollout.servers.client import (
     STARTED,
     STOCK_MODES,
     About,
@@ -22,7 +22,7 @@ from megatron_parallel_r1.rollout.server import (
     Timeouts,
     Unreachable,
 )
-from megatron_parallel_r1.rollout.vllm import VLLM
+from megatron_parallel_r1.rollout.servers.vllm import VLLM
 
 URL = "http://a:8000"
 GENERATE = "/inference/v1/generate"

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.config import ModelConfig
-from megatron_parallel_r1.model.hf import load_hf_folder
 from megatron_parallel_r1.model.weights import random_hf_tensors
-from megatron_parallel_r1.rollout.server import Unreachable
+from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.disk import Disk, check
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.server import Unreachable
+from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.control import Facts, Meeting
 from megatron_parallel_r1.sync.distributed import Distributed

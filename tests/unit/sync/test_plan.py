@@ -1,6 +1,6 @@
 """Which parameters share a bucket."""
 
-from megatron_parallel_r1.model.weight import Weight
+from megatron_parallel_r1.architecture.weight_table import Weight
 from megatron_parallel_r1.sync.buckets import plan
 
 

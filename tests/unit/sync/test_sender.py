@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.server import Unreachable
+from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.control import Facts, Row, Scores
 from megatron_parallel_r1.sync.probe import Trained

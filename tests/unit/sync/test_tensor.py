@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from megatron_parallel_r1.sync.tensor import SHARED_MEMORY, shared
+from megatron_parallel_r1.sync.shared_memory import SHARED_MEMORY, shared
 
 READER = """
 import base64, pickle, sys

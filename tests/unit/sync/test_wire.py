@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.server import Unreachable
+from megatron_parallel_r1.rollout.servers.client import Unreachable
+from megatron_parallel_r1.sync.http_client import Wire
 from megatron_parallel_r1.sync.sglang import SglangControl
 from megatron_parallel_r1.sync.vllm import VllmControl
-from megatron_parallel_r1.sync.wire import Wire
 
 SGLANG = {
     "weight_version": "of the command line",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_parallel_r1.data.bpe import train_tokenizer
+from megatron_parallel_r1.data.tokenizers import train_tokenizer
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags, spread_new_embeddings
 

@@ -15,10 +15,10 @@ from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.rewards.base import Judged, Score
 from megatron_parallel_r1.rewards.formats import Format
+from megatron_parallel_r1.rl.rollout_batch import Collected, Rollouts
+from megatron_parallel_r1.rl.rollout_queue import Batches, batches
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.ahead import Batches, batches
-from megatron_parallel_r1.train.rollouts import Collected, Rollouts
 
 
 class FakeEngine:

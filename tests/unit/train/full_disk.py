@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model import process
-from megatron_parallel_r1.model.config import ModelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors

@@ -18,17 +18,17 @@ import torch
 
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rewards.base import Score
-from megatron_parallel_r1.rollout.base import Completion, Sampling
+from megatron_parallel_r1.rl.learner import Learner, Schooling
+from megatron_parallel_r1.rl.metrics import stale_groups, staleness, staleness_metrics, without_stale
+from megatron_parallel_r1.rl.objective.settings import Objective
+from megatron_parallel_r1.rl.pending import from_json, to_json
+from megatron_parallel_r1.rl.rollout_batch import Collected, Rollouts
+from megatron_parallel_r1.rl.rollout_queue import Ahead, InTurn, batches
+from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.ahead import Ahead, InTurn, batches
-from megatron_parallel_r1.train.in_flight import from_json, to_json
-from megatron_parallel_r1.train.learning import Learner, Schooling
-from megatron_parallel_r1.train.policy.objective import Objective
-from megatron_parallel_r1.train.rollouts import Collected, Rollouts
-from megatron_parallel_r1.train.staleness import stale_groups, staleness, staleness_metrics, without_stale
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.reference.traces import TAGS
 from tests.unit.rollout.test_exactness import largest_difference

@@ -11,11 +11,11 @@ import torch
 
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors
+from megatron_parallel_r1.rl.learner import Learner, Schooling
+from megatron_parallel_r1.rl.objective.settings import Objective
+from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.learning import Learner, Schooling
-from megatron_parallel_r1.train.policy.objective import Objective
-from megatron_parallel_r1.train.reference import Reference
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.reference.traces import TAGS
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_parallel_r1.train.logprobs import Question, target_logprobs
+from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
 from tests.reference.peak import Peak
 
 N, E, V = 9, 6, 13

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_parallel_r1.data.embedded.tokenizer import build_tokenizer
+from megatron_parallel_r1.data.embedded.generate import build_tokenizer
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.path_verdicts import Verdicts, judge_paths
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tokenizer import add_tags
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.path_verdicts import Verdicts, judge_paths
 
 TOKENIZER = build_tokenizer()
 TAGS = add_tags(TOKENIZER)

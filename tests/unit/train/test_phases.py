@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megatron_parallel_r1.train.phases import Phases
+from megatron_parallel_r1.utils.timers import Phases
 
 
 def test_a_name_has_the_sum_of_its_blocks_and_begins_anew_once_taken() -> None:

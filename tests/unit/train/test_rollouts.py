@@ -10,11 +10,11 @@ from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.formats import Format
 from megatron_parallel_r1.rewards.registry import make_reward
+from megatron_parallel_r1.rl.metrics import group_metrics
+from megatron_parallel_r1.rl.objective.filtering import Dynamic
+from megatron_parallel_r1.rl.rollout_batch import Collected, collect
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.policy.filtering import Dynamic
-from megatron_parallel_r1.train.rollouts import Collected, collect
-from megatron_parallel_r1.train.scoring import group_metrics
 
 SAMPLES = 2
 

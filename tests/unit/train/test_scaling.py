@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
-from megatron_parallel_r1.train.checkpoints.scaling import FILE, TRUST, extra_states
+from megatron_parallel_r1.train.checkpoints.fp8_state import FILE, TRUST, extra_states
 from megatron_parallel_r1.train.trainer import Trainer
 
 

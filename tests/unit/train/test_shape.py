@@ -7,11 +7,11 @@ from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.formats import Format
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.metrics import judge_traces, trace_metrics
+from megatron_parallel_r1.rl.path_metrics import path_lengths, stated_value, summary_metrics
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.scoring import judge_traces, trace_metrics
-from megatron_parallel_r1.train.shape import path_lengths, stated_value, summary_metrics
 
 TAGS = Tags(parallel=1, parallel_end=2, path=3, path_end=4, summary=5, summary_end=6, eos=0)
 TAG_NAMES = {"P": 1, "/P": 2, "p": 3, "/p": 4, "S": 5, "/S": 6, "$": 0}

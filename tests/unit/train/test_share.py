@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.packing import deal
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.share import Place, share_out
+from megatron_parallel_r1.train.partition import Place, share_out
 
 
 def row_of(length: int) -> Row:

@@ -16,13 +16,15 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from megatron_parallel_r1.model.attention.interpreter import interpreted
-from megatron_parallel_r1.model.attention.kernels.delta import delta_kernel
+from megatron_parallel_r1.model.attention.dispatch import interpreted
 from megatron_parallel_r1.model.attention.kernels.forward import forward_kernel
-from megatron_parallel_r1.model.attention.kernels.key_gradient import key_gradient_kernel
-from megatron_parallel_r1.model.attention.kernels.query_gradient import query_gradient_kernel
+from megatron_parallel_r1.model.attention.kernels.gradients import (
+    delta_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+)
 from megatron_parallel_r1.model.attention.kernels.tilings import ROOMY, Tiling, Tilings, tilings
-from megatron_parallel_r1.model.attention.memo import LayoutMemo
+from megatron_parallel_r1.model.attention.layout_cache import LayoutMemo
 from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_sight, transposed
 
 LISTS = LayoutMemo()

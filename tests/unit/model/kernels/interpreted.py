@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_parallel_r1.model.attention.choice import path_attention
+from megatron_parallel_r1.model.attention.dispatch import path_attention
 from megatron_parallel_r1.model.attention.kernels import launch
 from megatron_parallel_r1.model.attention.kernels.launch import BUSY, kernel_attention
 from megatron_parallel_r1.model.attention.kernels.tilings import Tiling, Tilings

@@ -19,8 +19,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from megatron_parallel_r1.model.attention.kernels.forward import forward_kernel  # noqa: E402
-from megatron_parallel_r1.model.attention.kernels.key_gradient import key_gradient_kernel  # noqa: E402
-from megatron_parallel_r1.model.attention.kernels.query_gradient import query_gradient_kernel  # noqa: E402
+from megatron_parallel_r1.model.attention.kernels.gradients import (  # noqa: E402
+    key_gradient_kernel,
+    query_gradient_kernel,
+)
 from megatron_parallel_r1.model.attention.kernels.tilings import ROOMY, Tiling, tilings  # noqa: E402
 
 KERNELS = {

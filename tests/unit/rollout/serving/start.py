@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.serving.run import serve_rollout
-from megatron_parallel_r1.rollout.serving.settings import Serving
+from megatron_parallel_r1.rollout.launcher.run import serve_rollout
+from megatron_parallel_r1.rollout.launcher.settings import Serving
 
 PATHS = ("checkpoint", "python", "log_dir", "urls_file")
 

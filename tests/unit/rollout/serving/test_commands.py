@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.serving.commands import command_of
-from megatron_parallel_r1.rollout.serving.places import ports_of, python_of, share_gpus, url_of, visible_gpus
-from megatron_parallel_r1.rollout.serving.run import children_of
-from megatron_parallel_r1.rollout.serving.settings import Serving
+from megatron_parallel_r1.rollout.launcher.commands import command_of
+from megatron_parallel_r1.rollout.launcher.placement import (
+    ports_of,
+    python_of,
+    share_gpus,
+    url_of,
+    visible_gpus,
+)
+from megatron_parallel_r1.rollout.launcher.run import children_of
+from megatron_parallel_r1.rollout.launcher.settings import Serving
 
 SERVING = Serving(Path("model"))
 PYTHON = Path("bin/python")
@@ -115,7 +121,7 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_missing_environment_is_made_by_make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    places = "megatron_parallel_r1.rollout.serving.places"
+    places = "megatron_parallel_r1.rollout.launcher.placement"
     monkeypatch.setattr(f"{places}.__file__", str(tmp_path / "a" / "b" / "c" / "places.py"))
     monkeypatch.setattr(f"{places}.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run `make engines` in .*, or give --python"):

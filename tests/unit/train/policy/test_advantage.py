@@ -7,18 +7,18 @@ import math
 import numpy as np
 import pytest
 
-from megatron_parallel_r1.thought.parser import parse
-from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.policy.advantage import (
+from megatron_parallel_r1.rl.objective.advantage import (
     ADVANTAGES,
     dr_grpo_advantages,
     group_advantages,
     rloo_advantages,
 )
-from megatron_parallel_r1.train.policy.credit import path_advantages
-from megatron_parallel_r1.train.policy.filtering import informative
-from megatron_parallel_r1.train.policy.overlong import complete, overlong_penalties
+from megatron_parallel_r1.rl.objective.credit import path_advantages
+from megatron_parallel_r1.rl.objective.filtering import informative
+from megatron_parallel_r1.rl.objective.overlong import complete, overlong_penalties
+from megatron_parallel_r1.thought.parser import parse
+from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.thought.tree import Tree
 from tests.reference.traces import TAGS
 
 

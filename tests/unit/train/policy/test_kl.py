@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from megatron_parallel_r1.train.policy.kl import kl_estimates, kl_penalties
-from megatron_parallel_r1.train.policy.members import Members
-from megatron_parallel_r1.train.policy.objective import Kl
+from megatron_parallel_r1.rl.objective.kl import kl_estimates, kl_penalties
+from megatron_parallel_r1.rl.objective.segments import Members
+from megatron_parallel_r1.rl.objective.settings import Kl
 
 LOGITS_V = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64)
 REFERENCE_V = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()

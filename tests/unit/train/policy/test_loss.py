@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_parallel_r1.train.policy.aggregation import target_weights
-from megatron_parallel_r1.train.policy.loss import policy_loss
-from megatron_parallel_r1.train.policy.members import Members
-from megatron_parallel_r1.train.policy.objective import Objective
+from megatron_parallel_r1.rl.objective.aggregation import target_weights
+from megatron_parallel_r1.rl.objective.loss import policy_loss
+from megatron_parallel_r1.rl.objective.segments import Members
+from megatron_parallel_r1.rl.objective.settings import Objective
 from tests.unit.train.policy import two_processes
 
 RATIO = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], dtype=torch.float64)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_parallel_r1.train.policy.objective import Objective
+from megatron_parallel_r1.rl.objective.settings import Objective
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import math
 import pytest
 import torch
 
-from megatron_parallel_r1.train.policy.members import Members
-from megatron_parallel_r1.train.policy.ratios import ratios
-from megatron_parallel_r1.train.policy.surrogate import cispo, ppo
+from megatron_parallel_r1.rl.objective.ratios import ratios
+from megatron_parallel_r1.rl.objective.segments import Members
+from megatron_parallel_r1.rl.objective.surrogate import cispo, ppo
 
 
 def tensor(*values: float) -> torch.Tensor:

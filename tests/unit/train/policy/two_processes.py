@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_parallel_r1.train.policy.loss import policy_loss
-from megatron_parallel_r1.train.policy.members import Members
-from megatron_parallel_r1.train.policy.objective import Objective
+from megatron_parallel_r1.rl.objective.loss import policy_loss
+from megatron_parallel_r1.rl.objective.segments import Members
+from megatron_parallel_r1.rl.objective.settings import Objective
 
 OBJECTIVES = {
     "gspo": Objective(ratio="sequence"),

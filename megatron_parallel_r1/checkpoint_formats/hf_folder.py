@@ -1,0 +1,224 @@
+"""Hugging Face folders: config.json, safetensors and a tokenizer, as every inference engine reads them.
+
+Wherever weights are read, a checkpoint of Megatron with a config.json beside it will do as well.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import table
+from megatron_parallel_r1.checkpoint_formats.safetensors_file import save_tensors, stored_tensors
+from megatron_parallel_r1.checkpoint_formats.torch_dist import (
+    MegatronCheckpoint,
+    find_checkpoint,
+    read_weights,
+)
+from megatron_parallel_r1.errors import UserError
+
+SHARD_BYTES = 5 * 10**9
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_hf_folder(path: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """The architecture and, read one by one as they are asked for, the weights of a folder.
+
+    The weights may also be a distributed checkpoint of Megatron; they come under their Hugging Face names.
+
+    Raises:
+        UserError: a file is missing or damaged, or the architecture is not supported.
+    """
+    config = read_config(path)
+    folder = Path(path)
+    if _is_megatron(folder):
+        checkpoint = MegatronCheckpoint(folder)
+        checkpoint.check(config)
+        return config, read_weights(checkpoint, config)
+    return config, _read(weight_files(folder))
+
+
+def read_config(path: Path | str) -> ModelConfig:
+    """The architecture of a folder.
+
+    Raises:
+        UserError: as `load_hf_folder`.
+    """
+    folder = Path(path)
+    try:
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(told, dict):
+            raise UserError("config.json is no JSON object; copy it again")
+        return ModelConfig.from_hf(told)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder}: no config.json; give the folder of a Hugging Face model on this machine"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder}/config.json: {error.strerror}; make it readable") from None
+    except ValueError as error:  # also what is no UTF-8
+        raise UserError(f"{folder}/config.json is no valid JSON ({error}); copy it again") from None
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def hf_sizes(path: Path | str) -> dict[str, tuple[int, ...]]:
+    """Names and sizes of a folder's weights, without reading them.
+
+    Raises:
+        UserError: as `load_hf_folder`.
+    """
+    folder = Path(path)
+    if _is_megatron(folder):
+        config = read_config(folder)
+        MegatronCheckpoint(folder).check(config)
+        return dict(part for weight in table(config) for part in weight.parts)
+    return {name: stored.shape for name, stored in stored_tensors(weight_files(folder)).items()}
+
+
+def _is_megatron(folder: Path) -> bool:
+    return not any(folder.glob("*.safetensors")) and find_checkpoint(folder) is not None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a folder's weights: those that its index names, or all.
+
+    Raises:
+        UserError: there are none, or one that the index names is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({error}); copy it again") from None
+        for name in named:
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: {name}, which {index.name} names, is missing; copy it again")
+        return [folder / name for name in named]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{folder}: no *.safetensors files; convert the model with transformers' save_pretrained"
+        )
+    return files
+
+
+def _read(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}); copy it again") from None
+
+
+def save_hf_folder(
+    path: Path | str,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a folder that AutoModelForCausalLM, SGLang and vLLM load; a reader never sees half of it.
+
+    Args:
+        path: a new folder, or an earlier model, which is replaced.
+        config: the architecture.
+        tensors: Hugging Face names and tensors of one dtype.
+        tokenizer: saved beside the model if given; its eos ends generation.
+        extra: further files, name and text.
+
+    Raises:
+        UserError: the path holds something that is no model.
+    """
+    folder = Path(path)
+    if folder.is_file() or (
+        folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists()
+    ):
+        raise UserError(f"{folder} exists and is no Hugging Face model; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write(work / "new", config, tensors, tokenizer)
+        for name, text in (extra or {}).items():
+            (work / "new" / name).write_text(text)
+        if folder.exists():
+            folder.rename(work / "old")
+        (work / "new").rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    folder.mkdir()
+    dtype = _write_shards(folder, tensors)
+    settings = config.to_hf(dtype)
+    generation: dict[str, object] = {"do_sample": True}
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        settings |= stops
+        generation |= stops
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+    """Writes files of up to `SHARD_BYTES` with their index, one in memory at a time; returns the dtype."""
+    shards: list[Path] = []
+    places: dict[str, int] = {}
+    held: dict[str, Tensor] = {}
+    total = size = 0
+    dtype = torch.float32
+
+    def write() -> None:
+        shards.append(folder / f".shard_{len(shards)}")
+        save_tensors(held, shards[-1])
+        held.clear()
+
+    for name, tensor in tensors:
+        weight = tensor.contiguous().cpu()
+        if held and size + weight.nbytes > SHARD_BYTES:
+            write()
+            size = 0
+        dtype, places[name], held[name] = weight.dtype, len(shards), weight
+        size += weight.nbytes
+        total += weight.nbytes
+    write()
+    names = shard_names(len(shards))
+    for shard, name in zip(shards, names, strict=True):
+        shard.rename(folder / name)
+    if len(names) > 1:
+        write_index(folder, {name: names[place] for name, place in places.items()}, total)
+    return dtype
+
+
+def shard_names(count: int) -> list[str]:
+    """Of `count` weight files, as transformers names them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
+    """Says which tensor is in which of several files, and how many bytes they are together."""
+    told = {"metadata": {"total_size": total}, "weight_map": dict(files)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(told, indent=2) + "\n")

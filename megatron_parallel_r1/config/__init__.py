@@ -1,0 +1,1 @@
+"""Recipes: typed settings, validated once when a file is read."""

@@ -1,0 +1,136 @@
+"""Reads a recipe from a YAML file and from the overrides of a command line.
+
+A file of the two keys `recipe` and `stage` stands for one stage of another file's recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_parallel_r1.config.errors import first_problem
+from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.errors import UserError
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe; arguments as `read_tree`.
+
+    Raises:
+        UserError: as `read_tree`, or a key is unknown, missing or ill-typed.
+    """
+    tree = read_tree(path, overrides)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}") from None
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with `key=value` overrides applied.
+
+    Args:
+        overrides: such as `seed=3` or `stages.cold_start.steps=10`; a list's member is named by its index, or
+            by its `name`. Values are YAML.
+
+    Raises:
+        UserError: the file is missing or no YAML, or an override names nothing.
+    """
+    tree = _mapping(path)
+    if "recipe" in tree:
+        tree = _mapping(_whole(path, tree))
+    for override in overrides:
+        _override(tree, override)
+    return tree
+
+
+def stage_to_run(recipe: Recipe, path: Path, kind: str, name: str | None) -> str:
+    """The stage of a kind that a command line means.
+
+    Args:
+        path: of the recipe's file; if it is that of one stage, it names it.
+        name: of the stage, if the command line gives it.
+
+    Raises:
+        UserError: the recipe has no such stage, or several and none is named.
+    """
+    name = name or _mapping(path).get("stage")
+    names = [stage.name for stage in recipe.stages if stage.kind == kind]
+    known = ", ".join(names) or "none"
+    if name is not None and name not in names:
+        raise UserError(f"{path}: no {kind} stage is called {name}; it has {known}")
+    if name is None and len(names) != 1:
+        raise UserError(f"{path}: name one of its {kind} stages with --stage: {known}")
+    return name or names[0]
+
+
+def refuse_single_stage(path: Path) -> None:
+    """
+    Raises:
+        UserError: the file stands for one stage, and all of a recipe are to run.
+    """
+    tree = _mapping(path)
+    if "recipe" in tree:
+        whole = _whole(path, tree)
+        raise UserError(f"{path} is the stage {tree['stage']} alone; run sft or rl with it, or take {whole}")
+
+
+def _whole(path: Path, tree: dict[str, Any]) -> Path:
+    """The recipe that a single stage's file names, relative to its own place."""
+    if set(tree) != {"recipe", "stage"} or not all(isinstance(value, str) for value in tree.values()):
+        raise UserError(f"{path}: the file of one stage has two keys, `recipe` (a path) and `stage` (a name)")
+    return path.parent / tree["recipe"]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give the path of a recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(tree).__name__}")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write key=value, such as stages.rl.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is no valid YAML") from None
+    *way, last = key.split(".")
+    here: Any = tree
+    for part in way:
+        here = _step_into(here, part, override)
+    if isinstance(here, list):
+        here[_index(here, last, override)] = value
+    elif isinstance(here, dict):
+        here[last] = value
+    else:
+        raise UserError(f"override {override!r}: {'.'.join(way)} holds a single value, it has no {last}")
+
+
+def _step_into(here: Any, part: str, override: str) -> Any:
+    if isinstance(here, list):
+        return here[_index(here, part, override)]
+    if not isinstance(here, dict):
+        raise UserError(f"override {override!r}: there is nothing inside {part}")
+    return here.setdefault(part, {})
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    known = ", ".join(str(name) for name in names if name) or f"0..{len(items) - 1}"
+    raise UserError(f"override {override!r}: no {part} in the list, it has {known}")

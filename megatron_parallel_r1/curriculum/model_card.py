@@ -1,0 +1,210 @@
+"""What a release says of itself: how to decode it, how it was trained, on what, and how well it does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_parallel_r1.architecture.families import FAMILIES
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import table
+from megatron_parallel_r1.config.data import DataSet
+from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.config.stages import RlStage, SftStage, Stage
+from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.report.tables import eval_markdown
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.run.folder import steps_done
+
+_BLOCKS = (
+    "that thinks in parallel: it opens `<Parallel>` blocks, reads their `<Path>`s in a `<Summary>`, goes on;"
+)
+_HABIT = {
+    "isolated": f"{_BLOCKS} paths do not see one another",
+    "replay": f"{_BLOCKS} paths do not see one another, a summary reads them as one text",
+    "causal": f"{_BLOCKS} each path sees the ones before it",
+    "sequential": "that thinks in one chain, the baseline of parallel thinking",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Of a run: behind which step of which stage its weights are kept.
+
+    Attributes:
+        step: None: the stage's last one.
+    """
+
+    stage: SftStage | RlStage
+    step: int | None = None
+
+
+def thinking_json(recipe: Recipe, folder: Path, at: Point) -> str:
+    """The decoding settings and prompt of a stage, and how far the weights are trained: `step` counts from
+    those that the run began with.
+
+    Args:
+        folder: of the run.
+        at: whose weights they are.
+    """
+    told = asdict(recipe.thinking_of(at.stage)) | {
+        "prompt": recipe.prompt,
+        "prompt_template": TEMPLATES[recipe.prompt],
+        "stage": at.stage.name,
+        "step": sum(_steps(recipe, folder, at).values()),
+    }
+    return json.dumps(told, indent=2) + "\n"
+
+
+def run_card(
+    recipe: Recipe,
+    folder: Path,
+    shape: ModelConfig,
+    evaluations: Sequence[dict[str, Any]],
+    at: Point,
+) -> str:
+    """The model card of a run.
+
+    Args:
+        folder: of the run.
+        evaluations: its records.
+        at: what is released.
+    """
+    past = lineage(recipe, at.stage)
+    thinking = recipe.thinking_of(at.stage)
+    steps = _steps(recipe, folder, at)
+    stages = "\n".join(
+        f"| {stage.name} | {stage.kind} | {_data(stage)} | {steps[stage.name]} |" for stage in past
+    )
+    figures = eval_markdown(evaluations) if evaluations else "This run was not evaluated."
+    training = f"""| stage | kind | data | steps |
+|---|---|---|---|
+{stages}
+
+Seed {recipe.seed}; the last stage in mode `{thinking.mode}` with {thinking.paths} paths a block.
+{_start(recipe)}
+
+<details><summary>The whole recipe</summary>
+
+```yaml
+{recipe.yaml().strip()}
+```
+
+</details>"""
+    evaluation = f"Plain accuracy on held-out problems, ± half the 95 % interval.\n\n{figures}"
+    base = recipe.model.path
+    facts = {"license": "apache-2.0"} if base is None else {**licence(base), "base_model": base.name}
+    return card(recipe.name, shape, thinking, facts, training, _provenance(recipe, past), evaluation)
+
+
+def card(
+    name: str,
+    shape: ModelConfig,
+    thinking: Thinking,
+    facts: Mapping[str, str],
+    training: str,
+    data: str,
+    evaluation: str,
+) -> str:
+    """A model card.
+
+    Args:
+        facts: for its head, such as the licence.
+        training, data, evaluation: sections in Markdown.
+    """
+    head = yaml.safe_dump({"library_name": "transformers", **facts}, sort_keys=False).strip()
+    parameters = sum(prod(size) for weight in table(shape) for _, size in weight.parts)
+    kind = FAMILIES[shape.family].architecture.removesuffix("ForCausalLM")
+    return f"""---
+{head}
+tags: [parallel-thinking, reinforcement-learning, grpo]
+---
+
+# {name}
+
+A {kind} of {parameters / 1e6:.2f} M parameters {_HABIT[thinking.mode]}.
+Trained with megatron_parallel_r1 after Parallel-R1 (arXiv 2509.07980).
+
+`AutoModelForCausalLM` loads it, and so do SGLang and vLLM. To decode as trained, use the settings in
+`thinking.json` with megatron_parallel_r1.
+
+## Training
+
+{training}
+
+## Data
+
+{data}
+
+## Evaluation
+
+{evaluation}
+"""
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """What the card of a model says of its licence, as the Hub reads it; `unknown` if nothing."""
+    try:
+        told = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+        found = {key: str(told[key]) for key in ("license", "license_name", "license_link") if key in told}
+    except (OSError, ValueError, IndexError, TypeError, yaml.YAMLError):
+        found = {}
+    return {"license": "unknown", **found}
+
+
+def lineage(recipe: Recipe, last: Stage) -> list[SftStage | RlStage]:
+    """The stages that weights went through up to `last`, the first one first."""
+    by_name = {stage.name: stage for stage in recipe.stages}
+    chain = [last]
+    while (before := recipe.start_of(chain[0])) is not None:
+        chain.insert(0, by_name[before])
+    return chain
+
+
+def _steps(recipe: Recipe, folder: Path, at: Point) -> dict[str, int]:
+    """Of each stage that the weights went through, by name, how many it took with them."""
+    steps = {stage.name: steps_done(folder, stage) for stage in lineage(recipe, at.stage)}
+    return steps if at.step is None else steps | {at.stage.name: at.step}
+
+
+def _start(recipe: Recipe) -> str:
+    if recipe.model.path is None:
+        return "It was trained from random weights."
+    return f"It began as the weights of `{recipe.model.path.name}`, whose licence holds for it, too."
+
+
+def _provenance(recipe: Recipe, past: Sequence[Stage]) -> str:
+    """Where each set of data comes from, and what was kept out of it."""
+    lines: Mapping[str, None] = dict.fromkeys(f"- {_origin(data)}" for data in [stage.data for stage in past])
+    if recipe.evaluation is not None:
+        lines = {**lines, f"- held out, for evaluation: {_origin(recipe.evaluation.data)}": None}
+    kept_out = "No problem of the evaluation is among those of the training."
+    if recipe.decontamination is not None:
+        kept_out += (
+            f" Problems that share {recipe.decontamination.words} words in a row with one were left out."
+        )
+    return "\n".join(lines) + f"\n\n{kept_out}"
+
+
+def _origin(data: Any) -> str:
+    if isinstance(data, DataSet):
+        split = f", split `{data.split}`" if data.split else ""
+        limit = f", the first {data.limit}" if data.limit else ""
+        local = f", read from `{data.path.name}`" if data.path else " on the Hugging Face Hub"
+        return f"`{data.name}`{local}{split}{limit}"
+    settings = ", ".join(f"{key} {value}" for key, value in data.model_dump().items() if key != "source")
+    return f"`{data.source}`: synthetic, made by megatron_parallel_r1 ({settings})"
+
+
+def _data(stage: SftStage | RlStage) -> str:
+    data = stage.data
+    if isinstance(data, DataSet):
+        return data.name
+    kind = getattr(data, "kind", None)
+    return f"{data.source} ({kind})" if kind else data.source

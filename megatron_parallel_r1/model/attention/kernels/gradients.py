@@ -1,0 +1,123 @@
+"""What both gradients need of a query: the sum over D of the output times its gradient.
+
+Equal to the sum over keys of weight times its gradient (arXiv 2205.14135, appendix B.2). torch would make
+float32 copies of both tensors on the way.
+
+Shapes: as in forward.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megatron_parallel_r1.model.attention.kernels.tile import product, read, seen, write
+
+
+@triton.jit(do_not_specialize=["queries"])
+def delta_kernel(
+    out, grad, delta, queries, out_stride, out_head, grad_stride, grad_head, dim,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes delta [H, Q], float32."""
+    first = tl.program_id(0) * BLOCK_M
+    head = tl.program_id(1)
+    out_MF = read(out + head * out_head, first, out_stride, queries, dim, BLOCK_M, BLOCK_D)
+    grad_MF = read(grad + head * grad_head, first, grad_stride, queries, dim, BLOCK_M, BLOCK_D)
+    sum_M = tl.sum(out_MF.to(tl.float32) * grad_MF.to(tl.float32), 1)
+    query_M = first + tl.arange(0, BLOCK_M)
+    tl.store(delta + tl.cast(head, tl.int64) * queries + query_M, sum_M, query_M < queries)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "list_stride"])
+def query_gradient_kernel(
+    query, key, value, grad, layout, tiles, whole_count, needed_count, lse2, delta, query_grad,
+    scale, scale2, queries, keys, list_stride,
+    query_stride, query_head, key_stride, key_head, value_stride, value_head, grad_stride, grad_head,
+    out_stride, out_head, dim,
+    SHARED: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Writes query_grad [Q, H, D]; delta [H, Q] is the sum over D of the output times its gradient."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    first = tile * BLOCK_M
+    query_M = first + tl.arange(0, BLOCK_M)
+    query_MF = read(query + head * query_head, first, query_stride, queries, dim, BLOCK_M, BLOCK_D)
+    grad_MF = read(grad + head * grad_head, first, grad_stride, queries, dim, BLOCK_M, BLOCK_D)
+    numbers_M = tl.cast(head, tl.int64) * queries + query_M
+    lse_M = tl.load(lse2 + numbers_M, query_M < queries, other=float("inf"))
+    delta_M = tl.load(delta + numbers_M, query_M < queries, other=0.0)
+    key_head_at = key + head // SHARED * key_head
+    value_head_at = value + head // SHARED * value_head
+    none_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_MF = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    wanted = tiles + tl.cast(tile, tl.int64) * list_stride
+    whole, needed = tl.load(whole_count + tile), tl.load(needed_count + tile)
+    for masked in tl.static_range(2):
+        for n in range(whole if masked else 0, needed if masked else whole):
+            key_first = tl.load(wanted + n) * BLOCK_N
+            key_NF = read(key_head_at, key_first, key_stride, keys, dim, BLOCK_N, BLOCK_D)
+            value_NF = read(value_head_at, key_first, value_stride, keys, dim, BLOCK_N, BLOCK_D)
+            scores_MN = product(query_MF, tl.trans(key_NF), none_MN, EMULATED) * scale2
+            if masked:
+                key_N = key_first + tl.arange(0, BLOCK_N)
+                sees_MN = seen(layout, queries, query_M, key_N, LEVELS, False)
+                scores_MN = tl.where(sees_MN, scores_MN, float("-inf"))
+            weights_MN = tl.exp2(scores_MN - lse_M[:, None])
+            weights_grad_MN = product(grad_MF, tl.trans(value_NF), none_MN, EMULATED)
+            scores_grad_MN = weights_MN * (weights_grad_MN - delta_M[:, None])
+            acc_MF = product(scores_grad_MN.to(key_NF.dtype), key_NF, acc_MF, EMULATED)
+    write((acc_MF * scale), query_grad + head * out_head, first, out_stride, queries, dim, BLOCK_M, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "list_stride"])
+def key_gradient_kernel(
+    query, key, value, grad, layout, tiles, whole_count, needed_count, lse2, delta, key_grad, value_grad,
+    scale, scale2, queries, keys, list_stride,
+    query_stride, query_head, key_stride, key_head, value_stride, value_head, grad_stride, grad_head,
+    out_split, out_stride, out_head, dim,
+    HEADS: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Writes key_grad and value_grad [P, L, G, D]: the sums over each split's HEADS heads of a group."""
+    tile, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tile * BLOCK_N
+    key_N = first + tl.arange(0, BLOCK_N)
+    key_NF = read(key + group * key_head, first, key_stride, keys, dim, BLOCK_N, BLOCK_D)
+    value_NF = read(value + group * value_head, first, value_stride, keys, dim, BLOCK_N, BLOCK_D)
+    none_NM = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    key_acc_NF = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    value_acc_NF = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    wanted = tiles + tl.cast(tile, tl.int64) * list_stride
+    whole, needed = tl.load(whole_count + tile), tl.load(needed_count + tile)
+    for share in range(HEADS):
+        head = (group * tl.num_programs(2) + split) * HEADS + share
+        numbers = tl.cast(head, tl.int64) * queries
+        for masked in tl.static_range(2):
+            for n in range(whole if masked else 0, needed if masked else whole):
+                query_first = tl.load(wanted + n) * BLOCK_M
+                query_M = query_first + tl.arange(0, BLOCK_M)
+                query_MF = read(
+                    query + head * query_head, query_first, query_stride, queries, dim, BLOCK_M, BLOCK_D
+                )
+                grad_MF = read(
+                    grad + head * grad_head, query_first, grad_stride, queries, dim, BLOCK_M, BLOCK_D
+                )
+                # A query beyond the row has the weight exp2(0 - inf) = 0.
+                lse_M = tl.load(lse2 + numbers + query_M, query_M < queries, other=float("inf"))
+                delta_M = tl.load(delta + numbers + query_M, query_M < queries, other=0.0)
+                scores_NM = product(key_NF, tl.trans(query_MF), none_NM, EMULATED) * scale2
+                if masked:
+                    sees_NM = seen(layout, queries, query_M, key_N, LEVELS, True)
+                    scores_NM = tl.where(sees_NM, scores_NM, float("-inf"))
+                weights_NM = tl.exp2(scores_NM - lse_M[None, :])
+                value_acc_NF = product(weights_NM.to(grad_MF.dtype), grad_MF, value_acc_NF, EMULATED)
+                weights_grad_NM = product(value_NF, tl.trans(grad_MF), none_NM, EMULATED)
+                scores_grad_NM = weights_NM * (weights_grad_NM - delta_M[None, :])
+                key_acc_NF = product(scores_grad_NM.to(query_MF.dtype), query_MF, key_acc_NF, EMULATED)
+    offset = tl.cast(split, tl.int64) * out_split + group * out_head
+    write((key_acc_NF * scale), key_grad + offset, first, out_stride, keys, dim, BLOCK_N, BLOCK_D)
+    write(value_acc_NF, value_grad + offset, first, out_stride, keys, dim, BLOCK_N, BLOCK_D)

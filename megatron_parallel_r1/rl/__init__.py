@@ -1,0 +1,1 @@
+"""Reinforcement learning: the loop, rollout workers, rewards to advantages, the learner."""

@@ -1,0 +1,90 @@
+"""The loss of GRPO and its family, a sum over targets; the trainer divides by those of the whole update.
+
+So a target weighs the same however the update is packed or split (aggregation.py).
+
+Shapes: N targets of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from megatron_parallel_r1.rl.objective.correction import engine_ratios, masked, truncated
+from megatron_parallel_r1.rl.objective.kl import kl_estimates
+from megatron_parallel_r1.rl.objective.ratios import ratios
+from megatron_parallel_r1.rl.objective.segments import Members
+from megatron_parallel_r1.rl.objective.settings import Objective
+from megatron_parallel_r1.rl.objective.surrogate import cispo, ppo
+
+
+def policy_loss(
+    logprobs_N: torch.Tensor,
+    entropies_N: torch.Tensor,
+    values: Mapping[str, torch.Tensor],
+    objective: Objective,
+    members: Members | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of GRPO and its family, summed over targets: weight x (-gain + KL term - entropy bonus).
+
+    Args:
+        logprobs_N: under the weights being trained.
+        entropies_N: of the distributions that the targets were drawn from, nats; differentiable if there is
+            an entropy bonus.
+        values: float32 [N] each, without gradient. Always `advantage` and `weight`
+            (aggregation.target_weights). `old`: log-probs under the weights that began the step; absent
+            where these are the weights being trained. `engine`: as sampled, for a correction. `reference`:
+            for a KL term in the loss.
+        members: whose the targets are; not needed where ratio and correction are of a token.
+
+    Returns:
+        The loss, and sums over the targets whose weight is not 0: how many they are (`trained`), where a
+        bound held (`clipped_low`, `clipped_high`, `clipped_dual`), the k3 estimate of KL(policy that began
+        the step || policy) (`kl_old`), the KL estimate in the loss (`kl`), and of the correction the
+        importance weights, their squares, and how many of them were cut (`correction`, `correction_square`,
+        `corrected`).
+    """
+    old_N = values.get("old", logprobs_N.detach())
+    ratio_N = ratios(logprobs_N, old_N, objective.ratio, members)
+    gain_N, reports = _gain(objective, logprobs_N, ratio_N, values["advantage"])
+    # In float64: a small step is far below the rounding of exp(d) - 1 - d in float32.
+    reports["kl_old"] = kl_estimates(old_N.double(), logprobs_N.detach().double(), "k3")
+
+    if objective.correction != "none":
+        engine_N = engine_ratios(old_N, values["engine"], objective.correction_level, members)
+        correction_N, cut_N = _bounded(objective, engine_N)
+        gain_N = correction_N * gain_N
+        reports |= {
+            "correction": correction_N,
+            "correction_square": correction_N.square(),
+            "corrected": cut_N,
+        }
+
+    loss_N = -gain_N
+    if objective.kl != "none" and objective.kl_in == "loss":
+        kl_N = kl_estimates(logprobs_N, values["reference"], objective.kl)
+        loss_N = loss_N + objective.kl_coefficient * kl_N
+        reports["kl"] = kl_N.detach()
+    if objective.entropy_coefficient:
+        loss_N = loss_N - objective.entropy_coefficient * entropies_N
+
+    trained_N = values["weight"] != 0
+    sums = {name: report_N[trained_N].sum() for name, report_N in reports.items()}
+    sums["trained"] = trained_N.sum()
+    return (values["weight"] * loss_N).sum(), sums
+
+
+def _gain(
+    objective: Objective, logprobs_N: torch.Tensor, ratio_N: torch.Tensor, advantages_N: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    low, high = objective.clip_low, objective.clip_high
+    if objective.surrogate == "cispo":
+        return cispo(logprobs_N, ratio_N, advantages_N, low, high)
+    return ppo(ratio_N, advantages_N, low, high, objective.dual_clip)
+
+
+def _bounded(objective: Objective, ratio_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if objective.correction == "truncate":
+        return truncated(ratio_N, objective.correction_cap)
+    return masked(ratio_N, objective.correction_low, objective.correction_cap)

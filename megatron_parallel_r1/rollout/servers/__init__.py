@@ -1,0 +1,1 @@
+"""Clients of rollout servers, and the pool that routes requests over them."""

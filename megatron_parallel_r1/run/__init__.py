@@ -1,0 +1,1 @@
+"""One run: its folder, its context, and the loop around a stage's steps."""

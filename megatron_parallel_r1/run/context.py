@@ -1,0 +1,205 @@
+"""What all stages of a run share: folder, tokenizer, shape, and where their weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
+from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.config.stages import RlStage, Stage
+from megatron_parallel_r1.distributed.parallel_config import check_parallel
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.gpt import Model, build_model
+from megatron_parallel_r1.model.layers import check_layers
+from megatron_parallel_r1.model.optimizer import Adam
+from megatron_parallel_r1.model.weights import check_fit, load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.rl.reference import Reference
+from megatron_parallel_r1.rollout.native import limits
+from megatron_parallel_r1.rollout.native.engine import NativeEngine
+from megatron_parallel_r1.rollout.native.model import Architecture
+from megatron_parallel_r1.rollout.native.tensor_parallel import Team
+from megatron_parallel_r1.run.datasets import load_tokenizer, open_tokenizer
+from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
+from megatron_parallel_r1.thought.tokenizer import add_tags, spread_new_embeddings
+from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.utils.seeding import seed_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """One run's fixed things.
+
+    Attributes:
+        folder: of the run.
+        shape: of the model, its vocabulary at least the tokenizer's.
+        new_ids: tags that `model.path` did not know; their embeddings start fresh.
+    """
+
+    recipe: Recipe
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    tags: Tags
+    shape: ModelConfig
+    new_ids: tuple[int, ...]
+
+    @classmethod
+    def set_up(cls, recipe: Recipe, folder: Path, resume: bool) -> Workbench:
+        """Brings everything together and checks that it fits; writes nothing.
+
+        Args:
+            resume: take the tokenizer that the run's folder holds.
+
+        Raises:
+            UserError: the model or the tokenizer cannot be read, or they do not fit.
+        """
+        bare = load_tokenizer(recipe) if recipe.model.path or not resume else None
+        known = bare.get_vocab() if bare else {}
+        try:
+            tokenizer = open_tokenizer(folder / "tokenizer") if resume else bare
+            tags = Tags.of(tokenizer) if resume else add_tags(tokenizer)
+        except ValueError as error:
+            raise UserError(f"tokenizer: {error}; use one that has it") from None
+        vocabulary = tokenizer.get_vocab()
+        new_ids = tuple(vocabulary[text] for text in TAG_TEXTS if text not in known)
+        if recipe.model.shape is not None:
+            shape = recipe.model.shape.config(len(tokenizer))
+        else:
+            shape, _ = load_hf_folder(recipe.model.path)
+            check_fit(shape, hf_sizes(recipe.model.path))
+            shape = replace(shape, vocab=max(shape.vocab, len(tokenizer)))
+        return cls(recipe, folder, tokenizer, tags, shape, new_ids)
+
+    def check_starts(self, names: Collection[str]) -> None:
+        """Whether the stages to run will find the ones that they start from.
+
+        Raises:
+            UserError: one is neither done nor among them.
+        """
+        for stage in self.recipe.stages:
+            before = self.recipe.start_of(stage)
+            if stage.name not in names or before is None or before in names:
+                continue
+            if not (self.stage_folder(before) / "model").is_dir():
+                raise UserError(f"stage {stage.name} starts from {before}, which is not done; run that first")
+
+    def check_split(self, names: Collection[str], world: int) -> None:
+        """Whether `world` processes can run the stages under the recipe's parallel layout.
+
+        Raises:
+            UserError: something does not divide, or a stage decodes in process a model that is cut in layers.
+        """
+        parallel = self.recipe.parallel
+        check_parallel(self.shape, parallel, world, self.recipe.micro_tokens)
+        layers = self.recipe.model.made_of
+        check_layers(layers, self.shape.head_dim, self.dtype)
+        if self.recipe.micro_tokens % (multiple := parallel.multiple * layers.row_multiple):
+            raise UserError(f"micro_tokens: FP8 rows need a multiple of {multiple} here")
+        if self.recipe.rollout.engine != "native":
+            return
+        if any(
+            isinstance(stage, RlStage) or stage.evaluate
+            for stage in self.recipe.stages
+            if stage.name in names
+        ):
+            limits.refuse(parallel.pipeline, parallel.context)
+        ahead = [s.name for s in self.recipe.stages if isinstance(s, RlStage) and s.max_staleness]
+        if ahead and parallel.tensor > 1 and torch.cuda.is_available():
+            # Two threads would give one GPU collectives of two groups, in an order that ranks may not share.
+            raise UserError(
+                f"stage {ahead[0]}: max_staleness with the native engine over tensor {parallel.tensor} could "
+                "wait for ever on GPUs; set parallel.tensor to 1 or max_staleness to 0"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.recipe.model.dtype)
+
+    def stage_folder(self, name: str) -> Path:
+        return self.folder / name
+
+    def seed_of(self, *words: str) -> int:
+        """A seed for one purpose of this run, different for each."""
+        return seed_of(self.recipe, *words)
+
+    def trainer(self, stage: Stage) -> Trainer:
+        """A trainer with the weights that the stage begins with, and a fresh optimizer."""
+        model = build_model(self.shape, self.dtype, self.recipe.parallel, self.recipe.model.made_of)
+        load_hf_tensors(model, self._start_tensors(stage))
+        given = stage.optimizer
+        sharded = self.recipe.parallel.sharded_optimizer
+        adam = Adam(given.lr, given.betas, given.eps, given.weight_decay, given.clip, sharded)
+        return Trainer(model, adam, self.recipe.thinking_of(stage).temperature or 1.0)
+
+    def reference(self, stage: RlStage, done: int) -> Reference:
+        """The policy of the stage's KL term, as it was after step `done`."""
+        model = build_model(self.shape, self.dtype, self.recipe.parallel, self.recipe.model.made_of)
+        temperature = self.recipe.thinking_of(stage).temperature or 1.0
+        reference = Reference(model, temperature, stage.reference_every)
+        born = reference.born(done)
+        kept = self.reference_folder(stage, born)
+        load_hf_tensors(model, load_hf_folder(kept)[1] if born else self._start_tensors(stage))
+        return reference
+
+    def reference_folder(self, stage: RlStage, born: int) -> Path:
+        """Where a renewed reference lies while the stage runs, for a run that goes on."""
+        return self.stage_folder(stage.name) / "reference" / f"step_{born:06d}"
+
+    def model_of(self, stage: Stage) -> Model:
+        """The finished model of a stage."""
+        model = build_model(self.shape, self.dtype, self.recipe.parallel, self.recipe.model.made_of)
+        load_hf_tensors(model, load_hf_folder(self.stage_folder(stage.name) / "model")[1])
+        return model
+
+    def _start_tensors(self, stage: Stage) -> Iterable[tuple[str, Tensor]]:
+        before = self.recipe.start_of(stage)
+        if before is not None:
+            return load_hf_folder(self.stage_folder(before) / "model")[1]
+        if self.recipe.model.shape is not None:
+            return random_hf_tensors(self.shape, self.recipe.seed, self.recipe.model.shape.init_std)
+        released = load_hf_folder(self.recipe.model.path)[1]
+        return ((name, self._with_tags(name, tensor)) for name, tensor in released)
+
+    def _with_tags(self, name: str, tensor: Tensor) -> Tensor:
+        """Gives an embedding the rows that the tags need, each its own.
+
+        Rows of tags that a tokenizer has but no training ever saw can be equal to each other; they count as
+        missing.
+        """
+        if name not in EMBEDDINGS:
+            return tensor
+        rows = tensor.shape[0]
+        fresh = {*self.new_ids, *range(rows, self.shape.vocab)}
+        tag_ids = [*astuple(self.tags)[: len(TAG_TEXTS)]]
+        trained = tensor[[id for id in tag_ids if id < rows]]
+        if len(trained.unique(dim=0)) < len(trained):
+            fresh.update(tag_ids)
+        grown_VE = torch.cat([tensor, tensor.new_zeros(self.shape.vocab - rows, tensor.shape[1])])
+        spread_new_embeddings(grown_VE, sorted(fresh), self.recipe.seed)
+        return grown_VE
+
+
+def native_engine(
+    shape: ModelConfig, group: dist.ProcessGroup | None = None, compiled: bool = False
+) -> NativeEngine:
+    """An engine of the model's shape, without weights, shared by this process's tensor group.
+
+    Args:
+        group: that group once more, for an engine of a second thread.
+        compiled: as the engine takes it.
+    """
+    team = Team.of(group or parallel_state.get_tensor_model_parallel_group())
+    return NativeEngine(Architecture.of(shape), team, compiled=compiled)

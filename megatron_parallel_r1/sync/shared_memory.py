@@ -1,0 +1,151 @@
+"""Weights by shared memory, to servers on the sender's node.
+
+What travels over HTTP is a pickle of names and handles: of a file in shared memory on a CPU, of CUDA's
+inter-process memory on a GPU. The server maps it and copies from it before it answers.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from megatron_parallel_r1.sync.buckets import Bucket
+from megatron_parallel_r1.sync.control import Control, Facts, LiveControl
+from megatron_parallel_r1.sync.sender import each
+from megatron_parallel_r1.sync.transport import Passed
+
+SHARED_MEMORY = Path("/dev/shm")
+# Each tensor begins where any type of number may. torch keeps a count of users in that of a file's head.
+ALIGNED, HEAD = 16, 64
+# Of those users. It does not fall to 0, where the last one would remove the file: that is the sender's to do.
+USERS = 2**30
+# Where the arguments of torch's `rebuild_cuda_tensor` have the device.
+DEVICE = 6
+
+
+class SharedTensors:
+    """See `Transport`. Servers go their own ways: one that fails is left out of the rest of the pass."""
+
+    def __init__(self) -> None:
+        self._servers: list[LiveControl] = []
+        self._processes: dict[str, int] = {}
+        self._version = 0
+        self._lost: dict[str, str] = {}
+
+    def open(self, servers: Sequence[Control], facts: Mapping[str, Facts], version: int) -> None:
+        self._servers = [cast(LiveControl, server) for server in servers]
+        self._processes = {server.url: facts[server.url].processes for server in servers}
+        self._version, self._lost = version, {}
+        self._try(lambda server: server.begin())
+
+    def send(self, bucket: Bucket) -> None:
+        version = self._version if bucket.last else None
+        with shared(bucket.tensors) as payload:
+
+            def take(server: LiveControl) -> None:
+                # A handle is good for one process.
+                server.take_tensors([payload() for _ in range(self._processes[server.url])], version)
+
+            self._try(take)
+
+    def close(self) -> Passed:
+        self._try(lambda server: server.end())
+        return Passed(self._lost)
+
+    def end(self) -> None:
+        pass
+
+    def _try(self, work: Callable[[LiveControl], None]) -> None:
+        _, reasons = each(self._servers, work)
+        self._lost |= reasons
+        self._servers = [server for server in self._servers if server.url not in reasons]
+
+
+@contextmanager
+def shared(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[Callable[[], str]]:
+    """Copies of tensors in memory of their own, as long as this lasts.
+
+    To share a parameter itself would share, and on a CPU move, all that lies in one block with it.
+
+    Yields:
+        What makes a text, for one process of a server, that SGLang turns into the tensors.
+    """
+    rooms = [-(-tensor.nbytes // ALIGNED) * ALIGNED for _name, tensor in tensors]
+    starts = list(accumulate(rooms, initial=HEAD))
+    if tensors[0][1].is_cuda:
+        block = torch.empty(starts[-1], dtype=torch.uint8, device=tensors[0][1].device)
+        copies = _copied(block, tensors, starts)
+        yield lambda: _text([(name, _on_gpu(copy)) for name, copy in copies])
+        return
+    file = SHARED_MEMORY / f"parallel-r1-{uuid.uuid4().hex}"
+    try:
+        block = torch.from_file(str(file), shared=True, size=starts[-1], dtype=torch.uint8)
+        block[:4].view(torch.int32).fill_(USERS)
+        _copied(block, tensors, starts)
+        # One for all tensors: a pickle has the same thing once.
+        storage = _Call(
+            reductions.rebuild_storage_filename,
+            (torch.UntypedStorage, b"", f"/{file.name}".encode(), starts[-1] - HEAD),
+        )
+        named = [
+            (name, _in_file(tensor, storage, start - HEAD))
+            for (name, tensor), start in zip(tensors, starts, strict=False)
+        ]
+        yield lambda: _text(named)
+    finally:
+        file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Becomes, where it is unpickled, what a function returns there."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.function, self.arguments
+
+
+def _copied(
+    block: Tensor, tensors: Sequence[tuple[str, Tensor]], starts: list[int]
+) -> list[tuple[str, Tensor]]:
+    copies = []
+    for (name, tensor), start in zip(tensors, starts, strict=False):
+        place = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies.append((name, place.copy_(tensor)))
+    return copies
+
+
+def _in_file(tensor: Tensor, storage: _Call, start: int) -> _Call:
+    """A tensor of the same shape, so many bytes behind a file's head.
+
+    torch's own way (the sharing strategy `file_system`) starts a process for the sender's files. It has
+    copies of all that the sender had open, and lives as long as the servers do.
+    """
+    typed = _Call(reductions.rebuild_typed_storage, (storage, tensor.dtype))
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    where = (start // tensor.itemsize, tensor.shape, strides, False)
+    return _Call(reductions.rebuild_tensor, (Tensor, typed, where))
+
+
+def _on_gpu(tensor: Tensor) -> _Call:
+    """Names the GPU by its UUID: its number depends on which ones a process sees. SGLang reads both."""
+    rebuild, arguments = reductions.reduce_tensor(tensor)
+    device = str(torch.cuda.get_device_properties(arguments[DEVICE]).uuid)
+    return _Call(rebuild, (*arguments[:DEVICE], device, *arguments[DEVICE + 1 :]))
+
+
+def _text(named: list[tuple[str, _Call]]) -> str:
+    return base64.b64encode(pickle.dumps(named)).decode("ascii")

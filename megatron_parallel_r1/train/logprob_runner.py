@@ -1,0 +1,84 @@
+"""A model that gives the log-probs of tokens: Megatron's schedule around it, forward only.
+
+Shapes: L tokens of a row, T of them on this process, N targets of a micro-batch, E hidden size, V rows of the
+vocabulary on this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.train.micro_batch import MicroBatch
+from megatron_parallel_r1.train.partition import Place
+from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
+
+
+class Scorer:
+    """Log-probs under a model's present weights.
+
+    Args:
+        model: its weights set.
+        temperature: by which logits are divided, as the rollout's.
+        head_VE: this process's rows of another output matrix, in the place of the model's own.
+    """
+
+    def __init__(self, model: Model, temperature: float = 1.0, head_VE: torch.Tensor | None = None) -> None:
+        self.model = model
+        self.temperature = temperature
+        self._head_VE = head_VE
+        self._stages: list[torch.nn.Module] = list(model)
+
+    @property
+    def place(self) -> Place:
+        """Which part of a batch `share_out` gives to this process."""
+        return Place.of(self.model.config)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Log-probs of the targets of each micro-batch, float32 [N].
+
+        On the last pipeline stage; on others an empty list.
+        """
+        with torch.no_grad():
+            return [logprobs_N for logprobs_N, _ in self._run(batches, self._scores, forward_only=True)]
+
+    def _run(self, batches: Sequence[MicroBatch], head: Callable[..., Any], forward_only: bool) -> list[Any]:
+        """Megatron's schedule over the micro-batches; what `head` returned for each, on the last stage."""
+
+        def forward(batches: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            batch = next(batches)
+            hidden_T1E = stage(batch.tokens_1L, batch.positions_1L, batch.layout_KL)
+            return hidden_T1E, partial(head, batch)
+
+        # Interleaved stages go through the micro-batches each at its own pace.
+        iterators = [iter(batches) for _ in self._stages]
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._stages,
+            num_microbatches=len(batches),
+            # Of the whole row; Megatron divides by the context size.
+            seq_length=max(batch.tokens_1L.shape[1] for batch in batches) * self.place.context_size,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _scores(
+        self, batch: MicroBatch, hidden_T1E: torch.Tensor, non_loss_data: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [N] of a micro-batch's targets."""
+        last = self.model[-1]
+        question = Question(batch.labels_N, batch.barred_N, self.temperature, self.model.shape.vocab)
+        head_VE = last.head_weight() if self._head_VE is None else self._head_VE.to(self.device)
+        # Its backward is an index_add; that of `[at_N]` sorts, for indices may repeat.
+        return target_logprobs(last.whole_hidden(hidden_T1E).index_select(0, batch.at_N), head_VE, question)

@@ -1,0 +1,1 @@
+"""Helpers that several rooms share: JSON Lines, seeding, timers, LaTeX boxes."""
