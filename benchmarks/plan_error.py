@@ -31,7 +31,7 @@ from benchmarks.published_runs import CALIBRATED_ON, HELD_OUT, calibrated, overl
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
@@ -74,7 +74,7 @@ class Case:
 
     @property
     def split(self) -> Split:
-        return Split(self.shape, Parallel(), data=1, number=FLOAT32, per_node=1)
+        return Split(self.shape, ParallelConfig(), data=1, number=FLOAT32, per_node=1)
 
 
 CASES = (
@@ -137,7 +137,7 @@ def measured_here(repeats: int, tokens: int, cases: Sequence[Case] = CASES) -> T
 
 def cost_of(case: Case, tokens: int) -> Cost:
     if case.kind == "update":
-        (part,) = parts(case.shape, Parallel())
+        (part,) = parts(case.shape, ParallelConfig())
         rows = Rows(case.rows, case.length, case.length / 2, case.length - 1)
         return update_cost(case.split, rows, part.elements)
     return tokens * pass_cost(case.split, case.rows, case.length + tokens / 2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from megatron_parallel_r1.architecture.model_config import Experts, ModelConfig
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.cost import Cost
 from megatron_parallel_r1.planning.machine import Machine
@@ -32,7 +32,7 @@ class Run:
     name: str
     shape: ModelConfig
     gpus: int
-    parallel: Parallel
+    parallel: ParallelConfig
     batch: int
     micro: int
     sequence: int
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def data(self) -> int:
-        return self.gpus // self.parallel.copy
+        return self.gpus // self.parallel.replica_size
 
     @property
     def seconds(self) -> float:
@@ -66,8 +66,8 @@ def _llama(hidden: int, layers: int, heads: int, ffn: int) -> ModelConfig:
     return ModelConfig(hidden, layers, heads, 8, 128, ffn, vocab=128256, tied=False, family="llama")
 
 
-def _split(tensor: int = 1, pipeline: int = 1, virtual: int = 1, context: int = 1) -> Parallel:
-    return Parallel(tensor, pipeline, virtual, context, sequence=tensor > 1, sharded_optimizer=True)
+def _split(tensor: int = 1, pipeline: int = 1, virtual: int = 1, context: int = 1) -> ParallelConfig:
+    return ParallelConfig(tensor, pipeline, virtual, context, sequence=tensor > 1, sharded_optimizer=True)
 
 
 QWEN3_235B = ModelConfig(

@@ -38,7 +38,7 @@ from megatron_parallel_r1.data.embedded.generate import build_tokenizer, trainin
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.replicas import second_groups
+from megatron_parallel_r1.distributed.replicas import background_groups
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
@@ -176,7 +176,7 @@ def typical(found: Sequence[Step]) -> Step:
 def steps(size: Size, count: int, staleness: int = 0) -> list[Step]:
     """So many steps, after one that warms up; as in curriculum/stages.py."""
     found = []
-    groups = second_groups(PATIENCE_S) if staleness else _no_groups()
+    groups = background_groups(PATIENCE_S) if staleness else _no_groups()
     with groups as (_, world), _grpo(size, world, staleness) as (grpo, stream):
         engine, model = grpo.thinker.engine, grpo.learner.trainer.model
         with batches(

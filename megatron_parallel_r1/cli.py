@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_parallel_r1.distributed.stop_signals import hold_stop_signals
+from megatron_parallel_r1.distributed.stop_signals import block_stop_signals
 from megatron_parallel_r1.errors import (
     LOST_EXIT_CODE,
     STOPPED_EXIT_CODE,
@@ -48,7 +48,7 @@ def curriculum(
     recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False, adapt: Adapt = False
 ) -> None:
     """Run all stages of a recipe, evaluate, release, report. Started again, it goes on where it stopped."""
-    hold_stop_signals()
+    block_stop_signals()
     from megatron_parallel_r1.config.reader import read_recipe, refuse_single_stage
     from megatron_parallel_r1.curriculum.run import open_console, run
 
@@ -127,7 +127,7 @@ def plan(
 
     told, longest = read_recipe(recipe, overrides or ()), Longest(prompt_tokens, example_tokens)
     gpu, by = round(gpu_memory * GIB), read_machine(machine)
-    world = gpus or told.parallel.copy
+    world = gpus or told.parallel.replica_size
     typer.echo(plan_text(plan(told, world=world, gpu=gpu, longest=longest, machine=by)))
 
 
@@ -236,7 +236,7 @@ def report(
 
 
 def _run_kind(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None) -> None:
-    hold_stop_signals()
+    block_stop_signals()
     from megatron_parallel_r1.config.reader import read_recipe, stage_to_run
     from megatron_parallel_r1.curriculum.run import open_console, run
 

@@ -22,7 +22,7 @@ from submitit.core.utils import DelayedSubmission
 from megatron_parallel_r1.cluster import attempts
 from megatron_parallel_r1.cluster.attempts import Attempt, steps_written
 from megatron_parallel_r1.cluster.local_ranks import POLL_S, LocalRanks, exit_code
-from megatron_parallel_r1.distributed.stop_signals import hear_stop_signals
+from megatron_parallel_r1.distributed.stop_signals import unblock_stop_signals
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ScriptJob:
         Raises:
             JobFailed: the script says why in its log.
         """
-        hear_stop_signals()
+        unblock_stop_signals()
         environment = {**os.environ, **self.settings, "SLURM_SUBMIT_DIR": str(self.repository)}
         # submitit lets SIGTERM pass, which a cancelled job gets; what it starts shall end of it.
         self._running = subprocess.Popen(["bash", *self.script], cwd=self.repository, env=environment)
@@ -99,7 +99,7 @@ class LocalJob:
         Raises:
             JobFailed: an order did.
         """
-        hear_stop_signals()
+        unblock_stop_signals()
         os.chdir(self.repository)
         self._folder.mkdir(parents=True, exist_ok=True)
         attempts.begin(self._folder, self._steps())

@@ -29,7 +29,7 @@ from megatron_parallel_r1.config.model import Model
 from megatron_parallel_r1.config.rollout import Rollout
 from megatron_parallel_r1.config.stages import Name, RlStage, SftStage, Stage
 from megatron_parallel_r1.data.prompts import TEMPLATES
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.run.early_stopping import WATCHABLE
 
@@ -88,7 +88,7 @@ class Recipe(Strict):
     micro_tokens: Count = 4096
     max_prompt_tokens: Count | None = None
     max_example_tokens: Count | None = None
-    parallel: Parallel = Parallel()
+    parallel: ParallelConfig = ParallelConfig()
     rollout: Rollout = Rollout()
     collective_timeout_s: Count = 1800
     stages: Annotated[

@@ -91,7 +91,7 @@ def evaluate_stage(
             thinker, problems, bench.tokenizer, verifier, recipe.prompt, recipe.evaluation, seed
         )
     record = {"stage": stage.name, "step": step, **measured}
-    if not process.is_first():
+    if not process.is_rank_zero():
         return record
     # Anew each time: an evaluation that was killed before its record may have left some.
     with JsonLines(bench.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as kept:

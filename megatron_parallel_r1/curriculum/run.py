@@ -20,8 +20,8 @@ from megatron_parallel_r1.curriculum.release import write_release
 from megatron_parallel_r1.curriculum.seed_table import across_seeds
 from megatron_parallel_r1.curriculum.stages import run_rl, run_sft
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.collectives import wait_for_all
-from megatron_parallel_r1.distributed.watchdog import Watch
+from megatron_parallel_r1.distributed.collectives import barrier
+from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.report.html import build_report
 from megatron_parallel_r1.report.tables import eval_table
@@ -37,7 +37,7 @@ from megatron_parallel_r1.run.wandb_log import check_wandb
 
 def open_console() -> Console:
     """As wide as the terminal; a log takes the whole table. Only the first process of a run speaks."""
-    console = Console(quiet=not process.is_first())
+    console = Console(quiet=not process.is_rank_zero())
     return console if console.is_terminal else Console(width=150, quiet=console.quiet)
 
 
@@ -79,7 +79,7 @@ def run(
         outcomes.append(_run_seed(single, folder, only, fresh, adapt, console))
     by_seed = {seed: done.evaluations for seed, done in zip(recipe.seeds, outcomes, strict=True)}
     table = across_seeds(by_seed)
-    if process.is_first():
+    if process.is_rank_zero():
         (recipe.out / recipe.name / "seeds.md").write_text(table + "\n")
     console.print(table, highlight=False, markup=False)
     return outcomes
@@ -102,32 +102,32 @@ def _run_seed(
     bench.check_split(names, process.world_size())
     split, patience = recipe.parallel, recipe.collective_timeout_s
     with (
-        process.running(recipe.seed, split, patience) as watch,
+        process.running(recipe.seed, split, patience) as watchdog,
         Verifier(workers=_workers()) as verifier,
         Decoders(bench) as decoders,
     ):
         # Every process has looked at the folder by now; the first one may change it.
-        if process.is_first():
+        if process.is_rank_zero():
             open_run_folder(recipe, folder, resume)
             if not resume:
                 keep_tokenizer(bench.tokenizer, folder)
             if report := contamination_report(recipe):
                 (folder / "contamination.md").write_text(report)
-        wait_for_all()
+        barrier()
         last: Model | None = None
         for stage in recipe.stages:
             if stage.name in names:
                 # Its optimizer and gradients go with it: their memory is the next stage's.
                 last = None
                 gc.collect()
-                last = _run_stage(bench, stage, verifier, decoders, console, watch)
+                last = _run_stage(bench, stage, verifier, decoders, console, watchdog)
         evaluations = past_evaluations(folder)
         release = None
         if only is None:
             release = write_release(bench, last or bench.model_of(recipe.stages[-1]), evaluations)
         if evaluations:
             console.print(eval_table(evaluations))
-        report = build_report(folder) if process.is_first() else folder / "report.html"
+        report = build_report(folder) if process.is_rank_zero() else folder / "report.html"
     return Outcome(folder, report, release, evaluations)
 
 
@@ -137,7 +137,7 @@ def _run_stage(
     verifier: Verifier,
     decoders: Decoders,
     console: Console,
-    watch: Watch,
+    watchdog: Watchdog,
 ) -> Model | None:
     """Trains a stage, keeps its model, evaluates it; whatever is already done is not done again."""
     folder = bench.stage_folder(stage.name)
@@ -145,24 +145,24 @@ def _run_stage(
     if not (folder / "model").is_dir():
         folder.mkdir(exist_ok=True)
         if isinstance(stage, SftStage):
-            model = run_sft(bench, stage, watch).model
+            model = run_sft(bench, stage, watchdog).model
         else:
-            model = run_rl(bench, stage, verifier, decoders, watch).model
-        watch.at(f"stage {stage.name}, its end")
+            model = run_rl(bench, stage, verifier, decoders, watchdog).model
+        watchdog.set_location(f"stage {stage.name}, its end")
         told = {"thinking.json": thinking_json(bench.recipe, bench.folder, Point(stage))}
         save_model(bench, model, folder / "model", told)
     else:
         console.print(f"{stage.name}  done before", highlight=False)
-    if process.is_first() and not bench.recipe.keeps_checkpoints(stage):
+    if process.is_rank_zero() and not bench.recipe.keeps_checkpoints(stage):
         shutil.rmtree(checkpoint_folder(folder), ignore_errors=True)
-    if process.is_first():
+    if process.is_rank_zero():
         shutil.rmtree(folder / "reference", ignore_errors=True)
     evaluated = {record["stage"] for record in past_evaluations(bench.folder)}
     if stage.evaluate and stage.name not in evaluated:
         model = model or bench.model_of(stage)
         record = evaluate_stage(bench, stage, model, verifier, decoders)
         console.print(_in_words(record), highlight=False)
-    wait_for_all()
+    barrier()
     return model
 
 

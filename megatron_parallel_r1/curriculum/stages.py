@@ -16,8 +16,8 @@ from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.prompts import encode_prompt
 from megatron_parallel_r1.data.row_cache import RowCache, tokenizer_hash
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.replicas import second_groups
-from megatron_parallel_r1.distributed.watchdog import Watch
+from megatron_parallel_r1.distributed.replicas import background_groups
+from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.report.trace_record import trace_record
 from megatron_parallel_r1.rewards.extract import extract_answer
@@ -40,7 +40,7 @@ from megatron_parallel_r1.train.sft import example_row, sft_step
 from megatron_parallel_r1.train.trainer import Trainer
 
 
-def run_sft(bench: Workbench, stage: SftStage, watch: Watch) -> Trainer:
+def run_sft(bench: Workbench, stage: SftStage, watchdog: Watchdog) -> Trainer:
     """Trains a supervised stage and returns its trainer."""
     recipe = bench.recipe
     mode = recipe.thinking_of(stage).mode
@@ -50,7 +50,7 @@ def run_sft(bench: Workbench, stage: SftStage, watch: Watch) -> Trainer:
     cache = RowCache(recipe.out / ".rows", tokenizer_hash(bench.tokenizer), recipe.prompt, mode)
     stream = example_rows(recipe, stage, bench.seed_of(stage.name, "data"), to_row, cache)
     trainer = bench.trainer(stage)
-    with StageLoop(bench, stage, trainer, stream, watch) as loop:
+    with StageLoop(bench, stage, trainer, stream, watchdog) as loop:
         for step, lr in loop:
             began = time.monotonic()
             rows = stream.next_batch(stage.batch)
@@ -62,7 +62,9 @@ def run_sft(bench: Workbench, stage: SftStage, watch: Watch) -> Trainer:
     return trainer
 
 
-def run_rl(bench: Workbench, stage: RlStage, verifier: Verifier, decoders: Decoders, watch: Watch) -> Trainer:
+def run_rl(
+    bench: Workbench, stage: RlStage, verifier: Verifier, decoders: Decoders, watchdog: Watchdog
+) -> Trainer:
     """Trains a reinforcement-learning stage and returns its trainer."""
     stream = problem_stream(
         bench.recipe,
@@ -73,10 +75,10 @@ def run_rl(bench: Workbench, stage: RlStage, verifier: Verifier, decoders: Decod
     seed = bench.seed_of(stage.name, "rollout")
     trainer = bench.trainer(stage)
     patience = bench.recipe.collective_timeout_s
-    groups = second_groups(patience) if stage.max_staleness else nullcontext((None, None))
+    groups = background_groups(patience) if stage.max_staleness else nullcontext((None, None))
     with (
         groups as (team, world),
-        StageLoop(bench, stage, trainer, stream, watch) as loop,
+        StageLoop(bench, stage, trainer, stream, watchdog) as loop,
         decoders.of(trainer.model, bench.recipe.thinking_of(stage), team) as decoder,
     ):
         grpo = _grpo(bench, stage, trainer, decoder.engine, verifier, world, loop.done)
@@ -176,7 +178,7 @@ def _stated_embedded(text: str) -> str | None:
 def _shown(bench: Workbench, rollouts: Rollouts, count: int) -> Sequence[dict[str, Any]]:
     """Traces of different problems, right and wrong ones in turn where the step has both; for the process
     that writes them."""
-    if not process.is_first():
+    if not process.is_rank_zero():
         return ()
     total = len(rollouts.traces)
     ranked = sorted(range(total), key=lambda i: (i * 7919 % total, i))

@@ -1,9 +1,9 @@
-"""What one process finds out and all must know."""
+"""Collectives over Python objects and scalars."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,73 +12,81 @@ from megatron.core import parallel_state
 T = TypeVar("T")
 
 
-def told_all(mine: T, world: dist.ProcessGroup | None = None) -> list[T]:
-    """What each process has to say (picklable), in the order of ranks, on every process.
+def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Returns every rank's picklable `value`, in rank order, on every rank.
 
     Args:
-        world: all processes, if not by the default group.
+        group: a group of all ranks to use instead of the default one.
     """
     if dist.get_world_size() == 1:
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine, group=world)
-    return everyone
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
-def told_first(mine: T) -> list[T]:
-    """As `told_all`, on the first process; an empty list on the others."""
+def gather_objects(value: T) -> list[T]:
+    """Returns every rank's picklable `value`, in rank order, on rank 0, and an empty list elsewhere."""
     if dist.get_world_size() == 1:
-        return [mine]
-    everyone: list[T] | None = [mine] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everyone)
-    return everyone or []
+        return [value]
+    values = [value] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
-def first_does(work: Callable[[], T]) -> T:
-    """The first process does it; all return its result (picklable) or raise its error."""
-    outcome: list[tuple[Any, Exception | None]] = [(None, None)]
+def run_on_rank_zero(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0; every rank returns its picklable result or raises its error."""
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
     if dist.get_rank() == 0:
         try:
             outcome = [(work(), None)]
-        except Exception as error:  # whatever it is, the others would wait for it
+        except Exception as error:  # of any type: the other ranks would wait for ever
             outcome = [(None, error)]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome, src=0)
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return cast(T, result)
 
 
-def all_agree(mine: bool, device: torch.device) -> bool:
-    """Whether it is so on every process; one number travels."""
+def all_ranks_true(flag: bool, device: torch.device) -> bool:
+    """All-reduces `flag` with a logical AND over all ranks."""
     if dist.get_world_size() == 1:
-        return mine
-    flag = torch.tensor(float(mine), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
+        return flag
+    reduced = torch.tensor(float(flag), device=device)
+    dist.all_reduce(reduced, op=dist.ReduceOp.MIN)
+    return bool(reduced.item())
 
 
-def wait_for_all() -> None:
-    """Returns when every process has come here: what one has written, all can read then."""
+def all_reduce_max(value: float, device: torch.device) -> float:
+    """Returns the largest `value` of all ranks."""
+    reduced = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+    return reduced.item()
+
+
+def barrier() -> None:
+    """Waits until every rank is here; what a rank wrote before, every rank can read afterwards."""
     if dist.get_world_size() > 1:
         dist.barrier()
 
 
-def total(reports: Sequence[dict[str, torch.Tensor]], device: torch.device) -> dict[str, float]:
-    """Sums scalars of the same names over micro-batches and over data- and context-parallel processes.
+def sum_metrics(reports: Sequence[dict[str, torch.Tensor]], device: torch.device) -> dict[str, float]:
+    """Sums scalars by name over micro-batches and over data- and context-parallel ranks.
 
     Args:
-        reports: of this process's micro-batches; empty on all but the last pipeline stage, which tells the
-            others.
+        reports: one dict for each of this rank's micro-batches; empty on all but the last pipeline stage,
+            which broadcasts the sums to the others.
     """
     names: list[str] = sorted(reports[0]) if reports else []
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     if pipeline.size() > 1:
-        told = [names]
-        dist.broadcast_object_list(told, last, group=pipeline)
-        names = told[0]
+        message = [names]
+        dist.broadcast_object_list(message, last, group=pipeline)
+        names = message[0]
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     for report in reports:
         sums += torch.stack([report[name].double() for name in names])
@@ -87,11 +95,3 @@ def total(reports: Sequence[dict[str, torch.Tensor]], device: torch.device) -> d
     if pipeline.size() > 1:
         dist.broadcast(sums, last, group=pipeline)
     return dict(zip(names, sums.tolist(), strict=True))
-
-
-def highest(value: float, device: torch.device) -> float:
-    """The largest of all processes' values."""
-    most = torch.tensor(value, dtype=torch.float64, device=device)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return most.item()

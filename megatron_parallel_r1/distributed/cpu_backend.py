@@ -1,8 +1,8 @@
-"""Megatron-Core on a machine without CUDA.
+"""Runs Megatron-Core on a machine without CUDA.
 
-Megatron names CUDA devices, streams and tensor types in its Python code, though nothing that it computes here
-needs them. `bring_up` redirects exactly those names to the CPU. It patches names, never wraps operators, so
-forward and backward run at the speed of plain torch. On a machine with CUDA it does nothing.
+Megatron's Python code names CUDA devices, streams and tensor types, though nothing computed here needs them.
+`patch_megatron` redirects exactly those names to the CPU. It patches names and wraps no operators, so forward
+and backward run at the speed of plain torch. On a machine with CUDA it does nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 
 class _CpuTorch(ModuleType):
-    """`torch` as seen by one Megatron module, whose tensor factories read device="cuda" as the CPU."""
+    """`torch` as one Megatron module sees it, whose tensor factories take device="cuda" for the CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -59,35 +59,35 @@ def _cpu_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _already_here(
+def _counts_on_cpu(
     dispatcher: MoEAlltoAllTokenDispatcher, point: str, tokens_per_expert: torch.Tensor | None = None
 ) -> torch.Tensor | None:
     return tokens_per_expert
 
 
-def _nothing(*args: object, **kwargs: object) -> None:
+def _no_op(*args: object, **kwargs: object) -> None:
     return None
 
 
-def bring_up() -> None:
-    """Lets Megatron-Core run on this machine's CPU; a no-op where CUDA is available. Safe to call twice."""
+def patch_megatron() -> None:
+    """Lets Megatron-Core run on the CPU; a no-op where CUDA is available. May be called twice."""
     if torch.cuda.is_available() or isinstance(schedules.torch, _CpuTorch):
         return
     # Where Megatron allocates weights, gradient buffers and receive buffers.
     torch.cuda.current_device = _cpu_device
     # Called around communication, timers and checkpoints; CPU work is never pending.
-    torch.cuda.synchronize = _nothing
+    torch.cuda.synchronize = _no_op
     # The states that activation checkpointing and sequence-parallel regions fork and restore.
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = _get_rng_state
     tensor_parallel_random._set_cuda_rng_state = _set_rng_state
-    # The token count of a step, the loss scale and the norm buffers are born with device="cuda".
+    # A step's token count, the loss scale and the norm buffers are created with device="cuda".
     for module in (schedules, optimizer, clip_grads, utils):
         module.torch = _CpuTorch()
     # Pipeline stages with tied embeddings pass their copies of the weight through it.
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
-    # The optimizers tell parameters by their type's name and refuse any that is not torch.cuda.*.
+    # The optimizers distinguish parameters by type name and reject any that is not torch.cuda.*.
     torch.Tensor.type = _cuda_type_name
-    # The counts of tokens that experts get are copied to the CPU on a stream of their own.
+    # The counts of tokens per expert are copied to the CPU on their own stream.
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = torch.device("cpu")
-    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _already_here
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_on_cpu

@@ -1,4 +1,4 @@
-"""How a model is split over processes, and what can be split so."""
+"""Sizes of the parallel groups, and the check that a model can be split that way."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from megatron_parallel_r1.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Parallel:
-    """How a model is split over processes; what is left of the world is data parallel.
+class ParallelConfig:
+    """Sizes of the parallel groups; the rest of the world is data parallel.
 
     Attributes:
-        tensor, pipeline, context: sizes of the groups that share one copy of the model; a context group
-            shares each row.
-        virtual: stages that each pipeline process holds; with 2 or more they are interleaved
-            (arXiv 2104.04473), which shortens the pipeline's idle time.
+        tensor, pipeline, context: sizes of the groups that hold one replica of the model; a context group
+            splits each row.
+        virtual: stages of each pipeline rank; with 2 or more they are interleaved (arXiv 2104.04473), which
+            shortens the pipeline's idle time.
         sequence: whether norms and residuals are split along the tokens within a tensor group.
-        recompute: what backward computes anew instead of keeping it: `full`, each layer from its input;
-            `selective`, the inside of the MLP (attention keeps no scores in any case).
-        sharded_optimizer: whether the data-parallel processes share Adam's state (Megatron's distributed
-            optimizer) instead of each keeping all of it.
+        recompute: what backward recomputes instead of storing it: `full`, each layer from its input;
+            `selective`, the inside of the MLP (attention stores no scores in any case).
+        sharded_optimizer: whether Adam's state is sharded over the data-parallel ranks (Megatron's
+            distributed optimizer) instead of replicated.
     """
 
     # For pydantic, which reads these settings from a recipe: an unknown key is an error.
@@ -38,80 +38,81 @@ class Parallel:
 
     def __post_init__(self) -> None:
         sizes = ("tensor", "pipeline", "virtual", "context")
-        broken = [f"{name} must be >= 1" for name in sizes if getattr(self, name) < 1]
+        problems = [f"{name} must be >= 1" for name in sizes if getattr(self, name) < 1]
         if self.virtual > 1 and self.pipeline == 1:
-            broken.append(
+            problems.append(
                 f"virtual {self.virtual} interleaves the stages of a pipeline, and pipeline is 1; "
                 "set pipeline to 2 or more, or virtual to 1"
             )
         if self.sequence and self.tensor == 1:
-            broken.append("sequence needs a tensor size of 2 or more; there is nothing to split over")
-        if broken:
-            raise ValueError("; ".join(broken))
+            problems.append("sequence needs a tensor size of 2 or more")
+        if problems:
+            raise ValueError("; ".join(problems))
 
     @property
-    def copy(self) -> int:
-        """Processes that hold one copy of the model."""
+    def replica_size(self) -> int:
+        """Ranks that hold one replica of the model."""
         return self.tensor * self.pipeline * self.context
 
     @property
-    def multiple(self) -> int:
-        """Rows are filled up to a multiple of so many tokens, so that each process has equal parts."""
+    def row_multiple(self) -> int:
+        """Rows are padded to a multiple of this number of tokens, so that each rank has equal parts."""
         return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence else 1)
 
 
 def check_parallel(
-    shape: ModelConfig, parallel: Parallel, world: int, micro_tokens: int | None = None
+    model: ModelConfig, parallel: ParallelConfig, world_size: int, micro_tokens: int | None = None
 ) -> None:
-    """Whether `world` processes can split a model so; needs no process group.
+    """Checks that `world_size` ranks can split the model this way; needs no process group.
 
     Args:
         micro_tokens: capacity of a packed row, if there is one.
 
     Raises:
-        UserError: something does not divide; it names the setting and a value that does.
+        UserError: something does not divide; the message names the setting and a value that does.
     """
     tensor, stages = parallel.tensor, parallel.pipeline * parallel.virtual
-    ffn = shape.experts.ffn if shape.experts else shape.ffn
-    for name, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn", ffn)):
+    ffn = model.experts.ffn if model.experts else model.ffn
+    for name, size in (("heads", model.heads), ("kv_heads", model.kv_heads), ("ffn", ffn)):
         if size % tensor:
             raise UserError(
                 f"parallel: tensor {tensor} does not divide the model's {name} {size}; "
-                f"set tensor to {_below(tensor, shape.heads, shape.kv_heads, ffn)}"
+                f"set tensor to {_divisor(tensor, model.heads, model.kv_heads, ffn)}"
             )
-    if shape.experts and tensor > 1 and not parallel.sequence:
+    if model.experts and tensor > 1 and not parallel.sequence:
         raise UserError(
-            f"parallel: under tensor {tensor} Megatron trains experts with sequence alone; set sequence: true"
+            f"parallel: with tensor {tensor} Megatron trains experts only with sequence; set sequence: true"
         )
-    if shape.layers % stages:
+    if model.layers % stages:
         raise UserError(
-            f"parallel: {shape.layers} layers cannot be cut into pipeline {parallel.pipeline} x virtual "
-            f"{parallel.virtual} = {stages} equal stages; set pipeline to {_below(stages, shape.layers)}"
+            f"parallel: {model.layers} layers cannot be cut into pipeline {parallel.pipeline} x virtual "
+            f"{parallel.virtual} = {stages} equal stages; set pipeline to {_divisor(stages, model.layers)}"
             + (" and virtual to 1" if parallel.virtual > 1 else "")
         )
-    check_world(parallel, world)
-    if micro_tokens is not None and micro_tokens % parallel.multiple:
-        more = micro_tokens + -micro_tokens % parallel.multiple
+    check_world(parallel, world_size)
+    if micro_tokens is not None and micro_tokens % parallel.row_multiple:
+        more = micro_tokens + -micro_tokens % parallel.row_multiple
         raise UserError(
-            f"micro_tokens: {micro_tokens} is no multiple of {parallel.multiple}, into which context "
-            f"{parallel.context}{f' and sequence over tensor {tensor}' if parallel.sequence else ''} cut a "
-            f"row; set it to {more}"
+            f"micro_tokens: {micro_tokens} is no multiple of {parallel.row_multiple}, which context "
+            f"{parallel.context}{f' and sequence over tensor {tensor}' if parallel.sequence else ''} need to "
+            f"split a row; set it to {more}"
         )
 
 
-def check_world(parallel: Parallel, world: int) -> None:
-    """Whether `world` processes are a number of copies of the model.
+def check_world(parallel: ParallelConfig, world_size: int) -> None:
+    """Checks that `world_size` ranks form whole replicas of the model.
 
     Raises:
-        UserError: they are not.
+        UserError: they do not.
     """
-    if world % parallel.copy:
+    if world_size % parallel.replica_size:
         raise UserError(
             f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} "
-            f"= {parallel.copy} does not divide the {world} processes; start a multiple of {parallel.copy}"
+            f"= {parallel.replica_size} does not divide the {world_size} processes; "
+            f"start a multiple of {parallel.replica_size}"
         )
 
 
-def _below(most: int, *sizes: int) -> int:
-    """The largest number up to `most` that divides all sizes."""
-    return next(n for n in range(most, 0, -1) if not any(size % n for size in sizes))
+def _divisor(limit: int, *sizes: int) -> int:
+    """Returns the largest number up to `limit` that divides all sizes."""
+    return next(n for n in range(limit, 0, -1) if not any(size % n for size in sizes))

@@ -1,4 +1,4 @@
-"""This process's place among all: torch.distributed, Megatron's parallel groups, random states."""
+"""Starts and ends this rank: torch.distributed, Megatron's parallel groups, random states, watchdog."""
 
 from __future__ import annotations
 
@@ -14,63 +14,64 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_parallel_r1.distributed import cpu_backend
 from megatron_parallel_r1.distributed.heartbeat import first_line
-from megatron_parallel_r1.distributed.parallel_config import Parallel, check_world
-from megatron_parallel_r1.distributed.watchdog import Watch
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_world
+from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import PeerLost, Stopped
 
 
 def world_size() -> int:
-    """Processes that were launched together; known before they have met."""
+    """Returns the number of ranks of the launch; known before they have connected."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 1
 
 
-def is_first() -> bool:
-    """Whether this process writes the run's files and speaks to the user."""
+def is_rank_zero() -> bool:
+    """Returns whether this is rank 0, which writes the run's files and prints; known before they connect."""
     return world_size() == 1 or os.environ["RANK"] == "0"
 
 
 def start(
     seed: int,
-    parallel: Parallel | None = None,
+    parallel: ParallelConfig | None = None,
     timeout_s: float = 1800,
     heartbeat_s: float = 60,
     join_s: float = 1800,
-) -> Watch:
-    """Joins the processes of one launch (RANK, WORLD_SIZE), or becomes a world of one, and splits it.
+) -> Watchdog:
+    """Connects the ranks of one launch (RANK, WORLD_SIZE; else a world of one) and creates the groups.
 
-    Uses nccl and the local rank's GPU where CUDA is available, else gloo and the CPU. The processes of a
-    launch may come together and part several times: the n-th start of one meets the n-th of every other.
+    Uses nccl and the local rank's GPU where CUDA is available, else gloo and the CPU. The ranks of a launch
+    may start and stop several times: the n-th start of one meets the n-th start of every other.
 
     Args:
-        seed: of Megatron's random states; the same on all processes.
-        parallel: sizes of the model-parallel groups; None for one process a copy.
-        timeout_s: how long a collective may wait for the others.
-        heartbeat_s: how long a rank may be silent before every other one ends; at least 5.
-        join_s: how long the processes may take to come together.
+        seed: of Megatron's random states; the same on all ranks.
+        parallel: sizes of the model-parallel groups; None: one rank holds the model.
+        timeout_s: time-out of a collective.
+        heartbeat_s: silence of a rank after which every other one ends; at least 5.
+        join_s: how long the ranks may take to connect.
 
     Returns:
-        What ends this process once another is gone. To be given to `stop`, or to `fail` after an error.
+        The watchdog, which ends this process once another is lost. Pass it to `stop`, or to `fail` after an
+        error.
 
     Raises:
-        UserError: the number of processes is no multiple of tensor x pipeline x context.
-        PeerLost: a process did not come, or went away.
+        UserError: the number of ranks is no multiple of tensor x pipeline x context.
+        PeerLost: a rank did not connect, or went away.
     """
-    parallel = parallel or Parallel()
+    parallel = parallel or ParallelConfig()
     check_world(parallel, world_size())
-    cpu_backend.bring_up()
+    cpu_backend.patch_megatron()
     backend, timeout = "gloo", timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
         backend = "nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rank = int(os.environ["RANK"]) if world_size() > 1 else 0
-    watch = Watch(rank, world_size(), heartbeat_s)
+    watchdog = Watchdog(rank, world_size(), heartbeat_s)
     store = dist.HashStore()
     if world_size() > 1:
-        # torchrun keeps a store of its own; under srun or by hand rank 0 does.
+        # torchrun hosts a store of its own; under srun or by hand rank 0 does.
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         host = f"{'the launcher' if hosted else 'rank 0'}, which hosts the store,"
-        store, own = _meet(rank, rank == 0 and not hosted, host, join_s)
-        watch.begin(own, host)
+        store, watchdog_store = _connect(rank, rank == 0 and not hosted, host, join_s)
+        watchdog.start(watchdog_store, host)
     try:
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size())
         parallel_state.initialize_model_parallel(
@@ -82,99 +83,100 @@ def start(
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
     except BaseException as error:
-        fail(watch, error)
+        fail(watchdog, error)
         raise
-    return watch
+    return watchdog
 
 
-def stop(watch: Watch) -> None:
-    """Leaves the world that `start` joined; the host of the store leaves it last."""
+def stop(watchdog: Watchdog) -> None:
+    """Destroys what `start` created; the host of the store leaves last."""
     _leave_groups()
-    watch.close()
+    watchdog.close()
 
 
-def fail(watch: Watch, error: BaseException) -> None:
-    """Leaves the world after an error, and tells the other processes why.
+def fail(watchdog: Watchdog, error: BaseException) -> None:
+    """Leaves after an error, and tells the other ranks why.
 
-    Among several processes the groups are left as they are: to leave them may wait for a lost process.
+    With several ranks the groups are not destroyed: that may wait for a lost rank.
 
     Raises:
-        PeerLost: `error` is that of a collective; it names who is missing, or who is somewhere else.
+        PeerLost: `error` is a collective's; the message names the ranks that are missing or somewhere else.
     """
     if world_size() == 1:
         _leave_groups()
-    if lost := watch.fail(error):
+    if lost := watchdog.fail(error):
         raise lost from error
 
 
 @contextmanager
 def running(
     seed: int,
-    parallel: Parallel | None = None,
+    parallel: ParallelConfig | None = None,
     timeout_s: float = 1800,
     heartbeat_s: float = 60,
     join_s: float = 1800,
-) -> Iterator[Watch]:
-    """`start` on entry; on exit `stop`, or `fail` after an error. Say where the process is by `Watch.at`.
+) -> Iterator[Watchdog]:
+    """`start` on entry; `stop` on exit, or `fail` after an error.
 
-    `Stopped` is no error: all processes raise it together.
+    The block reports this rank's location by `Watchdog.set_location`. `Stopped` is not an error: all ranks
+    raise it together.
     """
-    watch = start(seed, parallel, timeout_s, heartbeat_s, join_s)
+    watchdog = start(seed, parallel, timeout_s, heartbeat_s, join_s)
     stopped: Stopped | None = None
     try:
         try:
-            yield watch
-        except Stopped as asked:
-            stopped = asked
+            yield watchdog
+        except Stopped as signal:
+            stopped = signal
             if world_size() > 1:
-                # A launcher may end all with the first; what all had to close is closed now.
+                # A launcher may end all ranks with the first; each has closed its files by now.
                 dist.barrier()
     except BaseException as error:
-        fail(watch, error)
+        fail(watchdog, error)
         raise
-    stop(watch)
+    stop(watchdog)
     if stopped:
         raise stopped
 
 
-def _meet(rank: int, hosts: bool, host: str, join_s: float) -> tuple[dist.Store, dist.Store]:
-    """What all processes share in this session, and a second connection to it, once all of them have both."""
+def _connect(rank: int, is_host: bool, host: str, join_s: float) -> tuple[dist.Store, dist.Store]:
+    """Returns the store of this session and a second connection to it, once all ranks have both."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # A launcher that starts its processes anew may keep its store, with what the lost ones wrote.
+    # A launcher that restarts its processes may keep its store, with what the lost ones wrote.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    patience = timedelta(seconds=join_s)
+    timeout = timedelta(seconds=join_s)
     try:
-        whole = _connection(address, port, world_size(), hosts, patience)
-        session = f"attempt{attempt}/session{whole.add(f'attempt{attempt}/starts/{rank}', 1)}"
-        store, own = (dist.PrefixStore(session, one) for one in (whole, whole.clone()))
+        launch = _launch_store(address, port, world_size(), is_host, timeout)
+        session = f"attempt{attempt}/session{launch.add(f'attempt{attempt}/starts/{rank}', 1)}"
+        store, second = (dist.PrefixStore(session, connection) for connection in (launch, launch.clone()))
     except dist.DistError as error:
-        where = f"rank {rank}: {host} was not reached at {address}:{port} within {join_s:g} s"
-        raise PeerLost(f"{where} ({first_line(error)})") from error
+        reason = f"rank {rank}: {host} was not reached at {address}:{port} within {join_s:g} s"
+        raise PeerLost(f"{reason} ({first_line(error)})") from error
     names = [f"joined/{other}" for other in range(world_size())]
     try:
         store.set(names[rank], "")
-        store.wait(names, patience)
+        store.wait(names, timeout)
     except dist.DistStoreError as error:
         missing = [other for other, name in enumerate(names) if not store.check([name])]
-        raise PeerLost(f"rank {rank}: {_ranks(missing)} did not come within {join_s:g} s") from error
+        raise PeerLost(f"rank {rank}: {_ranks(missing)} did not connect within {join_s:g} s") from error
     except dist.DistNetworkError as error:
-        raise PeerLost(f"rank {rank}: {host} went away before all had come") from error
-    return store, own
+        raise PeerLost(f"rank {rank}: {host} went away before all ranks had connected") from error
+    return store, second
 
 
 @cache
-def _connection(address: str, port: int, world: int, hosts: bool, patience: timedelta) -> dist.TCPStore:
-    """The launch's store, hosted or reached; it outlives its sessions.
+def _launch_store(address: str, port: int, size: int, is_host: bool, timeout: timedelta) -> dist.TCPStore:
+    """Hosts the launch's store or connects to it, once a process.
 
-    Kept for as long as the process lives: whoever is early for the next session waits in the store, and
-    would be lost with it if its host let go of it between two sessions.
+    It outlives its sessions: a rank that is early for the next one waits in the store, and would be lost if
+    the host closed it between two sessions.
     """
     return dist.TCPStore(
         address,
         port,
-        world,
-        is_master=hosts,
-        timeout=patience,
+        size,
+        is_master=is_host,
+        timeout=timeout,
         wait_for_workers=False,
         multi_tenant=True,
     )

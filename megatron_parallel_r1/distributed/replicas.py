@@ -1,9 +1,6 @@
-"""Work that the copies of a model share: which part of a list is this process's, and all parts together.
+"""Splits a list over the model's replicas and gathers the results.
 
-A copy of the model (a data-parallel rank) works on its part as one; its first process speaks for it.
-
-A second thread needs groups of its own (`second_groups`): collectives of two threads on one group would meet
-in another order on each process.
+All ranks of a replica (a data-parallel rank) work on the same part; its first rank, the leader, reports it.
 """
 
 from __future__ import annotations
@@ -16,37 +13,37 @@ from typing import TypeVar
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_parallel_r1.distributed.collectives import told_all, wait_for_all
+from megatron_parallel_r1.distributed.collectives import all_gather_objects, barrier
 from megatron_parallel_r1.errors import UserError
 
 T = TypeVar("T")
 
 
-def speaks() -> bool:
-    """Whether this process speaks for its copy of the model."""
-    others = (
+def is_replica_leader() -> bool:
+    """Returns whether this is the first rank of its replica, the one that reports results."""
+    ranks = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_context_parallel_rank(),
     )
-    return not any(others)
+    return not any(ranks)
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """The part of `items` that this process's copy works on: neighbours, in nearly equal parts."""
+def replica_slice(items: Sequence[T]) -> Sequence[T]:
+    """Returns this replica's part of `items`: consecutive ones, in nearly equal parts."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     return items[len(items) * rank // size : len(items) * (rank + 1) // size]
 
 
-def gathered(work: Callable[[], Sequence[T]], world: dist.ProcessGroup | None = None) -> list[T]:
-    """What the copies make of their shares, in the order of the whole, on every process.
+def gather_from_replicas(work: Callable[[], Sequence[T]], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Concatenates what the replicas compute, in their order, on every rank.
 
     Args:
-        work: makes this process's part, picklable; only that of a process that `speaks` counts.
-        world: all processes, if not by the default group.
+        work: computes this replica's part, picklable; only the leaders' results are gathered.
+        group: a group of all ranks to use instead of the default one.
 
     Raises:
-        UserError: one of the processes met it; all raise it, so that none waits for another.
+        UserError: one rank raised it; every rank then raises it, so that none waits for another.
     """
     part: Sequence[T] = ()
     problem: UserError | None = None
@@ -54,31 +51,31 @@ def gathered(work: Callable[[], Sequence[T]], world: dist.ProcessGroup | None = 
         part = work()
     except UserError as error:
         problem = error
-    # Ranks rise with the data-parallel rank among the processes that speak.
-    told = told_all((part if speaks() else (), problem), world)
-    problems = [problem for _, problem in told if problem is not None]
+    # Among leaders, global ranks rise with the data-parallel rank.
+    results = all_gather_objects((part if is_replica_leader() else (), problem), group)
+    problems = [problem for _, problem in results if problem is not None]
     if problems:
         raise problems[0]
-    return [item for part, _ in told for item in part]
+    return [item for part, _ in results for item in part]
 
 
 @contextmanager
-def second_groups(timeout_s: float) -> Iterator[tuple[dist.ProcessGroup, dist.ProcessGroup]]:
-    """This process's tensor group and, over the CPU, the world, each once more; all processes call it.
+def background_groups(timeout_s: float) -> Iterator[tuple[dist.ProcessGroup, dist.ProcessGroup]]:
+    """Creates a second tensor-parallel group and a second world group (gloo), for use by another thread.
 
-    They are gone on exit, unless by an error: to leave a group may wait for a lost process.
+    Two threads that share a group could issue their collectives in a different order on each rank. Every rank
+    must enter. The groups are destroyed on exit, but not after an error: that may wait for a lost rank.
 
     Args:
-        timeout_s: how long one of their collectives may wait.
+        timeout_s: time-out of their collectives.
     """
-    mine = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+    own_ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
     timeout = timedelta(seconds=timeout_s)
-    # Every process takes part in the making of every group, in one order.
-    tensor = {
-        ranks: dist.new_group(ranks, timeout) for ranks in sorted({tuple(ranks) for ranks in told_all(mine)})
-    }
+    # Every rank takes part in creating every group, in the same order.
+    every = sorted({tuple(ranks) for ranks in all_gather_objects(own_ranks)})
+    tensor = {ranks: dist.new_group(ranks, timeout) for ranks in every}
     world = dist.new_group(timeout=timeout, backend="gloo")
-    yield tensor[tuple(mine)], world
-    wait_for_all()
+    yield tensor[tuple(own_ranks)], world
+    barrier()
     for group in (*tensor.values(), world):
         dist.destroy_process_group(group)

@@ -51,7 +51,7 @@ class Opened:
     engine: Engine[Any]
     copy: int = 0
     copies: int = 1
-    speaks: bool = True
+    is_replica_leader: bool = True
 
 
 EngineOpener = Callable[[EngineRequest], AbstractContextManager[Opened]]
@@ -75,9 +75,9 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
 
     from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
     from megatron_parallel_r1.distributed import process
-    from megatron_parallel_r1.distributed.collectives import wait_for_all
-    from megatron_parallel_r1.distributed.parallel_config import Parallel, check_parallel
-    from megatron_parallel_r1.distributed.replicas import speaks
+    from megatron_parallel_r1.distributed.collectives import barrier
+    from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
+    from megatron_parallel_r1.distributed.replicas import is_replica_leader
     from megatron_parallel_r1.model.weights import check_fit
     from megatron_parallel_r1.run.context import native_engine
 
@@ -86,7 +86,7 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
     shape, tensors = load_hf_folder(asked.folder)
     check_fit(shape, hf_sizes(asked.folder))
     try:
-        parallel = Parallel(tensor=asked.tensor)
+        parallel = ParallelConfig(tensor=asked.tensor)
     except ValueError as error:
         raise UserError(f"--tensor: {error}") from None
     check_parallel(shape, parallel, process.world_size())
@@ -97,9 +97,9 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
             engine,
             copy=parallel_state.get_data_parallel_rank(),
             copies=parallel_state.get_data_parallel_world_size(),
-            speaks=speaks(),
+            speaks=is_replica_leader(),
         )
-        wait_for_all()
+        barrier()
 
 
 @contextmanager

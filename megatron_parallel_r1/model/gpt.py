@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import padded_vocab
-from megatron_parallel_r1.distributed.parallel_config import Parallel, check_parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
 from megatron_parallel_r1.model.layers import Layers, check_layers
 from megatron_parallel_r1.model.spec import block_spec
 from megatron_parallel_r1.model.transformer import PositionRotary, transformer_config
@@ -120,7 +120,7 @@ class Model(nn.ModuleList):
 def build_model(
     shape: ModelConfig,
     dtype: torch.dtype = torch.float32,
-    parallel: Parallel | None = None,
+    parallel: ParallelConfig | None = None,
     layers: Layers | None = None,
 ) -> Model:
     """This process's part of the model, its weights not yet set (see weights.py).
@@ -134,7 +134,7 @@ def build_model(
     Raises:
         UserError: the model cannot be split so, or its layers cannot run here.
     """
-    parallel, layers = parallel or Parallel(), layers or Layers()
+    parallel, layers = parallel or ParallelConfig(), layers or Layers()
     check_parallel(shape, parallel, dist.get_world_size())
     check_layers(layers, shape.head_dim, dtype)
     # One object: what trainable() sets on it must hold for every stage.

@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.layers import Layers
 
 
@@ -19,7 +19,7 @@ def _leave_unset(weight: torch.Tensor) -> None:
 def transformer_config(
     model: ModelConfig,
     dtype: torch.dtype = torch.float32,
-    parallel: Parallel | None = None,
+    parallel: ParallelConfig | None = None,
     layers: Layers | None = None,
 ) -> TransformerConfig:
     """The Megatron configuration of `model`: no dropout, no fused kernels, deterministic.
@@ -31,7 +31,7 @@ def transformer_config(
         layers: what the layers are made of; None for Megatron's own.
     """
     layers = layers or Layers()
-    parallel = parallel or Parallel()
+    parallel = parallel or ParallelConfig()
     full = parallel.recompute == "full"
     experts = model.experts
     config = TransformerConfig(

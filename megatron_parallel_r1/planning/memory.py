@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from math import prod
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import padded_vocab
 from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.split import Part
@@ -81,7 +81,9 @@ class Work:
     staleness: int = 0
 
 
-def memory(shape: ModelConfig, parallel: Parallel, part: Part, data: int, number: int, work: Work) -> Memory:
+def memory(
+    shape: ModelConfig, parallel: ParallelConfig, part: Part, data: int, number: int, work: Work
+) -> Memory:
     """Of a process of `part`.
 
     Args:
@@ -110,7 +112,9 @@ def optimizer_bytes(elements: int, number: int, sharers: int, sharded: bool) -> 
     return (2 * FLOAT32 + master) * (-(-elements // sharers) if sharded else elements)
 
 
-def activation_bytes(shape: ModelConfig, parallel: Parallel, part: Part, work: Work, number: int) -> int:
+def activation_bytes(
+    shape: ModelConfig, parallel: ParallelConfig, part: Part, work: Work, number: int
+) -> int:
     """What backward needs of all micro-batches that are under way at once in a process.
 
     With `full` recompute each layer keeps its input, and one layer at a time is whole; with `selective` one
@@ -134,7 +138,7 @@ def activation_bytes(shape: ModelConfig, parallel: Parallel, part: Part, work: W
     return total
 
 
-def layer_bytes(shape: ModelConfig, parallel: Parallel, row: int, number: int) -> tuple[int, int, int]:
+def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: int) -> tuple[int, int, int]:
     """What one layer keeps of a row, in three parts: attention, the norm before the MLP, inside the MLP.
 
     Attention: its norm and the norm's output E b, which the projection keeps; what that makes, (Q + 2 K) b,
@@ -160,7 +164,7 @@ def layer_bytes(shape: ModelConfig, parallel: Parallel, row: int, number: int) -
     return attention, normed, tokens * chosen.per_token * inside + narrow * routed
 
 
-def chunks_under_way(parallel: Parallel, rank: int, micro_batches: int) -> int:
+def chunks_under_way(parallel: ParallelConfig, rank: int, micro_batches: int) -> int:
     """Forwards of one stage whose backward has not come yet, at most, in a process of the pipeline.
 
     One forward, one backward (arXiv 2205.05198, section 4.2.3; 2104.04473): rank p is p micro-batches short
@@ -173,14 +177,14 @@ def chunks_under_way(parallel: Parallel, rank: int, micro_batches: int) -> int:
     return min(warm_up + 1, micro_batches * parallel.virtual)
 
 
-def logit_bytes(shape: ModelConfig, parallel: Parallel, work: Work, number: int) -> int:
+def logit_bytes(shape: ModelConfig, parallel: ParallelConfig, work: Work, number: int) -> int:
     """Of the backward of `target_logprobs`: chunks of logits, and the head's gradient in both dtypes."""
     rows = padded_vocab(shape.vocab, parallel.tensor) // parallel.tensor
     targets = min(work.row // parallel.context, max(1, CHUNK_LOGITS // rows))
     return CHUNKS_ALIVE * FLOAT32 * targets * rows + (FLOAT32 + number) * rows * shape.hidden
 
 
-def cache_bytes(shape: ModelConfig, parallel: Parallel, slots: int, number: int) -> int:
+def cache_bytes(shape: ModelConfig, parallel: ParallelConfig, slots: int, number: int) -> int:
     """Keys and values of the native engine, whose number of slots grows by doubling."""
     room = SlotTable().slot_count
     while room < slots:
@@ -193,7 +197,7 @@ def _norm(width: int, number: int) -> int:
     return number * width + FLOAT32
 
 
-def _tokens(parallel: Parallel, row: int) -> tuple[int, int]:
+def _tokens(parallel: ParallelConfig, row: int) -> tuple[int, int]:
     """Tokens of a row on a process: within a layer, and where sequence parallelism splits them."""
     tokens = row // parallel.context
     return tokens, tokens // (parallel.tensor if parallel.sequence else 1)

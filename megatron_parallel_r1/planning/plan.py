@@ -15,7 +15,7 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.config.data import BpeTokenizer
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.distributed.parallel_config import Parallel, check_parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.planning.lengths import Longest, longest_response, longest_row
 from megatron_parallel_r1.planning.machine import H100, Machine
@@ -88,7 +88,7 @@ class Plan:
 
     recipe: Recipe
     shape: ModelConfig
-    parallel: Parallel
+    parallel: ParallelConfig
     world: int
     data: int
     parts: tuple[Part, ...]
@@ -121,7 +121,7 @@ def plan(
     shape, notes = _shape(recipe)
     check_parallel(shape, parallel, world, recipe.micro_tokens)
     pieces = parts(shape, parallel)
-    data = world // parallel.copy
+    data = world // parallel.replica_size
     in_process = recipe.rollout.engine == "native"
     if in_process and any(isinstance(stage, RlStage) or stage.evaluate for stage in recipe.stages):
         try:
@@ -242,7 +242,7 @@ class _Planner:
     def _packed(self, longest: int) -> int:
         """Tokens of a packed row at most; a row longer than `micro_tokens` stands alone."""
         most = max(self.recipe.micro_tokens, longest)
-        multiple = self.recipe.parallel.multiple * self.recipe.model.made_of.row_multiple
+        multiple = self.recipe.parallel.row_multiple * self.recipe.model.made_of.row_multiple
         return most + -most % multiple
 
     def _slots(self, prompts: int, samples: int, concurrent: int, thinking: Thinking) -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.weights import EMBEDDING, HEAD, table
 
 Named = tuple[str, tuple[int, ...]]
@@ -38,7 +38,7 @@ class Part:
         return sum(prod(size) for _, size in self.weights)
 
 
-def parts(shape: ModelConfig, parallel: Parallel) -> tuple[Part, ...]:
+def parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[Part, ...]:
     """One part for each pipeline rank; the layout must divide the model (`check_parallel`).
 
     Interleaved stages are dealt in turn (arXiv 2104.04473): rank p holds stages p, p + pipeline, and so on.

@@ -9,7 +9,7 @@ import torch
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.planning.machine import Machine
 from megatron_parallel_r1.planning.memory import Work
 from megatron_parallel_r1.planning.split import Part
@@ -34,7 +34,7 @@ class Timing:
         rollout = self.recipe.rollout
         if rollout.engine == "native":
             return self.data
-        processes = self.data * self.recipe.parallel.copy
+        processes = self.data * self.recipe.parallel.replica_size
         return rollout.servers or len(rollout.urls) or max(1, processes // rollout.tensor)
 
     def of(
@@ -66,7 +66,7 @@ class Timing:
         tensor = parallel.tensor if in_process else rollout.tensor
         asks = StepWork(
             split=Split(self.shape, parallel, self.data, number, per_node),
-            engine=Split(self.shape, Parallel(tensor=tensor), self.engines, number, per_node),
+            engine=Split(self.shape, ParallelConfig(tensor=tensor), self.engines, number, per_node),
             # A token sees those before it, of its own document alone.
             rows=Rows(work.micro_batches, tokens, longest / 2, tokens),
             elements=max(part.elements for part in self.parts),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import padded_vocab
 from megatron_parallel_r1.planning.cost import Cost, sent
 from megatron_parallel_r1.planning.memory import CHUNKS_ALIVE, FLOAT32, layer_bytes
@@ -34,7 +34,7 @@ class Split:
     """
 
     shape: ModelConfig
-    parallel: Parallel
+    parallel: ParallelConfig
     data: int
     number: int
     per_node: int
@@ -135,7 +135,7 @@ def _between_stages(split: Split, tokens: float) -> Cost:
         return Cost()
     mine = tokens / parallel.context / (parallel.tensor if parallel.sequence else 1)
     amount = 2 * parallel.virtual * mine * split.shape.hidden * split.number
-    world = parallel.copy * split.data
+    world = parallel.replica_size * split.data
     return sent(amount, world, split.per_node)
 
 

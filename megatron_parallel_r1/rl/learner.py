@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_parallel_r1.distributed.collectives import highest, total
+from megatron_parallel_r1.distributed.collectives import all_reduce_max, sum_metrics
 from megatron_parallel_r1.rl.objective.advantage import ADVANTAGES, Float64
 from megatron_parallel_r1.rl.objective.aggregation import target_weights
 from megatron_parallel_r1.rl.objective.correction import effective_share
@@ -251,8 +251,8 @@ class Learner:
         """How far the engine's log-probs are from the trainer's, over all processes."""
         pairs = [(old_N, batch.values["engine"]) for old_N, batch in zip(old, batches, strict=False)]
         device = self.trainer.device
-        largest = highest(max((largest_apart(*pair) for pair in pairs), default=0.0), device)
-        apart = Mismatch.of(total([mismatch_sums(*pair) for pair in pairs], device), largest)
+        largest = all_reduce_max(max((largest_apart(*pair) for pair in pairs), default=0.0), device)
+        apart = Mismatch.of(sum_metrics([mismatch_sums(*pair) for pair in pairs], device), largest)
         return {
             "mismatch_max": apart.max,
             "mismatch_mean": apart.mean,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import decode
-from megatron_parallel_r1.distributed.replicas import gathered, share, speaks
+from megatron_parallel_r1.distributed.replicas import gather_from_replicas, is_replica_leader, replica_slice
 from megatron_parallel_r1.rewards.path_diversity import content
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.path_metrics import Stated
@@ -29,9 +29,9 @@ def judge_paths(
     """For each trace, of each block of `tree.all_blocks()` and each of its paths, whether what it states is
     right; None where it states nothing. All copies of the model share the work.
     """
-    mine = share(list(zip(traces, problems, strict=True)))
-    if not speaks():
-        return gathered(lambda: [])
+    mine = replica_slice(list(zip(traces, problems, strict=True)))
+    if not is_replica_leader():
+        return gather_from_replicas(lambda: [])
     found = [_stated(trace, tokenizer, stated) for trace, _ in mine]
     pairs = [
         (answer, reference)
@@ -51,7 +51,7 @@ def judge_paths(
                 for block in blocks
             ]
         )
-    return gathered(lambda: judged)
+    return gather_from_replicas(lambda: judged)
 
 
 def _stated(trace: Trace, tokenizer: PreTrainedTokenizerBase, stated: Stated) -> list[list[str | None]]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import encode_prompt
-from megatron_parallel_r1.distributed.replicas import gathered, share, speaks
+from megatron_parallel_r1.distributed.replicas import gather_from_replicas, is_replica_leader, replica_slice
 from megatron_parallel_r1.rewards.base import Judged, Reward, reward_metrics
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.learner import Learner
@@ -147,19 +147,19 @@ def roll_out_and_judge(
         phases: takes down what `draw` and `verify` cost.
         world: all processes, if not by the default group; a second thread needs its own.
     """
-    mine, my_seeds = share(problems), share(seeds)
+    mine, my_seeds = replica_slice(problems), replica_slice(seeds)
     phases = phases or Phases()
 
     def work() -> list[tuple[Trace, Judged]]:
-        if not (speaks() or thinker.engine.together):
+        if not (is_replica_leader() or thinker.engine.together):
             return []
         prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in mine]
         with phases.of("draw"):
             traces = asyncio.run(roll_out(thinker, prompts, my_seeds, concurrent))
         # One verdict for all processes of a copy: a time-out could give each another one.
         with phases.of("verify"):
-            judged = judge_traces(traces, mine, tokenizer, verifier) if speaks() else []
+            judged = judge_traces(traces, mine, tokenizer, verifier) if is_replica_leader() else []
         return list(zip(traces, judged, strict=False))
 
-    pairs = gathered(work, world)
+    pairs = gather_from_replicas(work, world)
     return [trace for trace, _ in pairs], [judgement for _, judgement in pairs]

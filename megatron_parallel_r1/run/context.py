@@ -106,7 +106,7 @@ class Workbench:
         check_parallel(self.shape, parallel, world, self.recipe.micro_tokens)
         layers = self.recipe.model.made_of
         check_layers(layers, self.shape.head_dim, self.dtype)
-        if self.recipe.micro_tokens % (multiple := parallel.multiple * layers.row_multiple):
+        if self.recipe.micro_tokens % (multiple := parallel.row_multiple * layers.row_multiple):
             raise UserError(f"micro_tokens: FP8 rows need a multiple of {multiple} here")
         if self.recipe.rollout.engine != "native":
             return

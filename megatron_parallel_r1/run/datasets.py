@@ -281,7 +281,7 @@ def without_long(
             longer.add(problem_of(item).id)
     if len(longer) == count:
         raise UserError(f"stage {stage}: nothing of its data has at most {most:,} tokens; raise {setting}")
-    if longer and process.is_first():
+    if longer and process.is_rank_zero():
         left_out = f"{len(longer)} of {count} have more than {most:,} tokens ({setting}), left out"
         print(f"stage {stage}: {left_out}", file=sys.stderr)
     return items.without(longer)

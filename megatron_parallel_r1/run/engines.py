@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.rollout import Rollout
-from megatron_parallel_r1.distributed.collectives import first_does, told_all
+from megatron_parallel_r1.distributed.collectives import all_gather_objects, run_on_rank_zero
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.rollout.engine import Engine
@@ -87,7 +87,7 @@ class Served:
         self._publisher.end()
 
     def metrics(self) -> dict[str, float]:
-        each = told_all(self._pool.metrics())
+        each = all_gather_objects(self._pool.metrics())
         counts = {name: sum(one[name] for one in each) for name in each[0]}
         counts["server_cached_share"] /= len(each)
         for name in ("servers_up", "servers_unseeded", "servers_lost"):
@@ -171,7 +171,7 @@ class Decoders:
         folder = self._bench.folder / "servers" / "model"
         if not folder.is_dir():
             save_model(self._bench, model, folder)
-        return first_does(lambda: self._own.urls(folder, thinking.mode == "isolated"))
+        return run_on_rank_zero(lambda: self._own.urls(folder, thinking.mode == "isolated"))
 
 
 class _Expected:
@@ -203,7 +203,7 @@ def engine_of_checkpoint(recipe: Recipe, folder: Path, thinking: Thinking) -> It
     with OwnServers(asked, Path("runs") / "servers", lambda line: print(line, flush=True)) as own:
         urls = asked.urls
         if asked.servers:
-            urls = first_does(lambda: own.urls(folder, thinking.mode == "isolated"))
+            urls = run_on_rank_zero(lambda: own.urls(folder, thinking.mode == "isolated"))
         pool = _shared_pool(asked, urls, thinking)
         check_checkpoint(pool, folder)
         yield ServerEngine(pool)

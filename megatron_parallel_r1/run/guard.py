@@ -36,7 +36,7 @@ class Guard:
         self.in_a_row = 0
         self._seen: dict[str, list[float]] = {"reward": [], "entropy": []}
         self._warned: set[str] = set()
-        if process.is_first() and self._path.exists():
+        if process.is_rank_zero() and self._path.exists():
             JsonLines(self._path, through=done).close()
 
     def state(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Guard:
     def _leave_out(self, step: int, error: NotFinite, batch: Sequence[Mapping[str, Any]]) -> None:
         self.in_a_row += 1
         most = self._stage.max_bad_steps
-        if process.is_first():
+        if process.is_rank_zero():
             with JsonLines(self._path) as lines:
                 lines.write({"step": step, "error": str(error), "batch": list(batch)})
         if self.in_a_row >= most:
@@ -107,7 +107,7 @@ class Guard:
             self._say(message)
 
     def _say(self, message: str) -> None:
-        if process.is_first():
+        if process.is_rank_zero():
             print(f"warning: stage {self._stage.name}, {message}", file=sys.stderr)
 
 

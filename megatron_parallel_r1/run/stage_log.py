@@ -29,7 +29,7 @@ class StageLog:
         self._heading = {"stage": stage.name, "kind": stage.kind}
         self._steps = stage.steps
         self._open = ExitStack()
-        self._writes = process.is_first()
+        self._writes = process.is_rank_zero()
         if self._writes:
             self._metrics = self._open.enter_context(MetricsWriter(folder, resume_step=done))
             self._traces = self._open.enter_context(JsonLines(folder / "traces.jsonl", through=done))

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.data.sampler import ProblemStream
-from megatron_parallel_r1.distributed.collectives import all_agree
-from megatron_parallel_r1.distributed.stop_signals import stop_signal_came
-from megatron_parallel_r1.distributed.watchdog import Watch
+from megatron_parallel_r1.distributed.collectives import all_ranks_true
+from megatron_parallel_r1.distributed.stop_signals import stop_signal_pending
+from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import Stopped, UserError
 from megatron_parallel_r1.run.context import Workbench
 from megatron_parallel_r1.run.folder import steps_done
@@ -28,7 +28,7 @@ SCORES = {"sft": ("loss", "min"), "rl": ("accuracy", "max")}
 class StageLoop:
     """Goes on after the last checkpoint.
 
-        with StageLoop(bench, stage, trainer, stream, watch) as loop:
+        with StageLoop(bench, stage, trainer, stream, watchdog) as loop:
             for step, lr in loop:
                 ...
                 loop.end(step, measured)
@@ -46,9 +46,9 @@ class StageLoop:
         stage: SftStage | RlStage,
         trainer: Trainer,
         stream: ProblemStream[Any],
-        watch: Watch,
+        watchdog: Watchdog,
     ) -> None:
-        self._stage, self._trainer, self._stream, self._watch = stage, trainer, stream, watch
+        self._stage, self._trainer, self._stream, self._watchdog = stage, trainer, stream, watchdog
         self._schedule = Schedule(stage.optimizer.lr, stage.optimizer.warmup, stage.optimizer.final)
         folder = bench.stage_folder(stage.name)
         self._keeps_last = bench.recipe.keeps_checkpoints(stage)
@@ -80,9 +80,9 @@ class StageLoop:
         for step in range(self.done + 1, self._stage.steps + 1):
             if self._ended:
                 return
-            if not all_agree(not stop_signal_came(), self._trainer.device):
+            if not all_ranks_true(not stop_signal_pending(), self._trainer.device):
                 self._stop_after(step - 1)
-            self._watch.at(f"stage {self._stage.name}, step {step}")
+            self._watchdog.set_location(f"stage {self._stage.name}, step {step}")
             yield step, self._schedule.at(step, self._stage.steps)
 
     def end(self, step: int, measured: dict[str, Any], traces: Sequence[dict[str, Any]] = ()) -> None:

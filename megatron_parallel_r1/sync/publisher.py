@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from megatron_parallel_r1.distributed.collectives import first_does
+from megatron_parallel_r1.distributed.collectives import run_on_rank_zero
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import EMBEDDING, own_parameters
 from megatron_parallel_r1.sync.buckets import gathered, is_sender
@@ -89,30 +89,30 @@ class Publisher:
         """
         trained = Trained(self._expected(self.rows, None), self._before, None, _name(self._dtype))
         started = time.perf_counter()
-        wants_head = first_does(lambda: self._speaker.pause())
+        wants_head = run_on_rank_zero(lambda: self._speaker.pause())
         size = self._pass(version)
-        while first_does(lambda: self._speaker.close()):
+        while run_on_rank_zero(lambda: self._speaker.close()):
             size = self._pass(version)
-        first_does(lambda: self._speaker.proceed())
+        run_on_rank_zero(lambda: self._speaker.proceed())
         seconds = time.perf_counter() - started
-        worst, failed = first_does(lambda: self._speaker.probe(self.rows, trained))
+        worst, failed = run_on_rank_zero(lambda: self._speaker.probe(self.rows, trained))
         if failed:
             if self._old_head is not None:
                 trained = replace(trained, old_head=self._expected(self.rows, self._old_head))
-            first_does(lambda: self._fail(failed[0], trained, version))
+            run_on_rank_zero(lambda: self._fail(failed[0], trained, version))
         self._before = trained.scores
         self._old_head = self._head() if wants_head and self.model.shape.tied else None
-        return first_does(
+        return run_on_rank_zero(
             lambda: Published(version, self._speaker.in_step, dict(self._speaker.out), worst, size, seconds)
         )
 
     def release(self) -> None:
         """Has the servers end what is under way and give their memory back: now the trainer may take it."""
-        first_does(lambda: self._speaker.release_memory())
+        run_on_rank_zero(lambda: self._speaker.release_memory())
 
     def resume(self) -> None:
         """Gives the memory back to the servers. They stay paused, with no weights, until `publish`."""
-        first_does(lambda: self._speaker.resume_memory())
+        run_on_rank_zero(lambda: self._speaker.resume_memory())
 
     def add(self, server: Control) -> None:
         """From the next publication on; another one of the same URL goes."""
@@ -126,7 +126,7 @@ class Publisher:
 
     def end(self) -> None:
         """Leaves the servers."""
-        first_does(lambda: self._speaker.end())
+        run_on_rank_zero(lambda: self._speaker.end())
 
     @property
     def _speaker(self) -> Sender:
@@ -136,7 +136,7 @@ class Publisher:
 
     def _pass(self, version: int) -> int:
         """Sends all weights once; their bytes, on the first process."""
-        first_does(lambda: self._speaker.open(version))
+        run_on_rank_zero(lambda: self._speaker.open(version))
         size = 0
         for bucket in gathered(self.model, self.settings.bucket_bytes):
             size += bucket.bytes

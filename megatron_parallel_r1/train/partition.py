@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.layers import FP8_ROWS
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.thought.packing import PackedRow, bins, concatenate, context_part, deal, padded
@@ -47,11 +47,11 @@ class Place:
             data_size=parallel_state.get_data_parallel_world_size(),
             context=parallel_state.get_context_parallel_rank(),
             context_size=context_size,
-            multiple=Parallel(
+            multiple=ParallelConfig(
                 tensor=config.tensor_model_parallel_size,
                 context=context_size,
                 sequence=config.sequence_parallel,
-            ).multiple
+            ).row_multiple
             * (FP8_ROWS if config.fp8 else 1),
             rounds=config.pipeline_model_parallel_size if interleaved else 1,
         )

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch.distributed as dist
 
-from megatron_parallel_r1.distributed.collectives import told_all
+from megatron_parallel_r1.distributed.collectives import all_gather_objects
 from megatron_parallel_r1.thought.layout import lay_out
 from megatron_parallel_r1.thought.tree import Tree
 from megatron_parallel_r1.train.logprob_runner import Scorer
@@ -50,7 +50,7 @@ def causal_logprobs(
         members = [batch.row.members[place] for place in batch.row.member_L[at_N]]
         found += zip(members, batch.row.source_L[at_N].tolist(), logprobs_N.tolist(), strict=True)
     logprobs = [[float("nan")] * (len(text) - 1) for text in texts]
-    for part in told_all(found, world):
+    for part in all_gather_objects(found, world):
         for text, index, logprob in part:
             logprobs[text][index] = logprob
     return [tuple(values) for values in logprobs]

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from megatron_parallel_r1.distributed.collectives import total
+from megatron_parallel_r1.distributed.collectives import sum_metrics
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.optimizer import Adam, trainable
 from megatron_parallel_r1.train.logprob_runner import Scorer
@@ -88,7 +88,7 @@ class Trainer(Scorer):
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self._run(batches, partial(self._with_loss, loss), forward_only=False)
-        sums = total([report for report, _ in reports], self.device)
+        sums = sum_metrics([report for report, _ in reports], self.device)
         targets = sums.pop("targets")
         means = {name: value / max(1.0, targets) for name, value in sums.items()}
         if not math.isfinite(means["loss"]):

@@ -25,7 +25,7 @@ from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder, re
 from megatron_parallel_r1.conversion.live import load_with_megatron
 from megatron_parallel_r1.conversion.to_megatron import RELEASE
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import hf_tensors
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
     told = parser.parse_args()
-    parallel = Parallel(tensor=told.tensor, pipeline=told.pipeline, sequence=told.tensor > 1)
+    parallel = ParallelConfig(tensor=told.tensor, pipeline=told.pipeline, sequence=told.tensor > 1)
     with process.running(seed=0, parallel=parallel):
         model = build_model(read_config(told.hf), torch.float32, parallel)
         load_with_megatron(model, told.megatron)
@@ -61,7 +61,7 @@ def main() -> None:
         state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
         each: list[list[str]] = [[] for _ in range(process.world_size())]
         torch.distributed.all_gather_object(each, astray(state, told.megatron / RELEASE))
-        if process.is_first():
+        if process.is_rank_zero():
             found = {
                 "wrong": wrong,
                 "missing": list(expected),

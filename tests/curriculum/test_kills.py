@@ -143,9 +143,9 @@ PAIR = (
     *PAIR_STEPS,
 )
 
-# Killed behind the checkpoint of step 2, maybe before the beat that tells of step 3.
+# Killed after the checkpoint of step 2, maybe before the heartbeat that reports step 3.
 LOST = (
-    r"(error: )?rank 0 \(stage rl, step [2-5]\): rank 1 has not been heard of for \d+ s, "
+    r"(error: )?rank 0 \(stage rl, step [2-5]\): rank 1 has sent no heartbeat for \d+ s, "
     r"it was last in stage rl, step [2-5]; this process ends"
 )
 

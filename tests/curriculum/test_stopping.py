@@ -77,11 +77,11 @@ def test_a_held_signal_ends_no_child(under_torchrun: bool, tmp_path: Path) -> No
     first, second = ("SIGTERM", "SIGTERM") if under_torchrun else ("SIGUSR1", "SIGUSR2")
     script = (
         "import os, signal, subprocess, sys\n"
-        "from megatron_parallel_r1.distributed.stop_signals import hold_stop_signals, stop_signal_came\n"
-        "hold_stop_signals()\n"
-        "assert not stop_signal_came()\n"
+        "from megatron_parallel_r1.distributed.stop_signals import block_stop_signals, stop_signal_pending\n"
+        "block_stop_signals()\n"
+        "assert not stop_signal_pending()\n"
         f"os.kill(os.getpid(), signal.{first})\n"
-        "assert stop_signal_came()\n"
+        "assert stop_signal_pending()\n"
         f"child = 'import os, signal; os.kill(os.getpid(), signal.{second}); print(\"alive\")'\n"
         "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True).stdout)\n"
     )
@@ -100,8 +100,8 @@ def test_a_held_signal_ends_no_child(under_torchrun: bool, tmp_path: Path) -> No
 def test_without_torchrun_a_sigterm_ends_a_run(tmp_path: Path) -> None:
     script = (
         "import os, signal\n"
-        "from megatron_parallel_r1.distributed.stop_signals import hold_stop_signals\n"
-        "hold_stop_signals()\n"
+        "from megatron_parallel_r1.distributed.stop_signals import block_stop_signals\n"
+        "block_stop_signals()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], timeout=120, cwd=tmp_path)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import Sync
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("transports", nargs="+")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    parallel = Parallel(given.tensor, given.pipeline)
+    parallel = ParallelConfig(given.tensor, given.pipeline)
     found = []
     with process.running(1, parallel):
         model = build_model(SHAPE, torch.float32, parallel)

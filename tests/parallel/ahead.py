@@ -24,9 +24,9 @@ from transformers import Qwen3ForCausalLM
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer, training_problem
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.collectives import told_all
-from megatron_parallel_r1.distributed.parallel_config import Parallel
-from megatron_parallel_r1.distributed.replicas import second_groups
+from megatron_parallel_r1.distributed.collectives import all_gather_objects
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
+from megatron_parallel_r1.distributed.replicas import background_groups
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.objective.filtering import Dynamic
@@ -127,13 +127,13 @@ def main() -> None:
     for case in cases:
         settings = {"team": 1, "staleness": 1} | settings_of(case)
         with (
-            process.running(seed=1, parallel=Parallel(tensor=settings["team"])),
-            second_groups(timeout_s=120) as (tensor, world),
+            process.running(seed=1, parallel=ParallelConfig(tensor=settings["team"])),
+            background_groups(timeout_s=120) as (tensor, world),
         ):
             team = Team.of(tensor)
             mine = {"batches": stage(team, world, settings["staleness"]), "crossing": crossing(team)}
-            found[case] = told_all(mine)
-    if process.is_first():
+            found[case] = all_gather_objects(mine)
+    if process.is_rank_zero():
         Path(out).write_text(json.dumps(found))
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.model.weights import (
     hf_tensors,
@@ -46,7 +46,7 @@ def counted(model: Model) -> Iterator[Peak]:
         yield peak
 
 
-def one(shape: ModelConfig, parallel: Parallel, bucket_bytes: int) -> dict[str, Any]:
+def one(shape: ModelConfig, parallel: ParallelConfig, bucket_bytes: int) -> dict[str, Any]:
     """How a pass went on this process: sizes of the buckets, memory, and what differed from `hf_tensors`."""
     model = build_model(shape, torch.float32, parallel)
     load_hf_tensors(model, random_hf_tensors(shape, seed=3, std=0.2))
@@ -74,7 +74,7 @@ def one(shape: ModelConfig, parallel: Parallel, bucket_bytes: int) -> dict[str, 
     }
 
 
-def passes(parallel: Parallel) -> dict[str, Any]:
+def passes(parallel: ParallelConfig) -> dict[str, Any]:
     """How passes went on all processes, by model and size of the buckets."""
     found: dict[str, Any] = {}
     for tied in (True, False):
@@ -100,7 +100,7 @@ def main() -> None:
         parallel, _ = parallel_of(layout)
         with process.running(1, parallel):
             found[layout] = passes(parallel)
-    if process.is_first():
+    if process.is_rank_zero():
         Path(out).write_text(json.dumps(found))
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 # Nothing here is compiled, and to load torch's compiler is a third of the work of a process that starts.
@@ -39,8 +39,8 @@ def settings_of(layout: str) -> dict[str, int | bool]:
     return {name: int(value) if value else True for name, _, value in pairs}
 
 
-def parallel_of(layout: str) -> tuple[Parallel, bool]:
+def parallel_of(layout: str) -> tuple[ParallelConfig, bool]:
     """A layout, and whether its model has an output matrix of its own, which the word `untied` says."""
     settings = settings_of(layout)
     untied = bool(settings.pop("untied", False))
-    return Parallel(**settings), untied
+    return ParallelConfig(**settings), untied

@@ -12,7 +12,7 @@ import torch
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
@@ -96,7 +96,7 @@ def verdicts_of(traces: Sequence[Trace], verifier: Verifier) -> list[Verdicts]:
     return judged
 
 
-def three_lessons(shape: ModelConfig, parallel: Parallel, lesson: Lesson) -> dict[str, Any]:
+def three_lessons(shape: ModelConfig, parallel: ParallelConfig, lesson: Lesson) -> dict[str, Any]:
     """Metrics of three steps, as `learn` returns them, and the weights that they end in.
 
     `probed` are the log-probs of three texts, summed up, under the weights of the end.

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.stop_signals import hold_stop_signals
+from megatron_parallel_r1.distributed.stop_signals import block_stop_signals
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, PeerLost, UserError
 
 LAST = 3  # the step in which the told rank does it
@@ -35,10 +35,10 @@ def do(what: str) -> None:
         raise UserError("rewards: no such term; choose another")
 
 
-def loop(watch: process.Watch, unlucky: bool, what: str) -> None:
+def loop(watchdog: process.Watchdog, unlucky: bool, what: str) -> None:
     sums = torch.ones(4)
     for step in range(LAST + 2):
-        watch.at(f"stage rl, step {step}")
+        watchdog.set_location(f"stage rl, step {step}")
         if unlucky and step == LAST:
             time.sleep(2)  # for its beat to tell the step
             do(what)
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--heartbeat", type=float, default=60)
     given = parser.parse_args()
-    hold_stop_signals()
+    block_stop_signals()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     unlucky = int(os.environ["RANK"]) == given.unlucky
@@ -74,8 +74,8 @@ def main() -> None:
         if given.what == "again":
             again(given, unlucky)
             return
-        with process.running(1, timeout_s=given.timeout, heartbeat_s=given.heartbeat, join_s=200) as watch:
-            loop(watch, unlucky, given.what)
+        with process.running(1, timeout_s=given.timeout, heartbeat_s=given.heartbeat, join_s=200) as watchdog:
+            loop(watchdog, unlucky, given.what)
     except PeerLost as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(LOST_EXIT_CODE)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
@@ -54,7 +54,7 @@ class Job:
     full_disk: int | None = None
 
 
-def trainer_of(job: Job, parallel: Parallel, untied: bool) -> tuple[Trainer, list[MicroBatch]]:
+def trainer_of(job: Job, parallel: ParallelConfig, untied: bool) -> tuple[Trainer, list[MicroBatch]]:
     """A fresh trainer and this process's share of the rows."""
     shape = replace(SHAPE, tied=not untied)
     model = build_model(shape, getattr(torch, job.dtype), parallel)
@@ -64,11 +64,11 @@ def trainer_of(job: Job, parallel: Parallel, untied: bool) -> tuple[Trainer, lis
     trainer = Trainer(model, adam)
     rows, _ = batch_of_rows()
     capacity = sum(map(len, rows)) // 5
-    mine = share_out(rows, capacity - capacity % parallel.multiple, trainer.place)
+    mine = share_out(rows, capacity - capacity % parallel.row_multiple, trainer.place)
     return trainer, [MicroBatch.of(row, trainer.device) for row in mine]
 
 
-def work(job: Job, parallel: Parallel, untied: bool) -> None:
+def work(job: Job, parallel: ParallelConfig, untied: bool) -> None:
     out = Path(job.out)
     trainer, batches = trainer_of(job, parallel, untied)
 

@@ -20,7 +20,7 @@ import torch
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
@@ -67,7 +67,9 @@ def batch_of_rows() -> tuple[list[Row], dict[str, list[list[float]]]]:
     return rows, values
 
 
-def three_steps(shape: ModelConfig, parallel: Parallel, dtype: torch.dtype, loss_name: str) -> dict[str, Any]:
+def three_steps(
+    shape: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, loss_name: str
+) -> dict[str, Any]:
     """Figures of three optimizer steps, and the weights that they end in."""
     model = build_model(shape, dtype, parallel)
     load_hf_tensors(model, random_hf_tensors(shape, seed=7, std=0.2))
@@ -76,7 +78,7 @@ def three_steps(shape: ModelConfig, parallel: Parallel, dtype: torch.dtype, loss
     trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1, sharded=parallel.sharded_optimizer))
     rows, values = batch_of_rows()
     capacity = sum(map(len, rows)) // 5
-    mine = share_out(rows, capacity - capacity % parallel.multiple, trainer.place)
+    mine = share_out(rows, capacity - capacity % parallel.row_multiple, trainer.place)
     if loss_name == "on-policy":
         values = {name: values[name] for name in values.keys() - {"old"}}
     batches = [MicroBatch.of(row, trainer.device, values) for row in mine]
@@ -100,7 +102,7 @@ def three_steps(shape: ModelConfig, parallel: Parallel, dtype: torch.dtype, loss
     }
 
 
-def variants(shape: ModelConfig, parallel: Parallel) -> dict[str, dict[str, Any]]:
+def variants(shape: ModelConfig, parallel: ParallelConfig) -> dict[str, dict[str, Any]]:
     """What each of them measured, by its name: what is trained, comma, how."""
     found = {}
     for recompute in ("none", "full", "selective"):
@@ -127,7 +129,7 @@ def main() -> None:
         print(f"layout: {layout or 'data parallel'}", flush=True)
         with process.running(1, parallel):
             found[layout] = variants(replace(SHAPE, tied=not untied), parallel)
-    if process.is_first():
+    if process.is_rank_zero():
         torch.save(found, out)
 
 

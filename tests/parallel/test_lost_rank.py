@@ -84,7 +84,7 @@ def check(found: dict[int, Ended], ranks: tuple[int, ...], within: float, *said:
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     found = ended(tmp_path, 1, "kill")
     check(
-        found, (0, 2), 0, "(stage rl, step 3): rank 1 has not been heard of for", "last in stage rl, step 3"
+        found, (0, 2), 0, "(stage rl, step 3): rank 1 has sent no heartbeat for", "last in stage rl, step 3"
     )
 
 
@@ -101,7 +101,7 @@ def test_under_torchrun_a_killed_rank_is_named_before_the_agent_ends_the_others(
     assert done.returncode == 1
     for rank in (0, 2):
         (line,) = [line for line in done.stderr.splitlines() if line.startswith(f"rank {rank} (stage rl")]
-        assert "(stage rl, step 3): rank 1 has not been heard of for" in line
+        assert "(stage rl, step 3): rank 1 has sent no heartbeat for" in line
 
 
 def test_an_error_of_a_rank_keeps_its_message_and_is_told_to_the_others(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_an_error_of_a_rank_keeps_its_message_and_is_told_to_the_others(tmp_path
 @pytest.mark.slow
 def test_a_stopped_rank_is_named_after_the_time_out(tmp_path: Path) -> None:
     found = ended(tmp_path, 2, "stop", "--heartbeat", "8")
-    check(found, (0, 1), 8, "rank 2 has not been heard of for", "last in stage rl, step 3")
+    check(found, (0, 1), 8, "rank 2 has sent no heartbeat for", "last in stage rl, step 3")
     assert all(rank.seconds >= 8 - 1 for rank in found.values())  # its last beat may be a second older
 
 

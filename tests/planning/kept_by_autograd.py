@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam, trainable
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 RECOMPUTE = ("none", "selective", "full")
 
 
-def compare(dtype: torch.dtype, parallel: Parallel) -> tuple[int, int]:
+def compare(dtype: torch.dtype, parallel: ParallelConfig) -> tuple[int, int]:
     """Bytes kept of one row whose every token is a target, and bytes planned for it."""
     model = build_model(SHAPE, dtype, parallel)
     load_hf_tensors(model, random_hf_tensors(SHAPE, seed=0))
@@ -67,7 +67,7 @@ def compare(dtype: torch.dtype, parallel: Parallel) -> tuple[int, int]:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), planned
 
 
-def widened(parallel: Parallel, tokens: int) -> int:
+def widened(parallel: ParallelConfig, tokens: int) -> int:
     """What a CPU's attention keeps of a layer on top in bfloat16: float32 query, key, value in place of
     bfloat16 ones, and the output in both."""
     query, key = (count * SHAPE.head_dim // parallel.tensor for count in (SHAPE.heads, SHAPE.kv_heads))
@@ -75,7 +75,7 @@ def widened(parallel: Parallel, tokens: int) -> int:
     return tokens * (2 + 4) * query + LENGTH * (2 + of_value) * key
 
 
-def compare_all(parallel: Parallel) -> list[tuple[int, int]]:
+def compare_all(parallel: ParallelConfig) -> list[tuple[int, int]]:
     return [compare(dtype, replace(parallel, recompute=way)) for dtype in DTYPES for way in RECOMPUTE]
 
 
@@ -86,10 +86,10 @@ def main() -> None:
     words.add_argument("--context", type=int, default=1)
     words.add_argument("--sequence", action="store_true")
     told = words.parse_args()
-    parallel = Parallel(tensor=told.tensor, context=told.context, sequence=told.sequence)
+    parallel = ParallelConfig(tensor=told.tensor, context=told.context, sequence=told.sequence)
     with process.running(seed=1, parallel=parallel):
         found = compare_all(parallel)
-    if process.is_first():
+    if process.is_rank_zero():
         told.out.write_text(json.dumps(found))
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam, trainable
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
@@ -58,7 +58,7 @@ def held(tensors: list[Tensor]) -> int:
 def test_weights_gradients_and_optimizer_to_the_byte(dtype: torch.dtype, sharded: bool, tied: bool) -> None:
     # Sizes are multiples of 64 and their sum of 128, to which Megatron fills up buffers that it will shard.
     shape = ModelConfig(hidden=128, layers=2, heads=4, kv_heads=2, head_dim=64, ffn=192, vocab=300, tied=tied)
-    parallel = Parallel(sharded_optimizer=sharded)
+    parallel = ParallelConfig(sharded_optimizer=sharded)
     model = build_model(shape, dtype, parallel)
     load_hf_tensors(model, random_hf_tensors(shape, seed=0))
     (wrapped,), optimizer = trainable(model, Adam(lr=1e-3, sharded=sharded))
@@ -92,7 +92,7 @@ INDEX_BYTES = 33
 
 @pytest.mark.usefixtures("world")
 def test_activations_are_what_autograd_keeps() -> None:
-    for kept, planned in compare_all(Parallel()):
+    for kept, planned in compare_all(ParallelConfig()):
         assert 0 <= kept - planned <= INDEX_BYTES * LENGTH
 
 
@@ -163,7 +163,7 @@ def test_the_logits_chunks_are_those_of_the_loss(dtype: torch.dtype, monkeypatch
         logprobs_N, entropies_N = target_logprobs(hidden_NE, head_VE, question)
         (logprobs_N.sum() + entropies_N.sum()).backward()
     shape = ModelConfig(hidden=hidden, layers=1, heads=1, kv_heads=1, head_dim=2, ffn=2, vocab=vocab)
-    planned = logit_bytes(shape, Parallel(), Work(targets, 1), dtype.itemsize)
+    planned = logit_bytes(shape, ParallelConfig(), Work(targets, 1), dtype.itemsize)
     # Beside whole chunks there are sums and indices of the targets, 1 % here; some of bfloat16 are halves.
     assert 0.98 * alive.most <= planned <= 1.2 * alive.most
 
@@ -179,27 +179,27 @@ def test_the_cache_has_room_for_every_trace_and_no_doubling_more() -> None:
     decoder = engine._model
     assert decoder is not None
     slots = len(prompts[0]) + len(prompts) * longest_row(thinking, 0)
-    assert held(decoder.cache_LSX) <= cache_bytes(shape, Parallel(), slots, 4)
+    assert held(decoder.cache_LSX) <= cache_bytes(shape, ParallelConfig(), slots, 4)
     # As many slots as there are need no more than those.
-    assert held(decoder.cache_LSX) == cache_bytes(shape, Parallel(), engine._table.slot_count, 4)
+    assert held(decoder.cache_LSX) == cache_bytes(shape, ParallelConfig(), engine._table.slot_count, 4)
 
 
 def test_micro_batches_under_way() -> None:
-    pipeline = Parallel(pipeline=4)
+    pipeline = ParallelConfig(pipeline=4)
     assert [chunks_under_way(pipeline, rank, 8) for rank in range(4)] == [4, 3, 2, 1]
     assert chunks_under_way(pipeline, 0, 2) == 2
     # Interleaved: 1 + (p - 1) / (p v) times the layers of a pipeline of full micro-batches (arXiv 2205.05198,
     # section 4.2.3): of p v = 8 stages' worth, 8 + 3.
-    interleaved = Parallel(pipeline=4, virtual=2)
+    interleaved = ParallelConfig(pipeline=4, virtual=2)
     assert [chunks_under_way(interleaved, rank, 8) for rank in range(4)] == [11, 9, 7, 5]
     assert chunks_under_way(interleaved, 0, 4) == 8
 
 
 def test_copies_published_ahead_of_the_engine_are_counted() -> None:
     shape = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=40)
-    (part,) = parts(shape, Parallel())
+    (part,) = parts(shape, ParallelConfig())
     in_turn, ahead = (
-        memory(shape, Parallel(), part, 1, 4, Work(64, 1, slots=100, staleness=staleness))
+        memory(shape, ParallelConfig(), part, 1, 4, Work(64, 1, slots=100, staleness=staleness))
         for staleness in (0, 2)
     )
     assert in_turn.engine == in_turn.weights and ahead.engine == 4 * ahead.weights

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.cli import app
 from megatron_parallel_r1.config.reader import read_recipe
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.transformer import transformer_config
 from megatron_parallel_r1.model.weights import EMBEDDING, HEAD, table
@@ -33,10 +33,10 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CURRICULUM = RECIPES / "qwen3_4b/curriculum.yaml"
 MINI = Path(__file__).resolve().parents[1] / "curriculum/mini.yaml"
 LAYOUTS = [
-    Parallel(),
-    Parallel(tensor=2, pipeline=3),
-    Parallel(pipeline=3, virtual=2),
-    Parallel(pipeline=2, virtual=6),
+    ParallelConfig(),
+    ParallelConfig(tensor=2, pipeline=3),
+    ParallelConfig(pipeline=3, virtual=2),
+    ParallelConfig(pipeline=2, virtual=6),
 ]
 
 
@@ -79,7 +79,7 @@ def test_a_folder_that_is_there_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parallel", LAYOUTS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_weight_has_its_place(parallel: Parallel, tied: bool) -> None:
+def test_every_weight_has_its_place(parallel: ParallelConfig, tied: bool) -> None:
     shape = ModelConfig(hidden=16, layers=12, heads=4, kv_heads=2, head_dim=8, ffn=32, vocab=101, tied=tied)
     held = parts(shape, parallel)
     config = transformer_config(shape, parallel=parallel)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.published_runs import CALIBRATED_ON, HELD_OUT, calibrated, overlapping
 from megatron_parallel_r1.architecture.model_config import Experts, ModelConfig
 from megatron_parallel_r1.config.reader import read_recipe
-from megatron_parallel_r1.distributed.parallel_config import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.cost import Cost
@@ -28,8 +28,8 @@ MATRICES = sum(prod(w.shape) for w in table(SHAPE) if len(w.shape) == 2 and w.la
 ROWS = Rows(micro_batches=4, tokens=512, visible=256, targets=500)
 
 
-def split(parallel: Parallel | None = None, data: int = 1, per_node: int = 8) -> Split:
-    return Split(SHAPE, parallel or Parallel(), data, number=2, per_node=per_node)
+def split(parallel: ParallelConfig | None = None, data: int = 1, per_node: int = 8) -> Split:
+    return Split(SHAPE, parallel or ParallelConfig(), data, number=2, per_node=per_node)
 
 
 def test_an_update_has_six_operations_a_weight_and_token() -> None:
@@ -45,7 +45,8 @@ def test_an_update_has_six_operations_a_weight_and_token() -> None:
 
 def test_recomputing_costs_what_is_computed_again() -> None:
     none, selective, full = (
-        update_cost(split(Parallel(recompute=how)), ROWS, MATRICES) for how in ("none", "selective", "full")
+        update_cost(split(ParallelConfig(recompute=how)), ROWS, MATRICES)
+        for how in ("none", "selective", "full")
     )
     forward = 4 * forward_cost(split(), 512, 256)
     mlp = 4 * 6 * 2 * 512 * 3 * 64 * 96
@@ -56,18 +57,18 @@ def test_recomputing_costs_what_is_computed_again() -> None:
 
 
 def test_a_tensor_group_shares_products_and_sends_sums() -> None:
-    whole, half = (update_cost(split(Parallel(tensor=size)), ROWS, MATRICES // size) for size in (1, 2))
+    whole, half = (update_cost(split(ParallelConfig(tensor=size)), ROWS, MATRICES // size) for size in (1, 2))
     assert half.products == whole.products / 2 and half.attention == whole.attention / 2
     # Two sums of 512 x 64 numbers of 2 bytes a layer, forward and twice that backward, by a ring of two.
     assert half.node == 4 * 6 * 3 * 2 * (512 * 64 * 2) * (2 * 1 / 2)
-    crowded = update_cost(split(Parallel(tensor=2), per_node=1), ROWS, MATRICES // 2)
+    crowded = update_cost(split(ParallelConfig(tensor=2), per_node=1), ROWS, MATRICES // 2)
     assert (crowded.node, crowded.net) == (0, half.node)
 
 
 def test_a_pipeline_waits_at_both_ends() -> None:
     one, three, interleaved = (
         update_cost(split(parallel), ROWS, 0)
-        for parallel in (Parallel(), Parallel(pipeline=3), Parallel(pipeline=3, virtual=2))
+        for parallel in (ParallelConfig(), ParallelConfig(pipeline=3), ParallelConfig(pipeline=3, virtual=2))
     )
     head = 4 * 2 * 500 * 64 * 1000
     body = 6 * 512 * MATRICES
@@ -79,7 +80,7 @@ def test_a_pipeline_waits_at_both_ends() -> None:
 def test_gradients_are_summed_over_the_copies() -> None:
     elements = 10_000
     whole, sharded = (
-        update_cost(split(Parallel(sharded_optimizer=shard), data=4), ROWS, elements)
+        update_cost(split(ParallelConfig(sharded_optimizer=shard), data=4), ROWS, elements)
         for shard in (False, True)
     )
     assert whole.node == 2 * 4 * elements * 3 / 4  # float32, there and back, by a ring of four

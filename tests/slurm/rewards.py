@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from megatron_parallel_r1.distributed.stop_signals import stop_signal_came
+from megatron_parallel_r1.distributed.stop_signals import stop_signal_pending
 from megatron_parallel_r1.rewards.base import Judged
 
 PATIENCE_S = 600.0
@@ -20,7 +20,7 @@ def shorter(judged: Judged, step: int) -> float:
     hold = os.environ.get("HOLD")
     if step == 2 and hold and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         give_up = time.monotonic() + PATIENCE_S
-        while hold == "end" or not stop_signal_came():
+        while hold == "end" or not stop_signal_pending():
             if time.monotonic() > give_up:
                 raise RuntimeError(f"nothing came of HOLD={hold}")
             time.sleep(0.05)

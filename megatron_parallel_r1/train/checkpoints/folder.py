@@ -26,7 +26,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
-from megatron_parallel_r1.distributed.collectives import all_agree, first_does, told_all
+from megatron_parallel_r1.distributed.collectives import all_gather_objects, all_ranks_true, run_on_rank_zero
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.checkpoints.fp8_state import FILE as EXTRA
 from megatron_parallel_r1.train.checkpoints.fp8_state import extra_states, set_extra_states
@@ -76,11 +76,11 @@ class Checkpoints:
         """
         self.settle()
         parts = live_parts(trainer)
-        taken = max(told_all(steps_taken(trainer.optimizer)))
+        taken = max(all_gather_objects(steps_taken(trainer.optimizer)))
         about = Manifest(step, taken, score, json.loads(json.dumps(state)), files={})
         final = self._folder / f"step_{step:06d}"
         try:
-            work = first_does(self._new_work_folder)
+            work = run_on_rank_zero(self._new_work_folder)
         except OSError as error:
             raise UserError(
                 f"checkpoint {final} cannot be written: {error.strerror}; make room, or choose another out"
@@ -95,7 +95,7 @@ class Checkpoints:
         Raises:
             UserError: as `settle`.
         """
-        if self._underway and all_agree(self._underway.writing.is_written, self._underway.device):
+        if self._underway and all_ranks_true(self._underway.writing.is_written, self._underway.device):
             self.settle()
 
     def settle(self) -> None:
@@ -109,9 +109,9 @@ class Checkpoints:
         underway, self._underway = self._underway, None
         try:
             underway.writing.complete()
-            first_does(lambda: self._instate(underway.work, underway.final))
+            run_on_rank_zero(lambda: self._instate(underway.work, underway.final))
         except (WriteFailed, OSError) as error:
-            first_does(lambda: shutil.rmtree(underway.work, ignore_errors=True))
+            run_on_rank_zero(lambda: shutil.rmtree(underway.work, ignore_errors=True))
             raise UserError(
                 f"checkpoint {underway.final} could not be written: {error}; mend that and start again, the "
                 "run goes on from the checkpoint before it"
@@ -126,7 +126,7 @@ class Checkpoints:
             UserError: all are damaged, or the last whole one is of another model.
         """
         self.settle()
-        found = first_does(self._open)
+        found = run_on_rank_zero(self._open)
         rejected: list[tuple[Path, str]] = []
         for folder in reversed(found):
             manifest, faults = self._verified(folder)
@@ -134,7 +134,7 @@ class Checkpoints:
                 rejected.append((folder, faults[0] + (f", and {len(faults) - 1} more" if faults[1:] else "")))
                 continue
             _load(trainer, folder, manifest)
-            first_does(partial(self._set_aside, rejected, manifest.step))
+            run_on_rank_zero(partial(self._set_aside, rejected, manifest.step))
             return manifest.step, manifest.state
         if rejected:
             told = "; ".join(f"{folder.name}: {why}" for folder, why in rejected)
@@ -147,12 +147,14 @@ class Checkpoints:
     def _verified(self, folder: Path) -> tuple[Manifest, list[str]]:
         """A checkpoint's manifest and what is wrong with its files, of which each process reads its share."""
         try:
-            manifest = first_does(lambda: read_manifest(folder))
+            manifest = run_on_rank_zero(lambda: read_manifest(folder))
         except Damaged as damage:
             return Manifest(0, 0, None, {}, {}), [str(damage)]
         share = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
         found = (fault(folder / name, manifest.files[name]) for name in share)
-        return manifest, sorted(why for some in told_all([why for why in found if why]) for why in some)
+        return manifest, sorted(
+            why for some in all_gather_objects([why for why in found if why]) for why in some
+        )
 
     # What follows is done by the first process alone.
 
@@ -226,7 +228,7 @@ def _load(trainer: Trainer, folder: Path, manifest: Manifest) -> None:
     """
     parts = live_parts(trainer)
     mine = {part.key: tuple(part.global_shape) for part in parts}
-    wanted = {key: shape for some in told_all(mine) for key, shape in some.items()}
+    wanted = {key: shape for some in all_gather_objects(mine) for key, shape in some.items()}
     held = {
         key: tuple(tensor.global_shape)
         for key, tensor in dist_checkpointing.serialization.load_tensors_metadata(str(folder)).items()

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import save_tensors
-from megatron_parallel_r1.distributed.collectives import first_does, told_all, told_first
+from megatron_parallel_r1.distributed.collectives import all_gather_objects, gather_objects, run_on_rank_zero
 from megatron_parallel_r1.train.checkpoints.fp8_state import FILE as EXTRA
 from megatron_parallel_r1.train.checkpoints.manifest import Manifest, Stamp, stamp, sync, write_manifest
 
@@ -76,11 +76,13 @@ class Writing:
             WriteFailed: on all processes, if one could not write.
         """
         self._thread.join()
-        errors = [f"{error} (process {rank})" for rank, error in enumerate(told_all(self._error)) if error]
+        errors = [
+            f"{error} (process {rank})" for rank, error in enumerate(all_gather_objects(self._error)) if error
+        ]
         if errors:
             raise WriteFailed(errors[0])
-        told = told_first((self._stamps, self._results, self._extra))
-        first_does(lambda: self._finish(told))
+        told = gather_objects((self._stamps, self._results, self._extra))
+        run_on_rank_zero(lambda: self._finish(told))
 
     def _write(self) -> None:
         writer = self._plan.writer

@@ -1,4 +1,4 @@
-"""A world of one process, as every test of the model needs it."""
+"""A world of one process, which every test of the model needs."""
 
 from collections.abc import Iterator
 

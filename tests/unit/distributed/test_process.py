@@ -1,4 +1,4 @@
-"""A world of one comes and goes, and the CPU bring-up stays inside Megatron."""
+"""A world of one starts and stops, and the CPU backend patches nothing but Megatron."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
 from megatron_parallel_r1.distributed import cpu_backend, process
-from megatron_parallel_r1.distributed.process import Parallel
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import PeerLost, UserError
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA nothing is redirected")
@@ -26,48 +26,48 @@ def test_a_world_of_one_can_be_left_and_joined_again() -> None:
 
 
 def test_on_a_gpu_nothing_is_redirected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedules, "torch", torch)  # As before any bring-up.
+    monkeypatch.setattr(schedules, "torch", torch)  # as before any patch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cuda = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "manual_seed")}
     tensor = (torch.Tensor.cuda, torch.Tensor.type)
-    cpu_backend.bring_up()
+    cpu_backend.patch_megatron()
     assert schedules.torch is torch and (torch.Tensor.cuda, torch.Tensor.type) == tensor
     assert all(getattr(torch.cuda, name) is kept for name, kept in cuda.items())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cpu_backend.bring_up()
+    cpu_backend.patch_megatron()
     assert schedules.torch is not torch
 
 
 def test_too_few_processes_are_named() -> None:
     with pytest.raises(UserError, match="= 4 does not divide the 1 processes"):
-        process.start(seed=1, parallel=Parallel(tensor=2, pipeline=2))
+        process.start(seed=1, parallel=ParallelConfig(tensor=2, pipeline=2))
     assert not dist.is_initialized()
 
 
-def test_the_launch_is_checked_before_the_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launch_is_checked_before_the_processes_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "6")  # and no MASTER_ADDR: nothing could meet
+    monkeypatch.setenv("WORLD_SIZE", "6")  # and no MASTER_ADDR: nothing could connect
     with pytest.raises(UserError, match="= 4 does not divide the 6 processes; start a multiple of 4"):
-        process.start(seed=1, parallel=Parallel(tensor=2, pipeline=2))
+        process.start(seed=1, parallel=ParallelConfig(tensor=2, pipeline=2))
     assert not dist.is_initialized()
 
 
-def test_a_process_that_nobody_joins_says_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_waits_in_vain_names_the_missing_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in world.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(PeerLost, match="rank 0: 2 ranks, rank 1 first, did not come within 0"):
+    with pytest.raises(PeerLost, match="rank 0: 2 ranks, rank 1 first, did not connect within 0"):
         process.start(seed=1, join_s=0.5)
     assert not dist.is_initialized()
 
 
-def test_a_world_of_one_has_no_watching_thread_and_keeps_its_errors() -> None:
+def test_a_world_of_one_has_no_watchdog_thread_and_keeps_its_errors() -> None:
     threads = threading.active_count()
-    with pytest.raises(RuntimeError, match="its own"), process.running(seed=1) as watch:
-        watch.at("stage rl, step 1")
+    with pytest.raises(RuntimeError, match="its own"), process.running(seed=1) as watchdog:
+        watchdog.set_location("stage rl, step 1")
         assert threading.active_count() == threads
         raise RuntimeError("its own, [/x/gloo/y.cc] and what it may say")
     assert not dist.is_initialized()

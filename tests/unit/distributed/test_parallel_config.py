@@ -1,0 +1,54 @@
+"""What cannot be split is refused before any process group starts, with a setting that works."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
+from megatron_parallel_r1.errors import UserError
+
+SHAPE = ModelConfig(hidden=48, layers=6, heads=6, kv_heads=3, head_dim=8, ffn=96, vocab=101)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "message"),
+    [
+        (ParallelConfig(tensor=4), 4, "tensor 4 does not divide the model's heads 6; set tensor to 3"),
+        (ParallelConfig(tensor=2), 2, "tensor 2 does not divide the model's kv_heads 3; set tensor to 1"),
+        (ParallelConfig(pipeline=4), 4, "6 layers cannot be cut into pipeline 4 .* set pipeline to 3"),
+        (ParallelConfig(pipeline=2, virtual=2), 2, "= 4 equal stages; set pipeline to 3 and virtual to 1"),
+        (
+            ParallelConfig(tensor=3, pipeline=2),
+            8,
+            "= 6 does not divide the 8 processes; start a multiple of 6",
+        ),
+        (ParallelConfig(context=2), 2, "micro_tokens: 1001 is no multiple of 4, .* set it to 1004"),
+        (
+            ParallelConfig(tensor=3, sequence=True),
+            3,
+            "micro_tokens: 1001 is no multiple of 3, .* set it to 1002",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_refused(parallel: ParallelConfig, world: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_parallel(SHAPE, parallel, world, micro_tokens=1001)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor": 0}, "tensor must be >= 1"),
+        ({"sequence": True}, "sequence needs a tensor size of 2 or more"),
+        ({"virtual": 2}, "virtual 2 interleaves the stages of a pipeline, and pipeline is 1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**settings)
+
+
+def test_what_divides_passes() -> None:
+    check_parallel(SHAPE, ParallelConfig(tensor=3, pipeline=2, virtual=3, context=2, sequence=True), 24, 1200)
+    check_parallel(SHAPE, ParallelConfig(), 5)
