@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_parallel_r1.evaluation.records import RECORDS
+from megatron_parallel_r1.utils.files import write_atomically
 
 Outcome = Literal["running", "done", "stopped", "failed"]
 FILE = "attempts.json"
@@ -46,9 +46,7 @@ def read_attempts(job: Path) -> list[Attempt]:
 
 
 def write_attempts(job: Path, attempts: Sequence[Attempt]) -> None:
-    fresh = job / f"{FILE}.new"
-    fresh.write_text(json.dumps([asdict(one) for one in attempts], indent=1) + "\n")
-    os.replace(fresh, job / FILE)
+    write_atomically(job / FILE, json.dumps([asdict(attempt) for attempt in attempts], indent=1) + "\n")
 
 
 def begin(job: Path, steps: int) -> list[Attempt]:

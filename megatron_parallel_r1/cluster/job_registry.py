@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_parallel_r1.cluster.attempts import read_attempts
+from megatron_parallel_r1.utils.jsonl import JsonlWriter, read_jsonl
 
 FILE = "jobs.jsonl"
 UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
@@ -47,16 +47,14 @@ class Status:
 
 
 def note(logs: Path, entries: Sequence[Entry]) -> None:
-    logs.mkdir(parents=True, exist_ok=True)
-    with (logs / FILE).open("a") as file:
-        file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
+    with JsonlWriter(logs / FILE) as file:
+        for entry in entries:
+            file.write(asdict(entry))
 
 
 def noted(logs: Path) -> list[Entry]:
     """All that were submitted, the oldest first."""
-    file = logs / FILE
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [Entry(**json.loads(line)) for line in lines]
+    return [Entry(**record) for record in read_jsonl(logs / FILE, missing_ok=True)]
 
 
 def statuses(logs: Path, entries: Sequence[Entry]) -> list[Status]:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from megatron_parallel_r1.coldstart.teacher import Answer, Request
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.utils.jsonl import JsonLines, read_jsonl
+from megatron_parallel_r1.utils.jsonl import JsonlWriter, read_jsonl
 
 
 class Journal:
     """Answers by the key of their request. Those to requests that are asked no more stay, and do no harm."""
 
-    def __init__(self, path: Path, lines: JsonLines) -> None:
+    def __init__(self, path: Path, lines: JsonlWriter) -> None:
         self._lines = lines
         self._answers: dict[str, Answer] = {}
         for record in read_jsonl(path):
@@ -73,7 +73,7 @@ def open_journal(path: Path) -> Iterator[Journal]:
             raise UserError(
                 f"{path.parent}: another cold start is writing here; let it end, or choose another out"
             ) from None
-        with JsonLines(path) as lines:
+        with JsonlWriter(path) as lines:
             yield Journal(path, lines)
     finally:
         os.close(lock)

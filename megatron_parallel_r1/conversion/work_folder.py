@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_parallel_r1.conversion.hashing_writer import Sink, Stopped
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.files import fsync_path, write_atomically
 
 SUMS = "SHA256SUMS"
 JOURNAL = "journal.jsonl"
@@ -145,7 +146,7 @@ class Work:
             stream.flush()
             os.fsync(stream.fileno())
         for folder in [self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())]:
-            _sync(folder)
+            fsync_path(folder)
         if self._final.exists():
             doomed = self._final.with_name(f".{self._final.name}.replaced")
             shutil.rmtree(doomed, ignore_errors=True)
@@ -154,7 +155,7 @@ class Work:
             shutil.rmtree(doomed, ignore_errors=True)
         else:
             self.folder.rename(self._final)
-        _sync(self._final.parent)
+        fsync_path(self._final.parent)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         """What is whole of an earlier try with the same identity; anything else is cleared away."""
@@ -175,11 +176,7 @@ class Work:
             if (path := self.folder / entry["file"]).is_file() and path.stat().st_size == entry["size"]
         ]
         # Beside the old one, which is kept where there is no room for another.
-        with (self.folder / f"{JOURNAL}.new").open("wb") as stream:
-            stream.write(_lines(self._identity, *whole))
-            stream.flush()
-            os.fsync(stream.fileno())
-        (self.folder / f"{JOURNAL}.new").rename(journal)
+        write_atomically(journal, _lines(self._identity, *whole))
         return {entry["file"]: entry for entry in whole}
 
     def _append(self, entry: Mapping[str, Any]) -> None:
@@ -191,11 +188,3 @@ class Work:
 
 def _lines(*entries: Mapping[str, Any]) -> bytes:
     return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

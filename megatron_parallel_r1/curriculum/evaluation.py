@@ -30,8 +30,8 @@ from megatron_parallel_r1.run.engines import Decoders, engine_of_checkpoint
 from megatron_parallel_r1.run.folder import steps_done
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.utils.jsonl import JsonLines
-from megatron_parallel_r1.utils.seeding import seed_of
+from megatron_parallel_r1.utils.jsonl import JsonlWriter
+from megatron_parallel_r1.utils.seeding import derive_seed, seed_series
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,10 +53,8 @@ def evaluate(
     `ci95` is half the width of the 95 % interval of the mean over problems (normal approximation).
     """
     each = [problem for problem in problems for _ in range(asked.samples)]
-    seeds = np.random.SeedSequence([seed]).generate_state(len(each), np.uint64) >> np.uint64(1)
-    traces, judged = roll_out_and_judge(
-        thinker, each, seeds.tolist(), tokenizer, template, verifier, asked.concurrent
-    )
+    seeds = seed_series(len(each), seed)
+    traces, judged = roll_out_and_judge(thinker, each, seeds, tokenizer, template, verifier, asked.concurrent)
     scores_PS = np.reshape([score_accuracy(j) for j in judged], (len(problems), asked.samples))
     means_P = scores_PS.mean(1)
     error = means_P.std(ddof=1) / len(means_P) ** 0.5 if len(means_P) > 1 else float("nan")
@@ -94,12 +92,12 @@ def evaluate_stage(
     if not process.is_rank_zero():
         return record
     # Anew each time: an evaluation that was killed before its record may have left some.
-    with JsonLines(bench.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as kept:
+    with JsonlWriter(bench.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as kept:
         for index in range(0, len(traces), max(1, len(traces) // SHOWN)):
             problem = problems[index // recipe.evaluation.samples]
             line = trace_record(traces[index], problem, judged[index], None, bench.tokenizer)
             kept.write({"stage": stage.name, "step": step, **line})
-    with JsonLines(bench.folder / "eval.jsonl") as lines:
+    with JsonlWriter(bench.folder / "eval.jsonl") as lines:
         lines.write(record)
     return record
 
@@ -141,6 +139,6 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None = None) -> dict[
             verifier,
             recipe.prompt,
             asked,
-            seed_of(recipe, "evaluation"),
+            derive_seed(recipe.seed, "evaluation"),
         )
     return {"stage": folder.name, "step": 0, **record}

@@ -13,7 +13,7 @@ _EVERY = 1024
 _BOM = b"\xef\xbb\xbf"
 
 
-class JsonLines:
+class JsonlTable:
     """A file with a JSON object a line. A row's number is its line's, from 0; blank lines are no rows.
 
     The byte offset of every 1024th line is remembered when `rows` passes it, for `pick` to begin at.

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from megatron_parallel_r1.data.problems import Example
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.layout import Mode, Row
+from megatron_parallel_r1.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,12 +115,7 @@ def _write(file: Path, rows: Sequence[Row]) -> None:
     packed = np.concatenate([part for row in rows for part in _parts(row)]).astype("<i4").tobytes()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-        try:
-            fresh.write_bytes(hashlib.sha256(packed).digest() + packed)
-            os.replace(fresh, file)
-        finally:
-            fresh.unlink(missing_ok=True)
+        write_atomically(file, hashlib.sha256(packed).digest() + packed)
     except OSError as error:
         raise UserError(
             f"{file.parent}: rows cannot be cached there ({error.strerror or error}); "

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_parallel_r1.data.json_lines import JsonLines
+from megatron_parallel_r1.data.json_lines import JsonlTable
 from megatron_parallel_r1.data.shard import Cells, Numbered, Shard, Unusable
 from megatron_parallel_r1.errors import UserError
 
@@ -83,8 +83,8 @@ class HubTable:
 
 _KINDS: dict[str, Callable[[Path], Shard]] = {
     ".parquet": Parquet,
-    ".jsonl": JsonLines,
-    ".json": JsonLines,
+    ".jsonl": JsonlTable,
+    ".json": JsonlTable,
 }
 
 

@@ -19,7 +19,7 @@ from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.utils.jsonl import JsonLines, read_jsonl
+from megatron_parallel_r1.utils.jsonl import JsonlWriter, read_jsonl
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class RecordWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lines = JsonLines(path)
+        self._lines = JsonlWriter(path)
 
     def write(self, record: Record) -> None:
         with writing(self._path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_parallel_r1.report.curves import draw_curves
 from megatron_parallel_r1.report.run_folder import Run, read_run
 from megatron_parallel_r1.report.showcase import choose_traces
 from megatron_parallel_r1.report.tables import COLUMNS
+from megatron_parallel_r1.utils.files import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,7 @@ def build_report(run_folder: Path) -> Path:
         script_hash=_hash(script),
     )
     report = run_folder / "report.html"
-    fresh = run_folder / "report.html.new"
-    fresh.write_bytes(page.encode("utf-8", errors="replace"))
-    os.replace(fresh, report)
+    write_atomically(report, page.encode("utf-8", errors="replace"))
     return report
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_parallel_r1.utils.jsonl import JsonLines, jsonable, read_jsonl
+from megatron_parallel_r1.utils.jsonl import JsonlWriter, jsonable, read_jsonl
 
 __all__ = ["MetricsWriter", "read_jsonl"]
 
@@ -31,7 +31,7 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        self._lines = JsonLines(folder / "metrics.jsonl", through=resume_step)
+        self._lines = JsonlWriter(folder / "metrics.jsonl", through=resume_step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -79,9 +79,7 @@ def _read_stage(folder: Path) -> Stage:
 
 
 def _read_if_there(path: Path, *keys: str) -> Sequence[Record]:
-    if not path.is_file():
-        return ()
-    records = read_jsonl(path)
+    records = read_jsonl(path, missing_ok=True)
     for number, record in enumerate(records, 1):
         missing = [key for key in keys if key not in record]
         if missing:

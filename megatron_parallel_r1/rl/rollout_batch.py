@@ -12,6 +12,7 @@ from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged, Reward, Score
 from megatron_parallel_r1.rl.objective.filtering import Dynamic, informative
 from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.utils.seeding import seed_series
 
 # From problems, one a trace, and seeds of the traces.
 RollOut = Callable[[Sequence[Problem], Sequence[int]], tuple[list[Trace], list[Judged]]]
@@ -94,8 +95,8 @@ def collect(
         asked = missing if dynamic is None else math.ceil(missing * dynamic.over_sample)
         problems = [problem for problem in next_problems(asked) for _ in range(samples)]
         before = len(everything)
-        seeds = np.random.SeedSequence([seed, step]).generate_state(before + len(problems), np.uint64)
-        traces, judged = roll_out(problems, (seeds[before:] >> np.uint64(1)).tolist())
+        seeds = seed_series(before + len(problems), seed, step)[before:]
+        traces, judged = roll_out(problems, seeds)
         scores = [reward.score(judgement, step - 1) for judgement in judged]
         fresh = Rollouts(problems, traces, judged, scores)
         everything = everything + fresh

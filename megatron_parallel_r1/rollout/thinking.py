@@ -22,7 +22,6 @@ loss, and after `max_blocks` the trace goes on to its answer instead of ending.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Generic, Literal
@@ -33,6 +32,7 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.utils.seeding import hash_seed
 
 End = Literal["eos", "length", "closed"]
 Branch = tuple[int, ...]
@@ -221,15 +221,9 @@ class _Writing(Generic[Context]):
         self, context: Context, limit: int, stop: frozenset[int], suppress: frozenset[int], branch: Branch
     ) -> Completion:
         settings = self.settings
-        seed = _mix(self.seed, branch)
+        seed = hash_seed(repr((self.seed, branch)))
         sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, seed)
         return await self.engine.sample(context, sampling, limit, stop, suppress)
-
-
-def _mix(seed: int, branch: Branch) -> int:
-    """A seed of 63 bits for one branch of a trace."""
-    digest = hashlib.blake2b(repr((seed, branch)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 async def roll_out(

@@ -31,7 +31,7 @@ from megatron_parallel_r1.run.datasets import load_tokenizer, open_tokenizer
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags, spread_new_embeddings
 from megatron_parallel_r1.train.trainer import Trainer
-from megatron_parallel_r1.utils.seeding import seed_of
+from megatron_parallel_r1.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ class Workbench:
 
     def seed_of(self, *words: str) -> int:
         """A seed for one purpose of this run, different for each."""
-        return seed_of(self.recipe, *words)
+        return derive_seed(self.recipe.seed, *words)
 
     def trainer(self, stage: Stage) -> Trainer:
         """A trainer with the weights that the stage begins with, and a fresh optimizer."""

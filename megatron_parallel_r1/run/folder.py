@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,9 @@ import yaml
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.files import write_atomically
 from megatron_parallel_r1.utils.jsonl import read_jsonl
-from megatron_parallel_r1.utils.seeding import all_seeds
+from megatron_parallel_r1.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,9 +77,27 @@ def open_run_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; choose another out") from None
-    _write_atomically(folder / "config.yaml", recipe.yaml())
-    _write_atomically(folder / "stages.json", json.dumps([stage.name for stage in recipe.stages]))
-    _write_atomically(folder / "seeds.json", json.dumps(all_seeds(recipe), indent=1) + "\n")
+    write_atomically(folder / "config.yaml", recipe.yaml())
+    write_atomically(folder / "stages.json", json.dumps([stage.name for stage in recipe.stages]))
+    write_atomically(folder / "seeds.json", json.dumps(all_seeds(recipe), indent=1) + "\n")
+
+
+def all_seeds(recipe: Recipe) -> dict[str, Any]:
+    """Returns every seed of a run.
+
+    The n-th trace of a step has the n-th seed of the series that `rollout` and the step give
+    (rl/rollout_batch.py).
+    """
+    return {
+        "recipe": recipe.seed,
+        "evaluation": derive_seed(recipe.seed, "evaluation"),
+        "stages": {
+            stage.name: {
+                purpose: derive_seed(recipe.seed, stage.name, purpose) for purpose in ("data", "rollout")
+            }
+            for stage in recipe.stages
+        },
+    }
 
 
 def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -92,15 +110,13 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def steps_done(folder: Path, stage: Stage) -> int:
     """The last step that a stage has taken, 0 if none; it may have ended before its `steps`."""
-    file = folder / stage.name / "metrics.jsonl"
-    records = read_jsonl(file) if file.is_file() else []
+    records = read_jsonl(folder / stage.name / "metrics.jsonl", missing_ok=True)
     return max((record["step"] for record in records), default=0)
 
 
 def past_evaluations(folder: Path) -> list[dict[str, Any]]:
     """What was evaluated so far."""
-    file = folder / "eval.jsonl"
-    return read_jsonl(file) if file.is_file() else []
+    return read_jsonl(folder / "eval.jsonl", missing_ok=True)
 
 
 # What can change without changing what was trained.
@@ -124,9 +140,3 @@ def _difference(old: Any, new: Any, where: str = "") -> str | None:
         pairs = enumerate(zip(old, new, strict=False))
         return next((f for i, (a, b) in pairs if (f := _difference(a, b, f"{where}.{i}"))), None)
     return None if old == new else f"{where}: {old!r} then, {new!r} now"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    os.replace(fresh, path)

@@ -12,7 +12,7 @@ from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.trainer import NotFinite
-from megatron_parallel_r1.utils.jsonl import JsonLines
+from megatron_parallel_r1.utils.jsonl import JsonlWriter
 
 WINDOW = 10  # steps that a collapse is told from
 # Entropy in nats below which a policy has next to nothing left to explore.
@@ -37,7 +37,7 @@ class Guard:
         self._seen: dict[str, list[float]] = {"reward": [], "entropy": []}
         self._warned: set[str] = set()
         if process.is_rank_zero() and self._path.exists():
-            JsonLines(self._path, through=done).close()
+            JsonlWriter(self._path, through=done).close()
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, JSON-ready."""
@@ -92,7 +92,7 @@ class Guard:
         self.in_a_row += 1
         most = self._stage.max_bad_steps
         if process.is_rank_zero():
-            with JsonLines(self._path) as lines:
+            with JsonlWriter(self._path) as lines:
                 lines.write({"step": step, "error": str(error), "batch": list(batch)})
         if self.in_a_row >= most:
             raise UserError(

@@ -14,7 +14,7 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.report.metrics import MetricsWriter
 from megatron_parallel_r1.report.progress import StageProgress
 from megatron_parallel_r1.run.wandb_log import open_wandb
-from megatron_parallel_r1.utils.jsonl import JsonLines
+from megatron_parallel_r1.utils.jsonl import JsonlWriter
 
 
 class StageLog:
@@ -32,7 +32,7 @@ class StageLog:
         self._writes = process.is_rank_zero()
         if self._writes:
             self._metrics = self._open.enter_context(MetricsWriter(folder, resume_step=done))
-            self._traces = self._open.enter_context(JsonLines(folder / "traces.jsonl", through=done))
+            self._traces = self._open.enter_context(JsonlWriter(folder / "traces.jsonl", through=done))
             self._wandb = self._open.enter_context(open_wandb(recipe, stage.name, folder))
             self._progress = StageProgress(stage.name, stage.steps, done=done)
 

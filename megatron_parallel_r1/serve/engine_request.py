@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from megatron_parallel_r1.serve.prompts import chat_prompt, text_prompts
 from megatron_parallel_r1.serve.schema import ChatRequest, CompletionRequest
 from megatron_parallel_r1.serve.served import Served
 from megatron_parallel_r1.serve.session import Question
+from megatron_parallel_r1.utils.seeding import hash_seed
 
 
 def ask(served: Served, limits: Limits, request: ChatRequest | CompletionRequest) -> Question:
@@ -53,7 +53,9 @@ def ask(served: Served, limits: Limits, request: ChatRequest | CompletionRequest
     if count > limits.choices:
         raise Refused(400, f"{count} responses are asked for; {limits.choices} is the limit", "n")
     seed = secrets.randbits(63) if request.seed is None else request.seed
-    question = Question(prompts, request.n, [_seed(seed, i) for i in range(count)], thinking, request.stops)
+    # Hashed, so that clients' small seeds give unrelated draws.
+    seeds = [hash_seed(f"{seed} {index}") for index in range(count)]
+    question = Question(prompts, request.n, seeds, thinking, request.stops)
     if limits.cache_tokens is not None and question.cache_tokens > limits.cache_tokens:
         raise Refused(
             400,
@@ -83,9 +85,3 @@ def _thinking(served: Served, limits: Limits, request: ChatRequest | CompletionR
     }
     changed = {name: value for name, value in changes.items() if value is not None}
     return replace(own, max_response_tokens=tokens, **changed)
-
-
-def _seed(seed: int, index: int) -> int:
-    """Of response `index`: 63 bits that a client's small numbers do not bring close to each other."""
-    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -1,1 +1,1 @@
-"""Helpers that several rooms share: JSON Lines, seeding, timers, LaTeX boxes."""
+"""Helpers that several rooms share: atomic files, JSON Lines, seeds, timers, LaTeX boxes."""

@@ -1,7 +1,7 @@
-"""JSON-lines files that survive a kill and a resume.
+"""JSON Lines files that survive kills and resumes.
 
-A record is one line, written with one system call, so a reader sees whole records and at most one
-torn line at the very end. A run that resumes at step k first drops what was written beyond k.
+The writer appends each record with one system call, so a reader sees whole records and at most one torn
+line, the last. A run that resumes at step k first drops the records of later steps.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from types import TracebackType
 from typing import Any
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.files import write_atomically
 
 
-class JsonLines:
-    """Appends records to a file.
+class JsonlWriter:
+    """Appends records to a file; creates the file and its folder, and drops a torn last line.
 
     Args:
-        path: the file; its folder is made if absent.
-        through: keep existing records up to this step only (a resumed run passes the step of its
-            checkpoint, a fresh one 0); None keeps all. A torn last line is dropped in any case.
+        path: the file.
+        through: drop existing records of later steps: a resumed run passes the step of its checkpoint, a
+            new run 0. None keeps all records.
     """
 
     def __init__(self, path: Path, through: int | None = None) -> None:
@@ -34,10 +35,10 @@ class JsonLines:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record; NaN and infinities become null.
+        """Appends a record; writes NaN and infinities as null.
 
         Raises:
-            OSError: the line did not fit on the disk.
+            OSError: the disk has no room for the whole line.
         """
         line = (json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n").encode(
             "utf-8", errors="replace"
@@ -50,7 +51,7 @@ class JsonLines:
             os.close(self._file)
             self._file = -1
 
-    def __enter__(self) -> JsonLines:
+    def __enter__(self) -> JsonlWriter:
         return self
 
     def __exit__(
@@ -62,15 +63,20 @@ class JsonLines:
         self.close()
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All records of a file, without a torn last line.
+def read_jsonl(path: Path, missing_ok: bool = False) -> list[dict[str, Any]]:
+    """Reads all records of a file, without a torn last line.
+
+    Args:
+        missing_ok: read a file that does not exist as one without records.
 
     Raises:
-        UserError: the file is absent, or a line is no JSON object.
+        UserError: the file does not exist, or a line is not a JSON object.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
+        if missing_ok:
+            return []
         raise UserError(f"{path}: no such file") from None
     lines.pop()
     records = []
@@ -82,13 +88,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error}); repair or delete it") from None
         if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: a JSON object was expected")
+            raise UserError(f"{path}, line {number}: expected a JSON object; repair or delete it")
         records.append(record)
     return records
 
 
 def jsonable(value: Any) -> Any:
-    """Plain JSON values: tensor and numpy scalars unwrapped, what is not finite as None."""
+    """Converts to plain JSON values: unwraps tensor and numpy scalars, maps NaN and infinities to None."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -107,13 +113,11 @@ def _trim(path: Path, through: int | None) -> None:
         lines = [line for line in lines if line.strip() and _step(path, line) <= through]
     new = b"".join(line + b"\n" for line in lines)
     if new != old:
-        fresh = path.with_name(path.name + ".new")
-        fresh.write_bytes(new)
-        os.replace(fresh, path)
+        write_atomically(path, new)
 
 
 def _step(path: Path, line: bytes) -> int:
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path}: a line has no step: {line[:80]!r}; repair or delete it") from None

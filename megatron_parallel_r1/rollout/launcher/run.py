@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from megatron_parallel_r1.rollout.launcher.placement import (
 from megatron_parallel_r1.rollout.launcher.server_process import Child
 from megatron_parallel_r1.rollout.launcher.settings import Serving
 from megatron_parallel_r1.rollout.launcher.supervisor import Supervisor
+from megatron_parallel_r1.utils.files import write_atomically
 
 ENDING = frozenset({signal.SIGTERM, signal.SIGINT})
 
@@ -94,9 +94,7 @@ def _write(file: Path | None, urls: Sequence[str]) -> None:
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text("".join(f"{url}\n" for url in urls))
-    beside.replace(file)
+    write_atomically(file, "".join(f"{url}\n" for url in urls))
 
 
 def _remove(file: Path | None) -> None:

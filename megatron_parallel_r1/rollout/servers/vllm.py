@@ -15,14 +15,13 @@ where the request begins, so that two continuations of one branch do not repeat 
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from typing import Any
 
 import httpx
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.engine import Completion, Sampling
+from megatron_parallel_r1.rollout.engine import Completion
 from megatron_parallel_r1.rollout.servers.client import (
     STARTED,
     STOCK_MODES,
@@ -36,6 +35,7 @@ from megatron_parallel_r1.rollout.servers.client import (
     versions_of,
 )
 from megatron_parallel_r1.rollout.servers.handshake import seeded
+from megatron_parallel_r1.utils.seeding import hash_seed
 
 # Added to a suppressed logit. It leaves a weight of exactly 0 in float32 at any temperature below 10^6.
 BARRED = -1e9
@@ -159,7 +159,7 @@ def _body(asked: Asked, name: str) -> dict[str, Any]:
     params: dict[str, Any] = {
         "max_tokens": asked.limit,
         "temperature": asked.sampling.temperature,
-        "seed": _seed(asked.sampling, len(asked.tokens)),
+        "seed": hash_seed(repr((asked.sampling.seed, len(asked.tokens)))),
         "stop_token_ids": sorted(asked.stop),
         "ignore_eos": True,
         "logprobs": 0,
@@ -168,9 +168,3 @@ def _body(asked: Asked, name: str) -> dict[str, Any]:
     if asked.suppress:
         params["logit_bias"] = {str(token): BARRED for token in sorted(asked.suppress)}
     return {"request_id": name, "token_ids": asked.tokens, "sampling_params": params}
-
-
-def _seed(sampling: Sampling, position: int) -> int:
-    """63 bits."""
-    digest = hashlib.blake2b(repr((sampling.seed, position)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

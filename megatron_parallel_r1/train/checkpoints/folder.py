@@ -30,10 +30,11 @@ from megatron_parallel_r1.distributed.collectives import all_gather_objects, all
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.checkpoints.fp8_state import FILE as EXTRA
 from megatron_parallel_r1.train.checkpoints.fp8_state import extra_states, set_extra_states
-from megatron_parallel_r1.train.checkpoints.manifest import Damaged, Manifest, fault, read_manifest, sync
+from megatron_parallel_r1.train.checkpoints.manifest import Damaged, Manifest, fault, read_manifest
 from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
 from megatron_parallel_r1.train.checkpoints.writer import WriteFailed, Writing
 from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.utils.files import fsync_path
 
 # Names of folders on their way in and out; what a killed run leaves of them is of no use.
 WRITING, DELETING = ".writing_", ".deleting_"
@@ -178,7 +179,7 @@ class Checkpoints:
         if final.exists():
             self._delete(final)
         work.rename(final)
-        sync(self._folder)
+        fsync_path(self._folder)
         complete = self._complete()
         keep = {*complete[-self._keep_last :], *self._best(complete)}
         for old in complete:

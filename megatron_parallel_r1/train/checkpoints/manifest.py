@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_parallel_r1.utils.files import fsync_path
 
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 CHUNK = 2**22  # bytes read at a time
@@ -77,8 +78,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = json.dumps(asdict(manifest), indent=1).encode()
     for name, content in ((MANIFEST, text), (SEAL, _seal(text))):
         (folder / name).write_bytes(content)
-        sync(folder / name)
-    sync(folder)
+        fsync_path(folder / name)
+    fsync_path(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -96,15 +97,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise Damaged(f"{MANIFEST} and its digest in {SEAL} do not agree")
     written = json.loads(text)
     return Manifest(**written | {"files": {name: Stamp(**f) for name, f in written["files"].items()}})
-
-
-def sync(path: Path) -> None:
-    """Returns when a file's bytes, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _seal(text: bytes) -> bytes:

@@ -21,7 +21,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import save_tensors
 from megatron_parallel_r1.distributed.collectives import all_gather_objects, gather_objects, run_on_rank_zero
 from megatron_parallel_r1.train.checkpoints.fp8_state import FILE as EXTRA
-from megatron_parallel_r1.train.checkpoints.manifest import Manifest, Stamp, stamp, sync, write_manifest
+from megatron_parallel_r1.train.checkpoints.manifest import Manifest, Stamp, stamp, write_manifest
+from megatron_parallel_r1.utils.files import fsync_path
 
 
 class WriteFailed(Exception):
@@ -98,7 +99,7 @@ class Writing:
                     raise outcome
                 self._results += outcome
                 # Megatron's fsync comes before the last bytes have left the stream's buffer; this one after.
-                sync(Path(bucket[0]))
+                fsync_path(Path(bucket[0]))
                 self._stamps[bucket[1]] = stamp(Path(bucket[0]))
         except Exception as error:
             self._error = _reason(error)
@@ -115,7 +116,7 @@ class Writing:
             torch.save({"optimizer_steps": self._about.optimizer_steps}, self._folder / COMMON_STATE_FNAME)
             save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
             for file in [file for file in self._folder.iterdir() if file.name not in stamps]:
-                sync(file)
+                fsync_path(file)
                 stamps[file.name] = stamp(file)
             write_manifest(self._folder, replace(self._about, files=stamps))
         except Exception as error:

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.report.metrics import MetricsWriter, read_jsonl
-from megatron_parallel_r1.utils.jsonl import JsonLines
+from megatron_parallel_r1.utils.jsonl import JsonlWriter
 
 
 def _write(folder: Path, steps: range, resume_step: int, shift: float = 0.0) -> None:
@@ -86,13 +86,13 @@ def test_a_torn_last_line_is_no_record_and_is_cut_before_more_is_written(tmp_pat
     path = tmp_path / "traces.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
-    with JsonLines(path) as lines:
+    with JsonlWriter(path) as lines:
         lines.write({"step": 3})
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
 def test_text_that_is_no_unicode_is_still_written(tmp_path: Path) -> None:
-    with JsonLines(tmp_path / "t.jsonl") as lines:
+    with JsonlWriter(tmp_path / "t.jsonl") as lines:
         lines.write({"text": "half \ud800 a pair\nand a line"})
     (record,) = read_jsonl(tmp_path / "t.jsonl")
     assert record["text"] == "half ? a pair\nand a line"
@@ -115,5 +115,5 @@ def test_a_line_without_a_step_stops_a_resume_and_leaves_the_file(tmp_path: Path
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"loss": 1}\n')
     with pytest.raises(UserError, match="no step"):
-        JsonLines(path, through=3)
+        JsonlWriter(path, through=3)
     assert path.read_text() == '{"loss": 1}\n'
