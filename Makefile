@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # A demo that shows every part within a minute, and learns nothing.
 SHORT := name=tiny_short stages.arithmetic.steps=30 stages.cold_start.steps=20 stages.rl_easy.steps=2 \
-	stages.rl_hard.steps=3 evaluation.count=64
+	stages.rl_hard.steps=3 evaluation.problems=64
 
 .PHONY: demo demo-short test test-all engines engines-sglang engines-vllm test-engines bench lint clean
 

@@ -5,7 +5,7 @@
 Steps of the demo's model on its problems, by the same parts as a stage: native engine, verifier, trainer,
 weights to the engine. Traces have a known size (benchmarks/paced.py); rewards are what the verifier says.
 
-1. Shares of a step, in turn and ahead (`max_staleness` 1), in one process.
+1. Shares of a step, in turn and ahead (`max_off_policy_steps` 1), in one process.
 2. Cost as one size grows and the others stay: processor seconds of a step, and the exponent of a line through
    their logarithms. 1 is linear; attention's own part grows with the square of a row's length.
 3. The same as data-parallel processes grow, each with the same share of traces: seconds of all together.

@@ -87,7 +87,7 @@ class BpeTokenizer(Strict):
     """A byte-level BPE trained on the texts of the data sets named here."""
 
     kind: Literal["bpe"]
-    vocab: Annotated[int, Field(ge=300)]
+    vocab_size: Annotated[int, Field(ge=300)]
     texts: tuple[DataSet, ...]
 
 
@@ -106,10 +106,11 @@ class Decontamination(Strict):
 
     Attributes:
         against: data sets to keep apart from, besides the recipe's own evaluation.
-        words, common, least_share: as `data.decontaminate.contamination`.
+        ngram_size, max_problems_per_ngram, min_overlap: `words`, `common` and `least_share` of
+            `data.decontaminate.contamination`.
     """
 
     against: tuple[DataSet, ...] = ()
-    words: Count = 13
-    common: Count = 10
-    least_share: Share = 0.0
+    ngram_size: Count = 13
+    max_problems_per_ngram: Count = 10
+    min_overlap: Share = 0.0

@@ -5,13 +5,14 @@ A file of the two keys `recipe` and `stage` stands for one stage of another file
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from megatron_parallel_r1.config.deprecated import RENAMED, new_path, with_new_keys
 from megatron_parallel_r1.config.errors import first_problem
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
@@ -23,17 +24,37 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: as `read_tree`, or a key is unknown, missing or ill-typed.
     """
-    tree = read_tree(path, overrides)
+    return _recipe(read_tree(path, overrides, RENAMED), str(path))
+
+
+def read_run_recipe(file: Path) -> Recipe:
+    """Reads the `config.yaml` of a run folder, also of one that an earlier release wrote.
+
+    Raises:
+        UserError: it is no recipe.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: no valid YAML: {' '.join(str(error).split())}") from None
+    return _recipe(with_new_keys(tree, str(file)), str(file))
+
+
+def _recipe(tree: Any, where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {first_problem(error)}") from None
+        raise UserError(f"{where}: {first_problem(error)}") from None
 
 
-def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_tree(
+    path: Path, overrides: Sequence[str] = (), renamed: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The mapping in a YAML file with `key=value` overrides applied.
 
     Args:
+        renamed: old keys that are read under their new names (`config.deprecated`).
         overrides: such as `seed=3` or `stages.cold_start.steps=10`; a list's member is named by its index, or
             by its `name`. Values are YAML.
 
@@ -43,9 +64,12 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     tree = _mapping(path)
     if "recipe" in tree:
         tree = _mapping(_whole(path, tree))
+    renamed = renamed or {}
+    tree = with_new_keys(tree, str(path), renamed)
     for override in overrides:
-        _override(tree, override)
-    return tree
+        _override(tree, override, renamed)
+    # Values may be mappings with old keys too.
+    return with_new_keys(tree, "overrides", renamed)
 
 
 def stage_to_run(recipe: Recipe, path: Path, kind: str, name: str | None) -> str:
@@ -98,7 +122,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _override(tree: dict[str, Any], override: str, renamed: Mapping[str, str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: write key=value, such as stages.rl.steps=10")
@@ -106,7 +130,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is no valid YAML") from None
-    *way, last = key.split(".")
+    *way, last = new_path(key.split("."), f"override {override}", renamed)
     here: Any = tree
     for part in way:
         here = _step_into(here, part, override)

@@ -38,9 +38,9 @@ class Evaluation(Strict):
     """Plain accuracy on problems that no stage trains on."""
 
     data: ProblemSource
-    count: Count = 512
-    samples: Count = 1
-    concurrent: Count = 512
+    problems: Count = 512
+    samples_per_problem: Count = 1
+    max_concurrent_rollouts: Count = 512
 
 
 class Wandb(Strict):
@@ -69,7 +69,7 @@ class Recipe(Strict):
     """One run. `seeds` repeats it from several seeds, each in a folder of its own.
 
     Attributes:
-        micro_tokens: tokens of a packed row at most; a single trace that is longer has one for itself.
+        max_tokens_per_micro_batch: tokens of a packed row at most; a longer trace has a row of its own.
         max_prompt_tokens: problems of a data set whose prompt is longer are not trained on; None: all are.
         max_example_tokens: nor worked examples whose laid-out row is, what `replay` repeats included.
         parallel: how the model is split over processes; it may change when a run goes on.
@@ -83,9 +83,9 @@ class Recipe(Strict):
     out: Path = Path("runs")
     model: Model
     tokenizer: Tokenizer
-    prompt: str = "plain"
+    prompt_template: str = "plain"
     thinking: Thinking = Thinking()
-    micro_tokens: Count = 4096
+    max_tokens_per_micro_batch: Count = 4096
     max_prompt_tokens: Count | None = None
     max_example_tokens: Count | None = None
     parallel: ParallelConfig = ParallelConfig()
@@ -103,24 +103,28 @@ class Recipe(Strict):
         names: list[str] = []
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed stands twice in `seeds`")
-        if self.prompt not in TEMPLATES:
-            raise ValueError(f"prompt {self.prompt!r} is no template, use one of {', '.join(TEMPLATES)}")
+        if self.prompt_template not in TEMPLATES:
+            raise ValueError(
+                f"prompt_template {self.prompt_template!r} is no template, use one of {', '.join(TEMPLATES)}"
+            )
         for stage in self.stages:
             if stage.name in names:
                 raise ValueError(f"two stages are called {stage.name}")
             if stage.name in RESERVED:
                 raise ValueError(f"a stage cannot be called {stage.name}, the run folder uses that name")
-            if stage.start is not None and stage.start not in names:
-                raise ValueError(f"stage {stage.name} starts from {stage.start}, which is no stage before it")
+            if stage.start_from is not None and stage.start_from not in names:
+                raise ValueError(
+                    f"stage {stage.name} starts from {stage.start_from}, which is no stage before it"
+                )
             if stage.evaluate and self.evaluation is None:
                 raise ValueError(
                     f"stage {stage.name} wants an evaluation, but the recipe has no `evaluation`"
                 )
             if stage.carry_optimizer and not names:
                 raise ValueError(f"stage {stage.name} is the first: there is no optimizer to carry over")
-            if stage.until and stage.until.metric not in WATCHABLE[stage.kind]:
+            if stage.early_stopping and stage.early_stopping.metric not in WATCHABLE[stage.kind]:
                 raise ValueError(
-                    f"stage {stage.name}: until.metric {stage.until.metric!r} is none of "
+                    f"stage {stage.name}: early_stopping.metric {stage.early_stopping.metric!r} is none of "
                     f"{', '.join(WATCHABLE[stage.kind])}"
                 )
             thinking = self.thinking_of(stage)
@@ -151,7 +155,7 @@ class Recipe(Strict):
         """The stage whose weights `stage` begins with; None: the model itself."""
         names = [other.name for other in self.stages]
         place = names.index(stage.name)
-        return stage.start or (names[place - 1] if place else None)
+        return stage.start_from or (names[place - 1] if place else None)
 
     def yaml(self) -> str:
         """The whole recipe, defaults included."""

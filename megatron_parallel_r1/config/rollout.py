@@ -27,7 +27,7 @@ class Rollout(Strict):
         tensor: processes (GPUs) of each server that the run starts.
         memory_share: of a GPU's memory, for the weights and the cache of a server that the run starts.
         colocated: the servers give their memory back while the trainer learns.
-        concurrent: requests to one server at a time.
+        max_concurrent_requests: requests to one server at a time.
         request_timeout_s: a request without an answer by then goes to another server.
         patience_s: how long the run waits for a server when none is left, then it ends; what it saved stays.
         sync: how weights travel.
@@ -41,7 +41,7 @@ class Rollout(Strict):
     tensor: Count = 1
     memory_share: Annotated[float, Field(gt=0, le=1)] | None = None
     colocated: bool = False
-    concurrent: Count = 128
+    max_concurrent_requests: Count = 128
     request_timeout_s: Seconds = 600.0
     patience_s: Seconds = 300.0
     sync: Sync = Sync()

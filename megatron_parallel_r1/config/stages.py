@@ -21,9 +21,9 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
 from megatron_parallel_r1.rewards.schedule import ONE, Constant, Linear, Window
-from megatron_parallel_r1.rl.objective.filtering import Dynamic
+from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
 from megatron_parallel_r1.rl.objective.settings import Objective
-from megatron_parallel_r1.run.early_stopping import Plateau
+from megatron_parallel_r1.run.early_stopping import EarlyStopping
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -32,28 +32,28 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Strict):
-    """AdamW; the rate rises over `warmup` steps and then falls linearly to `final` x `lr`.
+    """AdamW; the rate rises over `warmup_steps` and then falls linearly to `final_lr_fraction` x `lr`.
 
     A larger `eps` holds parameters still whose gradient is mere noise, such as rows of unused tokens.
     """
 
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    warmup: Annotated[int, Field(ge=0)] = 0
-    final: Share = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_lr_fraction: Share = 1.0
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
 
 
 class Stage(Strict):
     """What all stages have.
 
     Attributes:
-        start: the stage whose weights it begins with; None: the stage before it, or the model.
+        start_from: the stage whose weights it begins with; None: the stage before it, or the model.
         thinking: settings that differ from the recipe's.
         carry_optimizer: begin with the optimizer's state of the stage before, not with a fresh one.
-        until: end before `steps` when a metric rises no more.
+        early_stopping: end before `steps` when a metric rises no more.
         evaluate: whether to evaluate when the stage is done.
         save_every: steps between two checkpoints.
         keep_last: how many of them are kept.
@@ -62,12 +62,12 @@ class Stage(Strict):
     """
 
     name: Name
-    start: Name | None = None
+    start_from: Name | None = None
     steps: Count
     optimizer: Optimizer
     thinking: dict[str, Any] = Field(default_factory=dict)
     carry_optimizer: bool = False
-    until: Plateau | None = None
+    early_stopping: EarlyStopping | None = None
     evaluate: bool = False
     save_every: Count = 50
     keep_last: Count = 2
@@ -76,11 +76,11 @@ class Stage(Strict):
 
 
 class SftStage(Stage):
-    """Supervised: `batch` worked examples a step, trained under the layout of the thinking mode."""
+    """Supervised: `examples_per_step` worked examples a step, trained under the thinking mode's layout."""
 
     kind: Literal["sft"]
     data: ExampleSource
-    batch: Count
+    examples_per_step: Count
 
 
 def _constant(given: Any) -> Any:
@@ -132,45 +132,48 @@ class Reward(Strict):
 
 
 class RlStage(Stage):
-    """GRPO: `samples` traces of each of `prompts` problems a step.
+    """GRPO: `samples_per_prompt` traces of each of `prompts_per_step` problems a step.
 
     Attributes:
         epochs, mini_batches: the traces of a step are gone through `epochs` times, in `mini_batches` updates
             each.
         objective: advantage, loss and corrections.
-        dynamic: dynamic sampling; None: every group is trained.
-        max_staleness: traces are rolled out by weights up to so many updates old, while earlier traces train;
+        dynamic_sampling: dynamic sampling; None: every group is trained.
+        max_off_policy_steps: rollouts by weights up to this many updates old, while earlier traces train;
             0: in turn.
-        partial: with a `max_staleness`, traces under way take newer weights; no two runs are then the same.
+        partial_rollout: traces under way take new weights, if `max_off_policy_steps` is set; no two runs are
+            then the same.
         reference_every: after so many steps the reference of a KL term takes the trained weights; 0: it stays
             the policy that the stage began with.
-        concurrent: traces in flight at most.
+        max_concurrent_rollouts: traces in flight at most.
         keep_traces: traces of each step that are kept for the report.
     """
 
     kind: Literal["rl"]
     data: ProblemSource
-    prompts: Count
-    samples: Annotated[int, Field(ge=2)]
+    prompts_per_step: Count
+    samples_per_prompt: Annotated[int, Field(ge=2)]
     reward: Reward = Reward()
     epochs: Count = 1
     mini_batches: Count = 1
     objective: Objective = Objective()
-    dynamic: Dynamic | None = None
-    max_staleness: Annotated[int, Field(ge=0)] = 0
-    partial: bool = False
+    dynamic_sampling: DynamicSampling | None = None
+    max_off_policy_steps: Annotated[int, Field(ge=0)] = 0
+    partial_rollout: bool = False
     reference_every: Annotated[int, Field(ge=0)] = 0
-    concurrent: Count = 512
+    max_concurrent_rollouts: Count = 512
     keep_traces: Annotated[int, Field(ge=0)] = 2
 
     @model_validator(mode="after")
     def _divisible(self) -> RlStage:
-        if self.mini_batches > self.prompts:
+        if self.mini_batches > self.prompts_per_step:
             raise ValueError(
-                f"{self.mini_batches} mini-batches need as many prompts, there are {self.prompts}"
+                f"{self.mini_batches} mini-batches need as many prompts, there are {self.prompts_per_step}"
             )
         if self.reference_every and self.objective.kl == "none":
             raise ValueError("reference_every: there is no reference without objective.kl")
-        if self.partial and not self.max_staleness:
-            raise ValueError("partial: traces meet newer weights only with a max_staleness of 1 at least")
+        if self.partial_rollout and not self.max_off_policy_steps:
+            raise ValueError(
+                "partial_rollout: traces meet newer weights only with a max_off_policy_steps of 1 at least"
+            )
         return self

@@ -12,11 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
-from pydantic import ValidationError
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import SHARD_BYTES
-from megatron_parallel_r1.config.errors import first_problem
+from megatron_parallel_r1.config.reader import read_run_recipe
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.conversion.checkpoint_source import Side, open_side
 from megatron_parallel_r1.conversion.to_hf import write_hf
@@ -103,13 +101,9 @@ def write_release(
 def _recipe(run: Path) -> Recipe:
     file = run / "config.yaml"
     try:
-        return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return read_run_recipe(file)
     except FileNotFoundError:
         raise UserError(f"{run}: no config.yaml; give the folder of a run") from None
-    except ValidationError as error:
-        raise UserError(f"{file}: {first_problem(error)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: no valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _point(recipe: Recipe, run: Path, given: Given) -> Point:

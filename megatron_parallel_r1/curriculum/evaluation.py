@@ -48,14 +48,16 @@ def evaluate(
     asked: Evaluation,
     seed: int,
 ) -> tuple[dict[str, Any], list[Trace], list[Judged]]:
-    """`asked.samples` traces of each problem, scored by accuracy whatever the model was trained on.
+    """`asked.samples_per_problem` traces of each problem, scored by accuracy alone.
 
     `ci95` is half the width of the 95 % interval of the mean over problems (normal approximation).
     """
-    each = [problem for problem in problems for _ in range(asked.samples)]
+    each = [problem for problem in problems for _ in range(asked.samples_per_problem)]
     seeds = seed_series(len(each), seed)
-    traces, judged = roll_out_and_judge(thinker, each, seeds, tokenizer, template, verifier, asked.concurrent)
-    scores_PS = np.reshape([score_accuracy(j) for j in judged], (len(problems), asked.samples))
+    traces, judged = roll_out_and_judge(
+        thinker, each, seeds, tokenizer, template, verifier, asked.max_concurrent_rollouts
+    )
+    scores_PS = np.reshape([score_accuracy(j) for j in judged], (len(problems), asked.samples_per_problem))
     means_P = scores_PS.mean(1)
     error = means_P.std(ddof=1) / len(means_P) ** 0.5 if len(means_P) > 1 else float("nan")
     metrics = trace_metrics(traces, judged)
@@ -65,7 +67,7 @@ def evaluate(
         "mode": thinker.settings.mode,
         "paths": thinker.settings.paths,
         "problems": len(problems),
-        "samples": asked.samples,
+        "samples": asked.samples_per_problem,
         **metrics,
         "accuracy": float(means_P.mean()),
         "ci95": float(1.96 * error),
@@ -79,14 +81,14 @@ def evaluate_stage(
     """Evaluates a finished stage; the record goes to `eval.jsonl`, a few traces to `eval_traces.jsonl`."""
     recipe = bench.recipe
     step = steps_done(bench.folder, stage)
-    problems = evaluation_problems(recipe.evaluation.data, recipe.evaluation.count)
+    problems = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems)
     seed = bench.seed_of("evaluation")
     thinking = recipe.thinking_of(stage)
     with decoders.of(model, thinking) as decoder:
         decoder.engine.load_weights(hf_tensors(model), version=step)
         thinker = Thinker(decoder.engine, bench.tags, thinking)
         measured, traces, judged = evaluate(
-            thinker, problems, bench.tokenizer, verifier, recipe.prompt, recipe.evaluation, seed
+            thinker, problems, bench.tokenizer, verifier, recipe.prompt_template, recipe.evaluation, seed
         )
     record = {"stage": stage.name, "step": step, **measured}
     if not process.is_rank_zero():
@@ -94,7 +96,7 @@ def evaluate_stage(
     # Anew each time: an evaluation that was killed before its record may have left some.
     with JsonlWriter(bench.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as kept:
         for index in range(0, len(traces), max(1, len(traces) // SHOWN)):
-            problem = problems[index // recipe.evaluation.samples]
+            problem = problems[index // recipe.evaluation.samples_per_problem]
             line = trace_record(traces[index], problem, judged[index], None, bench.tokenizer)
             kept.write({"stage": stage.name, "step": step, **line})
     with JsonlWriter(bench.folder / "eval.jsonl") as lines:
@@ -134,10 +136,10 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None = None) -> dict[
         thinker = Thinker(engine, tags, thinking)
         record, _, _ = evaluate(
             thinker,
-            evaluation_problems(asked.data, asked.count),
+            evaluation_problems(asked.data, asked.problems),
             tokenizer,
             verifier,
-            recipe.prompt,
+            recipe.prompt_template,
             asked,
             derive_seed(recipe.seed, "evaluation"),
         )

@@ -54,8 +54,8 @@ def thinking_json(recipe: Recipe, folder: Path, at: Point) -> str:
         at: whose weights they are.
     """
     told = asdict(recipe.thinking_of(at.stage)) | {
-        "prompt": recipe.prompt,
-        "prompt_template": TEMPLATES[recipe.prompt],
+        "prompt": recipe.prompt_template,
+        "prompt_template": TEMPLATES[recipe.prompt_template],
         "stage": at.stage.name,
         "step": sum(_steps(recipe, folder, at).values()),
     }

@@ -45,17 +45,19 @@ def run_sft(bench: Workbench, stage: SftStage, watchdog: Watchdog) -> Trainer:
     recipe = bench.recipe
     mode = recipe.thinking_of(stage).mode
     to_row = partial(
-        example_row, tokenizer=bench.tokenizer, tags=bench.tags, template=recipe.prompt, mode=mode
+        example_row, tokenizer=bench.tokenizer, tags=bench.tags, template=recipe.prompt_template, mode=mode
     )
-    cache = RowCache(recipe.out / ".rows", tokenizer_hash(bench.tokenizer), recipe.prompt, mode)
+    cache = RowCache(recipe.out / ".rows", tokenizer_hash(bench.tokenizer), recipe.prompt_template, mode)
     stream = example_rows(recipe, stage, bench.seed_of(stage.name, "data"), to_row, cache)
     trainer = bench.trainer(stage)
     with StageLoop(bench, stage, trainer, stream, watchdog) as loop:
         for step, lr in loop:
             began = time.monotonic()
-            rows = stream.next_batch(stage.batch)
+            rows = stream.next_batch(stage.examples_per_step)
             learned = loop.guard.learn(
-                step, partial(_learn_sft, trainer, rows, recipe.micro_tokens, lr), partial(_rows_kept, rows)
+                step,
+                partial(_learn_sft, trainer, rows, recipe.max_tokens_per_micro_batch, lr),
+                partial(_rows_kept, rows),
             )
             tokens = sum(len(row) for row in rows)
             loop.end(step, learned | {"lr": lr, "tokens": tokens, "time_s": time.monotonic() - began})
@@ -70,12 +72,12 @@ def run_rl(
         bench.recipe,
         stage,
         bench.seed_of(stage.name, "data"),
-        lambda problem: len(encode_prompt(bench.tokenizer, bench.recipe.prompt, problem.prompt)),
+        lambda problem: len(encode_prompt(bench.tokenizer, bench.recipe.prompt_template, problem.prompt)),
     )
     seed = bench.seed_of(stage.name, "rollout")
     trainer = bench.trainer(stage)
     patience = bench.recipe.collective_timeout_s
-    groups = background_groups(patience) if stage.max_staleness else nullcontext((None, None))
+    groups = background_groups(patience) if stage.max_off_policy_steps else nullcontext((None, None))
     with (
         groups as (team, world),
         StageLoop(bench, stage, trainer, stream, watchdog) as loop,
@@ -85,8 +87,8 @@ def run_rl(
         with batches(
             lambda step: grpo.roll_out(stream.next_batch, step, seed),
             decoder.engine,
-            max_staleness=stage.max_staleness,
-            partial=stage.partial,
+            max_staleness=stage.max_off_policy_steps,
+            partial=stage.partial_rollout,
             done=loop.done,
             steps=stage.steps,
             found=loop.found,
@@ -98,7 +100,7 @@ def run_rl(
                     ahead.publish(hf_tensors(trainer.model), version=step - 1)
                 with grpo.phases.of("wait"):
                     batch = ahead.take(step)
-                collected = without_stale(batch, step, stage.max_staleness, stage.samples)
+                collected = without_stale(batch, step, stage.max_off_policy_steps, stage.samples_per_prompt)
                 rolled_out = time.monotonic()
                 decoder.rest()
                 learned = loop.guard.learn(
@@ -144,10 +146,10 @@ def _grpo(
         trainer=trainer,
         objective=stage.objective,
         schooling=Schooling(
-            stage.samples,
+            stage.samples_per_prompt,
             stage.epochs,
             stage.mini_batches,
-            recipe.micro_tokens,
+            recipe.max_tokens_per_micro_batch,
             thinking.max_response_tokens,
         ),
         mode=thinking.mode,
@@ -160,12 +162,12 @@ def _grpo(
         tokenizer=bench.tokenizer,
         verifier=verifier,
         reward=stage.reward.make(),
-        template=recipe.prompt,
-        prompts=stage.prompts,
-        samples=stage.samples,
-        dynamic=stage.dynamic,
-        concurrent=stage.concurrent,
-        max_staleness=stage.max_staleness,
+        template=recipe.prompt_template,
+        prompts=stage.prompts_per_step,
+        samples=stage.samples_per_prompt,
+        dynamic=stage.dynamic_sampling,
+        concurrent=stage.max_concurrent_rollouts,
+        max_staleness=stage.max_off_policy_steps,
         world=world,
         stated=stated_value if isinstance(stage.data, DataSet) else _stated_embedded,
     )

@@ -61,12 +61,15 @@ class ParallelConfig:
 
 
 def check_parallel(
-    model: ModelConfig, parallel: ParallelConfig, world_size: int, micro_tokens: int | None = None
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    world_size: int,
+    max_tokens_per_micro_batch: int | None = None,
 ) -> None:
     """Checks that `world_size` ranks can split the model this way; needs no process group.
 
     Args:
-        micro_tokens: capacity of a packed row, if there is one.
+        max_tokens_per_micro_batch: capacity of a packed row, if there is one.
 
     Raises:
         UserError: something does not divide; the message names the setting and a value that does.
@@ -90,10 +93,11 @@ def check_parallel(
             + (" and virtual to 1" if parallel.virtual > 1 else "")
         )
     check_world(parallel, world_size)
-    if micro_tokens is not None and micro_tokens % parallel.row_multiple:
-        more = micro_tokens + -micro_tokens % parallel.row_multiple
+    if max_tokens_per_micro_batch is not None and max_tokens_per_micro_batch % parallel.row_multiple:
+        more = max_tokens_per_micro_batch + -max_tokens_per_micro_batch % parallel.row_multiple
         raise UserError(
-            f"micro_tokens: {micro_tokens} is no multiple of {parallel.row_multiple}, which context "
+            f"max_tokens_per_micro_batch: {max_tokens_per_micro_batch} is no multiple of "
+            f"{parallel.row_multiple}, which context "
             f"{parallel.context}{f' and sequence over tensor {tensor}' if parallel.sequence else ''} need to "
             f"split a row; set it to {more}"
         )

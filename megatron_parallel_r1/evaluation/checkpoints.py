@@ -12,11 +12,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_parallel_r1.config.errors import first_problem
-from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.config.reader import read_run_recipe
 from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE, TEMPLATES
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.modes import Decoding
@@ -82,12 +81,7 @@ def stages_of(run: Path) -> list[Checkpoint]:
         raise UserError(
             f"{run}: no run folder (config.yaml is missing); give one, or checkpoints by --checkpoint"
         )
-    try:
-        recipe = Recipe.model_validate(yaml.safe_load(written.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise UserError(f"{written}: {first_problem(error)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{written}: no valid YAML: {' '.join(str(error).split())}") from None
+    recipe = read_run_recipe(written)
     made = read_run(run).last_steps
     behind: dict[str, int] = {}
     found = []
@@ -96,7 +90,7 @@ def stages_of(run: Path) -> list[Checkpoint]:
         behind[stage.name] = (behind[before] if before else 0) + made.get(stage.name, stage.steps)
         folder = run / stage.name / "model"
         if (folder / "config.json").is_file():
-            decoding, told = Decoding(recipe.thinking_of(stage), TEMPLATES[recipe.prompt]), written
+            decoding, told = Decoding(recipe.thinking_of(stage), TEMPLATES[recipe.prompt_template]), written
             if (folder / "thinking.json").is_file():
                 decoding, told = stored_decoding(folder / "thinking.json"), folder / "thinking.json"
             found.append(Checkpoint(stage.name, folder, decoding, told, behind[stage.name]))

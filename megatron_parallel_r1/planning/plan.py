@@ -119,7 +119,7 @@ def plan(
     longest, assumed = _bounded(longest or Longest(), recipe)
     parallel = recipe.parallel
     shape, notes = _shape(recipe)
-    check_parallel(shape, parallel, world, recipe.micro_tokens)
+    check_parallel(shape, parallel, world, recipe.max_tokens_per_micro_batch)
     pieces = parts(shape, parallel)
     data = world // parallel.replica_size
     in_process = recipe.rollout.engine == "native"
@@ -153,7 +153,7 @@ def _shape(recipe: Recipe) -> tuple[ModelConfig, list[str]]:
         note = f"{told.path} is not here: the shape is that of the published {told.path.name}"
         return shape, [] if read else [note]
     if isinstance(recipe.tokenizer, BpeTokenizer):
-        vocab = recipe.tokenizer.vocab + len(TAG_TEXTS)
+        vocab = recipe.tokenizer.vocab_size + len(TAG_TEXTS)
         return told.shape.config(vocab), ["few texts may give the tokenizer a smaller vocabulary"]
     tokenizer = load_tokenizer(recipe)
     add_tags(tokenizer)
@@ -177,20 +177,25 @@ class _Planner:
     def stage(self, stage: SftStage | RlStage) -> StagePlan:
         thinking = self.recipe.thinking_of(stage)
         if isinstance(stage, RlStage):
-            rows, longest = stage.prompts * stage.samples, longest_row(thinking, self._prompt(thinking))
+            rows, longest = (
+                stage.prompts_per_step * stage.samples_per_prompt,
+                longest_row(thinking, self._prompt(thinking)),
+            )
             rounds, asked = _asked(stage)
-            drawn = rounds * asked * stage.samples * longest_response(thinking)
+            drawn = rounds * asked * stage.samples_per_prompt * longest_response(thinking)
             updates = stage.epochs * stage.mini_batches
-            together = ceil(stage.prompts / stage.mini_batches) * stage.samples
+            together = ceil(stage.prompts_per_step / stage.mini_batches) * stage.samples_per_prompt
             trained = stage.epochs * rows * longest
-            slots = self._slots(asked, stage.samples, stage.concurrent, thinking)
+            slots = self._slots(asked, stage.samples_per_prompt, stage.max_concurrent_rollouts, thinking)
             reference = stage.objective.kl != "none"
         else:
-            rows = together = stage.batch
-            longest = min(self.longest.example, self.shape.max_positions, self.recipe.micro_tokens)
+            rows = together = stage.examples_per_step
+            longest = min(
+                self.longest.example, self.shape.max_positions, self.recipe.max_tokens_per_micro_batch
+            )
             drawn, updates, trained, slots, reference = 0, 1, rows * longest, None, False
             rounds, asked = 0, 0
-        staleness = stage.max_staleness if isinstance(stage, RlStage) else 0
+        staleness = stage.max_off_policy_steps if isinstance(stage, RlStage) else 0
         micro_batches = self._micro_batches(together, longest)
         work = Work(self._packed(longest), micro_batches, slots, reference, staleness)
         return StagePlan(
@@ -225,7 +230,9 @@ class _Planner:
     def _evaluation(self, thinking: Thinking) -> Memory:
         """The stage's trainer is still there, idle, beside an engine for the evaluation's traces."""
         asked = self.recipe.evaluation
-        slots = self._slots(asked.count, asked.samples, asked.concurrent, thinking)
+        slots = self._slots(
+            asked.problems, asked.samples_per_problem, asked.max_concurrent_rollouts, thinking
+        )
         idle = Work(row=0, micro_batches=0, slots=slots)
         return replace(self._memory(self.parts[0], idle), activations=0, logits=0)
 
@@ -234,14 +241,14 @@ class _Planner:
 
     def _micro_batches(self, rows: int, longest: int) -> int:
         """Of one copy, where `rows` of full length are dealt to all; interleaved stages take turns."""
-        in_one = max(1, self.recipe.micro_tokens // longest)
+        in_one = max(1, self.recipe.max_tokens_per_micro_batch // longest)
         count = ceil(ceil(rows / self.data) / in_one)
         parallel = self.recipe.parallel
         return count + -count % (parallel.pipeline if parallel.virtual > 1 else 1)
 
     def _packed(self, longest: int) -> int:
-        """Tokens of a packed row at most; a row longer than `micro_tokens` stands alone."""
-        most = max(self.recipe.micro_tokens, longest)
+        """Tokens of a packed row at most; a row longer than `max_tokens_per_micro_batch` stands alone."""
+        most = max(self.recipe.max_tokens_per_micro_batch, longest)
         multiple = self.recipe.parallel.row_multiple * self.recipe.model.made_of.row_multiple
         return most + -most % multiple
 
@@ -260,9 +267,11 @@ class _Planner:
 
 def _asked(stage: RlStage) -> tuple[int, int]:
     """Rounds of rollouts in a step, and problems in each, at most."""
-    if stage.dynamic is None:
-        return 1, stage.prompts
-    return stage.dynamic.rounds, ceil(stage.dynamic.over_sample * stage.prompts)
+    if stage.dynamic_sampling is None:
+        return 1, stage.prompts_per_step
+    return stage.dynamic_sampling.max_rounds, ceil(
+        stage.dynamic_sampling.oversampling * stage.prompts_per_step
+    )
 
 
 def _bounded(longest: Longest, recipe: Recipe) -> tuple[Longest, list[str]]:
@@ -277,7 +286,7 @@ def _bounded(longest: Longest, recipe: Recipe) -> tuple[Longest, list[str]]:
     ]
     note = (
         f"assumed, since the recipe allows longer ones: {' and '.join(assumed)}, or what the model's "
-        "positions (and micro_tokens) have room for"
+        "positions (and max_tokens_per_micro_batch) have room for"
     )
     bounded = Longest(
         min(longest.prompt, prompt or longest.prompt), min(longest.example, example or longest.example)
@@ -289,9 +298,9 @@ def _warnings(made: StagePlan, recipe: Recipe, shape: ModelConfig, data: int, gp
     """What about a stage does not fit."""
     stage, need = made.stage, made.memories[made.fullest].total
     if need > gpu:
-        lower = (
-            "micro_tokens" if made.slots is None else f"its concurrent ({stage.concurrent}) or micro_tokens"
-        )
+        lower = "max_tokens_per_micro_batch"
+        if made.slots is not None:
+            lower = f"its max_concurrent_rollouts ({stage.max_concurrent_rollouts}) or {lower}"
         yield (
             f"stage {stage.name}: about {need / GIB:.0f} GiB are needed, a GPU has {gpu / GIB:.0f}; "
             f"lower {lower}, recompute more, or split over more processes"
@@ -299,12 +308,14 @@ def _warnings(made: StagePlan, recipe: Recipe, shape: ModelConfig, data: int, gp
     if made.evaluation is not None and (need := made.evaluation.total) > gpu:
         yield (
             f"stage {stage.name}: its evaluation needs about {need / GIB:.0f} GiB, a GPU has "
-            f"{gpu / GIB:.0f}; lower evaluation.concurrent ({recipe.evaluation.concurrent})"
+            f"{gpu / GIB:.0f}; lower "
+            f"evaluation.max_concurrent_rollouts ({recipe.evaluation.max_concurrent_rollouts})"
         )
-    if made.row > recipe.micro_tokens:
+    if made.row > recipe.max_tokens_per_micro_batch:
         yield (
-            f"stage {stage.name}: a row may have {made.row:,} tokens; one longer than micro_tokens "
-            f"({recipe.micro_tokens:,}) stands alone, and memory is reckoned for it"
+            f"stage {stage.name}: a row may have {made.row:,} tokens; one longer than "
+            f"max_tokens_per_micro_batch ({recipe.max_tokens_per_micro_batch:,}) stands alone, "
+            "and memory is reckoned for it"
         )
     response = longest_response(recipe.thinking_of(stage))
     if response >= shape.max_positions:

@@ -87,8 +87,8 @@ def _stage(made: StagePlan, data: int) -> list[str]:
     ]
     if isinstance(stage, RlStage):
         lines += [
-            f"  {made.rows:,} traces a step: {stage.prompts} prompts x {stage.samples}; draws at most "
-            f"{made.drawn:,} tokens a step, {made.drawn * stage.steps:.3g} in all",
+            f"  {made.rows:,} traces a step: {stage.prompts_per_step} prompts x {stage.samples_per_prompt}; "
+            f"draws at most {made.drawn:,} tokens a step, {made.drawn * stage.steps:.3g} in all",
             "  reward: " + " + ".join(map(_component, stage.reward.make().components)),
             f"  objective: {_objective(stage.objective)}",
         ]
@@ -104,7 +104,11 @@ def _stage(made: StagePlan, data: int) -> list[str]:
 
 
 def _end(stage: Stage) -> str:
-    return "" if stage.until is None else f" at most, until {stage.until.metric} gets no better"
+    return (
+        ""
+        if stage.early_stopping is None
+        else f" at most, until {stage.early_stopping.metric} gets no better"
+    )
 
 
 def _objective(objective: Objective) -> str:
@@ -127,10 +131,14 @@ def _component(component: Component) -> str:
 
 
 def _rate(optimizer: Optimizer) -> str:
-    rise = f"rises to {optimizer.lr:g} over {_many(optimizer.warmup, 'step')}" if optimizer.warmup else ""
-    if optimizer.final == 1:
+    rise = (
+        f"rises to {optimizer.lr:g} over {_many(optimizer.warmup_steps, 'step')}"
+        if optimizer.warmup_steps
+        else ""
+    )
+    if optimizer.final_lr_fraction == 1:
         return f"{rise}, then constant" if rise else f"{optimizer.lr:g}, constant"
-    falls = f"falls linearly to {optimizer.final * optimizer.lr:g}"
+    falls = f"falls linearly to {optimizer.final_lr_fraction * optimizer.lr:g}"
     return f"{rise}, then {falls}" if rise else f"{optimizer.lr:g}, {falls}"
 
 

@@ -76,7 +76,7 @@ class Timing:
             thinking=thinking if rl else None,
             prompt=prompt,
             prompts=asked / self.engines,
-            samples=rl.samples if rl else 0,
+            samples=rl.samples_per_prompt if rl else 0,
             concurrent=self._concurrent(rl) if rl else 1,
             in_process=in_process,
             ahead=work.staleness > 0,
@@ -87,5 +87,11 @@ class Timing:
     def _concurrent(self, stage: RlStage) -> int:
         """Traces under way in one engine at most."""
         if self.recipe.rollout.engine == "native":
-            return stage.concurrent
-        return max(1, min(stage.concurrent * self.data // self.engines, self.recipe.rollout.concurrent))
+            return stage.max_concurrent_rollouts
+        return max(
+            1,
+            min(
+                stage.max_concurrent_rollouts * self.data // self.engines,
+                self.recipe.rollout.max_concurrent_requests,
+            ),
+        )

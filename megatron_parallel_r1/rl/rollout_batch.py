@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged, Reward, Score
-from megatron_parallel_r1.rl.objective.filtering import Dynamic, informative
+from megatron_parallel_r1.rl.objective.filtering import DynamicSampling, informative
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.seeding import seed_series
 
@@ -75,7 +75,7 @@ def collect(
     samples: int,
     step: int,
     seed: int,
-    dynamic: Dynamic | None,
+    dynamic: DynamicSampling | None,
 ) -> Collected:
     """Rolls out `samples` traces of each of `prompts` problems, and of more if dynamic sampling wants them.
 
@@ -89,10 +89,10 @@ def collect(
     """
     everything, kept = Rollouts([], [], [], []), Rollouts([], [], [], [])
     rounds = 0
-    for _ in range(dynamic.rounds if dynamic else 1):
+    for _ in range(dynamic.max_rounds if dynamic else 1):
         rounds += 1
         missing = prompts - len(kept) // samples
-        asked = missing if dynamic is None else math.ceil(missing * dynamic.over_sample)
+        asked = missing if dynamic is None else math.ceil(missing * dynamic.oversampling)
         problems = [problem for problem in next_problems(asked) for _ in range(samples)]
         before = len(everything)
         seeds = seed_series(before + len(problems), seed, step)[before:]

@@ -19,9 +19,10 @@ from megatron_parallel_r1.rewards.base import Judged, Reward, reward_metrics
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.learner import Learner
 from megatron_parallel_r1.rl.metrics import group_metrics, judge_traces, staleness_metrics, trace_metrics
+from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
 from megatron_parallel_r1.rl.path_metrics import Stated, summary_metrics
 from megatron_parallel_r1.rl.path_verdicts import judge_paths
-from megatron_parallel_r1.rl.rollout_batch import Collected, Dynamic, collect
+from megatron_parallel_r1.rl.rollout_batch import Collected, collect
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.timers import Phases
@@ -53,7 +54,7 @@ class Grpo:
     template: str
     prompts: int
     samples: int
-    dynamic: Dynamic | None
+    dynamic: DynamicSampling | None
     concurrent: int
     stated: Stated
     max_staleness: int = 0

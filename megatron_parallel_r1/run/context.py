@@ -103,11 +103,11 @@ class Workbench:
             UserError: something does not divide, or a stage decodes in process a model that is cut in layers.
         """
         parallel = self.recipe.parallel
-        check_parallel(self.shape, parallel, world, self.recipe.micro_tokens)
+        check_parallel(self.shape, parallel, world, self.recipe.max_tokens_per_micro_batch)
         layers = self.recipe.model.made_of
         check_layers(layers, self.shape.head_dim, self.dtype)
-        if self.recipe.micro_tokens % (multiple := parallel.row_multiple * layers.row_multiple):
-            raise UserError(f"micro_tokens: FP8 rows need a multiple of {multiple} here")
+        if self.recipe.max_tokens_per_micro_batch % (multiple := parallel.row_multiple * layers.row_multiple):
+            raise UserError(f"max_tokens_per_micro_batch: FP8 rows need a multiple of {multiple} here")
         if self.recipe.rollout.engine != "native":
             return
         if any(
@@ -116,12 +116,13 @@ class Workbench:
             if stage.name in names
         ):
             limits.refuse(parallel.pipeline, parallel.context)
-        ahead = [s.name for s in self.recipe.stages if isinstance(s, RlStage) and s.max_staleness]
+        ahead = [s.name for s in self.recipe.stages if isinstance(s, RlStage) and s.max_off_policy_steps]
         if ahead and parallel.tensor > 1 and torch.cuda.is_available():
             # Two threads would give one GPU collectives of two groups, in an order that ranks may not share.
             raise UserError(
-                f"stage {ahead[0]}: max_staleness with the native engine over tensor {parallel.tensor} could "
-                "wait for ever on GPUs; set parallel.tensor to 1 or max_staleness to 0"
+                f"stage {ahead[0]}: max_off_policy_steps with the native engine over tensor "
+                f"{parallel.tensor} could "
+                "wait for ever on GPUs; set parallel.tensor to 1 or max_off_policy_steps to 0"
             )
 
     @property
@@ -141,7 +142,7 @@ class Workbench:
         load_hf_tensors(model, self._start_tensors(stage))
         given = stage.optimizer
         sharded = self.recipe.parallel.sharded_optimizer
-        adam = Adam(given.lr, given.betas, given.eps, given.weight_decay, given.clip, sharded)
+        adam = Adam(given.lr, given.betas, given.eps, given.weight_decay, given.clip_grad_norm, sharded)
         return Trainer(model, adam, self.recipe.thinking_of(stage).temperature or 1.0)
 
     def reference(self, stage: RlStage, done: int) -> Reference:

@@ -59,7 +59,7 @@ def check_sources(recipe: Recipe) -> None:
                 "give another data set, or evaluate on other problems"
             )
     if recipe.evaluation is not None:
-        held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.count)
+        held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems)
         asked = {problem.prompt for problem in held_out}
         for stage, questions in trained_on.items():
             if seen := asked & questions:
@@ -69,7 +69,7 @@ def check_sources(recipe: Recipe) -> None:
                 )
     if isinstance(recipe.tokenizer, BpeTokenizer):
         for data in recipe.tokenizer.texts:
-            _texts(data, recipe.prompt)
+            _texts(data, recipe.prompt_template)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -81,9 +81,9 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     match recipe.tokenizer:
         case EmbeddedTokenizer():
             return build_embedded_tokenizer()
-        case BpeTokenizer(vocab=vocab, texts=sets):
+        case BpeTokenizer(vocab_size=vocab, texts=sets):
             return tokenizers.train_tokenizer(
-                [text for data in sets for text in _texts(data, recipe.prompt)], vocab_size=vocab
+                [text for data in sets for text in _texts(data, recipe.prompt_template)], vocab_size=vocab
             )
         case FolderTokenizer(path=path):
             folder = path or recipe.model.path
@@ -211,9 +211,11 @@ def _overlap(
 ) -> Contamination:
     held_out = [problem for data in asked.against for problem in _read(data, "problems").in_order()]
     if evaluation is not None and isinstance(evaluation.data, DataSet):
-        held_out += evaluation_problems(evaluation.data, evaluation.count)
+        held_out += evaluation_problems(evaluation.data, evaluation.problems)
     trained = map(problem_of, _read(source, kind).in_order())
-    found = contamination(trained, held_out, asked.words, asked.common, asked.least_share)
+    found = contamination(
+        trained, held_out, asked.ngram_size, asked.max_problems_per_ngram, asked.min_overlap
+    )
     if found.overlaps:
         left_out = f"{len(found.rows())} of {found.checked} problems overlap with evaluation problems"
         print(f"{source.path or source.name}: {left_out}, left out", file=sys.stderr)

@@ -18,29 +18,29 @@ WATCHABLE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Plateau:
+class EarlyStopping:
     """Ends a stage when the mean of `metric` over the last `window` steps is not better than before.
 
     Attributes:
         metric: of the step's record, one of `WATCHABLE`.
-        best: whether it should rise or fall.
+        mode: whether it should rise or fall.
         window: steps of a mean; it is held against that of the `window` steps before.
-        least_gain: how much better it has to be.
-        least_steps: steps before which a stage does not end.
+        min_delta: how much better it has to be.
+        min_steps: steps before which a stage does not end.
     """
 
     # For pydantic, which reads these settings from a recipe: an unknown key is an error.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     metric: str = "reward"
-    best: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] = "max"
     window: int = 20
-    least_gain: float = 0.0
-    least_steps: int = 0
+    min_delta: float = 0.0
+    min_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.least_steps < 0 or not self.least_gain >= 0:
-            raise ValueError("window must be >= 1, least_steps and least_gain >= 0")
+        if self.window < 1 or self.min_steps < 0 or not self.min_delta >= 0:
+            raise ValueError("window must be >= 1, min_steps and min_delta >= 0")
 
     def reached(self, values: Sequence[float]) -> bool:
         """Whether the stage may end.
@@ -48,8 +48,8 @@ class Plateau:
         Args:
             values: the metric of each step so far.
         """
-        if len(values) < max(2 * self.window, self.least_steps):
+        if len(values) < max(2 * self.window, self.min_steps):
             return False
         before, now = fmean(values[-2 * self.window : -self.window]), fmean(values[-self.window :])
-        gain = now - before if self.best == "max" else before - now
-        return gain <= self.least_gain
+        gain = now - before if self.mode == "max" else before - now
+        return gain <= self.min_delta

@@ -178,7 +178,7 @@ class _Expected:
     """The trainer's log-probs for the probe."""
 
     def __init__(self, model: Model, bench: Workbench) -> None:
-        self._model, self._capacity = model, bench.recipe.micro_tokens
+        self._model, self._capacity = model, bench.recipe.max_tokens_per_micro_batch
 
     def __call__(self, rows: Sequence[Row], head: Head | None) -> Sequence[Scores]:
         scorer = Scorer(self._model, head_VE=head.rows_VE if head else None)
@@ -211,7 +211,7 @@ def engine_of_checkpoint(recipe: Recipe, folder: Path, thinking: Thinking) -> It
 
 def _shared_pool(asked: Rollout, urls: Sequence[str], thinking: Thinking) -> Pool:
     """This process's pool of the servers, which decode as is wished."""
-    settings = PoolSettings(concurrent=asked.concurrent, patience_s=asked.patience_s)
+    settings = PoolSettings(concurrent=asked.max_concurrent_requests, patience_s=asked.patience_s)
     timeouts = Timeouts(answer_s=asked.request_timeout_s)
     pool = met_pool(asked.engine, urls, timeouts, settings, asked.urls_file)
     pool.share(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron_parallel_r1.config.deprecated import with_new_keys
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.errors import UserError
@@ -48,7 +49,8 @@ def is_resumable(recipe: Recipe, folder: Path, fresh: bool, adapt: bool = False)
         raise UserError(f"{folder} exists and is no run folder; it is left alone, choose another name or out")
     if fresh or not any((*folder.glob("*/model"), *folder.glob("*/checkpoints/step_*"))):
         return False
-    then, now = yaml.safe_load(written.read_text()), yaml.safe_load(recipe.yaml())
+    then = with_new_keys(yaml.safe_load(written.read_text()), str(written))
+    now = yaml.safe_load(recipe.yaml())
     if adapt:
         for index, (old, new) in enumerate(zip(then["stages"], now["stages"], strict=False)):
             if old["name"] == new["name"] and not (folder / new["name"] / "model").is_dir():

@@ -49,7 +49,9 @@ class StageLoop:
         watchdog: Watchdog,
     ) -> None:
         self._stage, self._trainer, self._stream, self._watchdog = stage, trainer, stream, watchdog
-        self._schedule = Schedule(stage.optimizer.lr, stage.optimizer.warmup, stage.optimizer.final)
+        self._schedule = Schedule(
+            stage.optimizer.lr, stage.optimizer.warmup_steps, stage.optimizer.final_lr_fraction
+        )
         folder = bench.stage_folder(stage.name)
         self._keeps_last = bench.recipe.keeps_checkpoints(stage)
         self._metric, direction = SCORES[stage.kind]
@@ -90,8 +92,8 @@ class StageLoop:
         stage = self._stage
         self._log.step(step, measured, traces)
         self.guard.look_at(step, measured)
-        if stage.until and measured.get(stage.until.metric) is not None:
-            self._watched.append(measured[stage.until.metric])
+        if stage.early_stopping and measured.get(stage.early_stopping.metric) is not None:
+            self._watched.append(measured[stage.early_stopping.metric])
         if measured.get(self._metric) is not None:
             self._since_save.append(measured[self._metric])
         self._ended = step == stage.steps or self._may_end()
@@ -118,7 +120,7 @@ class StageLoop:
             )
 
     def _may_end(self) -> bool:
-        return self._stage.until is not None and self._stage.until.reached(self._watched)
+        return self._stage.early_stopping is not None and self._stage.early_stopping.reached(self._watched)
 
     def _stop_after(self, step: int) -> NoReturn:
         """Saves the step, if it may be saved and is not yet, and says that the stage stops behind it.

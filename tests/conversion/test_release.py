@@ -31,7 +31,7 @@ RECIPE = """
 name: made_up
 model: {shape: {hidden: 32, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, ffn: 48, rope_theta: 1000}}
 tokenizer: {kind: embedded}
-prompt: plain
+prompt_template: plain
 thinking: {mode: isolated, paths: 3, max_path_tokens: 40, max_response_tokens: 300}
 evaluation: {data: {source: embedded, kind: hard}}
 stages:
@@ -39,14 +39,14 @@ stages:
     kind: sft
     data: {source: embedded_cold_start}
     steps: 3
-    batch: 4
+    examples_per_step: 4
     optimizer: {lr: 1e-3}
   - name: rl
     kind: rl
     data: {source: embedded, kind: easy}
     steps: 2
-    prompts: 2
-    samples: 2
+    prompts_per_step: 2
+    samples_per_prompt: 2
     reward: {name: accuracy_x_parallel}
     optimizer: {lr: 1e-4}
 """
@@ -116,7 +116,9 @@ def test_a_checkpoint_of_a_run_is_described_as_what_it_is(place: str, run: Path,
     """A copy of the run, in which something else than the end of its last stage is released."""
     folder = tmp_path / "made_up"
     shutil.copytree(run, folder)
-    recipe = RECIPE.replace("    prompts: 2", "    thinking: {mode: replay, paths: 5}\n    prompts: 2")
+    recipe = RECIPE.replace(
+        "    prompts_per_step: 2", "    thinking: {mode: replay, paths: 5}\n    prompts_per_step: 2"
+    )
     (folder / "config.yaml").write_text(recipe)
     source = tmp_path / "elsewhere" if place == "elsewhere" else folder / place
     if not source.exists():

@@ -33,7 +33,7 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         ("stages.nope.steps=1", "no nope in the list, it has cold_start, rl"),
         ("stages.rl.thinking.pathz=2", "stage rl: thinking.pathz: unknown key"),
         ("stages.rl.thinking.paths=9", "stage rl: thinking: paths must be 1..8"),
-        ("stages.rl.start=rl", "stage rl starts from rl, which is no stage before it"),
+        ("stages.rl.start_from=rl", "stage rl starts from rl, which is no stage before it"),
         ("stages.rl.reward.name=fame", "reward 'fame': unknown"),
         ("thinking.mode=psychic", "thinking.mode: Input should be"),
         ("model.path=/somewhere", "give either shape"),
@@ -42,15 +42,21 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         ("seed=-1", "seed: Input should be greater than or equal to 0"),
         ("seeds=[]", "seeds: Tuple should have at least 1 item"),
         ("seeds=[1, 1]", "a seed stands twice"),
-        ("prompt=nonsense", "prompt 'nonsense' is no template"),
+        ("prompt_template=nonsense", "prompt_template 'nonsense' is no template"),
         ("model.shape.head_dim=7", "head_dim 7 is odd"),
         ("model.shape.kv_heads=3", "4 attention heads cannot share 3 key/value heads evenly"),
         ("model={path: /nope}", "/nope: no config.json"),
         ("stages.cold_start.name=release", "a stage cannot be called release"),
         ("stages.rl.thinking.temperature=0", "at temperature 0 all traces of a group are the same"),
-        ("evaluation.count=100000", "100000 problems wanted, 7176 are held out"),
-        ("stages.rl.until.metric=rewrd", "stage rl: until.metric 'rewrd' is none of reward, accuracy"),
-        ("stages.cold_start.until.metric=reward", "stage cold_start: until.metric 'reward' is none of loss"),
+        ("evaluation.problems=100000", "100000 problems wanted, 7176 are held out"),
+        (
+            "stages.rl.early_stopping.metric=rewrd",
+            "stage rl: early_stopping.metric 'rewrd' is none of reward, accuracy",
+        ),
+        (
+            "stages.cold_start.early_stopping.metric=reward",
+            "stage cold_start: early_stopping.metric 'reward' is none of loss",
+        ),
         ("stages.rl.objective.overlong_cache=81", "overlong_cache 81 is more than the 80 tokens"),
         ("stages.rl.reference_every=2", "there is no reference without objective.kl"),
         ("stages.rl.optimizer.lr=.inf", "stages.1.optimizer.lr: Input should be a finite number"),
@@ -95,7 +101,12 @@ def test_evaluation_problems_that_a_stage_trains_on_are_refused(capsys, monkeypa
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?", "answer": "#### 4"}\n')
     data = f"{{source: dataset, name: openai/gsm8k, path: {rows}}}"
-    words = (f"out={tmp_path}/out", f"stages.rl.data={data}", f"evaluation.data={data}", "evaluation.count=1")
+    words = (
+        f"out={tmp_path}/out",
+        f"stages.rl.data={data}",
+        f"evaluation.data={data}",
+        "evaluation.problems=1",
+    )
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
     assert "stage rl trains on 1 of its 1 problems, such as '1+1?'" in shown
     assert not (tmp_path / "out").exists()

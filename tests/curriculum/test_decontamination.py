@@ -32,7 +32,7 @@ def words(folder: Path, *more: str) -> list[str]:
     return [
         f"stages.rl.data={trained}",
         f"evaluation.data={asked}",
-        "evaluation.count=2",
+        "evaluation.problems=2",
         f"out={folder / 'runs'}",
         *more,
     ]
@@ -63,7 +63,7 @@ def test_a_stage_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     same = rows(tmp_path / "same.jsonl", ["What is two plus two?"])
     told = words(tmp_path, "decontamination={}")
     recipe = read_recipe(
-        RECIPE, [*told, f"stages.rl.data={same}", f"evaluation.data={same}", "evaluation.count=1"]
+        RECIPE, [*told, f"stages.rl.data={same}", f"evaluation.data={same}", "evaluation.problems=1"]
     )
     with pytest.raises(UserError, match=r"stage rl: nothing of .* is left to train on"):
         check_sources(recipe)

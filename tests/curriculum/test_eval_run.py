@@ -20,7 +20,7 @@ from megatron_parallel_r1.evaluation.command import compare_command, run_command
 ROOT = Path(__file__).parents[2]
 RECIPE = Path(__file__).parent / "mini.yaml"
 ASKED = ("--benchmarks", "embedded_hard,embedded_easy", "--limit", "12", "--samples", "2")
-SHORT = ("stages.cold_start.steps=12", "stages.rl.steps=1", "evaluation.count=4")
+SHORT = ("stages.cold_start.steps=12", "stages.rl.steps=1", "evaluation.problems=4")
 
 
 def start(

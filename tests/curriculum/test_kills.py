@@ -27,7 +27,7 @@ from tests.curriculum.test_run import RECIPE, command, steps_of
 
 # A checkpoint after every step, and steps enough for ten starts.
 STEPS = ("stages.cold_start.steps=60", "stages.rl.steps=40")
-WORDS = ("curriculum", str(RECIPE), "name=kills", "evaluation.count=4", *STEPS)
+WORDS = ("curriculum", str(RECIPE), "name=kills", "evaluation.problems=4", *STEPS)
 HANGS_S = 900  # what has not come by then never will
 EVERY_STEP = ("stages.cold_start.save_every=1", "stages.rl.save_every=1")
 KILLS = [("cold_start", number % 2 == 0) for number in range(5)] + [
@@ -138,7 +138,7 @@ PAIR = (
     "curriculum",
     str(RECIPE),
     "name=pair",
-    "evaluation.count=4",
+    "evaluation.problems=4",
     "parallel.sharded_optimizer=true",
     *PAIR_STEPS,
 )

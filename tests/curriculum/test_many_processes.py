@@ -19,7 +19,7 @@ from megatron_parallel_r1.curriculum.run import run as run_recipe
 from megatron_parallel_r1.errors import UserError
 
 RECIPE = Path(__file__).parent / "mini.yaml"
-SHORT = ("stages.cold_start.steps=4", "stages.rl.steps=2", "evaluation.count=6")
+SHORT = ("stages.cold_start.steps=4", "stages.rl.steps=2", "evaluation.problems=6")
 
 
 def run(out: Path, processes: int, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -100,7 +100,7 @@ def test_sft_runs_over_a_pipeline_and_goes_on_in_another_layout(alone: Path, tmp
 
 @pytest.mark.slow
 def test_a_sweep_over_seeds_joins_its_processes_once_a_seed(tmp_path: Path) -> None:
-    short = ("stages.cold_start.steps=2", "evaluation.count=6")
+    short = ("stages.cold_start.steps=2", "evaluation.problems=6")
     done = run(tmp_path, 2, "sft", str(RECIPE), "seeds=[1,2]", *short)
     assert done.returncode == 0, done.stdout + done.stderr
     folders = [tmp_path / "mini" / name for name in ("seed1", "seed2")]
@@ -116,7 +116,11 @@ def test_a_sweep_over_seeds_joins_its_processes_once_a_seed(tmp_path: Path) -> N
         (("parallel.tensor=4",), "4", "tensor 4 does not divide the model's kv_heads 2; set tensor to 2"),
         (("parallel.pipeline=3",), "3", "2 layers cannot be cut into pipeline 3"),
         (("parallel.tensor=2",), "3", "= 2 does not divide the 3 processes; start a multiple of 2"),
-        (("parallel.context=2", "micro_tokens=510"), "2", "micro_tokens: 510 is no multiple of 4"),
+        (
+            ("parallel.context=2", "max_tokens_per_micro_batch=510"),
+            "2",
+            "max_tokens_per_micro_batch: 510 is no multiple of 4",
+        ),
         (("parallel.pipeline=2",), "2", "native engine: pipeline 2 is not for it"),
         (("parallel.tensor=1", "parallel.sequence=true"), "1", "sequence needs a tensor size of 2"),
         (("parallel.tesnor=2",), "1", "parallel.tesnor: unknown key"),

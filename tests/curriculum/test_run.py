@@ -167,7 +167,7 @@ def test_eval_and_report_on_a_finished_run(whole: Path) -> None:
 
 
 def test_single_stages_chain(whole: Path, tmp_path: Path) -> None:
-    words = ("stages.cold_start.steps=2", "stages.rl.steps=1", "evaluation.count=4")
+    words = ("stages.cold_start.steps=2", "stages.rl.steps=1", "evaluation.problems=4")
     early = subprocess.run(command(tmp_path, "rl", str(RECIPE), *words), capture_output=True, text=True)
     assert early.returncode == 2
     assert "stage rl starts from cold_start, which is not done" in early.stderr

@@ -20,7 +20,8 @@ RECIPE = Path(__file__).parent / "mini.yaml"
 
 def sft_stages(*settings: str) -> str:
     """The recipe's `stages` as one YAML value: an SFT stage, and the same one once more."""
-    plain = "kind: sft, data: {source: embedded_cold_start}, batch: 8, save_every: 2, optimizer: {lr: 1.0e-2}"
+    data = "data: {source: embedded_cold_start}, examples_per_step: 8"
+    plain = f"kind: sft, {data}, save_every: 2, optimizer: {{lr: 1.0e-2}}"
     second = ", ".join(["name: more", plain, "steps: 3", *settings])
     return f"stages=[{{name: cold_start, {plain}, steps: 3}}, {{{second}}}]"
 
@@ -47,7 +48,7 @@ def test_a_carried_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_stage_ends_on_a_plateau_and_resumes_as_ended(tmp_path: Path) -> None:
     """Stopped after its last checkpoint and before its model was kept, it has no step to make any more."""
-    settings = ("keep_best: true", "until: {metric: loss, best: min, window: 1, least_gain: 100}")
+    settings = ("keep_best: true", "early_stopping: {metric: loss, mode: min, window: 1, min_delta: 100}")
     folder = run_stages(tmp_path, *settings)
     assert len(losses(folder / "more")) == 2 and len(losses(folder / "cold_start")) == 3
     before = load_file(folder / "more/model/model.safetensors")

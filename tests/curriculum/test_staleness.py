@@ -22,7 +22,7 @@ from tests.curriculum.test_run import RECIPE, command, run, steps_of
 WORDS = (
     "curriculum",
     str(RECIPE),
-    "evaluation.count=4",
+    "evaluation.problems=4",
     "stages.cold_start.steps=10",
     "stages.rl.steps=16",
     "stages.rl.save_every=1",
@@ -53,7 +53,7 @@ def kill_after(out: Path, step: int, *words: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(tmp_path: Path, k: int) -> None:
-    words = (*WORDS, f"stages.rl.max_staleness={k}")
+    words = (*WORDS, f"stages.rl.max_off_policy_steps={k}")
     run(tmp_path / "whole", *words)
     for step in (2, 5, 6, 11):
         kill_after(tmp_path / "killed", step, *words)
@@ -70,10 +70,10 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(tmp_path: Path, k: int) 
 
 @pytest.mark.slow
 def test_partial_rollouts_run_and_are_never_too_old(tmp_path: Path) -> None:
-    run(tmp_path, *WORDS, "stages.rl.max_staleness=2", "stages.rl.partial=true")
+    run(tmp_path, *WORDS, "stages.rl.max_off_policy_steps=2", "stages.rl.partial_rollout=true")
     assert all(0 <= record["staleness_max"] <= 2 for record in metrics(tmp_path))
 
 
 def test_partial_without_staleness_is_refused() -> None:
-    with pytest.raises(UserError, match=r"partial: .* a max_staleness of 1 at least"):
-        read_recipe(RECIPE, ["stages.rl.partial=true"])
+    with pytest.raises(UserError, match=r"partial_rollout: .* a max_off_policy_steps of 1 at least"):
+        read_recipe(RECIPE, ["stages.rl.partial_rollout=true"])

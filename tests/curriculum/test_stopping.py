@@ -19,7 +19,7 @@ from tests.curriculum.test_kills import HANGS_S, end_pair, last_complete, start_
 from tests.curriculum.test_run import steps_of
 
 # Checkpoints are due never, so that only the signal makes one.
-RARE = ("stages.cold_start.save_every=100", "stages.rl.save_every=100", "stages.rl.max_staleness=1")
+RARE = ("stages.cold_start.save_every=100", "stages.rl.save_every=100", "stages.rl.max_off_policy_steps=1")
 
 
 def stop_pair(out: Path, stage: Path, step: int, number: signal.Signals, tree: bool) -> tuple[int, str]:

@@ -29,7 +29,7 @@ from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.distributed.replicas import background_groups
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rl.objective.filtering import Dynamic
+from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
 from megatron_parallel_r1.rl.rollout_batch import Collected, collect
 from megatron_parallel_r1.rl.rollout_queue import batches
 from megatron_parallel_r1.rl.rollout_worker import roll_out_and_judge
@@ -80,7 +80,7 @@ def stage(team: Team, world: dist.ProcessGroup, k: int) -> list[Any]:
                 samples=SAMPLES,
                 step=step,
                 seed=11,
-                dynamic=Dynamic(rounds=3),
+                dynamic=DynamicSampling(max_rounds=3),
             )
 
         with batches(make, engine, max_staleness=k, partial=False, done=0, steps=STEPS, found=None) as ahead:

@@ -183,7 +183,7 @@ def test_the_plan_in_words() -> None:
 def test_the_scaffold_in_words() -> None:
     text = plan_text(planned(RECIPES / "qwen3_4b/scaffold.yaml", world=8))
     assert "rl_accuracy: rl, 200 steps, mode isolated, from rl_scaffold with its optimizer" in text
-    until = "stages.rl_scaffold.until={metric: accuracy}"
+    until = "stages.rl_scaffold.early_stopping={metric: accuracy}"
     text = plan_text(planned(RECIPES / "qwen3_4b/scaffold.yaml", until, world=8))
     assert (
         "rl_scaffold: rl, 200 steps at most, until accuracy gets no better, mode isolated, from sft" in text
@@ -203,12 +203,20 @@ def test_a_pipeline_in_words() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     (note,) = (
-        note for note in planned(CURRICULUM, "stages.rl_s2.concurrent=512", world=8).notes if "GiB" in note
+        note
+        for note in planned(CURRICULUM, "stages.rl_s2.max_concurrent_rollouts=512", world=8).notes
+        if "GiB" in note
     )
     # 64 prompts and 512 traces: 3.2 million slots, for which the cache doubles to 2^22 of 72 KiB: 288 GiB.
     assert "stage rl_s2: about 319 GiB are needed, a GPU has 80; lower its concurrent (512)" in note
-    (long,) = (note for note in planned(CURRICULUM, "micro_tokens=4096", world=8).notes if "rl_s1" in note)
-    assert "a row may have 8,000 tokens; one longer than micro_tokens (4,096) stands alone" in long
+    (long,) = (
+        note
+        for note in planned(CURRICULUM, "max_tokens_per_micro_batch=4096", world=8).notes
+        if "rl_s1" in note
+    )
+    assert (
+        "a row may have 8,000 tokens; one longer than max_tokens_per_micro_batch (4,096) stands alone" in long
+    )
     with_kl = planned(CURRICULUM, "stages.rl_s1.objective={kl: k3}", world=64)
     memory = with_kl.stages[2].memories[0]
     assert memory.reference == memory.weights and "KL k3 in the loss" in plan_text(with_kl)
@@ -219,7 +227,8 @@ def test_what_does_not_fit_is_said() -> None:
 
 def test_dynamic_sampling_draws_more() -> None:
     once, more = (
-        planned(MINI, *told).stages[1] for told in ((), ("stages.rl.dynamic={rounds: 3, over_sample: 1.5}",))
+        planned(MINI, *told).stages[1]
+        for told in ((), ("stages.rl.dynamic_sampling={max_rounds: 3, oversampling: 1.5}",))
     )
     # 3 problems, then 3 rounds of 4.5, rounded up; what is trained stays.
     assert (once.drawn, more.drawn) == (3 * 4 * 80, 3 * 5 * 4 * 80)
@@ -232,7 +241,7 @@ def test_dynamic_sampling_draws_more() -> None:
         (("parallel.tensor=3",), 3, "tensor 3 does not divide the model's heads 32; set tensor to 2"),
         (("parallel.pipeline=5",), 10, "36 layers cannot be cut into pipeline 5 .* set pipeline to 4"),
         ((), 3, "= 2 does not divide the 3 processes; start a multiple of 2"),
-        (("micro_tokens=8191",), 2, "micro_tokens: 8191 is no multiple of 2"),
+        (("max_tokens_per_micro_batch=8191",), 2, "max_tokens_per_micro_batch: 8191 is no multiple of 2"),
         (("model.path=/nowhere/at/all",), 2, "/nowhere/at/all: no config.json; .* Qwen3-4B-Base"),
         (
             ("model={shape: {hidden: 8, layers: 1, heads: 2, kv_heads: 2, head_dim: 4, ffn: 8}}",),
@@ -261,7 +270,7 @@ def test_micro_batches_are_those_that_rows_of_full_length_make(
     pipeline = 2 if virtual > 1 else 1
     layout = f"parallel={{pipeline: {pipeline}, virtual: {virtual}}}"
     # Four layers for two interleaved processes.
-    words = (layout, f"micro_tokens={capacity}", "model.shape.layers=4")
+    words = (layout, f"max_tokens_per_micro_batch={capacity}", "model.shape.layers=4")
     made = planned(MINI, *words, world=world * pipeline, longest=Longest(prompt=8, example=80))
     for stage, rows, length in zip(made.stages, (8, 8), (80, 88), strict=True):
         place = Place(data_size=world, rounds=pipeline if virtual > 1 else 1)

@@ -25,7 +25,7 @@ ONE_NODE = ("--nodes=1", *HEADER[1:])
 PATIENCE_S = 600.0
 # Checkpoints are due never: what a stopped run goes on from, the signal made.
 SHORT = (
-    *("stages.cold_start.steps=4", "stages.cold_start.evaluate=false", "evaluation.count=4"),
+    *("stages.cold_start.steps=4", "stages.cold_start.evaluate=false", "evaluation.problems=4"),
     *(
         "stages.rl.steps=6",
         "stages.rl.save_every=100",

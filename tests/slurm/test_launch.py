@@ -127,7 +127,7 @@ def test_a_dry_run_prints_the_job_and_submits_nothing(site: Site) -> None:
     ("words", "settings", "message"),
     [
         (("submit", "rl", "nowhere.yaml"), {}, "nowhere.yaml: No such file or directory"),
-        (("submit", "rl", str(RECIPE), "stages.rl.prompts=0"), {}, "prompts"),
+        (("submit", "rl", str(RECIPE), "stages.rl.prompts_per_step=0"), {}, "prompts"),
         (("submit", "rl", str(RECIPE), "--partition", "gold"), {}, "SLURM refuses the job: "),
         (("submit", "rl", str(RECIPE), "--nodes", "9"), {}, "SLURM refuses the job: "),
         (("submit", "rl", str(RECIPE)), {"CONTAINER": "gone.sif"}, "CONTAINER=gone.sif: no such file"),

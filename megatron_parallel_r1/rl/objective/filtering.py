@@ -14,24 +14,24 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
-class Dynamic:
+class DynamicSampling:
     """Dynamic sampling, DAPO (arXiv 2503.14476, section 3.2): only groups whose rewards differ are trained.
 
     Attributes:
-        rounds: how often further problems are asked for in place of the others; 1 merely drops them.
-        over_sample: how many problems a round asks for, as a multiple of those that are missing.
+        max_rounds: how often further problems are asked for in place of the others; 1 merely drops them.
+        oversampling: how many problems a round asks for, as a multiple of those that are missing.
     """
 
     # For pydantic, which reads these settings from a recipe: an unknown key is an error.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    rounds: int = 3
-    over_sample: float = 1.0
+    max_rounds: int = 3
+    oversampling: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or not 1 <= self.over_sample < math.inf:
+        if self.max_rounds < 1 or not 1 <= self.oversampling < math.inf:
             raise ValueError(
-                f"rounds {self.rounds} and over_sample {self.over_sample}; both must be at least 1"
+                f"max_rounds {self.max_rounds} and oversampling {self.oversampling}; both must be at least 1"
             )
 
 

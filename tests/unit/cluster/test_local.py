@@ -50,7 +50,7 @@ def test_a_curriculum_is_asked_to_stop_and_goes_on_by_itself(tmp_path: Path) -> 
     short = (
         "stages.cold_start.steps=3",
         "stages.rl.steps=40",
-        "evaluation.count=4",
+        "evaluation.problems=4",
         "stages.rl.save_every=50",
     )
     words = ("curriculum", str(RECIPE), *short, f"out={tmp_path}/runs", "--local", "--ranks", "2")

@@ -23,17 +23,21 @@ SHAPE = ModelConfig(hidden=48, layers=6, heads=6, kv_heads=3, head_dim=8, ffn=96
             8,
             "= 6 does not divide the 8 processes; start a multiple of 6",
         ),
-        (ParallelConfig(context=2), 2, "micro_tokens: 1001 is no multiple of 4, .* set it to 1004"),
+        (
+            ParallelConfig(context=2),
+            2,
+            "max_tokens_per_micro_batch: 1001 is no multiple of 4, .* set it to 1004",
+        ),
         (
             ParallelConfig(tensor=3, sequence=True),
             3,
-            "micro_tokens: 1001 is no multiple of 3, .* set it to 1002",
+            "max_tokens_per_micro_batch: 1001 is no multiple of 3, .* set it to 1002",
         ),
     ],
 )
 def test_what_does_not_divide_is_refused(parallel: ParallelConfig, world: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_parallel(SHAPE, parallel, world, micro_tokens=1001)
+        check_parallel(SHAPE, parallel, world, max_tokens_per_micro_batch=1001)
 
 
 @pytest.mark.parametrize(

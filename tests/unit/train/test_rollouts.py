@@ -11,7 +11,7 @@ from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.formats import Format
 from megatron_parallel_r1.rewards.registry import make_reward
 from megatron_parallel_r1.rl.metrics import group_metrics
-from megatron_parallel_r1.rl.objective.filtering import Dynamic
+from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
 from megatron_parallel_r1.rl.rollout_batch import Collected, collect
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.thought.tree import Tree
@@ -44,7 +44,7 @@ class Pretender:
         right = [int(p.id) in self.mixed and index % SAMPLES == 0 for index, p in enumerate(problems)]
         return traces, [judged(correct) for correct in right]
 
-    def collect(self, dynamic: Dynamic | None, prompts: int = 3) -> Collected:
+    def collect(self, dynamic: DynamicSampling | None, prompts: int = 3) -> Collected:
         return collect(
             self.next_problems,
             self.roll_out,
@@ -70,39 +70,41 @@ def test_without_dynamic_sampling_every_group_is_kept() -> None:
 
 def test_further_rounds_fill_the_batch_and_no_more() -> None:
     pretender = Pretender(mixed={1, 3, 4, 5})
-    collected = pretender.collect(Dynamic(rounds=3))
+    collected = pretender.collect(DynamicSampling(max_rounds=3))
     assert pretender.asked == [3, 2] and kept(collected) == [1, 3, 4] and collected.rounds == 2
     assert len(collected.all) == 5 * SAMPLES
 
 
 def test_rounds_are_bounded_and_a_smaller_batch_is_trained() -> None:
     pretender = Pretender(mixed={2})
-    collected = pretender.collect(Dynamic(rounds=2))
+    collected = pretender.collect(DynamicSampling(max_rounds=2))
     assert pretender.asked == [3, 2] and kept(collected) == [2]
 
 
 def test_over_sampling_asks_for_more_and_drops_what_is_too_much() -> None:
     pretender = Pretender(mixed={0, 1, 2, 3, 4})
-    collected = pretender.collect(Dynamic(rounds=2, over_sample=1.5))
+    collected = pretender.collect(DynamicSampling(max_rounds=2, oversampling=1.5))
     assert pretender.asked == [5] and kept(collected) == [0, 1, 2]
 
 
 def test_if_no_group_differs_all_are_kept() -> None:
-    collected = Pretender(mixed=set()).collect(Dynamic(rounds=1))
+    collected = Pretender(mixed=set()).collect(DynamicSampling(max_rounds=1))
     assert kept(collected) == [0, 1, 2]
 
 
 def test_the_nth_trace_of_a_step_has_the_same_seed_in_any_batch() -> None:
     few, many = Pretender(mixed=set(range(9))), Pretender(mixed={8})
-    few.collect(Dynamic(rounds=3), prompts=2)
-    many.collect(Dynamic(rounds=3), prompts=2)
+    few.collect(DynamicSampling(max_rounds=3), prompts=2)
+    many.collect(DynamicSampling(max_rounds=3), prompts=2)
     assert len(many.seeds) == 12 and many.seeds[:4] == few.seeds and len(set(many.seeds)) == 12
 
 
-@pytest.mark.parametrize("settings", [{"rounds": 0}, {"over_sample": 0.5}, {"over_sample": float("inf")}])
+@pytest.mark.parametrize(
+    "settings", [{"max_rounds": 0}, {"oversampling": 0.5}, {"oversampling": float("inf")}]
+)
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
-        Dynamic(**settings)
+        DynamicSampling(**settings)
 
 
 def test_group_metrics_by_hand() -> None:
