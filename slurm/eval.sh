@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Benchmarks: sbatch slurm/eval.sh --checkpoint RELEASE --benchmarks NAMES --mode MODE ...  (docs/evaluation.md)
+# Evaluation: sbatch slurm/eval.sh --checkpoint RELEASE --benchmarks NAMES --mode MODE ...  (docs/evaluation.md)
 #SBATCH --job-name=eval
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -1,7 +1,7 @@
-"""Submits jobs with submitit, to SLURM or, where there is none, to this machine. docs/cluster.md says more.
+"""Submits jobs through submitit to SLURM, or to this machine where there is no SLURM (docs/cluster.md).
 
 python slurm/launch.py submit rl recipes/qwen3_4b/rl_s1.yaml [--dry-run] [--sweep seed=1,2,3] [KEY=VALUE]...
-python slurm/launch.py curriculum recipes/tiny/demo.yaml       # a job a stage, each after the one before
+python slurm/launch.py curriculum recipes/tiny/demo.yaml       # one job per stage, chained
 python slurm/launch.py status | cancel [JOB]... | logs JOB
 """
 

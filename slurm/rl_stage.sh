@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A reinforcement-learning stage: sbatch slurm/rl_stage.sh RECIPE [--stage NAME] [KEY=VALUE]...
+# One RL stage: sbatch slurm/rl_stage.sh RECIPE [--stage NAME] [KEY=VALUE]...
 #SBATCH --job-name=rl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

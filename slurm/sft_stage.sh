@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A supervised stage: sbatch slurm/sft_stage.sh RECIPE [--stage NAME] [KEY=VALUE]...
+# One SFT stage: sbatch slurm/sft_stage.sh RECIPE [--stage NAME] [KEY=VALUE]...
 #SBATCH --job-name=sft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

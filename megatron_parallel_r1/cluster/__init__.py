@@ -1,1 +1,1 @@
-"""Jobs on a cluster: what one runs, how its attempts went, whether it goes on. `slurm/` calls it."""
+"""Cluster jobs: submission, bookkeeping of attempts, and status. The scripts in `slurm/` call it."""

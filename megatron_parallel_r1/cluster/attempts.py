@@ -1,8 +1,9 @@
-"""How often a job was started, how each attempt ended, and whether another one is worth it."""
+"""Attempts of a job: how each one ended, which rank failed first, and when failures form a crash loop."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,65 +12,81 @@ from typing import Literal
 from megatron_parallel_r1.evaluation.records import RECORDS
 from megatron_parallel_r1.utils.files import write_atomically
 
-Outcome = Literal["running", "done", "stopped", "failed"]
+AttemptOutcome = Literal["running", "done", "stopped", "failed"]
 FILE = "attempts.json"
+LAST_LINES = 15
+# srun reports failed tasks in the order of their ends; those killed by --kill-on-bad-exit follow the first.
+_TASK = re.compile(r"^srun: error: (\S+): tasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.M)
+_NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.M)
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class JobAttempt:
     """
     Attributes:
-        outcome: `running` until it has ended; so is that of one whose node was lost.
-        why: in a line, if it failed.
-        steps: that were written down when it ended.
+        outcome: `running` until the attempt ends; stays so if its node is lost.
+        why: the reason of a failure, in one line.
+        steps: training steps on disk when the attempt ended.
     """
 
-    outcome: Outcome
+    outcome: AttemptOutcome
     why: str = ""
     steps: int = 0
 
 
-def steps_written(folders: Iterable[Path]) -> int:
-    """Of all stages in the folders. Their sum grows with each step of a run; going on cuts it back first.
+@dataclass(frozen=True, slots=True)
+class RankFailure:
+    """
+    Attributes:
+        rank: None if a whole node failed.
+        code: exit code; None if a signal ended the rank.
+        what: a description in one line.
+    """
 
-    A step of an evaluation is a record.
+    rank: int | None
+    code: int | None
+    what: str
+
+
+def steps_written(folders: Iterable[Path]) -> int:
+    """Counts the steps on disk of all stages in the folders; an evaluation's step is one record.
+
+    The sum grows with each step of a run. Resuming first truncates it to the checkpoint.
     """
     names = ("metrics.jsonl", RECORDS)
     files = {file for folder in folders for name in names for file in folder.rglob(name)}
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 
-def read_attempts(job: Path) -> list[Attempt]:
-    """Those of a job, the oldest first; `job` is its folder of logs."""
-    file = job / FILE
-    return [Attempt(**one) for one in json.loads(file.read_text())] if file.is_file() else []
+def read_attempts(logs: Path) -> list[JobAttempt]:
+    """Reads the attempts of a job, oldest first, from its log folder."""
+    file = logs / FILE
+    return [JobAttempt(**fields) for fields in json.loads(file.read_text())] if file.is_file() else []
 
 
-def write_attempts(job: Path, attempts: Sequence[Attempt]) -> None:
-    write_atomically(job / FILE, json.dumps([asdict(attempt) for attempt in attempts], indent=1) + "\n")
+def write_attempts(logs: Path, attempts: Sequence[JobAttempt]) -> None:
+    write_atomically(logs / FILE, json.dumps([asdict(attempt) for attempt in attempts], indent=1) + "\n")
 
 
-def begin(job: Path, steps: int) -> list[Attempt]:
-    """Writes a further attempt down; one that still runs by the records was cut off, with its node."""
-    attempts = read_attempts(job)
+def begin_attempt(logs: Path, steps: int) -> list[JobAttempt]:
+    """Appends a running attempt. One that is still recorded as running was cut off and counts as failed."""
+    attempts = read_attempts(logs)
     if attempts and attempts[-1].outcome == "running":
-        attempts[-1] = Attempt(
-            "failed", "it ended without a word, as on a lost node or at a time limit", steps
-        )
-    attempts.append(Attempt("running", steps=steps))
-    write_attempts(job, attempts)
+        attempts[-1] = JobAttempt("failed", "ended without a report: lost node or time limit", steps)
+    attempts.append(JobAttempt("running", steps=steps))
+    write_attempts(logs, attempts)
     return attempts
 
 
-def end(job: Path, ended: Attempt) -> list[Attempt]:
-    """Writes down how the last attempt ended."""
-    attempts = [*read_attempts(job)[:-1], ended]
-    write_attempts(job, attempts)
+def end_attempt(logs: Path, attempt: JobAttempt) -> list[JobAttempt]:
+    """Replaces the last, running attempt by how it ended."""
+    attempts = [*read_attempts(logs)[:-1], attempt]
+    write_attempts(logs, attempts)
     return attempts
 
 
-def failures_in_vain(attempts: Iterable[Attempt]) -> int:
-    """Failures since one last got further than all before it, that one included."""
+def failures_without_progress(attempts: Iterable[JobAttempt]) -> int:
+    """Counts failures since an attempt last got further than all before it, including that attempt."""
     best, count = -1, 0
     for attempt in attempts:
         if attempt.outcome == "running":
@@ -78,3 +95,21 @@ def failures_in_vain(attempts: Iterable[Attempt]) -> int:
             best, count = attempt.steps, 0
         count += attempt.outcome == "failed"
     return count
+
+
+def first_failure(srun_stderr: str) -> RankFailure | None:
+    """Finds the first failed rank or node in srun's standard error; None if no task failed."""
+    if node := _NODE.search(srun_stderr):
+        return RankFailure(None, None, f"node {node[1]} failed")
+    if not (task := _TASK.search(srun_stderr)):
+        return None
+    host, rank, code, cause = task[1], int(task[2]), task[3], task[4]
+    if code is not None:
+        return RankFailure(rank, int(code), f"rank {rank} on {host} ended with exit code {code}")
+    return RankFailure(rank, None, f"rank {rank} on {host} was ended by a signal: {cause}")
+
+
+def last_lines(log: Path, count: int = LAST_LINES) -> str:
+    """The last lines of a log, indented."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else ["(no log)"]
+    return "\n".join(f"    {line}" for line in lines[-count:])

@@ -1,93 +1,72 @@
-"""What submitit runs: a script of `slurm/` within a SLURM job, or the ranks themselves on a machine without.
-
-Of a SLURM job, submitit's process is the batch shell alone (no srun). The script starts servers and ranks as
-it does under sbatch; so both ways share containers, logs, and what becomes of a failure.
-"""
+"""The callables that submitit runs: a `slurm/` script in a SLURM job, or the ranks on this machine."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 
-from megatron_parallel_r1.cluster import attempts
-from megatron_parallel_r1.cluster.attempts import Attempt, steps_written
-from megatron_parallel_r1.cluster.local_ranks import POLL_S, LocalRanks, exit_code
+from megatron_parallel_r1.cluster.attempts import JobAttempt, begin_attempt, end_attempt, steps_written
 from megatron_parallel_r1.distributed.stop_signals import unblock_stop_signals
-from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE
+from megatron_parallel_r1.errors import STOPPED_EXIT_CODE
 
 if TYPE_CHECKING:
-    from megatron_parallel_r1.cluster.job_spec import Order
+    from megatron_parallel_r1.cluster.job_spec import JobSpec
 
-REQUEUE_S = 120.0  # for the controller to end a job that was requeued
+POLL_S = 0.2
 
 
 class JobFailed(RuntimeError):
-    """It has failed for good; the message says why in a line."""
+    """The job failed for good; the message is one line."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScriptJob:
-    """A script of `slurm/` in the allocation of this job; Checkpointable in submitit's sense.
+    """Replaces submitit's process, the batch shell of a SLURM job, by a script of `slurm/`.
+
+    From then on the job is the one that `sbatch` would have started: the script handles signals, requeues
+    and failures.
 
     Attributes:
-        script: with its words.
-        repository: from which it runs.
-        settings: those of site.env.
+        script: its path and arguments.
+        repository: the working directory.
+        settings: values of site.env.
     """
 
     script: tuple[str, ...]
     repository: Path
     settings: dict[str, str]
-    _running: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
-    def __call__(self) -> None:
-        """
-        Raises:
-            JobFailed: the script says why in its log.
-        """
+    def __call__(self) -> NoReturn:
         unblock_stop_signals()
+        for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(ignored_by_python, signal.SIG_DFL)  # exec passes ignored signals on
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.chdir(self.repository)
         environment = {**os.environ, **self.settings, "SLURM_SUBMIT_DIR": str(self.repository)}
-        # submitit lets SIGTERM pass, which a cancelled job gets; what it starts shall end of it.
-        self._running = subprocess.Popen(["bash", *self.script], cwd=self.repository, env=environment)
-        while (code := exit_code(self._running)) is None:
-            time.sleep(POLL_S)
-        if code == STOPPED_EXIT_CODE:
-            # Its steps were asked without this process, as `scancel --signal` may; nobody else requeues it.
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-        if code in (LOST_EXIT_CODE, STOPPED_EXIT_CODE):
-            time.sleep(REQUEUE_S)
-        if code:
-            raise JobFailed(f"{self.script[0]} ended with exit code {code}")
-
-    def checkpoint(self) -> DelayedSubmission:
-        """Called by submitit's handler of the signal before the time limit; the script has the ranks save."""
-        assert self._running, "submitit calls it within __call__"
-        self._running.send_signal(signal.SIGUSR1)
-        give_up = time.monotonic() + float(self.settings["GRACE_S"])
-        while exit_code(self._running) is None and time.monotonic() < give_up:
-            time.sleep(POLL_S)
-        return DelayedSubmission(ScriptJob(self.script, self.repository, self.settings))
+        os.execvpe("bash", ["bash", *self.script], environment)
 
 
 @dataclass
 class LocalJob:
-    """Orders one after the other on this machine, each over `ranks` processes; a failure ends the row.
+    """Runs job specs in sequence on this machine, each over `ranks` processes, until one fails.
 
     Attributes:
-        logs: where a job has a folder of its own, as those of the scripts do.
+        logs: the parent of the job's log folder.
     """
 
-    orders: Sequence[Order]
+    specs: Sequence[JobSpec]
     ranks: int
     repository: Path
     logs: Path
@@ -97,38 +76,91 @@ class LocalJob:
     def __call__(self) -> None:
         """
         Raises:
-            JobFailed: an order did.
+            JobFailed: a job spec failed.
         """
         unblock_stop_signals()
         os.chdir(self.repository)
         self._folder.mkdir(parents=True, exist_ok=True)
-        attempts.begin(self._folder, self._steps())
-        for order in self.orders:
-            self._running = LocalRanks((order.kind, *order.words), self.ranks)
+        begin_attempt(self._folder, self._steps())
+        for spec in self.specs:
+            self._running = LocalRanks((spec.kind, *spec.arguments), self.ranks)
             try:
                 code = self._running.wait()
             finally:
                 self._running.kill()
             if code == STOPPED_EXIT_CODE:
-                attempts.end(self._folder, Attempt("stopped", steps=self._steps()))
+                end_attempt(self._folder, JobAttempt("stopped", steps=self._steps()))
                 sys.exit(STOPPED_EXIT_CODE)
             if code:
-                why = f"{order.recipe.name}: {order.stage or order.kind} ended with exit code {code}"
-                attempts.end(self._folder, Attempt("failed", why, self._steps()))
+                why = f"{spec.recipe.name}: {spec.stage or spec.kind} ended with exit code {code}"
+                end_attempt(self._folder, JobAttempt("failed", why, self._steps()))
                 raise JobFailed(why)
-        attempts.end(self._folder, Attempt("done", steps=self._steps()))
+        end_attempt(self._folder, JobAttempt("done", steps=self._steps()))
 
     def checkpoint(self) -> DelayedSubmission:
-        """Called by submitit before its time limit; what is done is passed over when it runs again."""
-        assert self._running, "submitit calls it within __call__"
-        self._running.ask_to_stop()
+        """Called by submitit before its time limit. Finished stages are skipped in the next attempt."""
+        assert self._running, "submitit calls this during __call__"
+        self._running.request_stop()
         self._running.wait()
-        attempts.end(self._folder, Attempt("stopped", steps=self._steps()))
-        return DelayedSubmission(LocalJob(self.orders, self.ranks, self.repository, self.logs, self.name))
+        end_attempt(self._folder, JobAttempt("stopped", steps=self._steps()))
+        return DelayedSubmission(LocalJob(self.specs, self.ranks, self.repository, self.logs, self.name))
 
     @property
     def _folder(self) -> Path:
         return self.logs / f"{self.name}-{JobEnvironment().job_id}"
 
     def _steps(self) -> int:
-        return steps_written({folder for order in self.orders for folder in order.folders})
+        return steps_written({folder for spec in self.specs for folder in spec.folders})
+
+
+class LocalRanks:
+    """One process per rank, with torch's rendezvous variables set; the first failure ends all of them."""
+
+    def __init__(self, arguments: Sequence[str], count: int) -> None:
+        """
+        Args:
+            arguments: of `parallel-r1`.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        world |= {"MASTER_PORT": str(port)}
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "megatron_parallel_r1.cli", *arguments],
+                env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(count)
+        ]
+
+    def wait(self) -> int:
+        """Waits for all ranks; returns the exit code of the first that failed, else 0."""
+        while True:
+            codes = [exit_code(process) for process in self._processes]
+            if failed := [code for code in codes if code]:
+                self.kill()
+                return failed[0]
+            if all(code == 0 for code in codes):
+                return 0
+            time.sleep(POLL_S)
+
+    def request_stop(self) -> None:
+        for process in self._processes:
+            process.send_signal(signal.SIGUSR1)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+
+
+def exit_code(child: subprocess.Popen[bytes]) -> int | None:
+    """Like `Popen.poll`, but reaps nothing, so a signal handler may call it whatever it interrupted."""
+    if child.returncode is not None:  # already reaped, e.g. by `send_signal`
+        return child.returncode
+    status = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if status is None:
+        return None
+    return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status

@@ -1,27 +1,31 @@
-"""The jobs that launch.py has submitted, and how they are."""
+"""The registry of submitted jobs (`jobs.jsonl` in the log folder), their states, and their cancellation."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from megatron_parallel_r1.cluster.attempts import read_attempts
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.jsonl import JsonlWriter, read_jsonl
 
 FILE = "jobs.jsonl"
-UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+ACTIVE_STATES = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RegisteredJob:
     """
     Attributes:
-        what: it runs, in words.
-        after: the job that it waits for.
-        local: whether it runs on this machine, without SLURM.
+        what: the command that the job runs.
+        after: the id of the job that it depends on.
+        local: runs on this machine, without SLURM; the id is a process id.
     """
 
     id: str
@@ -32,88 +36,109 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class JobStatus:
     """
     Attributes:
-        state: in SLURM's words.
-        steps: that were written down.
-        reason: why it failed or was never started; empty otherwise.
+        state: SLURM's name of the state.
+        steps: training steps on disk.
+        reason: why the job failed or never started; else empty.
     """
 
-    entry: Entry
+    job: RegisteredJob
     state: str
     steps: int
     reason: str
 
 
-def note(logs: Path, entries: Sequence[Entry]) -> None:
+def register_jobs(logs: Path, jobs: Sequence[RegisteredJob]) -> None:
     with JsonlWriter(logs / FILE) as file:
-        for entry in entries:
-            file.write(asdict(entry))
+        for job in jobs:
+            file.write(asdict(job))
 
 
-def noted(logs: Path) -> list[Entry]:
-    """All that were submitted, the oldest first."""
-    return [Entry(**record) for record in read_jsonl(logs / FILE, missing_ok=True)]
+def registered_jobs(logs: Path) -> list[RegisteredJob]:
+    """All submitted jobs, oldest first."""
+    return [RegisteredJob(**record) for record in read_jsonl(logs / FILE, missing_ok=True)]
 
 
-def statuses(logs: Path, entries: Sequence[Entry]) -> list[Status]:
-    """In the order of the entries. A job that another's failure kept from starting says which."""
-    states = slurm_states([entry.id for entry in entries if not entry.local])
-    found: dict[str, Status] = {}
-    for entry in entries:
-        tried = read_attempts(logs / f"{entry.name}-{entry.id}")
-        state = (
-            local_state(entry, [one.outcome for one in tried])
-            if entry.local
-            else states.get(entry.id, "UNKNOWN")
-        )
-        steps = tried[-1].steps if tried else 0
-        reason = tried[-1].why if tried and state == "FAILED" else ""
-        before = found.get(entry.after or "")
-        if before and not tried and before.state not in (*UNDER_WAY, "COMPLETED"):
-            root = before.reason if before.state == "CANCELLED" and before.reason else ""
-            reason = (
-                root or f"{before.entry.name} (job {before.entry.id}), which it waits for, is {before.state}"
-            )
-        found[entry.id] = Status(entry, state, steps, reason)
-    return list(found.values())
+def select_jobs(jobs: Sequence[RegisteredJob], ids: Sequence[str] | None) -> list[RegisteredJob]:
+    """The jobs with the given ids; all if none are given.
+
+    Raises:
+        UserError: no job has one of the ids.
+    """
+    by_id = {job.id: job for job in jobs}
+    if unknown := [id for id in ids or () if id not in by_id]:
+        raise UserError(f"unknown job {unknown[0]}; choose from: {', '.join(by_id) or 'there are no jobs'}")
+    return [by_id[id] for id in ids] if ids else list(by_id.values())
+
+
+def job_statuses(logs: Path, jobs: Sequence[RegisteredJob]) -> list[JobStatus]:
+    """In the order of the jobs. A job that never started because its dependency failed names that one."""
+    slurm = slurm_states([job.id for job in jobs if not job.local])
+    statuses: dict[str, JobStatus] = {}
+    for job in jobs:
+        attempts = read_attempts(logs / f"{job.name}-{job.id}")
+        if job.local:
+            state = local_state(job, [attempt.outcome for attempt in attempts])
+        else:
+            state = slurm.get(job.id, "UNKNOWN")
+        steps = attempts[-1].steps if attempts else 0
+        reason = attempts[-1].why if attempts and state == "FAILED" else ""
+        dependency = statuses.get(job.after or "")
+        if dependency and not attempts and dependency.state not in (*ACTIVE_STATES, "COMPLETED"):
+            name, id = dependency.job.name, dependency.job.id
+            reason = dependency.reason if dependency.state == "CANCELLED" else ""
+            reason = reason or f"depends on {name} (job {id}), which is {dependency.state}"
+        statuses[job.id] = JobStatus(job, state, steps, reason)
+    return list(statuses.values())
 
 
 def slurm_states(ids: Sequence[str]) -> dict[str, str]:
-    """From the controller, and from the accounts, which lag by seconds, for jobs that it has forgotten."""
+    """States by id, from the controller, else from accounting, which keeps old jobs but lags by seconds."""
     if not ids:
         return {}
-    asked = ["squeue", "--array", "--states=all", "--noheader", "--format=%i|%T", f"--jobs={','.join(ids)}"]
-    states = answered(asked)
+    options = ["--array", "--states=all", "--noheader", "--format=%i|%T"]
+    states = query_states(["squeue", *options, f"--jobs={','.join(ids)}"])
     if forgotten := [id for id in ids if id not in states]:
-        fields = ["--noheader", "--parsable2", "--format=JobID,State"]
-        states |= answered(["sacct", "-X", *fields, f"--jobs={','.join(forgotten)}"])
+        options = ["-X", "--noheader", "--parsable2", "--format=JobID,State"]
+        states |= query_states(["sacct", *options, f"--jobs={','.join(forgotten)}"])
     return states
 
 
-def answered(asked: Sequence[str]) -> dict[str, str]:
-    """A client of SLURM that prints `id|state` a line; what it knows of no job is not in there."""
-    said = subprocess.run(asked, capture_output=True, text=True)
-    pairs = (line.split("|") for line in said.stdout.splitlines() if "|" in line)
+def query_states(command: Sequence[str]) -> dict[str, str]:
+    """Runs a SLURM client that prints `id|state` lines; jobs it does not know are absent."""
+    output = subprocess.run(command, capture_output=True, text=True).stdout
+    pairs = (line.split("|") for line in output.splitlines() if "|" in line)
     return {id: state.split()[0] for id, state in pairs}  # `CANCELLED by 0`
 
 
-def local_state(entry: Entry, outcomes: Sequence[str]) -> str:
-    """A job of this machine by its process, or by how its last attempt ended."""
-    if runs(entry):
+def local_state(job: RegisteredJob, outcomes: Sequence[str]) -> str:
+    """State of a job on this machine: from its process, else from the outcome of its last attempt."""
+    if is_running(job):
         return "RUNNING"
-    words = {"done": "COMPLETED", "failed": "FAILED"}
-    return words.get(outcomes[-1], "CANCELLED") if outcomes else "CANCELLED"
+    states = {"done": "COMPLETED", "failed": "FAILED"}
+    return states.get(outcomes[-1], "CANCELLED") if outcomes else "CANCELLED"
 
 
-def runs(entry: Entry) -> bool:
-    """Whether the process that has a local job's number is still its own."""
+def is_running(job: RegisteredJob) -> bool:
+    """Returns whether the process with a local job's id exists and is still that job's."""
     try:
-        os.kill(int(entry.id), 0)
-        words = subprocess.run(
-            ["ps", "-o", "stat=,args=", "-p", entry.id], capture_output=True, text=True
+        os.kill(int(job.id), 0)
+        fields = subprocess.run(
+            ["ps", "-o", "stat=,args=", "-p", job.id], capture_output=True, text=True
         ).stdout.split(maxsplit=1)
     except (ProcessLookupError, PermissionError):
         return False
-    return len(words) == 2 and "submitit.local" in words[1] and not words[0].startswith("Z")
+    return len(fields) == 2 and "submitit.local" in fields[1] and not fields[0].startswith("Z")
+
+
+def cancel_job(job: RegisteredJob) -> None:
+    """Ends a job; a local one by killing its process tree. A run resumes from its last checkpoint."""
+    if not job.local:
+        subprocess.run(["scancel", job.id], check=True)
+        return
+    root = psutil.Process(int(job.id))
+    for process in [*root.children(recursive=True), root]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

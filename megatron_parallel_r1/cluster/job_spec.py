@@ -1,8 +1,9 @@
-"""What a job is to run, read from the words of its command line before anything is started."""
+"""Job specifications: what a job runs, parsed from its command line before anything is started."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +18,27 @@ KINDS = ("sft", "rl", "curriculum")
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class JobSpec:
     """
     Attributes:
         kind: one of KINDS, the command of `parallel-r1`.
-        words: those behind it.
-        recipe: that they name, read.
-        stage: what it trains; None: all stages.
-        folders: where its steps are written down.
+        arguments: of that command.
+        recipe: the recipe that the arguments name.
+        stage: the stage to train; None for all stages.
+        folders: where the steps are recorded.
     """
 
     kind: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     recipe: Recipe
     stage: str | None
     folders: tuple[Path, ...]
 
     @classmethod
-    def read(cls, kind: str, words: Sequence[str]) -> Order:
+    def read(cls, kind: str, arguments: Sequence[str]) -> JobSpec:
         """
         Raises:
-            UserError: the command line itself would refuse it, or the job could not be requeued with it.
+            UserError: `parallel-r1` would reject the arguments, or they do not survive a requeue.
         """
         parser = _Parser("RECIPE [--stage NAME] [KEY=VALUE]...")
         parser.add_argument("recipe", type=Path)
@@ -45,45 +46,107 @@ class Order:
         parser.add_argument("--stage")
         parser.add_argument("--fresh", action="store_true")
         parser.add_argument("--adapt", action="store_true")
-        told = parser.parse_intermixed_args(list(words))
-        if told.fresh:
-            raise UserError(
-                "--fresh: a requeued job would begin anew each time; delete the run's folder instead"
-            )
-        recipe = read_recipe(told.recipe, told.overrides)
+        parsed = parser.parse_intermixed_args(list(arguments))
+        if parsed.fresh:
+            raise UserError("--fresh: a requeued job would start over; delete the run's folder instead")
+        recipe = read_recipe(parsed.recipe, parsed.overrides)
         stage: str | None = None
         if kind == "curriculum":
-            refuse_single_stage(told.recipe)
+            refuse_single_stage(parsed.recipe)
         else:
-            stage = stage_to_run(recipe, told.recipe, kind, told.stage)
+            stage = stage_to_run(recipe, parsed.recipe, kind, parsed.stage)
         run = recipe.out / recipe.name
         runs = [run] if recipe.seeds is None else [run / f"seed{seed}" for seed in recipe.seeds]
-        return cls(kind, tuple(words), recipe, stage, tuple(one / stage if stage else one for one in runs))
+        folders = tuple(folder / stage if stage else folder for folder in runs)
+        return cls(kind, tuple(arguments), recipe, stage, folders)
 
 
-def records_of(words: Sequence[str]) -> Path:
-    """Where an evaluation keeps its records.
+def evaluation_records(arguments: Sequence[str]) -> Path:
+    """Returns the records folder of an evaluation.
 
     Args:
-        words: of its command line; it checks the others itself.
+        arguments: of `eval/run.py`, which validates all but `--out`.
 
     Raises:
-        UserError: `--out` stands without a folder.
+        UserError: `--out` has no value.
     """
     parser = _Parser("--out FOLDER")
     parser.add_argument("--out", type=Path, default=USUAL)
-    return records_under(parser.parse_known_args(list(words))[0].out)
+    return records_under(parser.parse_known_args(list(arguments))[0].out)
+
+
+def server_arguments(spec: JobSpec, engine: str) -> list[str]:
+    """Returns the arguments of `parallel-r1 serve-rollout` for an RL stage.
+
+    The trainer sends its own weights before the first rollout.
+
+    Raises:
+        UserError: as `check_servers_fit`, or there is no checkpoint to start the servers from.
+    """
+    check_servers_fit(spec, engine)
+    assert spec.kind == "rl", "only RL jobs have servers"
+    (stage,) = (stage for stage in spec.recipe.stages if stage.name == spec.stage)
+    recipe, previous = spec.recipe, spec.recipe.start_of(stage)
+    folder = recipe.model.path if previous is None else recipe.out / recipe.name / previous / "model"
+    if folder is None:
+        raise UserError(f"stage {stage.name} starts from a fresh model, which servers cannot load")
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"stage {stage.name} starts from {folder}, which is missing; run that stage first")
+    isolated = engine == "sglang" and recipe.thinking_of(stage).mode == "isolated"
+    return ["--checkpoint", str(folder), *(["--isolated"] if isolated else [])]
+
+
+def check_servers_fit(spec: JobSpec, engine: str) -> None:
+    """
+    Raises:
+        UserError: the recipe cannot use the servers that the job starts for it.
+    """
+    if spec.recipe.seeds is not None:
+        raise UserError("ROLLOUT_NODES: the servers load the weights of one run; set seed, not seeds")
+    added = (f"rollout.engine={engine}", "rollout.urls_file=urls")
+    try:
+        JobSpec.read(spec.kind, (*spec.arguments, *added))
+    except UserError as error:
+        raise UserError(
+            f"{error}; ROLLOUT_NODES adds rollout.engine={engine} and rollout.urls_file to the recipe: adapt "
+            "the recipe, or set ROLLOUT_NODES=0"
+        ) from None
+
+
+def sweep_overrides(recipe: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[list[str]]:
+    """Returns the overrides of each sweep member, with a run name of its own; one empty list without sweeps.
+
+    Args:
+        sweeps: KEY=A,B,...; several span their product.
+
+    Raises:
+        UserError: a sweep is malformed.
+    """
+    if not sweeps:
+        return [[]]
+    axes = []
+    for sweep in sweeps:
+        key, equals, values = sweep.partition("=")
+        if not (key and equals and values):
+            raise UserError(f"--sweep {sweep}: write KEY=A,B,... such as seed=1,2,3")
+        axes.append([(key, value) for value in values.split(",")])
+    name = read_recipe(recipe, overrides).name
+    members = []
+    for point in itertools.product(*axes):
+        suffix = "_".join(f"{key.rpartition('.')[2]}{value}" for key, value in point)
+        members.append([*(f"{key}={value}" for key, value in point), f"name={name}_{suffix}"])
+    return members
 
 
 class _Parser(argparse.ArgumentParser):
     """
     Args:
-        form: of the words, for whoever gave others.
+        usage_line: the expected arguments, shown in errors.
     """
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, usage_line: str) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
-        self._form = form
+        self._usage_line = usage_line
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; give {self._form}")
+        raise UserError(f"{message}; give {self._usage_line}")

@@ -1,4 +1,4 @@
-"""What a site has edited: `slurm/site.env`, and the #SBATCH lines of the scripts."""
+"""A site's settings: `slurm/site.env` and the #SBATCH lines of the scripts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.settings import EngineName
 
 SCRIPTS = {"sft": "sft_stage.sh", "rl": "rl_stage.sh", "curriculum": "curriculum.sh", "eval": "eval.sh"}
-# Settings that are whole numbers, and the least that each may be.
+# Integer settings and their minimum.
 NUMBERS = {
     "ROLLOUT_NODES": 0,
     "ROLLOUT_SERVERS": 1,
@@ -24,7 +24,7 @@ NUMBERS = {
     "GRACE_S": 1,
     "MAX_FAILURES": 1,
 }
-# Of the options that are read here, and of those that a site is told to edit.
+# Short forms of the options that are parsed here or that a site is expected to edit.
 SHORT = {
     "A": "account",
     "J": "job-name",
@@ -38,11 +38,13 @@ NAMES = ("PYTHON", "LOG_DIR", "CONTAINER", "ROLLOUT_ENGINE", "ROLLOUT_PYTHON", *
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """The #SBATCH lines of a script that a submission from Python needs itself; `more` are all others.
+class SbatchHeader:
+    """The #SBATCH options of a script; `more` holds those that have no field of their own.
 
     Attributes:
-        gpu_type: as it stands before the number of GPUs, its colon included; empty: any.
+        gpu_type: prefix of the GPU count, including its colon, such as `h100:`; empty for any type.
+        minutes: time limit.
+        signal_s: seconds from the stop signal to the time limit.
     """
 
     nodes: int
@@ -56,7 +58,7 @@ class Header:
 
 
 def read_site(folder: Path) -> dict[str, str]:
-    """The values of `site.env` in the folder of the scripts, or of the environment where it has them.
+    """Reads `site.env` from the folder of the scripts; environment variables take precedence.
 
     Raises:
         UserError: the file is missing, or bash cannot read it.
@@ -64,81 +66,86 @@ def read_site(folder: Path) -> dict[str, str]:
     file = folder / "site.env"
     if not file.is_file():
         raise UserError(f"{file} is missing; run launch.py from the repository")
-    shown = " ".join(f'"${{{name}:-}}"' for name in NAMES)
-    said = subprocess.run(
-        ["bash", "-euc", f'source "$0"; printf "%s\\0" {shown}', str(file)], capture_output=True, text=True
+    variables = " ".join(f'"${{{name}:-}}"' for name in NAMES)
+    bash = subprocess.run(
+        ["bash", "-euc", f'source "$0"; printf "%s\\0" {variables}', str(file)],
+        capture_output=True,
+        text=True,
     )
-    if said.returncode:
-        raise UserError(f"{file}: {' '.join(said.stderr.split())}")
-    return dict(zip(NAMES, said.stdout.split("\0"), strict=False))
+    if bash.returncode:
+        raise UserError(f"{file}: {' '.join(bash.stderr.split())}")
+    return dict(zip(NAMES, bash.stdout.split("\0"), strict=False))
 
 
-def read_header(script: Path) -> Header:
+def read_header(script: Path) -> SbatchHeader:
     """
     Raises:
-        UserError: a number or a time in it is none, or a line cannot be read.
+        UserError: a line is malformed, or has no number or time where one is required.
     """
-    told = read_options(script)
+    options = read_sbatch_options(script)
     try:
-        warned = re.fullmatch(r"(?:[A-Z]*:)?\w+@(\d+)", str(told.pop("signal", "B:USR1@90")))
-        if warned is None:
+        warning = re.fullmatch(r"(?:[A-Z]*:)?\w+@(\d+)", str(options.pop("signal", "B:USR1@90")))
+        if warning is None:
             raise ValueError("--signal")
-        gpus = re.fullmatch(r"((?:[^:,]+:)*)(\d+)", str(told.pop("gpus-per-node", 0)))
+        gpus = re.fullmatch(r"((?:[^:,]+:)*)(\d+)", str(options.pop("gpus-per-node", 0)))
         if gpus is None:
             raise ValueError("--gpus-per-node")
-        header = Header(
-            nodes=int(str(told.pop("nodes", 1))),
-            ranks_per_node=int(str(told.pop("ntasks-per-node", 1))),
+        header = SbatchHeader(
+            nodes=int(str(options.pop("nodes", 1))),
+            ranks_per_node=int(str(options.pop("ntasks-per-node", 1))),
             gpu_type=gpus[1],
             gpus_per_node=int(gpus[2]),
-            cpus_per_rank=int(str(told.pop("cpus-per-task", 1))),
-            minutes=minutes_of(str(told.pop("time", "60"))),
-            signal_s=int(warned[1]),
-            more=told,
+            cpus_per_rank=int(str(options.pop("cpus-per-task", 1))),
+            minutes=parse_minutes(str(options.pop("time", "60"))),
+            signal_s=int(warning[1]),
+            more=options,
         )
     except ValueError as error:
-        raise UserError(f"{script}: an #SBATCH line has no number where one belongs ({error})") from None
-    for own in ("job-name", "output", "open-mode"):  # launch.py has its own
-        header.more.pop(own, None)
+        raise UserError(f"{script}: an #SBATCH line lacks a number ({error})") from None
+    for name in ("job-name", "output", "open-mode"):  # set by submitit
+        header.more.pop(name, None)
     return header
 
 
-def read_options(script: Path) -> dict[str, str | bool]:
-    """The #SBATCH lines of a script as sbatch reads them: above its first command. By long names; True: an
-    option without a value.
+def read_sbatch_options(script: Path) -> dict[str, str | bool]:
+    """Parses a script's #SBATCH lines above its first command, as sbatch does.
+
+    Returns:
+        Values by the options' long names; True for an option without a value.
 
     Raises:
-        UserError: a line cannot be read.
+        UserError: a line is malformed.
     """
-    told: dict[str, str | bool] = {}
-    head = re.match(r"(?:[ \t]*(?:#.*)?\n)*", script.read_text())[0]
-    for line in re.findall(r"^#SBATCH\b(.*)$", head, re.M):
+    options: dict[str, str | bool] = {}
+    head = re.match(r"(?:[ \t]*(?:#.*)?\n)*", script.read_text())
+    assert head, "the pattern matches the empty string"
+    for line in re.findall(r"^#SBATCH\b(.*)$", head[0], re.M):
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:
             raise UserError(f"{script}: #SBATCH{line}: {error}") from None
-        waiting = None
+        pending = None  # an option that may still get its value as the next word
         for word in words:
             long = re.fullmatch(r"--([a-z][a-z-]*)(?:=(.+))?", word)
             short = re.fullmatch(rf"-([{''.join(SHORT)}])(.+)?", word)
-            if long or short:
-                key, value = (long[1], long[2]) if long else (SHORT[short[1]], short[2])
-                told[key], waiting = value or True, None if value else key
-            elif waiting and not re.match("-[a-zA-Z-]", word):
-                told[waiting], waiting = word, None
+            if option := long or short:
+                key, value = (option[1] if long else SHORT[option[1]]), option[2]
+                options[key], pending = value or True, None if value else key
+            elif pending and not re.match("-[a-zA-Z-]", word):
+                options[pending], pending = word, None
             else:
-                raise UserError(f"{script}: #SBATCH{line}: {word} is no option; write --name=value")
-    return told
+                raise UserError(f"{script}: #SBATCH{line}: {word} is not an option; write --name=value")
+    return options
 
 
-def minutes_of(time: str) -> int:
-    """Of a time as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+def parse_minutes(time: str) -> int:
+    """Converts a SLURM time limit, M, M:S, H:M:S, D-H, D-H:M or D-H:M:S, to minutes; seconds are dropped.
 
     Raises:
-        ValueError: it is none.
+        ValueError: none of these forms.
     """
     if not re.fullmatch(r"\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}", time):
-        raise ValueError(f"{time} is no time")
+        raise ValueError(f"{time} is not a time")
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:
@@ -148,50 +155,50 @@ def minutes_of(time: str) -> int:
 
 
 def has_slurm() -> bool:
-    """Whether jobs can be submitted from this machine."""
+    """Returns whether this machine can submit jobs to SLURM."""
     return shutil.which("sbatch") is not None
 
 
-def check_site(site: dict[str, str], header: Header) -> None:
+def check_site(site: dict[str, str], header: SbatchHeader) -> None:
     """
     Raises:
-        UserError: a setting names what is not there, or what does not fit.
+        UserError: a setting is malformed, names a missing file, or contradicts the header.
     """
-    for name, least in NUMBERS.items():
-        if not re.fullmatch("0|[1-9][0-9]*", site[name]) or int(site[name]) < least:
-            raise UserError(f"{name}={site[name]} is no whole number from {least} on; mend slurm/site.env")
+    for name, minimum in NUMBERS.items():
+        if not re.fullmatch("0|[1-9][0-9]*", site[name]) or int(site[name]) < minimum:
+            raise UserError(f"{name}={site[name]} is not an integer >= {minimum}; edit slurm/site.env")
     rollout, container = site["ROLLOUT_NODES"], site["CONTAINER"]
     if int(rollout) >= header.nodes:
-        raise UserError(f"ROLLOUT_NODES={rollout} of {header.nodes} nodes leaves none to train")
+        raise UserError(f"ROLLOUT_NODES={rollout} of {header.nodes} nodes leaves none for training")
     if int(rollout):
         check_servers(site, header)
     if container.endswith((".sif", ".sqsh")) and not Path(container).is_file():
         raise UserError(f"CONTAINER={container}: no such file")
     if not container and shutil.which(site["PYTHON"]) is None:
-        raise UserError(f"PYTHON={site['PYTHON']}: no such program; `make test` makes .venv, or set PYTHON")
+        raise UserError(f"PYTHON={site['PYTHON']}: no such program; `make test` creates .venv, or set PYTHON")
     if int(site["GRACE_S"]) >= header.signal_s:
         raise UserError(
             f"GRACE_S={site['GRACE_S']} must be less than the {header.signal_s} s of #SBATCH --signal"
         )
     if os.sep in site["LOG_DIR"] and not Path(site["LOG_DIR"]).parent.is_dir():
-        raise UserError(f"LOG_DIR={site['LOG_DIR']}: its parent folder is missing")
+        raise UserError(f"LOG_DIR={site['LOG_DIR']}: the parent folder is missing")
 
 
-def check_servers(site: dict[str, str], header: Header) -> None:
+def check_servers(site: dict[str, str], header: SbatchHeader) -> None:
     """
     Raises:
-        UserError: the rollout servers could not start.
+        UserError: the rollout servers cannot start with these settings.
     """
     engine, python, container = (site[name] for name in ("ROLLOUT_ENGINE", "ROLLOUT_PYTHON", "CONTAINER"))
     known = get_args(EngineName)
     if engine not in known:
-        raise UserError(f"ROLLOUT_ENGINE={engine} is none of {', '.join(known)}; mend slurm/site.env")
-    # Of an absolute path, only the nodes know; of any in a container, only that.
+        raise UserError(f"ROLLOUT_ENGINE={engine} is not one of {', '.join(known)}; edit slurm/site.env")
+    # Only a node can check an absolute path, and only the container a path inside it.
     if python and not container and not Path(python).is_absolute() and not os.access(python, os.X_OK):
-        raise UserError(f"ROLLOUT_PYTHON={python}: no such program; `make engines` makes those that run here")
-    wanted = int(site["ROLLOUT_SERVERS"]) * int(site["ROLLOUT_TENSOR"])
-    if header.gpus_per_node and wanted > header.gpus_per_node:
+        raise UserError(f"ROLLOUT_PYTHON={python}: no such program; `make engines` creates it")
+    needed = int(site["ROLLOUT_SERVERS"]) * int(site["ROLLOUT_TENSOR"])
+    if header.gpus_per_node and needed > header.gpus_per_node:
         raise UserError(
             f"ROLLOUT_SERVERS={site['ROLLOUT_SERVERS']} of ROLLOUT_TENSOR={site['ROLLOUT_TENSOR']} GPUs need "
-            f"{wanted}, a node has {header.gpus_per_node}; lower one of the two"
+            f"{needed}, a node has {header.gpus_per_node}; lower one of the two"
         )

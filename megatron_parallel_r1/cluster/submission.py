@@ -1,4 +1,4 @@
-"""Hands jobs to submitit: to SLURM where there is one, to this machine otherwise."""
+"""Submits job specs through submitit: to SLURM, or to this machine where there is no SLURM."""
 
 from __future__ import annotations
 
@@ -17,23 +17,32 @@ from typing import Any
 from submitit import LocalExecutor, SlurmExecutor
 
 from megatron_parallel_r1.cluster.job import LocalJob, ScriptJob
-from megatron_parallel_r1.cluster.job_spec import Order
-from megatron_parallel_r1.cluster.servers import check_served
-from megatron_parallel_r1.cluster.site import SCRIPTS, Header, check_site, minutes_of, read_header, read_site
+from megatron_parallel_r1.cluster.job_spec import JobSpec, check_servers_fit
+from megatron_parallel_r1.cluster.site import (
+    SCRIPTS,
+    SbatchHeader,
+    check_site,
+    parse_minutes,
+    read_header,
+    read_site,
+)
 from megatron_parallel_r1.distributed.parallel_config import check_world
 from megatron_parallel_r1.errors import UserError
 
-# Time limits and preemptions; what makes no progress ends by MAX_FAILURES.
-REQUEUES = 1000
+# Time limits of a local job; crash loops end by themselves.
+LOCAL_REQUEUES = 1000
 LOCAL_SIGNAL_S = 120
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What a command line says of a job; None: what the #SBATCH lines of its script say.
+class ResourceRequest:
+    """Resources given on a command line; None takes the value of the script's #SBATCH lines.
 
     Attributes:
-        time: in one of SLURM's forms.
+        ranks: processes per node.
+        gpus: GPUs per node.
+        cpus: CPUs per process.
+        time: time limit in one of SLURM's forms.
     """
 
     nodes: int | None = None
@@ -45,77 +54,76 @@ class Wish:
     account: str | None = None
 
 
-class Launcher:
-    """Submits orders from a repository's `slurm` folder.
+class JobLauncher:
+    """Validates, describes and submits job specs, with the settings of a repository's `slurm` folder.
 
     Args:
-        local: run on this machine though it has SLURM's commands.
+        local: run on this machine even if it has SLURM's commands.
     """
 
-    def __init__(self, repository: Path, wish: Wish, local: bool) -> None:
-        self._repository, self._wish, self._local = repository, wish, local
+    def __init__(self, repository: Path, request: ResourceRequest, local: bool) -> None:
+        self._repository, self._request, self._local = repository, request, local
         self._site = read_site(repository / "slurm")
         self.logs = repository / self._site["LOG_DIR"]
         self._settings = self._site | {"LOG_DIR": str(self.logs)}
 
-    def describe(self, orders: Sequence[Order], name: str, after: str | None = None) -> str:
-        """The job, exactly as `submit` would hand it over; as an array if there are several orders."""
+    def describe(self, specs: Sequence[JobSpec], name: str, after: str | None = None) -> str:
+        """The job exactly as `submit` would submit it; several specs form an array."""
         if self._local:
             ranks, minutes = self._local_size()
-            row = ", one after the other" if len(orders) > 1 else ""
-            lines = [f"on this machine, {ranks} processes, {minutes} minutes{row}:"]
-            return "\n".join(
-                [*lines, *(f"parallel-r1 {order.kind} {shlex.join(order.words)}" for order in orders)]
-            )
-        executor = self._slurm(orders[0].kind, name, after)
-        if len(orders) > 1:
-            executor.parameters["map_count"] = len(orders)
+            order = ", in sequence" if len(specs) > 1 else ""
+            lines = [f"on this machine, {ranks} processes, {minutes} minutes{order}:"]
+            lines += [f"parallel-r1 {spec.kind} {shlex.join(spec.arguments)}" for spec in specs]
+            return "\n".join(lines)
+        executor = self._slurm_executor(specs[0].kind, name, after)
+        if len(specs) > 1:
+            executor.parameters["map_count"] = len(specs)
         text = executor._make_submission_file_text(executor._submitit_command_str, "")
-        return "\n".join([text, *(f"# which runs: bash {shlex.join(script_of(one))}" for one in orders)])
+        return "\n".join([text, *(f"# runs: bash {shlex.join(script_of(spec))}" for spec in specs)])
 
-    def check(self, orders: Sequence[Order], name: str) -> None:
+    def check(self, specs: Sequence[JobSpec], name: str) -> None:
         """
         Raises:
-            UserError: SLURM would not take the job, or an order could not run in it.
+            UserError: SLURM would reject the job, or a spec could not run in it.
         """
         if self._local:
-            for order in orders:
-                check_world(order.recipe.parallel, self._local_size()[0])
+            for spec in specs:
+                check_world(spec.recipe.parallel, self._local_size()[0])
             return
-        kind = orders[0].kind
+        kind = specs[0].kind
         site = self._site if kind == "rl" else self._site | {"ROLLOUT_NODES": "0"}
         header = self._header(kind)
         check_site(site, header)
-        servers = int(site["ROLLOUT_NODES"])
-        for order in orders:
-            check_world(order.recipe.parallel, (header.nodes - servers) * header.ranks_per_node)
-            if servers:
-                check_served(order, site["ROLLOUT_ENGINE"])
+        server_nodes = int(site["ROLLOUT_NODES"])
+        for spec in specs:
+            check_world(spec.recipe.parallel, (header.nodes - server_nodes) * header.ranks_per_node)
+            if server_nodes:
+                check_servers_fit(spec, site["ROLLOUT_ENGINE"])
         with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-            file.write(self.describe(orders, name))
+            file.write(self.describe(specs, name))
             file.flush()
-            asked = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
-        if asked.returncode:
-            why = " ".join(asked.stderr.split())
-            raise UserError(f"SLURM refuses the job: {why}; --local runs it on this machine")
+            sbatch = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
+        if sbatch.returncode:
+            why = " ".join(sbatch.stderr.split())
+            raise UserError(f"SLURM rejects the job: {why}; --local runs it on this machine")
 
-    def submit(self, orders: Sequence[Order], name: str, after: str | None = None) -> list[str]:
-        """The ids of the jobs, one an order; on this machine, whose GPUs they share, one for all in a row.
+    def submit(self, specs: Sequence[JobSpec], name: str, after: str | None = None) -> list[str]:
+        """Returns the job ids: one per spec on SLURM; one for all on this machine, whose GPUs they share.
 
         Args:
-            after: a job that must have succeeded before; if it does not, these are never started.
+            after: id of a job that must succeed first; if it fails, SLURM cancels these jobs.
         """
         if self._local:
-            return [self._submit_local(orders, name)]
-        executor = self._slurm(orders[0].kind, name, after)
+            return [self._submit_local(specs, name)]
+        executor = self._slurm_executor(specs[0].kind, name, after)
         jobs = executor.submit_array(
-            [ScriptJob(script_of(order), self._repository, self._settings) for order in orders]
+            [ScriptJob(script_of(spec), self._repository, self._settings) for spec in specs]
         )
         return [str(job.job_id) for job in jobs]
 
-    def _submit_local(self, orders: Sequence[Order], name: str) -> str:
+    def _submit_local(self, specs: Sequence[JobSpec], name: str) -> str:
         ranks, minutes = self._local_size()
-        executor = LocalExecutor(self.logs / "submitit/%j", max_num_timeout=REQUEUES)
+        executor = LocalExecutor(self.logs / "submitit/%j", max_num_timeout=LOCAL_REQUEUES)
         executor.update_parameters(
             timeout_min=minutes,
             tasks_per_node=1,
@@ -123,31 +131,32 @@ class Launcher:
             signal_delay_s=min(LOCAL_SIGNAL_S, 30 * minutes),
             stderr_to_stdout=True,
         )
-        job = LocalJob(tuple(orders), ranks, self._repository, self.logs, name)
-        with output_to(self.logs / "submitit/controllers.log"):
+        job = LocalJob(tuple(specs), ranks, self._repository, self.logs, name)
+        with redirect_output(self.logs / "submitit/controllers.log"):
             return str(executor.submit(job).job_id)
 
     def _local_size(self) -> tuple[int, int]:
-        if (self._wish.nodes or 1) > 1:
-            raise UserError(f"--nodes {self._wish.nodes}: this machine is one node; it has no sbatch")
-        return self._wish.ranks or 1, wished_minutes(self._wish.time or "7-0")
+        """Ranks and minutes of a local job."""
+        if (self._request.nodes or 1) > 1:
+            raise UserError(f"--nodes {self._request.nodes}: a local job has one node; submit it to SLURM")
+        return self._request.ranks or 1, requested_minutes(self._request.time or "7-0")
 
-    def _slurm(self, kind: str, name: str, after: str | None) -> SlurmExecutor:
+    def _slurm_executor(self, kind: str, name: str, after: str | None) -> SlurmExecutor:
         header = self._header(kind)
-        more: dict[str, Any] = header.more | {
+        options: dict[str, Any] = header.more | {
             "signal": f"B:USR2@{header.signal_s}",
             "requeue": True,
             "kill-on-invalid-dep": "yes",
         }
-        for key, value in (("partition", self._wish.partition), ("account", self._wish.account)):
+        for key, value in (("partition", self._request.partition), ("account", self._request.account)):
             if value:
-                more[key] = value
+                options[key] = value
         if header.gpus_per_node:
-            more["gpus-per-node"] = f"{header.gpu_type}{header.gpus_per_node}"
-        # The batch shell becomes submitit's process, so that the signal reaches it.
-        executor = SlurmExecutor(
-            self.logs / "submitit/%j", max_num_timeout=REQUEUES, python=f"exec {shlex.quote(sys.executable)}"
-        )
+            options["gpus-per-node"] = f"{header.gpu_type}{header.gpus_per_node}"
+        if after:
+            options["dependency"] = f"afterok:{after}"
+        # exec: signals go to the batch shell, which becomes submitit's process and then the script.
+        executor = SlurmExecutor(self.logs / "submitit/%j", python=f"exec {shlex.quote(sys.executable)}")
         executor.update_parameters(
             job_name=name,
             nodes=header.nodes,
@@ -156,49 +165,49 @@ class Launcher:
             time=header.minutes,
             use_srun=False,
             stderr_to_stdout=True,
-            additional_parameters=more | ({"dependency": f"afterok:{after}"} if after else {}),
+            additional_parameters=options,
         )
         return executor
 
-    def _header(self, kind: str) -> Header:
-        told, wish = read_header(self._repository / "slurm" / SCRIPTS[kind]), self._wish
+    def _header(self, kind: str) -> SbatchHeader:
+        header, request = read_header(self._repository / "slurm" / SCRIPTS[kind]), self._request
         return replace(
-            told,
-            nodes=told.nodes if wish.nodes is None else wish.nodes,
-            ranks_per_node=told.ranks_per_node if wish.ranks is None else wish.ranks,
-            gpus_per_node=told.gpus_per_node if wish.gpus is None else wish.gpus,
-            cpus_per_rank=told.cpus_per_rank if wish.cpus is None else wish.cpus,
-            minutes=told.minutes if wish.time is None else wished_minutes(wish.time),
+            header,
+            nodes=header.nodes if request.nodes is None else request.nodes,
+            ranks_per_node=header.ranks_per_node if request.ranks is None else request.ranks,
+            gpus_per_node=header.gpus_per_node if request.gpus is None else request.gpus,
+            cpus_per_rank=header.cpus_per_rank if request.cpus is None else request.cpus,
+            minutes=header.minutes if request.time is None else requested_minutes(request.time),
         )
 
 
 @contextmanager
-def output_to(file: Path) -> Iterator[None]:
-    """Processes that are started meanwhile write there: submitit's outlive this one, and its reader."""
-    kept = os.dup(1), os.dup(2)
+def redirect_output(file: Path) -> Iterator[None]:
+    """Redirects the output of processes started within: submitit's outlive this process and its terminal."""
+    saved = os.dup(1), os.dup(2)
     with file.open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for descriptor in kept:
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for descriptor in saved:
             os.close(descriptor)
 
 
-def wished_minutes(time: str) -> int:
+def requested_minutes(time: str) -> int:
     """
     Raises:
-        UserError: it is no time as SLURM writes it.
+        UserError: not one of SLURM's time formats.
     """
     try:
-        return minutes_of(time)
+        return parse_minutes(time)
     except ValueError:
         raise UserError(f"--time {time}: write minutes, H:M:S or D-H, such as 90 or 24:00:00") from None
 
 
-def script_of(order: Order) -> tuple[str, ...]:
-    """The script that a user would give to sbatch, and its words."""
-    return (f"slurm/{SCRIPTS[order.kind]}", *order.words)
+def script_of(spec: JobSpec) -> tuple[str, ...]:
+    """The script that a user would pass to sbatch, with its arguments."""
+    return (f"slurm/{SCRIPTS[spec.kind]}", *spec.arguments)

@@ -13,9 +13,9 @@ from tests.slurm.jobs import RUN, Site
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
-    """One SLURM of three nodes for all tests; each leaves it with all nodes idle."""
-    if why := missing():
-        pytest.skip(why)
+    """A SLURM cluster of three nodes, shared by all tests; each test leaves all nodes idle."""
+    if reason := missing():
+        pytest.skip(reason)
     daemons = Daemons(tmp_path_factory.mktemp("slurm"), ("n1", "n2", "n3"))
     try:
         daemons.start()
@@ -34,12 +34,12 @@ def site(slurm: Daemons, tmp_path: Path) -> Iterator[Site]:
 
 @pytest.fixture(scope="session")
 def undisturbed(slurm: Daemons, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run over two nodes, half of the traces each, that nobody disturbed."""
+    """An undisturbed run over two nodes, data-parallel."""
     site = Site(slurm, tmp_path_factory.mktemp("undisturbed"))
     job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs")
     site.finish(job)
     assert (site.logs(job) / "attempt0/rank_1.log").is_file()
     run = site.folder / "runs/mini"
     before, after = (load_file(run / f"{stage}/model/model.safetensors") for stage in ("cold_start", "rl"))
-    assert all(not torch.equal(before[name], after[name]) for name in after)  # or equality would say nothing
+    assert all(not torch.equal(before[name], after[name]) for name in after)  # else equality proves nothing
     return run

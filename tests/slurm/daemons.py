@@ -1,7 +1,7 @@
-"""A real SLURM on this machine: munge, accounting, one controller, and nodes in namespaces of their own.
+"""A real SLURM on this machine: munge, accounting, a controller, and nodes in namespaces of their own.
 
-A node has its own process ids, its own host name and an /etc/hosts that knows all nodes; killing its
-outermost process is what a crash of the whole machine is. All of it lives in one folder and ends with `stop`.
+A node has its own process ids, host name and an /etc/hosts with all nodes; killing its outermost process
+simulates a crash of the machine. All files are in one folder; `stop` ends all processes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ PATIENCE_S = 120.0
 
 CONTROLLER = """\
 ClusterName=tests
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -75,9 +76,9 @@ PidFile={folder}/slurmdbd.pid
 
 
 def missing() -> str | None:
-    """Why no SLURM can be started here, in a line; None if one can."""
+    """Returns why SLURM cannot be started here, in one line; None if it can."""
     if os.geteuid() != 0:
-        return "a SLURM for tests is started as root"
+        return "starting SLURM needs root"
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     absent = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
     if absent:
@@ -85,22 +86,22 @@ def missing() -> str | None:
     if subprocess.run(
         ["unshare", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True
     ).returncode:
-        return "unshare is not allowed here, nodes need namespaces"
+        return "unshare is not permitted here; nodes need namespaces"
     return None
 
 
 class Daemons:
-    """The processes of one SLURM. `environment` is what a client needs besides its own."""
+    """The processes of one SLURM cluster. `environment` is what a client needs in addition to its own."""
 
     def __init__(self, folder: Path, nodes: Sequence[str]) -> None:
         self.folder, self.nodes = folder, tuple(nodes)
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         """
         Raises:
-            TimeoutError: a part did not come up; its log is in the folder.
+            TimeoutError: a daemon did not start; its log is in the folder.
         """
         ports = _free_ports(3 + len(self.nodes))
         self._write_settings(ports)
@@ -109,15 +110,15 @@ class Daemons:
         subprocess.run(
             ["mungekey", "--create", f"--keyfile={self.folder}/munge.key"], check=True, env=self._environment
         )
-        self._begin(
+        self._spawn(
             "munged",
             *("munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key", "--num-threads=2"),
             *(f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munge.pid"),
             *(f"--log-file={self.folder}/munge.log", f"--seed-file={self.folder}/munge.seed"),
         )
         self.wait_for(lambda: (self.folder / "munge.socket").exists(), "munged")
-        # Accounts of its own are of no use to a database that lives for some minutes.
-        self._begin(
+        # A database that lives for some minutes needs no access control.
+        self._spawn(
             "mariadbd",
             *("mariadbd", "--no-defaults", "--user=root", "--skip-grant-tables", "--bind-address=127.0.0.1"),
             *(f"--datadir={self.folder}/database", f"--socket={self.folder}/mariadb.socket"),
@@ -125,30 +126,30 @@ class Daemons:
             *("--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M", "--innodb-lock-wait-timeout=900"),
         )
         self.wait_for(lambda: (self.folder / "mariadb.socket").exists(), "mariadbd")
-        self._begin("slurmdbd", "slurmdbd", "-D")
-        self.wait_for(lambda: _answers(ports[1]), "slurmdbd")
-        self._begin("slurmctld", "slurmctld", "-D", "-i", "-f", f"{self.folder}/slurm.conf")
-        self.wait_for(lambda: _answers(ports[0]), "slurmctld")
+        self._spawn("slurmdbd", "slurmdbd", "-D")
+        self.wait_for(lambda: _accepts_connections(ports[1]), "slurmdbd")
+        self._spawn("slurmctld", "slurmctld", "-D", "-i", "-f", f"{self.folder}/slurm.conf")
+        self.wait_for(lambda: _accepts_connections(ports[0]), "slurmctld")
         for node in self.nodes:
             self.start_node(node)
         self.wait_for(self.all_idle, "the nodes")
 
     def start_node(self, name: str) -> None:
-        """Starts a node, also one that was killed."""
+        """Starts a node for the first time or after a kill."""
         inside = f"hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {name}"
-        own = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
-        self._begin(name, "unshare", *own, "bash", "-c", inside)
+        namespaces = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
+        self._spawn(name, "unshare", *namespaces, "bash", "-c", inside)
 
     def kill_node(self, name: str) -> None:
-        """Ends all processes of a node at once, and has the controller believe so at once."""
-        process = self._running.pop(name)
+        """Kills all processes of a node and reports it as down, which spares the wait for SlurmdTimeout."""
+        process = self._processes.pop(name)
         process.kill()
         process.wait()
         self.client("scontrol", "update", f"nodename={name}", "state=down", "reason=crashed")
 
     def revive_node(self, name: str) -> None:
         self.start_node(name)
-        with suppress(subprocess.CalledProcessError):  # it may be back by itself
+        with suppress(subprocess.CalledProcessError):  # it may have returned by itself
             self.client("scontrol", "update", f"nodename={name}", "state=resume")
         self.wait_for(self.all_idle, name)
 
@@ -157,10 +158,10 @@ class Daemons:
         return states == ["idle"] * len(self.nodes)
 
     def client(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
-        """What a client command prints.
+        """Runs a client command; returns its output.
 
         Raises:
-            CalledProcessError: it failed; with what it said.
+            CalledProcessError: it failed; holds its output.
         """
         done = subprocess.run(
             command,
@@ -175,8 +176,8 @@ class Daemons:
         return done.stdout
 
     def processes_of(self, name: str) -> list[str]:
-        """Command lines of what runs in a node besides its slurmd."""
-        pid = self._running[name].pid
+        """Command lines of the processes in a node other than its slurmd."""
+        pid = self._processes[name].pid
         inside = subprocess.run(
             [
                 "nsenter",
@@ -192,61 +193,63 @@ class Daemons:
             text=True,
             check=True,
         )
-        own = ("slurmd", "ps -eo", "bash -c hostname")
+        infrastructure = ("slurmd", "ps -eo", "bash -c hostname")
         lines = inside.stdout.splitlines()
-        return [line for line in lines if not line.startswith(own) and "<defunct>" not in line]
+        return [line for line in lines if not line.startswith(infrastructure) and "<defunct>" not in line]
 
-    def wait_for(self, moment: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
         give_up, pause = time.monotonic() + patience_s, 0.1
-        while not moment():
-            gone = [name for name, process in self._running.items() if process.poll() is not None]
+        while not condition():
+            gone = [name for name, process in self._processes.items() if process.poll() is not None]
             if gone or time.monotonic() > give_up:
-                told = f"{gone[0]} ended" if gone else f"{what}: nothing after {patience_s:.0f} s"
-                raise TimeoutError(f"{told}; the logs are in {self.folder}")
+                reason = f"{gone[0]} ended" if gone else f"{what}: not within {patience_s:.0f} s"
+                raise TimeoutError(f"{reason}; the logs are in {self.folder}")
             time.sleep(pause)
-            pause = min(0.5, 1.1 * pause)  # a client of SLURM that asks takes time from what is waited for
+            pause = min(0.3, 1.1 * pause)  # polling clients take CPU time from the job
 
     def stop(self) -> None:
-        for name, process in reversed(self._running.items()):
+        for name, process in reversed(self._processes.items()):
             process.send_signal(signal.SIGKILL if name in self.nodes else signal.SIGTERM)
-        for process in self._running.values():
+        for process in self._processes.values():
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
 
-    def _begin(self, name: str, *command: str) -> None:
-        with (self.folder / f"{name}.out").open("ab") as said:
-            self._running[name] = subprocess.Popen(
-                command, env=self._environment, stdout=said, stderr=said, start_new_session=True
+    def _spawn(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.out").open("ab") as output:
+            self._processes[name] = subprocess.Popen(
+                command, env=self._environment, stdout=output, stderr=output, start_new_session=True
             )
 
     def _write_settings(self, ports: Sequence[int]) -> None:
-        for made in ("state", "database", *(f"spool_{node}" for node in self.nodes)):
-            (self.folder / made).mkdir(parents=True)
-        known = {"folder": self.folder, "ports": ports, "host": socket.gethostname()}
+        for name in ("state", "database", *(f"spool_{node}" for node in self.nodes)):
+            (self.folder / name).mkdir(parents=True)
+        # Jobs derive their rendezvous port from their id; several clusters may run on one machine.
+        first_job = random.randrange(1, 50_000)
+        values = {"first_job": first_job, "folder": self.folder, "ports": ports, "host": socket.gethostname()}
         nodes = [NODE.format(name=node, port=port) for node, port in zip(self.nodes, ports[3:], strict=True)]
-        (self.folder / "slurm.conf").write_text(CONTROLLER.format_map(known) + "".join(nodes))
+        (self.folder / "slurm.conf").write_text(CONTROLLER.format_map(values) + "".join(nodes))
         accounting = self.folder / "slurmdbd.conf"
-        accounting.write_text(ACCOUNTING.format_map(known))
+        accounting.write_text(ACCOUNTING.format_map(values))
         accounting.chmod(0o600)
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost {' '.join(self.nodes)}\n")
 
 
 def _free_ports(count: int) -> list[int]:
     """Ports that nobody has, below those that the kernel would give to somebody else in the meantime."""
-    found: list[int] = []
+    ports: list[int] = []
     for port in random.sample(range(30000, 32768), 200):
-        with socket.socket() as one, suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
     raise TimeoutError(f"no {count} free ports from 30000 on")
 
 
-def _answers(port: int) -> bool:
+def _accepts_connections(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 

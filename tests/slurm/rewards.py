@@ -1,7 +1,7 @@
-"""Rewards by which a test holds a run in its third step, or ends it there; steps count from 0.
+"""Rewards that hold or fail a run in its third step, for tests that disturb it; steps count from 0.
 
-HOLD of the environment says what a first attempt waits for there: `stop`, a signal that asks it to stop;
-or `end`, its own. So a test disturbs a run at one place, however fast or slow the machine is.
+The environment variable HOLD says what the first attempt waits for: `stop`, a stop signal; `end`, its own
+end. So a test disturbs a run at the same step on any machine, fast or slow.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ PATIENCE_S = 600.0
 
 
 def shorter(judged: Judged, step: int) -> float:
-    """The fewer tokens the better, also among traces that are all wrong; the third step may be held."""
+    """Rewards short traces, so that wrong traces differ too; may hold the third step."""
     hold = os.environ.get("HOLD")
     if step == 2 and hold and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         give_up = time.monotonic() + PATIENCE_S
         while hold == "end" or not stop_signal_pending():
             if time.monotonic() > give_up:
-                raise RuntimeError(f"nothing came of HOLD={hold}")
+                raise RuntimeError(f"HOLD={hold}: no signal within {PATIENCE_S:.0f} s")
             time.sleep(0.05)
     return -judged.length / 80
 
@@ -30,5 +30,5 @@ def shorter(judged: Judged, step: int) -> float:
 def third_step(judged: Judged, step: int) -> float:
     """Raises in the third step."""
     if step == 2:
-        raise RuntimeError("the third step went wrong on purpose")
+        raise RuntimeError("deliberate failure in the third step")
     return shorter(judged, step)

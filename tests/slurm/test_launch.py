@@ -16,7 +16,7 @@ from megatron_parallel_r1.cluster.command import app
 from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import steps_of
 from tests.parallel.launch import ENVIRONMENT
-from tests.slurm.jobs import FAILING, RECIPE, REPOSITORY, RUN, SHORT, Site, assert_equal
+from tests.slurm.jobs import FAILING, RECIPE, REPOSITORY, RUN, SHARES_UNDISTURBED, SHORT, Site, assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
@@ -24,9 +24,9 @@ TWO_NODES = ("--nodes", "2", "--ranks", "1", "--gpus", "0", "--cpus", "1", "--ti
 ONE_NODE = ("--nodes", "1", *TWO_NODES[2:])
 
 
-def launch(site: Site, *words: str, code: int = 0, **settings: str) -> str:
-    """What launch.py says, called in this process: its imports take longer than its work."""
-    done = CliRunner().invoke(app, words, env=environment(site) | settings)
+def launch(site: Site, *arguments: str, code: int = 0, **settings: str) -> str:
+    """Runs launch.py in this process, which saves its imports; returns its output or error."""
+    done = CliRunner().invoke(app, arguments, env=environment(site) | settings)
     if isinstance(done.exception, UserError):
         assert code == 2, done.exception
         return str(done.exception)
@@ -35,14 +35,15 @@ def launch(site: Site, *words: str, code: int = 0, **settings: str) -> str:
 
 
 def environment(site: Site) -> dict[str, str]:
-    own = {"PYTHON": sys.executable, "LOG_DIR": str(site.folder / "logs")}
-    return {**site.slurm.environment, **ENVIRONMENT, **own}
+    settings = {"PYTHON": sys.executable, "LOG_DIR": str(site.folder / "logs")}
+    return {**site.slurm.environment, **ENVIRONMENT, **settings}
 
 
-def ids_of(said: str) -> list[str]:
-    return [line.split()[0] for line in said.splitlines()]
+def ids_of(output: str) -> list[str]:
+    return [line.split()[0] for line in output.splitlines()]
 
 
+@SHARES_UNDISTURBED
 def test_a_curriculum_is_a_chain_of_jobs_that_survive_preemption(undisturbed: Path, site: Site) -> None:
     jobs = ids_of(launch(site, "curriculum", *RUN, f"out={site.folder}/runs", *TWO_NODES, HOLD="stop"))
     assert len(jobs) == 3
@@ -51,34 +52,34 @@ def test_a_curriculum_is_a_chain_of_jobs_that_survive_preemption(undisturbed: Pa
     site.slurm.client("scancel", "--signal=USR2", "--batch", jobs[1])
     site.wait(jobs[1], lambda: (run / "rl/checkpoints/step_000003").is_dir())
     site.wait(jobs[2])
-    told = launch(site, "status")
-    assert [line.split()[:3] for line in told.splitlines()] == [
+    output = launch(site, "status")
+    assert [line.split()[:3] for line in output.splitlines()] == [
         [job, f"mini-{name}", "COMPLETED"]
         for job, name in zip(jobs, ("cold_start", "rl", "release"), strict=True)
     ]
-    tried = json.loads((site.logs(jobs[1]) / "attempts.json").read_text())
-    assert [one["outcome"] for one in tried] == ["stopped", "done"]
+    attempts = json.loads((site.logs(jobs[1]) / "attempts.json").read_text())
+    assert [attempt["outcome"] for attempt in attempts] == ["stopped", "done"]
     assert_equal(run, undisturbed)
     assert "rl  step 6/6" in launch(site, "logs", jobs[1])
 
 
 def test_a_failed_stage_ends_the_chain_with_its_reason(site: Site) -> None:
     words = (FAILING, f"out={site.folder}/runs")
-    said = launch(site, "curriculum", str(RECIPE), *SHORT, *words, *ONE_NODE, MAX_FAILURES="1")
-    jobs = ids_of(said)
+    output = launch(site, "curriculum", str(RECIPE), *SHORT, *words, *ONE_NODE, MAX_FAILURES="1")
+    jobs = ids_of(output)
     assert site.wait(jobs[2]) == "CANCELLED"
     first, second, third = launch(site, "status").splitlines()
     assert "COMPLETED" in first and "FAILED" in second and "CANCELLED" in third
     assert "rank 0 on n1 ended with exit code 1" in second
-    assert f"mini-rl (job {jobs[1]}), which it waits for, is FAILED" in third
-    assert "the third step went wrong on purpose" in launch(site, "logs", jobs[1])
+    assert f"depends on mini-rl (job {jobs[1]}), which is FAILED" in third
+    assert "deliberate failure in the third step" in launch(site, "logs", jobs[1])
     assert not (site.folder / "runs/mini/release").exists()
-    known = ("COMPLETED", "FAILED", "CANCELLED")
-    site.slurm.wait_for(lambda: states_in_the_accounts(site, len(jobs)) == known, "the accounts")
+    expected = ("COMPLETED", "FAILED", "CANCELLED")
+    site.slurm.wait_for(lambda: states_from_accounting(site, len(jobs)) == expected, "accounting")
 
 
-def states_in_the_accounts(site: Site, jobs: int) -> tuple[str, ...]:
-    """What `status` says once the controller has forgotten the jobs."""
+def states_from_accounting(site: Site, jobs: int) -> tuple[str, ...]:
+    """The states that `status` shows once the controller has forgotten the jobs."""
     forgetful = site.folder / "forgetful"
     forgetful.mkdir(exist_ok=True)
     (forgetful / "squeue").write_text("#!/bin/sh\nexit 1\n")
@@ -90,8 +91,8 @@ def states_in_the_accounts(site: Site, jobs: int) -> tuple[str, ...]:
 
 def test_a_sweep_is_an_array(site: Site) -> None:
     words = ("submit", "sft", str(RECIPE), "stages.cold_start.steps=2", "stages.cold_start.evaluate=false")
-    said = launch(site, *words, f"out={site.folder}/runs", "--sweep", "seed=1,2", *ONE_NODE)
-    first, second = ids_of(said)
+    output = launch(site, *words, f"out={site.folder}/runs", "--sweep", "seed=1,2", *ONE_NODE)
+    first, second = ids_of(output)
     assert first.endswith("_0") and second == first.replace("_0", "_1")
     for job in (first, second):
         assert site.wait(job) == "COMPLETED"
@@ -104,7 +105,7 @@ def test_cancelled_jobs_end(site: Site) -> None:
     site.wait(jobs[0], lambda: site.state(jobs[0]) == "RUNNING")
     assert len(launch(site, "cancel").splitlines()) == 3
     assert [site.wait(job) for job in jobs] == ["CANCELLED"] * 3
-    site.no_process_is_left()
+    site.assert_no_process_left()
 
 
 def test_a_dry_run_prints_the_job_and_submits_nothing(site: Site) -> None:
@@ -119,7 +120,7 @@ def test_a_dry_run_prints_the_job_and_submits_nothing(site: Site) -> None:
     assert done.returncode == 0, done.stderr
     for line in ("--nodes=2", "--ntasks-per-node=1", "--signal=B:USR2@300", "--time=60", "--requeue"):
         assert f"#SBATCH {line}\n" in done.stdout
-    assert f"# which runs: bash slurm/rl_stage.sh {RECIPE}" in done.stdout
+    assert f"# runs: bash slurm/rl_stage.sh {RECIPE}" in done.stdout
     assert site.slurm.client("squeue", "--noheader") == ""
 
 
@@ -128,22 +129,26 @@ def test_a_dry_run_prints_the_job_and_submits_nothing(site: Site) -> None:
     [
         (("submit", "rl", "nowhere.yaml"), {}, "nowhere.yaml: No such file or directory"),
         (("submit", "rl", str(RECIPE), "stages.rl.prompts_per_step=0"), {}, "prompts"),
-        (("submit", "rl", str(RECIPE), "--partition", "gold"), {}, "SLURM refuses the job: "),
-        (("submit", "rl", str(RECIPE), "--nodes", "9"), {}, "SLURM refuses the job: "),
+        (("submit", "rl", str(RECIPE), "--partition", "gold"), {}, "SLURM rejects the job: "),
+        (("submit", "rl", str(RECIPE), "--nodes", "9"), {}, "SLURM rejects the job: "),
         (("submit", "rl", str(RECIPE)), {"CONTAINER": "gone.sif"}, "CONTAINER=gone.sif: no such file"),
-        (("submit", "rl", str(RECIPE)), {"ROLLOUT_NODES": "2"}, "ROLLOUT_NODES=2 of 2 nodes leaves none"),
+        (
+            ("submit", "rl", str(RECIPE)),
+            {"ROLLOUT_NODES": "2"},
+            "ROLLOUT_NODES=2 of 2 nodes leaves none for training",
+        ),
         (("submit", "rl", str(RECIPE)), {"PYTHON": "no/python"}, "PYTHON=no/python: no such program"),
-        (("submit", "rl", str(RECIPE)), {"MAX_FAILURES": "few"}, "MAX_FAILURES=few is no whole number"),
+        (("submit", "rl", str(RECIPE)), {"MAX_FAILURES": "few"}, "MAX_FAILURES=few is not an integer"),
         (("submit", "rl", str(RECIPE), "--time", "soon"), {}, "--time soon: write minutes, H:M:S or D-H"),
-        (("submit", "serve", str(RECIPE)), {}, "serve is no kind of job"),
-        (("cancel", "12345"), {}, "job 12345 is none of these"),
+        (("submit", "serve", str(RECIPE)), {}, "unknown kind of job serve"),
+        (("cancel", "12345"), {}, "unknown job 12345"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_is_submitted(
+def test_invalid_jobs_are_refused_before_submission(
     site: Site, words: tuple[str, ...], settings: dict[str, str], message: str
 ) -> None:
     size = TWO_NODES if words[0] == "submit" else ()
-    # The words' own come last, and hold.
-    said = launch(site, *words[:1], *size, *words[1:], code=2, **settings)
-    assert message in said and len(said.splitlines()) == 1, said
+    # Of repeated options the last one counts.
+    output = launch(site, *words[:1], *size, *words[1:], code=2, **settings)
+    assert message in output and len(output.splitlines()) == 1, output
     assert site.slurm.client("squeue", "--noheader") == ""

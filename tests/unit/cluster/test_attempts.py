@@ -1,4 +1,4 @@
-"""Which attempts of a job count as a crash loop, and what the books of a job say."""
+"""Crash loops, and the recorded attempts of a job."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_parallel_r1.cluster import __main__ as books
+from megatron_parallel_r1.cluster import __main__ as bookkeeping
 from megatron_parallel_r1.cluster.attempts import (
-    Attempt,
-    Outcome,
-    begin,
-    failures_in_vain,
+    AttemptOutcome,
+    JobAttempt,
+    RankFailure,
+    begin_attempt,
+    failures_without_progress,
+    first_failure,
     read_attempts,
     steps_written,
 )
-from megatron_parallel_r1.cluster.failure import Failure, first_failure
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.records import RecordFolder
 from tests.curriculum.test_run import RECIPE
@@ -40,63 +41,63 @@ srun: error: n1: task 0: Terminated
         ([("stopped", 3), ("stopped", 3), ("stopped", 3)], 0),
     ],
 )
-def test_failures_count_until_one_gets_further(history: list[tuple[Outcome, int]], count: int) -> None:
-    assert failures_in_vain(Attempt(outcome, "", steps) for outcome, steps in history) == count
+def test_failures_count_until_one_gets_further(history: list[tuple[AttemptOutcome, int]], count: int) -> None:
+    assert failures_without_progress(JobAttempt(outcome, "", steps) for outcome, steps in history) == count
 
 
 @pytest.mark.parametrize(
-    ("said", "failure"),
+    ("stderr", "failure"),
     [
         ("", None),
         ("srun: Job 5 step creation temporarily disabled\n", None),
-        (KILLED, Failure(1, None, "rank 1 on n2 was ended by a signal: Killed")),
+        (KILLED, RankFailure(1, None, "rank 1 on n2 was ended by a signal: Killed")),
         (
             "srun: error: n[1-2]: tasks 0-1: Exited with exit code 85\n",
-            Failure(0, 85, "rank 0 on n[1-2] ended with exit code 85"),
+            RankFailure(0, 85, "rank 0 on n[1-2] ended with exit code 85"),
         ),
-        ("srun: error: Node failure on n2\n" + KILLED, Failure(None, None, "node n2 failed")),
+        ("srun: error: Node failure on n2\n" + KILLED, RankFailure(None, None, "node n2 failed")),
     ],
 )
-def test_the_first_failure_is_the_cause(said: str, failure: Failure | None) -> None:
-    assert first_failure(said) == failure
+def test_the_first_failure_is_the_cause(stderr: str, failure: RankFailure | None) -> None:
+    assert first_failure(stderr) == failure
 
 
 def test_an_attempt_that_never_ended_was_cut_off(tmp_path: Path) -> None:
-    begin(tmp_path, steps=0)
-    begin(tmp_path, steps=6)
+    begin_attempt(tmp_path, steps=0)
+    begin_attempt(tmp_path, steps=6)
     first, second = read_attempts(tmp_path)
     assert (first.outcome, first.steps) == ("failed", 6) and "lost node" in first.why
     assert second.outcome == "running"
 
 
-def test_nodes_lost_at_one_place_again_and_again_are_a_crash_loop(tmp_path: Path) -> None:
-    words = [str(RECIPE), f"out={tmp_path}/runs"]
+def test_nodes_lost_repeatedly_without_progress_are_a_crash_loop(tmp_path: Path) -> None:
+    arguments = [str(RECIPE), f"out={tmp_path}/runs"]
     for _ in range(2):
-        books.begin(tmp_path, "curriculum", words, most=2)
-    with pytest.raises(UserError, match="crash loop: 2 failures without a step beyond 0"):
-        books.begin(tmp_path, "curriculum", words, most=2)
+        bookkeeping.begin(tmp_path, "curriculum", arguments, max_failures=2)
+    with pytest.raises(UserError, match="crash loop: 2 failures without progress beyond 0 steps"):
+        bookkeeping.begin(tmp_path, "curriculum", arguments, max_failures=2)
 
 
 @pytest.mark.parametrize(
-    ("words", "out"),
+    ("options", "out"),
     [((), "runs/eval"), (("--out", "own"), "own"), (("--mode", "majority@4", "--out=own"), "own")],
 )
 def test_an_evaluation_that_is_cut_off_goes_on_while_it_writes_records(
-    words: tuple[str, ...], out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...], out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    needed = ["--checkpoint", "release", "--benchmarks", "embedded_hard"]
+    required = ["--checkpoint", "release", "--benchmarks", "embedded_hard"]
     for key in "abcd":
-        books.begin(tmp_path, "eval", [*needed, *words], most=2)
+        bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2)
         with RecordFolder(Path(out), ["weights"]).writer(0) as writer:
             writer.write(record(key))
-    books.begin(tmp_path, "eval", [*needed, *words], most=2)
-    with pytest.raises(UserError, match="crash loop: 2 failures without a step beyond 4"):
-        books.begin(tmp_path, "eval", [*needed, *words], most=2)
+    bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2)
+    with pytest.raises(UserError, match="crash loop: 2 failures without progress beyond 4 steps"):
+        bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2)
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "verdict", "outcome"),
+    ("code", "stderr", "verdict", "outcome"),
     [
         (0, "", 0, "done"),
         (85, "srun: error: n1: task 0: Exited with exit code 85\n", 85, "stopped"),
@@ -108,25 +109,25 @@ def test_an_evaluation_that_is_cut_off_goes_on_while_it_writes_records(
         (1, "", 75, "failed"),
     ],
 )
-def test_what_becomes_of_an_attempt(
+def test_an_exit_code_decides_whether_a_job_is_requeued(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     code: int,
-    said: str,
+    stderr: str,
     verdict: int,
-    outcome: Outcome,
+    outcome: AttemptOutcome,
 ) -> None:
     logs = tmp_path / "attempt0"
     logs.mkdir()
-    (logs / "srun_rank.log").write_text(said)
+    (logs / "srun_rank.log").write_text(stderr)
     (logs / "rank_1.log").write_text("one\ntwo\n")
-    books.begin(tmp_path, "eval", [], most=3)
-    assert books.end(tmp_path, logs, "rank", code, most=3) == verdict
+    bookkeeping.begin(tmp_path, "eval", [], max_failures=3)
+    assert bookkeeping.end(tmp_path, logs, "rank", code, max_failures=3) == verdict
     assert read_attempts(tmp_path)[-1].outcome == outcome
-    assert ("    one\n    two" in capsys.readouterr().err) == (said == KILLED)
+    assert ("    one\n    two" in capsys.readouterr().err) == (stderr == KILLED)
 
 
-def test_steps_are_those_of_all_stages(tmp_path: Path) -> None:
+def test_steps_of_all_stages_are_counted(tmp_path: Path) -> None:
     for stage, count in (("cold_start", 3), ("rl", 2)):
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "metrics.jsonl").write_text("{}\n" * count + '{"cut o')

@@ -1,4 +1,4 @@
-"""What the scripts of `slurm/` do before a job's first step, in bash itself and without SLURM."""
+"""slurm/common.sh before a job's first step, in bash without SLURM."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def script(folder: Path, *, words: str = "env", **settings: str) -> subprocess.CompletedProcess[str]:
-    """Runs words of bash where a script has read common.sh, as in a job."""
+def run_script(folder: Path, *, commands: str = "env", **settings: str) -> subprocess.CompletedProcess[str]:
+    """Runs bash commands after sourcing common.sh, as in a job."""
     job = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_NAME": "rl", "SLURM_JOB_ID": "7"}
     return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f"source slurm/common.sh; {words}"],
+        ["bash", "-euo", "pipefail", "-c", f"source slurm/common.sh; {commands}"],
         cwd=REPOSITORY,
         env={**os.environ, **job, "LOG_DIR": str(folder / "logs"), **settings},
         capture_output=True,
@@ -35,21 +35,21 @@ def script(folder: Path, *, words: str = "env", **settings: str) -> subprocess.C
         ("MAX_FAILURES", "-1"),
     ],
 )
-def test_a_number_that_is_none_is_refused(name: str, value: str, tmp_path: Path) -> None:
-    done = script(tmp_path, **{name: value})
+def test_a_malformed_number_is_refused(name: str, value: str, tmp_path: Path) -> None:
+    done = run_script(tmp_path, **{name: value})
     assert done.returncode == 2
-    assert done.stderr == f"error: {name}={value} is no whole number from 1 on; mend slurm/site.env\n"
+    assert done.stderr == f"error: {name}={value} is not an integer >= 1; edit slurm/site.env\n"
     assert not list(tmp_path.iterdir())
 
 
-def test_an_engine_that_is_none_is_refused(tmp_path: Path) -> None:
-    done = script(tmp_path, ROLLOUT_ENGINE="sglnag")
+def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
+    done = run_script(tmp_path, ROLLOUT_ENGINE="sglnag")
     assert done.returncode == 2
-    assert done.stderr == "error: ROLLOUT_ENGINE=sglnag is none of sglang, vllm; mend slurm/site.env\n"
+    assert done.stderr == "error: ROLLOUT_ENGINE=sglnag is not one of sglang, vllm; edit slurm/site.env\n"
 
 
-def test_no_servers_are_asked_for_and_the_bookkeeping_learns_what_site_env_says(tmp_path: Path) -> None:
-    done = script(tmp_path, ROLLOUT_NODES="0")
+def test_zero_rollout_nodes_are_valid_and_settings_of_site_env_are_exported(tmp_path: Path) -> None:
+    done = run_script(tmp_path, ROLLOUT_NODES="0")
     assert done.returncode == 0, done.stderr
     assert {"MAX_FAILURES=3", "OMP_NUM_THREADS=1"} <= set(done.stdout.splitlines())
     assert (tmp_path / "logs/rl-7/attempt0").is_dir()
@@ -57,21 +57,21 @@ def test_no_servers_are_asked_for_and_the_bookkeeping_learns_what_site_env_says(
 
 def test_logs_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     (tmp_path / "logs").touch()
-    done = script(tmp_path)
+    done = run_script(tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"error: LOG_DIR={tmp_path}/logs cannot be written"
 
 
 @pytest.mark.parametrize(
     ("servers", "message"),
-    [("1", "ROLLOUT_NODES=1 of 1 nodes leaves none to train"), ("0", "")],
+    [("1", "ROLLOUT_NODES=1 of 1 nodes leaves none for training"), ("0", "")],
 )
 def test_nodes_are_split(servers: str, message: str, tmp_path: Path) -> None:
-    """With a `scontrol` that names one node."""
-    words = (
+    """With a fake `scontrol` that reports one node."""
+    commands = (
         "scontrol() { echo n1; }; split_nodes; echo ${TRAINERS[*]}:${SERVERS[*]}:$MASTER_ADDR:$MASTER_PORT"
     )
-    done = script(tmp_path, words=words, ROLLOUT_NODES=servers, SLURM_JOB_NODELIST="n1")
+    done = run_script(tmp_path, commands=commands, ROLLOUT_NODES=servers, SLURM_JOB_NODELIST="n1")
     assert message in done.stderr and done.returncode == (2 if message else 0)
     assert done.stdout == ("" if message else "n1::n1:20007\n")
 
@@ -85,26 +85,27 @@ def test_nodes_are_split(servers: str, message: str, tmp_path: Path) -> None:
         ({}, 1),
     ],
 )
-def test_servers_have_all_that_the_job_has_of_their_node(
+def test_servers_get_all_cpus_of_the_job_on_their_node(
     size: dict[str, str], cpus: int, tmp_path: Path
 ) -> None:
-    """With a `srun` that says how it was called, and serves."""
+    """With a fake `srun` that records its arguments and serves."""
     srun = 'srun() { echo "$*" >"$LOGS/called"; touch "$LOGS/urls.0"; exec sleep 60; }'
-    words = f"{srun}; bookkeeping() {{ echo --checkpoint=any; }}; SERVERS=(n2); start_servers rl any.yaml"
-    done = script(tmp_path, words=f"{words}; kill $SERVING", **size)
+    commands = f"{srun}; bookkeeping() {{ echo --checkpoint=any; }}; SERVERS=(n2); start_servers rl any.yaml"
+    done = run_script(tmp_path, commands=f"{commands}; kill $SERVING", **size)
     assert done.returncode == 0, done.stderr
     called = (tmp_path / "logs/rl-7/attempt0/called").read_text().split()
     assert f"--cpus-per-task={cpus}" in called and "--ntasks-per-node=1" in called
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "told"),
+    ("code", "stdout", "stderr"),
     [(0, "server 1\n", "error: the rollout servers ended before the ranks\n"), (1, "", "")],
 )
-def test_servers_that_ended_before_ranks_that_succeeded(
-    code: int, said: str, told: str, tmp_path: Path
+def test_servers_that_end_before_successful_ranks_are_an_error(
+    code: int, stdout: str, stderr: str, tmp_path: Path
 ) -> None:
-    """Of ranks that failed, it is they whose end is told."""
-    words = 'conclude() { echo "$@"; exit 1; }; true & SERVING=$!; sleep 0.1'
-    done = script(tmp_path, words=f"{words}; CODE={code}; end_servers")
-    assert (done.stdout, done.stderr) == (said, told)
+    """If the ranks failed too, only their failure is reported."""
+    ended_server = "true & SERVING=$!; while kill -0 $SERVING 2>/dev/null; do sleep 0.01; done"
+    commands = f'conclude() {{ echo "$@"; exit 1; }}; {ended_server}'
+    done = run_script(tmp_path, commands=f"{commands}; CODE={code}; end_servers")
+    assert (done.stdout, done.stderr) == (stdout, stderr)

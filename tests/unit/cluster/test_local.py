@@ -1,4 +1,4 @@
-"""`slurm/launch.py` on a machine without SLURM: the same commands, on this machine."""
+"""`slurm/launch.py` on a machine without SLURM: the same commands run jobs on this machine."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 PATIENCE_S = 600.0
 
 
-def launch(folder: Path, *words: str) -> str:
-    """What launch.py says, called in this process."""
-    done = CliRunner().invoke(app, words, env=environment(folder))
+def launch(folder: Path, *arguments: str) -> str:
+    """Runs launch.py in this process; returns its output."""
+    done = CliRunner().invoke(app, arguments, env=environment(folder))
     assert done.exit_code == 0, "".join(format_exception(done.exception))
     return done.stdout
 
@@ -37,37 +37,39 @@ def environment(folder: Path) -> dict[str, str]:
     return {**ENVIRONMENT, "PYTHON": sys.executable, "LOG_DIR": str(folder / "logs")}
 
 
-def wait_for(folder: Path, moment: Callable[[], bool]) -> None:
+def wait_for(folder: Path, condition: Callable[[], bool]) -> None:
     give_up = time.monotonic() + PATIENCE_S
-    while not moment():
-        said = [file.read_text() for file in folder.glob("logs/submitit/*/*_log.out")]
-        assert time.monotonic() < give_up, "\n".join(said)
+    while not condition():
+        output = [file.read_text() for file in folder.glob("logs/submitit/*/*_log.out")]
+        assert time.monotonic() < give_up, "\n".join(output)
         time.sleep(0.2)
 
 
 @pytest.mark.slow
-def test_a_curriculum_is_asked_to_stop_and_goes_on_by_itself(tmp_path: Path) -> None:
+def test_a_stopped_curriculum_resumes_by_itself(tmp_path: Path) -> None:
+    # The third RL step waits for the stop signal (tests/slurm/rewards.py).
     short = (
         "stages.cold_start.steps=3",
-        "stages.rl.steps=40",
+        "stages.rl.steps=6",
         "evaluation.problems=4",
         "stages.rl.save_every=50",
+        "stages.rl.reward={name: 'tests.slurm.rewards:shorter'}",
     )
-    words = ("curriculum", str(RECIPE), *short, f"out={tmp_path}/runs", "--local", "--ranks", "2")
-    # By a process that ends before its job does, and that holds the signal: its children begin so.
+    arguments = ("curriculum", str(RECIPE), *short, f"out={tmp_path}/runs", "--local", "--ranks", "2")
+    # The submitting process ends before its job and blocks the signal, which its children inherit.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    said = subprocess.run(
-        [sys.executable, "slurm/launch.py", *words],
+    output = subprocess.run(
+        [sys.executable, "slurm/launch.py", *arguments],
         cwd=REPOSITORY,
-        env={**os.environ, **environment(tmp_path)},
+        env={**os.environ, **environment(tmp_path), "HOLD": "stop"},
         stdout=subprocess.PIPE,
         text=True,
         timeout=500,
         check=True,
     ).stdout
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    job, run = said.split()[0], tmp_path / "runs/mini"
-    wait_for(tmp_path, lambda: max(steps_of(run / "rl"), default=0) >= 2)
+    job, run = output.split()[0], tmp_path / "runs/mini"
+    wait_for(tmp_path, lambda: steps_of(run / "rl") == [1, 2])
     (task,) = psutil.Process(int(job)).children()
     task.send_signal(signal.SIGUSR2)  # as submitit does before its time limit
     attempts = tmp_path / f"logs/mini-{job}/attempts.json"
@@ -75,12 +77,12 @@ def test_a_curriculum_is_asked_to_stop_and_goes_on_by_itself(tmp_path: Path) -> 
     wait_for(tmp_path, lambda: len(json.loads(attempts.read_text())) == 2)
     assert json.loads(attempts.read_text())[0]["outcome"] == "stopped"
     wait_for(tmp_path, lambda: "COMPLETED" in launch(tmp_path, "status"))
-    assert steps_of(run / "rl") == list(range(1, 41)) and (run / "release").is_dir()
-    assert "rl  step 40/40" in launch(tmp_path, "logs", job)
+    assert steps_of(run / "rl") == list(range(1, 7)) and (run / "release").is_dir()
+    assert "rl  step 6/6" in launch(tmp_path, "logs", job)
 
 
 @pytest.mark.slow
-def test_a_failed_stage_ends_the_row_with_its_reason(tmp_path: Path) -> None:
+def test_a_failed_stage_ends_the_job_with_its_reason(tmp_path: Path) -> None:
     bad = "stages.cold_start.optimizer.lr=1.0e+30"
     launch(tmp_path, "curriculum", str(RECIPE), bad, f"out={tmp_path}/runs", "--local")
     wait_for(tmp_path, lambda: "FAILED" in launch(tmp_path, "status"))
@@ -89,10 +91,10 @@ def test_a_failed_stage_ends_the_row_with_its_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_members_of_a_sweep_take_turns(tmp_path: Path) -> None:
+def test_the_members_of_a_sweep_run_in_sequence(tmp_path: Path) -> None:
     short = ("stages.cold_start.steps=2", "stages.cold_start.evaluate=false", f"out={tmp_path}/runs")
-    said = launch(tmp_path, "submit", "sft", str(RECIPE), *short, "--sweep", "seed=1,2", "--local")
-    (job,) = said.splitlines()
+    output = launch(tmp_path, "submit", "sft", str(RECIPE), *short, "--sweep", "seed=1,2", "--local")
+    (job,) = output.splitlines()
     assert job.endswith("--sweep=seed=1,2")
     wait_for(tmp_path, lambda: "COMPLETED" in launch(tmp_path, "status"))
     first, second = (tmp_path / f"runs/mini_seed{seed}/cold_start" for seed in (1, 2))
@@ -103,8 +105,8 @@ def test_the_members_of_a_sweep_take_turns(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_cancelled_job_leaves_no_process(tmp_path: Path) -> None:
-    said = launch(tmp_path, "submit", "sft", str(RECIPE), f"out={tmp_path}/runs", "--local", "--ranks", "2")
-    job, run = said.split()[0], tmp_path / "runs/mini"
+    output = launch(tmp_path, "submit", "sft", str(RECIPE), f"out={tmp_path}/runs", "--local", "--ranks", "2")
+    job, run = output.split()[0], tmp_path / "runs/mini"
     wait_for(tmp_path, lambda: bool(steps_of(run / "cold_start")))
     tree = psutil.Process(int(job)).children(recursive=True)
     assert len(tree) >= 3
@@ -114,8 +116,8 @@ def test_a_cancelled_job_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_prints_the_command_and_runs_nothing(tmp_path: Path) -> None:
-    said = launch(tmp_path, "submit", "rl", str(RECIPE), "seed=5", "--local", "--ranks", "3", "--dry-run")
-    assert "3 processes" in said and f"parallel-r1 rl {RECIPE} seed=5" in said
+    output = launch(tmp_path, "submit", "rl", str(RECIPE), "seed=5", "--local", "--ranks", "3", "--dry-run")
+    assert "3 processes" in output and f"parallel-r1 rl {RECIPE} seed=5" in output
     assert not (tmp_path / "logs").exists()
 
 

@@ -1,17 +1,17 @@
-"""The ranks of a run on this machine, and a stop that meets their ends."""
+"""Local ranks, and a stop request that arrives when some have ended."""
 
 from __future__ import annotations
 
 import time
 
-from megatron_parallel_r1.cluster.local_ranks import LocalRanks, exit_code
+from megatron_parallel_r1.cluster.job import LocalRanks, exit_code
 
 
-def test_ranks_may_be_asked_to_stop_when_some_have_ended() -> None:
+def test_a_stop_request_tolerates_ranks_that_have_ended() -> None:
     ranks = LocalRanks(("--help",), 2)
     while None in [exit_code(process) for process in ranks._processes]:
         time.sleep(0.05)
-    ranks.ask_to_stop()
+    ranks.request_stop()
     assert ranks.wait() == 0
     ranks.kill()
     assert ranks.wait() == 0

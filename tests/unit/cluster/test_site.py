@@ -1,4 +1,4 @@
-"""What is read of a site's files, of a job's words, and of a sweep."""
+"""Parsing of site.env, #SBATCH lines, job arguments and sweeps."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_parallel_r1.cluster.command import swept
-from megatron_parallel_r1.cluster.job_spec import Order
+from megatron_parallel_r1.cluster.job_spec import JobSpec, sweep_overrides
 from megatron_parallel_r1.cluster.site import (
     SCRIPTS,
     check_site,
-    minutes_of,
+    parse_minutes,
     read_header,
     read_site,
 )
-from megatron_parallel_r1.cluster.submission import wished_minutes
+from megatron_parallel_r1.cluster.submission import requested_minutes
 from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import RECIPE
 
@@ -33,17 +32,17 @@ def test_the_headers_of_the_scripts_are_read(script: str) -> None:
     assert "account" not in header.more  # a site takes its second # away
 
 
-def lines(folder: Path, *said: str) -> Path:
-    """A script with these #SBATCH lines, and one behind its first command, where none counts."""
+def write_script(folder: Path, *lines: str) -> Path:
+    """A script with these #SBATCH lines, and one after the first command, which sbatch ignores."""
     script = folder / "job.sh"
     script.write_text(
-        "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in said) + "exit\n#SBATCH --nodes=9\n"
+        "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in lines) + "exit\n#SBATCH --nodes=9\n"
     )
     return script
 
 
 @pytest.mark.parametrize(
-    "said",
+    "lines",
     [
         ("--nodes=4", "--cpus-per-task=6", "--time=90", "--account=acc", "--partition=gpu", "--job-name=x"),
         ("--nodes 4", "--cpus-per-task 6", "--time 1:30:00", "--account acc", "--partition gpu"),
@@ -51,38 +50,38 @@ def lines(folder: Path, *said: str) -> Path:
         ("-N4 -c6 -t90 -Aacc", "-p 'gpu'"),
     ],
 )
-def test_headers_are_read_as_sbatch_reads_them(said: tuple[str, ...], tmp_path: Path) -> None:
-    header = read_header(lines(tmp_path, *said, "--requeue --nice -5", "--exclusive"))
+def test_headers_are_read_as_sbatch_reads_them(lines: tuple[str, ...], tmp_path: Path) -> None:
+    header = read_header(write_script(tmp_path, *lines, "--requeue --nice -5", "--exclusive"))
     assert (header.nodes, header.cpus_per_rank, header.minutes) == (4, 6, 90)
     more = {"account": "acc", "partition": "gpu", "requeue": True, "nice": "-5", "exclusive": True}
     assert header.more == more
 
 
-def test_gpus_may_be_of_a_type(tmp_path: Path) -> None:
-    header = read_header(lines(tmp_path, "--gpus-per-node=h100:8"))
+def test_gpus_may_have_a_type(tmp_path: Path) -> None:
+    header = read_header(write_script(tmp_path, "--gpus-per-node=h100:8"))
     assert (header.gpu_type, header.gpus_per_node) == ("h100:", 8)
 
 
 @pytest.mark.parametrize(
-    ("line", "named"),
+    ("line", "message"),
     [
-        ("nodes=4", "#SBATCH nodes=4: nodes=4 is no option; write --name=value"),
-        ("-n 8", "-n is no option"),
-        ("--nodes 4 5", "5 is no option"),
+        ("nodes=4", "#SBATCH nodes=4: nodes=4 is not an option; write --name=value"),
+        ("-n 8", "-n is not an option"),
+        ("--nodes 4 5", "5 is not an option"),
         ("--comment='open", "#SBATCH --comment='open: No closing quotation"),
-        ("--nodes=four", "no number where one belongs"),
-        ("--nodes", "no number where one belongs"),
-        ("--gpus-per-node=h100", "no number where one belongs (--gpus-per-node)"),
-        ("--gpus-per-node=h100:4,a100:4", "no number where one belongs (--gpus-per-node)"),
+        ("--nodes=four", "lacks a number"),
+        ("--nodes", "lacks a number"),
+        ("--gpus-per-node=h100", "lacks a number (--gpus-per-node)"),
+        ("--gpus-per-node=h100:4,a100:4", "lacks a number (--gpus-per-node)"),
     ],
 )
-def test_a_header_that_cannot_be_read_is_refused(line: str, named: str, tmp_path: Path) -> None:
+def test_a_header_that_cannot_be_read_is_refused(line: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
-        read_header(lines(tmp_path, line))
-    assert named in str(refused.value)
+        read_header(write_script(tmp_path, line))
+    assert message in str(refused.value)
 
 
-def test_a_site_that_is_not_as_it_says_is_refused() -> None:
+def test_invalid_site_settings_are_refused() -> None:
     site, header = read_site(SLURM) | {"PYTHON": "bash"}, read_header(SLURM / "rl_stage.sh")
     check_site(site, header)
     for wrong in (
@@ -92,21 +91,21 @@ def test_a_site_that_is_not_as_it_says_is_refused() -> None:
         {"GRACE_S": "soon"},
         {"MAX_FAILURES": "0"},
         {"ROLLOUT_SERVERS": "none"},
-        {"PYTHON": "no/one"},
+        {"PYTHON": "no/such"},
     ):
         with pytest.raises(UserError, match=next(iter(wrong))):
             check_site(site | wrong, header)
     check_site(site | {"ROLLOUT_NODES": "2"}, replace(header, nodes=3))
 
 
-def test_servers_that_could_not_start_are_refused() -> None:
+def test_invalid_server_settings_are_refused() -> None:
     site, header = read_site(SLURM) | {"PYTHON": "bash"}, read_header(SLURM / "rl_stage.sh")
     for wrong in (
         {"ROLLOUT_ENGINE": "sglnag"},
-        {"ROLLOUT_PYTHON": "no/one"},
+        {"ROLLOUT_PYTHON": "no/such"},
         {"ROLLOUT_SERVERS": "4", "ROLLOUT_TENSOR": "3"},
     ):
-        check_site(site | wrong, header)  # no one asks for them
+        check_site(site | wrong, header)  # without servers they do not matter
         with pytest.raises(UserError, match=next(iter(wrong))):
             check_site(site | wrong | {"ROLLOUT_NODES": "1"}, header)
     for right in (
@@ -118,7 +117,7 @@ def test_servers_that_could_not_start_are_refused() -> None:
     check_site(site | {"ROLLOUT_NODES": "1", "ROLLOUT_TENSOR": "3"}, replace(header, gpus_per_node=0))
 
 
-def test_the_environment_goes_before_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_overrides_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_site(SLURM)["MAX_FAILURES"] == "3"
     monkeypatch.setenv("MAX_FAILURES", "7")
     assert read_site(SLURM)["MAX_FAILURES"] == "7"
@@ -129,62 +128,65 @@ def test_the_environment_goes_before_the_file(monkeypatch: pytest.MonkeyPatch) -
     [("90", 90), ("90:30", 90), ("24:00:00", 1440), ("2-0", 2880), ("1-12:30", 2190), ("1-12:30:59", 2190)],
 )
 def test_times_are_read_as_slurm_writes_them(time: str, minutes: int) -> None:
-    assert minutes_of(time) == minutes
+    assert parse_minutes(time) == minutes
 
 
 @pytest.mark.parametrize("time", ["soon", "1:2:3:4", "2-", "1h", ""])
-def test_what_is_no_time_is_refused(time: str) -> None:
+def test_a_malformed_time_is_refused(time: str) -> None:
     with pytest.raises(UserError, match=f"--time {time}: write minutes"):
-        wished_minutes(time)
+        requested_minutes(time)
 
 
-def test_an_order_knows_where_its_steps_are_written() -> None:
-    assert Order.read("rl", [str(RECIPE), "out=x", "name=y"]).folders == (Path("x/y/rl"),)
-    assert Order.read("curriculum", [str(RECIPE), "out=x", "seeds=[1,2]"]).folders == (
+def test_a_job_spec_knows_its_step_folders() -> None:
+    assert JobSpec.read("rl", [str(RECIPE), "out=x", "name=y"]).folders == (Path("x/y/rl"),)
+    assert JobSpec.read("curriculum", [str(RECIPE), "out=x", "seeds=[1,2]"]).folders == (
         Path("x/mini/seed1"),
         Path("x/mini/seed2"),
     )
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "message"),
+    ("kind", "arguments", "message"),
     [
         ("rl", [str(RECIPE), "--stage", "cold_start"], "no rl stage is called cold_start; it has rl"),
-        ("rl", [str(RECIPE), "--fresh"], "--fresh: a requeued job would begin anew"),
+        ("rl", [str(RECIPE), "--fresh"], "--fresh: a requeued job would start over"),
         ("rl", [str(RECIPE), "--gpus", "3"], "give RECIPE"),
         ("rl", [], "give RECIPE"),
     ],
 )
-def test_an_order_that_cannot_run_is_refused(kind: str, words: list[str], message: str) -> None:
+def test_invalid_job_arguments_are_refused(kind: str, arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Order.read(kind, words)
+        JobSpec.read(kind, arguments)
 
 
-def test_a_job_begins_without_waiting_for_torch() -> None:
-    """Its script reads the recipe before it starts a rank; torch takes most of what Python needs to start."""
-    program = "import sys, megatron_parallel_r1.cluster.job_spec; sys.exit('torch' in sys.modules)"
+def test_torch_is_not_imported() -> None:
+    """Neither the bookkeeping of a job nor its submission imports torch."""
+    rooms = "job_spec, __main__, command, job_registry, submission"
+    program = (
+        f"import sys; from megatron_parallel_r1.cluster import {rooms}; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], timeout=100).returncode == 0
 
 
-def test_the_file_of_one_stage_stands_for_it(tmp_path: Path) -> None:
+def test_the_file_of_one_stage_selects_it(tmp_path: Path) -> None:
     (tmp_path / "whole.yaml").write_text(RECIPE.read_text())
     (tmp_path / "rl.yaml").write_text("recipe: whole.yaml\nstage: rl\n")
-    one = str(tmp_path / "rl.yaml")
-    assert Order.read("rl", [one, "seed=4"]).stage == "rl"
+    stage_file = str(tmp_path / "rl.yaml")
+    assert JobSpec.read("rl", [stage_file, "seed=4"]).stage == "rl"
     with pytest.raises(UserError, match="no sft stage is called rl; it has cold_start"):
-        Order.read("sft", [one])
+        JobSpec.read("sft", [stage_file])
     with pytest.raises(UserError, match=r"the stage rl alone; .* or take .*whole\.yaml"):
-        Order.read("curriculum", [one])
+        JobSpec.read("curriculum", [stage_file])
     (tmp_path / "rl.yaml").write_text("recipe: whole.yaml\n")
     with pytest.raises(UserError, match="has two keys"):
-        Order.read("rl", [one])
+        JobSpec.read("rl", [stage_file])
 
 
-def test_a_sweep_takes_all_pairs_each_under_a_name_of_its_own() -> None:
-    assert swept(str(RECIPE), (), ()) == [[]]
-    assert swept(str(RECIPE), ("name=base",), ("seed=1,2", "stages.rl.steps=5")) == [
+def test_sweeps_span_their_product_under_names_of_their_own() -> None:
+    assert sweep_overrides(RECIPE, (), ()) == [[]]
+    assert sweep_overrides(RECIPE, ("name=base",), ("seed=1,2", "stages.rl.steps=5")) == [
         ["seed=1", "stages.rl.steps=5", "name=base_seed1_steps5"],
         ["seed=2", "stages.rl.steps=5", "name=base_seed2_steps5"],
     ]
     with pytest.raises(UserError, match="write KEY=A,B"):
-        swept(str(RECIPE), (), ("seed",))
+        sweep_overrides(RECIPE, (), ("seed",))

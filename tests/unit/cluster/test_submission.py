@@ -1,4 +1,4 @@
-"""The job that launch.py would hand over, made from a site's scripts, where nothing is submitted."""
+"""The job that launch.py would submit, made from a site's scripts; nothing is submitted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_parallel_r1.cluster.job_spec import Order
-from megatron_parallel_r1.cluster.submission import Launcher, Wish
+from megatron_parallel_r1.cluster.job_spec import JobSpec
+from megatron_parallel_r1.cluster.submission import JobLauncher, ResourceRequest
 from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import RECIPE
 
@@ -19,7 +19,7 @@ SLURM = Path(__file__).resolve().parents[3] / "slurm"
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One whose #SBATCH lines a test may edit; submitit asks no more of SLURM than that an srun is there."""
+    """A copy whose #SBATCH lines a test may edit; submitit only checks that `srun` exists."""
     shutil.copytree(SLURM, tmp_path / "slurm")
     (tmp_path / "srun").write_text("#!/bin/sh\n")
     (tmp_path / "srun").chmod(0o755)
@@ -28,17 +28,18 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def edit(repository: Path, line: str, other: str) -> None:
+def edit(repository: Path, line: str, replacement: str) -> None:
     script = repository / "slurm/rl_stage.sh"
     text = script.read_text()
     assert text.count(line) == 1
-    script.write_text(text.replace(line, other))
+    script.write_text(text.replace(line, replacement))
 
 
-def described(repository: Path, *words: str, **wish: int) -> list[str]:
-    """Its lines."""
-    order = Order.read("rl", [str(RECIPE), *words])
-    return Launcher(repository, Wish(**wish), local=False).describe([order], "rl").splitlines()
+def described(repository: Path, *overrides: str, **resources: int) -> list[str]:
+    """Lines of the submission file."""
+    spec = JobSpec.read("rl", [str(RECIPE), *overrides])
+    launcher = JobLauncher(repository, ResourceRequest(**resources), local=False)
+    return launcher.describe([spec], "rl").splitlines()
 
 
 def test_a_site_may_write_its_lines_as_sbatch_takes_them(repository: Path) -> None:
@@ -52,18 +53,18 @@ def test_a_site_may_write_its_lines_as_sbatch_takes_them(repository: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "settings", "message"),
+    ("overrides", "settings", "message"),
     [
         (("parallel.tensor=3",), {}, "= 3 does not divide the 16 processes; start a multiple of 3"),
         (("parallel.pipeline=16",), {"ROLLOUT_NODES": "1"}, "= 16 does not divide the 8 processes"),
         ((), {"ROLLOUT_NODES": "1", "ROLLOUT_ENGINE": "vllm"}, "vllm takes new weights from disk only; "),
         (("rollout.engine=sglang", "rollout.servers=8"), {"ROLLOUT_NODES": "1"}, "set ROLLOUT_NODES=0"),
-        (("seeds=[1,2]",), {"ROLLOUT_NODES": "1"}, "give seed, not seeds"),
+        (("seeds=[1,2]",), {"ROLLOUT_NODES": "1"}, "set seed, not seeds"),
         ((), {"ROLLOUT_NODES": "1", "ROLLOUT_TENSOR": "2"}, "need 16, a node has 8; lower one of the two"),
     ],
 )
-def test_what_ranks_would_refuse_is_refused_before(
-    words: tuple[str, ...],
+def test_what_ranks_would_refuse_is_refused_at_submission(
+    overrides: tuple[str, ...],
     settings: dict[str, str],
     message: str,
     repository: Path,
@@ -72,4 +73,6 @@ def test_what_ranks_would_refuse_is_refused_before(
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=re.escape(message)):
-        Launcher(repository, Wish(), local=False).check([Order.read("rl", [str(RECIPE), *words])], "rl")
+        JobLauncher(repository, ResourceRequest(), local=False).check(
+            [JobSpec.read("rl", [str(RECIPE), *overrides])], "rl"
+        )
