@@ -17,14 +17,14 @@ from megatron_parallel_r1.data.prompts import decode
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.decode import prompt_tokens
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
-from megatron_parallel_r1.serve.served import Served
+from megatron_parallel_r1.serve.served_model import ServedModel
 
 
 def main() -> None:
     if len(sys.argv) != 3:
         raise UserError("usage: think_in_parallel.py RELEASE QUESTION")
     folder, question = Path(sys.argv[1]), sys.argv[2]
-    model = Served.load(folder)
+    model = ServedModel.load(folder)
     prompt = prompt_tokens(model.tokenizer, model.template, question)
     thinker = Thinker(model.engine, model.tags, model.thinking)
     (trace,) = asyncio.run(roll_out(thinker, [prompt], [0], 1))

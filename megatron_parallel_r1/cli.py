@@ -153,7 +153,7 @@ def serve(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt.")] = 4096,
 ) -> None:
     """Serve a released checkpoint: OpenAI's API, and a page where the paths grow side by side."""
-    from megatron_parallel_r1.serve.limits import Limits
+    from megatron_parallel_r1.serve.admission import Limits
     from megatron_parallel_r1.serve.run import serve as run_server
 
     limits = Limits(

@@ -15,6 +15,7 @@ from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import check_parallel
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.checkpoints import read_tags
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import check_fit, hf_tensors
 from megatron_parallel_r1.report.trace_record import trace_record
@@ -28,7 +29,6 @@ from megatron_parallel_r1.run.context import Workbench
 from megatron_parallel_r1.run.datasets import evaluation_problems, open_tokenizer
 from megatron_parallel_r1.run.engines import Decoders, engine_of_checkpoint
 from megatron_parallel_r1.run.folder import steps_done
-from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.jsonl import JsonlWriter
 from megatron_parallel_r1.utils.seeding import derive_seed, seed_series
@@ -121,10 +121,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None = None) -> dict[
     shape, _ = load_hf_folder(folder)
     check_fit(shape, hf_sizes(folder))
     tokenizer = open_tokenizer(folder)
-    try:
-        tags = Tags.of(tokenizer)
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}; give a model that was trained to think in parallel") from None
+    tags = read_tags(tokenizer, folder)
     parallel, asked = recipe.parallel, recipe.evaluation
     check_parallel(shape, parallel, process.world_size())
     thinking = recipe.thinking_of(recipe.stages[-1])

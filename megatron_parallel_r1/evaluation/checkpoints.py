@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,6 +21,10 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.modes import Decoding
 from megatron_parallel_r1.report.run_folder import read_run
 from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.thought.tags import Tags
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1 << 24
 # What decides a response, given the decoding settings.
@@ -130,6 +134,18 @@ def stored_decoding(file: Path) -> Decoding:
             f"{file}: prompt_template must be a text with {{problem}} in it; mend it, or copy it again"
         )
     return Decoding(thinking, template)
+
+
+def read_tags(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Tags:
+    """The six tags of a checkpoint's tokenizer.
+
+    Raises:
+        UserError: it lacks one.
+    """
+    try:
+        return Tags.of(tokenizer)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; give a model that was trained to think in parallel") from None
 
 
 def _stored_step(file: Path) -> int | None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import Benchmark
-from megatron_parallel_r1.evaluation.checkpoints import Checkpoint, fingerprint
+from megatron_parallel_r1.evaluation.checkpoints import Checkpoint, fingerprint, read_tags
 from megatron_parallel_r1.evaluation.decode import draw, judged_record, prompt_tokens
 from megatron_parallel_r1.evaluation.engines import EngineRequest, Opened, engine_opener
 from megatron_parallel_r1.evaluation.modes import Decoding, Mode, decoding_of
@@ -107,7 +107,7 @@ def evaluate(
     with Verifier() as verifier:
         if missing:
             tokenizer = open_tokenizer(checkpoint.folder)
-            tags = _tags(tokenizer, checkpoint.folder)
+            tags = read_tags(tokenizer, checkpoint.folder)
             request = EngineRequest(checkpoint.folder, plan.seed, plan.tensor, plan.servers)
             with opener(request) as opened:
                 thinker = _thinker(opened, tags, decoding)
@@ -185,10 +185,3 @@ def _thinker(opened: Opened, tags: Tags, decoding: Decoding) -> Thinker:
         return Thinker(opened.engine, tags, decoding.thinking)
     except ValueError as error:
         raise UserError(f"{error}; choose another with --set mode=…") from None
-
-
-def _tags(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Tags:
-    try:
-        return Tags.of(tokenizer)
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}; give a model that was trained to think in parallel") from None

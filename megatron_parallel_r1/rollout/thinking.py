@@ -22,9 +22,9 @@ loss, and after `max_blocks` the trace goes on to its answer instead of ending.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any, Generic, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from megatron_parallel_r1.rollout.draft import Draft, Room
 from megatron_parallel_r1.rollout.engine import Completion, Context, Engine, Sampling
@@ -35,8 +35,12 @@ from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.seeding import hash_seed
 
 End = Literal["eos", "length", "closed"]
+# Where a token stands: () the main text, (2,) the closing tags and summary of its second block, (2, 0) that
+# block's first path, (2, 0, 1) the first block inside that path, and so on.
 Branch = tuple[int, ...]
+Observer = Callable[[Branch, int], None]
 NOTHING: frozenset[int] = frozenset()
+T = TypeVar("T")
 
 
 class Thinker(Generic[Context]):
@@ -56,23 +60,32 @@ class Thinker(Generic[Context]):
         self.settings = settings
 
     async def trace(
-        self, prompt: Sequence[int], opened: Context, seed: int, paths: int | None = None
+        self,
+        prompt: Sequence[int],
+        opened: Context,
+        seed: int,
+        paths: int | None = None,
+        observe: Observer | None = None,
     ) -> Trace:
-        """Writes one response behind a prompt.
+        """Writes one response after a prompt; closes every context it opened, also when it is cancelled.
 
         Args:
             prompt: token ids, already written in `opened`.
             opened: a context of the caller; a fork of it is used.
             seed: fixes every draw of this trace.
             paths: sibling paths of its blocks, 1..8; None: as the settings say.
+            observe: called with each token of the trace, forced ones included, in order within a branch. The
+                engine then draws one token a call. Draws depend on seed and position: the trace is the same.
         """
         settings = self.settings if paths is None else replace(self.settings, paths=paths)
         room = Room(
             settings.max_response_tokens, settings.max_critical_tokens or settings.max_response_tokens
         )
-        writing = _Writing(self.engine, self.tags, settings, seed)
-        draft, end, context = await writing.chain(self.engine.fork(opened), Draft(), room, depth=0)
-        self.engine.close(context)
+        writing = _Writing(self.engine, self.tags, settings, seed, observe)
+        try:
+            draft, end, _ = await writing.chain(writing.fork(opened), Draft(), room, depth=0)
+        finally:
+            writing.close_all()
         return Trace(
             prompt=tuple(prompt),
             tokens=tuple(draft.tokens),
@@ -88,11 +101,28 @@ class Thinker(Generic[Context]):
 class _Writing(Generic[Context]):
     """One trace being written."""
 
-    def __init__(self, engine: Engine[Context], tags: Tags, settings: Thinking, seed: int) -> None:
+    def __init__(
+        self,
+        engine: Engine[Context],
+        tags: Tags,
+        settings: Thinking,
+        seed: int,
+        observe: Observer | None,
+    ) -> None:
         self.engine = engine
         self.tags = tags
         self.settings = settings
         self.seed = seed
+        self._observe = observe
+        self._open: dict[int, Context] = {}
+
+    def fork(self, context: Context) -> Context:
+        return self._keep(self.engine.fork(context))
+
+    def close_all(self) -> None:
+        """Closes what is still open: the trace's own context, or all of them after an error."""
+        for context in tuple(self._open.values()):
+            self._close(context)
 
     async def chain(
         self, context: Context, draft: Draft, room: Room, depth: int, branch: Branch = ()
@@ -150,21 +180,23 @@ class _Writing(Generic[Context]):
                 trunk = written[1]
             context = trunk
         else:
-            paths = await asyncio.gather(
-                *(
-                    self._path(engine.fork(trunk), share, depth + 1, (*branch, index))
+            paths = await _together(
+                [
+                    self._path(self.fork(trunk), share, depth + 1, (*branch, index))
                     for index in range(self.settings.paths)
-                )
+                ]
             )
             context = await self._joined(trunk, paths)
         draft.add_siblings([path for path, _ in paths])
         await engine.write(context, (tags.parallel_end, tags.summary))
         draft.add_forced((tags.parallel_end, tags.summary), engine.version)
+        self._show(branch, (tags.parallel_end, tags.summary))
         end = await self._summary(context, draft, room, depth, branch)
         if end != "closed" and depth:
             # The path around it goes on to its own forced end; the text must say where the summary ended.
             draft.add_forced((tags.summary_end,), engine.version)
             await engine.write(context, (tags.summary_end,))
+            self._show(branch, (tags.summary_end,))
         return end, context
 
     async def _path(self, context: Context, share: Room, depth: int, branch: Branch) -> tuple[Draft, Context]:
@@ -172,22 +204,24 @@ class _Writing(Generic[Context]):
         draft = Draft()
         draft.add_forced((self.tags.path,), self.engine.version)
         await self.engine.write(context, (self.tags.path,))
+        self._show(branch, (self.tags.path,))
         draft, end, context = await self.chain(context, draft, share, depth, branch)
         closing = () if end == "closed" else (self.tags.path_end,)
         draft.add_forced(closing, self.engine.version)
         await self.engine.write(context, closing)
+        self._show(branch, closing)
         return draft, context
 
     async def _joined(self, trunk: Context, paths: Sequence[tuple[Draft, Context]]) -> Context:
         contexts = [context for _, context in paths]
         if self.settings.mode == "isolated":
-            joined = self.engine.join(trunk, contexts)
+            joined = self._keep(self.engine.join(trunk, contexts))
         else:
-            joined = self.engine.fork(contexts[0])
+            joined = self.fork(contexts[0])
             others = [token for draft, _ in paths[1:] for token in draft.tokens]
             await self.engine.write(joined, others)
         for context in (trunk, *contexts):
-            self.engine.close(context)
+            self._close(context)
         return joined
 
     async def _summary(self, context: Context, draft: Draft, room: Room, depth: int, branch: Branch) -> End:
@@ -223,7 +257,44 @@ class _Writing(Generic[Context]):
         settings = self.settings
         seed = hash_seed(repr((self.seed, branch)))
         sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, seed)
-        return await self.engine.sample(context, sampling, limit, stop, suppress)
+        if self._observe is None:
+            return await self.engine.sample(context, sampling, limit, stop, suppress)
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        versions: list[int] = []
+        while True:
+            drawn = await self.engine.sample(context, sampling, 1, stop, suppress)
+            tokens += drawn.tokens
+            logprobs += drawn.logprobs
+            versions += drawn.versions
+            self._show(branch, drawn.tokens)
+            if drawn.stopped or len(tokens) == limit:
+                return Completion(tuple(tokens), tuple(logprobs), tuple(versions), drawn.stopped)
+
+    def _show(self, branch: Branch, tokens: Sequence[int]) -> None:
+        if self._observe is not None:
+            for token in tokens:
+                self._observe(branch, token)
+
+    def _keep(self, context: Context) -> Context:
+        self._open[id(context)] = context
+        return context
+
+    def _close(self, context: Context) -> None:
+        del self._open[id(context)]
+        self.engine.close(context)
+
+
+async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order. After an error none of the others goes on with a context that will be closed."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 async def roll_out(

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server that thinks in parallel, and a page to watch it (docs/serving.md)."""
+"""An OpenAI-compatible server that thinks in parallel, and a web page that shows it (docs/serving.md)."""

@@ -1,52 +1,85 @@
-"""Who is served now, who waits, and who is sent away."""
+"""Limits on requests, and admission control: requests run, wait in a queue, or are rejected."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
 
-from megatron_parallel_r1.serve.api_error import Refused
-from megatron_parallel_r1.serve.limits import Limits
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.serve.schema import ApiError
 
 RETRY_AFTER = "5"  # seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of one request and of all requests together, each at least 1.
+
+    Attributes:
+        body_bytes: size of a request's body.
+        body_seconds: time for a request's body to arrive.
+        prompt_tokens: tokens of one prompt, template included.
+        max_tokens: tokens of one response, forced ones included; None: the limit of the training.
+        choices: responses to one request: prompts times `n`.
+        running: requests decoded at once.
+        cache_tokens: KV cache tokens that running requests may come to hold; None: unlimited.
+        waiting: requests in the queue; a further one is rejected.
+        seconds: time from a request's arrival to the end of its response, waiting included.
+    """
+
+    body_bytes: int = 2**18
+    body_seconds: float = 10.0
+    prompt_tokens: int = 4096
+    max_tokens: int | None = None
+    choices: int = 16
+    running: int = 8
+    cache_tokens: int | None = None
+    waiting: int = 64
+    seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        broken = [name for name, value in asdict(self).items() if value is not None and not value >= 1]
+        if broken:
+            raise UserError(f"serve: {', '.join(broken)} must be at least 1")
+
+
 class Admission:
-    """Lets requests in one after the other, in the order of their arrival."""
+    """Admits requests in the order of their arrival."""
 
     def __init__(self, limits: Limits) -> None:
         self.running = 0
         self.waiting = 0
         self._limits = limits
         self._cache_tokens = 0
-        self._door = asyncio.Lock()
-        self._left = asyncio.Event()
+        self._head = asyncio.Lock()
+        self._freed = asyncio.Event()
 
     @asynccontextmanager
-    async def place(self, cache_tokens: int) -> AsyncIterator[None]:
-        """Waits for a turn and keeps it.
+    async def slot(self, cache_tokens: int) -> AsyncIterator[None]:
+        """Waits until the request may run, and holds its slot.
 
         Args:
-            cache_tokens: that the request may come to hold; no more than all together may.
+            cache_tokens: KV cache tokens that the request may come to hold, at most `limits.cache_tokens`.
 
         Raises:
-            Refused: 503; too many wait already.
+            ApiError: 503; the queue is full.
         """
         if self.waiting >= self._limits.waiting:
-            raise Refused(
+            raise ApiError(
                 503,
-                f"{self.waiting} requests wait already; ask again in some seconds",
+                f"the queue is full ({self.waiting} requests are waiting); try again in a few seconds",
                 code="queue_full",
                 headers={"Retry-After": RETRY_AFTER},
             )
         self.waiting += 1
         try:
-            # Who came first stands in the door, so that a small request overtakes no large one.
-            async with self._door:
-                while not self._has_room(cache_tokens):
-                    self._left.clear()
-                    await self._left.wait()
+            # The head of the queue holds the lock, so that no small request overtakes a large one.
+            async with self._head:
+                while not self._fits(cache_tokens):
+                    self._freed.clear()
+                    await self._freed.wait()
                 self.running += 1
                 self._cache_tokens += cache_tokens
         finally:
@@ -56,9 +89,9 @@ class Admission:
         finally:
             self.running -= 1
             self._cache_tokens -= cache_tokens
-            self._left.set()
+            self._freed.set()
 
-    def _has_room(self, cache_tokens: int) -> bool:
-        most = self._limits.cache_tokens
-        fits = most is None or self._cache_tokens + cache_tokens <= most
+    def _fits(self, cache_tokens: int) -> bool:
+        limit = self._limits.cache_tokens
+        fits = limit is None or self._cache_tokens + cache_tokens <= limit
         return fits and self.running < self._limits.running

@@ -1,4 +1,4 @@
-"""The routes of the server: OpenAI's, its health, and the page."""
+"""The server's routes: OpenAI's API, health, and the web page."""
 
 from __future__ import annotations
 
@@ -15,37 +15,35 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.types import Receive, Scope, Send
 
 from megatron_parallel_r1.serve.access import check_host, check_key, read_body
-from megatron_parallel_r1.serve.admission import Admission
-from megatron_parallel_r1.serve.answer import Answer, Kind
-from megatron_parallel_r1.serve.api_error import Refused
-from megatron_parallel_r1.serve.engine_request import ask
-from megatron_parallel_r1.serve.limits import Limits
+from megatron_parallel_r1.serve.admission import Admission, Limits
+from megatron_parallel_r1.serve.engine_request import engine_request
+from megatron_parallel_r1.serve.engine_thread import EngineThread
 from megatron_parallel_r1.serve.page import build_page
-from megatron_parallel_r1.serve.schema import ChatRequest, CompletionRequest, read_request
-from megatron_parallel_r1.serve.served import Served
-from megatron_parallel_r1.serve.session import Exchange
-from megatron_parallel_r1.serve.worker import Worker
+from megatron_parallel_r1.serve.response_body import Endpoint, ResponseBody
+from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, read_request
+from megatron_parallel_r1.serve.served_model import ServedModel
+from megatron_parallel_r1.serve.session import Session
 
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
-def make_app(served: Served, limits: Limits, api_key: str | None = None, local: bool = True) -> FastAPI:
-    """The server as an ASGI application.
+def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, local: bool = True) -> FastAPI:
+    """Builds the server as an ASGI application.
 
     Args:
-        api_key: what clients must send; None: nothing.
-        local: refuse requests that a browser believes to send to another machine.
+        api_key: key that clients must send; None: no key.
+        local: reject requests whose Host header names another machine.
     """
-    worker = Worker()
+    thread = EngineThread()
     admission = Admission(limits)
     page, policy = build_page(served.name, served.thinking, needs_key=api_key is not None)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        worker.stop()
+        thread.stop()
 
-    # FastAPI's own pages of documentation load scripts from elsewhere.
+    # FastAPI's own documentation pages load scripts from a CDN.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
     def check_client(request: HttpRequest) -> None:
@@ -54,39 +52,39 @@ def make_app(served: Served, limits: Limits, api_key: str | None = None, local: 
         if api_key is not None:
             check_key(request, api_key)
 
-    async def complete(request: HttpRequest, kind: Kind) -> Response:
-        check_client(request)
-        body = await read_body(request, limits)
-        told = read_request(body, ChatRequest if kind == "chat" else CompletionRequest)
-        question = ask(served, limits, told)
-        answer = Answer(kind, served.name, question)
-        exchange = Exchange(served, worker, admission, limits, question)
-        gone = asyncio.create_task(_cancel_when_gone(request, exchange))
+    async def complete(http: HttpRequest, endpoint: Endpoint) -> Response:
+        check_client(http)
+        content = await read_body(http, limits)
+        request = read_request(content, ChatRequest if endpoint == "chat" else CompletionRequest)
+        wanted = engine_request(served, limits, request)
+        body = ResponseBody(endpoint, served.name, wanted)
+        session = Session(served, thread, admission, limits, wanted)
+        watcher = asyncio.create_task(_cancel_on_disconnect(http, session))
         try:
-            await exchange.begin()
-            if told.stream:
-                return _Stream(exchange, _events(exchange, answer, told.wants_usage))
-            texts = [""] * len(exchange.scripts)
-            async for deltas in exchange.updates():
+            await session.wait_admitted()
+            if request.stream:
+                return _EventStream(session, _events(session, body, request.wants_usage))
+            texts = [""] * len(session.responses)
+            async for deltas in session.deltas():
                 texts = [text + delta.content for text, delta in zip(texts, deltas, strict=True)]
-            return JSONResponse(answer.whole(exchange.scripts, texts), headers=HEADERS)
+            return JSONResponse(body.whole(session.responses, texts), headers=HEADERS)
         finally:
-            gone.cancel()
+            watcher.cancel()
 
     @app.get("/")
-    async def show_page(request: HttpRequest) -> HTMLResponse:
+    async def get_page(request: HttpRequest) -> HTMLResponse:
         if local:
             check_host(request)
         return HTMLResponse(page, headers=HEADERS | {"Content-Security-Policy": policy})
 
     @app.get("/health")
-    async def tell_health() -> dict[str, Any]:
-        """What is under way. `cache_tokens` is 0 when nothing is."""
+    async def get_health() -> dict[str, Any]:
+        """Load of the server; `cache_tokens` is 0 when it is idle."""
         return {
             "status": "ok",
             "running": admission.running,
             "waiting": admission.waiting,
-            "cache_tokens": served.cached_tokens,
+            "cache_tokens": served.engine.cached_tokens,
         }
 
     @app.get("/v1/models")
@@ -103,55 +101,55 @@ def make_app(served: Served, limits: Limits, api_key: str | None = None, local: 
     async def complete_text(request: HttpRequest) -> Response:
         return await complete(request, "text")
 
-    @app.exception_handler(Refused)
-    async def tell_refusal(_: HttpRequest, refused: Refused) -> Response:
-        return JSONResponse(refused.body, refused.status, HEADERS | refused.headers)
+    @app.exception_handler(ApiError)
+    async def on_api_error(_: HttpRequest, error: ApiError) -> Response:
+        return JSONResponse(error.body, error.status, HEADERS | error.headers)
 
     @app.exception_handler(HTTPException)
-    async def tell_http(_: HttpRequest, error: HTTPException) -> Response:
-        refused = Refused(error.status_code, str(error.detail))
-        return JSONResponse(refused.body, refused.status, HEADERS | dict(error.headers or {}))
+    async def on_http_error(_: HttpRequest, error: HTTPException) -> Response:
+        body = ApiError(error.status_code, str(error.detail)).body
+        return JSONResponse(body, error.status_code, HEADERS | dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def tell_failure(_: HttpRequest, error: Exception) -> Response:
-        refused = Refused(500, "the server failed; its log says why", code="internal_error")
-        return JSONResponse(refused.body, refused.status, HEADERS)
+    async def on_failure(_: HttpRequest, error: Exception) -> Response:
+        failure = ApiError.internal()
+        return JSONResponse(failure.body, failure.status, HEADERS)
 
     return app
 
 
-class _Stream(StreamingResponse):
-    """Server-sent events; however it ends, the work behind it ends too."""
+class _EventStream(StreamingResponse):
+    """Server-sent events; cancels the session however the stream ends."""
 
-    def __init__(self, exchange: Exchange, events: AsyncIterator[str]) -> None:
+    def __init__(self, session: Session, events: AsyncIterator[str]) -> None:
         super().__init__(
             events, headers=HEADERS | {"X-Accel-Buffering": "no"}, media_type="text/event-stream"
         )
-        self._exchange = exchange
+        self._session = session
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._exchange.cancel()
+            self._session.cancel()
 
 
-async def _events(exchange: Exchange, answer: Answer, usage: bool) -> AsyncIterator[str]:
-    yield _spell(answer.opening())
+async def _events(session: Session, body: ResponseBody, usage: bool) -> AsyncIterator[str]:
+    yield _encode(body.first_chunks())
     try:
-        async for deltas in exchange.updates():
-            yield _spell(answer.news(deltas))
-    except Refused as refused:
-        yield _spell([refused.body])
+        async for deltas in session.deltas():
+            yield _encode(body.chunks(deltas))
+    except ApiError as error:
+        yield _encode([error.body])
         return
-    yield _spell(answer.closing(exchange.scripts, usage)) + "data: [DONE]\n\n"
+    yield _encode(body.last_chunks(session.responses, usage)) + "data: [DONE]\n\n"
 
 
-def _spell(bodies: Iterable[dict[str, Any]]) -> str:
-    return "".join(f"data: {json.dumps(body, ensure_ascii=False)}\n\n" for body in bodies)
+def _encode(chunks: Iterable[dict[str, Any]]) -> str:
+    return "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in chunks)
 
 
-async def _cancel_when_gone(request: HttpRequest, exchange: Exchange) -> None:
+async def _cancel_on_disconnect(request: HttpRequest, session: Session) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
-    exchange.cancel()
+    session.cancel()

@@ -1,30 +1,59 @@
-"""From a request to the question that the engine is asked; whatever the limits do not allow is refused."""
+"""Turns an API request into prompts, seeds and settings for the engine, and checks it against the limits."""
 
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.serve.api_error import Refused
-from megatron_parallel_r1.serve.limits import Limits
-from megatron_parallel_r1.serve.prompts import chat_prompt, text_prompts
-from megatron_parallel_r1.serve.schema import ChatRequest, CompletionRequest
-from megatron_parallel_r1.serve.served import Served
-from megatron_parallel_r1.serve.session import Question
+from megatron_parallel_r1.serve.admission import Limits
+from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, Message
+from megatron_parallel_r1.serve.served_model import ServedModel
 from megatron_parallel_r1.utils.seeding import hash_seed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def ask(served: Served, limits: Limits, request: ChatRequest | CompletionRequest) -> Question:
-    """The question that a request poses.
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request in token ids. Response i continues `prompts[i // n]` and is drawn with `seeds[i]`."""
+
+    prompts: list[list[int]]
+    n: int
+    seeds: list[int]
+    thinking: Thinking
+    stops: tuple[str, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def cache_tokens(self) -> int:
+        """The most KV cache tokens that its responses may hold.
+
+        Prompts count once, and each token of a response once; in mode replay twice, because paths are written
+        again after the first one before they are freed.
+        """
+        copies = 2 if self.thinking.mode == "replay" else 1
+        return self.prompt_tokens + copies * len(self.seeds) * self.thinking.max_response_tokens
+
+
+def engine_request(
+    served: ServedModel, limits: Limits, request: ChatRequest | CompletionRequest
+) -> EngineRequest:
+    """Tokenizes and checks a request.
 
     Raises:
-        Refused: 404, another model is asked for; 400, the request is over a limit.
+        ApiError: 404, it names another model; 400, it is over a limit.
     """
     if request.model is not None and request.model != served.name:
-        raise Refused(
+        raise ApiError(
             404,
-            f"there is no model {request.model[:80]!r}; ask for {served.name!r}",
+            f"there is no model {request.model[:80]!r}; use {served.name!r}",
             "model",
             "model_not_found",
         )
@@ -35,14 +64,14 @@ def ask(served: Served, limits: Limits, request: ChatRequest | CompletionRequest
         prompts = text_prompts(served.tokenizer, served.vocabulary, request.prompt)
     longest = max(map(len, prompts))
     if longest > limits.prompt_tokens:
-        raise Refused(
+        raise ApiError(
             400,
             f"the prompt has {longest} tokens; {limits.prompt_tokens} is the limit",
             "messages" if isinstance(request, ChatRequest) else "prompt",
             "context_length_exceeded",
         )
     if longest + thinking.max_response_tokens > served.positions:
-        raise Refused(
+        raise ApiError(
             400,
             f"prompt ({longest} tokens) and response (max_tokens {thinking.max_response_tokens}) do not fit "
             f"into the model's {served.positions} positions; shorten one",
@@ -51,30 +80,78 @@ def ask(served: Served, limits: Limits, request: ChatRequest | CompletionRequest
         )
     count = len(prompts) * request.n
     if count > limits.choices:
-        raise Refused(400, f"{count} responses are asked for; {limits.choices} is the limit", "n")
+        raise ApiError(400, f"the request needs {count} responses; {limits.choices} is the limit", "n")
     seed = secrets.randbits(63) if request.seed is None else request.seed
-    # Hashed, so that clients' small seeds give unrelated draws.
+    # Hashed, so that the small seeds of clients do not give neighbouring draws.
     seeds = [hash_seed(f"{seed} {index}") for index in range(count)]
-    question = Question(prompts, request.n, seeds, thinking, request.stops)
-    if limits.cache_tokens is not None and question.cache_tokens > limits.cache_tokens:
-        raise Refused(
+    built = EngineRequest(prompts, request.n, seeds, thinking, request.stops)
+    if limits.cache_tokens is not None and built.cache_tokens > limits.cache_tokens:
+        raise ApiError(
             400,
-            f"prompts and responses may take {question.cache_tokens} tokens of the cache; "
-            f"{limits.cache_tokens} is the limit; ask for fewer max_tokens or responses",
+            f"prompts and responses may take {built.cache_tokens} tokens of the KV cache; "
+            f"{limits.cache_tokens} is the limit; lower max_tokens or n",
             "max_tokens",
         )
-    return question
+    return built
 
 
-def _thinking(served: Served, limits: Limits, request: ChatRequest | CompletionRequest) -> Thinking:
-    """The model's own settings with what the request changes.
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message]) -> list[int]:
+    """The conversation; its last message goes into the prompt template of the training.
 
-    A client's `max_tokens` is a bound, never what it is owed: one above ours says no more than ours does.
+    Raises:
+        ApiError: 400; it does not end in a user's message, or it has more and the model has no chat template.
     """
-    own = served.thinking
-    most = limits.max_tokens or own.max_response_tokens
-    asked = [count for count in (request.max_tokens, request.max_completion_tokens) if count is not None]
-    tokens = min(most, *asked or [own.max_response_tokens])
+    *before, last = messages
+    if last.role != "user":
+        raise ApiError(400, "the last message must be the user's", "messages")
+    if not last.text.strip():
+        raise ApiError(400, "the last message is empty", "messages")
+    problem = template.replace("{problem}", last.text)
+    if tokenizer.chat_template is None:
+        if before:
+            raise ApiError(400, "this model has no chat template: send a single user message", "messages")
+        return tokenizer.encode(problem + "\n", add_special_tokens=False)
+    from jinja2 import TemplateError
+
+    turns = [{"role": message.role, "content": message.text} for message in before]
+    turns.append({"role": "user", "content": problem})
+    try:
+        # `tokenize=False` returns a text.
+        chat = cast(str, tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ApiError(
+            400, f"the model's chat template rejects the conversation: {error}", "messages"
+        ) from None
+    return tokenizer.encode(chat, add_special_tokens=False)
+
+
+def text_prompts(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, prompt: str | list[int] | list[str]
+) -> list[list[int]]:
+    """The prompts of a text completion, without any template.
+
+    Raises:
+        ApiError: 400; there is no prompt, one is empty, or a token id is out of range.
+    """
+    if isinstance(prompt, str):
+        prompts = [tokenizer.encode(prompt, add_special_tokens=False)]
+    elif any(isinstance(item, int) for item in prompt):
+        prompts = [[item for item in prompt if isinstance(item, int)]]
+    else:
+        prompts = [tokenizer.encode(str(item), add_special_tokens=False) for item in prompt]
+    if not prompts or not all(prompts):
+        raise ApiError(400, "the prompt is empty", "prompt")
+    if any(not 0 <= token < vocabulary for tokens in prompts for token in tokens):
+        raise ApiError(400, f"a token id is outside 0..{vocabulary - 1}", "prompt")
+    return prompts
+
+
+def _thinking(served: ServedModel, limits: Limits, request: ChatRequest | CompletionRequest) -> Thinking:
+    """The model's settings with the request's changes; a `max_tokens` above the limit means the limit."""
+    stored = served.thinking
+    limit = limits.max_tokens or stored.max_response_tokens
+    wanted = [count for count in (request.max_tokens, request.max_completion_tokens) if count is not None]
+    tokens = min(limit, *wanted or [stored.max_response_tokens])
     changes = {
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -84,4 +161,4 @@ def _thinking(served: Served, limits: Limits, request: ChatRequest | CompletionR
         "mode": request.parallel and request.parallel.mode,
     }
     changed = {name: value for name, value in changes.items() if value is not None}
-    return replace(own, max_response_tokens=tokens, **changed)
+    return replace(stored, max_response_tokens=tokens, **changed)

@@ -1,4 +1,4 @@
-"""The page: one file that loads nothing; its content policy allows its own script and style alone."""
+"""The web page: one file without external resources; its content policy allows only its own code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FOLDER = Path(__file__).parent / "templates"
 
 
 def build_page(name: str, thinking: Thinking, needs_key: bool) -> tuple[str, str]:
-    """The page and its content policy, a header's value.
+    """Builds the page and the value of its Content-Security-Policy header.
 
-    What a model writes gets into the page as text nodes, by its script; what stands here is escaped.
+    The script inserts generated text as text nodes; values inserted here are escaped.
     """
     style, script = (_read(file) for file in ("page.css", "page.js"))
     policy = (
@@ -23,7 +23,7 @@ def build_page(name: str, thinking: Thinking, needs_key: bool) -> tuple[str, str
         "img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    fills = {
+    values = {
         "@paths@": str(thinking.paths),
         "@key@": "" if needs_key else " hidden",
         "@style@": style,
@@ -31,8 +31,8 @@ def build_page(name: str, thinking: Thinking, needs_key: bool) -> tuple[str, str
         "@name@": html.escape(name),
     }
     page = _read("page.html")
-    for mark, text in fills.items():
-        page = page.replace(mark, text)
+    for placeholder, text in values.items():
+        page = page.replace(placeholder, text)
     return page, policy
 
 

@@ -1,4 +1,4 @@
-"""`parallel-r1 serve`: loads a release, opens a port, serves."""
+"""`parallel-r1 serve`: opens a port, loads a release and serves it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.serve.limits import Limits
+from megatron_parallel_r1.serve.admission import Limits
 
 KEY_VARIABLE = "PARALLEL_R1_API_KEY"
 
@@ -25,12 +25,14 @@ def serve(
     """Serves until it is interrupted.
 
     Args:
-        port: 0: a free one.
-        api_key: default: what the environment variable `PARALLEL_R1_API_KEY` says, if it is set.
+        port: 0 picks a free port.
+        api_key: default: the environment variable `PARALLEL_R1_API_KEY`, if it is set.
+        name: of the model in the API; default: the folder's.
+        device: default: the GPU, if there is one.
         limits: None: the defaults.
 
     Raises:
-        UserError: a package is missing, the checkpoint cannot be read, or the port cannot be had.
+        UserError: a package is missing, the checkpoint cannot be read, or the port is not available.
     """
     try:
         import uvicorn
@@ -43,27 +45,27 @@ def serve(
         raise UserError(
             f"serve: {error.name} is not installed; pip install 'megatron_parallel_r1[serve]'"
         ) from None
-    from megatron_parallel_r1.serve.served import Served
+    from megatron_parallel_r1.serve.served_model import ServedModel
 
     key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
     if key is not None and not key.strip():
         raise UserError(f"serve: the API key is empty; give one, or unset {KEY_VARIABLE}")
     local = is_loopback(host)
     with _listen(host, port) as listener:
-        served = Served.load(checkpoint, name, device)
+        served = ServedModel.load(checkpoint, name, device)
         app = make_app(served, limits or Limits(), key and key.strip(), local)
         if not local and not key:
             print(f"warning: {host} is open to other machines, and no API key is set", file=sys.stderr)
-        shown = f"[{host}]" if ":" in host else host
-        print(f"{served.name} thinks at http://{shown}:{listener.getsockname()[1]}", flush=True)
+        address = f"[{host}]" if ":" in host else host
+        print(f"{served.name} thinks at http://{address}:{listener.getsockname()[1]}", flush=True)
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
         uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Before the weights are read: a port that is taken is told at once, and who comes early waits.
+    """Listens before the weights are read: a taken port fails at once, and early clients wait.
 
-    Bound alone it would refuse who asks at once, and Linux would let a second server bind it too.
+    A socket that is only bound refuses connections, and Linux lets a second server bind it too.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)

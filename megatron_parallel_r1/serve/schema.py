@@ -1,4 +1,4 @@
-"""What a client may send: OpenAI's chat and text completions, and `parallel`."""
+"""Requests and errors of the API: OpenAI's chat and text completions, and `parallel`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_parallel_r1.serve.api_error import Refused
 from megatron_parallel_r1.thought.layout import Mode
 
-# Fields of OpenAI's that change nothing here.
+# OpenAI fields that have no effect on the response.
 IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
 )
-# Fields that would change the answer if we computed them; with these values they do not.
+# OpenAI fields that are not supported, and the values at which they have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0, None),
     "presence_penalty": (0, None),
@@ -36,8 +35,45 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class Part(BaseModel):
-    """One piece of a message; only text is read."""
+class ApiError(Exception):
+    """A request that fails, in the shape of OpenAI's errors.
+
+    Attributes:
+        status: HTTP status; 4xx: the request is at fault, 503: the client may retry later.
+        param: the field at fault.
+        code: a machine-readable reason.
+        headers: sent with the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    @classmethod
+    def internal(cls) -> ApiError:
+        """500, without a reason: that is in the log."""
+        return cls(500, "the server failed; its log says why", code="internal_error")
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+class MessagePart(BaseModel):
+    """A piece of a message; only text is supported."""
 
     model_config = ConfigDict(strict=True)
     type: Literal["text"]
@@ -45,9 +81,11 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
+    """One turn of a conversation."""
+
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[MessagePart]
 
     @property
     def text(self) -> str:
@@ -55,12 +93,14 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
+    """What a stream ends with."""
+
     model_config = ConfigDict(strict=True)
     include_usage: bool = False
 
 
-class Parallel(BaseModel):
-    """How this one request thinks, where it should not think as the model was trained to."""
+class ParallelOptions(BaseModel):
+    """Decoding settings of this request that differ from the training's."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     paths: int | None = Field(None, ge=1, le=8)
@@ -68,8 +108,8 @@ class Parallel(BaseModel):
     mode: Mode | None = None
 
 
-class Request(BaseModel):
-    """What both kinds of completion share. None: as the model was trained."""
+class CompletionFields(BaseModel):
+    """Fields that both kinds of completion share; None: as the model was trained."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     model: str | None = None
@@ -83,7 +123,7 @@ class Request(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    parallel: Parallel | None = None
+    parallel: ParallelOptions | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -94,11 +134,15 @@ class Request(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(Request):
+class ChatRequest(CompletionFields):
+    """Body of `/v1/chat/completions`."""
+
     messages: list[Message] = Field(min_length=1)
 
 
-class CompletionRequest(Request):
+class CompletionRequest(CompletionFields):
+    """Body of `/v1/completions`."""
+
     prompt: str | list[int] | list[str]
 
 
@@ -109,38 +153,38 @@ def read_request(body: bytes, kind: type[R]) -> R:
     """Parses and checks a request's body.
 
     Raises:
-        Refused: 400; it is no JSON, or a field is wrong, unknown or not supported.
+        ApiError: 400; it is not JSON, or a field is wrong, unknown or not supported.
     """
-    told = _read_json(body)
-    if not isinstance(told, dict):
-        raise Refused(400, "the body must be a JSON object")
+    values = _read_json(body)
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body must be a JSON object")
     for name, neutral in NEUTRAL.items():
-        if name in told and told.pop(name) not in neutral:
-            raise Refused(400, f"{name} is not supported here; leave it out", name, "unsupported_parameter")
-    fields = {name: value for name, value in told.items() if name not in IGNORED - set(kind.model_fields)}
+        if name in values and values.pop(name) not in neutral:
+            raise ApiError(400, f"{name} is not supported here; leave it out", name, "unsupported_parameter")
+    fields = {name: value for name, value in values.items() if name not in IGNORED - set(kind.model_fields)}
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(str(place) for place in first["loc"])[:80]
         what = "is unknown" if first["type"] == "extra_forbidden" else f"is wrong: {first['msg'][:200]}"
-        raise Refused(400, f"{field} {what}", field) from None
+        raise ApiError(400, f"{field} {what}", field) from None
 
 
 def _read_json(body: bytes) -> Any:
     try:
-        told = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-        # A lone surrogate ("\ud800") is valid JSON and no text: nothing could encode it.
-        json.dumps(told, ensure_ascii=False).encode("utf-8")
+        values = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        # A lone surrogate ("\ud800") is valid JSON but cannot be encoded as text.
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError:
-        raise Refused(400, "the body is no valid UTF-8") from None
+        raise ApiError(400, "the body is not valid UTF-8") from None
     except UnicodeEncodeError:
-        raise Refused(400, "a string holds a lone surrogate, which is no text") from None
+        raise ApiError(400, "a string holds a lone surrogate, which is not valid text") from None
     except RecursionError:
-        raise Refused(400, "the body is nested too deeply") from None
+        raise ApiError(400, "the body is nested too deeply") from None
     except ValueError as error:
-        raise Refused(400, f"the body is no valid JSON: {str(error)[:200]}") from None
-    return told
+        raise ApiError(400, f"the body is not valid JSON: {str(error)[:200]}") from None
+    return values
 
 
 def _refuse_constant(name: str) -> NoReturn:

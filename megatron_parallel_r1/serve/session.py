@@ -1,4 +1,4 @@
-"""One request from its turn in the queue to its last token."""
+"""One request from its place in the queue to its last token."""
 
 from __future__ import annotations
 
@@ -6,186 +6,175 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
-from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.serve.admission import Admission
-from megatron_parallel_r1.serve.api_error import Refused
-from megatron_parallel_r1.serve.limits import Limits
-from megatron_parallel_r1.serve.response_assembler import Delta, Script
-from megatron_parallel_r1.serve.served import Served
-from megatron_parallel_r1.serve.token_stream import Place
-from megatron_parallel_r1.serve.worker import Asking, Worker
+from megatron_parallel_r1.rollout.native.forward_batch import NativeContext
+from megatron_parallel_r1.rollout.thinking import Branch, Thinker
+from megatron_parallel_r1.serve.admission import Admission, Limits
+from megatron_parallel_r1.serve.engine_request import EngineRequest
+from megatron_parallel_r1.serve.engine_thread import EngineThread
+from megatron_parallel_r1.serve.response_assembler import Delta, ResponseAssembler
+from megatron_parallel_r1.serve.schema import ApiError
+from megatron_parallel_r1.serve.served_model import ServedModel
+from megatron_parallel_r1.thought.trace import Trace
 
 LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A request in the model's terms. Response i is to `prompts[i // each]`, drawn with `seeds[i]`."""
+class Session:
+    """Decodes one request in a task of its own and frees everything that it opened when the task ends.
 
-    prompts: list[list[int]]
-    each: int
-    seeds: list[int]
-    thinking: Thinking
-    stops: tuple[str, ...]
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(map(len, self.prompts))
-
-    @property
-    def cache_tokens(self) -> int:
-        """That its answer may come to hold in the engine's cache.
-
-        Prompts once, and each token of a response once; in mode replay twice: paths are written again behind
-        the first one before they are let go of.
-        """
-        copies = 2 if self.thinking.mode == "replay" else 1
-        return self.prompt_tokens + copies * len(self.seeds) * self.thinking.max_response_tokens
-
-
-class Exchange:
-    """Answers one question in a task of its own; nothing of it outlives that task.
-
-    `scripts` grow while it runs. Made on the server's loop.
+    `responses` grow while it runs. Created on the server's event loop. Each prompt is written once, however
+    many responses it has; no context is shared between requests.
     """
 
     def __init__(
-        self, served: Served, worker: Worker, admission: Admission, limits: Limits, question: Question
+        self,
+        served: ServedModel,
+        thread: EngineThread,
+        admission: Admission,
+        limits: Limits,
+        request: EngineRequest,
     ) -> None:
-        self.question = question
-        self.scripts = [Script(served.tokenizer, served.tags, question.stops) for _ in question.seeds]
+        self.responses = [
+            ResponseAssembler(served.tokenizer, served.tags, request.stops) for _ in request.seeds
+        ]
+        self._request = request
         self._served = served
-        self._worker = worker
+        self._thread = thread
         self._admission = admission
         self._limits = limits
-        self._refused: Refused | None = None
-        self._news = asyncio.Event()
-        self._begun = asyncio.Event()
+        self._prompts: list[NativeContext] = []
+        self._error: ApiError | None = None
+        self._changed = asyncio.Event()
+        self._admitted = asyncio.Event()
         self._task = asyncio.create_task(self._run())
-        self._task.add_done_callback(lambda _: self._news.set())
+        self._task.add_done_callback(lambda _: self._changed.set())
 
-    async def begin(self) -> None:
-        """Waits for the request's turn.
+    async def wait_admitted(self) -> None:
+        """Waits until the request leaves the queue.
 
         Raises:
-            Refused: it does not come.
+            ApiError: the queue is full, or the time limit passed.
         """
-        await self._begun.wait()
-        if self._refused is not None:
-            raise self._refused
+        await self._admitted.wait()
+        if self._error is not None:
+            raise self._error
 
-    async def updates(self) -> AsyncIterator[list[Delta]]:
-        """What is new of each script, whenever something is.
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """The new text of each response, whenever one has grown.
 
         Raises:
-            Refused: it went wrong on the way.
+            ApiError: decoding failed or took too long.
         """
         ended = False
         while not ended:
-            await self._news.wait()
-            self._news.clear()
+            await self._changed.wait()
+            self._changed.clear()
             ended = self._task.done()
-            if self._refused is not None:
-                raise self._refused
-            deltas = [script.take() for script in self.scripts]
+            if self._error is not None:
+                raise self._error
+            deltas = [response.take_delta() for response in self.responses]
             if any(deltas):
                 yield deltas
 
     def cancel(self) -> None:
-        """Nobody waits any more: ends the work and frees what it holds, soon."""
+        """Ends the work soon and frees what it holds."""
         self._task.cancel()
 
     async def _run(self) -> None:
         try:
-            await asyncio.wait_for(self._answer(), self._limits.seconds)
+            await asyncio.wait_for(self._respond_all(), self._limits.seconds)
         except asyncio.TimeoutError:
-            self._refused = Refused(
-                504, f"no answer within {self._limits.seconds:g} s; ask for fewer tokens", code="timeout"
+            self._error = ApiError(
+                504, f"no response within {self._limits.seconds:g} s; lower max_tokens", code="timeout"
             )
-        except Refused as refused:
-            self._refused = refused
+        except ApiError as error:
+            self._error = error
         except Exception:
             LOG.exception("a request failed")
-            self._refused = Refused(500, "the server failed; its log says why", code="internal_error")
+            self._error = ApiError.internal()
         finally:
-            self._begun.set()
+            self._admitted.set()
 
-    async def _answer(self) -> None:
-        async with self._admission.place(self.question.cache_tokens):
-            self._begun.set()
-            asking = Asking(self._served.engine, self._served.tags)
-            responses: list[asyncio.Task[None]] = []
+    async def _respond_all(self) -> None:
+        async with self._admission.slot(self._request.cache_tokens):
+            self._admitted.set()
+            tasks: list[asyncio.Task[None]] = []
             try:
-                for index in range(len(self.question.prompts)):
-                    await self._write_prompt(asking, index)
-                responses = [
-                    asyncio.create_task(self._respond(asking, index)) for index in range(len(self.scripts))
-                ]
-                await asyncio.gather(*responses)
+                await self._thread.run(self._write_prompts)
+                tasks = [asyncio.create_task(self._respond(index)) for index in range(len(self.responses))]
+                await asyncio.gather(*tasks)
             finally:
-                # Shielded: a second cancellation must not keep anything open.
-                await asyncio.shield(self._clean(asking, responses))
+                # Shielded: a second cancellation must not leave anything open.
+                await asyncio.shield(self._clean_up(tasks))
 
-    async def _clean(self, asking: Asking, responses: list[asyncio.Task[None]]) -> None:
-        for response in responses:
-            response.cancel()
-        await asyncio.gather(*responses, return_exceptions=True)
-        await self._worker.run(asking.close)
-
-    async def _write_prompt(self, asking: Asking, index: int) -> None:
-        await self._worker.run(lambda: asking.write_prompt(index, self.question.prompts[index]))
-
-    async def _respond(self, asking: Asking, index: int) -> None:
-        question, script = self.question, self.scripts[index]
-        number = index // question.each
-        outbox = _Outbox(script, self._news)
-        outbox.running = asyncio.create_task(
-            self._worker.run(
-                lambda: asking.respond(
-                    number,
-                    question.prompts[number],
-                    question.thinking,
-                    question.seeds[index],
-                    outbox.hear,
-                )
-            )
-        )
+    async def _respond(self, index: int) -> None:
+        response = self.responses[index]
+        queue = _TokenQueue(response, self._changed)
+        queue.decoding = asyncio.create_task(self._thread.run(lambda: self._decode(index, queue)))
         try:
-            script.end(await outbox.running)
+            response.end((await queue.decoding).finish)
         except asyncio.CancelledError:
-            if not script.stopped:
+            if not response.stopped:
                 raise
-            script.end("eos")
+            response.end("eos")
         finally:
-            outbox.running.cancel()
-        self._news.set()
+            queue.decoding.cancel()
+        self._changed.set()
+
+    async def _clean_up(self, tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._thread.run(self._close_prompts)
+
+    # The methods below run in the engine's thread.
+
+    async def _write_prompts(self) -> None:
+        for tokens in self._request.prompts:
+            context = self._served.engine.open()
+            self._prompts.append(context)
+            await self._served.engine.write(context, tokens)
+
+    async def _decode(self, index: int, queue: _TokenQueue) -> Trace:
+        request, prompt = self._request, index // self._request.n
+        thinker = Thinker(self._served.engine, self._served.tags, request.thinking)
+        return await thinker.trace(
+            request.prompts[prompt], self._prompts[prompt], request.seeds[index], observe=queue.put
+        )
+
+    async def _close_prompts(self) -> None:
+        for context in self._prompts:
+            self._served.engine.close(context)
+        self._prompts.clear()
 
 
-class _Outbox:
-    """Carries tokens from the engine's thread to a script on the server's loop, many at a time."""
+class _TokenQueue:
+    """Carries tokens in batches from the engine's thread to a response on the server's event loop.
 
-    def __init__(self, script: Script, news: asyncio.Event) -> None:
-        self.running: asyncio.Task[object] | None = None
-        self._script = script
-        self._news = news
+    Cancels `decoding` when the response meets a stop sequence.
+    """
+
+    def __init__(self, response: ResponseAssembler, changed: asyncio.Event) -> None:
+        self.decoding: asyncio.Task[Trace] | None = None
+        self._response = response
+        self._changed = changed
         self._loop = asyncio.get_running_loop()
-        self._heard: deque[tuple[Place, int]] = deque()
-        self._called = False
+        self._tokens: deque[tuple[Branch, int]] = deque()
+        self._scheduled = False
 
-    def hear(self, place: Place, token: int) -> None:
-        """Called in the engine's thread."""
-        self._heard.append((place, token))
-        if not self._called:
-            self._called = True
+    def put(self, branch: Branch, token: int) -> None:
+        """Adds a token; called in the engine's thread."""
+        self._tokens.append((branch, token))
+        if not self._scheduled:
+            self._scheduled = True
             self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        # Before the queue is emptied: whoever appends from now on calls again.
-        self._called = False
-        while self._heard:
-            self._script.hear(*self._heard.popleft())
-        if self._script.stopped and self.running is not None:
-            self.running.cancel()
-        self._news.set()
+        # Reset before the queue is emptied: a token that arrives from now on schedules the next delivery.
+        self._scheduled = False
+        while self._tokens:
+            self._response.add(*self._tokens.popleft())
+        if self._response.stopped and self.decoding is not None:
+            self.decoding.cancel()
+        self._changed.set()

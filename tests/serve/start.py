@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.serve.limits import Limits
+from megatron_parallel_r1.serve.admission import Limits
 from megatron_parallel_r1.serve.run import serve
 
 if __name__ == "__main__":

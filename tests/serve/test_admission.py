@@ -9,10 +9,9 @@ import pytest
 
 from megatron_parallel_r1.rollout.native.page_table import SlotTable
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.serve.admission import Admission
-from megatron_parallel_r1.serve.api_error import Refused
-from megatron_parallel_r1.serve.limits import Limits
-from megatron_parallel_r1.serve.session import Question
+from megatron_parallel_r1.serve.admission import Admission, Limits
+from megatron_parallel_r1.serve.engine_request import EngineRequest
+from megatron_parallel_r1.serve.schema import ApiError
 from megatron_parallel_r1.thought.layout import Mode
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
@@ -33,7 +32,7 @@ def test_those_at_once_share_the_cache_in_the_order_of_their_arrival() -> None:
             leave = asyncio.Event()
 
             async def stay() -> None:
-                async with admission.place(tokens):
+                async with admission.slot(tokens):
                     inside.append(name)
                     await leave.wait()
                     inside.remove(name)
@@ -48,8 +47,8 @@ def test_those_at_once_share_the_cache_in_the_order_of_their_arrival() -> None:
         enter("small", 1)
         await settled()
         assert (inside, admission.running, admission.waiting) == (["first", "second"], 2, 2)
-        with pytest.raises(Refused, match="2 requests wait already") as refused:
-            async with admission.place(1):
+        with pytest.raises(ApiError, match="2 requests are waiting") as refused:
+            async with admission.slot(1):
                 pass
         assert refused.value.status == 503 and refused.value.headers["Retry-After"]
         leave_second()
@@ -90,5 +89,5 @@ def test_no_answer_holds_more_than_it_is_counted_with(mode: Mode, monkeypatch: p
     for seed, prompt in enumerate(random_prompts(30)):
         held.clear()
         traces_of(native_engine(tiny_qwen3()), thinking, [prompt], [seed])
-        shares.append(max(held) / Question([prompt], 1, [seed], thinking, ()).cache_tokens)
+        shares.append(max(held) / EngineRequest([prompt], 1, [seed], thinking, ()).cache_tokens)
     assert 0.5 < max(shares) <= 1

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.serve.run import _listen
-from megatron_parallel_r1.serve.served import Served
+from megatron_parallel_r1.serve.served_model import ServedModel
 from tests.serve.server import chat, events, running, wait_until_idle
 
 IDLE = {"status": "ok", "running": 0, "waiting": 0, "cache_tokens": 0}
@@ -161,4 +161,4 @@ def test_a_folder_without_good_thinking_json(release: Path, tmp_path: Path, spoi
     }
     file.unlink() if spoilt == "absent" else file.write_text(texts[spoilt])
     with pytest.raises(UserError, match=r"thinking\.json"):
-        Served.load(folder)
+        ServedModel.load(folder)

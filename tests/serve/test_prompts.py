@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_parallel_r1.data.prompts import TEMPLATES, encode_prompt
-from megatron_parallel_r1.serve.api_error import Refused
-from megatron_parallel_r1.serve.prompts import chat_prompt
-from megatron_parallel_r1.serve.schema import Message
+from megatron_parallel_r1.serve.engine_request import chat_prompt
+from megatron_parallel_r1.serve.schema import ApiError, Message
 from tests.serve.release import tokenizer
 
 CHAT = (
@@ -36,6 +35,6 @@ def test_earlier_turns_stay_as_they_are() -> None:
     turns = [said("user", "w20"), said("assistant", "w21"), said("user", "w22")]
     words = model.decode(chat_prompt(model, "w9 {problem}", turns)).split()
     assert [word for word in words if word not in ("w7", "w11", "w12", "w13")] == ["w20", "w21", "w9", "w22"]
-    with pytest.raises(Refused, match="no system") as refused:
+    with pytest.raises(ApiError, match="no system") as refused:
         chat_prompt(model, "{problem}", [said("system", "w8"), *turns])
     assert refused.value.status == 400

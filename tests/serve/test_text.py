@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_parallel_r1.data.prompts import decode
 from megatron_parallel_r1.data.tokenizers import train_tokenizer
-from megatron_parallel_r1.serve.detokenizer import Detokenizer
-from megatron_parallel_r1.serve.response_assembler import Script
-from megatron_parallel_r1.serve.stops import StopCutter
+from megatron_parallel_r1.serve.response_assembler import ResponseAssembler
+from megatron_parallel_r1.serve.text import Detokenizer, StopCutter
 from megatron_parallel_r1.thought.tokenizer import add_tags
 from tests.reference.traces import TAGS
 from tests.serve.release import tokenizer
@@ -48,20 +47,20 @@ def test_a_text_is_cut_at_its_first_stop_however_it_comes(pieces: list[str], sto
     text = "".join(pieces)
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     cutter = StopCutter(tuple(stops))
-    given_out = "".join(map(cutter.add, pieces))
+    shown_text = "".join(map(cutter.add, pieces))
     assert cutter.hit == bool(ends)
     if ends:
         first = text[: min(ends)]
-        assert given_out == first[: min(first.find(stop) for stop in stops if stop in first)]
+        assert shown_text == first[: min(first.find(stop) for stop in stops if stop in first)]
     else:
-        assert given_out + cutter.finish() == text
+        assert shown_text + cutter.finish() == text
 
 
 @pytest.mark.parametrize("stop", ["w20", "w2", "0 w2"])
 def test_a_stop_counts_in_the_main_text_alone(stop: str) -> None:
     """Three paths and a summary hold the stop; the main text meets it afterwards."""
     rng = random.Random(0)
-    script = Script(WORDS, TAGS, (stop,))
+    response = ResponseAssembler(WORDS, TAGS, (stop,))
     main, inside = WORDS.encode("w8 w10"), WORDS.encode("w10 w20 w21")
     spoken = [((), token) for token in (*main, TAGS.parallel)]
     paths = [[((1, index), token) for token in (TAGS.path, *inside, TAGS.path_end)] for index in range(3)]
@@ -69,15 +68,15 @@ def test_a_stop_counts_in_the_main_text_alone(stop: str) -> None:
         spoken.append(rng.choice([path for path in paths if path]).pop(0))
     spoken += [((1,), token) for token in (TAGS.parallel_end, TAGS.summary, *inside, TAGS.summary_end)]
     spoken += [((), token) for token in WORDS.encode("w30 w10 w20 w31")]
-    for place, token in spoken:
-        script.hear(place, token)
-    assert script.stopped
-    script.end("length")
+    for branch, token in spoken:
+        response.add(branch, token)
+    assert response.stopped
+    response.end("length")
     expected = WORDS.decode([token for _, token in sorted_flat(spoken)])
-    content = script.take().content
+    content = response.take_delta().content
     assert content == expected[: expected.rindex(stop, 0, expected.rindex("w31"))]
-    assert script.finish_reason == "stop"
-    assert script.thoughts()["texts"][1].startswith(" w30")
+    assert response.finish_reason == "stop"
+    assert response.parallel()["texts"][1].startswith(" w30")
 
 
 def sorted_flat(spoken: list[tuple[tuple[int, ...], int]]) -> list[tuple[tuple[int, ...], int]]:

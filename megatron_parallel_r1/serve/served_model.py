@@ -1,0 +1,93 @@
+"""Loads a released folder: weights in an engine, tokenizer, and the decoding settings of the training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.checkpoints import read_tags, stored_decoding
+from megatron_parallel_r1.model.weights import check_fit
+from megatron_parallel_r1.rollout.native.engine import NativeEngine
+from megatron_parallel_r1.rollout.native.model import Architecture
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.run.datasets import open_tokenizer
+from megatron_parallel_r1.thought.tags import Tags
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that is ready to decode.
+
+    Attributes:
+        name: of the model in the API.
+        template: prompt template of the training, with `{problem}` in it.
+        vocabulary: number of token ids.
+        positions: longest sequence, prompt and response together.
+    """
+
+    name: str
+    engine: NativeEngine
+    tokenizer: PreTrainedTokenizerBase
+    tags: Tags
+    thinking: Thinking
+    template: str
+    vocabulary: int
+    positions: int
+
+    @classmethod
+    def load(cls, folder: Path, name: str | None = None, device: str | None = None) -> ServedModel:
+        """Loads a released folder.
+
+        Args:
+            name: default: the folder's name, or its parent's where the folder is called `release`.
+            device: default: the GPU, if there is one.
+
+        Raises:
+            UserError: a file is missing or does not match the others.
+        """
+        config, tensors = load_hf_folder(folder)
+        check_fit(config, hf_sizes(folder))
+        settings = folder / "thinking.json"
+        if not settings.is_file():
+            raise UserError(
+                f"{folder}: no thinking.json, which has the decoding settings; give a `release` folder"
+            )
+        decoding = stored_decoding(settings)
+        tokenizer = open_tokenizer(folder)
+        tags = read_tags(tokenizer, folder)
+        if max(tokenizer.get_vocab().values()) >= config.vocab:
+            raise UserError(
+                f"{folder}: the tokenizer has tokens that the model lacks; take both from one run"
+            )
+        engine = NativeEngine(Architecture.of(config))
+        where = _device(device)
+        engine.load_weights(((key, tensor.to(where)) for key, tensor in tensors), version=0)
+        resolved = folder.resolve()
+        return cls(
+            name=name or (resolved.parent.name if resolved.name == "release" else resolved.name),
+            engine=engine,
+            tokenizer=tokenizer,
+            tags=tags,
+            thinking=decoding.thinking,
+            template=decoding.template,
+            vocabulary=config.vocab,
+            positions=config.max_positions,
+        )
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name}: {reason}; use cpu, or cuda where there is a GPU") from None
+    return device
