@@ -32,7 +32,7 @@ from benchmarks import mbridge_peer
 from benchmarks.page import Table, add_write_option, publish
 from benchmarks.side_by_side import ratios, spread
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import table
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import stored_tensors
 
@@ -106,8 +106,10 @@ def main() -> None:
         shape = _shape(told.gigabytes)
         _write(folder / "hf", shape)
         size = _size(folder / "hf")
-        largest = max(2 * torch.Size(weight.shape).numel() for weight in table(shape))
-        print(f"{size / 1e9:.2f} GB in {len(table(shape))} weights, the largest {largest / 1e9:.2f} GB")
+        largest = max(2 * torch.Size(weight.shape).numel() for weight in weight_table(shape))
+        print(
+            f"{size / 1e9:.2f} GB in {len(weight_table(shape))} weights, the largest {largest / 1e9:.2f} GB"
+        )
         work = WORK | (PEER if mbridge_peer.is_here() else {})
         runs: dict[str, list[Run]] = {name: [] for name in work}
         for number in range(told.rounds):
@@ -143,7 +145,7 @@ def _shape(gigabytes: float) -> ModelConfig:
 
 
 def _numbers(shape: ModelConfig) -> int:
-    return sum(torch.Size(weight.shape).numel() for weight in table(shape))
+    return sum(torch.Size(weight.shape).numel() for weight in weight_table(shape))
 
 
 def _write(folder: Path, shape: ModelConfig) -> None:
@@ -153,7 +155,7 @@ def _write(folder: Path, shape: ModelConfig) -> None:
             name,
             torch.randint(-(2**15), 2**15, size, generator=generator, dtype=torch.int16).view(torch.bfloat16),
         )
-        for weight in table(shape)
+        for weight in weight_table(shape)
         for name, size in weight.parts
     )
     save_hf_folder(folder, shape, tensors)

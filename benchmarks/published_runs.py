@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from megatron_parallel_r1.architecture.model_config import Experts, ModelConfig
+from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
-from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.cost import Cost
 from megatron_parallel_r1.planning.machine import Machine
 from megatron_parallel_r1.planning.published import SHAPES
@@ -56,7 +56,7 @@ class Run:
         return update_cost(split, rows, self._elements())
 
     def _elements(self) -> int:
-        counts = [(weight.expert is not None, prod(weight.shape)) for weight in table(self.shape)]
+        counts = [(weight.expert is not None, prod(weight.shape)) for weight in weight_table(self.shape)]
         dense = sum(count for is_expert, count in counts if not is_expert)
         experts = sum(count for is_expert, count in counts if is_expert)
         return (dense // self.parallel.tensor + experts // self.expert) // self.parallel.pipeline
@@ -80,7 +80,7 @@ QWEN3_235B = ModelConfig(
     vocab=151936,
     tied=False,
     family="qwen3_moe",
-    experts=Experts(count=128, per_token=8, ffn=1536),
+    experts=ExpertsConfig(count=128, per_token=8, ffn=1536),
 )
 CALIBRATED_ON = {
     "products": Run(

@@ -18,6 +18,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.decode import prompt_tokens
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.serve.served_model import ServedModel
+from megatron_parallel_r1.utils.exit import one_line_exit
 
 
 def main() -> None:
@@ -35,8 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_exit():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
-import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,14 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from megatron_parallel_r1.distributed.stop_signals import block_stop_signals
-from megatron_parallel_r1.errors import (
-    LOST_EXIT_CODE,
-    STOPPED_EXIT_CODE,
-    PeerLost,
-    ServersLost,
-    Stopped,
-    UserError,
-)
+from megatron_parallel_r1.utils.exit import one_line_exit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -246,56 +236,19 @@ def _run_kind(kind: str, recipe: Path, overrides: list[str] | None, stage: str |
         console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
 
 
-def _explain(error: UserError) -> None:
-    """One line for all processes of a launch: what a user did wrong is wrong on every one of them.
-
-    The others speak too if the first one has not failed with them; the launcher ends them if it has.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which torchrun ends them
-        time.sleep(3)
-    who = "" if rank == "0" else f"rank {rank}: "
-    typer.echo(f"{who}error: {' '.join(str(error).split())}", err=True)
-
-
 def main() -> None:
-    """Entry point. What a user can mend ends in one line and exit code 2."""
+    """Runs the command line. Expected errors end in one line and an exit code (utils/exit.py)."""
     # Megatron-Core announces at import what a CPU does not have; it is true and of no use here.
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # As torchrun does: threads of several small processes on few cores only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Imports alone make half a million objects that stay. To go over them at each 700th, as Python does by
-    # default, is a tenth of a start.
+    # Imports create half a million long-lived objects. Scanning them every 700 allocations, Python's default,
+    # takes a tenth of the start-up time.
     gc.set_threshold(10_000)
-    try:
+    with one_line_exit():
         app()
-    except PeerLost as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Anything cleaner may wait for the process that is gone.
-        os._exit(LOST_EXIT_CODE)
-    except Stopped as error:
-        if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"{error}; the same command goes on", err=True)
-        else:
-            time.sleep(3)  # a launcher may end all with the first
-        raise SystemExit(STOPPED_EXIT_CODE) from None
-    except UserError as error:
-        _explain(error)
-        is_lost = isinstance(error, ServersLost) and "SERVERS_OF_JOB" in os.environ
-        raise SystemExit(LOST_EXIT_CODE if is_lost else 2) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        _explain(UserError(f"{error.filename or 'a file'} could not be written: {error.strerror}; make room"))
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on where it was", err=True)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

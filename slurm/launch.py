@@ -7,14 +7,9 @@ python slurm/launch.py status | cancel [JOB]... | logs JOB
 
 from __future__ import annotations
 
-import sys
-
 from megatron_parallel_r1.cluster.command import app
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.exit import one_line_exit
 
 if __name__ == "__main__":
-    try:
+    with one_line_exit():
         app()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

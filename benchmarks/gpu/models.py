@@ -20,11 +20,12 @@ from benchmarks.gpu.rows import TAGS, dense_mask, trace_row
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.page import Table
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model, logits
 from megatron_parallel_r1.model.layers import Layers, Scaling
 from megatron_parallel_r1.model.optimizer import Adam
-from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors, table
+from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
@@ -51,7 +52,7 @@ def _model(shape: ModelConfig, dtype: torch.dtype, layers: Layers, std: float) -
 def _weights(shape: ModelConfig, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """Of a large model, made where they are needed: a host takes minutes for as many random numbers."""
     generator = torch.Generator(device).manual_seed(SEED)
-    for name, size in (part for weight in table(shape) for part in weight.parts):
+    for name, size in (part for weight in weight_table(shape) for part in weight.parts):
         made = torch.ones(size, device=device)
         if len(size) > 1:
             made = torch.randn(size, generator=generator, device=device) * 0.02

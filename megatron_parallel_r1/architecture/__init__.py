@@ -1,2 +1,2 @@
 """Model architectures: sizes, rotary frequencies, and the table of weight names.
-The model, the native engine and the converters read it."""
+The Megatron model, the native engine and the converters share it."""

@@ -1,8 +1,8 @@
-"""The architectures: of each, one table between Megatron's parameters and Hugging Face's tensors.
+"""Supported architectures, each with a table from Hugging Face's tensors to Megatron's parameters.
 
-A row names a Megatron parameter and the Hugging Face tensors that it is made of, with their sizes in words
-(`query` and `key` are all heads' dimensions together). Everything that moves weights reads these tables, in
-either direction: training, weight sync, conversion. A new architecture is a new `Family`.
+A template names a Megatron parameter and the Hugging Face tensors that it consists of, with their sizes in
+words (`query` and `key` are the dimensions of all heads together). Training, weight sync and conversion read
+these tables, in either direction. A new architecture is a new `Family`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class WeightTemplate:
     """One Megatron parameter of each layer (`{layer}`), or of each expert of each layer (`{expert}`).
 
     Attributes:
-        ours: its name in a whole, unsplit GPTModel.
-        theirs: name and sizes of the Hugging Face tensors that it is made of.
-        groups: into how many groups of rows each of them is cut, before those are dealt out in turn.
-        cut: the dimension along which tensor parallelism splits it; None: every rank has all of it.
-        vocabulary: whether its rows are tokens, filled up with zeros where the ranks do not divide them.
+        megatron: its name in a whole GPTModel.
+        hf: name and sizes of the Hugging Face tensors that it consists of.
+        groups: number of row groups that each tensor is cut into; the tensors' groups are interleaved.
+        split_dim: the dimension that tensor parallelism splits; None: replicated.
+        vocabulary: whether its rows are tokens, zero-padded to a multiple of the tensor-parallel size.
     """
 
-    ours: str
-    theirs: tuple[tuple[str, str], ...]
+    megatron: str
+    hf: tuple[tuple[str, str], ...]
     groups: str | None = None
-    cut: int | None = None
+    split_dim: int | None = None
     vocabulary: bool = False
 
 
@@ -38,12 +38,12 @@ class Family:
 
     Attributes:
         architecture: the class in transformers.
-        layer: the rows of a layer.
-        fixed: fields of a config.json that change the mathematics, and the only values that are computed.
+        layer: the parameters of a layer.
+        fixed: fields of config.json that change the computation, with the values that are supported.
     """
 
     architecture: str
-    layer: tuple[Row, ...]
+    layer: tuple[WeightTemplate, ...]
     fixed: Mapping[str, tuple[Any, ...]]
 
     @property
@@ -59,74 +59,82 @@ class Family:
         return ROUTER in self.layer
 
 
-def _plain(ours: str, theirs: str, sizes: str, cut: int | None = None) -> Row:
-    return Row(ours, ((theirs, sizes),), cut=cut)
+def _single(megatron: str, hf: str, sizes: str, split_dim: int | None = None) -> WeightTemplate:
+    return WeightTemplate(megatron, ((hf, sizes),), split_dim=split_dim)
 
 
-def _of_tokens(ours: str, theirs: str) -> Row:
-    return Row(ours, ((theirs, "vocab hidden"),), cut=0, vocabulary=True)
+def _vocabulary(megatron: str, hf: str) -> WeightTemplate:
+    return WeightTemplate(megatron, ((hf, "vocab hidden"),), split_dim=0, vocabulary=True)
 
 
-OURS, THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
-_OWN, _SELF = OURS + "self_attention.", THEIRS + "self_attn."
-_EXPERT, _EXPERTS = OURS + "mlp.experts.local_experts.{expert}.", THEIRS + "mlp.experts.{expert}."
+MEGATRON, HF = "decoder.layers.{layer}.", "model.layers.{layer}."
+_ATTENTION, _HF_ATTENTION = MEGATRON + "self_attention.", HF + "self_attn."
+_EXPERT, _HF_EXPERT = MEGATRON + "mlp.experts.local_experts.{expert}.", HF + "mlp.experts.{expert}."
 
-EMBEDDING = _of_tokens("embedding.word_embeddings.weight", "model.embed_tokens.weight")
-FINAL_NORM = _plain("decoder.final_layernorm.weight", "model.norm.weight", "hidden")
-HEAD = _of_tokens("output_layer.weight", "lm_head.weight")
+EMBEDDING = _vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")
+FINAL_NORM = _single("decoder.final_layernorm.weight", "model.norm.weight", "hidden")
+HEAD = _vocabulary("output_layer.weight", "lm_head.weight")
 
-INPUT_NORM = _plain(OURS + "input_layernorm.weight", THEIRS + "input_layernorm.weight", "hidden")
-QKV = Row(
-    _OWN + "linear_qkv.weight",
+INPUT_NORM = _single(MEGATRON + "input_layernorm.weight", HF + "input_layernorm.weight", "hidden")
+QKV = WeightTemplate(
+    _ATTENTION + "linear_qkv.weight",
     (
-        (_SELF + "q_proj.weight", "query hidden"),
-        (_SELF + "k_proj.weight", "key hidden"),
-        (_SELF + "v_proj.weight", "key hidden"),
+        (_HF_ATTENTION + "q_proj.weight", "query hidden"),
+        (_HF_ATTENTION + "k_proj.weight", "key hidden"),
+        (_HF_ATTENTION + "v_proj.weight", "key hidden"),
     ),
     groups="kv_heads",
-    cut=0,
+    split_dim=0,
 )
-QKV_BIAS = Row(
-    _OWN + "linear_qkv.bias",
-    ((_SELF + "q_proj.bias", "query"), (_SELF + "k_proj.bias", "key"), (_SELF + "v_proj.bias", "key")),
+QKV_BIAS = WeightTemplate(
+    _ATTENTION + "linear_qkv.bias",
+    (
+        (_HF_ATTENTION + "q_proj.bias", "query"),
+        (_HF_ATTENTION + "k_proj.bias", "key"),
+        (_HF_ATTENTION + "v_proj.bias", "key"),
+    ),
     groups="kv_heads",
-    cut=0,
+    split_dim=0,
 )
-QUERY_NORM = _plain(_OWN + "q_layernorm.weight", _SELF + "q_norm.weight", "head_dim")
-KEY_NORM = _plain(_OWN + "k_layernorm.weight", _SELF + "k_norm.weight", "head_dim")
-OUTPUT = _plain(_OWN + "linear_proj.weight", _SELF + "o_proj.weight", "hidden query", cut=1)
-MLP_NORM = _plain(OURS + "pre_mlp_layernorm.weight", THEIRS + "post_attention_layernorm.weight", "hidden")
-GATE_UP = Row(
-    OURS + "mlp.linear_fc1.weight",
-    ((THEIRS + "mlp.gate_proj.weight", "ffn hidden"), (THEIRS + "mlp.up_proj.weight", "ffn hidden")),
-    cut=0,
+QUERY_NORM = _single(_ATTENTION + "q_layernorm.weight", _HF_ATTENTION + "q_norm.weight", "head_dim")
+KEY_NORM = _single(_ATTENTION + "k_layernorm.weight", _HF_ATTENTION + "k_norm.weight", "head_dim")
+OUTPUT = _single(
+    _ATTENTION + "linear_proj.weight", _HF_ATTENTION + "o_proj.weight", "hidden query", split_dim=1
 )
-DOWN = _plain(OURS + "mlp.linear_fc2.weight", THEIRS + "mlp.down_proj.weight", "hidden ffn", cut=1)
-ROUTER = _plain(OURS + "mlp.router.weight", THEIRS + "mlp.gate.weight", "experts hidden")
-EXPERT_GATE_UP = Row(
+MLP_NORM = _single(MEGATRON + "pre_mlp_layernorm.weight", HF + "post_attention_layernorm.weight", "hidden")
+GATE_UP = WeightTemplate(
+    MEGATRON + "mlp.linear_fc1.weight",
+    ((HF + "mlp.gate_proj.weight", "ffn hidden"), (HF + "mlp.up_proj.weight", "ffn hidden")),
+    split_dim=0,
+)
+DOWN = _single(MEGATRON + "mlp.linear_fc2.weight", HF + "mlp.down_proj.weight", "hidden ffn", split_dim=1)
+ROUTER = _single(MEGATRON + "mlp.router.weight", HF + "mlp.gate.weight", "experts hidden")
+EXPERT_GATE_UP = WeightTemplate(
     _EXPERT + "linear_fc1.weight",
     (
-        (_EXPERTS + "gate_proj.weight", "expert_ffn hidden"),
-        (_EXPERTS + "up_proj.weight", "expert_ffn hidden"),
+        (_HF_EXPERT + "gate_proj.weight", "expert_ffn hidden"),
+        (_HF_EXPERT + "up_proj.weight", "expert_ffn hidden"),
     ),
-    cut=0,
+    split_dim=0,
 )
-EXPERT_DOWN = _plain(_EXPERT + "linear_fc2.weight", _EXPERTS + "down_proj.weight", "hidden expert_ffn", cut=1)
+EXPERT_DOWN = _single(
+    _EXPERT + "linear_fc2.weight", _HF_EXPERT + "down_proj.weight", "hidden expert_ffn", split_dim=1
+)
 
-_ALL = {"hidden_act": ("silu",), "attention_dropout": (0, None), "quantization_config": (None,)}
-_QWEN = _ALL | {"use_sliding_window": (False, None)}
+_COMMON_FIXED = {"hidden_act": ("silu",), "attention_dropout": (0, None), "quantization_config": (None,)}
+_QWEN_FIXED = _COMMON_FIXED | {"use_sliding_window": (False, None)}
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "qwen3": Family(
             "Qwen3ForCausalLM",
             (INPUT_NORM, QKV, QUERY_NORM, KEY_NORM, OUTPUT, MLP_NORM, GATE_UP, DOWN),
-            _QWEN | {"attention_bias": (False, None)},
+            _QWEN_FIXED | {"attention_bias": (False, None)},
         ),
         "qwen3_moe": Family(
             "Qwen3MoeForCausalLM",
             (INPUT_NORM, QKV, QUERY_NORM, KEY_NORM, OUTPUT, MLP_NORM, ROUTER, EXPERT_GATE_UP, EXPERT_DOWN),
-            _QWEN
+            _QWEN_FIXED
             | {
                 "attention_bias": (False, None),
                 "decoder_sparse_step": (1, None),
@@ -134,12 +142,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             },
         ),
         "qwen2": Family(
-            "Qwen2ForCausalLM", (INPUT_NORM, QKV, QKV_BIAS, OUTPUT, MLP_NORM, GATE_UP, DOWN), _QWEN
+            "Qwen2ForCausalLM", (INPUT_NORM, QKV, QKV_BIAS, OUTPUT, MLP_NORM, GATE_UP, DOWN), _QWEN_FIXED
         ),
         "llama": Family(
             "LlamaForCausalLM",
             (INPUT_NORM, QKV, OUTPUT, MLP_NORM, GATE_UP, DOWN),
-            _ALL | {"attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": (1, None)},
+            _COMMON_FIXED
+            | {"attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": (1, None)},
         ),
     }
 )

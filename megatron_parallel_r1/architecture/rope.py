@@ -1,6 +1,7 @@
-"""Frequencies of rotary positions, stretched as a config.json says; the model and the engine share them.
+"""Rotary frequencies, scaled as a config.json says; shared by the model and the native engine.
 
-Imports torch where it computes: recipes are read, and jobs begun, without waiting for it.
+torch is imported where it computes, so that a recipe is read without it. transformers' ROPE_INIT_FUNCTIONS
+are not used: they need a PreTrainedConfig, have no default kind, and may change with its version.
 
 Shapes: r pairs of dimensions of a head.
 """
@@ -17,7 +18,7 @@ from megatron_parallel_r1.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Beside `rope_type` and `factor`, what a kind reads, with the default of what may be left out.
+# The fields of each kind beside `rope_type` and `factor`, with the default of optional ones.
 KINDS: Mapping[str, Mapping[str, float | None]] = {
     "linear": {},
     "llama3": {"low_freq_factor": None, "high_freq_factor": None, "original_max_position_embeddings": None},
@@ -27,12 +28,12 @@ KINDS: Mapping[str, Mapping[str, float | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """A stretch of the rotary positions.
+    """A scaling of the rotary positions.
 
     Attributes:
         kind: one of `KINDS`.
-        factor: by how much positions are stretched.
-        values: the kind's further fields by name, in the order of `KINDS`.
+        factor: the ratio of new to original context length.
+        values: the kind's further fields, in the order of `KINDS`.
     """
 
     kind: str
@@ -40,13 +41,13 @@ class RopeScaling:
     values: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> RopeScaling | None:
-        """From `rope_parameters` or `rope_scaling` of a config.json; None if nothing is stretched.
+    def from_hf(cls, rope: Mapping[str, Any]) -> RopeScaling | None:
+        """Reads `rope_parameters` or `rope_scaling` of a config.json; None if nothing is scaled.
 
         Raises:
-            UserError: a kind or a field that is not computed here, or one that is missing.
+            UserError: a kind or a field is not supported, or one is missing.
         """
-        kind = told.get("rope_type", told.get("type", "default"))
+        kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
             return None
         if not isinstance(kind, str) or kind not in KINDS:
@@ -54,32 +55,32 @@ class RopeScaling:
                 f"config.json: rope_type = {kind!r} is not supported; use one of default, {', '.join(KINDS)}"
             )
         known = {"rope_type", "type", "rope_theta", "factor", *KINDS[kind]}
-        for field, value in told.items():
+        for field, value in rope.items():
             if field not in known and value is not None and (field, value) != ("partial_rotary_factor", 1.0):
                 raise UserError(f"config.json: {field} = {value!r} of rope_type {kind!r} is not supported")
-        given = {
-            name: default if told.get(name) is None else told[name]
+        values = {
+            name: default if rope.get(name) is None else rope[name]
             for name, default in {"factor": None, **KINDS[kind]}.items()
         }
-        for name, value in given.items():
+        for name, value in values.items():
             if value is None:
                 raise UserError(f"config.json: rope_type {kind!r} needs {name}, which is missing")
             if not isinstance(value, (int, float)):
-                raise UserError(f"config.json: {name} = {value!r} of rope_type {kind!r} is no number")
-        factor, *values = (float(value) for value in given.values())
-        return cls(kind, factor, tuple(values))
+                raise UserError(f"config.json: {name} = {value!r} of rope_type {kind!r} is not a number")
+        factor, *others = (float(value) for value in values.values())
+        return cls(kind, factor, tuple(others))
 
     def to_hf(self) -> dict[str, Any]:
-        """The fields of `rope_parameters` but for rope_theta."""
-        told: dict[str, Any] = {"rope_type": self.kind, "factor": self.factor}
+        """Returns the fields of `rope_parameters` except rope_theta."""
+        rope: dict[str, Any] = {"rope_type": self.kind, "factor": self.factor}
         for name, value in zip(KINDS[self.kind], self.values, strict=True):
             is_count = name == "original_max_position_embeddings"
-            told[name] = bool(value) if name == "truncate" else int(value) if is_count else value
-        return told
+            rope[name] = bool(value) if name == "truncate" else int(value) if is_count else value
+        return rope
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Angles per position, float32 [head_dim / 2], bit-equal to those of transformers.
+    """Returns the angle per position of each pair, float32 [head_dim / 2], bit-equal to transformers'.
 
     RoPE: arXiv 2104.09864; linear: 2306.15595; YaRN: 2309.00071; llama3: the Llama 3.1 release.
     """
@@ -96,8 +97,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     return _yarn(theta**exponents_r, head_dim, theta, scaling.factor, *scaling.values)
 
 
-def rope_gain(scaling: RopeScaling | None) -> float:
-    """By which cosines and sines are multiplied: YaRN's temperature (arXiv 2309.00071, section 3.4)."""
+def rope_attention_factor(scaling: RopeScaling | None) -> float:
+    """Returns the factor of cosines and sines: YaRN's temperature (arXiv 2309.00071, section 3.4)."""
     if scaling is None or scaling.kind != "yarn" or scaling.factor <= 1:
         return 1.0
     return 0.1 * math.log(scaling.factor) + 1.0
@@ -126,9 +127,9 @@ def _yarn(
 ) -> Tensor:
     import torch
 
-    def dimension(turns: float) -> float:
-        """That which turns so often over the original length."""
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def dimension(rotations: float) -> float:
+        """Returns the dimension that rotates this often over the original length."""
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dimension(fast), dimension(slow)
     if truncate:

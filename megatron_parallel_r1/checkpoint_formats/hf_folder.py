@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import table
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import save_tensors, stored_tensors
 from megatron_parallel_r1.checkpoint_formats.torch_dist import (
     MegatronCheckpoint,
@@ -83,7 +83,7 @@ def hf_sizes(path: Path | str) -> dict[str, tuple[int, ...]]:
     if _is_megatron(folder):
         config = read_config(folder)
         MegatronCheckpoint(folder).check(config)
-        return dict(part for weight in table(config) for part in weight.parts)
+        return dict(part for weight in weight_table(config) for part in weight.parts)
     return {name: stored.shape for name, stored in stored_tensors(weight_files(folder)).items()}
 
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import Weight, table
+from megatron_parallel_r1.architecture.weight_table import WeightMapping, weight_table
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTensor
 from megatron_parallel_r1.checkpoint_formats.torch_save import OddStrides, find_tensor
 from megatron_parallel_r1.errors import UserError
@@ -36,7 +36,7 @@ def _empty(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(sizes), dtype=dtype)
 
 
-def checkpoint_key(weight: Weight, has_experts: bool) -> str:
+def checkpoint_key(weight: WeightMapping, has_experts: bool) -> str:
     """The name of the whole tensor that `weight` is, or of which it is row `weight.expert`.
 
     Args:
@@ -50,7 +50,7 @@ def checkpoint_key(weight: Weight, has_experts: bool) -> str:
     return name
 
 
-def _places(weight: Weight, has_experts: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _places(weight: WeightMapping, has_experts: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Where a checkpoint may have a weight: the name of a tensor, and which of its rows."""
     expert = () if weight.expert is None else (weight.expert,)
     for name in (checkpoint_key(weight, has_experts), weight.name):
@@ -136,7 +136,7 @@ class MegatronCheckpoint:
             UserError: a tensor is missing, unknown or of another size.
         """
         problems, used = [], set()
-        for weight in table(shape):
+        for weight in weight_table(shape):
             found = self._located(weight, shape)
             if found is None:
                 problems.append(f"{checkpoint_key(weight, shape.experts is not None)} is missing")
@@ -157,14 +157,14 @@ class MegatronCheckpoint:
                 f"{self.folder} does not fit the model: {shown}{more}. Give the config.json of this model"
             )
 
-    def dtype(self, weight: Weight, shape: ModelConfig) -> torch.dtype:
+    def dtype(self, weight: WeightMapping, shape: ModelConfig) -> torch.dtype:
         """Of a weight that `check` has found."""
         return self.dtypes[self._located(weight, shape)[0]]
 
     @torch.no_grad()
     def read(
         self,
-        weight: Weight,
+        weight: WeightMapping,
         shape: ModelConfig,
         empty: Empty = _empty,
         start: int = 0,
@@ -242,14 +242,14 @@ class MegatronCheckpoint:
         stored = StoredTensor(piece.file, key, held.dtype, (count * rows, *rest), held.begin, self._once)
         stored.read_into(target[None], row)
 
-    def _located(self, weight: Weight, shape: ModelConfig) -> tuple[str, tuple[int, ...]] | None:
+    def _located(self, weight: WeightMapping, shape: ModelConfig) -> tuple[str, tuple[int, ...]] | None:
         places = _places(weight, shape.experts is not None)
         return next(((key, index) for key, index in places if key in self.sizes), None)
 
 
 def read_weights(checkpoint: MegatronCheckpoint, shape: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """All weights under their Hugging Face names, one after another."""
-    for weight in table(shape):
+    for weight in weight_table(shape):
         yield from zip(
             (name for name, _ in weight.parts), weight.split([checkpoint.read(weight, shape)]), strict=True
         )

@@ -27,6 +27,7 @@ from megatron_parallel_r1.cluster.attempts import (
 )
 from megatron_parallel_r1.distributed.stop_signals import STOP_SIGNALS
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, UserError
+from megatron_parallel_r1.utils.exit import one_line_exit
 
 SPEC_FILE = "job.json"
 STOP_CODES = (STOPPED_EXIT_CODE, *(128 + number for number in STOP_SIGNALS))
@@ -101,20 +102,17 @@ def crash_loop(attempts: Sequence[JobAttempt], why: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     max_failures = int(os.environ.get("MAX_FAILURES", "3"))  # validated by slurm/common.sh
     verb, *rest = arguments
-    try:
-        if verb == "begin":
-            begin(Path(rest[0]), rest[1], rest[2:], max_failures)
-            return 0
-        if verb == "servers":
-            from megatron_parallel_r1.cluster.job_spec import JobSpec, server_arguments
+    if verb == "begin":
+        begin(Path(rest[0]), rest[1], rest[2:], max_failures)
+        return 0
+    if verb == "servers":
+        from megatron_parallel_r1.cluster.job_spec import JobSpec, server_arguments
 
-            print("\n".join(server_arguments(JobSpec.read(rest[0], rest[1:]), os.environ["ROLLOUT_ENGINE"])))
-            return 0
-        return end(Path(rest[0]), Path(rest[1]), rest[2], int(rest[3]), max_failures)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print("\n".join(server_arguments(JobSpec.read(rest[0], rest[1:]), os.environ["ROLLOUT_ENGINE"])))
+        return 0
+    return end(Path(rest[0]), Path(rest[1]), rest[2], int(rest[3]), max_failures)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with one_line_exit():
+        sys.exit(main(sys.argv[1:]))

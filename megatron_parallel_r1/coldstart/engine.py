@@ -9,17 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_parallel_r1.architecture.weight_table import check_fit
 from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
 from megatron_parallel_r1.coldstart.settings import OwnEngine
 from megatron_parallel_r1.coldstart.teacher import Answer, Request
 from megatron_parallel_r1.data.prompts import TEMPLATES, decode, encode_prompt
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.weights import check_fit
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.run.context import native_engine
 from megatron_parallel_r1.run.datasets import open_tokenizer
 from megatron_parallel_r1.thought.tags import Tags
+from megatron_parallel_r1.utils.rank import world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ def open_engine(told: OwnEngine, template: str, seed: int) -> Iterator[EngineTea
         UserError: the folder holds no model, none with the tags, or one that was trained with another
             template; or several processes were launched.
     """
-    if process.world_size() > 1:
+    if world_size() > 1:
         raise UserError("coldstart: a teacher of kind engine is one process; start it without a launcher")
     _check_template(told.path, template)
     shape, tensors = load_hf_folder(told.path)

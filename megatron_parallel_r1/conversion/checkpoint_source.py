@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import EMBEDDING, Weight, check_fit
+from megatron_parallel_r1.architecture.weight_table import EMBEDDING, WeightMapping, check_fit
 from megatron_parallel_r1.checkpoint_formats.hf_folder import read_config, weight_files
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTensor, stored_tensors
 from megatron_parallel_r1.checkpoint_formats.torch_dist import MegatronCheckpoint, find_checkpoint
@@ -26,16 +26,16 @@ from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST
 class Slab:
     """A weight, or rows of one that is a Hugging Face tensor as it is."""
 
-    weight: Weight
+    weight: WeightMapping
     start: int
     stop: int
 
     @classmethod
-    def whole(cls, weight: Weight) -> Slab:
+    def whole(cls, weight: WeightMapping) -> Slab:
         return cls(weight, 0, weight.shape[0])
 
     @classmethod
-    def of(cls, weight: Weight, count: int) -> list[Slab]:
+    def of(cls, weight: WeightMapping, count: int) -> list[Slab]:
         """All of a weight, of `count` rows each where it can be cut."""
         if weight.groups > 1 or len(weight.parts) > 1:
             return [cls.whole(weight)]
@@ -75,7 +75,7 @@ class Side:
         """Where the weights' files are."""
         return self.checkpoint.folder if self.checkpoint else self.path
 
-    def dtype(self, weight: Weight) -> torch.dtype:
+    def dtype(self, weight: WeightMapping) -> torch.dtype:
         """Of a weight's first part."""
         if self.checkpoint:
             return self.checkpoint.dtype(weight, self.shape)

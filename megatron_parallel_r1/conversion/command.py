@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from rich.progress import (
 
 from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.exit import one_line_exit
 
 DTYPES = ("keep", "bfloat16", "float16", "float32")
 
@@ -46,17 +46,10 @@ class Bar:
 
 
 def explained(command: Callable[[], int]) -> None:
-    """Ends the process with the command's exit code; what a user can mend ends in one line and code 2."""
+    """Runs a command and exits with its code; expected errors end in one line (utils/exit.py)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        code = command()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the files that are whole", file=sys.stderr)
-        code = 130
-    raise SystemExit(code)
+    with one_line_exit("the same command continues with the files that are missing"):
+        raise SystemExit(command())
 
 
 def hf_to_megatron_command(words: Sequence[str] | None = None) -> int:
@@ -111,7 +104,7 @@ def verify_command(words: Sequence[str] | None = None) -> int:
     _like(parser)
     parser.add_argument("--no-logits", action="store_true", help="compare the tensors alone: less memory")
     told = parser.parse_args(words)
-    from megatron_parallel_r1.architecture.weight_table import table
+    from megatron_parallel_r1.architecture.weight_table import weight_table
     from megatron_parallel_r1.conversion.checkpoint_source import open_side
     from megatron_parallel_r1.conversion.verify import compare_logits, compare_shapes, compare_tensors
 
@@ -121,7 +114,7 @@ def verify_command(words: Sequence[str] | None = None) -> int:
     one, two, console = opened(told.first), opened(told.second), _console()
     differences = compare_shapes(one, two)
     if not differences:
-        count = sum(len(weight.parts) for weight in table(one.shape))
+        count = sum(len(weight.parts) for weight in weight_table(one.shape))
         with _bar("comparing tensors", count=True) as bar:
             bar.begin(count)
             differences = compare_tensors(one, two, bar.advance)

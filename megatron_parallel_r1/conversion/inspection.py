@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from megatron_parallel_r1.architecture.weight_table import table
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.checkpoint_formats.hf_folder import weight_files
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import stored_tensors
 from megatron_parallel_r1.checkpoint_formats.torch_dist import MegatronCheckpoint, find_checkpoint
@@ -54,7 +54,7 @@ def facts(path: Path, like: Path | None = None) -> Iterator[tuple[str, str]]:
     yield "vocabulary", f"{shape.vocab}, embeddings {'tied' if shape.tied else 'untied'}"
     stretch = f", {shape.rope_scaling.kind} x {shape.rope_scaling.factor:g}" if shape.rope_scaling else ""
     yield "positions", f"{shape.max_positions}, theta {shape.rope_theta:g}{stretch}"
-    parameters = sum(prod(weight.shape) for weight in table(shape))
+    parameters = sum(prod(weight.shape) for weight in weight_table(shape))
     yield "fits", f"all weights of its config.json are there: {parameters / 1e6:.2f} M parameters"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import Weight, padded_vocab, table
+from megatron_parallel_r1.architecture.weight_table import WeightMapping, padded_vocab, weight_table
 from megatron_parallel_r1.checkpoint_formats.torch_dist import checkpoint_key
 from megatron_parallel_r1.errors import UserError
 
@@ -88,17 +88,17 @@ def pieces_of(shape: ModelConfig, target: Target) -> dict[int, list[Piece]]:
     each_experts = shape.experts.count // target.expert if shape.experts else 1
     has_experts = shape.experts is not None
     head = False
-    for weight in table(shape):
+    for weight in weight_table(shape):
         head = head or weight.layer is not None
         stage = weight.layer // each_layers if weight.layer is not None else (target.pipeline - 1) * head
         expert = 0 if weight.expert is None else weight.expert // each_experts
-        for rank in range(target.tensor if weight.cut is not None else 1):
+        for rank in range(target.tensor if weight.split_dim is not None else 1):
             pieces = _of_rank(weight, rank, target.tensor, shape, checkpoint_key(weight, has_experts))
             made.setdefault(target.rank(rank, stage, expert), []).extend(pieces)
     return made
 
 
-def _of_rank(weight: Weight, rank: int, size: int, shape: ModelConfig, key: str) -> Iterator[Piece]:
+def _of_rank(weight: WeightMapping, rank: int, size: int, shape: ModelConfig, key: str) -> Iterator[Piece]:
     lead = () if weight.expert is None else (weight.expert,)
     whole = (*((shape.experts.count,) if lead else ()), *weight.shape)
     rest = weight.shape[1:]
@@ -109,10 +109,10 @@ def _of_rank(weight: Weight, rank: int, size: int, shape: ModelConfig, key: str)
             corner, sizes = (row, column), (rows, width)
         return Piece(key, whole, (*lead, *corner), (*(1 for _ in lead), *sizes), groups, sources)
 
-    if weight.cut is None:
+    if weight.split_dim is None:
         ((name, (rows, *_)),) = weight.parts
         yield piece(0, rows, 1, Source(name, 0, rows))
-    elif weight.cut == 1:
+    elif weight.split_dim == 1:
         ((name, (rows, width)),) = weight.parts
         own = width // size
         source = Source(name, 0, rows, rank * own if size > 1 else None)

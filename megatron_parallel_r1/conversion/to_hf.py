@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.architecture.weight_table import Weight, table
+from megatron_parallel_r1.architecture.weight_table import WeightMapping, weight_table
 from megatron_parallel_r1.checkpoint_formats.hf_folder import SHARD_BYTES, shard_names
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import NAMES
 from megatron_parallel_r1.conversion.checkpoint_source import Side, Slab, open_side
@@ -74,7 +74,7 @@ def write_hf(
     """
     if dtype not in (None, *NAMES):
         raise UserError(f"dtype {dtype} is not one of {', '.join(map(str, NAMES))}")
-    weights = table(side.shape)
+    weights = weight_table(side.shape)
     dtypes = {weight.name: dtype or side.dtype(weight) for weight in weights}
     files = _shards(weights, dtypes, shard_bytes)
     total = sum(_bytes(weight, dtypes) for weight in weights)
@@ -91,7 +91,7 @@ def write_hf(
     }
     names, rooms = shard_names(len(files)), Rooms()
 
-    def writer(some: list[Weight]) -> Callable[[Sink], None]:
+    def writer(some: list[WeightMapping]) -> Callable[[Sink], None]:
         return lambda sink: _write(sink, some, side, dtypes, rooms, advance)
 
     with Work(out, identity, replace) as work:
@@ -119,12 +119,14 @@ def _config(side: Side, kinds: set[torch.dtype]) -> bytes:
     return json.dumps(config, indent=2).encode() + b"\n"
 
 
-def _bytes(weight: Weight, dtypes: Mapping[str, torch.dtype]) -> int:
+def _bytes(weight: WeightMapping, dtypes: Mapping[str, torch.dtype]) -> int:
     return torch.Size(weight.shape).numel() * dtypes[weight.name].itemsize
 
 
-def _shards(weights: list[Weight], dtypes: Mapping[str, torch.dtype], shard_bytes: int) -> list[list[Weight]]:
-    files: list[list[Weight]] = [[]]
+def _shards(
+    weights: list[WeightMapping], dtypes: Mapping[str, torch.dtype], shard_bytes: int
+) -> list[list[WeightMapping]]:
+    files: list[list[WeightMapping]] = [[]]
     size = 0
     for weight in weights:
         if files[-1] and size + _bytes(weight, dtypes) > shard_bytes:
@@ -137,7 +139,7 @@ def _shards(weights: list[Weight], dtypes: Mapping[str, torch.dtype], shard_byte
 
 def _write(
     sink: Sink,
-    weights: list[Weight],
+    weights: list[WeightMapping],
     side: Side,
     dtypes: Mapping[str, torch.dtype],
     rooms: Rooms,
@@ -168,7 +170,7 @@ def _write(
         del parts, part, rows, block
 
 
-def _rows(weight: Weight, dtypes: Mapping[str, torch.dtype]) -> int:
+def _rows(weight: WeightMapping, dtypes: Mapping[str, torch.dtype]) -> int:
     """Of a slab of about `SLAB_BYTES`."""
     return max(1, SLAB_BYTES * weight.shape[0] // max(_bytes(weight, dtypes), 1))
 

@@ -14,7 +14,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.architecture.weight_table import table
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.conversion.checkpoint_source import Side, Slab
 from megatron_parallel_r1.conversion.to_megatron import Advance
 
@@ -34,7 +34,7 @@ def compare_shapes(one: Side, two: Side) -> list[str]:
 def compare_tensors(one: Side, two: Side, advance: Advance = lambda count: None) -> list[str]:
     """Tensors of two models of one shape that are not bit-equal; `advance` is told of each that was read."""
     found = []
-    for weight in table(one.shape):
+    for weight in weight_table(one.shape):
         pairs = zip(weight.parts, one.parts(Slab.whole(weight)), two.parts(Slab.whole(weight)), strict=True)
         for (name, _), first, second in pairs:
             first, second = first.flatten(0, 1), second.flatten(0, 1)

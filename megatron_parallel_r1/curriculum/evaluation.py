@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_parallel_r1.architecture.weight_table import check_fit
 from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
 from megatron_parallel_r1.config.recipe import Evaluation, Recipe
 from megatron_parallel_r1.config.stages import Stage
@@ -17,7 +18,7 @@ from megatron_parallel_r1.distributed.parallel_config import check_parallel
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import read_tags
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.weights import check_fit, hf_tensors
+from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.report.trace_record import trace_record
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.terms import score_accuracy
@@ -31,6 +32,7 @@ from megatron_parallel_r1.run.engines import Decoders, engine_of_checkpoint
 from megatron_parallel_r1.run.folder import steps_done
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.jsonl import JsonlWriter
+from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
 from megatron_parallel_r1.utils.seeding import derive_seed, seed_series
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def evaluate_stage(
             thinker, problems, bench.tokenizer, verifier, recipe.prompt_template, recipe.evaluation, seed
         )
     record = {"stage": stage.name, "step": step, **measured}
-    if not process.is_rank_zero():
+    if not is_rank_zero():
         return record
     # Anew each time: an evaluation that was killed before its record may have left some.
     with JsonlWriter(bench.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as kept:
@@ -123,7 +125,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None = None) -> dict[
     tokenizer = open_tokenizer(folder)
     tags = read_tags(tokenizer, folder)
     parallel, asked = recipe.parallel, recipe.evaluation
-    check_parallel(shape, parallel, process.world_size())
+    check_parallel(shape, parallel, world_size())
     thinking = recipe.thinking_of(recipe.stages[-1])
     with (
         process.running(recipe.seed, parallel),

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_parallel_r1.architecture.families import FAMILIES
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import table
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.config.data import DataSet
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage, Stage
@@ -119,7 +119,7 @@ def card(
         training, data, evaluation: sections in Markdown.
     """
     head = yaml.safe_dump({"library_name": "transformers", **facts}, sort_keys=False).strip()
-    parameters = sum(prod(size) for weight in table(shape) for _, size in weight.parts)
+    parameters = sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts)
     kind = FAMILIES[shape.family].architecture.removesuffix("ForCausalLM")
     return f"""---
 {head}

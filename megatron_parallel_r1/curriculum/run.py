@@ -33,11 +33,12 @@ from megatron_parallel_r1.run.folder import is_resumable, keep_tokenizer, open_r
 from megatron_parallel_r1.run.save import save_model
 from megatron_parallel_r1.run.stage_loop import checkpoint_folder
 from megatron_parallel_r1.run.wandb_log import check_wandb
+from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
 
 
 def open_console() -> Console:
     """As wide as the terminal; a log takes the whole table. Only the first process of a run speaks."""
-    console = Console(quiet=not process.is_rank_zero())
+    console = Console(quiet=not is_rank_zero())
     return console if console.is_terminal else Console(width=150, quiet=console.quiet)
 
 
@@ -79,7 +80,7 @@ def run(
         outcomes.append(_run_seed(single, folder, only, fresh, adapt, console))
     by_seed = {seed: done.evaluations for seed, done in zip(recipe.seeds, outcomes, strict=True)}
     table = across_seeds(by_seed)
-    if process.is_rank_zero():
+    if is_rank_zero():
         (recipe.out / recipe.name / "seeds.md").write_text(table + "\n")
     console.print(table, highlight=False, markup=False)
     return outcomes
@@ -99,7 +100,7 @@ def _run_seed(
     check_wandb(recipe)
     bench = Workbench.set_up(recipe, folder, resume)
     bench.check_starts(names)
-    bench.check_split(names, process.world_size())
+    bench.check_split(names, world_size())
     split, patience = recipe.parallel, recipe.collective_timeout_s
     with (
         process.running(recipe.seed, split, patience) as watchdog,
@@ -107,7 +108,7 @@ def _run_seed(
         Decoders(bench) as decoders,
     ):
         # Every process has looked at the folder by now; the first one may change it.
-        if process.is_rank_zero():
+        if is_rank_zero():
             open_run_folder(recipe, folder, resume)
             if not resume:
                 keep_tokenizer(bench.tokenizer, folder)
@@ -127,7 +128,7 @@ def _run_seed(
             release = write_release(bench, last or bench.model_of(recipe.stages[-1]), evaluations)
         if evaluations:
             console.print(eval_table(evaluations))
-        report = build_report(folder) if process.is_rank_zero() else folder / "report.html"
+        report = build_report(folder) if is_rank_zero() else folder / "report.html"
     return Outcome(folder, report, release, evaluations)
 
 
@@ -153,9 +154,9 @@ def _run_stage(
         save_model(bench, model, folder / "model", told)
     else:
         console.print(f"{stage.name}  done before", highlight=False)
-    if process.is_rank_zero() and not bench.recipe.keeps_checkpoints(stage):
+    if is_rank_zero() and not bench.recipe.keeps_checkpoints(stage):
         shutil.rmtree(checkpoint_folder(folder), ignore_errors=True)
-    if process.is_rank_zero():
+    if is_rank_zero():
         shutil.rmtree(folder / "reference", ignore_errors=True)
     evaluated = {record["stage"] for record in past_evaluations(bench.folder)}
     if stage.evaluate and stage.name not in evaluated:

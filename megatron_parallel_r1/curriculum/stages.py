@@ -15,7 +15,6 @@ from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.prompts import encode_prompt
 from megatron_parallel_r1.data.row_cache import RowCache, tokenizer_hash
-from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.replicas import background_groups
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.model.weights import hf_tensors
@@ -38,6 +37,7 @@ from megatron_parallel_r1.run.stage_loop import StageLoop
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.train.sft import example_row, sft_step
 from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 
 def run_sft(bench: Workbench, stage: SftStage, watchdog: Watchdog) -> Trainer:
@@ -180,7 +180,7 @@ def _stated_embedded(text: str) -> str | None:
 def _shown(bench: Workbench, rollouts: Rollouts, count: int) -> Sequence[dict[str, Any]]:
     """Traces of different problems, right and wrong ones in turn where the step has both; for the process
     that writes them."""
-    if not process.is_rank_zero():
+    if not is_rank_zero():
         return ()
     total = len(rollouts.traces)
     ranked = sorted(range(total), key=lambda i: (i * 7919 % total, i))

@@ -17,16 +17,7 @@ from megatron_parallel_r1.distributed.heartbeat import first_line
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_world
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import PeerLost, Stopped
-
-
-def world_size() -> int:
-    """Returns the number of ranks of the launch; known before they have connected."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 1
-
-
-def is_rank_zero() -> bool:
-    """Returns whether this is rank 0, which writes the run's files and prints; known before they connect."""
-    return world_size() == 1 or os.environ["RANK"] == "0"
+from megatron_parallel_r1.utils.rank import rank, world_size
 
 
 def start(
@@ -63,17 +54,16 @@ def start(
     if torch.cuda.is_available():
         backend = "nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    rank = int(os.environ["RANK"]) if world_size() > 1 else 0
-    watchdog = Watchdog(rank, world_size(), heartbeat_s)
+    watchdog = Watchdog(rank(), world_size(), heartbeat_s)
     store = dist.HashStore()
     if world_size() > 1:
         # torchrun hosts a store of its own; under srun or by hand rank 0 does.
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         host = f"{'the launcher' if hosted else 'rank 0'}, which hosts the store,"
-        store, watchdog_store = _connect(rank, rank == 0 and not hosted, host, join_s)
+        store, watchdog_store = _connect(rank(), rank() == 0 and not hosted, host, join_s)
         watchdog.start(watchdog_store, host)
     try:
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size())
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank(), world_size=world_size())
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -139,7 +129,7 @@ def running(
         raise stopped
 
 
-def _connect(rank: int, is_host: bool, host: str, join_s: float) -> tuple[dist.Store, dist.Store]:
+def _connect(own_rank: int, is_host: bool, host: str, join_s: float) -> tuple[dist.Store, dist.Store]:
     """Returns the store of this session and a second connection to it, once all ranks have both."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # A launcher that restarts its processes may keep its store, with what the lost ones wrote.
@@ -147,20 +137,20 @@ def _connect(rank: int, is_host: bool, host: str, join_s: float) -> tuple[dist.S
     timeout = timedelta(seconds=join_s)
     try:
         launch = _launch_store(address, port, world_size(), is_host, timeout)
-        session = f"attempt{attempt}/session{launch.add(f'attempt{attempt}/starts/{rank}', 1)}"
+        session = f"attempt{attempt}/session{launch.add(f'attempt{attempt}/starts/{own_rank}', 1)}"
         store, second = (dist.PrefixStore(session, connection) for connection in (launch, launch.clone()))
     except dist.DistError as error:
-        reason = f"rank {rank}: {host} was not reached at {address}:{port} within {join_s:g} s"
+        reason = f"rank {own_rank}: {host} was not reached at {address}:{port} within {join_s:g} s"
         raise PeerLost(f"{reason} ({first_line(error)})") from error
     names = [f"joined/{other}" for other in range(world_size())]
     try:
-        store.set(names[rank], "")
+        store.set(names[own_rank], "")
         store.wait(names, timeout)
     except dist.DistStoreError as error:
         missing = [other for other, name in enumerate(names) if not store.check([name])]
-        raise PeerLost(f"rank {rank}: {_ranks(missing)} did not connect within {join_s:g} s") from error
+        raise PeerLost(f"rank {own_rank}: {_ranks(missing)} did not connect within {join_s:g} s") from error
     except dist.DistNetworkError as error:
-        raise PeerLost(f"rank {rank}: {host} went away before all ranks had connected") from error
+        raise PeerLost(f"rank {own_rank}: {host} went away before all ranks had connected") from error
     return store, second
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_parallel_r1.errors import LOST_EXIT_CODE, PeerLost, UserError
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import EMBEDDED, EMBEDDED_PROBLEMS, PUBLISHED, read_benchmarks
 from megatron_parallel_r1.evaluation.checkpoints import Checkpoint, open_checkpoint, stages_of
 from megatron_parallel_r1.evaluation.engines import ENGINES
@@ -22,6 +22,8 @@ from megatron_parallel_r1.evaluation.plot import draw_plot, save_plot, svg_of
 from megatron_parallel_r1.evaluation.records import USUAL, check_out, writing
 from megatron_parallel_r1.evaluation.runs import Plan, Result, evaluate, write_summaries
 from megatron_parallel_r1.evaluation.table import Table, html_page, markdown_page, tables_of
+from megatron_parallel_r1.utils.exit import one_line_exit
+from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
 
 
 def run_command(words: Sequence[str] | None = None) -> None:
@@ -40,7 +42,7 @@ def run_command(words: Sequence[str] | None = None) -> None:
     checkpoint = open_checkpoint(told.checkpoint)
     benchmarks = read_benchmarks(_words(told.benchmarks), told.data, told.limit)
     results = evaluate(checkpoint, benchmarks, mode, plan, console)
-    if is_first():
+    if is_rank_zero():
         _write(
             results, tables_of([r.summary for r in results]), told.out / f"{checkpoint.name}_{mode}", console
         )
@@ -62,7 +64,7 @@ def compare_command(words: Sequence[str] | None = None) -> None:
         "--modes", default="parallel", help="by comma, such as parallel,sequential,majority@4"
     )
     told = parser.parse_args(words)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UserError(
             "eval/compare.py: one process; run eval/run.py under torchrun, this reads what it drew"
         )
@@ -87,27 +89,13 @@ def compare_command(words: Sequence[str] | None = None) -> None:
 
 
 def explained(command: Callable[[], None]) -> None:
-    """Runs a command as `parallel-r1` does: what a user can mend ends in one line and exit code 2."""
+    """Runs a command as `parallel-r1` does: expected errors end in one line and an exit code."""
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
+    with one_line_exit("the same command continues from the records"):
         command()
-    except PeerLost as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(LOST_EXIT_CODE)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the records", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def is_first() -> bool:
-    """Whether this process speaks to the user; known before any engine is open."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -201,5 +189,5 @@ def _words(text: str) -> list[str]:
 
 def _console() -> Console:
     """As wide as the terminal; a log takes the whole table. Only the first process speaks."""
-    console = Console(quiet=not is_first())
+    console = Console(quiet=not is_rank_zero())
     return console if console.is_terminal else Console(width=190, quiet=console.quiet)

@@ -6,7 +6,6 @@ knows only `rollout/engine.py`'s protocol.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Engine
+from megatron_parallel_r1.utils.rank import world_size
 
 # How long servers may take to answer at all, in seconds.
 PATIENCE_S = 60.0
@@ -73,13 +73,14 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
     """In this process, or in all processes of a launch; they leave together, all records written."""
     from megatron.core import parallel_state
 
+    from megatron_parallel_r1.architecture.weight_table import check_fit
     from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
     from megatron_parallel_r1.distributed import process
     from megatron_parallel_r1.distributed.collectives import barrier
     from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
     from megatron_parallel_r1.distributed.replicas import is_replica_leader
-    from megatron_parallel_r1.model.weights import check_fit
     from megatron_parallel_r1.run.context import native_engine
+    from megatron_parallel_r1.utils.rank import world_size
 
     if asked.servers:
         raise UserError("engine native: decodes in this process and takes no --server; leave it out")
@@ -89,7 +90,7 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
         parallel = ParallelConfig(tensor=asked.tensor)
     except ValueError as error:
         raise UserError(f"--tensor: {error}") from None
-    check_parallel(shape, parallel, process.world_size())
+    check_parallel(shape, parallel, world_size())
     with process.running(asked.seed, parallel):
         engine = native_engine(shape)
         engine.load_weights(tensors, version=0)
@@ -115,7 +116,7 @@ def _served(engine: str, asked: EngineRequest) -> Iterator[Opened]:
             f"engine {engine}: give --server URL of each, as `parallel-r1 serve-rollout --engine {engine} "
             f"--checkpoint {asked.folder}` prints them"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UserError(f"engine {engine}: one process asks all servers; start it without torchrun")
     pool = met_pool(engine, asked.servers, Timeouts(), PoolSettings(patience_s=PATIENCE_S))
     check_checkpoint(pool, asked.folder)

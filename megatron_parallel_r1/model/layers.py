@@ -1,7 +1,7 @@
-"""What the layers are made of: Megatron's own modules, or Transformer Engine's with FP8 products.
+"""The implementation of the layers: Megatron's own modules, or Transformer Engine's with FP8 GEMMs.
 
-Megatron-Core makes the FP8 recipes from its configuration; here they are named, and what cannot run is told
-before the start. Attention under the layout is ours in either case and stays in the model's dtype.
+Megatron-Core creates the FP8 recipes from its configuration; this module names them and refuses before the
+start what cannot run. Attention under the layout is this package's own and stays in the model's dtype.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.attention.dispatch import Kernel, check_kernel
 
-Kind = Literal["local", "transformer_engine"]
+LayerKind = Literal["local", "transformer_engine"]
 Scaling = Literal["none", "delayed", "current", "blockwise"]
-# The first release in which all three scalings can keep parameters in FP8, too.
-OLDEST = (2, 4)
-# FP8 products take rows in multiples of this.
+# The first release in which all three scalings can also keep parameters in FP8.
+MIN_ENGINE_VERSION = (2, 4)
+# FP8 GEMMs need a multiple of this number of rows.
 FP8_ROWS = 16
 
 
@@ -28,14 +28,14 @@ class Layers:
     """A recipe's `model.layers`, `model.attention`, `model.fp8` and `model.fp8_params`.
 
     Attributes:
-        kind: whose linear layers and norms.
-        attention: what computes attention under the layout.
-        fp8: how numbers are scaled into FP8's range: by the history of a tensor's largest number (arXiv
-            2209.05433), by its present largest, or by that of blocks of 128 (arXiv 2412.19437).
-        fp8_params: whether the layers' matrices are kept in FP8; the optimizer's copies stay float32.
+        kind: the library of the linear layers and norms.
+        attention: the attention kernel.
+        fp8: how values are scaled into FP8's range: by the history of a tensor's maximum (arXiv 2209.05433),
+            by its current maximum, or by that of blocks of 128 (arXiv 2412.19437).
+        fp8_params: whether the layers' matrices are stored in FP8; the optimizer's copies stay float32.
     """
 
-    kind: Kind = "local"
+    kind: LayerKind = "local"
     attention: Kernel = "auto"
     fp8: Scaling = "none"
     fp8_params: bool = False
@@ -50,14 +50,14 @@ class Layers:
 
     @property
     def row_multiple(self) -> int:
-        """Each process's part of a row is filled up to a multiple of so many tokens."""
+        """Each rank's part of a row is padded to a multiple of this number of tokens."""
         return 1 if self.fp8 == "none" else FP8_ROWS
 
     def megatron_fields(self) -> dict[str, Any]:
-        """The fields of Megatron's TransformerConfig that say so.
+        """Returns the corresponding fields of Megatron's TransformerConfig.
 
-        Blockwise scaling has range enough for four bits of exponent in both directions (arXiv 2412.19437);
-        else gradients take five. The history's length is Transformer Engine's own default.
+        With blockwise scaling four exponent bits suffice in both directions (arXiv 2412.19437); otherwise
+        gradients use five. The history's length is Transformer Engine's default.
         """
         if self.fp8 == "none":
             return {}
@@ -71,14 +71,14 @@ class Layers:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """What layers ask of the machine.
+class LayerSupport:
+    """What a machine supports.
 
     Attributes:
         device: where the model will be.
-        engine: Transformer Engine's version; None: it is not installed.
-        engine_refusal: why it cannot be imported, though it is installed; "" if it can.
-        fp8_refusal: why this GPU has no FP8 of that kind, in Transformer Engine's words; "" if it has.
+        engine: Transformer Engine's version; None: not installed.
+        engine_refusal: why it cannot be imported although installed; "" if it can.
+        fp8_refusal: why this GPU has no such FP8, in Transformer Engine's words; "" if it has.
     """
 
     device: torch.device
@@ -87,8 +87,8 @@ class Machine:
     fp8_refusal: str = ""
 
     @classmethod
-    def here(cls, layers: Layers) -> Machine:
-        """This machine; imports Transformer Engine only where its layers are asked for."""
+    def detect(cls, layers: Layers) -> LayerSupport:
+        """Inspects this machine; imports Transformer Engine only if `layers` use it."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             engine = version("transformer_engine")
@@ -97,9 +97,9 @@ class Machine:
         if layers.kind == "local" or device.type == "cpu" or _too_old(engine):
             return cls(device, engine)
         try:
-            # Its library loads CUDA, so it cannot be imported everywhere. All releases have this name here.
+            # Its library loads CUDA, so it cannot be imported everywhere. Every release has this name here.
             from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as Support
-        except (ImportError, OSError) as error:  # without its part for torch, or built for another CUDA
+        except (ImportError, OSError) as error:  # without its torch extension, or built for another CUDA
             return cls(device, engine, " ".join(str(error).split()))
         if layers.fp8 == "none":
             return cls(device, engine)
@@ -108,43 +108,43 @@ class Machine:
         return cls(device, engine, fp8_refusal="" if has else reason)
 
 
-def check_layers(layers: Layers, dim: int, dtype: torch.dtype, machine: Machine | None = None) -> None:
-    """Whether layers can run on a machine.
+def check_layers(layers: Layers, dim: int, dtype: torch.dtype, support: LayerSupport | None = None) -> None:
+    """Checks that the layers can run on a machine.
 
     Args:
-        dim: of an attention head.
+        dim: size of an attention head.
         dtype: of parameters and activations.
-        machine: None for this one.
+        support: of the machine; None: of this one.
 
     Raises:
         UserError: they cannot.
     """
-    machine = machine or Machine.here(layers)
-    check_kernel(layers.attention, machine.device, dim)
+    support = support or LayerSupport.detect(layers)
+    check_kernel(layers.attention, support.device, dim)
     if layers.kind == "local":
         return
-    if machine.device.type != "cuda":
+    if support.device.type != "cuda":
         raise UserError("model.layers: transformer_engine needs a CUDA device; set it to local")
-    if machine.engine is None:
+    if support.engine is None:
         raise UserError(
             "model.layers: Transformer Engine is not installed; set it to local, or run "
             "`pip install transformer-engine[pytorch]`"
         )
-    if _too_old(machine.engine):
-        oldest = ".".join(map(str, OLDEST))
+    if _too_old(support.engine):
+        oldest = ".".join(map(str, MIN_ENGINE_VERSION))
         raise UserError(
-            f"model.layers: Transformer Engine {machine.engine} is too old; install {oldest} or later"
+            f"model.layers: Transformer Engine {support.engine} is too old; install {oldest} or later"
         )
-    if machine.engine_refusal:
+    if support.engine_refusal:
         raise UserError(
-            f"model.layers: Transformer Engine {machine.engine} cannot be imported "
-            f"({machine.engine_refusal}); install one that was built for this torch, or set it to local"
+            f"model.layers: Transformer Engine {support.engine} cannot be imported "
+            f"({support.engine_refusal}); install a build for this torch, or set it to local"
         )
     if layers.fp8 != "none" and dtype != torch.bfloat16:
-        raise UserError("model.fp8: FP8 layers are trained around bfloat16; set dtype to bfloat16")
-    if machine.fp8_refusal:
-        raise UserError(f"model.fp8: {layers.fp8}: {machine.fp8_refusal.rstrip('.')}; set it to none")
+        raise UserError("model.fp8: FP8 layers need bfloat16 parameters; set dtype to bfloat16")
+    if support.fp8_refusal:
+        raise UserError(f"model.fp8: {layers.fp8}: {support.fp8_refusal.rstrip('.')}; set it to none")
 
 
 def _too_old(engine: str) -> bool:
-    return tuple(int(part) for part in engine.split(".")[:2]) < OLDEST
+    return tuple(int(part) for part in engine.split(".")[:2]) < MIN_ENGINE_VERSION

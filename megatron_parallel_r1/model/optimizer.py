@@ -1,4 +1,4 @@
-"""What trains a model: Megatron's data-parallel wrapper and its Adam, both Megatron's own."""
+"""Megatron's data-parallel wrapper and its Adam for a model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from megatron_parallel_r1.model.gpt import Model
 
 @dataclass(frozen=True, slots=True)
 class Adam:
-    """AdamW (arXiv 1711.05101). Weight decay spares norms; `clip` bounds the gradient norm, 0 is off.
+    """AdamW (arXiv 1711.05101). Norms have no weight decay; `clip` bounds the gradient norm, 0 is off.
 
-    `sharded` splits its state over the data-parallel processes (Megatron's distributed optimizer).
+    `sharded` splits its state over the data-parallel ranks (Megatron's distributed optimizer).
     """
 
     lr: float
@@ -32,21 +32,21 @@ class Adam:
     sharded: bool = False
 
 
-def trainable(model: Model, adam: Adam) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
-    """Wraps each stage for gradient accumulation in float32 and makes their optimizer.
+def wrap_for_training(model: Model, adam: Adam) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """Wraps each stage for gradient accumulation in float32 and creates their optimizer.
 
-    A step is `zero_grad_buffer()` of each, `optimizer.zero_grad()`, then Megatron's
+    A step is `zero_grad_buffer()` of each stage, `optimizer.zero_grad()`, Megatron's
     `get_forward_backward_func()`, whose loss function returns the loss summed over its tokens, their number
-    (int32) and a dict to report, then `optimizer.step()`. The schedule itself calls `finalize_model_grads`,
-    which divides by the tokens of all micro-batches and processes. A schedule of the learning rate sets
-    `group["lr"]` of `optimizer.param_groups`.
+    (int32) and a dict to report, and `optimizer.step()`. The pipeline schedule calls `finalize_model_grads`,
+    which divides by the tokens of all micro-batches and ranks. A learning-rate schedule sets `group["lr"]` of
+    `optimizer.param_groups`.
 
     Raises:
-        UserError: matrices are kept in FP8, and the optimizer's state is not split.
+        UserError: matrices are stored in FP8, and the optimizer's state is not sharded.
     """
     config = model.config
     if config.fp8_param and not adam.sharded:
-        raise UserError("model.fp8_params: only Megatron's distributed optimizer keeps FP8; split its state")
+        raise UserError("model.fp8_params: FP8 parameters need parallel.sharded_optimizer; set it to true")
     reduction = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=adam.sharded,
@@ -73,7 +73,7 @@ def trainable(model: Model, adam: Adam) -> tuple[list[DistributedDataParallel], 
     # Megatron marks norms with wd_mult = 0, but only its own scheduler would ever multiply by it.
     for group in optimizer.param_groups:
         group["weight_decay"] = adam.weight_decay * group["wd_mult"]
-        # torch's Adam goes over a parameter once on a GPU; on a CPU it has to be asked.
+        # torch's Adam is fused by default on a GPU only.
         if not torch.cuda.is_available():
             group["fused"] = True
     config.finalize_model_grads_func = finalize_model_grads

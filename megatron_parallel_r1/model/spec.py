@@ -1,6 +1,6 @@
-"""The layers of the model: Megatron's own, or Transformer Engine's, with our attention under a layout.
+"""Layer specs: Megatron's own modules or Transformer Engine's, with attention under a layout.
 
-Shapes: T tokens (of this process), B rows (1), C channels.
+Shapes: T tokens (of this rank), B rows (1), C channels.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_parallel_r1.model.attention import PathAttention
+from megatron_parallel_r1.model.attention.megatron_adapter import PathAttention
 from megatron_parallel_r1.model.layers import Layers
 
-# Megatron-Core 0.16.1 reads this name where Transformer Engine, which brings it, is absent, too.
+# Megatron-Core 0.16.1 reads this name also where Transformer Engine, which defines it, is absent.
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None
 
@@ -33,11 +33,11 @@ if not hasattr(moe_utils, "te_general_gemm"):
 class RMSNorm(nn.Module):
     """Root mean square norm with float32 statistics, equal to Hugging Face's Qwen3RMSNorm.
 
-    Megatron's torch norm refuses sequence parallelism; all it takes is the mark on the weight, by which
-    Megatron sums the gradients of the tensor group.
+    Megatron's torch norm refuses sequence parallelism; it only takes a mark on the weight, which makes
+    Megatron sum its gradients over the tensor group.
 
     Args:
-        config: says whether the weight's gradients are partial sums.
+        config: whether the weight's gradients are partial sums (sequence parallelism), dtype.
         hidden_size: C.
         eps: added to the mean square.
     """
@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
 
 
 class _Normalize(torch.autograd.Function):
-    """Written out, for autograd's own backward of the formula goes over memory twice as often."""
+    """A hand-written backward: autograd's own reads and writes memory twice as often."""
 
     @staticmethod
     def forward(ctx: Any, x_TBC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -70,7 +70,7 @@ class _Normalize(torch.autograd.Function):
         unit_TBC = x_TBC.float() * scale_TB1
         weight_grad_C = (grad_TBC * unit_TBC.to(x_TBC.dtype)).flatten(0, -2).sum(0)
         unit_grad_TBC = (grad_TBC * weight_C).float()
-        # What the gradient has along x would change its length alone, which the norm takes away.
+        # The gradient's component along x changes only the length of x, which the norm removes.
         along_TB1 = (unit_grad_TBC * unit_TBC).mean(-1, keepdim=True)
         x_grad_TBC = unit_grad_TBC.addcmul_(unit_TBC, along_TB1, value=-1).mul_(scale_TB1)
         return x_grad_TBC.to(x_TBC.dtype), weight_grad_C, None
@@ -79,11 +79,11 @@ class _Normalize(torch.autograd.Function):
 def block_spec(
     config: TransformerConfig, layers: Layers, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage.
+    """Returns the spec of this pipeline stage's layers.
 
     Args:
-        layers: what they are made of, checked by `layers.check_layers`.
-        vp_stage: which of this process's interleaved stages this is, if there are several.
+        layers: their implementation, checked by `layers.check_layers`.
+        vp_stage: index of this stage among the rank's interleaved ones, if there are several.
     """
     layer = _engine_layer(config) if layers.kind == "transformer_engine" else _local_layer(config)
     attention = layer.submodules.self_attention.submodules
@@ -94,13 +94,13 @@ def block_spec(
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
-    """Megatron's own modules, which need nothing beyond torch, and our RMSNorm."""
+    """Megatron's own modules, which need only torch, and this module's RMSNorm."""
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     if config.num_moe_experts:
-        # A router has no norm of its own; Transformer Engine's layers keep this name in checkpoints, too.
+        # A router is not fused with its norm; Transformer Engine's layers keep this name in checkpoints too.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     if config.qk_layernorm:
@@ -109,7 +109,7 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
 
 
 def _engine_layer(config: TransformerConfig) -> ModuleSpec:
-    """Transformer Engine's linear layers and norms; each expert by itself, as in the local layers."""
+    """Transformer Engine's linear layers and norms; experts are not grouped, as in the local layers."""
     return get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm
     )

@@ -1,4 +1,4 @@
-"""The Megatron configuration of a model under a parallel layout."""
+"""Megatron's configuration of a model under a parallel layout, and rotary embeddings by position."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ def _leave_unset(weight: torch.Tensor) -> None:
 
 
 def transformer_config(
-    model: ModelConfig,
+    architecture: ModelConfig,
     dtype: torch.dtype = torch.float32,
     parallel: ParallelConfig | None = None,
     layers: Layers | None = None,
 ) -> TransformerConfig:
-    """The Megatron configuration of `model`: no dropout, no fused kernels, deterministic.
+    """Returns Megatron's configuration of a model: no dropout, no fused kernels, deterministic.
 
     Args:
-        model: the architecture.
+        architecture: sizes of the whole model.
         dtype: of parameters and activations, float32 or bfloat16.
-        parallel: how the model is split, checked by `check_parallel`; None for one process.
-        layers: what the layers are made of; None for Megatron's own.
+        parallel: sizes of the parallel groups, checked by `check_parallel`; None for one rank.
+        layers: the implementation of the layers; None for Megatron's own.
     """
     layers = layers or Layers()
     parallel = parallel or ParallelConfig()
     full = parallel.recompute == "full"
-    experts = model.experts
+    experts = architecture.experts
     config = TransformerConfig(
-        num_layers=model.layers,
-        hidden_size=model.hidden,
-        num_attention_heads=model.heads,
-        num_query_groups=model.kv_heads,
-        kv_channels=model.head_dim,
-        ffn_hidden_size=model.ffn,
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden,
+        num_attention_heads=architecture.heads,
+        num_query_groups=architecture.kv_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.ffn,
         normalization="RMSNorm",
-        layernorm_epsilon=model.rms_eps,
-        qk_layernorm=model.qk_norm,
-        add_qkv_bias=model.qkv_bias,
+        layernorm_epsilon=architecture.rms_eps,
+        qk_layernorm=architecture.qk_norm,
+        add_qkv_bias=architecture.qkv_bias,
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
@@ -53,19 +53,19 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
-        # Weights come from Hugging Face tensors or a seed, the same ones under every parallel layout. Without
+        # Weights come from Hugging Face tensors or a seed, the same under every parallel layout. Without
         # perform_initialization Megatron would not mark which weights are split over a tensor group.
         init_method=_leave_unset,
         output_layer_init_method=_leave_unset,
         embedding_init_method=_leave_unset,
-        # A step's gradient is the sum over its tokens divided by their number, however they are packed.
+        # A step's gradient is the sum over its tokens divided by their number, whatever the packing.
         calculate_per_token_loss=True,
         variable_seq_lengths=parallel.virtual == 1,
-        # Of two interleaved processes each is before and behind the other. Sent in one batch, activations and
-        # gradients between them are matched by order and swapped; so are the lengths of variable rows.
+        # Of two interleaved pipeline ranks each is both before and after the other. Sent in one batch,
+        # activations and gradients are matched by order and swapped; so are the lengths of variable rows.
         overlap_p2p_comm=parallel.virtual > 1,
         batch_p2p_comm=parallel.virtual == 1,
-        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it even without experts
+        moe_token_dispatcher_type="alltoall",  # variable lengths need it even without experts
         deterministic_mode=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -87,16 +87,16 @@ def transformer_config(
         num_moe_experts=experts.count if experts else None,
         moe_ffn_hidden_size=experts.ffn if experts else None,
         moe_router_topk=experts.per_token if experts else 2,
-        # A softmax over the chosen alone is that over all, scaled to sum to 1.
+        # A softmax over the selected experts alone equals that over all, scaled to sum to 1.
         moe_router_pre_softmax=experts is not None and not experts.renormalized,
         moe_router_load_balancing_type="none",
         moe_router_dtype=None,  # the logits' own, as in transformers; the softmax is in float32
         transformer_impl=layers.kind,
         **layers.megatron_fields(),
     )
-    # What Megatron's attention multiplies cosines and sines by; it has no such field of its own.
-    if model.rope_gain != 1.0:
-        config.yarn_rotary_scaling_factor = model.rope_scaling.factor
+    # Megatron's attention computes YaRN's factor of cosines and sines from it; the config has no such field.
+    if architecture.rope_attention_factor != 1.0 and architecture.rope_scaling is not None:
+        config.yarn_rotary_scaling_factor = architecture.rope_scaling.factor
     return config
 
 
@@ -104,19 +104,19 @@ class PositionRotary(nn.Module):
     """Angles of rotary embeddings (arXiv 2104.09864), bit-equal to transformers' in float32.
 
     Args:
-        shape: says how fast each pair of dimensions turns; all dimensions of a head rotate.
+        architecture: gives the frequencies; all dimensions of a head rotate.
     """
 
-    def __init__(self, shape: ModelConfig) -> None:
+    def __init__(self, architecture: ModelConfig) -> None:
         super().__init__()
-        self.shape = shape
+        self.architecture = architecture
 
     @torch.no_grad()
     def forward(self, positions_1L: Tensor) -> Tensor:
-        """Returns the angles [L, 1, 1, R] in float32, as Megatron's attention takes them.
+        """Returns the angles [L, 1, 1, R] in float32, the form that Megatron's attention takes.
 
-        They are computed anew, never kept in a buffer: a model cast to bfloat16 must not round them.
+        They are recomputed each time and never stored in a buffer, which a cast to bfloat16 would round.
         """
-        frequencies_r = self.shape.rope_frequencies().to(positions_1L.device)
+        frequencies_r = self.architecture.rope_frequencies().to(positions_1L.device)
         angles_Lr = positions_1L[0, :, None].float() * frequencies_r
         return torch.cat((angles_Lr, angles_Lr), dim=-1)[:, None, None, :]

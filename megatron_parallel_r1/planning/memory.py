@@ -19,9 +19,8 @@ from dataclasses import dataclass, fields
 from math import prod
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import padded_vocab, weight_table
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
-from megatron_parallel_r1.model.gpt import padded_vocab
-from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.split import Part
 from megatron_parallel_r1.rollout.native.page_table import SlotTable
 from megatron_parallel_r1.train.target_logprobs import CHUNK_LOGITS
@@ -91,7 +90,7 @@ def memory(
         number: bytes of a weight and of an activation, 4 or 2.
     """
     weights = number * part.elements
-    whole = number * sum(prod(size) for weight in table(shape) for _, size in weight.parts)
+    whole = number * sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts)
     copies = (work.staleness + 1) * whole if work.staleness else 0
     return Memory(
         weights=weights,

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from math import prod
 
+from megatron_parallel_r1.architecture.weight_table import padded_vocab, weight_table
 from megatron_parallel_r1.config.stages import Optimizer, RlStage, Stage
-from megatron_parallel_r1.model.gpt import padded_vocab
-from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.memory import Memory
 from megatron_parallel_r1.planning.plan import GIB, Plan, StagePlan
 from megatron_parallel_r1.planning.split import Part
@@ -35,7 +34,7 @@ def plan_text(plan: Plan) -> str:
 
 def _model(plan: Plan) -> list[str]:
     shape, told = plan.shape, plan.recipe.model
-    whole = sum(prod(size) for weight in table(shape) for _, size in weight.parts)
+    whole = sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts)
     return [
         f"{plan.recipe.name}: {told.path or 'a fresh model'}",
         f"  {shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads of {shape.head_dim} in "

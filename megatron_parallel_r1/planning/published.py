@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from megatron_parallel_r1.architecture.model_config import Experts, ModelConfig
+from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
 from megatron_parallel_r1.errors import UserError
 
 _QWEN3 = {
@@ -31,7 +31,7 @@ _QWEN3 = {
         tied=False,
         max_positions=40960,
         family="qwen3_moe",
-        experts=Experts(count=128, per_token=8, ffn=768),
+        experts=ExpertsConfig(count=128, per_token=8, ffn=768),
     ),
 }
 _WITHOUT_BASE = {

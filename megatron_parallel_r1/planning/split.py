@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import EMBEDDING, HEAD, weight_table
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
-from megatron_parallel_r1.model.weights import EMBEDDING, HEAD, table
 
 Named = tuple[str, tuple[int, ...]]
 FINAL_NORM = "decoder.final_layernorm.weight"
@@ -45,7 +45,7 @@ def parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[Part, ...]:
     The last stage of a tied model has a copy of the embedding to make logits with, unless it also embeds.
     """
     each = shape.layers // (parallel.pipeline * parallel.virtual)
-    sizes = {weight.name: weight.shard_shape(parallel.tensor) for weight in table(shape)}
+    sizes = {weight.name: weight.shard_shape(parallel.tensor) for weight in weight_table(shape)}
     made = []
     for rank in range(parallel.pipeline):
         starts = [(rank + turn * parallel.pipeline) * each for turn in range(parallel.virtual)]

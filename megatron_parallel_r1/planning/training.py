@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import padded_vocab
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
-from megatron_parallel_r1.model.gpt import padded_vocab
 from megatron_parallel_r1.planning.cost import Cost, sent
 from megatron_parallel_r1.planning.memory import CHUNKS_ALIVE, FLOAT32, layer_bytes
 

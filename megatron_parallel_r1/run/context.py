@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import check_fit
 from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, Stage
@@ -21,7 +22,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.model.layers import check_layers
 from megatron_parallel_r1.model.optimizer import Adam
-from megatron_parallel_r1.model.weights import check_fit, load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.native.engine import NativeEngine

@@ -274,7 +274,7 @@ def without_long(
         UserError: all are longer.
     """
     # It brings Megatron, which a command that only reads need not wait for.
-    from megatron_parallel_r1.distributed import process
+    from megatron_parallel_r1.utils.rank import is_rank_zero
 
     count, longer = 0, set()
     for item in items.in_order():
@@ -283,7 +283,7 @@ def without_long(
             longer.add(problem_of(item).id)
     if len(longer) == count:
         raise UserError(f"stage {stage}: nothing of its data has at most {most:,} tokens; raise {setting}")
-    if longer and process.is_rank_zero():
+    if longer and is_rank_zero():
         left_out = f"{len(longer)} of {count} have more than {most:,} tokens ({setting}), left out"
         print(f"stage {stage}: {left_out}", file=sys.stderr)
     return items.without(longer)

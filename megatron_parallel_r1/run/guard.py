@@ -9,10 +9,10 @@ from statistics import fmean
 from typing import Any
 
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.trainer import NotFinite
 from megatron_parallel_r1.utils.jsonl import JsonlWriter
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 WINDOW = 10  # steps that a collapse is told from
 # Entropy in nats below which a policy has next to nothing left to explore.
@@ -36,7 +36,7 @@ class Guard:
         self.in_a_row = 0
         self._seen: dict[str, list[float]] = {"reward": [], "entropy": []}
         self._warned: set[str] = set()
-        if process.is_rank_zero() and self._path.exists():
+        if is_rank_zero() and self._path.exists():
             JsonlWriter(self._path, through=done).close()
 
     def state(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Guard:
     def _leave_out(self, step: int, error: NotFinite, batch: Sequence[Mapping[str, Any]]) -> None:
         self.in_a_row += 1
         most = self._stage.max_bad_steps
-        if process.is_rank_zero():
+        if is_rank_zero():
             with JsonlWriter(self._path) as lines:
                 lines.write({"step": step, "error": str(error), "batch": list(batch)})
         if self.in_a_row >= most:
@@ -107,7 +107,7 @@ class Guard:
             self._say(message)
 
     def _say(self, message: str) -> None:
-        if process.is_rank_zero():
+        if is_rank_zero():
             print(f"warning: stage {self._stage.name}, {message}", file=sys.stderr)
 
 

@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
 from megatron_parallel_r1.config.stages import RlStage
-from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.collectives import run_on_rank_zero
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rl.learner import Learner
 from megatron_parallel_r1.run.context import Workbench
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 
 def save_model(bench: Workbench, model: Model, folder: Path, extra: Mapping[str, str] | None = None) -> None:
@@ -30,7 +30,7 @@ def save_model(bench: Workbench, model: Model, folder: Path, extra: Mapping[str,
     """
     tensors = hf_tensors(model)
     problem: UserError | None = None
-    if process.is_rank_zero():
+    if is_rank_zero():
         try:
             save_hf_folder(folder, bench.shape, tensors, bench.tokenizer, extra)
         except UserError as error:
@@ -59,7 +59,7 @@ def renew_reference(bench: Workbench, stage: RlStage, learner: Learner, step: in
     save_model(bench, reference.model, bench.reference_folder(stage, step))
     saved = [int(path.name[5:]) for path in bench.stage_folder(stage.name).glob("checkpoints/step_*")]
     oldest = reference.born(min(saved, default=0))
-    if process.is_rank_zero():
+    if is_rank_zero():
         for folder in bench.reference_folder(stage, step).parent.iterdir():
             if folder < bench.reference_folder(stage, oldest):
                 shutil.rmtree(folder)

@@ -10,11 +10,11 @@ from typing import Any
 
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.report.metrics import MetricsWriter
 from megatron_parallel_r1.report.progress import StageProgress
 from megatron_parallel_r1.run.wandb_log import open_wandb
 from megatron_parallel_r1.utils.jsonl import JsonlWriter
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 
 class StageLog:
@@ -29,7 +29,7 @@ class StageLog:
         self._heading = {"stage": stage.name, "kind": stage.kind}
         self._steps = stage.steps
         self._open = ExitStack()
-        self._writes = process.is_rank_zero()
+        self._writes = is_rank_zero()
         if self._writes:
             self._metrics = self._open.enter_context(MetricsWriter(folder, resume_step=done))
             self._traces = self._open.enter_context(JsonlWriter(folder / "traces.jsonl", through=done))

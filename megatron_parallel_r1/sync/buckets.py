@@ -14,8 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_parallel_r1.architecture.weight_table import WeightMapping, weight_table
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.weights import Weight, own_parameters, table
+from megatron_parallel_r1.model.weights import own_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Planned:
     """What a bucket will hold: neighbours in the table that one pipeline process owns."""
 
     owner: int
-    weights: tuple[Weight, ...]
+    weights: tuple[WeightMapping, ...]
 
 
 def in_first_copy() -> bool:
@@ -54,7 +55,7 @@ def is_sender() -> bool:
     return dist.get_rank() == 0
 
 
-def plan(owned: Sequence[tuple[int, Weight]], itemsize: int, bucket_bytes: int) -> list[Planned]:
+def plan(owned: Sequence[tuple[int, WeightMapping]], itemsize: int, bucket_bytes: int) -> list[Planned]:
     """Parameters in buckets, stage by stage.
 
     Args:
@@ -105,7 +106,7 @@ def gathered(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
 
 def _owners(
     model: Model, own: dict[str, torch.nn.Parameter], pipeline: dist.ProcessGroup
-) -> list[tuple[int, Weight]]:
+) -> list[tuple[int, WeightMapping]]:
     """Of a tied embedding, which the last stage has too, the first stage is the owner."""
     holders: list[set[str]] = [set(own)]
     if pipeline.size() > 1:
@@ -113,15 +114,15 @@ def _owners(
         dist.all_gather_object(holders, set(own), group=pipeline)
     return [
         (next(rank for rank, names in enumerate(holders) if weight.name in names), weight)
-        for weight in table(model.shape)
+        for weight in weight_table(model.architecture)
     ]
 
 
-def _joined(weight: Weight, shard: Tensor, group: dist.ProcessGroup) -> list[tuple[str, Tensor]]:
+def _joined(weight: WeightMapping, shard: Tensor, group: dist.ProcessGroup) -> list[tuple[str, Tensor]]:
     """One parameter's tensors on the first process of a tensor group, on the others none."""
     first = group.rank() == 0
     shards = [shard]
-    if group.size() > 1 and weight.cut is not None:
+    if group.size() > 1 and weight.split_dim is not None:
         shards = [
             torch.empty_like(shard, memory_format=torch.contiguous_format)
             for _ in range(group.size() * first)

@@ -16,9 +16,10 @@ from typing import NoReturn
 
 import torch
 
+from megatron_parallel_r1.architecture.weight_table import EMBEDDING
 from megatron_parallel_r1.distributed.collectives import run_on_rank_zero
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.weights import EMBEDDING, own_parameters
+from megatron_parallel_r1.model.weights import own_parameters
 from megatron_parallel_r1.sync.buckets import gathered, is_sender
 from megatron_parallel_r1.sync.control import Control, Row, Scores
 from megatron_parallel_r1.sync.disk import Disk
@@ -101,7 +102,7 @@ class Publisher:
                 trained = replace(trained, old_head=self._expected(self.rows, self._old_head))
             run_on_rank_zero(lambda: self._fail(failed[0], trained, version))
         self._before = trained.scores
-        self._old_head = self._head() if wants_head and self.model.shape.tied else None
+        self._old_head = self._head() if wants_head and self.model.architecture.tied else None
         return run_on_rank_zero(
             lambda: Published(version, self._speaker.in_step, dict(self._speaker.out), worst, size, seconds)
         )
@@ -158,7 +159,7 @@ def _transport(model: Model, settings: Sync) -> Transport:
         return SharedTensors()
     if settings.transport == "disk":
         assert settings.folder is not None  # Sync has seen to it.
-        return Disk(settings.folder, settings.keep, model.shape, weights.dtype)
+        return Disk(settings.folder, settings.keep, model.architecture, weights.dtype)
     return Distributed(settings, settings.backend or ("nccl" if weights.is_cuda else "gloo"))
 
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_parallel_r1.distributed.collectives import sum_metrics
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.optimizer import Adam, trainable
+from megatron_parallel_r1.model.optimizer import Adam, wrap_for_training
 from megatron_parallel_r1.train.logprob_runner import Scorer
 from megatron_parallel_r1.train.micro_batch import MicroBatch
 
@@ -75,7 +75,7 @@ class Trainer(Scorer):
 
     def __init__(self, model: Model, adam: Adam, temperature: float = 1.0) -> None:
         super().__init__(model, temperature)
-        self.wrapped, self.optimizer = trainable(model, adam)
+        self.wrapped, self.optimizer = wrap_for_training(model, adam)
         self._stages = list(self.wrapped)
 
     def update(self, batches: Sequence[MicroBatch], loss: Loss, lr: float) -> Update:

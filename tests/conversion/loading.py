@@ -28,6 +28,7 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import hf_tensors
+from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
 
 
 def astray(state: dict[str, Any], release: Path) -> list[str]:
@@ -59,9 +60,9 @@ def main() -> None:
         expected = dict(load_hf_folder(told.hf)[1])
         wrong = [name for name, tensor in hf_tensors(model) if not torch.equal(expected.pop(name), tensor)]
         state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
-        each: list[list[str]] = [[] for _ in range(process.world_size())]
+        each: list[list[str]] = [[] for _ in range(world_size())]
         torch.distributed.all_gather_object(each, astray(state, told.megatron / RELEASE))
-        if process.is_rank_zero():
+        if is_rank_zero():
             found = {
                 "wrong": wrong,
                 "missing": list(expected),

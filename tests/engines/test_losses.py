@@ -101,7 +101,7 @@ def test_two_take_weights_and_one_that_dies_under_them_is_left_out(
     """After the test before, one of the two has come back, as `serve-rollout` started it."""
     staying, victim = two
     model = build_model(ModelConfig.from_hf(untied_model().config.to_dict()))
-    rows = probe_texts(model.shape.vocab, count=3, length=24)
+    rows = probe_texts(model.architecture.vocab, count=3, length=24)
     version = 60
     for kind in ("disk", "tensor", "distributed"):
         settings = Sync(kind, 10_000, tolerance=EXACT, timeout_s=120, folder=tmp_path)

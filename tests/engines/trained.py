@@ -34,7 +34,7 @@ EXACT = 2e-5
 
 def draw(model: Model, seed: int) -> None:
     """Sets weights that differ with the seed, and log-probs with them by nats."""
-    load_hf_tensors(model, random_hf_tensors(model.shape, seed, std=0.2))
+    load_hf_tensors(model, random_hf_tensors(model.architecture, seed, std=0.2))
 
 
 def write_drawn(folder: Path, shape: ModelConfig, seed: int) -> Path:

@@ -37,6 +37,7 @@ from megatron_parallel_r1.rollout.native.tensor_parallel import Team
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.tokenizer import add_tags
+from megatron_parallel_r1.utils.rank import is_rank_zero
 from tests.parallel.launch import settings_of
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3
 
@@ -133,7 +134,7 @@ def main() -> None:
             team = Team.of(tensor)
             mine = {"batches": stage(team, world, settings["staleness"]), "crossing": crossing(team)}
             found[case] = all_gather_objects(mine)
-    if process.is_rank_zero():
+    if is_rank_zero():
         Path(out).write_text(json.dumps(found))
 
 

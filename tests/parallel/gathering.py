@@ -18,17 +18,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import Model, build_model
-from megatron_parallel_r1.model.weights import (
-    hf_tensors,
-    load_hf_tensors,
-    own_parameters,
-    random_hf_tensors,
-    table,
-)
+from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, own_parameters, random_hf_tensors
 from megatron_parallel_r1.sync.buckets import gathered
+from megatron_parallel_r1.utils.rank import is_rank_zero
 from tests.parallel.launch import parallel_of
 from tests.reference.peak import Peak
 
@@ -79,7 +75,9 @@ def passes(parallel: ParallelConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tied in (True, False):
         shape = replace(SHAPE, tied=tied)
-        weights = [4 * sum(torch.Size(size).numel() for _, size in weight.parts) for weight in table(shape)]
+        weights = [
+            4 * sum(torch.Size(size).numel() for _, size in weight.parts) for weight in weight_table(shape)
+        ]
         for bucket_bytes in BUCKETS:
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, one(shape, parallel, bucket_bytes))
@@ -100,7 +98,7 @@ def main() -> None:
         parallel, _ = parallel_of(layout)
         with process.running(1, parallel):
             found[layout] = passes(parallel)
-    if process.is_rank_zero():
+    if is_rank_zero():
         Path(out).write_text(json.dumps(found))
 
 

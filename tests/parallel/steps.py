@@ -32,6 +32,7 @@ from megatron_parallel_r1.train.micro_batch import MicroBatch
 from megatron_parallel_r1.train.partition import share_out
 from megatron_parallel_r1.train.sft import sft_loss
 from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.utils.rank import is_rank_zero
 from tests.parallel.launch import parallel_of
 from tests.parallel.learning import LESSONS, three_lessons
 from tests.reference.traces import TAGS, random_trace
@@ -129,7 +130,7 @@ def main() -> None:
         print(f"layout: {layout or 'data parallel'}", flush=True)
         with process.running(1, parallel):
             found[layout] = variants(replace(SHAPE, tied=not untied), parallel)
-    if process.is_rank_zero():
+    if is_rank_zero():
         torch.save(found, out)
 
 

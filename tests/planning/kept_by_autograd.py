@@ -20,12 +20,13 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam, trainable
+from megatron_parallel_r1.model.optimizer import Adam, wrap_for_training
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.planning.memory import Work, activation_bytes, layer_bytes
 from megatron_parallel_r1.planning.split import parts
 from megatron_parallel_r1.thought.packing import context_indices
 from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 SHAPE = ModelConfig(hidden=256, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=640, vocab=300)
 LENGTH = 128
@@ -37,7 +38,7 @@ def compare(dtype: torch.dtype, parallel: ParallelConfig) -> tuple[int, int]:
     """Bytes kept of one row whose every token is a target, and bytes planned for it."""
     model = build_model(SHAPE, dtype, parallel)
     load_hf_tensors(model, random_hf_tensors(SHAPE, seed=0))
-    (wrapped,), _optimizer = trainable(model, Adam(lr=1e-3))
+    (wrapped,), _optimizer = wrap_for_training(model, Adam(lr=1e-3))
     held = torch.distributed.get_rank() if parallel.context > 1 else 0
     index_T = torch.from_numpy(np.asarray(context_indices(LENGTH, held, parallel.context)))
     tokens_T = index_T % SHAPE.vocab
@@ -89,7 +90,7 @@ def main() -> None:
     parallel = ParallelConfig(tensor=told.tensor, context=told.context, sequence=told.sequence)
     with process.running(seed=1, parallel=parallel):
         found = compare_all(parallel)
-    if process.is_rank_zero():
+    if is_rank_zero():
         told.out.write_text(json.dumps(found))
 
 

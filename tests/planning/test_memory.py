@@ -21,7 +21,7 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam, trainable
+from megatron_parallel_r1.model.optimizer import Adam, wrap_for_training
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.planning.lengths import longest_row
 from megatron_parallel_r1.planning.memory import (
@@ -61,7 +61,7 @@ def test_weights_gradients_and_optimizer_to_the_byte(dtype: torch.dtype, sharded
     parallel = ParallelConfig(sharded_optimizer=sharded)
     model = build_model(shape, dtype, parallel)
     load_hf_tensors(model, random_hf_tensors(shape, seed=0))
-    (wrapped,), optimizer = trainable(model, Adam(lr=1e-3, sharded=sharded))
+    (wrapped,), optimizer = wrap_for_training(model, Adam(lr=1e-3, sharded=sharded))
     for parameter in model.parameters():
         parameter.main_grad.fill_(1.0)
     optimizer.step()

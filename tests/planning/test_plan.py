@@ -12,12 +12,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from typer.testing import CliRunner
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import EMBEDDING, HEAD, weight_table
 from megatron_parallel_r1.cli import app
 from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.transformer import transformer_config
-from megatron_parallel_r1.model.weights import EMBEDDING, HEAD, table
 from megatron_parallel_r1.planning.lengths import Longest, longest_branches, longest_row
 from megatron_parallel_r1.planning.plan import GIB, Plan, plan
 from megatron_parallel_r1.planning.plan_text import plan_text
@@ -46,7 +46,7 @@ def planned(path: Path, *overrides: str, world: int = 1, longest: Longest | None
 
 def test_published_shapes_have_the_published_number_of_weights() -> None:
     counts = {
-        name: sum(prod(size) for weight in table(shape) for _, size in weight.parts)
+        name: sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts)
         for name, shape in SHAPES.items()
     }
     published = {
@@ -89,7 +89,7 @@ def test_every_weight_has_its_place(parallel: ParallelConfig, tied: bool) -> Non
             assert chunk.start == get_transformer_layer_offset(config, stage, part.rank)
     names = [name for part in held for name, _ in part.weights]
     copies = [EMBEDDING] if tied and parallel.pipeline > 1 else []
-    assert sorted(names) == sorted([weight.name for weight in table(shape)] + copies)
+    assert sorted(names) == sorted([weight.name for weight in weight_table(shape)] + copies)
     assert (HEAD in dict(held[-1].weights)) == (not tied)
     # 101 tokens filled up to 102 for two ranks.
     assert dict(held[0].weights)[EMBEDDING] == (101 if parallel.tensor == 1 else 51, 16)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.published_runs import CALIBRATED_ON, HELD_OUT, calibrated, overlapping
-from megatron_parallel_r1.architecture.model_config import Experts, ModelConfig
+from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.weights import table
 from megatron_parallel_r1.planning.cost import Cost
 from megatron_parallel_r1.planning.decoding import Draws, pass_cost, rollout_cost, width
 from megatron_parallel_r1.planning.machine import H100, Machine, read_machine
@@ -24,7 +24,7 @@ from megatron_parallel_r1.rollout.settings import Thinking
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SHAPE = ModelConfig(hidden=64, layers=6, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=1000, tied=False)
-MATRICES = sum(prod(w.shape) for w in table(SHAPE) if len(w.shape) == 2 and w.layer is not None)
+MATRICES = sum(prod(w.shape) for w in weight_table(SHAPE) if len(w.shape) == 2 and w.layer is not None)
 ROWS = Rows(micro_batches=4, tokens=512, visible=256, targets=500)
 
 
@@ -89,7 +89,7 @@ def test_gradients_are_summed_over_the_copies() -> None:
 
 
 def test_experts_are_counted_by_those_a_token_goes_through() -> None:
-    shape = replace(SHAPE, family="qwen3_moe", experts=Experts(count=8, per_token=2, ffn=32))
+    shape = replace(SHAPE, family="qwen3_moe", experts=ExpertsConfig(count=8, per_token=2, ffn=32))
     cost = forward_cost(replace(split(), shape=shape), 512, 256)
     assert cost.experts == 6 * 512 * 2 * 2 * 3 * 64 * 32
     dense = forward_cost(split(), 512, 256)

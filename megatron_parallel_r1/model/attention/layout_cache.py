@@ -1,4 +1,4 @@
-"""What was made of a row's layout, remembered for as long as the layout lives: every layer asks for it."""
+"""Caches what is computed from a row's layout for as long as the layout lives; every layer needs it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
-class LayoutMemo:
-    """Keyed by the tensor itself, not by its numbers: to compare those would wait for the device.
+class LayoutCache:
+    """Keyed by the tensor object, not by its values: comparing those would wait for the device.
 
-    Activation checkpointing hands its layers a new tensor of the same numbers, for which all is made anew.
+    Activation checkpointing passes its layers a new tensor with the same values, which is a new entry.
     """
 
     def __init__(self) -> None:
-        self._made = WeakTensorKeyDictionary()
+        self._values = WeakTensorKeyDictionary()
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._values)
 
-    def of(self, layout_KQ: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` made for this layout, unless the layout was written to since.
+    def get(self, layout_KQ: Tensor, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """Returns the cached value, or computes it; a layout that was written to is computed again.
 
         Args:
-            key: all else that the result depends on.
+            key: everything else that the value depends on.
         """
-        made = self._made.setdefault(layout_KQ, {})
+        values: dict[Hashable, Value] = self._values.setdefault(layout_KQ, {})
         key = (layout_KQ._version, key)
-        if key not in made:
-            made[key] = make()
-        return made[key]
+        if key not in values:
+            values[key] = compute()
+        return values[key]

@@ -1,6 +1,6 @@
-"""Megatron's core attention, where `attention_mask` carries the layout of the one packed row.
+"""A core attention for Megatron, whose `attention_mask` argument is the layout of the packed row.
 
-Shapes: Q queries of this process, L keys of the row (more than Q under context parallelism), B = 1 row,
+Shapes: Q queries of this rank, L keys of the row (more than Q under context parallelism), B = 1 row,
 H query heads in G groups that share a key/value head, D head dimension, K rows of the layout.
 """
 
@@ -19,28 +19,28 @@ from torch import Tensor
 from megatron_parallel_r1.model.attention.dispatch import Kernel, path_attention
 
 
-def _whole_row(part_QGD: Tensor) -> Tensor:
-    """Keys or values of the whole row, from each context-parallel rank's part, in the order of the row.
+def _gather_row(part_QGD: Tensor) -> Tensor:
+    """Gathers the keys or values of the whole row from the context-parallel ranks, in the row's order.
 
-    Backward sums the gradients of all ranks and gives each its part.
+    Backward sums the gradients of all ranks and scatters the parts.
     """
     group = parallel_state.get_context_parallel_group()
     if group.size() == 1:
         return part_QGD
-    return in_order(gather_from_sequence_parallel_region(part_QGD, group=group), group.size())
+    return restore_order(gather_from_sequence_parallel_region(part_QGD, group=group), group.size())
 
 
-def in_order(gathered_LGD: Tensor, size: int) -> Tensor:
-    """What `size` ranks hold (packing.context_indices), one after another, in the order of the row.
+def restore_order(gathered_LGD: Tensor, size: int) -> Tensor:
+    """Restores the row's order from the concatenated parts of `size` ranks (packing.context_indices).
 
-    By chunks and not by indices, which would come from the host: every layer would wait for the device.
+    Uses chunks, not indices: those would come from the host, and every layer would wait for the device.
     """
     chunks = gathered_LGD.chunk(2 * size)
     return torch.cat([*chunks[::2], *chunks[::-2]])
 
 
 class PathAttention(MegatronModule):
-    """The arguments are those of Megatron's CoreAttentionBuilder protocol, and `kernel` (choice.py)."""
+    """Takes the arguments of Megatron's CoreAttentionBuilder protocol, and `kernel` (dispatch.py)."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class PathAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Returns [Q, B, H * D]; `attn_mask_type` is Megatron's and says nothing here."""
-        key_LGD, value_LGD = _whole_row(key_LBGD[:, 0]), _whole_row(value_LBGD[:, 0])
+        """Returns [Q, B, H * D]; Megatron's `attn_mask_type` is ignored."""
+        key_LGD, value_LGD = _gather_row(key_LBGD[:, 0]), _gather_row(value_LBGD[:, 0])
         out_QHD = path_attention(query_QBHD[:, 0], key_LGD, value_LGD, layout_KQ, self.scale, self.kernel)
         return out_QHD.flatten(1).unsqueeze(1)

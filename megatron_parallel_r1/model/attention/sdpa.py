@@ -1,10 +1,10 @@
-"""Attention under a layout by torch's fused CPU kernel, which knows causal order and masks alone.
+"""Attention under a layout by torch's fused CPU kernel, which supports causal order and masks.
 
-The calls of a plan (segments.py) take the row apart. What two calls found for the same queries is merged by
-the logarithms of their sums; with those of the merged softmax each call's backward is right as it is, as
-between the blocks of FlashAttention (arXiv 2205.14135).
+A plan (segments.py) splits the row into kernel calls. The results of two calls for the same queries are
+merged by their log-sum-exps; with those of the merged softmax, each call's backward is exact without change,
+as for the blocks of FlashAttention (arXiv 2205.14135).
 
-Shapes: Q queries of this process, L keys of the row (more than Q under context parallelism), H query heads in
+Shapes: Q queries of this rank, L keys of the row (more than Q under context parallelism), H query heads in
 G groups that share a key/value head, D head dimension, M queries of a call, S keys of a call, K rows of the
 layout.
 """
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.model.attention.layout_cache import LayoutMemo
-from megatron_parallel_r1.model.attention.segments import LONG, Call, plan_calls
+from megatron_parallel_r1.model.attention.layout_cache import LayoutCache
+from megatron_parallel_r1.model.attention.segments import LONG, KernelCall, plan_calls
 from megatron_parallel_r1.model.attention.tiles import visible
 
-PLANS = LayoutMemo()
+PLANS = LayoutCache()
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -29,21 +29,21 @@ def _batch(x_MHD: Tensor) -> Tensor:
     return x_MHD.transpose(0, 1).unsqueeze(0)
 
 
-def _gather(x_LGD: Tensor, call: Call) -> Tensor:
+def _gather(x_LGD: Tensor, call: KernelCall) -> Tensor:
     parts = [x_LGD[lo:hi] for lo, hi in call.spans]
     return _batch(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
-def _scatter_add(total_LGD: Tensor, x_1GSD: Tensor, call: Call) -> None:
+def _scatter_add(total_LGD: Tensor, x_1GSD: Tensor, call: KernelCall) -> None:
     x_SGD, offset = x_1GSD[0].transpose(0, 1), 0
     for lo, hi in call.spans:
         total_LGD[lo:hi] += x_SGD[offset : offset + hi - lo]
         offset += hi - lo
 
 
-def _bias(layout_KQ: Tensor, call: Call, dtype: torch.dtype) -> Tensor | None:
-    """[M, S], or None where the kernel needs none."""
-    if call.sight != "masked":
+def _bias(layout_KQ: Tensor, call: KernelCall, dtype: torch.dtype) -> Tensor | None:
+    """Returns the mask as a bias [M, S], or None where the kernel needs none."""
+    if call.mask != "layout":
         return None
     layout_KM = layout_KQ[:, call.start : call.stop]
     sees_MS = torch.cat([visible(layout_KM, lo, hi) for lo, hi in call.spans], 1)
@@ -61,22 +61,22 @@ class _SdpaAttention(torch.autograd.Function):
         value_LGD: Tensor,
         layout_KQ: Tensor,
         scale: float,
-        plan: list[tuple[Call, ...]],
+        plan: list[tuple[KernelCall, ...]],
     ) -> Tensor:
         out_QHD, logsum_QH = torch.empty_like(query_QHD), query_QHD.new_empty(query_QHD.shape[:2])
         for calls in plan:
             here = slice(calls[0].start, calls[0].stop)
-            found = []
+            results = []
             for call in calls:
                 parts = (_batch(query_QHD[here]), _gather(key_LGD, call), _gather(value_LGD, call))
                 bias_MS = _bias(layout_KQ, call, query_QHD.dtype)
                 out_1HMD, logsum_1HM = _forward(
-                    *parts, 0.0, call.sight == "causal", attn_mask=bias_MS, scale=scale
+                    *parts, 0.0, call.mask == "causal", attn_mask=bias_MS, scale=scale
                 )
-                found.append((out_1HMD[0].transpose(0, 1), logsum_1HM[0].T))
-            (merged_MHD, logsum_MH), *others = found
+                results.append((out_1HMD[0].transpose(0, 1), logsum_1HM[0].T))
+            (merged_MHD, logsum_MH), *others = results
             for other_MHD, other_MH in others:
-                # The share of the other call in both sums.
+                # The other call's share of the two sums.
                 share_MH = torch.sigmoid(other_MH - logsum_MH)
                 merged_MHD = torch.lerp(merged_MHD, other_MHD, share_MH.unsqueeze(-1))
                 logsum_MH = torch.logaddexp(logsum_MH, other_MH)
@@ -103,7 +103,7 @@ class _SdpaAttention(torch.autograd.Function):
                     out_1HMD,
                     logsum_1HM,
                     0.0,
-                    call.sight == "causal",
+                    call.mask == "causal",
                     attn_mask=_bias(layout_KQ, call, query_QHD.dtype),
                     scale=ctx.scale,
                 )
@@ -116,7 +116,7 @@ class _SdpaAttention(torch.autograd.Function):
 def sdpa_attention(
     query_QHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, layout_KQ: Tensor, scale: float, long: int = LONG
 ) -> Tensor:
-    """Attention of one packed row under its layout; arguments and result as `choice.path_attention`'s.
+    """Attention of one packed row under its layout; arguments and result as in `dispatch.path_attention`.
 
     Args:
         long: as for `plan_calls`.
@@ -124,5 +124,5 @@ def sdpa_attention(
     dtype = query_QHD.dtype
     wide = torch.promote_types(dtype, torch.float32)
     parts = (part.to(wide) for part in (query_QHD, key_LGD, value_LGD))
-    plan = PLANS.of(layout_KQ, long, lambda: plan_calls(layout_KQ, long))
+    plan = PLANS.get(layout_KQ, long, lambda: plan_calls(layout_KQ, long))
     return _SdpaAttention.apply(*parts, layout_KQ, scale, plan).to(dtype)

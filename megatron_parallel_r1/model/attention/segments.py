@@ -1,10 +1,10 @@
-"""Which calls of a fused causal kernel compute a row under its layout.
+"""Plans the calls of a fused causal kernel that compute a row under its layout.
 
-Neighbouring queries with the same start of document and the same hidden intervals are a segment: before it
-all of them see the same keys, among themselves they see causally. So a long segment takes two calls, neither
-with a mask. Short ones share a call, under a mask over the keys that at least one of them sees.
+Consecutive queries with the same document start and the same hidden intervals form a segment: all of them see
+the same keys before it, and each other causally. So a long segment takes two calls without a mask. Short
+segments share one call, with a mask over the keys that at least one of them sees.
 
-Shapes: Q queries of this process, K rows of the layout.
+Shapes: Q queries of this rank, K rows of the layout.
 """
 
 from __future__ import annotations
@@ -18,44 +18,43 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Queries of a segment that has calls of its own, and at most of those that share one: with fewer it shows
-# what a call costs beside its products, with more what a mask hides of a shared one.
+# Queries from which a segment has its own calls, and the most that share one: lower values pay more per call,
+# higher ones compute more masked pairs.
 LONG = 64
 
 Range = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """Queries start..stop against the keys of `spans`, rising and apart.
+class KernelCall:
+    """Queries start..stop against the keys of `spans`, ascending and disjoint.
 
     Attributes:
-        sight: every query sees every key; the n-th sees the first n + 1; or the layout says who sees what.
+        mask: every query sees every key; the n-th sees the first n + 1; or the layout decides.
     """
 
     start: int
     stop: int
     spans: tuple[Range, ...]
-    sight: Literal["whole", "causal", "masked"]
+    mask: Literal["whole", "causal", "layout"]
 
 
-def plan_calls(layout_KQ: Tensor, long: int = LONG) -> list[tuple[Call, ...]]:
-    """The calls of neighbouring queries, on the host; those of the same queries stand together.
+def plan_calls(layout_KQ: Tensor, long: int = LONG) -> list[tuple[KernelCall, ...]]:
+    """Plans the calls, on the host; the calls of the same queries form one tuple.
 
     Args:
         layout_KQ: int32 layout of the queries.
-        long: queries of a segment that gets calls of its own.
+        long: queries from which a segment has its own calls.
     """
-    layout_KQ = layout_KQ.cpu().numpy()
-    plan: list[tuple[Call, ...]] = []
+    plan: list[tuple[KernelCall, ...]] = []
     waiting: list[_Segment] = []
-    for segment in _segments(layout_KQ):
+    for segment in _segments(layout_KQ.cpu().numpy()):
         if segment.is_plain and len(segment) >= long:
             plan += _shared(waiting)
             waiting = []
             plan.append(segment.calls())
             continue
-        for piece in segment.pieces(long):
+        for piece in segment.split(long):
             if waiting and piece.stop - waiting[0].start > long:
                 plan += _shared(waiting)
                 waiting = []
@@ -65,7 +64,7 @@ def plan_calls(layout_KQ: Tensor, long: int = LONG) -> list[tuple[Call, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Queries start..stop, the first of which is token `index` of the row; what their layout hides."""
+    """Queries start..stop, the first of which is token `index` of the row, and what is hidden from them."""
 
     start: int
     stop: int
@@ -78,16 +77,16 @@ class _Segment:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the queries see each other causally and the same keys before them."""
+        """Whether the queries see each other causally, and the same keys before the segment."""
         return all(hi <= self.index for _, hi in self.hidden)
 
-    def pieces(self, size: int) -> Iterator[_Segment]:
+    def split(self, size: int) -> Iterator[_Segment]:
         for start in range(self.start, self.stop, size):
             stop = min(start + size, self.stop)
             yield _Segment(start, stop, self.index + start - self.start, self.document, self.hidden)
 
     def before(self, end: int) -> list[Range]:
-        """What of the row's tokens before `end` is not hidden from all of the queries."""
+        """Returns the tokens before `end` that the queries see, as ascending ranges."""
         seen, at = [], self.document
         for lo, hi in sorted(self.hidden):
             if at < min(lo, end):
@@ -95,10 +94,10 @@ class _Segment:
             at = max(at, hi)
         return [*seen, (at, end)] if at < end else seen
 
-    def calls(self) -> tuple[Call, ...]:
-        own = Call(self.start, self.stop, ((self.index, self.index + len(self)),), "causal")
+    def calls(self) -> tuple[KernelCall, ...]:
+        own = KernelCall(self.start, self.stop, ((self.index, self.index + len(self)),), "causal")
         before = self.before(self.index)
-        return (Call(self.start, self.stop, tuple(before), "whole"), own) if before else (own,)
+        return (KernelCall(self.start, self.stop, tuple(before), "whole"), own) if before else (own,)
 
 
 def _segments(layout_KQ: NDArray[np.int32]) -> Iterator[_Segment]:
@@ -113,8 +112,8 @@ def _segments(layout_KQ: NDArray[np.int32]) -> Iterator[_Segment]:
         yield _Segment(start, stop, index, document, tuple((lo, hi) for lo, hi in pairs if lo < hi))
 
 
-def _shared(segments: Sequence[_Segment]) -> list[tuple[Call, ...]]:
-    """The one call of short segments; none for none."""
+def _shared(segments: Sequence[_Segment]) -> list[tuple[KernelCall, ...]]:
+    """Returns the shared call of short segments; nothing for no segment."""
     if not segments:
         return []
     ranges = sorted(seen for segment in segments for seen in segment.before(segment.index + len(segment)))
@@ -124,4 +123,4 @@ def _shared(segments: Sequence[_Segment]) -> list[tuple[Call, ...]]:
             spans[-1] = (spans[-1][0], max(spans[-1][1], hi))
         else:
             spans.append((lo, hi))
-    return [(Call(segments[0].start, segments[-1].stop, tuple(spans), "masked"),)]
+    return [(KernelCall(segments[0].start, segments[-1].stop, tuple(spans), "layout"),)]

@@ -1,10 +1,10 @@
-"""Attention under a layout by plain torch in O(L) memory: tiles that nobody may see are never computed.
+"""Attention under a layout in plain torch and O(L) memory; tiles that no query sees are skipped.
 
-Queries are taken C at a time against the keys that at least one of them sees (tiles.py); a mask is built
-only where some see and others do not. Backward computes the weights of a tile anew, as in FlashAttention
-(arXiv 2205.14135), so no mask and no score outlives its tile.
+Queries are processed C at a time against the keys that at least one of them sees (tiles.py); a mask is built
+only for partially visible tiles. Backward recomputes a tile's weights, as in FlashAttention (arXiv
+2205.14135), so no mask and no score outlives its tile.
 
-Shapes: Q queries of this process, L keys of the row (more than Q under context parallelism), H query heads in
+Shapes: Q queries of this rank, L keys of the row (more than Q under context parallelism), H query heads in
 G groups that share a key/value head (H = G * R), D head dimension, C tile size, N = R * C rows of a query
 tile, S keys that a query tile sees, K rows of the layout.
 """
@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.model.attention.tiles import QueryTile, Span, plan_tiles, visible
+from megatron_parallel_r1.model.attention.tiles import KeySpan, QueryTile, plan_tiles, visible
 
 TILE = 64
 
 
-def _gather(values_GLD: Tensor, spans: tuple[Span, ...], dtype: torch.dtype) -> Tensor:
+def _gather(values_GLD: Tensor, spans: tuple[KeySpan, ...], dtype: torch.dtype) -> Tensor:
     parts = [values_GLD[:, span.start : span.stop] for span in spans]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype)
 
 
-def _scatter_add(total_GDL: Tensor, left_GDN: Tensor, right_GNS: Tensor, spans: tuple[Span, ...]) -> None:
+def _scatter_add(total_GDL: Tensor, left_GDN: Tensor, right_GNS: Tensor, spans: tuple[KeySpan, ...]) -> None:
     offset = 0
     for span in spans:
         width = span.stop - span.start
@@ -102,9 +102,9 @@ def tiled_attention(
     """Attention of one packed row under its layout, differentiable once.
 
     Args:
-        query_QHD, key_LGD, value_LGD: one dtype; the softmax is in float32 or wider. Query heads h share the
+        query_QHD, key_LGD, value_LGD: one dtype; the softmax is in float32 or wider. Query head h uses the
             key/value head h // (H / G).
-        layout_KQ: int32. Every query must see at least one key; by its definition a token sees itself.
+        layout_KQ: int32. Every query must see at least one key; by definition a token sees itself.
         scale: of the scores.
         tile: C.
 

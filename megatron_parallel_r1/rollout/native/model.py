@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from megatron_parallel_r1.architecture.rope import RopeScaling, rope_frequencies, rope_gain
+from megatron_parallel_r1.architecture.rope import RopeScaling, rope_attention_factor, rope_frequencies
 from megatron_parallel_r1.rollout.native.forward_batch import Group, Numbers, Rows
 from megatron_parallel_r1.rollout.native.layer import attention_inputs, feed_forward, fused, rms_norm
 from megatron_parallel_r1.rollout.native.limits import check_heads
@@ -155,7 +155,7 @@ class DecodeModel:
             architecture.head_dim, architecture.rope_theta, architecture.rope_scaling
         )
         self.frequencies = frequencies.to(self.embedding_VE.device)
-        self.rope_gain = rope_gain(architecture.rope_scaling)
+        self.rope_gain = rope_attention_factor(architecture.rope_scaling)
         self.cache_LSX = [self._empty_cache(slots) for _ in self.layers]
 
     @property

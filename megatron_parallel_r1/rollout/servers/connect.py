@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +12,7 @@ from megatron_parallel_r1.rollout.servers.client import STARTED, Server, Timeout
 from megatron_parallel_r1.rollout.servers.pool import Pool, PoolSettings
 from megatron_parallel_r1.rollout.servers.sglang import SGLang
 from megatron_parallel_r1.rollout.servers.vllm import VLLM
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 LOG = logging.getLogger(__name__)
 CLIENTS: Mapping[str, Callable[[str, Timeouts], Server]] = MappingProxyType({"sglang": SGLang, "vllm": VLLM})
@@ -41,7 +41,7 @@ def met_pool(
     pool = Pool(connect, urls, settings, urls_file)
     pool.meet()
     unseeded = [url for url, about in pool.abouts.items() if not about.seeded]
-    if unseeded and os.environ.get("RANK", "0") == "0":
+    if unseeded and is_rank_zero():
         LOG.warning(
             "warning: %s: seeds are ignored, so what is asked again is drawn anew; start servers by "
             "serve-rollout, without --no-deterministic",

@@ -178,7 +178,7 @@ def _blocks(model: Model) -> Iterator[tuple[Parameter, Block]]:
             if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
                 blocks = [entry] if isinstance(entry, ShardedTensor) else entry.build()
                 for block in blocks:
-                    yield entry.data, Block.of(block, entry.data, model.shape.vocab)
+                    yield entry.data, Block.of(block, entry.data, model.architecture.vocab)
 
 
 def _own_state(inner: MegatronOptimizer, parameter: Parameter, block: Block) -> Iterator[ShardedTensor]:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder, save_hf_folder
 from megatron_parallel_r1.model import gpt, weights
 from tests.unit.model.family_models import VARIANTS, family_model
@@ -54,7 +55,7 @@ def test_the_table_names_every_parameter_and_every_tensor(variant: str, folders:
     given = dict(tensors)
     model = gpt.build_model(shape)
     weights.load_hf_tensors(model, given.items())
-    assert {weight.name for weight in weights.table(shape)} == weights.own_parameters(model).keys()
+    assert {weight.name for weight in weight_table(shape)} == weights.own_parameters(model).keys()
     back = dict(weights.hf_tensors(model))
     assert back.keys() == given.keys()
     assert all(torch.equal(back[name], given[name]) for name in given)
@@ -71,7 +72,7 @@ def test_a_config_comes_back(variant: str, folders: Path) -> None:
 @pytest.mark.parametrize("variant", ["qwen3_moe", "llama", "qwen2"])
 def test_what_we_save_is_what_transformers_saved(variant: str, folders: Path, tmp_path: Path) -> None:
     model = ours_of(folders / variant)
-    save_hf_folder(tmp_path / "out", model.shape, weights.hf_tensors(model))
+    save_hf_folder(tmp_path / "out", model.architecture, weights.hf_tensors(model))
     tokens_1L = torch.randint(0, 97, (1, 80), generator=torch.Generator().manual_seed(2))
     one, two = (reference(folder)(tokens_1L).logits for folder in (folders / variant, tmp_path / "out"))
     assert torch.equal(one, two)

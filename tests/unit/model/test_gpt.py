@@ -6,6 +6,7 @@ from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.model import gpt, weights
 from megatron_parallel_r1.model.spec import RMSNorm
 from megatron_parallel_r1.model.transformer import PositionRotary, transformer_config
@@ -57,7 +58,7 @@ def test_gradients_equal_transformers() -> None:
     (hf_logits(theirs, tokens_1L, row) * weight_1LV).sum().backward()
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     parameters = weights.own_parameters(ours)
-    for weight in weights.table(ours.shape):
+    for weight in weight_table(ours.architecture):
         parts = weight.split([parameters[weight.name].grad])
         for (name, _shape), grad in zip(weight.parts, parts, strict=True):
             assert (grad - grads[name]).abs().max() <= 1e-5 * grads[name].abs().max(), name

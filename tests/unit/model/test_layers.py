@@ -19,7 +19,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.layers import Layers, Machine, check_layers
+from megatron_parallel_r1.model.layers import Layers, LayerSupport, check_layers
 from megatron_parallel_r1.model.spec import block_spec
 from megatron_parallel_r1.model.weights import FUSED, local_name, set_weight
 from megatron_parallel_r1.train.checkpoints.fp8_state import TRUST
@@ -31,7 +31,7 @@ needs_engine = pytest.mark.skipif(
 )
 
 
-def refusal(layers: Layers, machine: Machine, dtype: torch.dtype = torch.bfloat16) -> str:
+def refusal(layers: Layers, machine: LayerSupport, dtype: torch.dtype = torch.bfloat16) -> str:
     with pytest.raises(UserError) as refused:
         check_layers(layers, 128, dtype, machine)
     assert "\n" not in str(refused.value)
@@ -40,24 +40,24 @@ def refusal(layers: Layers, machine: Machine, dtype: torch.dtype = torch.bfloat1
 
 def test_what_cannot_run_is_told_in_one_line() -> None:
     engine, eight = Layers("transformer_engine"), Layers("transformer_engine", fp8="blockwise")
-    assert "needs a CUDA device" in refusal(engine, Machine(CPU))
-    assert "is not installed" in refusal(engine, Machine(CUDA))
-    assert "2.3.0 is too old; install 2.4" in refusal(engine, Machine(CUDA, "2.3.0"))
-    told = refusal(engine, Machine(CUDA, "2.4.0", "libcublas.so.12: cannot open shared object file"))
+    assert "needs a CUDA device" in refusal(engine, LayerSupport(CPU))
+    assert "is not installed" in refusal(engine, LayerSupport(CUDA))
+    assert "2.3.0 is too old; install 2.4" in refusal(engine, LayerSupport(CUDA, "2.3.0"))
+    told = refusal(engine, LayerSupport(CUDA, "2.4.0", "libcublas.so.12: cannot open shared object file"))
     assert "2.4.0 cannot be imported (libcublas.so.12: cannot open shared object file); install" in told
-    assert "bfloat16" in refusal(eight, Machine(CUDA, "2.20.2"), torch.float32)
-    told = refusal(eight, Machine(CUDA, "2.20.2", "", "compute capability 9.0 or higher required."))
+    assert "bfloat16" in refusal(eight, LayerSupport(CUDA, "2.20.2"), torch.float32)
+    told = refusal(eight, LayerSupport(CUDA, "2.20.2", "", "compute capability 9.0 or higher required."))
     assert told == "model.fp8: blockwise: compute capability 9.0 or higher required; set it to none"
     for kernel in ("flex", "triton"):
-        assert f"{kernel} needs a CUDA device" in refusal(Layers(attention=kernel), Machine(CPU))
-    assert "none of auto, sdpa, tiled, flex, triton" in refusal(Layers(attention="dense"), Machine(CUDA))
+        assert f"{kernel} needs a CUDA device" in refusal(Layers(attention=kernel), LayerSupport(CPU))
+    assert "none of auto, sdpa, tiled, flex, triton" in refusal(Layers(attention="dense"), LayerSupport(CUDA))
 
 
 def test_what_can_run_passes() -> None:
     for layers, machine in (
-        (Layers(), Machine(CPU)),
-        (Layers("transformer_engine"), Machine(CUDA, "2.4.0")),
-        (Layers("transformer_engine", fp8="delayed", fp8_params=True), Machine(CUDA, "2.20.2")),
+        (Layers(), LayerSupport(CPU)),
+        (Layers("transformer_engine"), LayerSupport(CUDA, "2.4.0")),
+        (Layers("transformer_engine", fp8="delayed", fp8_params=True), LayerSupport(CUDA, "2.20.2")),
     ):
         check_layers(layers, 128, torch.bfloat16, machine)
 
@@ -157,15 +157,17 @@ def test_the_machine_tells_what_transformer_engine_says_of_it(monkeypatch: pytes
         scaling: Layers("transformer_engine", fp8=scaling) for scaling in ("none", "current", "blockwise")
     }
     for scaling in ("none", "current"):
-        assert Machine.here(layers[scaling]) == Machine(CUDA, "2.20.2")
-    assert Machine.here(layers["blockwise"]) == Machine(CUDA, "2.20.2", "", "requires CUDA 12.9")
+        assert LayerSupport.detect(layers[scaling]) == LayerSupport(CUDA, "2.20.2")
+    assert LayerSupport.detect(layers["blockwise"]) == LayerSupport(CUDA, "2.20.2", "", "requires CUDA 12.9")
 
 
 def test_an_installation_that_cannot_be_imported_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, None)
-    assert "transformer_engine.pytorch.fp8" in Machine.here(Layers("transformer_engine")).engine_refusal
+    assert (
+        "transformer_engine.pytorch.fp8" in LayerSupport.detect(Layers("transformer_engine")).engine_refusal
+    )
     # Local layers never ask.
-    assert Machine.here(Layers()) == Machine(CUDA, "2.20.2")
+    assert LayerSupport.detect(Layers()) == LayerSupport(CUDA, "2.20.2")
 
 
 @needs_engine

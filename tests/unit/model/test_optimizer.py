@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.model import gpt, weights
-from megatron_parallel_r1.model.optimizer import Adam, trainable
+from megatron_parallel_r1.model.optimizer import Adam, wrap_for_training
 from tests.unit.model.qwen3 import hf_model
 from tests.unit.model.rows import Row, random_row
 
@@ -70,7 +70,7 @@ def test_micro_batches_add_up_to_the_mean_over_their_tokens() -> None:
     losses, counts = zip(*map(loss_and_count, outputs, ROWS), strict=True)
     (sum(losses) / sum(counts)).backward()
 
-    (wrapped,), _ = trainable(fresh(), Adam(lr=1e-3))
+    (wrapped,), _ = wrap_for_training(fresh(), Adam(lr=1e-3))
     for _ in range(2):  # the second time from a buffer that was used before
         reports = accumulate(wrapped, ROWS)
     assert [report["loss"] for report in reports] == pytest.approx([loss.item() for loss in losses])
@@ -81,7 +81,7 @@ def test_micro_batches_add_up_to_the_mean_over_their_tokens() -> None:
 
 def test_a_step_is_that_of_adamw_with_clipping_and_no_decay_of_norms() -> None:
     adam = Adam(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, clip=0.5)
-    (wrapped,), optimizer = trainable(fresh(), adam)
+    (wrapped,), optimizer = wrap_for_training(fresh(), adam)
     reference = fresh()
     parameters = dict(reference[0].named_parameters())
     decayed = [p for p in parameters.values() if p.ndim > 1]
@@ -108,7 +108,7 @@ def test_a_step_is_that_of_adamw_with_clipping_and_no_decay_of_norms() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_few_steps_lower_the_loss_and_repeat_bit_for_bit(dtype: torch.dtype) -> None:
     def train() -> list[float]:
-        (wrapped,), optimizer = trainable(fresh(dtype), Adam(lr=3e-3))
+        (wrapped,), optimizer = wrap_for_training(fresh(dtype), Adam(lr=3e-3))
         curve = []
         for _ in range(4):
             optimizer.zero_grad()

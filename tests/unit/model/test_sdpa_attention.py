@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_parallel_r1.model.attention.sdpa import sdpa_attention
-from megatron_parallel_r1.model.attention.segments import Call, plan_calls
+from megatron_parallel_r1.model.attention.segments import KernelCall, plan_calls
 from megatron_parallel_r1.model.attention.tiles import visible
 from megatron_parallel_r1.thought.packing import context_indices
 from tests.unit.model.kernels.dense import dense_attended
@@ -114,7 +114,7 @@ def test_a_stretch_hidden_from_a_call_takes_no_gradient() -> None:
     assert not leaves[1].grad[100:200].any() and leaves[1].grad[:100].any()
 
 
-def covered(calls: tuple[Call, ...], layout_KQ: Tensor, keys: int) -> Tensor:
+def covered(calls: tuple[KernelCall, ...], layout_KQ: Tensor, keys: int) -> Tensor:
     """[M, L]: how often each pair of these queries is computed."""
     start, stop = calls[0].start, calls[0].stop
     count_ML = torch.zeros(stop - start, keys, dtype=torch.int64)
@@ -124,8 +124,8 @@ def covered(calls: tuple[Call, ...], layout_KQ: Tensor, keys: int) -> Tensor:
             seen = {
                 "whole": torch.ones(stop - start, hi - lo),
                 "causal": torch.ones(stop - start, hi - lo).tril(),
-                "masked": visible(layout_KQ[:, start:stop], lo, hi),
-            }[call.sight]
+                "layout": visible(layout_KQ[:, start:stop], lo, hi),
+            }[call.mask]
             count_ML[:, lo:hi] += seen.long()
     return count_ML
 
@@ -148,10 +148,10 @@ def test_long_stretches_need_no_mask() -> None:
     layout_KL[2, 200:300], layout_KL[3, 200:300] = 100, 200
     layout_KL[1, 400:] = 400
     assert plan_calls(layout_KL, 64) == [
-        (Call(0, 200, ((0, 200),), "causal"),),
-        (Call(200, 300, ((0, 100),), "whole"), Call(200, 300, ((200, 300),), "causal")),
-        (Call(300, 400, ((0, 300),), "whole"), Call(300, 400, ((300, 400),), "causal")),
-        (Call(400, 600, ((400, 600),), "causal"),),
+        (KernelCall(0, 200, ((0, 200),), "causal"),),
+        (KernelCall(200, 300, ((0, 100),), "whole"), KernelCall(200, 300, ((200, 300),), "causal")),
+        (KernelCall(300, 400, ((0, 300),), "whole"), KernelCall(300, 400, ((300, 400),), "causal")),
+        (KernelCall(400, 600, ((400, 600),), "causal"),),
     ]
 
 

@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder, save_hf_folder
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model import gpt, weights
@@ -38,7 +39,7 @@ def test_round_trip_is_bit_equal(tied: bool, kv_heads: int) -> None:
 def test_the_table_names_every_parameter() -> None:
     for tied in (True, False):
         model = gpt.build_model(tiny(tied))
-        names = {weight.name for weight in weights.table(model.shape)}
+        names = {weight.name for weight in weight_table(model.architecture)}
         assert names == weights.own_parameters(model).keys() == dict(model[0].named_parameters()).keys()
 
 
@@ -56,9 +57,9 @@ def test_the_table_names_every_parameter() -> None:
 )
 def test_misfits_are_named_and_nothing_is_written(change, message: str) -> None:
     model = gpt.build_model(tiny())
-    weights.load_hf_tensors(model, weights.random_hf_tensors(model.shape, seed=1))
+    weights.load_hf_tensors(model, weights.random_hf_tensors(model.architecture, seed=1))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    tensors = dict(weights.random_hf_tensors(model.shape, seed=2))
+    tensors = dict(weights.random_hf_tensors(model.architecture, seed=2))
     change(tensors)
     with pytest.raises(UserError, match=message):
         weights.load_hf_tensors(model, tensors.items())
@@ -78,9 +79,9 @@ def test_random_weights_depend_on_seed_and_name_alone() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_folder_loads_in_transformers_and_here(tied: bool, tmp_path: Path) -> None:
     model = gpt.build_model(tiny(tied))
-    weights.load_hf_tensors(model, weights.random_hf_tensors(model.shape, seed=3))
+    weights.load_hf_tensors(model, weights.random_hf_tensors(model.architecture, seed=3))
     for _ in range(2):  # the second time it replaces the first
-        save_hf_folder(tmp_path / "out", model.shape, weights.hf_tensors(model))
+        save_hf_folder(tmp_path / "out", model.architecture, weights.hf_tensors(model))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -94,7 +95,7 @@ def test_a_saved_folder_loads_in_transformers_and_here(tied: bool, tmp_path: Pat
     assert len(rights) == 1
 
     config, tensors = load_hf_folder(tmp_path / "out")
-    assert config == model.shape
+    assert config == model.architecture
     expected = dict(weights.hf_tensors(model))
     assert all(torch.equal(expected.pop(name), tensor) for name, tensor in tensors) and not expected
 

@@ -1,15 +1,15 @@
 """Which parameters share a bucket."""
 
-from megatron_parallel_r1.architecture.weight_table import Weight
+from megatron_parallel_r1.architecture.weight_table import WeightMapping
 from megatron_parallel_r1.sync.buckets import plan
 
 
-def owned(*pairs: tuple[int, int]) -> list[tuple[int, Weight]]:
+def owned(*pairs: tuple[int, int]) -> list[tuple[int, WeightMapping]]:
     """Parameters of so many numbers, each with its pipeline process."""
-    return [(owner, Weight(f"w{i}", ((f"w{i}", (size,)),))) for i, (owner, size) in enumerate(pairs)]
+    return [(owner, WeightMapping(f"w{i}", ((f"w{i}", (size,)),))) for i, (owner, size) in enumerate(pairs)]
 
 
-def names(pairs: list[tuple[int, Weight]], bucket_bytes: int) -> list[tuple[int, str]]:
+def names(pairs: list[tuple[int, WeightMapping]], bucket_bytes: int) -> list[tuple[int, str]]:
     buckets = plan(pairs, 2, bucket_bytes)
     return [(bucket.owner, " ".join(weight.name for weight in bucket.weights)) for bucket in buckets]
 
@@ -28,6 +28,6 @@ def test_stages_do_not_share_one_and_come_in_turn() -> None:
 
 
 def test_the_parts_of_a_parameter_count_together() -> None:
-    fused = Weight("qkv", (("q", (10,)), ("k", (5,)), ("v", (5,))))
+    fused = WeightMapping("qkv", (("q", (10,)), ("k", (5,)), ("v", (5,))))
     assert names([(0, fused), *owned((0, 1))], 41) == [(0, "qkv"), (0, "w0")]
     assert names([(0, fused), *owned((0, 1))], 42) == [(0, "qkv w0")]

@@ -290,7 +290,7 @@ def test_a_damaged_one_is_written_anew_when_its_step_comes_again(two, trainer_of
 
 def test_another_model_is_refused(two, trainer_of, tmp_path: Path) -> None:
     checkpoints, _, _ = two
-    shape = trainer_of().model.shape
+    shape = trainer_of().model.architecture
     for other, problem in (
         (replace(shape, ffn=shape.ffn * 2), f"is ({shape.ffn * 2}, 32) instead of ({shape.ffn * 4}, 32)"),
         (replace(shape, layers=shape.layers + 1), f"decoder.layers.{shape.layers}."),

@@ -37,7 +37,7 @@ def learner(trainer: Trainer, objective: Objective, updates: int = 1, **changed:
 
 
 def reference_of(trainer: Trainer, every: int = 0) -> Reference:
-    model = build_model(trainer.model.shape)
+    model = build_model(trainer.model.architecture)
     load_hf_tensors(model, hf_tensors(trainer.model))
     return Reference(model, 1.0, every)
 

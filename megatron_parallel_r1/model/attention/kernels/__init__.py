@@ -1,1 +1,1 @@
-"""The Triton kernels of attention under a layout, a file each. Import needs Triton; see launch.py."""
+"""Triton kernels of attention under a layout. Importing them needs Triton; see launch.py."""

@@ -1,4 +1,4 @@
-"""Attention forward: FlashAttention-2 (arXiv 2307.08691) without the tiles that nobody sees.
+"""Attention forward: FlashAttention-2 (arXiv 2307.08691) that skips tiles that no query sees.
 
 Shapes: Q queries, L keys, H query heads in G groups that share a key/value head, D head dimension, F = D
 rounded up to a power of two; M queries of a program, N keys of a step. Scores are in base 2: exp2 is one
@@ -22,12 +22,12 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """Writes out [Q, H, D] and lse2 [H, Q], the logarithm to base 2 of the sum of exponentials.
+    """Writes out [Q, H, D] and lse2 [H, Q], the base-2 logarithm of the sum of exponentials.
 
-    A program takes a query tile of one head through the key tiles of its list (tiles.TileLists): the whole
-    ones first, without a mask. scale2 is positive.
+    A program handles one query tile of one head and the key tiles of its list (tiles.TileLists): first the
+    whole ones, without a mask. scale2 is positive.
     """
-    # Late queries see most; begun first, they do not end last.
+    # Late queries see most keys: started first, they do not finish last.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     first = tile * BLOCK_M
@@ -50,9 +50,9 @@ def forward_kernel(
                 key_N = key_first + tl.arange(0, BLOCK_N)
                 sees_MN = seen(layout, queries, query_M, key_N, LEVELS, False)
                 scores_MN = tl.where(sees_MN, scores_MN, float("-inf"))
-            # Scaled once a row, and once more below where it is one instruction with the difference.
+            # Scaled once a row here, and below in one instruction with the subtraction.
             larger_M = tl.maximum(most_M, tl.max(scores_MN, 1) * scale2)
-            # A query that has seen nothing yet: -inf minus -inf is no number.
+            # A query without a key so far: -inf minus -inf is NaN.
             base_M = tl.where(larger_M == float("-inf"), 0.0, larger_M)
             weights_MN = tl.exp2(scores_MN * scale2 - base_M[:, None])
             shrink_M = tl.exp2(most_M - base_M)

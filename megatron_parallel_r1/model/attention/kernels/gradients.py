@@ -1,7 +1,7 @@
-"""What both gradients need of a query: the sum over D of the output times its gradient.
+"""Attention backward: the gradient of queries, and of keys and values (arXiv 2307.08691).
 
-Equal to the sum over keys of weight times its gradient (arXiv 2205.14135, appendix B.2). torch would make
-float32 copies of both tensors on the way.
+Both need delta, the sum over D of the output times its gradient, which equals the sum over keys of weight
+times its gradient (arXiv 2205.14135, appendix B.2). torch would make float32 copies of both tensors.
 
 Shapes: as in forward.py.
 """
@@ -39,7 +39,7 @@ def query_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """Writes query_grad [Q, H, D]; delta [H, Q] is the sum over D of the output times its gradient."""
+    """Writes query_grad [Q, H, D]; delta [H, Q] is the output of `delta_kernel`."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     first = tile * BLOCK_M
@@ -106,7 +106,7 @@ def key_gradient_kernel(
                 grad_MF = read(
                     grad + head * grad_head, query_first, grad_stride, queries, dim, BLOCK_M, BLOCK_D
                 )
-                # A query beyond the row has the weight exp2(0 - inf) = 0.
+                # A query past the row's end has the weight exp2(0 - inf) = 0.
                 lse_M = tl.load(lse2 + numbers + query_M, query_M < queries, other=float("inf"))
                 delta_M = tl.load(delta + numbers + query_M, query_M < queries, other=0.0)
                 scores_NM = product(key_NF, tl.trans(query_MF), none_NM, EMULATED) * scale2

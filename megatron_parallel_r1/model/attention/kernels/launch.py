@@ -16,27 +16,27 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from megatron_parallel_r1.model.attention.dispatch import interpreted
+from megatron_parallel_r1.model.attention.dispatch import is_interpreted
 from megatron_parallel_r1.model.attention.kernels.forward import forward_kernel
 from megatron_parallel_r1.model.attention.kernels.gradients import (
     delta_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
 )
-from megatron_parallel_r1.model.attention.kernels.tilings import ROOMY, Tiling, Tilings, tilings
-from megatron_parallel_r1.model.attention.layout_cache import LayoutMemo
-from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_sight, transposed
+from megatron_parallel_r1.model.attention.kernels.tilings import HOPPER_SHARED_BYTES, Tiling, Tilings, tilings
+from megatron_parallel_r1.model.attention.layout_cache import LayoutCache
+from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_visibility, transposed
 
-LISTS = LayoutMemo()
-# Programs that keep a large GPU busy: about two for each of an H200's 132 multiprocessors.
-BUSY = 264
-# Queries of a program that only reads them.
+LISTS = LayoutCache()
+# Programs that fill a large GPU: about two for each of an H200's 132 multiprocessors.
+MIN_PROGRAMS = 264
+# Queries of a program of delta_kernel.
 DELTA_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """What every launch is told."""
+    """Sizes that every launch needs."""
 
     queries: int
     keys: int
@@ -56,16 +56,16 @@ class _Sizes:
 
 
 def _width(dim: int) -> int:
-    """D rounded up to what the tensor cores take."""
+    """Returns D rounded up to a power of two, at least the 16 of tensor cores."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def _lists(layout_KQ: Tensor, keys: int, tiling: Tiling, by_key: bool) -> TileLists:
-    def make() -> TileLists:
-        sight = tile_sight(layout_KQ, keys, tiling.queries, tiling.keys)
-        return tile_lists(transposed(sight) if by_key else sight)
+    def compute() -> TileLists:
+        visibility = tile_visibility(layout_KQ, keys, tiling.queries, tiling.keys)
+        return tile_lists(transposed(visibility) if by_key else visibility)
 
-    return LISTS.of(layout_KQ, (keys, tiling.queries, tiling.keys, by_key), make)
+    return LISTS.get(layout_KQ, (keys, tiling.queries, tiling.keys, by_key), compute)
 
 
 def _rows(tensor: Tensor) -> tuple[int, int]:
@@ -85,7 +85,7 @@ def _forward(
         *_rows(query_QHD), *_rows(key_LGD), *_rows(value_LGD), *_rows(out_QHD), sizes.dim,
         SHARED=sizes.heads // sizes.groups, LEVELS=sizes.levels,
         BLOCK_M=tiling.queries, BLOCK_N=tiling.keys, BLOCK_D=sizes.block_d,
-        EMULATED=interpreted(), num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
+        EMULATED=is_interpreted(), num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out_QHD, lse2_HQ
 
@@ -113,7 +113,7 @@ def _query_gradient(
         lists.tiles_IJ.stride(0), *_rows(query_QHD), *_rows(key_LGD), *_rows(value_LGD), *_rows(grad_QHD),
         *_rows(query_grad_QHD), sizes.dim, SHARED=sizes.heads // sizes.groups, LEVELS=sizes.levels,
         BLOCK_M=tiling.queries, BLOCK_N=tiling.keys, BLOCK_D=sizes.block_d,
-        EMULATED=interpreted(), num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
+        EMULATED=is_interpreted(), num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return query_grad_QHD
 
@@ -125,8 +125,8 @@ def _key_gradient(
     sizes = _Sizes.of(query_QHD, key_LGD, layout_KQ)
     lists = _lists(layout_KQ, sizes.keys, tiling, by_key=True)
     shared, programs = sizes.heads // sizes.groups, len(lists.whole_I) * sizes.groups
-    # A short row of few groups: heads of a group by themselves, summed afterwards in float32.
-    splits = shared if programs < BUSY else 1
+    # A short row with few groups: split each group's heads, and sum them afterwards in float32.
+    splits = shared if programs < MIN_PROGRAMS else 1
     dtype = torch.float32 if splits > 1 else key_LGD.dtype
     grads_PLGD = [torch.empty(splits, *key_LGD.shape, dtype=dtype, device=key_LGD.device) for _ in range(2)]
     key_gradient_kernel[len(lists.whole_I), sizes.groups, splits](
@@ -135,7 +135,7 @@ def _key_gradient(
         lists.tiles_IJ.stride(0), *_rows(query_QHD), *_rows(key_LGD), *_rows(value_LGD), *_rows(grad_QHD),
         *grads_PLGD[0].stride()[:3], sizes.dim, HEADS=shared // splits, LEVELS=sizes.levels,
         BLOCK_M=tiling.queries, BLOCK_N=tiling.keys, BLOCK_D=sizes.block_d,
-        EMULATED=interpreted(), num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
+        EMULATED=is_interpreted(), num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
     )  # fmt: skip
     key_grad_LGD, value_grad_LGD = (x.sum(0).to(key_LGD) if splits > 1 else x[0] for x in grads_PLGD)
     return key_grad_LGD, value_grad_LGD
@@ -163,16 +163,16 @@ class _KernelAttention(torch.autograd.Function):
         query_QHD, key_LGD, value_LGD, layout_KQ, out_QHD, lse2_HQ = ctx.saved_tensors
         grad_QHD = _dense_heads(grad_QHD)
         delta_HQ = _delta(out_QHD, grad_QHD)
-        given = (query_QHD, key_LGD, value_LGD, grad_QHD, layout_KQ, lse2_HQ, delta_HQ, ctx.scale)
-        query_grad_QHD = _query_gradient(*given, ctx.chosen.query_gradient)
-        return query_grad_QHD, *_key_gradient(*given, ctx.chosen.key_gradient), None, None, None
+        inputs = (query_QHD, key_LGD, value_LGD, grad_QHD, layout_KQ, lse2_HQ, delta_HQ, ctx.scale)
+        query_grad_QHD = _query_gradient(*inputs, ctx.chosen.query_gradient)
+        return query_grad_QHD, *_key_gradient(*inputs, ctx.chosen.key_gradient), None, None, None
 
 
 @cache
 def _shared_bytes(device: torch.device) -> int:
-    """What a program may have of a multiprocessor's memory; the interpreter has no such thing."""
+    """Shared memory that a program may use; the interpreter has no limit."""
     if device.type != "cuda":
-        return ROOMY
+        return HOPPER_SHARED_BYTES
     return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
@@ -192,14 +192,13 @@ def kernel_attention(
 
     Args:
         query_QHD, key_LGD, value_LGD: float32, float16 or bfloat16, of one dtype; the softmax and all sums
-            are in float32. Query heads h share the key/value head h // (H / G). D is at most 256.
-        layout_KQ: int32. Every query must see at least one key; by its definition a token sees itself.
+            are in float32. Query head h uses the key/value head h // (H / G). D is at most 256.
+        layout_KQ: int32. Every query must see at least one key; by definition a token sees itself.
         scale: of the scores; positive.
-        chosen: tile sizes; None for those of tilings.py.
+        chosen: tile sizes; None: those of tilings.py.
 
     Returns:
-        [Q, H, D] in the dtype of the query, and the logarithm of each query's sum of exponentials, float32
-        [H, Q], through which no gradient flows.
+        [Q, H, D] in the dtype of the query, and each query's log-sum-exp, float32 [H, Q], without gradient.
     """
     chosen = chosen or tilings(query_QHD.shape[2], query_QHD.dtype, _shared_bytes(query_QHD.device))
     parts = (_dense_heads(x) for x in (query_QHD, key_LGD, value_LGD))

@@ -1,4 +1,4 @@
-"""What the kernels share: where a tile lies in memory, and which of its pairs are seen.
+"""Helpers of the kernels: loads and stores of tiles, their mask, and their products.
 
 Shapes: M queries, N keys of a tile, F head dimension rounded up to a power of two.
 """
@@ -13,30 +13,30 @@ import triton.language as tl
 def _pointers(base, first, stride, rows, dim, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_D)
-    # A row of a long tensor begins beyond 2**31 elements; within a tile 32 bits are enough.
+    # A row of a long tensor may begin past 2**31 elements; within a tile 32 bits suffice.
     pointers = base + tl.cast(first, tl.int64) * stride + row[:, None] * stride + column[None, :]
     return pointers, (first + row < rows)[:, None] & (column < dim)[None, :]
 
 
 @triton.jit
 def read(base, first, stride, rows, dim, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The tile [BLOCK, F] from row `first` on; zeros beyond `rows` and `dim`."""
+    """Loads the tile [BLOCK, F] from row `first` on; zeros past `rows` and `dim`."""
     pointers, exists = _pointers(base, first, stride, rows, dim, BLOCK, BLOCK_D)
     return tl.load(pointers, exists, other=0.0)
 
 
 @triton.jit
 def write(tile, base, first, stride, rows, dim, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The opposite of `read`, rounded to what `base` points to."""
+    """Stores a tile, the inverse of `read`, rounded to the dtype of `base`."""
     pointers, exists = _pointers(base, first, stride, rows, dim, BLOCK, BLOCK_D)
     tl.store(pointers, tile.to(base.dtype.element_ty), exists)
 
 
 @triton.jit
 def seen(layout, queries, query, key, LEVELS: tl.constexpr, BY_KEY: tl.constexpr):
-    """Whether each query sees each key, by the definition in thought/layout.py: [M, N], or [N, M] if BY_KEY.
+    """Returns the mask of the pairs (thought/layout.py): [M, N], or [N, M] if BY_KEY.
 
-    A query beyond the row sees nothing.
+    A query past the row's end sees nothing.
     """
     exists = query < queries
     key_2 = key[:, None] if BY_KEY else key[None, :]
@@ -56,10 +56,10 @@ def seen(layout, queries, query, key, LEVELS: tl.constexpr, BY_KEY: tl.constexpr
 
 @triton.jit
 def product(left, right, acc, EMULATED: tl.constexpr):
-    """acc + left @ right with float32 sums.
+    """Returns acc + left @ right with float32 sums.
 
     Args:
-        EMULATED: in Triton's interpreter, which would multiply the bits of bfloat16 numbers.
+        EMULATED: for Triton's interpreter, which would multiply the bits of bfloat16 numbers.
     """
     if EMULATED:
         left, right = left.to(tl.float32), right.to(tl.float32)

@@ -1,7 +1,7 @@
-"""How many queries and keys a program takes at once, and with how many warps and stages.
+"""Tile sizes, warps and stages of the kernels.
 
-Starting values. Those of bfloat16 compile without spilling registers, for Hopper (227 KiB of shared memory a
-program, 64 K registers a multiprocessor) and for GPUs that have less of the first:
+Initial values. Those for bfloat16 compile without spilling registers, for Hopper (227 KiB of shared memory a
+program, 64 K registers a multiprocessor) and for GPUs with less shared memory:
 tests/unit/model/kernels/test_compiled.py. `benchmarks/gpu/run.py --tune` measures others.
 """
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-# What the tiles for Hopper need, in bytes; those for data centers have it, those for graphics do not.
-ROOMY = 161 * 1024
+# Shared memory in bytes that the Hopper tiles need; data-center GPUs have it, graphics cards do not.
+HOPPER_SHARED_BYTES = 161 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """A program's tile: `queries` by `keys`; `stages` loads are under way at once."""
+    """A program's tile: `queries` by `keys`; `stages` loads are in flight at once."""
 
     queries: int
     keys: int
@@ -27,25 +27,25 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class Tilings:
-    """One for each kernel."""
+    """The tiling of each kernel."""
 
     forward: Tiling
     query_gradient: Tiling
     key_gradient: Tiling
 
 
-def tilings(dim: int, dtype: torch.dtype, shared: int = ROOMY) -> Tilings:
-    """Tiles that fit.
+def tilings(dim: int, dtype: torch.dtype, shared: int = HOPPER_SHARED_BYTES) -> Tilings:
+    """Returns tilings that fit.
 
     Args:
         dim: of a head, up to 256.
-        shared: bytes of memory that a program may have of a multiprocessor.
+        shared: bytes of a multiprocessor's shared memory that a program may use.
     """
-    if dtype == torch.float32:  # On the cores that round like float32: no tensor core does.
+    if dtype == torch.float32:  # on CUDA cores: no tensor core rounds like float32
         return Tilings(Tiling(32, 16, 8, 2), Tiling(32, 16, 8, 2), Tiling(16, 32, 8, 2))
-    if shared < ROOMY and dim <= 128:
+    if shared < HOPPER_SHARED_BYTES and dim <= 128:
         return Tilings(Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 2))
-    if shared < ROOMY:
+    if shared < HOPPER_SHARED_BYTES:
         return Tilings(Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(32, 32, 8, 1))
     if dim <= 64:
         return Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 128, 8, 3))

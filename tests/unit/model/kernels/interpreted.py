@@ -11,7 +11,7 @@ import torch
 
 from megatron_parallel_r1.model.attention.dispatch import path_attention
 from megatron_parallel_r1.model.attention.kernels import launch
-from megatron_parallel_r1.model.attention.kernels.launch import BUSY, kernel_attention
+from megatron_parallel_r1.model.attention.kernels.launch import MIN_PROGRAMS, kernel_attention
 from megatron_parallel_r1.model.attention.kernels.tilings import Tiling, Tilings
 from megatron_parallel_r1.thought.packing import context_indices
 from tests.unit.model.kernels.dense import Attended, dense_attended, dense_attention
@@ -25,7 +25,7 @@ SMALL = Tilings(Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2), Tiling(64, 32, 4, 2)
 class Case:
     """One run: a layout, the share of it that this process has, heads and numbers.
 
-    `busy` says whether there is enough to do, so that a program takes all heads of a group (launch.BUSY);
+    `busy` says whether there are enough programs (launch.MIN_PROGRAMS) for one to take all heads of a group;
     `strided`, whether keys and values are views of one tensor, as Megatron splits them, and queries and
     gradients lie head by head.
     """
@@ -62,7 +62,7 @@ def cases() -> Iterator[Case]:
 
 def run(case: Case) -> dict[str, float]:
     """The largest difference of each result from the definition, by the largest number of that result."""
-    launch.BUSY = 0 if case.busy else BUSY
+    launch.MIN_PROGRAMS = 0 if case.busy else MIN_PROGRAMS
     layout_KL, sees_LL = layouts()[case.layout]
     length = layout_KL.shape[1] // (2 * case.parts) * 2 * case.parts
     layout_KL, sees_LL = layout_KL[:, :length], sees_LL[:length, :length]

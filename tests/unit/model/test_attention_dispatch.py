@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.attention import path_attention
-from megatron_parallel_r1.model.attention.dispatch import check_kernel, chosen_kernel
+from megatron_parallel_r1.model.attention.dispatch import check_kernel, path_attention, resolve_kernel
 from megatron_parallel_r1.model.attention.flex import block_mask, flex_attention
-from megatron_parallel_r1.model.attention.layout_cache import LayoutMemo
-from megatron_parallel_r1.model.attention.megatron_adapter import in_order
-from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_sight, transposed
+from megatron_parallel_r1.model.attention.layout_cache import LayoutCache
+from megatron_parallel_r1.model.attention.megatron_adapter import restore_order
+from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_visibility, transposed
 from megatron_parallel_r1.thought.packing import context_indices
 from tests.unit.model.kernels.dense import dense_attention
 from tests.unit.model.kernels.layouts import layouts
@@ -92,7 +91,7 @@ def test_flex_has_no_backward_on_a_cpu() -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_parts_of_context_ranks_come_together_in_the_order_of_the_row(size: int) -> None:
     held = torch.cat([torch.from_numpy(context_indices(24, rank, size)) for rank in range(size)])
-    assert in_order(held, size).tolist() == list(range(24))
+    assert restore_order(held, size).tolist() == list(range(24))
 
 
 def covered(
@@ -120,7 +119,7 @@ def test_lists_hold_all_that_is_seen_from_either_side(kind: str, tiles: tuple[in
     for rank in range(parts):
         here = torch.from_numpy(context_indices(length, rank, parts))
         sees_QL, (query_tile, key_tile) = sees_LL[here, :length], tiles
-        sight = tile_sight(layout_KL[:, here], length, query_tile, key_tile)
+        sight = tile_visibility(layout_KL[:, here], length, query_tile, key_tile)
         needed_QL, whole_QL = covered(tile_lists(sight), len(here), length, query_tile, key_tile)
         needed_LQ, whole_LQ = covered(tile_lists(transposed(sight)), length, len(here), key_tile, query_tile)
         assert torch.equal(needed_QL, needed_LQ.T) and torch.equal(whole_QL, whole_LQ.T)
@@ -134,38 +133,38 @@ def test_lists_of_a_long_row_leave_out_what_siblings_hide() -> None:
     layout_KL = torch.zeros(4, 1536, dtype=torch.int32)
     layout_KL[0] = torch.arange(1536)
     layout_KL[2, 1024:], layout_KL[3, 1024:] = 512, 1024
-    lists = tile_lists(tile_sight(layout_KL, 1536, 128, 128))
+    lists = tile_lists(tile_visibility(layout_KL, 1536, 128, 128))
     assert lists.needed_I.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
     assert (lists.needed_I - lists.whole_I).tolist() == [1] * 12
     assert lists.tiles_IJ[8, :5].tolist() == [0, 1, 2, 3, 8]
 
 
-def test_memo_forgets_with_the_layout() -> None:
-    memo, made = LayoutMemo(), []
+def test_the_cache_forgets_with_the_layout() -> None:
+    cache, computed = LayoutCache(), []
     layout_KL, _ = layouts()["packed"]
     layout_KL = layout_KL.clone()
 
-    def make() -> int:
-        made.append(None)
-        return len(made)
+    def compute() -> int:
+        computed.append(None)
+        return len(computed)
 
-    assert memo.of(layout_KL, "a", make) == memo.of(layout_KL, "a", make) == 1
-    assert memo.of(layout_KL, "b", make) == 2
+    assert cache.get(layout_KL, "a", compute) == cache.get(layout_KL, "a", compute) == 1
+    assert cache.get(layout_KL, "b", compute) == 2
     layout_KL[0] += 1  # in place: another layout
-    assert memo.of(layout_KL, "a", make) == 3
-    memo.of(layout_KL, "mask", partial(block_mask, layout_KL, layout_KL.shape[1]))
+    assert cache.get(layout_KL, "a", compute) == 3
+    cache.get(layout_KL, "mask", partial(block_mask, layout_KL, layout_KL.shape[1]))
     del layout_KL
     gc.collect()
-    assert len(memo) == 0
+    assert len(cache) == 0
 
 
 def test_auto_is_fused_on_a_cpu() -> None:
     query, key, value = inputs(150, 150)
     layout_KL, _ = layouts()["causal"]
-    assert chosen_kernel("auto", query) == "sdpa"
+    assert resolve_kernel("auto", query) == "sdpa"
     sdpa_LHD = path_attention(query, key, value, layout_KL, 0.25, "sdpa")
     assert torch.equal(path_attention(query, key, value, layout_KL, 0.25), sdpa_LHD)
-    with pytest.raises(UserError, match="sdpa is for the CPU"):
+    with pytest.raises(UserError, match="sdpa runs on a CPU only"):
         check_kernel("sdpa", torch.device("cuda"), 16)
     with pytest.raises(UserError, match="triton needs a CUDA device"):
         path_attention(query, key, value, layout_KL, 0.25, "triton")

@@ -1,0 +1,89 @@
+"""Ends a command with one line on stderr and an exit code, instead of a traceback, for expected errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_parallel_r1.errors import (
+    LOST_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    PeerLost,
+    ServersLost,
+    Stopped,
+    UserError,
+)
+
+USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Rank 0 reports for all ranks; when it ends, the launcher ends the others within this time.
+_OTHERS_WAIT_S = 3.0
+
+
+@contextmanager
+def one_line_exit(resume: str = "the same command continues where it was") -> Iterator[None]:
+    """Turns expected errors of the block into one line and `SystemExit`.
+
+    | error | exit code |
+    |---|---|
+    | `UserError`, a full disk | 2 |
+    | `ServersLost` in a job that started the servers, `PeerLost` | LOST_EXIT_CODE |
+    | `Stopped` | STOPPED_EXIT_CODE |
+    | Ctrl-C | 130 |
+
+    Args:
+        resume: what the same command does after Ctrl-C, for the message.
+    """
+    try:
+        yield
+    except PeerLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A normal exit destroys the process groups, which may wait for the lost rank.
+        os._exit(LOST_EXIT_CODE)
+    except Stopped as error:
+        if _rank() == "0":
+            _report(f"{error}; the same command continues it")
+        else:
+            time.sleep(_OTHERS_WAIT_S)
+        raise SystemExit(STOPPED_EXIT_CODE) from None
+    except UserError as error:
+        _report_error(str(error))
+        is_lost = isinstance(error, ServersLost) and "SERVERS_OF_JOB" in os.environ
+        raise SystemExit(LOST_EXIT_CODE if is_lost else USER_ERROR_EXIT_CODE) from None
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        _report_error(f"{error.filename or 'a file'} could not be written: {error.strerror}; make room")
+        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+    except KeyboardInterrupt:
+        _report(f"stopped; {resume}")
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+
+
+def _report_error(message: str) -> None:
+    """Prints one line for all ranks of a launch: a user error occurs on every one of them.
+
+    Another rank prints too if rank 0 did not fail with it; otherwise the launcher ends it before.
+    """
+    rank = _rank()
+    if rank != "0":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # which torchrun sends
+        time.sleep(_OTHERS_WAIT_S)
+    prefix = "" if rank == "0" else f"rank {rank}: "
+    _report(f"{prefix}error: {' '.join(message.split())}")
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
