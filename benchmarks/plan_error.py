@@ -35,12 +35,11 @@ from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.planning.cost import Cost
-from megatron_parallel_r1.planning.decoding import pass_cost
-from megatron_parallel_r1.planning.machine import H100, Machine
+from megatron_parallel_r1.planning.machine import H100, Cost, Machine
 from megatron_parallel_r1.planning.plan import GIB, plan
-from megatron_parallel_r1.planning.split import parts
-from megatron_parallel_r1.planning.training import Rows, Split, update_cost
+from megatron_parallel_r1.planning.rollouts import pass_cost
+from megatron_parallel_r1.planning.split import pipeline_parts
+from megatron_parallel_r1.planning.training import MicroBatches, Split, update_cost
 from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
@@ -137,8 +136,8 @@ def measured_here(repeats: int, tokens: int, cases: Sequence[Case] = CASES) -> T
 
 def cost_of(case: Case, tokens: int) -> Cost:
     if case.kind == "update":
-        (part,) = parts(case.shape, ParallelConfig())
-        rows = Rows(case.rows, case.length, case.length / 2, case.length - 1)
+        (part,) = pipeline_parts(case.shape, ParallelConfig())
+        rows = MicroBatches(case.rows, case.length, case.length / 2, case.length - 1)
         return update_cost(case.split, rows, part.elements)
     return tokens * pass_cost(case.split, case.rows, case.length + tokens / 2)
 

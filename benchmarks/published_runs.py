@@ -12,10 +12,9 @@ from math import prod
 from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
 from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
-from megatron_parallel_r1.planning.cost import Cost
-from megatron_parallel_r1.planning.machine import Machine
-from megatron_parallel_r1.planning.published import SHAPES
-from megatron_parallel_r1.planning.training import Rows, Split, update_cost
+from megatron_parallel_r1.planning.machine import Cost, Machine
+from megatron_parallel_r1.planning.published import PUBLISHED
+from megatron_parallel_r1.planning.training import MicroBatches, Split, update_cost
 
 BF16 = 2
 
@@ -51,7 +50,7 @@ class Run:
     def cost(self, machine: Machine) -> Cost:
         """Of a step on one GPU."""
         tokens = self.micro * self.sequence
-        rows = Rows(self.batch // (self.data * self.micro), tokens, self.sequence / 2, tokens)
+        rows = MicroBatches(self.batch // (self.data * self.micro), tokens, self.sequence / 2, tokens)
         split = Split(self.shape, self.parallel, self.data, BF16, machine.per_node)
         return update_cost(split, rows, self._elements())
 
@@ -97,7 +96,17 @@ HELD_OUT = (
     Run(
         "Llama 3.1 405B", _llama(16384, 126, 128, 53248), 1024, _split(8, 8, 8, 2), 512, 1, 8192, reached=292
     ),
-    Run("Qwen3 30B-A3B", SHAPES["Qwen3-30B-A3B"], 16, _split(1, 2, 24), 512, 2, 4096, reached=5275, expert=8),
+    Run(
+        "Qwen3 30B-A3B",
+        PUBLISHED["Qwen3-30B-A3B"],
+        16,
+        _split(1, 2, 24),
+        512,
+        2,
+        4096,
+        reached=5275,
+        expert=8,
+    ),
 )
 
 

@@ -110,12 +110,12 @@ def plan(
 ) -> None:
     """Say what a recipe will do and need: layout, steps, tokens, memory, time. Needs no weights."""
     from megatron_parallel_r1.config.reader import read_recipe
-    from megatron_parallel_r1.planning.lengths import Longest
     from megatron_parallel_r1.planning.machine import read_machine
     from megatron_parallel_r1.planning.plan import GIB, plan
     from megatron_parallel_r1.planning.plan_text import plan_text
+    from megatron_parallel_r1.planning.rollouts import LengthLimits
 
-    told, longest = read_recipe(recipe, overrides or ()), Longest(prompt_tokens, example_tokens)
+    told, longest = read_recipe(recipe, overrides or ()), LengthLimits(prompt_tokens, example_tokens)
     gpu, by = round(gpu_memory * GIB), read_machine(machine)
     world = gpus or told.parallel.replica_size
     typer.echo(plan_text(plan(told, world=world, gpu=gpu, longest=longest, machine=by)))

@@ -21,7 +21,7 @@ from math import prod
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import padded_vocab, weight_table
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
-from megatron_parallel_r1.planning.split import Part
+from megatron_parallel_r1.planning.split import PipelinePart
 from megatron_parallel_r1.rollout.native.page_table import SlotTable
 from megatron_parallel_r1.train.target_logprobs import CHUNK_LOGITS
 
@@ -32,7 +32,7 @@ CHUNKS_ALIVE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryUse:
     """Bytes of one process.
 
     Attributes:
@@ -62,7 +62,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """What a process is given to do, as far as memory follows from it.
 
     Attributes:
@@ -80,9 +80,9 @@ class Work:
     staleness: int = 0
 
 
-def memory(
-    shape: ModelConfig, parallel: ParallelConfig, part: Part, data: int, number: int, work: Work
-) -> Memory:
+def memory_use(
+    shape: ModelConfig, parallel: ParallelConfig, part: PipelinePart, data: int, number: int, work: Workload
+) -> MemoryUse:
     """Of a process of `part`.
 
     Args:
@@ -92,7 +92,7 @@ def memory(
     weights = number * part.elements
     whole = number * sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts)
     copies = (work.staleness + 1) * whole if work.staleness else 0
-    return Memory(
+    return MemoryUse(
         weights=weights,
         gradients=FLOAT32 * part.elements,
         optimizer=optimizer_bytes(part.elements, number, data * parallel.context, parallel.sharded_optimizer),
@@ -112,7 +112,7 @@ def optimizer_bytes(elements: int, number: int, sharers: int, sharded: bool) -> 
 
 
 def activation_bytes(
-    shape: ModelConfig, parallel: ParallelConfig, part: Part, work: Work, number: int
+    shape: ModelConfig, parallel: ParallelConfig, part: PipelinePart, work: Workload, number: int
 ) -> int:
     """What backward needs of all micro-batches that are under way at once in a process.
 
@@ -176,7 +176,7 @@ def chunks_under_way(parallel: ParallelConfig, rank: int, micro_batches: int) ->
     return min(warm_up + 1, micro_batches * parallel.virtual)
 
 
-def logit_bytes(shape: ModelConfig, parallel: ParallelConfig, work: Work, number: int) -> int:
+def logit_bytes(shape: ModelConfig, parallel: ParallelConfig, work: Workload, number: int) -> int:
     """Of the backward of `target_logprobs`: chunks of logits, and the head's gradient in both dtypes."""
     rows = padded_vocab(shape.vocab, parallel.tensor) // parallel.tensor
     targets = min(work.row // parallel.context, max(1, CHUNK_LOGITS // rows))

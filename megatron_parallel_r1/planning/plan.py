@@ -17,13 +17,12 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.planning.lengths import Longest, longest_response, longest_row
 from megatron_parallel_r1.planning.machine import H100, Machine
-from megatron_parallel_r1.planning.memory import Memory, Work, memory
-from megatron_parallel_r1.planning.published import shape_of
-from megatron_parallel_r1.planning.split import Part, parts
-from megatron_parallel_r1.planning.step_time import StepTime
-from megatron_parallel_r1.planning.timing import Timing
+from megatron_parallel_r1.planning.memory import MemoryUse, Workload, memory_use
+from megatron_parallel_r1.planning.published import published_config
+from megatron_parallel_r1.planning.rollouts import LengthLimits, longest_response, longest_row
+from megatron_parallel_r1.planning.split import PipelinePart, pipeline_parts
+from megatron_parallel_r1.planning.step_time import StepTime, Timing
 from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.run.datasets import load_tokenizer
@@ -63,8 +62,8 @@ class StagePlan:
     micro_batches: int
     row: int
     slots: int | None
-    memories: tuple[Memory, ...]
-    evaluation: Memory | None
+    memories: tuple[MemoryUse, ...]
+    evaluation: MemoryUse | None
     time: StepTime
 
     @property
@@ -91,7 +90,7 @@ class Plan:
     parallel: ParallelConfig
     world: int
     data: int
-    parts: tuple[Part, ...]
+    pipeline_parts: tuple[PipelinePart, ...]
     stages: tuple[StagePlan, ...]
     gpu: int
     machine: Machine
@@ -102,7 +101,7 @@ def plan(
     recipe: Recipe,
     world: int = 1,
     gpu: int = 80 * GIB,
-    longest: Longest | None = None,
+    longest: LengthLimits | None = None,
     machine: Machine = H100,
 ) -> Plan:
     """Plans a recipe; reads no data and no weights, and starts no process group.
@@ -116,11 +115,11 @@ def plan(
     Raises:
         UserError: the model's folder or tokenizer is missing, or something does not divide.
     """
-    longest, assumed = _bounded(longest or Longest(), recipe)
+    longest, assumed = _bounded(longest or LengthLimits(), recipe)
     parallel = recipe.parallel
     shape, notes = _shape(recipe)
     check_parallel(shape, parallel, world, recipe.max_tokens_per_micro_batch)
-    pieces = parts(shape, parallel)
+    pieces = pipeline_parts(shape, parallel)
     data = world // parallel.replica_size
     in_process = recipe.rollout.engine == "native"
     if in_process and any(isinstance(stage, RlStage) or stage.evaluate for stage in recipe.stages):
@@ -149,7 +148,7 @@ def _shape(recipe: Recipe) -> tuple[ModelConfig, list[str]]:
     """The model's shape, and what had to be assumed of it."""
     told = recipe.model
     if told.path is not None:
-        shape, read = shape_of(told.path)
+        shape, read = published_config(told.path)
         note = f"{told.path} is not here: the shape is that of the published {told.path.name}"
         return shape, [] if read else [note]
     if isinstance(recipe.tokenizer, BpeTokenizer):
@@ -164,9 +163,9 @@ def _shape(recipe: Recipe) -> tuple[ModelConfig, list[str]]:
 class _Planner:
     recipe: Recipe
     shape: ModelConfig
-    parts: tuple[Part, ...]
+    pipeline_parts: tuple[PipelinePart, ...]
     data: int
-    longest: Longest
+    longest: LengthLimits
     in_process: bool
     machine: Machine
 
@@ -197,7 +196,7 @@ class _Planner:
             rounds, asked = 0, 0
         staleness = stage.max_off_policy_steps if isinstance(stage, RlStage) else 0
         micro_batches = self._micro_batches(together, longest)
-        work = Work(self._packed(longest), micro_batches, slots, reference, staleness)
+        work = Workload(self._packed(longest), micro_batches, slots, reference, staleness)
         return StagePlan(
             stage=stage,
             mode=thinking.mode,
@@ -223,17 +222,17 @@ class _Planner:
             ),
         )
 
-    def _memory(self, part: Part, work: Work) -> Memory:
+    def _memory(self, part: PipelinePart, work: Workload) -> MemoryUse:
         number = getattr(torch, self.recipe.model.dtype).itemsize
-        return memory(self.shape, self.recipe.parallel, part, self.data, number, work)
+        return memory_use(self.shape, self.recipe.parallel, part, self.data, number, work)
 
-    def _evaluation(self, thinking: Thinking) -> Memory:
+    def _evaluation(self, thinking: Thinking) -> MemoryUse:
         """The stage's trainer is still there, idle, beside an engine for the evaluation's traces."""
         asked = self.recipe.evaluation
         slots = self._slots(
             asked.problems, asked.samples_per_problem, asked.max_concurrent_rollouts, thinking
         )
-        idle = Work(row=0, micro_batches=0, slots=slots)
+        idle = Workload(row=0, micro_batches=0, slots=slots)
         return replace(self._memory(self.parts[0], idle), activations=0, logits=0)
 
     def _prompt(self, thinking: Thinking) -> int:
@@ -274,7 +273,7 @@ def _asked(stage: RlStage) -> tuple[int, int]:
     )
 
 
-def _bounded(longest: Longest, recipe: Recipe) -> tuple[Longest, list[str]]:
+def _bounded(longest: LengthLimits, recipe: Recipe) -> tuple[LengthLimits, list[str]]:
     """What to reckon with where the recipe bounds it too, and a note on what it does not bound so low."""
     prompt, example = recipe.max_prompt_tokens, recipe.max_example_tokens
     kinds = {stage.kind for stage in recipe.stages}
@@ -288,7 +287,7 @@ def _bounded(longest: Longest, recipe: Recipe) -> tuple[Longest, list[str]]:
         f"assumed, since the recipe allows longer ones: {' and '.join(assumed)}, or what the model's "
         "positions (and max_tokens_per_micro_batch) have room for"
     )
-    bounded = Longest(
+    bounded = LengthLimits(
         min(longest.prompt, prompt or longest.prompt), min(longest.example, example or longest.example)
     )
     return bounded, [note] if assumed else []

@@ -9,9 +9,9 @@ from math import prod
 
 from megatron_parallel_r1.architecture.weight_table import padded_vocab, weight_table
 from megatron_parallel_r1.config.stages import Optimizer, RlStage, Stage
-from megatron_parallel_r1.planning.memory import Memory
+from megatron_parallel_r1.planning.memory import MemoryUse
 from megatron_parallel_r1.planning.plan import GIB, Plan, StagePlan
-from megatron_parallel_r1.planning.split import Part
+from megatron_parallel_r1.planning.split import PipelinePart
 from megatron_parallel_r1.rewards.base import Component
 from megatron_parallel_r1.rewards.schedule import Constant, Linear, Window
 from megatron_parallel_r1.rl.objective.settings import Objective
@@ -62,12 +62,12 @@ def _layout(plan: Plan) -> list[str]:
     return lines
 
 
-def _unlike(parts: Sequence[Part]) -> list[Part]:
+def _unlike(parts: Sequence[PipelinePart]) -> list[PipelinePart]:
     """One part of each kind: the first, an inner one, the last."""
     return [part for part in parts if part.rank in (0, 1, len(parts) - 1)]
 
 
-def _weights(part: Part, of: int) -> list[str]:
+def _weights(part: PipelinePart, of: int) -> list[str]:
     """A line for each kind of weight; the layers' are alike."""
     counts: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, size in part.weights:
@@ -152,7 +152,7 @@ def _totals(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    names = [field.name for field in fields(Memory)]
+    names = [field.name for field in fields(MemoryUse)]
     rows: list[tuple[str, ...]] = [("stage", *names, "total", "")]
     for made in plan.stages:
         where = f"pipeline rank {made.fullest}" if len(plan.parts) > 1 else ""
@@ -162,8 +162,8 @@ def _memory(plan: Plan) -> list[str]:
     return [f"memory of the fullest process, GiB of {plan.gpu / GIB:.0f} (estimate)", *_columns(rows)]
 
 
-def _memory_row(name: str, memory: Memory, where: str, gpu: int) -> tuple[str, ...]:
-    values = [*(getattr(memory, field.name) for field in fields(Memory)), memory.total]
+def _memory_row(name: str, memory: MemoryUse, where: str, gpu: int) -> tuple[str, ...]:
+    values = [*(getattr(memory, field.name) for field in fields(MemoryUse)), memory.total]
     over = "MORE THAN THE GPU HAS" if memory.total > gpu else ""
     return (name, *(f"{value / GIB:.2f}" for value in values), " ".join(filter(None, (where, over))))
 

@@ -37,7 +37,7 @@ _QWEN3 = {
 _WITHOUT_BASE = {
     "Qwen3-32B": ModelConfig(5120, 64, 64, 8, 128, 25600, vocab=151936, tied=False, max_positions=40960),
 }
-SHAPES: Mapping[str, ModelConfig] = MappingProxyType(
+PUBLISHED: Mapping[str, ModelConfig] = MappingProxyType(
     {f"{name}-Base": replace(shape, max_positions=32768) for name, shape in _QWEN3.items()}
     | _QWEN3
     | _WITHOUT_BASE
@@ -45,7 +45,7 @@ SHAPES: Mapping[str, ModelConfig] = MappingProxyType(
 """By the last part of the name on the Hub, which is usually also that of the folder."""
 
 
-def shape_of(folder: Path) -> tuple[ModelConfig, bool]:
+def published_config(folder: Path) -> tuple[ModelConfig, bool]:
     """The shape of the model in a Hugging Face folder, and whether its config.json was there to read.
 
     A folder that is not there yet is taken for the published model of its name.
@@ -55,12 +55,12 @@ def shape_of(folder: Path) -> tuple[ModelConfig, bool]:
     """
     file = folder / "config.json"
     if not file.is_file():
-        if folder.name not in SHAPES:
+        if folder.name not in PUBLISHED:
             raise UserError(
                 f"{folder}: no config.json; give the folder of a Hugging Face model, or to plan without one "
-                f"name it after a published model: {', '.join(SHAPES)}"
+                f"name it after a published model: {', '.join(PUBLISHED)}"
             )
-        return SHAPES[folder.name], False
+        return PUBLISHED[folder.name], False
     try:
         return ModelConfig.from_hf(json.loads(file.read_text(encoding="utf-8"))), True
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ FINAL_NORM = "decoder.final_layernorm.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PipelinePart:
     """What the processes of one pipeline rank hold; all tensor-parallel ranks hold shapes alike.
 
     Attributes:
@@ -38,7 +38,7 @@ class Part:
         return sum(prod(size) for _, size in self.weights)
 
 
-def parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[Part, ...]:
+def pipeline_parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[PipelinePart, ...]:
     """One part for each pipeline rank; the layout must divide the model (`check_parallel`).
 
     Interleaved stages are dealt in turn (arXiv 2104.04473): rank p holds stages p, p + pipeline, and so on.
@@ -60,5 +60,5 @@ def parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[Part, ...]:
                 names.append(HEAD)
             elif rank > 0:
                 names.append(EMBEDDING)
-        made.append(Part(rank, chunks, tuple((name, sizes[name]) for name in names), last))
+        made.append(PipelinePart(rank, chunks, tuple((name, sizes[name]) for name in names), last))
     return tuple(made)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_parallel_r1.planning.cost import Cost
-from megatron_parallel_r1.planning.decoding import Draws, rollout_cost
-from megatron_parallel_r1.planning.machine import Machine
-from megatron_parallel_r1.planning.memory import FLOAT32
-from megatron_parallel_r1.planning.training import Rows, Split, scoring_cost, update_cost
+import torch
+
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.config.stages import RlStage, SftStage
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
+from megatron_parallel_r1.planning.machine import Cost, Machine
+from megatron_parallel_r1.planning.memory import FLOAT32, Workload
+from megatron_parallel_r1.planning.rollouts import RolloutLoad, rollout_cost
+from megatron_parallel_r1.planning.split import PipelinePart
+from megatron_parallel_r1.planning.training import MicroBatches, Split, scoring_cost, update_cost
 from megatron_parallel_r1.rollout.settings import Thinking
 
 
@@ -58,7 +64,7 @@ class StepWork:
 
     split: Split
     engine: Split
-    rows: Rows
+    rows: MicroBatches
     elements: int
     updates: int
     scores_itself: bool
@@ -88,7 +94,7 @@ def step_time(machine: Machine, work: StepWork) -> StepTime:
 def _rollout_cost(work: StepWork) -> Cost:
     if work.thinking is None:
         return Cost()
-    draws = Draws(work.prompts, work.prompt, work.prompts * work.samples, work.concurrent)
+    draws = RolloutLoad(work.prompts, work.prompt, work.prompts * work.samples, work.concurrent)
     return rollout_cost(work.engine, work.thinking, draws)
 
 
@@ -99,3 +105,82 @@ def _sync_cost(work: StepWork) -> Cost:
     if work.in_process:
         return Cost(node=whole * (size - 1) / size, stream=2 * whole / size + 2 * FLOAT32 * work.elements)
     return Cost(net=whole, stream=2 * whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What is the same for all stages of a recipe on so many processes."""
+
+    recipe: Recipe
+    shape: ModelConfig
+    parts: tuple[PipelinePart, ...]
+    data: int
+    machine: Machine
+
+    @property
+    def engines(self) -> int:
+        """Models that decode: the trainer's copies, its servers, or as many as it has GPUs for."""
+        rollout = self.recipe.rollout
+        if rollout.engine == "native":
+            return self.data
+        processes = self.data * self.recipe.parallel.replica_size
+        return rollout.servers or len(rollout.urls) or max(1, processes // rollout.tensor)
+
+    def of(
+        self,
+        stage: SftStage | RlStage,
+        thinking: Thinking,
+        work: Workload,
+        longest: int,
+        updates: int,
+        trained: float,
+        asked: int,
+        prompt: int,
+    ) -> StepTime:
+        """Of a step of a stage.
+
+        Args:
+            longest: tokens of a row.
+            updates: of a step.
+            trained: tokens of one update.
+            asked: problems whose traces are drawn.
+            prompt: tokens of one.
+        """
+        rollout, parallel = self.recipe.rollout, self.recipe.parallel
+        in_process = rollout.engine == "native"
+        number = getattr(torch, self.recipe.model.dtype).itemsize
+        rl = stage if isinstance(stage, RlStage) else None
+        tokens = trained / self.data / work.micro_batches
+        per_node = self.machine.per_node
+        tensor = parallel.tensor if in_process else rollout.tensor
+        asks = StepWork(
+            split=Split(self.shape, parallel, self.data, number, per_node),
+            engine=Split(self.shape, ParallelConfig(tensor=tensor), self.engines, number, per_node),
+            # A token sees those before it, of its own document alone.
+            rows=MicroBatches(work.micro_batches, tokens, longest / 2, tokens),
+            elements=max(part.elements for part in self.parts),
+            updates=updates,
+            scores_itself=updates > 1 or (rl is not None and rl.objective.kl_in == "reward"),
+            reference=work.reference,
+            thinking=thinking if rl else None,
+            prompt=prompt,
+            prompts=asked / self.engines,
+            samples=rl.samples_per_prompt if rl else 0,
+            concurrent=self._concurrent(rl) if rl else 1,
+            in_process=in_process,
+            ahead=work.staleness > 0,
+            fp8=self.recipe.model.fp8 != "none",
+        )
+        return step_time(self.machine, asks)
+
+    def _concurrent(self, stage: RlStage) -> int:
+        """Traces under way in one engine at most."""
+        if self.recipe.rollout.engine == "native":
+            return stage.max_concurrent_rollouts
+        return max(
+            1,
+            min(
+                stage.max_concurrent_rollouts * self.data // self.engines,
+                self.recipe.rollout.max_concurrent_requests,
+            ),
+        )

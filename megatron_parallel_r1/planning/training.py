@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import padded_vocab
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
-from megatron_parallel_r1.planning.cost import Cost, sent
+from megatron_parallel_r1.planning.machine import Cost, sent
 from megatron_parallel_r1.planning.memory import CHUNKS_ALIVE, FLOAT32, layer_bytes
 
 BACKWARD = 2.0  # times the forward
@@ -46,7 +46,7 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class MicroBatches:
     """The micro-batches of an update, of one copy.
 
     Attributes:
@@ -77,7 +77,7 @@ def forward_cost(split: Split, tokens: float, visible: float) -> Cost:
     return split.layers * (attention + mlp + experts)
 
 
-def update_cost(split: Split, rows: Rows, elements: int) -> Cost:
+def update_cost(split: Split, rows: MicroBatches, elements: int) -> Cost:
     """Of one optimizer step; `elements`: weights of a process."""
     parallel = split.parallel
     attention, mlp, experts = _layer_forward(split, rows.tokens, rows.visible)
@@ -91,7 +91,7 @@ def update_cost(split: Split, rows: Rows, elements: int) -> Cost:
     return turns * one + _step(split, elements)
 
 
-def scoring_cost(split: Split, rows: Rows) -> Cost:
+def scoring_cost(split: Split, rows: MicroBatches) -> Cost:
     """Of log-probs of the targets, forward alone."""
     one = forward_cost(split, rows.tokens, rows.visible) + head_cost(split, rows.targets, backward=False)
     return (rows.micro_batches + split.parallel.pipeline - 1) * one

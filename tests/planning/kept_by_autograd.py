@@ -22,8 +22,8 @@ from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam, wrap_for_training
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.planning.memory import Work, activation_bytes, layer_bytes
-from megatron_parallel_r1.planning.split import parts
+from megatron_parallel_r1.planning.memory import Workload, activation_bytes, layer_bytes
+from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.thought.packing import context_indices
 from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
 from megatron_parallel_r1.utils.rank import is_rank_zero
@@ -59,7 +59,8 @@ def compare(dtype: torch.dtype, parallel: ParallelConfig) -> tuple[int, int]:
             Question(tokens_T, torch.full_like(tokens_T, -1), 1.0, SHAPE.vocab),
         )
     number = dtype.itemsize
-    planned = activation_bytes(SHAPE, parallel, parts(SHAPE, parallel)[0], Work(LENGTH, 1), number)
+    (part, *_) = pipeline_parts(SHAPE, parallel)
+    planned = activation_bytes(SHAPE, parallel, part, Workload(LENGTH, 1), number)
     # Of what is computed anew, nothing is there yet before backward.
     attention, norm, mlp = layer_bytes(SHAPE, parallel, LENGTH, number)
     planned -= {"none": 0, "selective": mlp, "full": attention + norm + mlp}[parallel.recompute]

@@ -23,15 +23,15 @@ from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam, wrap_for_training
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.planning.lengths import longest_row
 from megatron_parallel_r1.planning.memory import (
-    Work,
+    Workload,
     cache_bytes,
     chunks_under_way,
     logit_bytes,
-    memory,
+    memory_use,
 )
-from megatron_parallel_r1.planning.split import parts
+from megatron_parallel_r1.planning.rollouts import longest_row
+from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train import target_logprobs as target_logprobs_module
 from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
@@ -78,7 +78,8 @@ def test_weights_gradients_and_optimizer_to_the_byte(dtype: torch.dtype, sharded
         for parameter in group["params"]
         if dtype != torch.float32
     ]
-    planned = memory(shape, parallel, parts(shape, parallel)[0], 1, dtype.itemsize, Work(64, 1))
+    (part, *_) = pipeline_parts(shape, parallel)
+    planned = memory_use(shape, parallel, part, 1, dtype.itemsize, Workload(64, 1))
     assert planned.weights == held(weights)
     assert planned.gradients == held([buffer.grad_data for buffer in wrapped.buffers])
     assert planned.optimizer == held(moments) + held(masters)
@@ -163,7 +164,7 @@ def test_the_logits_chunks_are_those_of_the_loss(dtype: torch.dtype, monkeypatch
         logprobs_N, entropies_N = target_logprobs(hidden_NE, head_VE, question)
         (logprobs_N.sum() + entropies_N.sum()).backward()
     shape = ModelConfig(hidden=hidden, layers=1, heads=1, kv_heads=1, head_dim=2, ffn=2, vocab=vocab)
-    planned = logit_bytes(shape, ParallelConfig(), Work(targets, 1), dtype.itemsize)
+    planned = logit_bytes(shape, ParallelConfig(), Workload(targets, 1), dtype.itemsize)
     # Beside whole chunks there are sums and indices of the targets, 1 % here; some of bfloat16 are halves.
     assert 0.98 * alive.most <= planned <= 1.2 * alive.most
 
@@ -197,9 +198,9 @@ def test_micro_batches_under_way() -> None:
 
 def test_copies_published_ahead_of_the_engine_are_counted() -> None:
     shape = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=40)
-    (part,) = parts(shape, ParallelConfig())
+    (part,) = pipeline_parts(shape, ParallelConfig())
     in_turn, ahead = (
-        memory(shape, ParallelConfig(), part, 1, 4, Work(64, 1, slots=100, staleness=staleness))
+        memory_use(shape, ParallelConfig(), part, 1, 4, Workload(64, 1, slots=100, staleness=staleness))
         for staleness in (0, 2)
     )
     assert in_turn.engine == in_turn.weights and ahead.engine == 4 * ahead.weights

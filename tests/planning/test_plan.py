@@ -18,11 +18,11 @@ from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.transformer import transformer_config
-from megatron_parallel_r1.planning.lengths import Longest, longest_branches, longest_row
 from megatron_parallel_r1.planning.plan import GIB, Plan, plan
 from megatron_parallel_r1.planning.plan_text import plan_text
-from megatron_parallel_r1.planning.published import SHAPES, shape_of
-from megatron_parallel_r1.planning.split import parts
+from megatron_parallel_r1.planning.published import PUBLISHED, published_config
+from megatron_parallel_r1.planning.rollouts import LengthLimits, longest_branches, longest_row
+from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse
@@ -40,14 +40,14 @@ LAYOUTS = [
 ]
 
 
-def planned(path: Path, *overrides: str, world: int = 1, longest: Longest | None = None) -> Plan:
+def planned(path: Path, *overrides: str, world: int = 1, longest: LengthLimits | None = None) -> Plan:
     return plan(read_recipe(path, overrides), world, longest=longest)
 
 
 def test_published_shapes_have_the_published_number_of_weights() -> None:
     counts = {
         name: sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts)
-        for name, shape in SHAPES.items()
+        for name, shape in PUBLISHED.items()
     }
     published = {
         "Qwen3-0.6B": 596_049_920,
@@ -63,25 +63,25 @@ def test_published_shapes_have_the_published_number_of_weights() -> None:
 
 def test_a_folder_that_is_there_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "Qwen3-4B-Base"
-    assert shape_of(folder) == (SHAPES["Qwen3-4B-Base"], False)
+    assert published_config(folder) == (PUBLISHED["Qwen3-4B-Base"], False)
     folder.mkdir()
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="no valid JSON"):
-        shape_of(folder)
+        published_config(folder)
     for text, told in (
         ('{"model_type": "gpt2"}', "model_type is 'gpt2'; supported are 'qwen3'"),
         ('{"model_type": "llama"}', "hidden_act = None is not supported"),
     ):
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match=told):
-            shape_of(folder)
+            published_config(folder)
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_weight_has_its_place(parallel: ParallelConfig, tied: bool) -> None:
     shape = ModelConfig(hidden=16, layers=12, heads=4, kv_heads=2, head_dim=8, ffn=32, vocab=101, tied=tied)
-    held = parts(shape, parallel)
+    held = pipeline_parts(shape, parallel)
     config = transformer_config(shape, parallel=parallel)
     for part in held:
         for turn, chunk in enumerate(part.chunks):
@@ -140,7 +140,7 @@ def test_the_recipes_fit_their_gpus(path: Path, world: int) -> None:
 
 def test_what_a_recipe_bounds_is_not_assumed() -> None:
     def told(*overrides: str) -> tuple[Plan, list[str]]:
-        made = planned(CURRICULUM, *overrides, world=8, longest=Longest(1500, 3000))
+        made = planned(CURRICULUM, *overrides, world=8, longest=LengthLimits(1500, 3000))
         return made, [note for note in made.notes if "assumed, since" in note]
 
     bounded, none = told("max_prompt_tokens=1000", "max_example_tokens=2000")
@@ -271,7 +271,7 @@ def test_micro_batches_are_those_that_rows_of_full_length_make(
     layout = f"parallel={{pipeline: {pipeline}, virtual: {virtual}}}"
     # Four layers for two interleaved processes.
     words = (layout, f"max_tokens_per_micro_batch={capacity}", "model.shape.layers=4")
-    made = planned(MINI, *words, world=world * pipeline, longest=Longest(prompt=8, example=80))
+    made = planned(MINI, *words, world=world * pipeline, longest=LengthLimits(prompt=8, example=80))
     for stage, rows, length in zip(made.stages, (8, 8), (80, 88), strict=True):
         place = Place(data_size=world, rounds=pipeline if virtual > 1 else 1)
         packed = share_out([row_of(length)] * rows, capacity, place)

@@ -14,18 +14,23 @@ from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.planning.cost import Cost
-from megatron_parallel_r1.planning.decoding import Draws, pass_cost, rollout_cost, width
-from megatron_parallel_r1.planning.machine import H100, Machine, read_machine
+from megatron_parallel_r1.planning.machine import H100, Cost, Machine, read_machine
 from megatron_parallel_r1.planning.plan import plan
+from megatron_parallel_r1.planning.rollouts import RolloutLoad, pass_cost, rollout_cost, width
 from megatron_parallel_r1.planning.step_time import StepTime
-from megatron_parallel_r1.planning.training import Rows, Split, forward_cost, scoring_cost, update_cost
+from megatron_parallel_r1.planning.training import (
+    MicroBatches,
+    Split,
+    forward_cost,
+    scoring_cost,
+    update_cost,
+)
 from megatron_parallel_r1.rollout.settings import Thinking
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SHAPE = ModelConfig(hidden=64, layers=6, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=1000, tied=False)
 MATRICES = sum(prod(w.shape) for w in weight_table(SHAPE) if len(w.shape) == 2 and w.layer is not None)
-ROWS = Rows(micro_batches=4, tokens=512, visible=256, targets=500)
+ROWS = MicroBatches(micro_batches=4, tokens=512, visible=256, targets=500)
 
 
 def split(parallel: ParallelConfig | None = None, data: int = 1, per_node: int = 8) -> Split:
@@ -115,7 +120,7 @@ def test_paths_decode_at_once() -> None:
     # Two blocks of four paths of 98 tokens and two tags: 800 of 1,000 tokens, four at a time.
     parallel = Thinking(paths=4, max_blocks=2, max_path_tokens=98, max_response_tokens=1000)
     assert width(sequential) == 1 and width(parallel) == 1000 / (200 + 800 / 4)
-    draws = Draws(prompts=2, prompt=10, traces=8, concurrent=4)
+    draws = RolloutLoad(prompts=2, prompt=10, traces=8, concurrent=4)
     one, four = (rollout_cost(split(), thinking, draws) for thinking in (sequential, parallel))
     assert one.passes == 8 * 1000 / 4 * 6 and four.passes == one.passes / 2.5
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.plan_error import Case, cost_of, fit, measured_here, predicted, published
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.planning.cost import Cost
+from megatron_parallel_r1.planning.machine import Cost
 
 
 @pytest.fixture(scope="module", autouse=True)

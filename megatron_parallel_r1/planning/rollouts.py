@@ -1,23 +1,58 @@
-"""What rollouts cost one process of an engine, from shapes alone.
-
-Each pass draws a token for every row under way. It reads all weights once and each row's cache (arXiv
-2211.05102, section 2): with few rows memory's bandwidth bounds it, with many the products do.
-"""
+"""How long rows can get, from the limits that a recipe sets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.planning.cost import Cost, sent
-from megatron_parallel_r1.planning.lengths import PATH_TAGS, longest_branches, longest_response
+from megatron_parallel_r1.planning.machine import Cost, sent
 from megatron_parallel_r1.planning.memory import FLOAT32
 from megatron_parallel_r1.planning.training import Split, forward_cost, layer_weights
 from megatron_parallel_r1.rollout.settings import Thinking
 
+# Around what a path draws: `<Path>`, and the `</Path>` that is forced where a limit cut it.
+PATH_TAGS = 2
+
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class LengthLimits:
+    """Where a recipe does not bound them: tokens of a prompt, and of an SFT row with all that belongs to it.
+
+    The defaults are what Parallel-R1 keeps of its data (arXiv 2509.07980).
+    """
+
+    prompt: int = 2000
+    example: int = 4096
+
+
+def longest_response(thinking: Thinking) -> int:
+    """Tokens of a flat response at most; all paths of a block may fill one critical path."""
+    together = 1 if thinking.mode == "sequential" else thinking.paths**thinking.max_depth
+    critical = thinking.max_critical_tokens or thinking.max_response_tokens
+    return min(thinking.max_response_tokens, critical * together)
+
+
+def longest_branches(thinking: Thinking) -> int:
+    """Tokens that `replay` repeats behind a response: paths 2..N of each block, once a level of nesting."""
+    if thinking.mode != "replay" or thinking.paths == 1 or thinking.max_blocks == 0:
+        return 0
+    response = longest_response(thinking)
+    if thinking.max_depth > 1:
+        return thinking.max_depth * response
+    repeated = thinking.max_blocks * (thinking.paths - 1) * (thinking.max_path_tokens + PATH_TAGS)
+    return min(response, repeated)
+
+
+def longest_row(thinking: Thinking, prompt: int) -> int:
+    """Tokens of a trace's row at most, behind a prompt of so many.
+
+    The engine's cache holds no more of it: in `replay` a block is joined by writing paths 2..N once more.
+    """
+    return prompt + longest_response(thinking) + longest_branches(thinking)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutLoad:
     """What one copy of an engine is asked for.
 
     Attributes:
@@ -42,7 +77,7 @@ def width(thinking: Thinking) -> float:
     return response / (response - inside + inside / thinking.paths)
 
 
-def rollout_cost(split: Split, thinking: Thinking, draws: Draws) -> Cost:
+def rollout_cost(split: Split, thinking: Thinking, draws: RolloutLoad) -> Cost:
     """Of all traces of one copy, each as long as it may be; of one of the processes that share the copy.
 
     Only a `split` over tensor ranks is meant: engines have all layers in each process.
