@@ -43,9 +43,9 @@ from megatron_parallel_r1.planning.training import MicroBatches, Split, update_c
 from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
+from megatron_parallel_r1.sft.loop import sft_step
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.sft import sft_step
 from megatron_parallel_r1.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

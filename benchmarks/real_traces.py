@@ -13,10 +13,10 @@ from benchmarks.gpu.rows import trace_row
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.data.readers import read_examples
 from megatron_parallel_r1.data.tokenizers import train_tokenizer
+from megatron_parallel_r1.sft.loop import example_row
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
 from megatron_parallel_r1.thought.tokenizer import add_tags
-from megatron_parallel_r1.train.sft import example_row
 
 VOCAB = 4096
 # Tokens of a tenth of the real traces each, rounded, under the tokenizer that is trained here.

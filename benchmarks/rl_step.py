@@ -5,7 +5,7 @@
 Steps of the demo's model on its problems, by the same parts as a stage: native engine, verifier, trainer,
 weights to the engine. Traces have a known size (benchmarks/paced.py); rewards are what the verifier says.
 
-1. Shares of a step, in turn and ahead (`max_off_policy_steps` 1), in one process.
+1. Shares of a step, in turn and ahead (`max_staleness` 1), in one process.
 2. Cost as one size grows and the others stay: processor seconds of a step, and the exponent of a line through
    their logarithms. 1 is linear; attention's own part grows with the square of a row's length.
 3. The same as data-parallel processes grow, each with the same share of traces: seconds of all together.
@@ -34,6 +34,7 @@ from benchmarks.paced import Pace, Paced
 from benchmarks.page import Table, add_write_option, publish
 from benchmarks.side_by_side import ratios, spread
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer, training_problem
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.sampler import ProblemStream
@@ -44,16 +45,17 @@ from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rewards.registry import make_reward
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rl.learner import Learner, Schooling
+from megatron_parallel_r1.rl.learner import BatchConfig, Learner
 from megatron_parallel_r1.rl.objective.settings import Objective
-from megatron_parallel_r1.rl.rollout_queue import batches
-from megatron_parallel_r1.rl.rollout_worker import Grpo
+from megatron_parallel_r1.rl.rollout_queue import open_queue
+from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.tokenizer import add_tags
 from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.utils.timers import Timers
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("sync", "draw", "verify", "logprobs", "update")
@@ -91,7 +93,7 @@ class Step:
 
 
 SWEEPS = {
-    "traces": [(SAMPLES * n, Size(prompts=n)) for n in (4, 8, 16, 32)],
+    "traces": [(SAMPLES * n, Size(prompts_per_step=n)) for n in (4, 8, 16, 32)],
     "length": [(size.tokens, size) for size in (Size(6, 4, Pace(8 * n, 8 * n, 8 * n)) for n in (1, 2, 4, 8))],
     "paths": [(size.tokens, size) for size in (Size(paths=n) for n in (1, 2, 4, 8))],
 }
@@ -107,7 +109,7 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if told.as_rank:
         with process.running(seed=1):
-            step = typical(steps(Size(prompts=4 * dist.get_world_size()), told.repeats))
+            step = typical(steps(Size(prompts_per_step=4 * dist.get_world_size()), told.repeats))
             (told.as_rank / f"{dist.get_rank()}.json").write_text(json.dumps(step.processor))
         return
     with process.running(seed=1):
@@ -174,43 +176,32 @@ def typical(found: Sequence[Step]) -> Step:
 
 
 def steps(size: Size, count: int, staleness: int = 0) -> list[Step]:
-    """So many steps, after one that warms up; as in curriculum/stages.py."""
+    """So many steps, after one that warms up; as in rl/loop.py."""
     found = []
-    groups = background_groups(PATIENCE_S) if staleness else _no_groups()
-    with groups as (_, world), _grpo(size, world, staleness) as (grpo, stream):
-        engine, model = grpo.thinker.engine, grpo.learner.trainer.model
-        with batches(
-            lambda step: grpo.roll_out(stream.next_batch, step, seed=1),
-            engine,
-            max_staleness=staleness,
-            partial=False,
-            done=0,
-            steps=count + 1,
-            found=None,
-        ) as ahead:
+    with (
+        background_groups(PATIENCE_S, enabled=staleness > 0) as (_, world),
+        _stage(size, count + 1, world, staleness) as (worker, learner),
+    ):
+        timers, model = worker.timers, learner.trainer.model
+        with open_queue(worker, worker.stage, done=0, pending=None) as rollouts:
             for step in range(1, count + 2):
                 began, worked = time.perf_counter(), time.process_time()
-                with grpo.phases.of("sync"):
-                    ahead.publish(hf_tensors(model), version=step - 1)
-                with grpo.phases.of("wait"):
-                    collected = ahead.take(step)
-                grpo.learn(collected, step, lr=1e-5)
-                taken = {name[5:-2]: seconds for name, seconds in grpo.phases.take().items()}
-                lengths = {len(trace.tokens) for trace in collected.all.traces}
+                rollouts.update_weights(hf_tensors(model), version=step - 1)
+                batch = rollouts.next_batch(step)
+                policy_batch = learner.prepare(batch.trained.traces)
+                advantages_R = learner.advantages(policy_batch, batch.trained.rewards)
+                learner.update(policy_batch, advantages_R, lr=1e-5)
+                phases = {name[5:-2]: seconds for name, seconds in timers.take().items()}
+                lengths = {len(trace.tokens) for trace in batch.all.traces}
                 assert lengths == {size.tokens}, lengths
-                found.append(Step(time.perf_counter() - began, time.process_time() - worked, taken))
+                found.append(Step(time.perf_counter() - began, time.process_time() - worked, phases))
     return found[1:]
 
 
 @contextmanager
-def _no_groups() -> Iterator[tuple[None, None]]:
-    yield None, None
-
-
-@contextmanager
-def _grpo(
-    size: Size, world: dist.ProcessGroup | None, staleness: int
-) -> Iterator[tuple[Grpo, ProblemStream]]:
+def _stage(
+    size: Size, steps: int, world: dist.ProcessGroup | None, staleness: int
+) -> Iterator[tuple[RolloutWorker, Learner]]:
     """The demo's model and GRPO with two mini-batches."""
     tokenizer = build_tokenizer()
     tags = add_tags(tokenizer)
@@ -218,28 +209,37 @@ def _grpo(
     model = build_model(shape)
     load_hf_tensors(model, random_hf_tensors(shape, seed=0, std=0.08))
     thinking = Thinking(paths=size.paths, max_blocks=1, max_path_tokens=512, max_response_tokens=2000)
-    schooling = Schooling(SAMPLES, epochs=1, mini_batches=2, micro_tokens=2048, limit=2000)
-    learner = Learner(Trainer(model, Adam(lr=1e-5)), Objective(), schooling, "isolated", tags)
+    batch = BatchConfig(SAMPLES, epochs=1, mini_batches=2, micro_tokens=2048, max_response_tokens=2000)
+    timers = Timers()
+    trainer = Trainer(model, Adam(lr=1e-5))
+    learner = Learner(trainer, Objective(), batch, "isolated", tags, timers=timers)
     engine = Paced(NativeEngine(Architecture.of(shape)), tags, size.pace)
+    stage = RlStage(
+        name="rl",
+        kind="rl",
+        data={"source": "embedded", "kind": "easy"},
+        steps=steps,
+        prompts_per_step=size.prompts,
+        samples_per_prompt=SAMPLES,
+        max_concurrent_rollouts=256,
+        max_off_policy_steps=staleness,
+        optimizer={"lr": 1e-5},
+    )
     with Verifier() as verifier:
-        yield (
-            Grpo(
-                learner=learner,
-                thinker=Thinker(engine, tags, thinking),
-                tokenizer=tokenizer,
-                verifier=verifier,
-                reward=make_reward("accuracy"),
-                template="plain",
-                prompts=size.prompts,
-                samples=SAMPLES,
-                dynamic=None,
-                concurrent=256,
-                stated=stated_result,
-                max_staleness=staleness,
-                world=world,
-            ),
+        worker = RolloutWorker(
+            stage,
             ProblemStream(partial(training_problem, "easy", 5), seed=0),
+            Thinker(engine, tags, thinking),
+            tokenizer,
+            verifier,
+            seed=1,
+            reward=make_reward("accuracy"),
+            template="plain",
+            read_result=stated_result,
+            timers=timers,
+            world=world,
         )
+        yield worker, learner
 
 
 def _under_torchrun(count: int, repeats: int) -> list[float]:

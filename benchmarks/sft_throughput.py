@@ -39,9 +39,9 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
+from megatron_parallel_r1.sft.loop import sft_step
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.thought.packing import PackedRow, bins, concatenate, padded
-from megatron_parallel_r1.train.sft import sft_step
 from megatron_parallel_r1.train.trainer import Trainer
 
 ADAM = Adam(lr=1e-4)

@@ -38,7 +38,7 @@ from megatron_parallel_r1.rollout.launcher.settings import Serving
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import Kind, Sync
 from megatron_parallel_r1.sync.sglang import SglangControl
-from megatron_parallel_r1.train.logprob_runner import Scorer
+from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
 
 KINDS: tuple[Kind, ...] = ("distributed", "tensor", "disk")
@@ -142,7 +142,7 @@ def main() -> None:
                     model,
                     Sync(kind, given.bucket_mb * 2**20, tolerance=1e-3, folder=Path(place) / "versions"),
                     rows,
-                    lambda rows, _head: causal_logprobs(Scorer(model), rows, 64),
+                    lambda rows, _head: causal_logprobs(LogprobRunner(model), rows, 64),
                 )
                 for kind in KINDS
             }

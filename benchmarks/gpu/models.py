@@ -31,10 +31,10 @@ from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.sft.loop import sft_step
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.packing import concatenate, pack
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.sft import sft_step
 from megatron_parallel_r1.train.trainer import Trainer
 
 SEED = 1

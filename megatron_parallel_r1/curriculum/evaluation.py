@@ -24,11 +24,11 @@ from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.terms import score_accuracy
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.metrics import trace_metrics
-from megatron_parallel_r1.rl.rollout_worker import roll_out_and_judge
+from megatron_parallel_r1.rl.rollout_worker import sample_and_verify
 from megatron_parallel_r1.rollout.thinking import Thinker
-from megatron_parallel_r1.run.context import Workbench
+from megatron_parallel_r1.run.backends import Backends, engine_of_checkpoint
+from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.datasets import evaluation_problems, open_tokenizer
-from megatron_parallel_r1.run.engines import Decoders, engine_of_checkpoint
 from megatron_parallel_r1.run.folder import steps_done
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.jsonl import JsonlWriter
@@ -56,7 +56,7 @@ def evaluate(
     """
     each = [problem for problem in problems for _ in range(asked.samples_per_problem)]
     seeds = seed_series(len(each), seed)
-    traces, judged = roll_out_and_judge(
+    traces, judged = sample_and_verify(
         thinker, each, seeds, tokenizer, template, verifier, asked.max_concurrent_rollouts
     )
     scores_PS = np.reshape([score_accuracy(j) for j in judged], (len(problems), asked.samples_per_problem))
@@ -78,30 +78,30 @@ def evaluate(
 
 
 def evaluate_stage(
-    bench: Workbench, stage: Stage, model: Model, verifier: Verifier, decoders: Decoders
+    run: RunContext, stage: Stage, model: Model, verifier: Verifier, backends: Backends
 ) -> dict[str, Any]:
     """Evaluates a finished stage; the record goes to `eval.jsonl`, a few traces to `eval_traces.jsonl`."""
-    recipe = bench.recipe
-    step = steps_done(bench.folder, stage)
+    recipe = run.recipe
+    step = steps_done(run.folder, stage)
     problems = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems)
-    seed = bench.seed_of("evaluation")
+    seed = run.seed_of("evaluation")
     thinking = recipe.thinking_of(stage)
-    with decoders.of(model, thinking) as decoder:
-        decoder.engine.load_weights(hf_tensors(model), version=step)
-        thinker = Thinker(decoder.engine, bench.tags, thinking)
+    with backends.open(model, thinking) as backend:
+        backend.engine.load_weights(hf_tensors(model), version=step)
+        thinker = Thinker(backend.engine, run.tags, thinking)
         measured, traces, judged = evaluate(
-            thinker, problems, bench.tokenizer, verifier, recipe.prompt_template, recipe.evaluation, seed
+            thinker, problems, run.tokenizer, verifier, recipe.prompt_template, recipe.evaluation, seed
         )
     record = {"stage": stage.name, "step": step, **measured}
     if not is_rank_zero():
         return record
     # Anew each time: an evaluation that was killed before its record may have left some.
-    with JsonlWriter(bench.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as kept:
+    with JsonlWriter(run.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as kept:
         for index in range(0, len(traces), max(1, len(traces) // SHOWN)):
             problem = problems[index // recipe.evaluation.samples_per_problem]
-            line = trace_record(traces[index], problem, judged[index], None, bench.tokenizer)
+            line = trace_record(traces[index], problem, judged[index], None, run.tokenizer)
             kept.write({"stage": stage.name, "step": step, **line})
-    with JsonlWriter(bench.folder / "eval.jsonl") as lines:
+    with JsonlWriter(run.folder / "eval.jsonl") as lines:
         lines.write(record)
     return record
 

@@ -187,7 +187,7 @@ def _provenance(recipe: Recipe, past: Sequence[Stage]) -> str:
     kept_out = "No problem of the evaluation is among those of the training."
     if recipe.decontamination is not None:
         kept_out += (
-            f" Problems that share {recipe.decontamination.words} words in a row with one were left out."
+            f" Problems that share {recipe.decontamination.ngram_size} words in a row with one were left out."
         )
     return "\n".join(lines) + f"\n\n{kept_out}"
 

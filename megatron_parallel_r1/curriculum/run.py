@@ -18,7 +18,6 @@ from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
 from megatron_parallel_r1.curriculum.model_card import Point, thinking_json
 from megatron_parallel_r1.curriculum.release import write_release
 from megatron_parallel_r1.curriculum.seed_table import across_seeds
-from megatron_parallel_r1.curriculum.stages import run_rl, run_sft
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.collectives import barrier
 from megatron_parallel_r1.distributed.watchdog import Watchdog
@@ -26,24 +25,26 @@ from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.report.html import build_report
 from megatron_parallel_r1.report.tables import eval_table
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.run.context import Workbench
+from megatron_parallel_r1.rl.loop import train_rl
+from megatron_parallel_r1.run.backends import Backends
+from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.datasets import check_sources, contamination_report
-from megatron_parallel_r1.run.engines import Decoders
 from megatron_parallel_r1.run.folder import is_resumable, keep_tokenizer, open_run_folder, past_evaluations
 from megatron_parallel_r1.run.save import save_model
 from megatron_parallel_r1.run.stage_loop import checkpoint_folder
 from megatron_parallel_r1.run.wandb_log import check_wandb
-from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
+from megatron_parallel_r1.sft.loop import train_sft
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 
 def open_console() -> Console:
-    """As wide as the terminal; a log takes the whole table. Only the first process of a run speaks."""
+    """A console as wide as the terminal, or 150 columns in a log; quiet on ranks other than zero."""
     console = Console(quiet=not is_rank_zero())
     return console if console.is_terminal else Console(width=150, quiet=console.quiet)
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RunResult:
     """Where a run left its results; `release` is None for a run of single stages."""
 
     folder: Path
@@ -58,7 +59,7 @@ def run(
     fresh: bool = False,
     adapt: bool = False,
     console: Console | None = None,
-) -> list[Outcome]:
+) -> list[RunResult]:
     """Runs a recipe, once for each of its seeds; those side by side go to `<out>/<name>/seeds.md`.
 
     Args:
@@ -93,25 +94,25 @@ def _run_seed(
     fresh: bool,
     adapt: bool,
     console: Console,
-) -> Outcome:
+) -> RunResult:
     names = {stage.name for stage in recipe.stages} if only is None else set(only)
     resume = is_resumable(recipe, folder, fresh, adapt)
     check_sources(recipe)
     check_wandb(recipe)
-    bench = Workbench.set_up(recipe, folder, resume)
-    bench.check_starts(names)
-    bench.check_split(names, world_size())
+    run = RunContext.set_up(recipe, folder, resume)
+    run.check_starts(names)
+    run.check_split(names, process.world_size())
     split, patience = recipe.parallel, recipe.collective_timeout_s
     with (
         process.running(recipe.seed, split, patience) as watchdog,
         Verifier(workers=_workers()) as verifier,
-        Decoders(bench) as decoders,
+        Backends(run) as backends,
     ):
         # Every process has looked at the folder by now; the first one may change it.
         if is_rank_zero():
             open_run_folder(recipe, folder, resume)
             if not resume:
-                keep_tokenizer(bench.tokenizer, folder)
+                keep_tokenizer(run.tokenizer, folder)
             if report := contamination_report(recipe):
                 (folder / "contamination.md").write_text(report)
         barrier()
@@ -121,47 +122,47 @@ def _run_seed(
                 # Its optimizer and gradients go with it: their memory is the next stage's.
                 last = None
                 gc.collect()
-                last = _run_stage(bench, stage, verifier, decoders, console, watchdog)
+                last = _run_stage(run, stage, verifier, backends, console, watchdog)
         evaluations = past_evaluations(folder)
         release = None
         if only is None:
-            release = write_release(bench, last or bench.model_of(recipe.stages[-1]), evaluations)
+            release = write_release(run, last or run.finished_model(recipe.stages[-1]), evaluations)
         if evaluations:
             console.print(eval_table(evaluations))
         report = build_report(folder) if is_rank_zero() else folder / "report.html"
-    return Outcome(folder, report, release, evaluations)
+    return RunResult(folder, report, release, evaluations)
 
 
 def _run_stage(
-    bench: Workbench,
+    run: RunContext,
     stage: SftStage | RlStage,
     verifier: Verifier,
-    decoders: Decoders,
+    backends: Backends,
     console: Console,
     watchdog: Watchdog,
 ) -> Model | None:
     """Trains a stage, keeps its model, evaluates it; whatever is already done is not done again."""
-    folder = bench.stage_folder(stage.name)
+    folder = run.stage_folder(stage.name)
     model: Model | None = None
     if not (folder / "model").is_dir():
         folder.mkdir(exist_ok=True)
         if isinstance(stage, SftStage):
-            model = run_sft(bench, stage, watchdog).model
+            model = train_sft(run, stage, watchdog).model
         else:
-            model = run_rl(bench, stage, verifier, decoders, watchdog).model
+            model = train_rl(run, stage, verifier, backends, watchdog).model
         watchdog.set_location(f"stage {stage.name}, its end")
-        told = {"thinking.json": thinking_json(bench.recipe, bench.folder, Point(stage))}
-        save_model(bench, model, folder / "model", told)
+        told = {"thinking.json": thinking_json(run.recipe, run.folder, Point(stage))}
+        save_model(run, model, folder / "model", told)
     else:
         console.print(f"{stage.name}  done before", highlight=False)
-    if is_rank_zero() and not bench.recipe.keeps_checkpoints(stage):
+    if is_rank_zero() and not run.recipe.keeps_checkpoints(stage):
         shutil.rmtree(checkpoint_folder(folder), ignore_errors=True)
     if is_rank_zero():
         shutil.rmtree(folder / "reference", ignore_errors=True)
-    evaluated = {record["stage"] for record in past_evaluations(bench.folder)}
+    evaluated = {record["stage"] for record in past_evaluations(run.folder)}
     if stage.evaluate and stage.name not in evaluated:
-        model = model or bench.model_of(stage)
-        record = evaluate_stage(bench, stage, model, verifier, decoders)
+        model = model or run.finished_model(stage)
+        record = evaluate_stage(run, stage, model, verifier, backends)
         console.print(_in_words(record), highlight=False)
     barrier()
     return model

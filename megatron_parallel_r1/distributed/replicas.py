@@ -60,7 +60,9 @@ def gather_from_replicas(work: Callable[[], Sequence[T]], group: dist.ProcessGro
 
 
 @contextmanager
-def background_groups(timeout_s: float) -> Iterator[tuple[dist.ProcessGroup, dist.ProcessGroup]]:
+def background_groups(
+    timeout_s: float, enabled: bool = True
+) -> Iterator[tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]]:
     """Creates a second tensor-parallel group and a second world group (gloo), for use by another thread.
 
     Two threads that share a group could issue their collectives in a different order on each rank. Every rank
@@ -68,7 +70,11 @@ def background_groups(timeout_s: float) -> Iterator[tuple[dist.ProcessGroup, dis
 
     Args:
         timeout_s: time-out of their collectives.
+        enabled: if not, creates none and yields None for both, which stand for the default groups.
     """
+    if not enabled:
+        yield None, None
+        return
     own_ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
     timeout = timedelta(seconds=timeout_s)
     # Every rank takes part in creating every group, in the same order.

@@ -1,17 +1,19 @@
-"""From traces and their rewards to optimizer steps.
+"""The learner: traces and rewards become advantages, a loss, and optimizer steps.
 
-    traces -> rows -> (old and reference log-probs) -> rewards -> advantages -> weights -> updates
+    traces -> packed rows -> old and reference log-probs -> penalties -> advantages -> weights -> updates
 
-Every sampled token is trained under the layout of the mode that it was rolled out in, so that the engine's
-log-probs and the trainer's are the same numbers; how far they are apart is measured at every step.
+Every sampled token is trained under the layout of the mode that it was sampled in, so that the engine's
+log-probs and the trainer's are the same numbers; every step measures by how much they differ.
 
 Departs from the paper: the ratio's denominator is the trainer's own log-prob at the start of the step. A step
-with one update has just that log-prob at hand and needs no pass of its own for it.
+with one update computes that log-prob anyway and needs no separate pass.
+
+Shapes: R traces of a step, P prompts, G traces of each; N targets of a micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -20,75 +22,140 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.distributed.collectives import all_reduce_max, sum_metrics
-from megatron_parallel_r1.rl.objective.advantage import ADVANTAGES, Float64
+from megatron_parallel_r1.rl.objective.advantage import ADVANTAGES, Float64, path_advantages
 from megatron_parallel_r1.rl.objective.aggregation import target_weights
 from megatron_parallel_r1.rl.objective.correction import effective_share
-from megatron_parallel_r1.rl.objective.credit import path_advantages
 from megatron_parallel_r1.rl.objective.kl import kl_penalties
 from megatron_parallel_r1.rl.objective.loss import policy_loss
 from megatron_parallel_r1.rl.objective.mismatch import Mismatch, largest_apart, mismatch_sums
 from megatron_parallel_r1.rl.objective.overlong import complete, overlong_penalties
 from megatron_parallel_r1.rl.objective.settings import Objective
-from megatron_parallel_r1.rl.reference import Reference
+from megatron_parallel_r1.rl.path_results import PathVerdicts
+from megatron_parallel_r1.rl.reference import Reference, make_reference
+from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.thought.layout import Mode, lay_out
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import share_out
+from megatron_parallel_r1.train.partition import partition_rows
 from megatron_parallel_r1.train.trainer import Trainer, Update
-from megatron_parallel_r1.utils.timers import Phases
-
-# Of each block of a trace and each of its paths, whether its own answer is right; None where it has none.
-PathVerdicts = Sequence[Sequence[bool | None]]
+from megatron_parallel_r1.utils.timers import Timers
 
 
 @dataclass(frozen=True, slots=True)
-class Schooling:
-    """How often and in what portions a step's traces are learned from.
+class BatchConfig:
+    """How often the traces of a step are trained, and in what portions.
 
     Attributes:
         samples: traces of a group.
         epochs, mini_batches: the traces are gone through `epochs` times, in `mini_batches` updates each.
-        micro_tokens: capacity of a packed row.
-        limit: tokens of the longest response, for an over-long penalty.
+        micro_tokens: tokens of a packed row at most.
+        max_response_tokens: of the longest response, for an over-long penalty.
     """
 
     samples: int
     epochs: int
     mini_batches: int
     micro_tokens: int
-    limit: int
+    max_response_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """The part of a step's traces that one update trains.
+
+    Attributes:
+        traces: their indices, the same on every rank.
+        micro_batches: this rank's packed rows of them.
+    """
+
+    traces: np.ndarray
+    micro_batches: list[MicroBatch]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyBatch:
+    """The traces of a step, ready to be trained.
+
+    Attributes:
+        penalties: float64 [R] each, added to the rewards; the names are those of the metrics.
+    """
+
+    traces: Sequence[Trace]
+    mini_batches: list[MiniBatch]
+    penalties: dict[str, Float64]
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """All of this rank."""
+        return (micro_batch for mini in self.mini_batches for micro_batch in mini.micro_batches)
 
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """What learning needs beside the traces.
+    """Trains a policy towards an objective.
 
     Attributes:
-        reference: where the objective has a KL term.
-        phases: takes down what `logprobs` (old ones and the reference's) and `update` cost.
+        reference: the policy of a KL term, where the objective has one.
+        timers: `logprobs` and `update` take the seconds of the forward passes before the step and of the
+            updates.
     """
 
     trainer: Trainer
     objective: Objective
-    schooling: Schooling
+    batch: BatchConfig
     mode: Mode
     tags: Tags
     reference: Reference | None = None
-    phases: Phases = field(default_factory=Phases)
+    timers: Timers = field(default_factory=Timers)
 
-    def learn(
+    @classmethod
+    def of(cls, run: RunContext, stage: RlStage, trainer: Trainer, timers: Timers, done: int) -> Learner:
+        """The learner of a stage that has `done` steps behind it."""
+        thinking = run.recipe.thinking_of(stage)
+        return cls(
+            trainer,
+            stage.objective,
+            BatchConfig(
+                stage.samples_per_prompt,
+                stage.epochs,
+                stage.mini_batches,
+                run.recipe.max_tokens_per_micro_batch,
+                thinking.max_response_tokens,
+            ),
+            thinking.mode,
+            run.tags,
+            make_reference(run, stage, done) if stage.objective.kl != "none" else None,
+            timers,
+        )
+
+    def prepare(self, traces: Sequence[Trace]) -> PolicyBatch:
+        """Packs traces into micro-batches and computes the log-probs and penalties that the step needs.
+
+        Args:
+            traces: whole groups, one after the other, the same on every rank.
+        """
+        mini_batches = self._pack(traces)
+        with self.timers.of("logprobs"):
+            self._compute_logprobs(mini_batches)
+        return PolicyBatch(traces, mini_batches, self._penalties(traces, mini_batches))
+
+    def advantages(self, batch: PolicyBatch, rewards: Sequence[float]) -> Float64:
+        """The advantages of the traces, float64 [R], from their rewards with penalties added."""
+        totals_R = np.asarray(rewards) + sum(batch.penalties.values())
+        return ADVANTAGES[self.objective.advantage](totals_R.reshape(-1, self.batch.samples)).ravel()
+
+    def update(
         self,
-        traces: Sequence[Trace],
-        rewards: Sequence[float],
+        batch: PolicyBatch,
+        advantages_R: Float64,
         lr: float,
         path_verdicts: Sequence[PathVerdicts] | None = None,
     ) -> dict[str, float]:
-        """Makes all updates of a step.
+        """Makes all updates of a step: the policy loss of each mini-batch, its gradient, an optimizer step.
 
         Args:
-            traces: whole groups in turn, the same on every process.
             path_verdicts: of each trace, for per-path credit.
 
         Returns:
@@ -97,127 +164,115 @@ class Learner:
         Raises:
             NotFinite: loss or gradient of an update is not; that one and those after it were not made.
         """
-        portions, batches = self._portions(traces)
-        everything = [batch for portion in batches for batch in portion]
-        with self.phases.of("logprobs"):
-            self._score(batches)
-        penalties = self._penalties(traces, everything)
-        totals_T = np.asarray(rewards) + sum(penalties.values())
-        totals_PG = totals_T.reshape(-1, self.schooling.samples)
-        advantages_T = ADVANTAGES[self.objective.advantage](totals_PG).ravel()
-        self._spread(traces, advantages_T, path_verdicts, portions, batches)
+        self._spread_targets(batch, advantages_R, path_verdicts)
 
         def loss(
-            logprobs_N: torch.Tensor, entropies_N: torch.Tensor, batch: MicroBatch
+            logprobs_N: torch.Tensor, entropies_N: torch.Tensor, micro_batch: MicroBatch
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return policy_loss(logprobs_N, entropies_N, batch.values, self.objective, batch.members)
+            values, segments = micro_batch.values, micro_batch.segments
+            return policy_loss(logprobs_N, entropies_N, values, self.objective, segments)
 
-        with self.phases.of("update"):
+        with self.timers.of("update"):
             updates = [
-                self.trainer.update(portion, loss, lr)
-                for _ in range(self.schooling.epochs)
-                for portion in batches
+                self.trainer.update(mini_batch.micro_batches, loss, lr)
+                for _ in range(self.batch.epochs)
+                for mini_batch in batch.mini_batches
             ]
-        old = [batch.values["old"] for batch in everything if "old" in batch.values] or updates[0].logprobs
-        penalized = {name: float(penalties_T.mean()) for name, penalties_T in penalties.items()}
-        return self._metrics(updates) | penalized | self._mismatch(old, everything)
+        penalties = {name: float(penalties_R.mean()) for name, penalties_R in batch.penalties.items()}
+        return self._metrics(updates) | penalties | self._mismatch(batch, updates)
 
-    def _portions(self, traces: Sequence[Trace]) -> tuple[list[np.ndarray], list[list[MicroBatch]]]:
-        """Which traces each mini-batch has, and this process's micro-batches of it.
-
-        Groups stay whole, so that each mini-batch has advantages that balance.
-        """
+    def _pack(self, traces: Sequence[Trace]) -> list[MiniBatch]:
+        """Groups stay whole, so that the advantages of each mini-batch balance."""
         rows = [lay_out(t.prompt, t.tokens, t.sampled, t.tree, self.mode) for t in traces]
-        groups = np.arange(len(traces)).reshape(-1, self.schooling.samples)
-        count = min(self.schooling.mini_batches, len(groups))
-        portions = [part.ravel() for part in np.array_split(groups, count)]
+        groups = np.arange(len(traces)).reshape(-1, self.batch.samples)
+        count = min(self.batch.mini_batches, len(groups))
         engine, barred = {"engine": [t.logprobs for t in traces]}, [t.barred for t in traces]
-        device, place = self.trainer.device, self.trainer.place
-        return portions, [
-            [
-                MicroBatch.of(row, device, engine, barred, self.tags.parallel)
-                for row in share_out(rows, self.schooling.micro_tokens, place, portion.tolist())
-            ]
-            for portion in portions
-        ]
+        device, partition = self.trainer.device, self.trainer.partition
+        mini_batches = []
+        for part in np.array_split(groups, count):
+            members = part.ravel()
+            packed = partition_rows(rows, self.batch.micro_tokens, partition, members.tolist())
+            micro_batches = [MicroBatch.of(row, device, engine, barred, self.tags.parallel) for row in packed]
+            mini_batches.append(MiniBatch(members, micro_batches))
+        return mini_batches
 
-    def _score(self, batches: Sequence[Sequence[MicroBatch]]) -> None:
-        """Gives the micro-batches the log-probs of before the step, and the reference's, where needed."""
-        alone = self.schooling.epochs * len(batches) == 1
-        if not alone or self.objective.kl_in == "reward":
-            for portion in batches:
+    def _compute_logprobs(self, mini_batches: Sequence[MiniBatch]) -> None:
+        """Gives micro-batches the log-probs from before the step, and the reference's, where needed."""
+        one_update = self.batch.epochs * len(mini_batches) == 1
+        if not one_update or self.objective.kl_in == "reward":
+            for mini_batch in mini_batches:
+                old = self.trainer.logprobs(mini_batch.micro_batches)
                 # Only the last pipeline stage has them, and only it needs them.
-                for batch, old_N in zip(portion, self.trainer.logprobs(portion), strict=False):
-                    batch.values["old"] = old_N
+                for micro_batch, old_N in zip(mini_batch.micro_batches, old, strict=False):
+                    micro_batch.values["old"] = old_N
         if self.reference is not None:
-            for portion in batches:
-                self.reference.score(portion)
+            for mini_batch in mini_batches:
+                self.reference.score(mini_batch.micro_batches)
 
-    def _penalties(self, traces: Sequence[Trace], batches: Sequence[MicroBatch]) -> dict[str, Float64]:
-        """What is added to each trace's reward, under the names that the means have as metrics."""
+    def _penalties(self, traces: Sequence[Trace], mini_batches: Sequence[MiniBatch]) -> dict[str, Float64]:
         objective = self.objective
         penalties: dict[str, Float64] = {}
         if objective.overlong_cache:
-            lengths_T = np.array([len(trace.tokens) for trace in traces])
+            lengths_R = np.array([len(trace.tokens) for trace in traces])
             penalties["penalty_overlong"] = overlong_penalties(
-                lengths_T, self.schooling.limit, objective.overlong_cache, objective.overlong_penalty
+                lengths_R,
+                self.batch.max_response_tokens,
+                objective.overlong_cache,
+                objective.overlong_penalty,
             )
         if objective.kl != "none" and objective.kl_in == "reward":
-            penalties["penalty_kl"] = self._kl_penalties(len(traces), batches)
+            micro_batches = [micro_batch for mini in mini_batches for micro_batch in mini.micro_batches]
+            penalties["penalty_kl"] = self._kl_penalties(len(traces), micro_batches)
         return penalties
 
-    def _kl_penalties(self, count: int, batches: Sequence[MicroBatch]) -> Float64:
-        """Of all traces, on every process, from what each last pipeline stage has of them."""
-        sums_T = torch.zeros(count, dtype=torch.float64, device=self.trainer.device)
-        for batch in batches:
-            if "reference" in batch.values:
-                sums_T[list(batch.row.members)] = kl_penalties(
-                    batch.values["old"],
-                    batch.values["reference"],
+    def _kl_penalties(self, count: int, micro_batches: Sequence[MicroBatch]) -> Float64:
+        """Sums over ranks what each last pipeline stage has of the traces; the same on every rank."""
+        sums_R = torch.zeros(count, dtype=torch.float64, device=self.trainer.device)
+        for micro_batch in micro_batches:
+            if "reference" in micro_batch.values:
+                sums_R[list(micro_batch.row.members)] = kl_penalties(
+                    micro_batch.values["old"],
+                    micro_batch.values["reference"],
                     self.objective.kl,
                     self.objective.kl_coefficient,
-                    batch.members,
+                    micro_batch.segments,
                 )
-        # Ranks of a tensor or context group have the same totals; one of them is to count.
+        # Ranks of a tensor or context group have the same totals; one of them counts.
         others = (
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_context_parallel_rank(),
         )
         if any(others):
-            sums_T.zero_()
+            sums_R.zero_()
         if dist.get_world_size() > 1:
-            dist.all_reduce(sums_T)
-        return sums_T.cpu().numpy()
+            dist.all_reduce(sums_R)
+        return sums_R.cpu().numpy()
 
-    def _spread(
-        self,
-        traces: Sequence[Trace],
-        advantages_T: Float64,
-        path_verdicts: Sequence[PathVerdicts] | None,
-        portions: Sequence[np.ndarray],
-        batches: Sequence[Sequence[MicroBatch]],
+    def _spread_targets(
+        self, batch: PolicyBatch, advantages_R: Float64, path_verdicts: Sequence[PathVerdicts] | None
     ) -> None:
         """Gives every target its advantage and its weight in the loss."""
-        objective = self.objective
+        objective, traces = self.objective, batch.traces
         if objective.path_credit:
             assert path_verdicts is not None, "per-path credit needs each path's verdict"
             advantages = [
                 path_advantages(trace.tree, verdicts, advantage, objective.advantage)
-                for trace, verdicts, advantage in zip(traces, path_verdicts, advantages_T, strict=True)
+                for trace, verdicts, advantage in zip(traces, path_verdicts, advantages_R, strict=True)
             ]
         else:
-            advantages = [np.full(len(t.tokens), a) for t, a in zip(traces, advantages_T, strict=True)]
-        targets_T = np.array([trace.sampled_count for trace in traces])
-        kept_T = complete(traces) if objective.mask_truncated else np.ones(len(traces), bool)
-        for portion, micro in zip(portions, batches, strict=True):
-            weights_T = np.zeros(len(traces))
-            weights_T[portion] = target_weights(
-                targets_T[portion], objective.aggregation, objective.constant_length, kept_T[portion]
+            advantages = [np.full(len(t.tokens), a) for t, a in zip(traces, advantages_R, strict=True)]
+        targets_R = np.array([trace.sampled_count for trace in traces])
+        kept_R = complete(traces) if objective.mask_truncated else np.ones(len(traces), bool)
+        for mini_batch in batch.mini_batches:
+            chosen = mini_batch.traces
+            weights_R = np.zeros(len(traces))
+            weights_R[chosen] = target_weights(
+                targets_R[chosen], objective.aggregation, objective.constant_length, kept_R[chosen]
             )
-            weights = [np.full(len(t.tokens), w) for t, w in zip(traces, weights_T, strict=True)]
-            for batch in micro:
-                batch.spread("advantage", advantages)
-                batch.spread("weight", weights)
+            weights = [np.full(len(t.tokens), w) for t, w in zip(traces, weights_R, strict=True)]
+            for micro_batch in mini_batch.micro_batches:
+                micro_batch.spread("advantage", advantages)
+                micro_batch.spread("weight", weights)
 
     def _metrics(self, updates: Sequence[Update]) -> dict[str, float]:
         """Means over the updates; shares of the targets that carry weight."""
@@ -247,9 +302,11 @@ class Learner:
             metrics["correction_effective"] = effective_share(share("correction"), share("correction_square"))
         return metrics
 
-    def _mismatch(self, old: Sequence[torch.Tensor], batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """How far the engine's log-probs are from the trainer's, over all processes."""
-        pairs = [(old_N, batch.values["engine"]) for old_N, batch in zip(old, batches, strict=False)]
+    def _mismatch(self, batch: PolicyBatch, updates: Sequence[Update]) -> dict[str, float]:
+        """How far the engine's log-probs are from the trainer's before the step, over all ranks."""
+        micro_batches = list(batch.micro_batches())
+        old = [m.values["old"] for m in micro_batches if "old" in m.values] or updates[0].logprobs
+        pairs = [(old_N, m.values["engine"]) for old_N, m in zip(old, micro_batches, strict=False)]
         device = self.trainer.device
         largest = all_reduce_max(max((largest_apart(*pair) for pair in pairs), default=0.0), device)
         apart = Mismatch.of(sum_metrics([mismatch_sums(*pair) for pair in pairs], device), largest)

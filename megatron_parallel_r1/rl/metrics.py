@@ -1,9 +1,8 @@
-"""Traces against their problems: who was right, and what the traces look like."""
+"""Verifies traces against their problems, and measures accuracy and the shape of traces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,8 @@ from megatron_parallel_r1.data.prompts import decode
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.verification import Attempt, judge
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rl.path_metrics import mean, path_lengths
-from megatron_parallel_r1.rl.rollout_batch import Collected
+from megatron_parallel_r1.rl.path_results import mean, path_lengths
+from megatron_parallel_r1.rl.rollout_batch import stale_groups, staleness
 from megatron_parallel_r1.thought.layout import critical_length
 from megatron_parallel_r1.thought.trace import Trace
 
@@ -76,32 +75,6 @@ def trace_metrics(traces: Sequence[Trace], judged: Sequence[Judged]) -> dict[str
         "critical_length": fmean(critical_length(t.tree) for t in traces),
         "truncated": fmean(t.finish == "length" for t in traces),
     }
-
-
-def staleness(trace: Trace, step: int) -> int:
-    """Updates between the weights that drew it and those that `step` trains."""
-    return step - 1 - trace.version
-
-
-def stale_groups(traces: Sequence[Trace], step: int, most: int, size: int) -> list[bool]:
-    """Of each group of `size` traces, whether one of them is more than `most` updates old."""
-    old = [staleness(trace, step) > most for trace in traces]
-    return [any(old[start : start + size]) for start in range(0, len(old), size)]
-
-
-def without_stale(collected: Collected, step: int, most: int, size: int) -> Collected:
-    """Keeps whole groups, and of those only the ones that are fresh enough.
-
-    Raises:
-        RuntimeError: not one is.
-    """
-    stale = stale_groups(collected.kept.traces, step, most, size)
-    if not any(stale):
-        return collected
-    fresh = [group for group, is_stale in enumerate(stale) if not is_stale]
-    if not fresh:
-        raise RuntimeError(f"step {step}: all its {len(stale)} groups are more than {most} updates old")
-    return replace(collected, kept=collected.kept.groups(fresh, size))
 
 
 def staleness_metrics(traces: Sequence[Trace], step: int, most: int, size: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged, Score
-from megatron_parallel_r1.rl.rollout_batch import Collected, Rollouts
+from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts
 from megatron_parallel_r1.thought.trace import Finish, Trace
 from megatron_parallel_r1.thought.tree import Tree
 
@@ -28,7 +28,7 @@ JUDGED, SCORES = TypeAdapter(list[Judged]), TypeAdapter(list[Score])
 FINISHES = TypeAdapter(list[Finish])
 
 
-def to_json(batch: Collected) -> dict[str, Any]:
+def to_json(batch: RolloutBatch) -> dict[str, Any]:
     """A batch of a step; `from_json` gives an equal one."""
     every = batch.all
     problems = list(dict.fromkeys(every.problems))
@@ -41,12 +41,12 @@ def to_json(batch: Collected) -> dict[str, Any]:
         "traces": _traces_to_json(every.traces),
         "judged": JUDGED.dump_python(every.judged, mode="json"),
         "scores": SCORES.dump_python(every.scores, mode="json"),
-        "kept": [places[id(trace)] for trace in batch.kept.traces],
+        "kept": [places[id(trace)] for trace in batch.trained.traces],
         "rounds": batch.rounds,
     }
 
 
-def from_json(written: dict[str, Any]) -> Collected:
+def from_json(written: dict[str, Any]) -> RolloutBatch:
     """What `to_json` was given."""
     problems = PROBLEMS.validate_python(written["problems"])
     every = Rollouts(
@@ -55,7 +55,7 @@ def from_json(written: dict[str, Any]) -> Collected:
         JUDGED.validate_python(written["judged"]),
         SCORES.validate_python(written["scores"]),
     )
-    return Collected(every, every.groups(written["kept"], 1), written["rounds"])
+    return RolloutBatch(every, every.groups(written["kept"], 1), written["rounds"])
 
 
 def _traces_to_json(traces: Sequence[Trace]) -> dict[str, Any]:

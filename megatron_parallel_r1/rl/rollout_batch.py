@@ -1,26 +1,23 @@
-"""The traces of one step: groups of one problem each, rolled out, judged and scored."""
+"""The responses of one step: groups that answer one prompt each, sampled, verified and scored."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.rewards.base import Judged, Reward, Score
-from megatron_parallel_r1.rl.objective.filtering import DynamicSampling, informative
+from megatron_parallel_r1.rewards.base import Judged, Score
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.utils.seeding import seed_series
 
-# From problems, one a trace, and seeds of the traces.
-RollOut = Callable[[Sequence[Problem], Sequence[int]], tuple[list[Trace], list[Judged]]]
+T = TypeVar("T")
+# What a bad step's record keeps of each trace, to make its updates again.
+KEPT = ("prompt", "tokens", "sampled", "barred", "logprobs", "versions", "finish")
 
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """Equally long lists, all traces of a problem in turn."""
+    """Equally long lists; the traces of a group are neighbours."""
 
     problems: list[Problem]
     traces: list[Trace]
@@ -42,68 +39,57 @@ class Rollouts:
             self.scores + other.scores,
         )
 
-    def groups(self, chosen: Sequence[int], size: int) -> Rollouts:
-        """Some of the groups of `size` traces, by number."""
-        at = [index for group in chosen for index in range(group * size, (group + 1) * size)]
+    def groups(self, numbers: Sequence[int], size: int) -> Rollouts:
+        """Some of the groups of `size` traces."""
+        at = [index for group in numbers for index in range(group * size, (group + 1) * size)]
 
-        def pick(items: list) -> list:
+        def pick(items: list[T]) -> list[T]:
             return [items[index] for index in at]
 
         return Rollouts(pick(self.problems), pick(self.traces), pick(self.judged), pick(self.scores))
 
 
 @dataclass(frozen=True, slots=True)
-class Collected:
-    """What a step rolled out.
+class RolloutBatch:
+    """The rollouts of a step.
 
     Attributes:
-        all: everything.
-        kept: what is trained; without dynamic sampling the same.
+        all: every response.
+        trained: those that are trained; without dynamic sampling the same.
+        rounds: of dynamic sampling.
     """
 
     all: Rollouts
-    kept: Rollouts
+    trained: Rollouts
     rounds: int
 
+    def records(self) -> list[dict[str, Any]]:
+        """All that the step's updates are made of, JSON-ready."""
+        pairs = zip(self.trained.traces, self.trained.rewards, strict=True)
+        return [{name: getattr(trace, name) for name in KEPT} | {"reward": reward} for trace, reward in pairs]
 
-def collect(
-    next_problems: Callable[[int], Sequence[Problem]],
-    roll_out: RollOut,
-    reward: Reward,
-    *,
-    prompts: int,
-    samples: int,
-    step: int,
-    seed: int,
-    dynamic: DynamicSampling | None,
-) -> Collected:
-    """Rolls out `samples` traces of each of `prompts` problems, and of more if dynamic sampling wants them.
 
-    If even the last round leaves too few groups, those that there are make a smaller batch; none at all: all
-    groups are kept, and their advantages are 0.
+def staleness(trace: Trace, step: int) -> int:
+    """Updates between the weights that drew the trace and those that `step` trains."""
+    return step - 1 - trace.version
 
-    Args:
-        next_problems: hands out so many further problems.
-        step: of the stage, from 1; the reward counts from 0.
-        seed: of the stage; the n-th trace of a step has the same draws in any batch.
+
+def stale_groups(traces: Sequence[Trace], step: int, most: int, size: int) -> list[bool]:
+    """For each group of `size` traces, whether one of them is more than `most` updates old."""
+    old = [staleness(trace, step) > most for trace in traces]
+    return [any(old[start : start + size]) for start in range(0, len(old), size)]
+
+
+def drop_stale(batch: RolloutBatch, step: int, most: int, size: int) -> RolloutBatch:
+    """Drops the groups of `size` traces in which one is more than `most` updates old.
+
+    Raises:
+        RuntimeError: no group is left.
     """
-    everything, kept = Rollouts([], [], [], []), Rollouts([], [], [], [])
-    rounds = 0
-    for _ in range(dynamic.max_rounds if dynamic else 1):
-        rounds += 1
-        missing = prompts - len(kept) // samples
-        asked = missing if dynamic is None else math.ceil(missing * dynamic.oversampling)
-        problems = [problem for problem in next_problems(asked) for _ in range(samples)]
-        before = len(everything)
-        seeds = seed_series(before + len(problems), seed, step)[before:]
-        traces, judged = roll_out(problems, seeds)
-        scores = [reward.score(judgement, step - 1) for judgement in judged]
-        fresh = Rollouts(problems, traces, judged, scores)
-        everything = everything + fresh
-        differ = np.ones(asked, bool)
-        if dynamic is not None:
-            differ = informative(np.reshape(fresh.rewards, (asked, samples)))
-        kept = kept + fresh.groups(np.flatnonzero(differ)[:missing].tolist(), samples)
-        if len(kept) == prompts * samples:
-            break
-    return Collected(everything, kept if len(kept) else everything, rounds)
+    stale = stale_groups(batch.trained.traces, step, most, size)
+    if not any(stale):
+        return batch
+    fresh = [group for group, is_stale in enumerate(stale) if not is_stale]
+    if not fresh:
+        raise RuntimeError(f"step {step}: all its {len(stale)} groups are more than {most} updates old")
+    return replace(batch, trained=batch.trained.groups(fresh, size))

@@ -1,21 +1,21 @@
-"""The batches of a stage's steps: rolled out in turn with the training, or ahead of it in a second thread.
+"""Feeds the RL loop with batches: rolled out in step with training, or ahead of it in a second thread.
 
-With `max_staleness` k, batch b, which step b trains (from 1), is rolled out by the weights after step
-b - 1 - k, or by the first ones. So at k = 1:
+With `max_off_policy_steps` k, batch b, which step b trains (from 1), is rolled out by the weights after step
+b - 1 - k, or by the first ones. At k = 1:
 
-    step                   1      2      3      4
-    weights that it trains 0      1      2      3
-    meanwhile, batch       2      3      4      5
-    is rolled out by       0      1      2      3
+    step                         1      2      3      4
+    trains the weights           0      1      2      3
+    meanwhile, batch             2      3      4      5
+    is rolled out by             0      1      2      3
 
-What is rolled out depends on the seed and k, and not on which thread was faster.
+What is rolled out depends on the seed and k, not on which thread was faster.
 
-`partial` gives that up: a batch under way goes on with newer weights as soon as there are some, so that long
-traces are less stale at their end. Which token meets which version is then a matter of time, and no two runs
-are the same to the bit. In both cases no token is ever more than k updates old.
+`partial_rollout` gives that up: a batch that is under way goes on with newer weights as soon as there are
+some, so that long traces are less stale at their end. Which token meets which version is then a matter of
+time, and no two runs are the same to the bit. In both cases no token is more than k updates old.
 
-Engines that the training thread feeds (servers: not `Engine.together`) get weights with no copy of them: it
-waits until the batches that the weights before make are there, then brings the new ones. `partial` does not.
+Servers take weights from the training thread without a copy (not `Engine.together`): it waits until the
+batches of the weights before are there, then brings the new ones. `partial_rollout` does not wait.
 """
 
 from __future__ import annotations
@@ -27,61 +27,95 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.rl.pending import from_json, to_json
-from megatron_parallel_r1.rl.rollout_batch import Collected
+from megatron_parallel_r1.rl.rollout_batch import RolloutBatch
+from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.rollout.engine import Engine
+from megatron_parallel_r1.utils.timers import Timers
 
-Tensors = Iterable[tuple[str, torch.Tensor]]
-# How long the end of a `with` block waits for the second thread, which a verdict or a collective may hold up.
-PATIENCE_S = 30.0
+WeightTensors = Iterable[tuple[str, torch.Tensor]]
+# Seconds that the end of a `with` block waits for the second thread, which a verdict or a collective may hold
+# up.
+JOIN_TIMEOUT_S = 30.0
 
 
-class Batches(Protocol):
-    """What the training loop sees: of each step it publishes the weights, then takes the batch."""
+class RolloutQueue(Protocol):
+    """What the RL loop sees: at each step it updates the weights, then takes the batch."""
 
-    def publish(self, tensors: Tensors, version: int) -> None:
-        """Makes the weights after step `version` known; they may change when this has returned."""
+    def update_weights(self, tensors: WeightTensors, version: int) -> None:
+        """Publishes the weights after step `version`; they may change when this has returned."""
         ...
 
-    def take(self, step: int) -> Collected:
+    def next_batch(self, step: int) -> RolloutBatch:
         """The batch of the next step. Raises whatever went wrong while it was made."""
         ...
 
-    def in_flight(self) -> list[dict[str, Any]]:
-        """All batches that the published weights make and that were not taken, JSON-ready.
+    def state(self) -> list[dict[str, Any]]:
+        """All pending batches of the published weights, JSON-ready, for a checkpoint.
 
-        When this returns nothing is being rolled out, until the next weights are published.
+        When this returns nothing is being rolled out until the next weights are published.
         """
         ...
 
-    def __enter__(self) -> Batches: ...
+    def __enter__(self) -> RolloutQueue: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
 
-class InTurn:
-    """Each batch is rolled out when it is taken, by the weights just published.
+def open_queue(
+    worker: RolloutWorker, stage: RlStage, done: int, pending: Sequence[dict[str, Any]] | None
+) -> RolloutQueue:
+    """The queue that a stage asks for.
 
     Args:
-        roll_out: makes the batch of a step with the weights that the engine holds.
+        done: the last step that was trained.
+        pending: as `RolloutQueue.state` gave it after step `done`.
+    """
+    engine = worker.thinker.engine
+    if stage.max_off_policy_steps == 0:
+        return SyncRollouts(worker.next_batch, engine, worker.timers)
+    return AsyncRollouts(
+        worker.next_batch,
+        engine,
+        worker.timers,
+        max_off_policy_steps=stage.max_off_policy_steps,
+        partial_rollout=stage.partial_rollout,
+        done=done,
+        steps=stage.steps,
+        pending=pending or (),
+    )
+
+
+class SyncRollouts:
+    """Rolls each batch out when it is taken, with the weights just published.
+
+    Args:
+        make_batch: rolls out the batch of a step with the weights that the engine holds.
+        timers: `sync` and `wait` take the seconds of weight updates and of rollouts.
     """
 
-    def __init__(self, roll_out: Callable[[int], Collected], engine: Engine[Any]) -> None:
-        self._roll_out = roll_out
+    def __init__(
+        self, make_batch: Callable[[int], RolloutBatch], engine: Engine[Any], timers: Timers
+    ) -> None:
+        self._make_batch = make_batch
         self._engine = engine
+        self._timers = timers
 
-    def publish(self, tensors: Tensors, version: int) -> None:
-        self._engine.load_weights(tensors, version)
+    def update_weights(self, tensors: WeightTensors, version: int) -> None:
+        with self._timers.of("sync"):
+            self._engine.load_weights(tensors, version)
 
-    def take(self, step: int) -> Collected:
-        return self._roll_out(step)
+    def next_batch(self, step: int) -> RolloutBatch:
+        with self._timers.of("wait"):
+            return self._make_batch(step)
 
-    def in_flight(self) -> list[dict[str, Any]]:
+    def state(self) -> list[dict[str, Any]]:
         return []
 
-    def __enter__(self) -> InTurn:
+    def __enter__(self) -> SyncRollouts:
         return self
 
     def __exit__(
@@ -90,44 +124,47 @@ class InTurn:
         return None
 
 
-class Ahead:
-    """Batches are rolled out in a second thread, which lives as long as the `with` block.
+class AsyncRollouts:
+    """Rolls batches out in a second thread, which lives as long as the `with` block.
 
-    Weights are copied when they are published, and kept until their first batch begins. At most
-    `max_staleness` + 1 copies exist, each as large as the whole model, on its device.
+    Copies weights when they are published and keeps them until their first batch begins: at most
+    `max_off_policy_steps` + 1 copies, each as large as the whole model, on its device.
 
-    A block that ends in peace first waits for the batches in flight, since other processes make them too; one
-    that ends by an error breaks them off.
+    A block that ends without an error first waits for the batches under way, since other ranks make them too;
+    one that ends by an error breaks them off.
 
     Args:
-        roll_out: makes the batch of a step with the weights that the engine holds; its collectives are on
-            groups that no other thread uses.
+        make_batch: rolls out the batch of a step with the weights that the engine holds; its collectives are
+            on groups that no other thread uses.
         engine: of this object alone; it cannot be used after the block.
-        max_staleness: at least 1.
-        partial: a batch under way takes newer weights.
+        timers: `sync` and `wait` take the seconds of weight updates and of waiting for a batch.
+        max_off_policy_steps: at least 1.
+        partial_rollout: a batch under way takes newer weights.
         done, steps: the last step that was trained, and the last one of the stage.
-        found: what was in flight after step `done`, as `in_flight` gave it; [] at step 0.
+        pending: as `state` gave it after step `done`; empty at step 0.
     """
 
     def __init__(
         self,
-        roll_out: Callable[[int], Collected],
+        make_batch: Callable[[int], RolloutBatch],
         engine: Engine[Any],
+        timers: Timers,
         *,
-        max_staleness: int,
-        partial: bool,
+        max_off_policy_steps: int,
+        partial_rollout: bool,
         done: int,
         steps: int,
-        found: Sequence[dict[str, Any]],
+        pending: Sequence[dict[str, Any]],
     ) -> None:
-        assert max_staleness >= 1, "at 0 nothing is rolled out ahead: use InTurn"
-        self._roll_out = roll_out
+        assert max_off_policy_steps >= 1, "at 0 nothing is rolled out ahead: use SyncRollouts"
+        self._make_batch = make_batch
         self._engine = engine
-        self._max_staleness = max_staleness
-        self._partial = partial
+        self._timers = timers
+        self._max_off_policy_steps = max_off_policy_steps
+        self._partial_rollout = partial_rollout
         self._done = self._taken = done
         self._steps = steps
-        self._ready = {step: from_json(written) for step, written in enumerate(found, done + 1)}
+        self._ready = {step: from_json(batch) for step, batch in enumerate(pending, done + 1)}
         self._first = done + 1 + len(self._ready)
         self._copies: dict[int, list[tuple[str, torch.Tensor]]] = {}
         self._published = -1
@@ -138,32 +175,33 @@ class Ahead:
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
 
-    def publish(self, tensors: Tensors, version: int) -> None:
-        if not self._engine.together:
-            self._bring(tensors, version)
-            return
-        # All processes that share a split model must iterate, even where nobody needs the copies.
-        copies = [(name, tensor.detach().clone()) for name, tensor in tensors]
-        with self._changed:
-            if self._partial:
-                self._engine.offer_weights(copies, version)
-            elif version == self._done or version < self._steps - self._max_staleness:
-                self._copies[version] = copies
-            self._published = version
-            self._changed.notify_all()
+    def update_weights(self, tensors: WeightTensors, version: int) -> None:
+        with self._timers.of("sync"):
+            if not self._engine.together:
+                self._send_weights(tensors, version)
+                return
+            # All ranks that share a split model must iterate, even where nobody needs the copies.
+            copies = [(name, tensor.detach().clone()) for name, tensor in tensors]
+            with self._changed:
+                if self._partial_rollout:
+                    self._engine.offer_weights(copies, version)
+                elif self._begins_a_batch(version):
+                    self._copies[version] = copies
+                self._published = version
+                self._changed.notify_all()
 
-    def take(self, step: int) -> Collected:
-        with self._changed:
+    def next_batch(self, step: int) -> RolloutBatch:
+        with self._timers.of("wait"), self._changed:
             self._wait_for(lambda: step in self._ready)
             self._taken = step
             return self._ready.pop(step)
 
-    def in_flight(self) -> list[dict[str, Any]]:
+    def state(self) -> list[dict[str, Any]]:
         with self._changed:
-            batches = self._made_so_far()
+            batches = self._pending()
         return [to_json(batch) for batch in batches]
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> AsyncRollouts:
         self._thread.start()
         return self
 
@@ -179,30 +217,33 @@ class Ahead:
         finally:
             self._engine.interrupt()
             # Not for ever: a collective whose other side is gone ends with the process.
-            self._thread.join(PATIENCE_S)
+            self._thread.join(JOIN_TIMEOUT_S)
 
-    def _bring(self, tensors: Tensors, version: int) -> None:
-        """Has the engine take weights from here, the training thread."""
-        if self._partial:
+    def _begins_a_batch(self, version: int) -> bool:
+        return version == self._done or version < self._steps - self._max_off_policy_steps
+
+    def _send_weights(self, tensors: WeightTensors, version: int) -> None:
+        """Has the engine take weights in the training thread."""
+        if self._partial_rollout:
             self._engine.offer_weights(tensors, version)
-        elif version == self._done or version < self._steps - self._max_staleness:
+        elif self._begins_a_batch(version):
             with self._changed:
-                self._made_so_far()
+                self._pending()
             self._engine.load_weights(tensors, version)
         with self._changed:
             self._published = version
             self._changed.notify_all()
 
-    def _made_so_far(self) -> list[Collected]:
-        """Waits for all batches that the published weights make; those that were not taken."""
-        made = self._published + 1 + self._max_staleness if self._published >= 0 else 0
+    def _pending(self) -> list[RolloutBatch]:
+        """Waits for all batches that the published weights make, and returns those that were not taken."""
+        made = self._published + 1 + self._max_off_policy_steps if self._published >= 0 else 0
         through = min(max(made, self._first - 1), self._steps)
         steps = range(self._taken + 1, through + 1)
         self._wait_for(lambda: all(step in self._ready for step in steps))
         return [self._ready[step] for step in steps]
 
-    def _wait_for(self, moment: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self._error is not None or moment())
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: self._error is not None or condition())
         if self._error is not None:
             raise self._error
 
@@ -211,9 +252,9 @@ class Ahead:
             torch.cuda.set_device(self._gpu)
         try:
             for step in range(self._first, self._steps + 1):
-                if not self._bring_weights(max(self._done, step - 1 - self._max_staleness)):
+                if not self._load_weights(max(self._done, step - 1 - self._max_off_policy_steps)):
                     return
-                batch = self._roll_out(step)
+                batch = self._make_batch(step)
                 with self._changed:
                     self._ready[step] = batch
                     self._changed.notify_all()
@@ -222,8 +263,8 @@ class Ahead:
                 self._error = error
                 self._changed.notify_all()
 
-    def _bring_weights(self, version: int) -> bool:
-        """Waits until the engine holds that version or, if `partial`, was offered it; False at the end."""
+    def _load_weights(self, version: int) -> bool:
+        """Waits until the engine holds that version or was offered it; False if the queue closes first."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._published >= version)
             if self._published < version:
@@ -233,27 +274,3 @@ class Ahead:
         if copies is not None:
             self._engine.load_weights(copies, version)
         return True
-
-
-def batches(
-    roll_out: Callable[[int], Collected],
-    engine: Engine[Any],
-    *,
-    max_staleness: int,
-    partial: bool,
-    done: int,
-    steps: int,
-    found: Sequence[dict[str, Any]] | None,
-) -> Batches:
-    """`Ahead`, or at a `max_staleness` of 0 `InTurn`; the arguments are theirs."""
-    if max_staleness == 0:
-        return InTurn(roll_out, engine)
-    return Ahead(
-        roll_out,
-        engine,
-        max_staleness=max_staleness,
-        partial=partial,
-        done=done,
-        steps=steps,
-        found=found or [],
-    )

@@ -1,135 +1,181 @@
-"""One step of GRPO (arXiv 2402.03300) and its family with rollouts that think in parallel.
+"""Rollouts: prompts become responses, verdicts and rewards.
 
-problems -> traces -> judged -> rewards -> advantages -> rows -> updates -> metrics
+problems -> prompts -> traces -> verdicts -> rewards -> RolloutBatch
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch.distributed as dist
 
+from megatron_parallel_r1.config.data import DataSet
+from megatron_parallel_r1.config.stages import RlStage
+from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import encode_prompt
+from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed.replicas import gather_from_replicas, is_replica_leader, replica_slice
 from megatron_parallel_r1.rewards.base import Judged, Reward, reward_metrics
+from megatron_parallel_r1.rewards.extract import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rl.learner import Learner
 from megatron_parallel_r1.rl.metrics import group_metrics, judge_traces, staleness_metrics, trace_metrics
-from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
-from megatron_parallel_r1.rl.path_metrics import Stated, summary_metrics
-from megatron_parallel_r1.rl.path_verdicts import judge_paths
-from megatron_parallel_r1.rl.rollout_batch import Collected, collect
+from megatron_parallel_r1.rl.objective.filtering import informative
+from megatron_parallel_r1.rl.path_results import (
+    PathVerdicts,
+    Stated,
+    judge_paths,
+    stated_value,
+    summary_metrics,
+)
+from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts
+from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.utils.timers import Phases
+from megatron_parallel_r1.utils.seeding import seed_series
+from megatron_parallel_r1.utils.timers import Timers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
-class Grpo:
-    """What every step uses.
+class RolloutWorker:
+    """Makes the batches of a stage.
 
     Attributes:
+        seed: with the step it fixes all draws of a batch.
         reward: a pure function of a judged trace and the step, counted from 0.
         template: of the prompt.
-        prompts, samples: problems of a step, and traces of each.
-        dynamic: dynamic sampling; None: every group is trained.
-        concurrent: traces in flight at most.
-        max_staleness: updates that a trace may be behind the weights that it trains.
-        world: all processes, for the thread that rolls out; None: the default group.
-        stated: reads the result off the text of a path or a summary.
+        read_result: reads the result off the text of a path or a summary.
+        timers: `draw` and `verify` take the seconds of sampling and of verification.
+        world: all ranks, for the thread that rolls out ahead of training; None: the default group.
     """
 
-    learner: Learner
+    stage: RlStage
+    problems: ProblemStream[Problem]
     thinker: Thinker[Any]
     tokenizer: PreTrainedTokenizerBase
     verifier: Verifier
+    seed: int
     reward: Reward
     template: str
-    prompts: int
-    samples: int
-    dynamic: DynamicSampling | None
-    concurrent: int
-    stated: Stated
-    max_staleness: int = 0
+    read_result: Stated
+    timers: Timers
     world: dist.ProcessGroup | None = None
 
-    @property
-    def phases(self) -> Phases:
-        """What the parts of a step cost, rollout and learning alike."""
-        return self.learner.phases
-
-    def roll_out(self, next_problems: Callable[[int], Sequence[Problem]], step: int, seed: int) -> Collected:
-        """The groups of a step, with the weights that the engine holds.
-
-        Args:
-            next_problems: hands out so many further problems.
-            step: of the stage, from 1.
-            seed: fixes all draws of this step.
-        """
-        return collect(
-            next_problems,
-            self._roll_out,
-            self.reward,
-            prompts=self.prompts,
-            samples=self.samples,
-            step=step,
-            seed=seed,
-            dynamic=self.dynamic,
+    @classmethod
+    def of(
+        cls,
+        run: RunContext,
+        stage: RlStage,
+        engine: Engine[Any],
+        problems: ProblemStream[Problem],
+        verifier: Verifier,
+        timers: Timers,
+        world: dist.ProcessGroup | None,
+    ) -> RolloutWorker:
+        """The worker of a stage of a run."""
+        return cls(
+            stage,
+            problems,
+            Thinker(engine, run.tags, run.recipe.thinking_of(stage)),
+            run.tokenizer,
+            verifier,
+            seed=run.seed_of(stage.name, "rollout"),
+            reward=stage.reward.make(),
+            template=run.recipe.prompt_template,
+            read_result=stated_value if isinstance(stage.data, DataSet) else _embedded_result,
+            timers=timers,
+            world=world,
         )
 
-    def learn(self, collected: Collected, step: int, lr: float) -> dict[str, float]:
-        """All updates of a step."""
-        kept = collected.kept
-        verdicts = None
-        if self.learner.objective.path_credit:
-            with self.phases.of("verify"):
-                verdicts = judge_paths(kept.traces, kept.problems, self.tokenizer, self.verifier, self.stated)
-        return self.learner.learn(kept.traces, kept.rewards, lr, verdicts)
+    def next_batch(self, step: int) -> RolloutBatch:
+        """Samples, verifies and scores the responses of a step with the weights that the engine holds.
 
-    def measure(self, collected: Collected, step: int) -> dict[str, Any]:
-        """What the traces of a step look like, kept or not."""
-        everything = collected.all
+        `samples_per_prompt` responses to each of `prompts_per_step` prompts, and to more if dynamic sampling
+        wants them. If even its last round leaves too few groups with rewards that differ, the batch is
+        smaller; if it leaves none, all groups are trained, with advantages of 0.
+
+        Args:
+            step: of the stage, from 1; rewards count from 0.
+        """
+        prompts, samples, dynamic = (
+            self.stage.prompts_per_step,
+            self.stage.samples_per_prompt,
+            self.stage.dynamic_sampling,
+        )
+        everything, trained = Rollouts([], [], [], []), Rollouts([], [], [], [])
+        rounds = 0
+        for _ in range(dynamic.max_rounds if dynamic else 1):
+            rounds += 1
+            missing = prompts - len(trained) // samples
+            count = missing if dynamic is None else math.ceil(missing * dynamic.oversampling)
+            fresh = self._generate(step, count, first_response=len(everything))
+            everything = everything + fresh
+            useful = np.ones(count, bool)
+            if dynamic is not None:
+                useful = informative(np.reshape(fresh.rewards, (count, samples)))
+            trained = trained + fresh.groups(np.flatnonzero(useful)[:missing].tolist(), samples)
+            if len(trained) == prompts * samples:
+                break
+        return RolloutBatch(everything, trained if len(trained) else everything, rounds)
+
+    def judge_paths(self, batch: RolloutBatch) -> list[PathVerdicts]:
+        """Verifies what each path of the trained traces found by itself, for per-path credit."""
+        trained = batch.trained
+        with self.timers.of("verify"):
+            return judge_paths(
+                trained.traces, trained.problems, self.tokenizer, self.verifier, self.read_result
+            )
+
+    def metrics(self, batch: RolloutBatch, step: int) -> dict[str, Any]:
+        """Rewards and the shape of all traces of a step, trained or not."""
+        everything, samples = batch.all, self.stage.samples_per_prompt
         return {
             **reward_metrics(everything.scores),
             "reward_term": self.reward.term(step - 1),
             **trace_metrics(everything.traces, everything.judged),
-            **group_metrics(everything.judged, self.samples),
-            **summary_metrics(everything.traces, self.tokenizer, self.stated),
-            **staleness_metrics(everything.traces, step, self.max_staleness, self.samples),
-            "groups": len(everything) // self.samples,
-            "groups_dropped": (len(everything) - len(collected.kept)) // self.samples,
-            "rounds": collected.rounds,
+            **group_metrics(everything.judged, samples),
+            **summary_metrics(everything.traces, self.tokenizer, self.read_result),
+            **staleness_metrics(everything.traces, step, self.stage.max_off_policy_steps, samples),
+            "groups": len(everything) // samples,
+            "groups_dropped": (len(everything) - len(batch.trained)) // samples,
+            "rounds": batch.rounds,
             "tokens": sum(len(trace.tokens) for trace in everything.traces),
         }
 
-    def _roll_out(
-        self, problems: Sequence[Problem], seeds: Sequence[int]
-    ) -> tuple[list[Trace], list[Judged]]:
-        return roll_out_and_judge(
+    def _generate(self, step: int, count: int, first_response: int) -> Rollouts:
+        """A group of responses to each of the next `count` problems.
+
+        Args:
+            first_response: responses that the step has already; the n-th of a step has the same draws in any
+                batch.
+        """
+        problems = [p for p in self.problems.next_batch(count) for _ in range(self.stage.samples_per_prompt)]
+        total = first_response + len(problems)
+        seeds = seed_series(total, self.seed, step)[first_response:]
+        traces, judged = sample_and_verify(
             self.thinker,
             problems,
             seeds,
             self.tokenizer,
             self.template,
             self.verifier,
-            self.concurrent,
+            self.stage.max_concurrent_rollouts,
             self.world,
-            self.phases,
+            self.timers,
         )
+        return Rollouts(problems, traces, judged, [self.reward.score(j, step - 1) for j in judged])
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-def roll_out_and_judge(
+def sample_and_verify(
     thinker: Thinker[Any],
     problems: Sequence[Problem],
     seeds: Sequence[int],
@@ -138,29 +184,33 @@ def roll_out_and_judge(
     verifier: Verifier,
     concurrent: int,
     world: dist.ProcessGroup | None = None,
-    phases: Phases | None = None,
+    timers: Timers | None = None,
 ) -> tuple[list[Trace], list[Judged]]:
-    """One trace of each problem. Each copy works on its share; all processes get all, in order.
+    """One response to each problem, verified. Each replica works on its share; all ranks get all, in order.
 
     Args:
-        seeds: of each problem's trace, so that its draws do not depend on who makes them.
-        concurrent: traces in flight at most, of one copy.
-        phases: takes down what `draw` and `verify` cost.
-        world: all processes, if not by the default group; a second thread needs its own.
+        seeds: of each problem's response, so that its draws do not depend on which replica makes them.
+        concurrent: responses in flight at most, of one replica.
+        world: all ranks, if not by the default group; a second thread needs its own.
+        timers: adds the seconds of `draw` and `verify`.
     """
-    mine, my_seeds = replica_slice(problems), replica_slice(seeds)
-    phases = phases or Phases()
+    own_problems, own_seeds = replica_slice(problems), replica_slice(seeds)
+    timers = timers or Timers()
 
     def work() -> list[tuple[Trace, Judged]]:
         if not (is_replica_leader() or thinker.engine.together):
             return []
-        prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in mine]
-        with phases.of("draw"):
-            traces = asyncio.run(roll_out(thinker, prompts, my_seeds, concurrent))
-        # One verdict for all processes of a copy: a time-out could give each another one.
-        with phases.of("verify"):
-            judged = judge_traces(traces, mine, tokenizer, verifier) if is_replica_leader() else []
+        prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in own_problems]
+        with timers.of("draw"):
+            traces = asyncio.run(roll_out(thinker, prompts, own_seeds, concurrent))
+        # One verdict for all ranks of a replica: a time-out could give each another one.
+        with timers.of("verify"):
+            judged = judge_traces(traces, own_problems, tokenizer, verifier) if is_replica_leader() else []
         return list(zip(traces, judged, strict=False))
 
     pairs = gather_from_replicas(work, world)
     return [trace for trace, _ in pairs], [judgement for _, judgement in pairs]
+
+
+def _embedded_result(text: str) -> str | None:
+    return extract_answer(text) or stated_result(text)

@@ -1,4 +1,4 @@
-"""What all stages of a run share: folder, tokenizer, shape, and where their weights come from."""
+"""The context of a run: its folder, tokenizer and model, and the weights that each stage starts from."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from megatron_parallel_r1.architecture.weight_table import check_fit
 from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, Stage
+from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.data.prompts import encode_prompt
 from megatron_parallel_r1.distributed.parallel_config import check_parallel
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.model.layers import check_layers
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
@@ -41,8 +42,8 @@ EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class Workbench:
-    """One run's fixed things.
+class RunContext:
+    """What all stages of a run share.
 
     Attributes:
         folder: of the run.
@@ -58,11 +59,11 @@ class Workbench:
     new_ids: tuple[int, ...]
 
     @classmethod
-    def set_up(cls, recipe: Recipe, folder: Path, resume: bool) -> Workbench:
-        """Brings everything together and checks that it fits; writes nothing.
+    def set_up(cls, recipe: Recipe, folder: Path, resume: bool) -> RunContext:
+        """Loads tokenizer and model configuration and checks that they fit; writes nothing.
 
         Args:
-            resume: take the tokenizer that the run's folder holds.
+            resume: take the tokenizer from the run's folder.
 
         Raises:
             UserError: the model or the tokenizer cannot be read, or they do not fit.
@@ -79,16 +80,17 @@ class Workbench:
         if recipe.model.shape is not None:
             shape = recipe.model.shape.config(len(tokenizer))
         else:
+            assert recipe.model.path is not None, "a recipe has a shape or a path"
             shape, _ = load_hf_folder(recipe.model.path)
             check_fit(shape, hf_sizes(recipe.model.path))
             shape = replace(shape, vocab=max(shape.vocab, len(tokenizer)))
         return cls(recipe, folder, tokenizer, tags, shape, new_ids)
 
     def check_starts(self, names: Collection[str]) -> None:
-        """Whether the stages to run will find the ones that they start from.
+        """Checks that each stage to run will find the stage that it starts from.
 
         Raises:
-            UserError: one is neither done nor among them.
+            UserError: one is neither done nor to be run.
         """
         for stage in self.recipe.stages:
             before = self.recipe.start_of(stage)
@@ -98,10 +100,10 @@ class Workbench:
                 raise UserError(f"stage {stage.name} starts from {before}, which is not done; run that first")
 
     def check_split(self, names: Collection[str], world: int) -> None:
-        """Whether `world` processes can run the stages under the recipe's parallel layout.
+        """Checks that `world` ranks can run the stages under the recipe's parallel layout.
 
         Raises:
-            UserError: something does not divide, or a stage decodes in process a model that is cut in layers.
+            UserError: a size does not divide, or the native engine cannot decode a model that is split so.
         """
         parallel = self.recipe.parallel
         check_parallel(self.shape, parallel, world, self.recipe.max_tokens_per_micro_batch)
@@ -122,8 +124,8 @@ class Workbench:
             # Two threads would give one GPU collectives of two groups, in an order that ranks may not share.
             raise UserError(
                 f"stage {ahead[0]}: max_off_policy_steps with the native engine over tensor "
-                f"{parallel.tensor} could "
-                "wait for ever on GPUs; set parallel.tensor to 1 or max_off_policy_steps to 0"
+                f"{parallel.tensor} could wait for ever on GPUs; set parallel.tensor to 1 or "
+                "max_off_policy_steps to 0"
             )
 
     @property
@@ -134,37 +136,39 @@ class Workbench:
         return self.folder / name
 
     def seed_of(self, *words: str) -> int:
-        """A seed for one purpose of this run, different for each."""
+        """A seed for one purpose of this run, different for each purpose."""
         return derive_seed(self.recipe.seed, *words)
 
     def trainer(self, stage: Stage) -> Trainer:
-        """A trainer with the weights that the stage begins with, and a fresh optimizer."""
-        model = build_model(self.shape, self.dtype, self.recipe.parallel, self.recipe.model.made_of)
-        load_hf_tensors(model, self._start_tensors(stage))
-        given = stage.optimizer
-        sharded = self.recipe.parallel.sharded_optimizer
-        adam = Adam(given.lr, given.betas, given.eps, given.weight_decay, given.clip_grad_norm, sharded)
-        return Trainer(model, adam, self.recipe.thinking_of(stage).temperature or 1.0)
+        """A trainer with the weights that the stage starts from, and a fresh optimizer."""
+        optimizer = stage.optimizer
+        adam = Adam(
+            optimizer.lr,
+            optimizer.betas,
+            optimizer.eps,
+            optimizer.weight_decay,
+            optimizer.clip_grad_norm,
+            self.recipe.parallel.sharded_optimizer,
+        )
+        return Trainer(self.model(stage), adam, self.recipe.thinking_of(stage).temperature or 1.0)
 
-    def reference(self, stage: RlStage, done: int) -> Reference:
-        """The policy of the stage's KL term, as it was after step `done`."""
+    def model(self, stage: Stage, folder: Path | None = None) -> Model:
+        """A model with the weights that the stage starts from, or those of a Hugging Face folder."""
         model = build_model(self.shape, self.dtype, self.recipe.parallel, self.recipe.model.made_of)
-        temperature = self.recipe.thinking_of(stage).temperature or 1.0
-        reference = Reference(model, temperature, stage.reference_every)
-        born = reference.born(done)
-        kept = self.reference_folder(stage, born)
-        load_hf_tensors(model, load_hf_folder(kept)[1] if born else self._start_tensors(stage))
-        return reference
-
-    def reference_folder(self, stage: RlStage, born: int) -> Path:
-        """Where a renewed reference lies while the stage runs, for a run that goes on."""
-        return self.stage_folder(stage.name) / "reference" / f"step_{born:06d}"
-
-    def model_of(self, stage: Stage) -> Model:
-        """The finished model of a stage."""
-        model = build_model(self.shape, self.dtype, self.recipe.parallel, self.recipe.model.made_of)
-        load_hf_tensors(model, load_hf_folder(self.stage_folder(stage.name) / "model")[1])
+        load_hf_tensors(model, load_hf_folder(folder)[1] if folder else self._start_tensors(stage))
         return model
+
+    def finished_model(self, stage: Stage) -> Model:
+        """The model at the end of a stage."""
+        return self.model(stage, self.stage_folder(stage.name) / "model")
+
+    def reference_folder(self, stage: RlStage, step: int) -> Path:
+        """Where the reference with the weights of a step is kept while the stage runs."""
+        return self.stage_folder(stage.name) / "reference" / f"step_{step:06d}"
+
+    def prompt_tokens(self, problem: Problem) -> int:
+        """Tokens of a problem's prompt."""
+        return len(encode_prompt(self.tokenizer, self.recipe.prompt_template, problem.prompt))
 
     def _start_tensors(self, stage: Stage) -> Iterable[tuple[str, Tensor]]:
         before = self.recipe.start_of(stage)
@@ -176,10 +180,9 @@ class Workbench:
         return ((name, self._with_tags(name, tensor)) for name, tensor in released)
 
     def _with_tags(self, name: str, tensor: Tensor) -> Tensor:
-        """Gives an embedding the rows that the tags need, each its own.
+        """Adds rows to an embedding for the tags, each its own.
 
-        Rows of tags that a tokenizer has but no training ever saw can be equal to each other; they count as
-        missing.
+        Rows of tags that a tokenizer has but that were never trained can be equal; they count as missing.
         """
         if name not in EMBEDDINGS:
             return tensor

@@ -1,4 +1,4 @@
-"""A model that gives the log-probs of tokens: Megatron's schedule around it, forward only.
+"""Runs a model forward through Megatron's schedule and returns the log-probs of target tokens.
 
 Shapes: L tokens of a row, T of them on this process, N targets of a micro-batch, E hidden size, V rows of the
 vocabulary on this process.
@@ -15,17 +15,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import Place
-from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
+from megatron_parallel_r1.train.partition import BatchPartition
+from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 
 
-class Scorer:
-    """Log-probs under a model's present weights.
+class LogprobRunner:
+    """Computes log-probs under a model's current weights.
 
     Args:
         model: its weights set.
         temperature: by which logits are divided, as the rollout's.
-        head_VE: this process's rows of another output matrix, in the place of the model's own.
+        head_VE: this rank's rows of another output matrix, used instead of the model's own.
     """
 
     def __init__(self, model: Model, temperature: float = 1.0, head_VE: torch.Tensor | None = None) -> None:
@@ -35,9 +35,9 @@ class Scorer:
         self._stages: list[torch.nn.Module] = list(model)
 
     @property
-    def place(self) -> Place:
-        """Which part of a batch `share_out` gives to this process."""
-        return Place.of(self.model.config)
+    def partition(self) -> BatchPartition:
+        """The part of a batch that `partition_rows` gives to this rank."""
+        return BatchPartition.of(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -52,14 +52,14 @@ class Scorer:
             return [logprobs_N for logprobs_N, _ in self._run(batches, self._scores, forward_only=True)]
 
     def _run(self, batches: Sequence[MicroBatch], head: Callable[..., Any], forward_only: bool) -> list[Any]:
-        """Megatron's schedule over the micro-batches; what `head` returned for each, on the last stage."""
+        """Runs Megatron's schedule; returns what `head` returned for each micro-batch, on the last stage."""
 
         def forward(batches: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
             hidden_T1E = stage(batch.tokens_1L, batch.positions_1L, batch.layout_KL)
             return hidden_T1E, partial(head, batch)
 
-        # Interleaved stages go through the micro-batches each at its own pace.
+        # Each interleaved stage goes through the micro-batches at its own pace.
         iterators = [iter(batches) for _ in self._stages]
         return get_forward_backward_func()(
             forward_step_func=forward,
@@ -67,7 +67,7 @@ class Scorer:
             model=self._stages,
             num_microbatches=len(batches),
             # Of the whole row; Megatron divides by the context size.
-            seq_length=max(batch.tokens_1L.shape[1] for batch in batches) * self.place.context_size,
+            seq_length=max(batch.tokens_1L.shape[1] for batch in batches) * self.partition.context_size,
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -78,7 +78,7 @@ class Scorer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [N] of a micro-batch's targets."""
         last = self.model[-1]
-        question = Question(batch.labels_N, batch.barred_N, self.temperature, self.model.architecture.vocab)
+        query = LogprobQuery(batch.labels_N, batch.barred_N, self.temperature, self.model.architecture.vocab)
         head_VE = last.head_weight() if self._head_VE is None else self._head_VE.to(self.device)
         # Its backward is an index_add; that of `[at_N]` sorts, for indices may repeat.
-        return target_logprobs(last.whole_hidden(hidden_T1E).index_select(0, batch.at_N), head_VE, question)
+        return target_logprobs(last.whole_hidden(hidden_T1E).index_select(0, batch.at_N), head_VE, query)

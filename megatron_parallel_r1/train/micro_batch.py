@@ -13,8 +13,8 @@ import torch
 from megatron.core import parallel_state
 from numpy.typing import NDArray
 
-from megatron_parallel_r1.rl.objective.segments import Members
 from megatron_parallel_r1.thought.packing import PackedRow
+from megatron_parallel_r1.train.segments import Segments
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -25,7 +25,7 @@ class MicroBatch:
         at_N: the index of the row that predicts each target.
         labels_N: the target's token id.
         barred_N: the token that could not be drawn in its place, -1 where every token could.
-        members: which trace each target belongs to; places in `row.members`.
+        segments: the trace that each target belongs to, as an index into `row.members`.
         values: named float32 vectors over the targets, such as advantages.
         row: what the tensors were made of.
     """
@@ -36,7 +36,7 @@ class MicroBatch:
     at_N: torch.Tensor
     labels_N: torch.Tensor
     barred_N: torch.Tensor
-    members: Members
+    segments: Segments
     values: dict[str, torch.Tensor]
     row: PackedRow
 
@@ -68,7 +68,7 @@ class MicroBatch:
             at_N=tensor(at_N),
             labels_N=tensor(row.labels_L[at_N].astype(np.int64)),
             barred_N=tensor(np.where(barred_L[at_N] > 0, barred_token, -1)),
-            members=Members(
+            segments=Segments(
                 tensor(row.member_L[at_N].astype(np.int64)),
                 len(row.members),
                 parallel_state.get_context_parallel_group(),

@@ -20,7 +20,7 @@ from megatron_parallel_r1.thought.packing import PackedRow, bins, concatenate, c
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BatchPartition:
     """This process's place among those that share a batch.
 
     Attributes:
@@ -39,7 +39,7 @@ class Place:
     rounds: int = 1
 
     @classmethod
-    def of(cls, config: TransformerConfig) -> Place:
+    def of(cls, config: TransformerConfig) -> BatchPartition:
         context_size = config.context_parallel_size
         interleaved = config.virtual_pipeline_model_parallel_size is not None
         return cls(
@@ -57,8 +57,8 @@ class Place:
         )
 
 
-def share_out(
-    rows: Sequence[Row], capacity: int, place: Place, members: Sequence[int] | None = None
+def partition_rows(
+    rows: Sequence[Row], capacity: int, place: BatchPartition, members: Sequence[int] | None = None
 ) -> list[PackedRow]:
     """This process's packed rows; every process gets as many, empty ones of fillers if need be.
 

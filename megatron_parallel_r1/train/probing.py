@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron_parallel_r1.distributed.collectives import all_gather_objects
 from megatron_parallel_r1.thought.layout import lay_out
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.logprob_runner import Scorer
+from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import share_out
+from megatron_parallel_r1.train.partition import partition_rows
 
 
 def probe_texts(vocabulary: int, count: int = 4, length: int = 48) -> tuple[tuple[int, ...], ...]:
@@ -26,7 +26,7 @@ def probe_texts(vocabulary: int, count: int = 4, length: int = 48) -> tuple[tupl
 
 
 def causal_logprobs(
-    scorer: Scorer,
+    scorer: LogprobRunner,
     texts: Sequence[Sequence[int]],
     capacity: int,
     world: dist.ProcessGroup | None = None,
@@ -41,8 +41,8 @@ def causal_logprobs(
         world: all processes, if not by the default group.
     """
     rows = [lay_out(t[:1], t[1:], [True] * (len(t) - 1), Tree(len(t) - 1, ()), "causal") for t in texts]
-    alone = replace(scorer.place, data=0, data_size=1)
-    batches = [MicroBatch.of(row, scorer.device) for row in share_out(rows, capacity, alone)]
+    alone = replace(scorer.partition, data=0, data_size=1)
+    batches = [MicroBatch.of(row, scorer.device) for row in partition_rows(rows, capacity, alone)]
     found: list[tuple[int, int, float]] = []
     # Only the last pipeline stage has log-probs, and of a row that ranks share each only its part.
     for batch, logprobs_N in zip(batches, scorer.logprobs(batches), strict=False):

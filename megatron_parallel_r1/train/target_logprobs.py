@@ -25,7 +25,7 @@ NEVER = -1e30
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class LogprobQuery:
     """What is asked of the distribution behind each hidden state.
 
     Attributes:
@@ -43,23 +43,23 @@ class Question:
     chunk: int | None = None
 
 
-def target_logprobs(hidden_NE: Tensor, head_VE: Tensor, question: Question) -> tuple[Tensor, Tensor]:
+def target_logprobs(hidden_NE: Tensor, head_VE: Tensor, query: LogprobQuery) -> tuple[Tensor, Tensor]:
     """Natural log-prob of each label, and the entropy in nats of the distribution that it is drawn from.
 
     Both float32 [N] and differentiable. The gradient of `hidden_NE` is this process's share: it is to be
     summed over the tensor group (`PathGPT.whole_hidden` does). The softmax is in float32, the product with
     the head in the model's dtype, as in inference engines.
     """
-    return _TargetLogprobs.apply(hidden_NE, head_VE, question)
+    return _TargetLogprobs.apply(hidden_NE, head_VE, query)
 
 
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NE: Tensor, head_VE: Tensor, question: Question) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden_NE: Tensor, head_VE: Tensor, query: LogprobQuery) -> tuple[Tensor, ...]:
         logprobs_N, entropies_N, logsums_N = (
             hidden_NE.new_empty(len(hidden_NE), dtype=torch.float32) for _ in range(3)
         )
-        for part, logits_CV, here_C, column_C in _chunks(hidden_NE, head_VE, question):
+        for part, logits_CV, here_C, column_C in _chunks(hidden_NE, head_VE, query):
             highest_C = _over_group(logits_CV.amax(-1), dist.ReduceOp.MAX)
             # Below the highest logit from here on: large logits would cost digits of their differences.
             below_CV = logits_CV.sub_(highest_C[:, None])
@@ -71,7 +71,7 @@ class _TargetLogprobs(torch.autograd.Function):
             entropies_N[part] = total_C.log() - weighted_C / total_C
             logsums_N[part] = total_C.log() + highest_C
         ctx.save_for_backward(hidden_NE, head_VE, logsums_N, entropies_N)
-        ctx.question = question
+        ctx.query = query
         ctx.set_materialize_grads(False)
         return logprobs_N, entropies_N
 
@@ -81,7 +81,7 @@ class _TargetLogprobs(torch.autograd.Function):
         logprobs_grad_N, entropies_grad_N = grads
         hidden_grad_NE = torch.empty_like(hidden_NE)
         head_grad_VE = torch.zeros_like(head_VE, dtype=torch.float32)
-        for part, logits_CV, here_C, column_C in _chunks(hidden_NE, head_VE, ctx.question):
+        for part, logits_CV, here_C, column_C in _chunks(hidden_NE, head_VE, ctx.query):
             logshare_CV = logits_CV.sub_(logsums_N[part, None])
             grad_CV = logshare_CV.exp()
             if entropies_grad_N is None:
@@ -94,8 +94,8 @@ class _TargetLogprobs(torch.autograd.Function):
                 grad_CV.mul_(slope_CV)
             if logprobs_grad_N is not None:
                 grad_CV.scatter_add_(1, column_C[:, None], (logprobs_grad_N[part] * here_C)[:, None])
-            if ctx.question.temperature != 1:
-                grad_CV.div_(ctx.question.temperature)
+            if ctx.query.temperature != 1:
+                grad_CV.div_(ctx.query.temperature)
             grad_CV = grad_CV.to(head_VE.dtype)
             hidden_grad_NE[part] = grad_CV @ head_VE
             head_grad_VE += grad_CV.T @ hidden_NE[part]
@@ -103,24 +103,24 @@ class _TargetLogprobs(torch.autograd.Function):
 
 
 def _chunks(
-    hidden_NE: Tensor, head_VE: Tensor, question: Question
+    hidden_NE: Tensor, head_VE: Tensor, query: LogprobQuery
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """A chunk's place, its logits [C, V] in float32, which are the caller's to write over, whether its labels
     are among this process's rows of the head, and their columns (0 where they are not)."""
     rows = len(head_VE)
     first = parallel_state.get_tensor_model_parallel_rank() * rows
     most = CPU_CHUNK_LOGITS if hidden_NE.device.type == "cpu" else CHUNK_LOGITS
-    size = question.chunk or max(1, most // rows)
+    size = query.chunk or max(1, most // rows)
     for start in range(0, len(hidden_NE), size):
         part = slice(start, min(start + size, len(hidden_NE)))
         logits_CV = (hidden_NE[part] @ head_VE.T).float()
-        if question.temperature != 1:
-            logits_CV.div_(question.temperature)
-        logits_CV[:, max(0, question.vocab - first) :] = NEVER
-        barred_C = question.barred_N[part] - first
-        cut = ((barred_C >= 0) & (barred_C < rows) & (question.barred_N[part] >= 0)).nonzero()[:, 0]
+        if query.temperature != 1:
+            logits_CV.div_(query.temperature)
+        logits_CV[:, max(0, query.vocab - first) :] = NEVER
+        barred_C = query.barred_N[part] - first
+        cut = ((barred_C >= 0) & (barred_C < rows) & (query.barred_N[part] >= 0)).nonzero()[:, 0]
         logits_CV[cut, barred_C[cut]] = NEVER
-        column_C = question.labels_N[part] - first
+        column_C = query.labels_N[part] - first
         here_C = (column_C >= 0) & (column_C < rows)
         yield part, logits_CV, here_C, column_C.where(here_C, 0)
 

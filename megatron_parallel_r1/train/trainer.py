@@ -15,7 +15,7 @@ import torch
 from megatron_parallel_r1.distributed.collectives import sum_metrics
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.optimizer import Adam, wrap_for_training
-from megatron_parallel_r1.train.logprob_runner import Scorer
+from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.micro_batch import MicroBatch
 
 # From log-probs and entropies of the targets and their micro-batch: the loss summed over targets, and sums to
@@ -49,7 +49,7 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class LrSchedule:
     """Learning rate over the steps of a stage: linear warm-up, then constant or down to `final` x peak."""
 
     peak: float
@@ -64,7 +64,7 @@ class Schedule:
         return self.peak * (1 + (self.final - 1) * passed)
 
 
-class Trainer(Scorer):
+class Trainer(LogprobRunner):
     """A scorer that learns.
 
     Args:

@@ -1,4 +1,4 @@
-"""Seconds of a step by what they went into."""
+"""Times the phases of a step."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Phases:
-    """Sums of seconds by name, since they were last taken; every thread adds to the same.
+class Timers:
+    """Sums seconds by name until they are taken; all threads add to the same sums.
 
-    A second thread that rolls out ahead works while the training thread does: then the phases of a step
-    are more than its time, and those of the rollout belong to whatever batch was under way.
+    A second thread that rolls out ahead works while the training thread does: then the phases of a step sum
+        to more than its time, and those of the rollout belong to whichever batch was under way.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Phases:
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Adds the time of the block; what the block raises counts too."""
+        """Adds the time of the block, also if it raises."""
         began = time.monotonic()
         try:
             yield
@@ -31,7 +31,7 @@ class Phases:
                 self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
     def take(self) -> dict[str, float]:
-        """All sums, as metrics `time_NAME_s`; they begin anew."""
+        """Returns all sums as metrics `time_NAME_s` and resets them."""
         with self._lock:
             taken, self._seconds = self._seconds, {}
         return {f"time_{name}_s": seconds for name, seconds in taken.items()}

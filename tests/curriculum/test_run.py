@@ -70,7 +70,7 @@ def documented(heading: str) -> set[str]:
 
 
 def test_every_metric_is_documented_and_every_documented_one_is_logged(whole: Path) -> None:
-    """What only some objectives report: tests/unit/train/test_learning.py; servers: docs/rollout.md."""
+    """What only some objectives report: tests/unit/rl/test_learner.py; servers: docs/rollout.md."""
     always = {"stage", "kind", "step", "steps"}
     (first_eval, *_), (first_sft, *_) = (
         [json.loads(line) for line in (whole / name).read_text().splitlines()]

@@ -11,8 +11,8 @@ from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.data.row_cache import RowCache
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run.datasets import example_rows, load_tokenizer, problem_stream
+from megatron_parallel_r1.sft.loop import example_row
 from megatron_parallel_r1.thought.tokenizer import add_tags
-from megatron_parallel_r1.train.sft import example_row
 from tests.curriculum.test_decontamination import LONG, RECIPE, rows, words_of
 
 QUESTIONS = ["What is two plus two?", LONG.format("three"), "What is six times six?"]

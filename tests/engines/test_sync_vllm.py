@@ -17,7 +17,7 @@ from megatron_parallel_r1.rollout.servers.vllm import VLLM
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import InFlight, Sync
 from megatron_parallel_r1.sync.vllm import VllmControl
-from megatron_parallel_r1.train.logprob_runner import Scorer
+from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.probing import causal_logprobs
 from tests.engines.servers import vllm
 from tests.engines.trained import EXACT, ROWS, SHAPE, Trained, draw, write_drawn
@@ -131,7 +131,7 @@ def test_what_becomes_of_requests_under_way(
 
 def last_logprob(model: Model, tokens: list[int], version: int) -> float:
     draw(model, version)
-    scorer = Scorer(model)
+    scorer = LogprobRunner(model)
     (scores,) = causal_logprobs(scorer, [(5, 6, 7, *tokens)], capacity=LONG + 8)
     return scores[-1]
 

@@ -11,7 +11,7 @@ from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.sync.control import Row, Scores
 from megatron_parallel_r1.sync.probe import Head
-from megatron_parallel_r1.train.logprob_runner import Scorer
+from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
 from tests.serve.release import tokenizer
 
@@ -50,5 +50,5 @@ class Trained:
         self.model = model
 
     def __call__(self, rows: Sequence[Row], head: Head | None) -> list[Scores]:
-        scorer = Scorer(self.model, head_VE=head.rows_VE if head else None)
+        scorer = LogprobRunner(self.model, head_VE=head.rows_VE if head else None)
         return causal_logprobs(scorer, rows, capacity=256)

@@ -21,7 +21,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import Qwen3ForCausalLM
 
+from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer, training_problem
+from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.collectives import all_gather_objects
@@ -30,14 +32,14 @@ from megatron_parallel_r1.distributed.replicas import background_groups
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
-from megatron_parallel_r1.rl.rollout_batch import Collected, collect
-from megatron_parallel_r1.rl.rollout_queue import batches
-from megatron_parallel_r1.rl.rollout_worker import roll_out_and_judge
+from megatron_parallel_r1.rl.rollout_queue import open_queue
+from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.rollout.native.tensor_parallel import Team
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.tokenizer import add_tags
 from megatron_parallel_r1.utils.rank import is_rank_zero
+from megatron_parallel_r1.utils.timers import Timers
 from tests.parallel.launch import settings_of
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3
 
@@ -69,29 +71,38 @@ def stage(team: Team, world: dist.ProcessGroup, k: int) -> list[Any]:
     thinker = Thinker(engine, tags, THINKING)
     found = []
     with Verifier() as verifier:
-
-        def make(step: int) -> Collected:
-            return collect(
-                stream.next_batch,
-                lambda problems, seeds: roll_out_and_judge(
-                    thinker, problems, seeds, tokenizer, "plain", verifier, concurrent=64, world=world
-                ),
-                Reward((Component("short", short),)),
-                prompts=3,
-                samples=SAMPLES,
-                step=step,
-                seed=11,
-                dynamic=DynamicSampling(max_rounds=3),
-            )
-
-        with batches(make, engine, max_staleness=k, partial=False, done=0, steps=STEPS, found=None) as ahead:
+        worker = RolloutWorker(
+            RlStage(
+                name="rl",
+                kind="rl",
+                data={"source": "embedded", "kind": "easy"},
+                steps=STEPS,
+                prompts_per_step=3,
+                samples_per_prompt=SAMPLES,
+                dynamic_sampling=DynamicSampling(max_rounds=3),
+                max_off_policy_steps=k,
+                max_concurrent_rollouts=64,
+                optimizer={"lr": 1.0},
+            ),
+            stream,
+            thinker,
+            tokenizer,
+            verifier,
+            seed=11,
+            reward=Reward((Component("short", short),)),
+            template="plain",
+            read_result=stated_result,
+            timers=Timers(),
+            world=world,
+        )
+        with open_queue(worker, worker.stage, done=0, pending=None) as rollouts:
             for step in range(1, STEPS + 1):
-                ahead.publish(weights(model, step - 1), version=step - 1)
-                batch = ahead.take(step)
+                rollouts.update_weights(weights(model, step - 1), version=step - 1)
+                batch = rollouts.next_batch(step)
                 for _ in range(50):
                     dist.all_reduce(torch.ones(1))
                 traces = [(t.tokens, t.versions, t.logprobs) for t in batch.all.traces]
-                found.append((batch.rounds, [p.id for p in batch.kept.problems], traces))
+                found.append((batch.rounds, [p.id for p in batch.trained.problems], traces))
     return found
 
 

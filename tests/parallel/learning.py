@@ -18,15 +18,16 @@ from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rewards.path_diversity import content
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rl.learner import Learner, Schooling
+from megatron_parallel_r1.rl.learner import BatchConfig, Learner
 from megatron_parallel_r1.rl.objective.settings import Objective
-from megatron_parallel_r1.rl.path_verdicts import Verdicts, judge_paths
+from megatron_parallel_r1.rl.path_results import Verdicts, judge_paths
 from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.probing import causal_logprobs
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.reference.traces import TAGS, random_trace
+from tests.unit.rl.steps import learn
 
 # Not below the longest row, and a multiple of 8, the most parts that a layout here cuts a row into.
 MICRO_TOKENS = 240
@@ -97,7 +98,7 @@ def verdicts_of(traces: Sequence[Trace], verifier: Verifier) -> list[Verdicts]:
 
 
 def three_lessons(shape: ModelConfig, parallel: ParallelConfig, lesson: Lesson) -> dict[str, Any]:
-    """Metrics of three steps, as `learn` returns them, and the weights that they end in.
+    """Metrics of three steps, as the learner returns them, and the weights that they end in.
 
     `probed` are the log-probs of three texts, summed up, under the weights of the end.
     """
@@ -106,13 +107,13 @@ def three_lessons(shape: ModelConfig, parallel: ParallelConfig, lesson: Lesson) 
     load_hf_tensors(other, random_hf_tensors(shape, seed=8, std=0.2))
     # eps: as in steps.py.
     trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1))
-    schooling = Schooling(lesson.samples, 1, mini_batches=2, micro_tokens=MICRO_TOKENS, limit=160)
-    learner = Learner(trainer, lesson.objective, schooling, "isolated", TAGS, Reference(other, 1.0))
+    batch = BatchConfig(lesson.samples, 1, mini_batches=2, micro_tokens=MICRO_TOKENS, max_response_tokens=160)
+    learner = Learner(trainer, lesson.objective, batch, "isolated", TAGS, Reference(other, 1.0))
     traces = [trace_of(seed) for seed in lesson.seeds]
     rewards = [random.Random(seed).choice([1.0, -1.0]) for seed in lesson.seeds]
     with Verifier() as verifier:
         verdicts = verdicts_of(traces, verifier)
-    steps = [learner.learn(traces, rewards, 1e-3, verdicts) for _ in range(3)]
+    steps = [learn(learner, traces, rewards, 1e-3, verdicts) for _ in range(3)]
     probed = causal_logprobs(
         trainer, [trace.tokens for trace in traces[:3]] * (3 // len(traces[:3])), MICRO_TOKENS
     )

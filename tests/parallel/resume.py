@@ -28,7 +28,7 @@ from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, rand
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.checkpoints.sharded import live_parts, steps_taken
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import share_out
+from megatron_parallel_r1.train.partition import partition_rows
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.parallel.launch import parallel_of
 from tests.parallel.steps import SHAPE, batch_of_rows
@@ -64,7 +64,7 @@ def trainer_of(job: Job, parallel: ParallelConfig, untied: bool) -> tuple[Traine
     trainer = Trainer(model, adam)
     rows, _ = batch_of_rows()
     capacity = sum(map(len, rows)) // 5
-    mine = share_out(rows, capacity - capacity % parallel.row_multiple, trainer.place)
+    mine = partition_rows(rows, capacity - capacity % parallel.row_multiple, trainer.partition)
     return trainer, [MicroBatch.of(row, trainer.device) for row in mine]
 
 

@@ -26,11 +26,11 @@ from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rl.objective.loss import policy_loss
 from megatron_parallel_r1.rl.objective.settings import Objective
+from megatron_parallel_r1.sft.loop import sft_loss
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import share_out
-from megatron_parallel_r1.train.sft import sft_loss
+from megatron_parallel_r1.train.partition import partition_rows
 from megatron_parallel_r1.train.trainer import Trainer
 from megatron_parallel_r1.utils.rank import is_rank_zero
 from tests.parallel.launch import parallel_of
@@ -79,7 +79,7 @@ def three_steps(
     trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1, sharded=parallel.sharded_optimizer))
     rows, values = batch_of_rows()
     capacity = sum(map(len, rows)) // 5
-    mine = share_out(rows, capacity - capacity % parallel.row_multiple, trainer.place)
+    mine = partition_rows(rows, capacity - capacity % parallel.row_multiple, trainer.partition)
     if loss_name == "on-policy":
         values = {name: values[name] for name in values.keys() - {"old"}}
     batches = [MicroBatch.of(row, trainer.device, values) for row in mine]
@@ -89,7 +89,9 @@ def three_steps(
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if loss_name == "sft":
             return sft_loss(logprobs_N), {"clipped": torch.zeros(())}
-        total, sums = policy_loss(logprobs_N, entropies_N, batch.values, OBJECTIVES[loss_name], batch.members)
+        total, sums = policy_loss(
+            logprobs_N, entropies_N, batch.values, OBJECTIVES[loss_name], batch.segments
+        )
         return total, {"clipped": sums["clipped_low"] + sums["clipped_high"]}
 
     steps = [trainer.update(batches, loss, 1e-3) for _ in range(3)]

@@ -25,7 +25,7 @@ from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensor
 from megatron_parallel_r1.planning.memory import Workload, activation_bytes, layer_bytes
 from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.thought.packing import context_indices
-from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
+from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 from megatron_parallel_r1.utils.rank import is_rank_zero
 
 SHAPE = ModelConfig(hidden=256, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=640, vocab=300)
@@ -56,7 +56,7 @@ def compare(dtype: torch.dtype, parallel: ParallelConfig) -> tuple[int, int]:
         target_logprobs(
             hidden_TE[torch.arange(len(tokens_T))],
             model[-1].head_weight(),
-            Question(tokens_T, torch.full_like(tokens_T, -1), 1.0, SHAPE.vocab),
+            LogprobQuery(tokens_T, torch.full_like(tokens_T, -1), 1.0, SHAPE.vocab),
         )
     number = dtype.itemsize
     (part, *_) = pipeline_parts(SHAPE, parallel)

@@ -34,7 +34,7 @@ from megatron_parallel_r1.planning.rollouts import longest_row
 from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train import target_logprobs as target_logprobs_module
-from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
+from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 from tests.planning.kept_by_autograd import DTYPES, LENGTH, RECOMPUTE, SHAPE, compare_all
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
@@ -160,7 +160,7 @@ def test_the_logits_chunks_are_those_of_the_loss(dtype: torch.dtype, monkeypatch
     head_VE = torch.randn(vocab, hidden).to(dtype).requires_grad_()
     ids_N = torch.arange(targets)
     with Alive() as alive:
-        question = Question(ids_N, torch.full_like(ids_N, -1), 1.0, vocab)
+        question = LogprobQuery(ids_N, torch.full_like(ids_N, -1), 1.0, vocab)
         logprobs_N, entropies_N = target_logprobs(hidden_NE, head_VE, question)
         (logprobs_N.sum() + entropies_N.sum()).backward()
     shape = ModelConfig(hidden=hidden, layers=1, heads=1, kv_heads=1, head_dim=2, ffn=2, vocab=vocab)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_parallel_r1.rl.objective.ratios import bounded_exp
-from megatron_parallel_r1.rl.objective.segments import Members
 from megatron_parallel_r1.rl.objective.settings import CorrectionLevel
+from megatron_parallel_r1.rl.objective.surrogate import bounded_exp
+from megatron_parallel_r1.train.segments import Segments
 
 
 def engine_ratios(
-    trainer_N: torch.Tensor, engine_N: torch.Tensor, level: CorrectionLevel, members: Members | None = None
+    trainer_N: torch.Tensor, engine_N: torch.Tensor, level: CorrectionLevel, members: Segments | None = None
 ) -> torch.Tensor:
     """p_trainer / p_engine for each target, without gradient.
 

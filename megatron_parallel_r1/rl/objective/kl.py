@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from megatron_parallel_r1.rl.objective.ratios import bounded_exp
-from megatron_parallel_r1.rl.objective.segments import Members
 from megatron_parallel_r1.rl.objective.settings import Kl
+from megatron_parallel_r1.rl.objective.surrogate import bounded_exp
+from megatron_parallel_r1.train.segments import Segments
 
 
 def kl_estimates(logprobs_N: torch.Tensor, reference_N: torch.Tensor, kind: Kl) -> torch.Tensor:
@@ -38,7 +38,7 @@ def kl_estimates(logprobs_N: torch.Tensor, reference_N: torch.Tensor, kind: Kl) 
 
 
 def kl_penalties(
-    old_N: torch.Tensor, reference_N: torch.Tensor, kind: Kl, coefficient: float, members: Members
+    old_N: torch.Tensor, reference_N: torch.Tensor, kind: Kl, coefficient: float, members: Segments
 ) -> torch.Tensor:
     """What to add to each trace's reward, float64 [T]: minus coefficient x the sum over its targets.
 

@@ -13,10 +13,9 @@ import torch
 
 from megatron_parallel_r1.rl.objective.correction import engine_ratios, masked, truncated
 from megatron_parallel_r1.rl.objective.kl import kl_estimates
-from megatron_parallel_r1.rl.objective.ratios import ratios
-from megatron_parallel_r1.rl.objective.segments import Members
 from megatron_parallel_r1.rl.objective.settings import Objective
-from megatron_parallel_r1.rl.objective.surrogate import cispo, ppo
+from megatron_parallel_r1.rl.objective.surrogate import cispo, ppo, ratios
+from megatron_parallel_r1.train.segments import Segments
 
 
 def policy_loss(
@@ -24,7 +23,7 @@ def policy_loss(
     entropies_N: torch.Tensor,
     values: Mapping[str, torch.Tensor],
     objective: Objective,
-    members: Members | None = None,
+    members: Segments | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of GRPO and its family, summed over targets: weight x (-gain + KL term - entropy bonus).
 

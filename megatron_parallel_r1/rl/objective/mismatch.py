@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_parallel_r1.rl.objective.correction import effective_share
-from megatron_parallel_r1.rl.objective.ratios import bounded_exp
+from megatron_parallel_r1.rl.objective.surrogate import bounded_exp
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Mismatch:
 
 
 def mismatch_sums(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sums over targets, float64 scalars, which micro-batches and processes add up by name (`totals.total`).
+    """Sums over targets, float64 scalars, which micro-batches and ranks add up by name (`sum_metrics`).
 
     Returns:
         The number of targets (`tokens`), |trainer - engine| (`apart`), k3, the ratio and its square.
@@ -63,7 +63,7 @@ def mismatch_sums(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, 
 
 
 def largest_apart(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> float:
-    """The largest |trainer - engine|, 0 without targets; processes take the highest (`totals.highest`)."""
+    """The largest |trainer - engine|, 0 without targets; ranks take the maximum (`all_reduce_max`)."""
     return _apart(trainer_N, engine_N).abs().max().item() if len(trainer_N) else 0.0
 
 

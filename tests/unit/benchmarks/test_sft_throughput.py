@@ -14,7 +14,7 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.train.sft import sft_step
+from megatron_parallel_r1.sft.loop import sft_step
 from megatron_parallel_r1.train.trainer import Trainer
 
 

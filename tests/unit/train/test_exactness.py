@@ -12,11 +12,11 @@ import torch
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rl.objective.mismatch import mismatch
 from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.sft.loop import sft_loss
 from megatron_parallel_r1.thought.layout import Mode, lay_out
 from megatron_parallel_r1.thought.packing import pack
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.sft import sft_loss
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.reference.traces import TAGS
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_parallel_r1.train.target_logprobs import Question, target_logprobs
+from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 from tests.reference.peak import Peak
 
 N, E, V = 9, 6, 13
@@ -35,7 +35,7 @@ def reference(
 def test_values_and_gradients_equal_the_definition(chunk: int | None) -> None:
     hidden_NE, head_VE, labels_N, barred_N = drawn(3)
     weights_2N = torch.randn(2, N, generator=torch.Generator().manual_seed(4))
-    ours = target_logprobs(hidden_NE, head_VE, Question(labels_N, barred_N, 0.7, V, chunk))
+    ours = target_logprobs(hidden_NE, head_VE, LogprobQuery(labels_N, barred_N, 0.7, V, chunk))
     theirs = reference(hidden_NE, head_VE, labels_N, barred_N)
     # Both outputs' gradients at once, and each alone: the other's is then None.
     for mask in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
@@ -51,7 +51,7 @@ def test_values_and_gradients_equal_the_definition(chunk: int | None) -> None:
 
 def test_a_barred_token_is_out_of_the_distribution() -> None:
     hidden_NE, head_VE = torch.zeros(3, 2), torch.zeros(4, 2, requires_grad=True)
-    asked = Question(torch.tensor([0, 0, 1]), torch.tensor([2, -1, 0]), 1.0, vocab=4)
+    asked = LogprobQuery(torch.tensor([0, 0, 1]), torch.tensor([2, -1, 0]), 1.0, vocab=4)
     logprobs_N, entropies_N = target_logprobs(hidden_NE + 1, head_VE, asked)
     assert torch.allclose(logprobs_N.exp(), torch.tensor([1 / 3, 1 / 4, 1 / 3]))
     assert torch.allclose(entropies_N.exp(), torch.tensor([3.0, 4.0, 3.0]))
@@ -60,7 +60,7 @@ def test_a_barred_token_is_out_of_the_distribution() -> None:
 def test_no_targets_are_no_error_and_have_no_gradient() -> None:
     hidden_NE, head_VE = torch.zeros(0, 2, requires_grad=True), torch.ones(4, 2, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
-    logprobs_N, _ = target_logprobs(hidden_NE, head_VE, Question(nothing, nothing, 1.0, vocab=4))
+    logprobs_N, _ = target_logprobs(hidden_NE, head_VE, LogprobQuery(nothing, nothing, 1.0, vocab=4))
     logprobs_N.sum().backward()
     assert logprobs_N.shape == (0,) and head_VE.grad.abs().sum() == 0
 
@@ -76,7 +76,7 @@ def test_peak_memory_does_not_grow_with_targets_times_vocabulary() -> None:
     hidden_NE, head_VE = torch.randn(300, 4, requires_grad=True), torch.randn(500, 4, requires_grad=True)
     labels_N = torch.zeros(300, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        target_logprobs(hidden_NE, head_VE, Question(labels_N, labels_N - 1, 1.0, 500, chunk=8))
+        target_logprobs(hidden_NE, head_VE, LogprobQuery(labels_N, labels_N - 1, 1.0, 500, chunk=8))
     assert sum(kept) <= hidden_NE.numel() + head_VE.numel() + 2 * 300 < 300 * 500
 
 
@@ -89,7 +89,7 @@ def test_forward_and_backward_never_hold_more_logits_than_a_chunk_has(targets: i
     with Peak() as peak:
         for known in (hidden_NE, head_VE, labels_N):
             peak.know(known)
-        asked = Question(labels_N, labels_N - 1, 1.0, vocabulary, chunk)
+        asked = LogprobQuery(labels_N, labels_N - 1, 1.0, vocabulary, chunk)
         logprobs_N, entropies_N = target_logprobs(hidden_NE, head_VE, asked)
         (logprobs_N.sum() + entropies_N.sum()).backward()
     # Gradients and their like of both inputs, a few vectors of the targets, a few blocks of a chunk's logits.

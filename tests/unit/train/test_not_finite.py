@@ -11,7 +11,7 @@ from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.thought.layout import lay_out
 from megatron_parallel_r1.thought.tree import Tree
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import share_out
+from megatron_parallel_r1.train.partition import partition_rows
 from megatron_parallel_r1.train.trainer import Loss, NotFinite, Trainer
 
 TOKENS = (9, 12, 31, 10, 17, 22)
@@ -32,7 +32,9 @@ def no_slope(logprobs_N: torch.Tensor, *_: object) -> tuple[torch.Tensor, dict[s
 
 def updated(trainer: Trainer, loss: Loss) -> None:
     row = lay_out(TOKENS[:1], TOKENS[1:], [True] * 5, Tree(5), "causal")
-    batches = [MicroBatch.of(packed, trainer.device) for packed in share_out([row], 64, trainer.place)]
+    batches = [
+        MicroBatch.of(packed, trainer.device) for packed in partition_rows([row], 64, trainer.partition)
+    ]
     trainer.update(batches, loss, lr=1e-2)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.packing import deal
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.partition import Place, share_out
+from megatron_parallel_r1.train.partition import BatchPartition, partition_rows
 
 
 def row_of(length: int) -> Row:
@@ -42,8 +42,8 @@ def test_shares_of_all_processes_hold_each_target_once(lengths, data, context, t
     counts = set()
     for data_rank in range(data):
         for context_rank in range(context):
-            place = Place(data_rank, data, context_rank, context, multiple, rounds)
-            mine = share_out(rows, 12 * 5, place)
+            place = BatchPartition(data_rank, data, context_rank, context, multiple, rounds)
+            mine = partition_rows(rows, 12 * 5, place)
             counts.add(len(mine))
             for row in mine:
                 assert len(row) > 0 and len(row) * context % multiple == 0
@@ -57,6 +57,6 @@ def test_shares_of_all_processes_hold_each_target_once(lengths, data, context, t
 def test_token_counts_are_balanced() -> None:
     generator = np.random.default_rng(0)
     rows = [row_of(int(length)) for length in generator.integers(20, 400, 64)]
-    shares = [share_out(rows, 2000, Place(data=rank, data_size=4)) for rank in range(4)]
+    shares = [partition_rows(rows, 2000, BatchPartition(data=rank, data_size=4)) for rank in range(4)]
     tokens = [sum(map(len, share)) for share in shares]
     assert max(tokens) <= 1.02 * sum(tokens) / 4, tokens

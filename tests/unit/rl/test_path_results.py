@@ -8,7 +8,7 @@ from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.formats import Format
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.metrics import judge_traces, trace_metrics
-from megatron_parallel_r1.rl.path_metrics import path_lengths, stated_value, summary_metrics
+from megatron_parallel_r1.rl.path_results import path_lengths, stated_value, summary_metrics
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace

@@ -11,9 +11,9 @@ from megatron_parallel_r1.rl.objective.advantage import (
     ADVANTAGES,
     dr_grpo_advantages,
     group_advantages,
+    path_advantages,
     rloo_advantages,
 )
-from megatron_parallel_r1.rl.objective.credit import path_advantages
 from megatron_parallel_r1.rl.objective.filtering import informative
 from megatron_parallel_r1.rl.objective.overlong import complete, overlong_penalties
 from megatron_parallel_r1.thought.parser import parse

@@ -11,13 +11,14 @@ import torch
 
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors
-from megatron_parallel_r1.rl.learner import Learner, Schooling
+from megatron_parallel_r1.rl.learner import BatchConfig, Learner
 from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.reference.traces import TAGS
+from tests.unit.rl.steps import learn
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
 SAMPLES = 4
@@ -32,8 +33,10 @@ def traces() -> list[Trace]:
 
 
 def learner(trainer: Trainer, objective: Objective, updates: int = 1, **changed: object) -> Learner:
-    schooling = Schooling(SAMPLES, 1, updates, micro_tokens=200, limit=THINKING.max_response_tokens)
-    return Learner(trainer, objective, schooling, "isolated", TAGS, **changed)
+    batch = BatchConfig(
+        SAMPLES, 1, updates, micro_tokens=200, max_response_tokens=THINKING.max_response_tokens
+    )
+    return Learner(trainer, objective, batch, "isolated", TAGS, **changed)
 
 
 def reference_of(trainer: Trainer, every: int = 0) -> Reference:
@@ -49,11 +52,11 @@ def values_of(learner: Learner, traces: Sequence[Trace], rewards: Sequence[float
 
     def spy(batches, loss, lr):
         for batch in batches:
-            seen.append(batch.values | {"trace": torch.tensor(batch.row.members)[batch.members.member_N]})
+            seen.append(batch.values | {"trace": torch.tensor(batch.row.members)[batch.segments.member_N]})
         return update(batches, loss, lr)
 
     learner.trainer.update = spy  # type: ignore[method-assign]
-    learner.learn(traces, rewards, lr=1e-3)
+    learn(learner, traces, rewards, lr=1e-3)
     return {name: np.concatenate([v[name].numpy() for v in seen]) for name in seen[0]}
 
 
@@ -100,7 +103,7 @@ def test_a_long_trace_loses_reward(trainer_of, traces) -> None:
     penalties = -3.0 * lengths / 60
     expected = penalties - np.repeat(penalties.reshape(2, 4).mean(1), 4)
     assert by_trace(values, traces, "advantage") == pytest.approx(expected, abs=1e-6)  # float32
-    metrics = learner(trainer_of(), objective).learn(traces, [0.0] * 8, lr=1e-3)
+    metrics = learn(learner(trainer_of(), objective), traces, [0.0] * 8, lr=1e-3)
     assert metrics["penalty_overlong"] == pytest.approx(penalties.mean())
 
 
@@ -108,14 +111,14 @@ def test_a_long_trace_loses_reward(trainer_of, traces) -> None:
 def test_kl_to_itself_is_nothing_and_grows_with_updates(trainer_of, traces, kind) -> None:
     trainer = trainer_of()
     one = learner(trainer, Objective(kl=kind, kl_coefficient=0.1), reference=reference_of(trainer))
-    kls = [one.learn(traces, REWARDS, lr=3e-3)["kl"] for _ in range(3)]
+    kls = [learn(one, traces, REWARDS, lr=3e-3)["kl"] for _ in range(3)]
     assert abs(kls[0]) <= 1e-6 < abs(kls[2])
 
 
 def test_kl_in_the_reward_is_the_sum_over_a_trace(trainer_of, traces) -> None:
     trainer = trainer_of()
     reference = reference_of(trainer)
-    learner(trainer, Objective()).learn(traces, REWARDS, lr=1e-2)
+    learn(learner(trainer, Objective()), traces, REWARDS, lr=1e-2)
     objective = Objective(advantage="dr_grpo", kl="k1", kl_in="reward", kl_coefficient=0.5)
     values = values_of(learner(trainer, objective, reference=reference), traces, [0.0] * 8)
     apart = values["old"].astype(np.float64) - values["reference"]
@@ -123,7 +126,7 @@ def test_kl_in_the_reward_is_the_sum_over_a_trace(trainer_of, traces) -> None:
     penalties = np.array([-0.5 * apart[values["trace"] == number].sum() for number in range(8)])
     expected = penalties - np.repeat(penalties.reshape(2, 4).mean(1), 4)
     assert advantages == pytest.approx(expected, abs=1e-5)  # float32, of penalties of some units
-    metrics = learner(trainer, objective, reference=reference).learn(traces, [0.0] * 8, lr=0.0)
+    metrics = learn(learner(trainer, objective, reference=reference), traces, [0.0] * 8, lr=0.0)
     again = values_of(learner(trainer, objective, reference=reference), traces, [0.0] * 8)
     moved = -0.5 * (again["old"].astype(np.float64) - again["reference"]).sum() / 8
     assert metrics["penalty_kl"] == pytest.approx(moved, rel=1e-5) and moved != 0
@@ -133,10 +136,10 @@ def test_the_reference_is_renewed_when_it_should(trainer_of, traces) -> None:
     trainer = trainer_of()
     reference = reference_of(trainer, every=2)
     first = [p.clone() for p in reference.model.parameters()]
-    learner(trainer, Objective()).learn(traces, REWARDS, lr=1e-2)
-    assert [reference.born(step) for step in range(5)] == [0, 0, 2, 2, 4]
+    learn(learner(trainer, Objective()), traces, REWARDS, lr=1e-2)
+    assert [reference.version(step) for step in range(5)] == [0, 0, 2, 2, 4]
     assert all(torch.equal(a, b) for a, b in zip(first, reference.model.parameters(), strict=True))
-    reference.renew(trainer.model)
+    reference.copy_from(trainer.model)
     pairs = zip(trainer.model.parameters(), reference.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -155,14 +158,14 @@ def test_paths_answer_for_themselves(trainer_of, traces) -> None:
         return update(batches, loss, lr)
 
     trainer.update = spy  # type: ignore[method-assign]
-    learner(trainer, objective).learn(traces, [0.25] * 8, lr=1e-3, path_verdicts=verdicts)
+    learn(learner(trainer, objective), traces, [0.25] * 8, lr=1e-3, path_verdicts=verdicts)
     assert seen == {0.0, 1.0, -1.0}  # equal rewards: only the paths are apart
 
 
 def test_correction_and_mismatch_are_reported(trainer_of, traces) -> None:
     distorted = [replace(t, logprobs=tuple(p - 0.5 for p in t.logprobs)) for t in traces]
     objective = Objective(correction="truncate", correction_cap=1.2)
-    metrics = learner(trainer_of(), objective).learn(distorted, REWARDS, lr=1e-3)
+    metrics = learn(learner(trainer_of(), objective), distorted, REWARDS, lr=1e-3)
     # Forced tokens have log-prob 0 and carry no loss; sampled ones are e^0.5 = 1.65 times likelier here.
     assert metrics["mismatch_mean"] == pytest.approx(0.5, abs=1e-5)
     assert metrics["correction"] == pytest.approx(1.2) and metrics["corrected"] == 1
@@ -172,11 +175,11 @@ def test_correction_and_mismatch_are_reported(trainer_of, traces) -> None:
 def test_what_the_updates_of_a_step_did_is_reported(trainer_of, traces) -> None:
     cut = [replace(t, finish="length" if i == 0 else "eos") for i, t in enumerate(traces)]
     objective = Objective(dual_clip=1.0001, mask_truncated=True)
-    metrics = learner(trainer_of(), objective, updates=2).learn(cut, REWARDS, lr=3e-3)
+    metrics = learn(learner(trainer_of(), objective, updates=2), cut, REWARDS, lr=3e-3)
     assert metrics["tokens_trained"] == sum(t.sampled_count for t in traces[1:])
     # The second update is of other groups, whose log-probs the first has moved.
     assert 0 < metrics["clip_dual"] < 1 and metrics["kl_old"] > 1e-6
-    once = learner(trainer_of(), Objective()).learn(cut, REWARDS, lr=3e-3)
+    once = learn(learner(trainer_of(), Objective()), cut, REWARDS, lr=3e-3)
     assert once["kl_old"] == 0 and "clip_dual" not in once
     assert once["tokens_trained"] == sum(t.sampled_count for t in traces)
 
@@ -185,7 +188,7 @@ def test_what_only_some_objectives_report(trainer_of, traces) -> None:
     def names(**settings: object) -> set[str]:
         trainer = trainer_of()
         asked = learner(trainer, Objective(**settings), reference=reference_of(trainer))
-        return set(asked.learn(traces, REWARDS, lr=1e-3))
+        return set(learn(asked, traces, REWARDS, lr=1e-3))
 
     plain = names()
     assert names(correction="mask") - plain == {"correction", "corrected", "correction_effective"}
@@ -204,5 +207,5 @@ def test_more_updates_than_groups_are_as_many_as_groups(trainer_of, traces) -> N
         return update(batches, loss, lr)
 
     trainer.update = count  # type: ignore[method-assign]
-    metrics = learner(trainer, Objective(), updates=5).learn(traces, REWARDS, lr=1e-3)
+    metrics = learn(learner(trainer, Objective(), updates=5), traces, REWARDS, lr=1e-3)
     assert made == 2 and metrics["mismatch_max"] <= 2e-5

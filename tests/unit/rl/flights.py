@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,11 @@ from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.rewards.base import Judged, Score
 from megatron_parallel_r1.rewards.formats import Format
-from megatron_parallel_r1.rl.rollout_batch import Collected, Rollouts
-from megatron_parallel_r1.rl.rollout_queue import Batches, batches
+from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts
+from megatron_parallel_r1.rl.rollout_queue import AsyncRollouts, RolloutQueue, SyncRollouts
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.thought.tree import Tree
+from megatron_parallel_r1.utils.timers import Timers
 
 
 class FakeEngine:
@@ -52,7 +53,7 @@ class Flight:
         taken: the batches that were trained.
     """
 
-    max_staleness: int
+    max_off_policy_steps: int
     steps: int = 6
     jitter: int | None = None
     done: int = 0
@@ -66,11 +67,11 @@ class Flight:
         self.stream.restore(self.saved.get("stream", self.stream.state()))
         self.engine = FakeEngine(self.together)
         self.events: list[tuple[str, int]] = []
-        self.taken: dict[int, Collected] = {}
+        self.taken: dict[int, RolloutBatch] = {}
         self.threads: dict[int, str] = {}
         self._random = random.Random(self.jitter)
 
-    def roll_out(self, step: int) -> Collected:
+    def roll_out(self, step: int) -> RolloutBatch:
         self.events.append(("rolls out", step))
         self.threads[step] = threading.current_thread().name
         self._pause()
@@ -87,43 +88,67 @@ class Flight:
             scores = [Score(value, {"fake": value}) for value in (logprob, logprob / 3)]
             every = every + Rollouts([problem] * 2, traces, [judged] * 2, scores)
         self._pause()
-        return Collected(every, every.groups([len(every) // 2 - 1], 2), rounds=1)
+        return RolloutBatch(every, every.groups([len(every) // 2 - 1], 2), rounds=1)
 
-    def open(self) -> Batches:
-        return batches(
+    def open(self) -> RolloutQueue:
+        return open_queue(
             self.roll_out,
             self.engine,
-            max_staleness=self.max_staleness,
-            partial=False,
+            max_off_policy_steps=self.max_off_policy_steps,
             done=self.done,
             steps=self.steps,
-            found=self.saved.get("in_flight"),
+            pending=self.saved.get("in_flight", ()),
         )
 
     def run(self, save_after: int | None = None) -> dict[str, Any] | None:
         """Trains from `done` to the end, or to `save_after`, whose state it returns."""
         with self.open() as ahead:
             for step in range(self.done + 1, self.steps + 1):
-                ahead.publish([("weight", self.weight)], version=step - 1)
+                ahead.update_weights([("weight", self.weight)], version=step - 1)
                 self.events.append(("published", step - 1))
-                self.train(step, ahead.take(step))
+                self.train(step, ahead.next_batch(step))
                 if step == save_after:
                     return self.state(ahead)
         return None
 
-    def state(self, ahead: Batches) -> dict[str, Any]:
+    def state(self, ahead: RolloutQueue) -> dict[str, Any]:
         """What a checkpoint keeps of it, as `StageLoop` asks for it."""
-        in_flight = ahead.in_flight()
+        in_flight = ahead.state()
         return {"in_flight": in_flight, "stream": self.stream.state()}
 
-    def train(self, step: int, batch: Collected) -> None:
+    def train(self, step: int, batch: RolloutBatch) -> None:
         self.events.append(("trains", step))
         self.taken[step] = batch
         self._pause()
         # In place, as an optimizer does.
-        self.weight += sum(batch.kept.rewards) / 10
+        self.weight += sum(batch.trained.rewards) / 10
         self._pause()
 
     def _pause(self) -> None:
         if self.jitter is not None:
             time.sleep(self._random.uniform(0, 0.004))
+
+
+def open_queue(
+    make_batch: Callable[[int], RolloutBatch],
+    engine: Any,
+    *,
+    max_off_policy_steps: int,
+    steps: int,
+    partial_rollout: bool = False,
+    done: int = 0,
+    pending: Sequence[dict[str, Any]] = (),
+) -> RolloutQueue:
+    """As rl/rollout_queue.py opens it for a stage, around any function that makes batches."""
+    if not max_off_policy_steps:
+        return SyncRollouts(make_batch, engine, Timers())
+    return AsyncRollouts(
+        make_batch,
+        engine,
+        Timers(),
+        max_off_policy_steps=max_off_policy_steps,
+        partial_rollout=partial_rollout,
+        done=done,
+        steps=steps,
+        pending=pending,
+    )

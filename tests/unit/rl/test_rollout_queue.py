@@ -18,12 +18,12 @@ import torch
 
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rewards.base import Score
-from megatron_parallel_r1.rl.learner import Learner, Schooling
-from megatron_parallel_r1.rl.metrics import stale_groups, staleness, staleness_metrics, without_stale
+from megatron_parallel_r1.rl.learner import BatchConfig, Learner
+from megatron_parallel_r1.rl.metrics import staleness_metrics
 from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.rl.pending import from_json, to_json
-from megatron_parallel_r1.rl.rollout_batch import Collected, Rollouts
-from megatron_parallel_r1.rl.rollout_queue import Ahead, InTurn, batches
+from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts, drop_stale, stale_groups, staleness
+from megatron_parallel_r1.rl.rollout_queue import SyncRollouts
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
@@ -31,9 +31,10 @@ from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.thought.tree import Tree
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.reference.traces import TAGS
+from tests.unit.rl.flights import Flight, open_queue
+from tests.unit.rl.steps import learn
 from tests.unit.rollout.test_exactness import largest_difference
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
-from tests.unit.train.flights import Flight
 
 PATIENCE_S = 60.0
 
@@ -57,7 +58,7 @@ def test_each_batch_is_rolled_out_by_the_weights_that_k_says(k: int, together: b
 
 def test_no_staleness_is_the_plain_loop() -> None:
     flight = Flight(0, steps=2)
-    assert isinstance(flight.open(), InTurn)
+    assert isinstance(flight.open(), SyncRollouts)
     flight.run()
     turn = ["published", "rolls out", "trains"]
     assert flight.events == [(what, step - (what == "published")) for step in (1, 2) for what in turn]
@@ -81,13 +82,13 @@ def test_a_batch_is_rolled_out_while_another_trains() -> None:
     overlapped = []
 
     class Watched(Flight):
-        def roll_out(self, step: int) -> Collected:
+        def roll_out(self, step: int) -> RolloutBatch:
             if step == 2:
                 began.set()
                 overlapped.append(trained.wait(PATIENCE_S))
             return super().roll_out(step)
 
-        def train(self, step: int, batch: Collected) -> None:
+        def train(self, step: int, batch: RolloutBatch) -> None:
             if step == 1:
                 # Returns only because batch 2 has begun; and that ends only because this has returned.
                 overlapped.append(began.wait(PATIENCE_S))
@@ -121,8 +122,8 @@ def test_saving_changes_nothing_and_can_be_done_at_each_step() -> None:
     whole.run()
     with saving.open() as ahead:
         for step in range(1, 7):
-            ahead.publish([("weight", saving.weight)], version=step - 1)
-            saving.train(step, ahead.take(step))
+            ahead.update_weights([("weight", saving.weight)], version=step - 1)
+            saving.train(step, ahead.next_batch(step))
             state = saving.state(ahead)
             resumed = Flight(2, done=step, saved=state, weight=saving.weight.clone())
             resumed.run()
@@ -132,7 +133,7 @@ def test_saving_changes_nothing_and_can_be_done_at_each_step() -> None:
 
 def test_an_error_of_the_second_thread_comes_out_at_take() -> None:
     class Failing(Flight):
-        def roll_out(self, step: int) -> Collected:
+        def roll_out(self, step: int) -> RolloutBatch:
             if step == 3:
                 raise ValueError("batch 3 cannot be made")
             return super().roll_out(step)
@@ -150,7 +151,7 @@ def test_leaving_the_block_ends_a_batch_under_way(raised: type[BaseException]) -
     engine = native_engine(tiny_qwen3())
     began = threading.Event()
 
-    def for_ever(step: int) -> Collected:
+    def for_ever(step: int) -> RolloutBatch:
         async def write() -> None:
             context = engine.open()
             await engine.write(context, [9, 10])
@@ -162,9 +163,9 @@ def test_leaving_the_block_ends_a_batch_under_way(raised: type[BaseException]) -
 
     with (
         pytest.raises(raised),
-        batches(for_ever, engine, max_staleness=1, partial=False, done=0, steps=3, found=None) as ahead,
+        open_queue(for_ever, engine, max_off_policy_steps=1, steps=3) as ahead,
     ):
-        ahead.publish(tiny_qwen3().state_dict().items(), version=0)
+        ahead.update_weights(tiny_qwen3().state_dict().items(), version=0)
         assert began.wait(PATIENCE_S)
         raise raised
     assert not alive()
@@ -180,8 +181,8 @@ def test_a_stage_that_ends_early_makes_what_all_processes_have_begun() -> None:
     flight = Flight(2, jitter=1)
     with flight.open() as ahead:
         for step in (1, 2):
-            ahead.publish([("weight", flight.weight)], version=step - 1)
-            flight.train(step, ahead.take(step))
+            ahead.update_weights([("weight", flight.weight)], version=step - 1)
+            flight.train(step, ahead.next_batch(step))
     assert sorted(flight.threads) == [1, 2, 3, 4] and not alive()
 
 
@@ -208,15 +209,15 @@ def test_copies_of_weights_do_not_pile_up() -> None:
         flight = Flight(k, steps=9)
         with flight.open() as ahead:
             for step in range(1, 10):
-                ahead.publish([("weight", Counted(flight.weight))], version=step - 1)
-                flight.train(step, ahead.take(step))
+                ahead.update_weights([("weight", Counted(flight.weight))], version=step - 1)
+                flight.train(step, ahead.next_batch(step))
         assert max(most) <= k + 1
         most.clear()
         gc.collect()
         assert not copies
 
 
-def tiny_batch(mode: str = "isolated") -> Collected:
+def tiny_batch(mode: str = "isolated") -> RolloutBatch:
     """Real traces with blocks, nested ones too; of three groups two are kept."""
     thinking = Thinking(mode=mode, max_depth=2, max_path_tokens=12, max_response_tokens=70)
     traces = traces_of(native_engine(tiny_qwen3()), thinking, random_prompts(12))
@@ -230,7 +231,7 @@ def tiny_batch(mode: str = "isolated") -> Collected:
         [one.judged[0]] * 12,
         [Score(value, {"a": value, "b": -value}) for value in values * 2],
     )
-    return Collected(every, every.groups([0, 2], 4), rounds=2)
+    return RolloutBatch(every, every.groups([0, 2], 4), rounds=2)
 
 
 def test_a_batch_in_flight_comes_back_from_json() -> None:
@@ -239,7 +240,7 @@ def test_a_batch_in_flight_comes_back_from_json() -> None:
     written = json.dumps(to_json(batch))
     found = from_json(json.loads(written))
     assert found == batch and repr(found) == repr(batch)
-    assert found.kept.traces[0] is found.all.traces[0]
+    assert found.trained.traces[0] is found.all.traces[0]
 
 
 def test_groups_with_one_stale_trace_are_dropped_whole() -> None:
@@ -256,40 +257,42 @@ def test_groups_with_one_stale_trace_are_dropped_whole() -> None:
     every = fresh + half + old
     assert [staleness(trace, 6) for trace in every.traces] == [0, 0, 0, 2, 3, 1]
     assert stale_groups(every.traces, 6, most=2, size=2) == [False, False, True]
-    batch = Collected(every, every, 1)
-    assert without_stale(batch, 6, most=3, size=2) is batch
-    assert without_stale(batch, 6, most=2, size=2) == Collected(every, fresh + half, 1)
-    assert without_stale(batch, 6, most=1, size=2) == Collected(every, fresh, 1)
+    batch = RolloutBatch(every, every, 1)
+    assert drop_stale(batch, 6, most=3, size=2) is batch
+    assert drop_stale(batch, 6, most=2, size=2) == RolloutBatch(every, fresh + half, 1)
+    assert drop_stale(batch, 6, most=1, size=2) == RolloutBatch(every, fresh, 1)
     expected = {"staleness": 1.0, "staleness_max": 3, "groups_stale": 2}
     assert staleness_metrics(every.traces, 6, most=1, size=2) == expected
     with pytest.raises(RuntimeError, match="step 9: all its 3 groups are more than 1 updates old"):
-        without_stale(batch, 9, most=1, size=2)
+        drop_stale(batch, 9, most=1, size=2)
 
 
-def trained(trainer: Trainer, k: int, partial: bool = False) -> tuple[dict[int, Collected], list[dict]]:
+def trained(
+    trainer: Trainer, k: int, partial_rollout: bool = False
+) -> tuple[dict[int, RolloutBatch], list[dict]]:
     """Four steps on traces of a real engine; the batches, and the weights after 0, 1, … of them."""
     thinking = Thinking(max_path_tokens=10, max_response_tokens=50)
     engine = native_engine(tiny_qwen3())
     learner = Learner(
-        trainer, Objective(correction="truncate"), Schooling(4, 1, 1, 512, 50), "isolated", TAGS
+        trainer, Objective(correction="truncate"), BatchConfig(4, 1, 1, 512, 50), "isolated", TAGS
     )
 
-    def make(step: int) -> Collected:
+    def make(step: int) -> RolloutBatch:
         prompts = [prompt for prompt in random_prompts(6, seed=step) for _ in range(4)]
         thinker = Thinker(engine, TAGS, thinking)
         traces = asyncio.run(roll_out(thinker, prompts, list(range(100 * step, 100 * step + 24))))
         one = Flight(0).roll_out(1).all
         scores = [Score(value := float(trace.tokens.count(7)), {"sevens": value}) for trace in traces]
         every = Rollouts(one.problems[:1] * 24, traces, one.judged[:1] * 24, scores)
-        return Collected(every, every, 1)
+        return RolloutBatch(every, every, 1)
 
     found, weights = {}, []
-    with batches(make, engine, max_staleness=k, partial=partial, done=0, steps=4, found=None) as ahead:
+    with open_queue(make, engine, max_off_policy_steps=k, partial_rollout=partial_rollout, steps=4) as ahead:
         for step in range(1, 5):
             weights.append({name: tensor.clone() for name, tensor in hf_tensors(trainer.model)})
-            ahead.publish(hf_tensors(trainer.model), version=step - 1)
-            found[step] = ahead.take(step)
-            learner.learn(found[step].kept.traces, found[step].kept.rewards, lr=1e-2)
+            ahead.update_weights(hf_tensors(trainer.model), version=step - 1)
+            found[step] = ahead.next_batch(step)
+            learn(learner, found[step].trained.traces, found[step].trained.rewards, lr=1e-2)
     return found, weights
 
 
@@ -311,7 +314,7 @@ def test_a_real_engine_is_exact_under_its_version_while_the_trainer_goes_on(
 
 
 def test_partial_rollouts_train_and_no_token_is_too_old(trainer_of: Callable[..., Trainer]) -> None:
-    found, _ = trained(trainer_of(), k=1, partial=True)
+    found, _ = trained(trainer_of(), k=1, partial_rollout=True)
     for step, batch in found.items():
         versions = [version for trace in batch.all.traces for version in trace.versions]
         assert step - 2 <= min(versions) and max(versions) <= step, step
@@ -321,7 +324,7 @@ def test_a_partial_batch_meets_weights_that_are_published_meanwhile() -> None:
     engine = native_engine(tiny_qwen3())
     begun, published = threading.Event(), threading.Event()
 
-    def make(step: int) -> Collected:
+    def make(step: int) -> RolloutBatch:
         async def write() -> tuple[Completion, Completion]:
             context = engine.open()
             await engine.write(context, [9, 10])
@@ -338,16 +341,16 @@ def test_a_partial_batch_meets_weights_that_are_published_meanwhile() -> None:
         nothing = ((False,) * 6, (0.0,) * 6, "length", Tree(6))
         trace = Trace((9, 10), (*before.tokens, *after.tokens), (True,) * 6, *nothing, versions)
         one = Flight(0).roll_out(1).all.groups([0], 1)
-        return Collected(replace(one, traces=[trace]), replace(one, traces=[trace]), 1)
+        return RolloutBatch(replace(one, traces=[trace]), replace(one, traces=[trace]), 1)
 
     weights = tiny_qwen3(seed=1).state_dict()
-    with Ahead(make, engine, max_staleness=1, partial=True, done=0, steps=3, found=[]) as ahead:
-        ahead.publish(weights.items(), version=0)
-        assert ahead.take(1).all.traces[0].versions == (0,) * 6
+    with open_queue(make, engine, max_off_policy_steps=1, partial_rollout=True, steps=3) as ahead:
+        ahead.update_weights(weights.items(), version=0)
+        assert ahead.next_batch(1).all.traces[0].versions == (0,) * 6
         assert begun.wait(PATIENCE_S)
-        ahead.publish(weights.items(), version=1)
+        ahead.update_weights(weights.items(), version=1)
         published.set()
-        (second,) = ahead.take(2).all.traces
+        (second,) = ahead.next_batch(2).all.traces
         assert second.versions == (0, 0, 0, 1, 1, 1) and staleness(second, 2) == 1
-        ahead.publish(weights.items(), version=2)
-        assert min(ahead.take(3).all.traces[0].versions) >= 1
+        ahead.update_weights(weights.items(), version=2)
+        assert min(ahead.next_batch(3).all.traces[0].versions) >= 1

@@ -10,9 +10,8 @@ import math
 import pytest
 import torch
 
-from megatron_parallel_r1.rl.objective.ratios import ratios
-from megatron_parallel_r1.rl.objective.segments import Members
-from megatron_parallel_r1.rl.objective.surrogate import cispo, ppo
+from megatron_parallel_r1.rl.objective.surrogate import cispo, ppo, ratios
+from megatron_parallel_r1.train.segments import Segments
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -28,7 +27,7 @@ def gradient(gain_N: torch.Tensor, logprobs_N: torch.Tensor) -> list[float]:
 
 
 # Whose the five targets are: two of trace 0, three of trace 1, not in order.
-MEMBERS = Members(torch.tensor([0, 1, 1, 0, 1]), 2)
+MEMBERS = Segments(torch.tensor([0, 1, 1, 0, 1]), 2)
 
 
 def test_token_ratio_by_hand() -> None:
@@ -53,14 +52,14 @@ def test_gspo_ratio_by_hand() -> None:
 
 def test_gspo_gradient_is_of_the_mean_where_advantages_or_weights_differ() -> None:
     logprobs_N = tensor(0.3, 0.1).requires_grad_()
-    ratio_N = ratios(logprobs_N, tensor(0, 0), "sequence", Members(torch.tensor([0, 0]), 1))
+    ratio_N = ratios(logprobs_N, tensor(0, 0), "sequence", Segments(torch.tensor([0, 0]), 1))
     # s = e^0.2, d s / d logp = s / 2 for either target: (1 + 3) s / 2.
     assert gradient(tensor(1, 3) * ratio_N, logprobs_N) == pytest.approx([2 * math.exp(0.2)] * 2)
 
 
 def test_gspo_token_has_the_trace_s_value_and_the_token_s_gradient() -> None:
     logprobs_N = tensor(0.3, 0.1).requires_grad_()
-    ratio_N = ratios(logprobs_N, tensor(0, 0), "sequence_token", Members(torch.tensor([0, 0]), 1))
+    ratio_N = ratios(logprobs_N, tensor(0, 0), "sequence_token", Segments(torch.tensor([0, 0]), 1))
     assert ratio_N.tolist() == pytest.approx([math.exp(0.2)] * 2)
     found = gradient(tensor(1, 3) * ratio_N, logprobs_N)
     assert found == pytest.approx([math.exp(0.2), 3 * math.exp(0.2)])

@@ -1,6 +1,6 @@
 """Losses of rows that two processes share, as context-parallel ranks do; run twice, see test_loss.py.
 
-python -m tests.unit.train.policy.two_processes RANK STORE OUT.json
+python -m tests.unit.rl.objective.two_processes RANK STORE OUT.json
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_parallel_r1.rl.objective.loss import policy_loss
-from megatron_parallel_r1.rl.objective.segments import Members
 from megatron_parallel_r1.rl.objective.settings import Objective
+from megatron_parallel_r1.train.segments import Segments
 
 OBJECTIVES = {
     "gspo": Objective(ratio="sequence"),
@@ -56,7 +56,7 @@ def _loss(
         "weight": weight.exp()[part],
     }
     logprobs_N = (old + near / 10)[part].clone().requires_grad_()
-    members = Members(torch.tensor(traces, dtype=torch.int64)[part], len(set(traces)), group)
+    members = Segments(torch.tensor(traces, dtype=torch.int64)[part], len(set(traces)), group)
     loss, sums = policy_loss(logprobs_N, torch.zeros_like(logprobs_N), values, objective, members)
     loss.backward()
     assert logprobs_N.grad is not None

@@ -16,15 +16,15 @@ import torch
 
 from megatron_parallel_r1.rl.objective.aggregation import target_weights
 from megatron_parallel_r1.rl.objective.loss import policy_loss
-from megatron_parallel_r1.rl.objective.segments import Members
 from megatron_parallel_r1.rl.objective.settings import Objective
-from tests.unit.train.policy import two_processes
+from megatron_parallel_r1.train.segments import Segments
+from tests.unit.rl.objective import two_processes
 
 RATIO = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], dtype=torch.float64)
 ADVANTAGE = torch.tensor([2.0, -2.0, 2.0, -2.0, 1.0], dtype=torch.float64)
 GAIN = [2.56, -3.0, 1.0, -1.6, 1.1]  # test_surrogate.py
 SLOPE = [0.0, -3.0, 1.0, 0.0, 1.1]
-MEMBERS = Members(torch.tensor([0, 0, 1, 1, 1]), 2)
+MEMBERS = Segments(torch.tensor([0, 0, 1, 1, 1]), 2)
 
 
 def values(**more: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def test_on_policy_every_objective_is_the_policy_gradient(ratio: Any, surrogate:
     advantages_N = torch.tensor([0.5, 0.5, -0.25], dtype=torch.float64)
     given = {"advantage": advantages_N, "weight": torch.ones(3, dtype=torch.float64)}
     objective = Objective(ratio=ratio, surrogate=surrogate)
-    loss, _ = policy_loss(logprobs_N, torch.zeros(3), given, objective, Members(torch.tensor([0, 0, 1]), 2))
+    loss, _ = policy_loss(logprobs_N, torch.zeros(3), given, objective, Segments(torch.tensor([0, 0, 1]), 2))
     loss.backward()
     assert logprobs_N.grad.tolist() == pytest.approx([-0.5, -0.5, 0.25])
 
@@ -159,7 +159,7 @@ def test_an_empty_micro_batch_has_a_loss_of_nothing() -> None:
     names = ("advantage", "weight", "old", "engine", "reference")
     given = {name: torch.zeros(0) for name in names}
     objective = Objective(ratio="sequence", correction="mask", correction_level="sequence", kl="k3")
-    members = Members(torch.zeros(0, dtype=torch.int64), 0)
+    members = Segments(torch.zeros(0, dtype=torch.int64), 0)
     loss, sums = policy_loss(empty_N, torch.zeros(0), given, objective, members)
     loss.backward()
     assert loss.item() == 0 and empty_N.grad.shape == (0,) and not any(s.item() for s in sums.values())
@@ -174,7 +174,7 @@ def test_two_processes_that_share_rows_have_the_loss_and_gradient_of_one(tmp_pat
             [
                 sys.executable,
                 "-m",
-                "tests.unit.train.policy.two_processes",
+                "tests.unit.rl.objective.two_processes",
                 str(rank),
                 str(tmp_path / "store"),
                 place,

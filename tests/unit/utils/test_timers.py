@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from megatron_parallel_r1.utils.timers import Phases
+from megatron_parallel_r1.utils.timers import Timers
 
 
 def test_a_name_has_the_sum_of_its_blocks_and_begins_anew_once_taken() -> None:
-    phases = Phases()
+    phases = Timers()
     for _ in range(2):
         with phases.of("draw"):
             time.sleep(0.02)
@@ -22,7 +22,7 @@ def test_a_name_has_the_sum_of_its_blocks_and_begins_anew_once_taken() -> None:
 
 
 def test_threads_add_to_the_same_sums() -> None:
-    phases, both = Phases(), threading.Barrier(2)
+    phases, both = Timers(), threading.Barrier(2)
 
     def work() -> None:
         with phases.of("draw"):

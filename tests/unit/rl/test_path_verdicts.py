@@ -10,7 +10,7 @@ from megatron_parallel_r1.data.embedded.generate import build_tokenizer
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rl.path_verdicts import Verdicts, judge_paths
+from megatron_parallel_r1.rl.path_results import PathVerdicts, judge_paths
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tokenizer import add_tags
 from megatron_parallel_r1.thought.trace import Trace
@@ -40,7 +40,7 @@ def trace(text: str) -> Trace:
     return Trace(tokens[:1], tokens, flags, flags, (0.0,) * len(tokens), "eos", parse(tokens, TAGS))
 
 
-def judged(verifier: Verifier, *asked: tuple[str, tuple[str, ...]]) -> list[Verdicts]:
+def judged(verifier: Verifier, *asked: tuple[str, tuple[str, ...]]) -> list[PathVerdicts]:
     """Of traces by their texts, each with its problem's answers."""
     traces = [trace(text) for text, _ in asked]
     problems = [Problem(str(i), "?", answers, "made up") for i, (_, answers) in enumerate(asked)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_parallel_r1.rl.objective.kl import kl_estimates, kl_penalties
-from megatron_parallel_r1.rl.objective.segments import Members
 from megatron_parallel_r1.rl.objective.settings import Kl
+from megatron_parallel_r1.train.segments import Segments
 
 LOGITS_V = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64)
 REFERENCE_V = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
@@ -65,7 +65,7 @@ def test_what_the_mean_gradient_in_a_loss_minimises(kind: Kl, pulls: str) -> Non
 def test_penalty_in_the_reward_by_hand() -> None:
     old_N = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     reference_N = torch.tensor([-1.5, -1.0, -1.5])
-    found_T = kl_penalties(old_N, reference_N, "k1", 0.1, Members(torch.tensor([0, 2, 0]), 3))
+    found_T = kl_penalties(old_N, reference_N, "k1", 0.1, Segments(torch.tensor([0, 2, 0]), 3))
     # Trace 0: 0.5 + 1; trace 1 has no targets here; trace 2: -1, which is a reward.
     assert found_T.tolist() == pytest.approx([-0.15, 0.0, 0.1])
     assert not found_T.requires_grad

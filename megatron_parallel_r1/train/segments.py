@@ -16,7 +16,7 @@ from torch.distributed.nn.functional import all_reduce
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Members:
+class Segments:
     """The traces of a micro-batch.
 
     Attributes:

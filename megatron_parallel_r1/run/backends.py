@@ -1,4 +1,4 @@
-"""Who decodes for a stage: an engine in these processes, or servers that follow the trainer's weights."""
+"""Rollout backends: the native engine in these processes, or servers that follow the trainer's weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_parallel_r1.rollout.servers.connect import check_checkpoint, met_p
 from megatron_parallel_r1.rollout.servers.engine import ServerEngine
 from megatron_parallel_r1.rollout.servers.pool import Pool, PoolSettings
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.run.context import Workbench, native_engine
+from megatron_parallel_r1.run.context import RunContext, native_engine
 from megatron_parallel_r1.run.own_servers import OwnServers
 from megatron_parallel_r1.run.save import save_model
 from megatron_parallel_r1.sync.control import Control, Row, Scores
@@ -33,62 +33,62 @@ from megatron_parallel_r1.sync.probe import Head
 from megatron_parallel_r1.sync.publisher import Published, Publisher
 from megatron_parallel_r1.sync.sglang import SglangControl, check_copies
 from megatron_parallel_r1.sync.vllm import VllmControl
-from megatron_parallel_r1.train.logprob_runner import Scorer
+from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
 
 
-class Decoder(Protocol):
-    """An engine, and what the training loop tells and asks of it beside the engine's own calls."""
+class Backend(Protocol):
+    """An engine and its life beside the trainer."""
 
     @property
     def engine(self) -> Engine[Any]: ...
 
-    def rest(self) -> None:
-        """The batch is there: what decodes may give its memory back until the next weights come."""
+    def sleep(self) -> None:
+        """May release memory: nothing is rolled out until the next weights come."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """For the step log, since the last call; all processes call it."""
+        """Metrics since the last call; every rank calls it."""
         ...
 
 
-class Native:
-    """Decodes in these processes."""
+class NativeBackend:
+    """The engine in the training processes."""
 
-    def __init__(self, bench: Workbench, team: dist.ProcessGroup | None) -> None:
-        self.engine = native_engine(bench.shape, team, bench.recipe.rollout.compiled)
+    def __init__(self, run: RunContext, tensor_group: dist.ProcessGroup | None) -> None:
+        self.engine = native_engine(run.shape, tensor_group, run.recipe.rollout.compiled)
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         return None
 
     def metrics(self) -> dict[str, float]:
         return {}
 
 
-class Served:
-    """Rollout servers, which have a model's weights when they are published."""
+class ServerBackend:
+    """Rollout servers that take the trainer's weights when they are published."""
 
-    def __init__(self, pool: Pool, publisher: Publisher, asked: Rollout) -> None:
+    def __init__(self, pool: Pool, publisher: Publisher, rollout: Rollout) -> None:
         self.engine = ServerEngine(pool, self._publish)
-        self._pool, self._publisher, self._asked = pool, publisher, asked
+        self._pool, self._publisher, self._rollout = pool, publisher, rollout
         self._published: Published | None = None
         self._known = set(pool.abouts)
-        self._resting = False
+        self._asleep = False
 
-    def rest(self) -> None:
-        if self._asked.colocated:
+    def sleep(self) -> None:
+        if self._rollout.colocated:
             self._publisher.release()
-            self._resting = True
+            self._asleep = True
 
     def end(self) -> None:
-        """Leaves the servers awake, with the last weights: whoever comes next asks them first of all."""
-        if self._resting:
+        """Wakes the servers with the last weights: whoever uses them next expects them awake."""
+        if self._asleep:
             self._publish((), self.engine.version + 1)
         self._publisher.end()
 
     def metrics(self) -> dict[str, float]:
         each = all_gather_objects(self._pool.metrics())
-        counts = {name: sum(one[name] for one in each) for name in each[0]}
+        counts = {name: sum(metrics[name] for metrics in each) for name in each[0]}
         counts["server_cached_share"] /= len(each)
         for name in ("servers_up", "servers_unseeded", "servers_lost"):
             counts[name] = each[0][name]
@@ -102,29 +102,29 @@ class Served:
         }
 
     def _publish(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """The publisher takes the weights from where they are, so nobody asks `tensors` for any."""
-        if self._resting:
+        """The publisher reads the weights from the model, so `tensors` is not iterated."""
+        if self._asleep:
             self._publisher.resume()
-            self._resting = False
+            self._asleep = False
         urls = set(self._pool.abouts)
         for url in self._known - urls:
             self._publisher.remove(url)
         for url in urls - self._known:
-            self._publisher.add(_control(self._asked, url))
+            self._publisher.add(_control(self._rollout, url))
         self._known = urls
         self._published = self._publisher.publish(version)
         self._pool.published(version, self._published.in_step)
 
 
-class Decoders:
-    """Opens the decoder that a recipe names; servers that the run starts itself last as long as this."""
+class Backends:
+    """Opens the backend that a recipe names; servers that the run starts itself last as long as this."""
 
-    def __init__(self, bench: Workbench) -> None:
-        self._bench = bench
-        logs = bench.folder / "servers"
-        self._own = OwnServers(bench.recipe.rollout, logs, lambda line: print(line, flush=True))
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+        logs = run.folder / "servers"
+        self._own = OwnServers(run.recipe.rollout, logs, lambda line: print(line, flush=True))
 
-    def __enter__(self) -> Decoders:
+    def __enter__(self) -> Backends:
         return self
 
     def __exit__(
@@ -133,87 +133,87 @@ class Decoders:
         self._own.__exit__(kind, error, trace)
 
     @contextmanager
-    def of(
-        self, model: Model, thinking: Thinking, team: dist.ProcessGroup | None = None
-    ) -> Iterator[Decoder]:
-        """A decoder that has no weights of the model yet.
+    def open(
+        self, model: Model, thinking: Thinking, tensor_group: dist.ProcessGroup | None = None
+    ) -> Iterator[Backend]:
+        """Opens a backend that has no weights of the model yet.
 
         Args:
-            team: the tensor group once more, for an engine of a second thread.
+            tensor_group: a second tensor group of the same ranks, for an engine of a second thread.
 
         Raises:
-            UserError: no server answers, they do not decode in `thinking.mode`, or one could take no weights.
+            UserError: no server answers, none decodes in `thinking.mode`, or one cannot take weights.
         """
-        asked = self._bench.recipe.rollout
-        if asked.engine == "native":
-            yield Native(self._bench, team)
+        rollout = self._run.recipe.rollout
+        if rollout.engine == "native":
+            yield NativeBackend(self._run, tensor_group)
             return
-        urls = asked.urls or (self._started(model, thinking) if asked.servers else ())
-        pool = _shared_pool(asked, urls, thinking)
+        urls = rollout.urls or (self._started(model, thinking) if rollout.servers else ())
+        pool = _shared_pool(rollout, urls, thinking)
         for url, about in pool.abouts.items():
-            check_copies(url, about.copies, asked.sync.transport)
-        controls = [_control(asked, url) for url in pool.abouts]
+            check_copies(url, about.copies, rollout.sync.transport)
+        controls = [_control(rollout, url) for url in pool.abouts]
         publisher = Publisher(
-            controls, model, asked.sync, probe_texts(self._bench.shape.vocab), _Expected(model, self._bench)
+            controls, model, rollout.sync, probe_texts(self._run.shape.vocab), _Expected(model, self._run)
         )
-        served = Served(pool, publisher, asked)
+        backend = ServerBackend(pool, publisher, rollout)
         try:
-            yield served
+            yield backend
         except BaseException:
-            # Others may be gone: nothing that waits for them.
+            # Other ranks may be gone: do nothing that waits for them.
             for control in controls:
                 control.close()
             raise
-        served.end()
+        backend.end()
 
     def _started(self, model: Model, thinking: Thinking) -> tuple[str, ...]:
-        """Servers of this run. They begin with the model as it is now, and soon get its next weights."""
-        folder = self._bench.folder / "servers" / "model"
+        """Starts this run's servers with the current weights; the next ones soon follow."""
+        folder = self._run.folder / "servers" / "model"
         if not folder.is_dir():
-            save_model(self._bench, model, folder)
+            save_model(self._run, model, folder)
         return run_on_rank_zero(lambda: self._own.urls(folder, thinking.mode == "isolated"))
 
 
 class _Expected:
     """The trainer's log-probs for the probe."""
 
-    def __init__(self, model: Model, bench: Workbench) -> None:
-        self._model, self._capacity = model, bench.recipe.max_tokens_per_micro_batch
+    def __init__(self, model: Model, run: RunContext) -> None:
+        self._model, self._capacity = model, run.recipe.max_tokens_per_micro_batch
 
     def __call__(self, rows: Sequence[Row], head: Head | None) -> Sequence[Scores]:
-        scorer = Scorer(self._model, head_VE=head.rows_VE if head else None)
-        return causal_logprobs(scorer, rows, self._capacity)
+        runner = LogprobRunner(self._model, head_VE=head.rows_VE if head else None)
+        return causal_logprobs(runner, rows, self._capacity)
 
 
 @contextmanager
 def engine_of_checkpoint(recipe: Recipe, folder: Path, thinking: Thinking) -> Iterator[Engine[Any]]:
-    """The recipe's engine with the weights of a folder; servers that run already must hold just those.
+    """Opens the recipe's engine with the weights of a folder; servers that already run must hold these.
 
     Raises:
         UserError: the folder is no checkpoint, or the engine cannot decode it as `thinking` says.
     """
-    asked = recipe.rollout
-    if asked.engine == "native":
+    rollout = recipe.rollout
+    if rollout.engine == "native":
         limits.refuse(recipe.parallel.pipeline, recipe.parallel.context)
         shape, tensors = load_hf_folder(folder)
-        engine = native_engine(shape, compiled=asked.compiled)
+        engine = native_engine(shape, compiled=rollout.compiled)
         engine.load_weights(tensors, version=0)
         yield engine
         return
-    with OwnServers(asked, Path("runs") / "servers", lambda line: print(line, flush=True)) as own:
-        urls = asked.urls
-        if asked.servers:
+    with OwnServers(rollout, Path("runs") / "servers", lambda line: print(line, flush=True)) as own:
+        urls = rollout.urls
+        if rollout.servers:
             urls = run_on_rank_zero(lambda: own.urls(folder, thinking.mode == "isolated"))
-        pool = _shared_pool(asked, urls, thinking)
+        pool = _shared_pool(rollout, urls, thinking)
         check_checkpoint(pool, folder)
         yield ServerEngine(pool)
 
 
-def _shared_pool(asked: Rollout, urls: Sequence[str], thinking: Thinking) -> Pool:
-    """This process's pool of the servers, which decode as is wished."""
-    settings = PoolSettings(concurrent=asked.max_concurrent_requests, patience_s=asked.patience_s)
-    timeouts = Timeouts(answer_s=asked.request_timeout_s)
-    pool = met_pool(asked.engine, urls, timeouts, settings, asked.urls_file)
+def _shared_pool(rollout: Rollout, urls: Sequence[str], thinking: Thinking) -> Pool:
+    """Opens this process's pool of the servers and checks that they decode in the wanted mode."""
+    settings = PoolSettings(concurrent=rollout.max_concurrent_requests, patience_s=rollout.patience_s)
+    timeouts = Timeouts(answer_s=rollout.request_timeout_s)
+    pool = met_pool(rollout.engine, urls, timeouts, settings, rollout.urls_file)
     pool.share(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
     if thinking.mode not in pool.modes:
         raise UserError(
@@ -223,8 +223,8 @@ def _shared_pool(asked: Rollout, urls: Sequence[str], thinking: Thinking) -> Poo
     return pool
 
 
-def _control(asked: Rollout, url: str) -> Control:
-    timeout_s = asked.sync.timeout_s
-    if asked.engine == "vllm":
+def _control(rollout: Rollout, url: str) -> Control:
+    timeout_s = rollout.sync.timeout_s
+    if rollout.engine == "vllm":
         return VllmControl(url, timeout_s)
-    return SglangControl(url, timeout_s, asked.sync.transport)
+    return SglangControl(url, timeout_s, rollout.sync.transport)
