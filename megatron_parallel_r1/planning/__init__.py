@@ -1,2 +1,2 @@
-"""Says what a recipe will do and need on so many processes: layout, steps, tokens, memory, time.
-Reads no weights and no data, and starts nothing; the numbers follow from shapes and a machine's rates."""
+"""Predicts what a recipe does and needs on a number of ranks: layout, steps, tokens, memory, time.
+Reads no weights and no data; the numbers follow from sizes and a machine's rates."""

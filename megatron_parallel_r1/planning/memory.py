@@ -1,14 +1,14 @@
-"""Bytes that one process needs, from shapes alone.
+"""Memory that one rank needs, from sizes alone.
 
 Activations are counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
-Models" (arXiv 2205.05198, section 4): what autograd keeps of a layer for backward, tensor by tensor. What
-differs here: attention keeps no scores and no mask (model/attention/), nothing is dropped out, RMSNorm
-keeps its input and a scale, the MLP is SwiGLU with Megatron's unfused gate, and logits exist a chunk at a
-time (train/target_logprobs.py).
+Models" (arXiv 2205.05198, section 4): what autograd stores of a layer for backward, tensor by tensor. Here
+attention stores no scores and no mask (model/attention/), there is no dropout, RMSNorm stores its input and a
+scale, the MLP is SwiGLU with Megatron's unfused gate, and logits exist a chunk at a time
+(train/target_logprobs.py).
 
-Not counted: the float32 copies that a CPU's attention keeps of bfloat16 (model/attention/sdpa.py), what a
-kernel allocates and frees within itself, gradients of activations (about one layer's widest tensor),
-communication buffers, the CUDA context, and the allocator's fragmentation.
+Not counted: the float32 copies of bfloat16 in attention on a CPU (model/attention/sdpa.py), temporaries of
+kernels, gradients of activations (about one layer's widest tensor), communication buffers, the CUDA context,
+and the allocator's fragmentation.
 
 Letters: b bytes a number, E hidden, Q and K sizes of all query and of all key heads, D of one, F ffn.
 """
@@ -27,24 +27,23 @@ from megatron_parallel_r1.train.target_logprobs import CHUNK_LOGITS
 
 FLOAT32 = 4
 # Float32 tensors of a chunk's size that exist at once in the backward of `target_logprobs`: logits and
-# gradient of a chunk, while logits of the next one are made, and a temporary.
+# gradient of a chunk, the logits of the next one, and a temporary.
 CHUNKS_ALIVE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes of one process.
+    """Bytes of one rank.
 
     Attributes:
         weights: of the trainer.
         gradients: Megatron's buffer, float32.
         optimizer: Adam's two moments in float32, and master weights where the model's are not float32.
-        activations: of all micro-batches that are under way at once.
-        logits: what the loss needs on top, on the last pipeline stage.
-        reference: weights of the policy that a KL term holds the trained one to.
-        engine: weights of an engine that decodes in process, and the whole copies that are published ahead of
-            it (rl/rollout_queue.py).
-        cache: its keys and values.
+        activations: of all micro-batches in flight.
+        logits: of the loss, on the last pipeline stage.
+        reference: weights of the reference policy of a KL term.
+        engine: weights of an in-process engine, and whole copies that wait for it (rl/rollout_queue.py).
+        cache: its KV cache.
     """
 
     weights: int
@@ -83,10 +82,10 @@ class Workload:
 def memory_use(
     shape: ModelConfig, parallel: ParallelConfig, part: PipelinePart, data: int, number: int, work: Workload
 ) -> MemoryUse:
-    """Of a process of `part`.
+    """Returns the memory of a rank that holds `part`.
 
     Args:
-        data: data-parallel copies.
+        data: data-parallel replicas.
         number: bytes of a weight and of an activation, 4 or 2.
     """
     weights = number * part.elements
@@ -99,14 +98,14 @@ def memory_use(
         activations=activation_bytes(shape, parallel, part, work, number),
         logits=logit_bytes(shape, parallel, work, number) if part.last else 0,
         reference=weights if work.reference else 0,
-        # One that decodes in process holds all layers, which is then the trainer's part too.
+        # An in-process engine has all layers, and so has the trainer's part then.
         engine=(weights + copies) if work.slots is not None else 0,
         cache=cache_bytes(shape, parallel, work.slots, number) if work.slots is not None else 0,
     )
 
 
 def optimizer_bytes(elements: int, number: int, sharers: int, sharded: bool) -> int:
-    """Adam's state of so many weights; a shard of it where data and context ranks share it."""
+    """Returns the bytes of Adam's state, or of a shard of it over data and context ranks."""
     master = FLOAT32 if number < FLOAT32 else 0
     return (2 * FLOAT32 + master) * (-(-elements // sharers) if sharded else elements)
 
@@ -114,10 +113,10 @@ def optimizer_bytes(elements: int, number: int, sharers: int, sharded: bool) -> 
 def activation_bytes(
     shape: ModelConfig, parallel: ParallelConfig, part: PipelinePart, work: Workload, number: int
 ) -> int:
-    """What backward needs of all micro-batches that are under way at once in a process.
+    """Returns the activations that backward needs of all micro-batches in flight on a rank.
 
-    With `full` recompute each layer keeps its input, and one layer at a time is whole; with `selective` one
-    MLP at a time is.
+    With `full` recompute each layer stores its input, and one layer at a time is complete; with `selective`
+    one MLP at a time is.
     """
     attention, norm, mlp = layer_bytes(shape, parallel, work.row, number)
     tokens, narrow = _tokens(parallel, work.row)
@@ -126,26 +125,26 @@ def activation_bytes(
         "selective": (attention + norm, mlp),
         "full": (number * shape.hidden * narrow, attention + norm + mlp),
     }[parallel.recompute]
-    forwards = chunks_under_way(parallel, part.rank, work.micro_batches)
+    forwards = chunks_in_flight(parallel, part.rank, work.micro_batches)
     total = forwards * len(part.chunks[0]) * kept + again
     if parallel.recompute == "full":
-        # Rotary angles, one tensor for all layers of a forward; otherwise each keeps cosines and sines.
+        # Rotary angles: one tensor for all layers; otherwise each layer stores cosines and sines.
         total += forwards * FLOAT32 * shape.head_dim * tokens
     if part.last:
-        # The final norm, and its output of those tokens that predict one with loss: at most all.
+        # The final norm, and its output for the tokens that predict one with loss: at most all.
         total += narrow * _norm(shape.hidden, number) + number * shape.hidden * tokens
     return total
 
 
 def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: int) -> tuple[int, int, int]:
-    """What one layer keeps of a row, in three parts: attention, the norm before the MLP, inside the MLP.
+    """Returns what one layer stores of a row: for attention, the norm before the MLP, and the MLP.
 
-    Attention: its norm and the norm's output E b, which the projection keeps; what that makes, (Q + 2 K) b,
-    of which the norm of keys and attention's values are views, and a copy Q b of the queries where there are
-    several groups; a scale of each head's norm; cosines and sines for both, 4 D b; the rotated query Q b and
-    key K b; the output Q b and its sums. Under context parallelism key and value are copies, of the whole
-    row. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b. Experts: the same for each that a
-    token goes through, a copy of it before and behind that, and the router's float32 scores, logits and map.
+    Attention: its norm and the norm's output E b, which the projection stores; the projection's output,
+    (Q + 2 K) b, of which the norm of keys and attention's values are views, and a copy Q b of the queries if
+    there are several groups; a scale of each head's norm; cosines and sines for both, 4 D b; the rotated
+    query Q b and key K b; the output Q b and its sums. With context parallelism key and value are copies of
+    the whole row. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b. Experts: the same for each
+    selected expert, a copy of the token before and after it, and the router's float32 scores, logits and map.
     """
     tokens, narrow = _tokens(parallel, row)
     size = parallel.tensor
@@ -163,28 +162,28 @@ def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: 
     return attention, normed, tokens * chosen.per_token * inside + narrow * routed
 
 
-def chunks_under_way(parallel: ParallelConfig, rank: int, micro_batches: int) -> int:
-    """Forwards of one stage whose backward has not come yet, at most, in a process of the pipeline.
+def chunks_in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> int:
+    """Returns the most forwards of one stage whose backward is still to come, on a pipeline rank.
 
-    One forward, one backward (arXiv 2205.05198, section 4.2.3; 2104.04473): rank p is p micro-batches short
-    of the pipeline's length; interleaved, it warms up with all its stages in turn.
+    1F1B (arXiv 2205.05198, section 4.2.3; 2104.04473): rank p has p micro-batches fewer than the pipeline's
+    length; interleaved, it warms up with all its stages in turn.
     """
-    behind = parallel.pipeline - rank
+    remaining = parallel.pipeline - rank
     if parallel.virtual == 1:
-        return min(behind, micro_batches)
-    warm_up = 2 * (behind - 1) + (parallel.virtual - 1) * parallel.pipeline
+        return min(remaining, micro_batches)
+    warm_up = 2 * (remaining - 1) + (parallel.virtual - 1) * parallel.pipeline
     return min(warm_up + 1, micro_batches * parallel.virtual)
 
 
 def logit_bytes(shape: ModelConfig, parallel: ParallelConfig, work: Workload, number: int) -> int:
-    """Of the backward of `target_logprobs`: chunks of logits, and the head's gradient in both dtypes."""
+    """Returns the bytes of `target_logprobs`' backward: logit chunks, the head's gradient in both dtypes."""
     rows = padded_vocab(shape.vocab, parallel.tensor) // parallel.tensor
     targets = min(work.row // parallel.context, max(1, CHUNK_LOGITS // rows))
     return CHUNKS_ALIVE * FLOAT32 * targets * rows + (FLOAT32 + number) * rows * shape.hidden
 
 
 def cache_bytes(shape: ModelConfig, parallel: ParallelConfig, slots: int, number: int) -> int:
-    """Keys and values of the native engine, whose number of slots grows by doubling."""
+    """Returns the bytes of the native engine's KV cache, whose number of slots grows by doubling."""
     room = SlotTable().slot_count
     while room < slots:
         room *= 2
@@ -192,11 +191,11 @@ def cache_bytes(shape: ModelConfig, parallel: ParallelConfig, slots: int, number
 
 
 def _norm(width: int, number: int) -> int:
-    """What RMSNorm keeps of a token: its input, and a scale."""
+    """Returns the bytes that RMSNorm stores of a token: its input, and a scale."""
     return number * width + FLOAT32
 
 
 def _tokens(parallel: ParallelConfig, row: int) -> tuple[int, int]:
-    """Tokens of a row on a process: within a layer, and where sequence parallelism splits them."""
+    """Returns the tokens of a row on a rank: within a layer, and where sequence parallelism splits them."""
     tokens = row // parallel.context
     return tokens, tokens // (parallel.tensor if parallel.sequence else 1)

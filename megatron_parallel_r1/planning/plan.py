@@ -1,6 +1,6 @@
-"""What a recipe will do and what it will take on so many processes, before anything is downloaded.
+"""Predicts what a recipe does and needs on a number of ranks, before anything is downloaded.
 
-Token counts are upper bounds, reached where every trace is as long as its limits let it be.
+Token counts are upper bounds, reached if every trace has its maximum length.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One stage on every process.
+    """The plan of one stage.
 
     Attributes:
-        stage: as the recipe has it.
-        start: whose weights it begins with; None: the model's.
+        stage: the recipe's settings.
+        start: the stage whose weights it starts from; None: the model's.
         rows: examples or traces that a step trains on.
-        drawn: tokens of all responses of a step at most; 0 for SFT.
-        trained: tokens of the rows of a step at most, prompts and branches included.
-        updates: optimizer steps a step.
-        micro_batches: of each copy in an update, where every row has its full length.
+        sampled: most tokens of all responses of a step; 0 for SFT.
+        trained: most tokens of the rows of a step, prompts and branches included.
+        updates: optimizer steps of a step.
+        micro_batches: of each replica in an update, if every row has its maximum length.
         row: tokens of the longest packed row.
-        slots: of the engine's cache at most; None: no engine decodes in process.
-        memories: of a process of each pipeline rank.
-        evaluation: of a process while it evaluates the stage in process; None: it does not.
+        slots: most slots of the engine's cache; None: no engine runs in process.
+        memories: of a rank at each pipeline stage.
+        evaluation: memory of a rank during an in-process evaluation of the stage; None: there is none.
         time: of a step on the plan's machine.
     """
 
@@ -56,7 +56,7 @@ class StagePlan:
     mode: Mode
     start: str | None
     rows: int
-    drawn: int
+    sampled: int
     trained: int
     updates: int
     micro_batches: int
@@ -68,21 +68,21 @@ class StagePlan:
 
     @property
     def fullest(self) -> int:
-        """The pipeline rank whose processes need most."""
+        """The pipeline rank that needs most memory."""
         totals = [each.total for each in self.memories]
         return totals.index(max(totals))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A recipe on `world` processes.
+    """A recipe on `world` ranks.
 
     Attributes:
-        parts: what the processes of each pipeline rank hold.
-        data: copies of the model.
-        gpu: bytes of memory that each process has.
-        machine: by whose rates times are told.
-        notes: what was assumed, and what will not work, a line each.
+        parts: the weights of each pipeline rank.
+        data: data-parallel replicas.
+        gpu: bytes of memory of each rank.
+        machine: the rates that times are computed with.
+        notes: assumptions, and what will not work, a line each.
     """
 
     recipe: Recipe
@@ -107,10 +107,10 @@ def plan(
     """Plans a recipe; reads no data and no weights, and starts no process group.
 
     Args:
-        world: processes, one a GPU.
+        world: ranks, one per GPU.
         gpu: bytes of memory of each.
-        longest: prompts and examples to reckon with.
-        machine: that runs it.
+        longest: bounds of prompts and examples where the recipe has none.
+        machine: the machine's rates.
 
     Raises:
         UserError: the model's folder or tokenizer is missing, or something does not divide.
@@ -119,16 +119,16 @@ def plan(
     parallel = recipe.parallel
     shape, notes = _shape(recipe)
     check_parallel(shape, parallel, world, recipe.max_tokens_per_micro_batch)
-    pieces = pipeline_parts(shape, parallel)
+    parts = pipeline_parts(shape, parallel)
     data = world // parallel.replica_size
     in_process = recipe.rollout.engine == "native"
     if in_process and any(isinstance(stage, RlStage) or stage.evaluate for stage in recipe.stages):
         try:
             limits.refuse(parallel.pipeline, parallel.context)
-        except UserError as refused:
+        except UserError as error:
             in_process = False
-            notes.append(f"a run would end with: {refused}")
-    planner = _Planner(recipe, shape, pieces, data, longest, in_process, machine)
+            notes.append(f"a run would end with: {error}")
+    planner = _Planner(recipe, shape, parts, data, longest, in_process, machine)
     stages = tuple(planner.stage(stage) for stage in recipe.stages)
     notes += [
         *assumed,
@@ -136,8 +136,8 @@ def plan(
     ]
     if recipe.rollout.engine != "native":
         servers, tensor = planner.timing.engines, recipe.rollout.tensor
-        notes.append(f"times are told for {servers} servers of {_gpus(tensor)} each")
-    return Plan(recipe, shape, parallel, world, data, pieces, stages, gpu, machine, tuple(notes))
+        notes.append(f"times are for {servers} servers of {_gpus(tensor)} each")
+    return Plan(recipe, shape, parallel, world, data, parts, stages, gpu, machine, tuple(notes))
 
 
 def _gpus(count: int) -> str:
@@ -145,18 +145,18 @@ def _gpus(count: int) -> str:
 
 
 def _shape(recipe: Recipe) -> tuple[ModelConfig, list[str]]:
-    """The model's shape, and what had to be assumed of it."""
-    told = recipe.model
-    if told.path is not None:
-        shape, read = published_config(told.path)
-        note = f"{told.path} is not here: the shape is that of the published {told.path.name}"
+    """Returns the model's config, and the assumptions made about it."""
+    source = recipe.model
+    if source.path is not None:
+        shape, read = published_config(source.path)
+        note = f"{source.path} does not exist: using the sizes of the published {source.path.name}"
         return shape, [] if read else [note]
     if isinstance(recipe.tokenizer, BpeTokenizer):
         vocab = recipe.tokenizer.vocab_size + len(TAG_TEXTS)
-        return told.shape.config(vocab), ["few texts may give the tokenizer a smaller vocabulary"]
+        return source.shape.config(vocab), ["few texts may give the tokenizer a smaller vocabulary"]
     tokenizer = load_tokenizer(recipe)
     add_tags(tokenizer)
-    return told.shape.config(len(tokenizer)), []
+    return source.shape.config(len(tokenizer)), []
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,20 +180,20 @@ class _Planner:
                 stage.prompts_per_step * stage.samples_per_prompt,
                 longest_row(thinking, self._prompt(thinking)),
             )
-            rounds, asked = _asked(stage)
-            drawn = rounds * asked * stage.samples_per_prompt * longest_response(thinking)
+            rounds, problems = _rollout_rounds(stage)
+            sampled = rounds * problems * stage.samples_per_prompt * longest_response(thinking)
             updates = stage.epochs * stage.mini_batches
             together = ceil(stage.prompts_per_step / stage.mini_batches) * stage.samples_per_prompt
             trained = stage.epochs * rows * longest
-            slots = self._slots(asked, stage.samples_per_prompt, stage.max_concurrent_rollouts, thinking)
+            slots = self._slots(problems, stage.samples_per_prompt, stage.max_concurrent_rollouts, thinking)
             reference = stage.objective.kl != "none"
         else:
             rows = together = stage.examples_per_step
             longest = min(
                 self.longest.example, self.shape.max_positions, self.recipe.max_tokens_per_micro_batch
             )
-            drawn, updates, trained, slots, reference = 0, 1, rows * longest, None, False
-            rounds, asked = 0, 0
+            sampled, updates, trained, slots, reference = 0, 1, rows * longest, None, False
+            rounds, problems = 0, 0
         staleness = stage.max_off_policy_steps if isinstance(stage, RlStage) else 0
         micro_batches = self._micro_batches(together, longest)
         work = Workload(self._packed(longest), micro_batches, slots, reference, staleness)
@@ -202,7 +202,7 @@ class _Planner:
             mode=thinking.mode,
             start=self.recipe.start_of(stage),
             rows=rows,
-            drawn=drawn,
+            sampled=sampled,
             trained=trained,
             updates=updates,
             micro_batches=work.micro_batches,
@@ -217,7 +217,7 @@ class _Planner:
                 longest,
                 updates,
                 trained / updates,
-                rounds * asked,
+                rounds * problems,
                 self._prompt(thinking),
             ),
         )
@@ -227,10 +227,10 @@ class _Planner:
         return memory_use(self.shape, self.recipe.parallel, part, self.data, number, work)
 
     def _evaluation(self, thinking: Thinking) -> MemoryUse:
-        """The stage's trainer is still there, idle, beside an engine for the evaluation's traces."""
-        asked = self.recipe.evaluation
+        """The stage's idle trainer remains in memory beside the engine of the evaluation."""
+        evaluation = self.recipe.evaluation
         slots = self._slots(
-            asked.problems, asked.samples_per_problem, asked.max_concurrent_rollouts, thinking
+            evaluation.problems, evaluation.samples_per_problem, evaluation.max_concurrent_rollouts, thinking
         )
         idle = Workload(row=0, micro_batches=0, slots=slots)
         return replace(self._memory(self.parts[0], idle), activations=0, logits=0)
@@ -239,20 +239,20 @@ class _Planner:
         return max(1, min(self.longest.prompt, self.shape.max_positions - longest_response(thinking)))
 
     def _micro_batches(self, rows: int, longest: int) -> int:
-        """Of one copy, where `rows` of full length are dealt to all; interleaved stages take turns."""
+        """Returns the micro-batches of one replica for `rows` of maximum length over all replicas."""
         in_one = max(1, self.recipe.max_tokens_per_micro_batch // longest)
         count = ceil(ceil(rows / self.data) / in_one)
         parallel = self.recipe.parallel
         return count + -count % (parallel.pipeline if parallel.virtual > 1 else 1)
 
     def _packed(self, longest: int) -> int:
-        """Tokens of a packed row at most; a row longer than `max_tokens_per_micro_batch` stands alone."""
+        """Returns the most tokens of a packed row; one longer than `max_tokens_per_micro_batch` is alone."""
         most = max(self.recipe.max_tokens_per_micro_batch, longest)
         multiple = self.recipe.parallel.row_multiple * self.recipe.model.made_of.row_multiple
         return most + -most % multiple
 
     def _slots(self, prompts: int, samples: int, concurrent: int, thinking: Thinking) -> int | None:
-        """Of a copy's cache at most: its prompts stay to the end, and so many traces are in flight."""
+        """Returns the most slots of a replica's cache: all its prompts, and the traces in progress."""
         if not self.in_process:
             return None
         traces, most = prompts * samples, 0
@@ -264,8 +264,8 @@ class _Planner:
         return most
 
 
-def _asked(stage: RlStage) -> tuple[int, int]:
-    """Rounds of rollouts in a step, and problems in each, at most."""
+def _rollout_rounds(stage: RlStage) -> tuple[int, int]:
+    """Returns the most rounds of rollouts in a step, and the problems in each."""
     if stage.dynamic_sampling is None:
         return 1, stage.prompts_per_step
     return stage.dynamic_sampling.max_rounds, ceil(
@@ -274,7 +274,7 @@ def _asked(stage: RlStage) -> tuple[int, int]:
 
 
 def _bounded(longest: LengthLimits, recipe: Recipe) -> tuple[LengthLimits, list[str]]:
-    """What to reckon with where the recipe bounds it too, and a note on what it does not bound so low."""
+    """Returns the tighter of the bounds and the recipe's, and a note where the recipe allows more."""
     prompt, example = recipe.max_prompt_tokens, recipe.max_example_tokens
     kinds = {stage.kind for stage in recipe.stages}
     known = (("rl", "prompts", longest.prompt, prompt), ("sft", "SFT rows", longest.example, example))
@@ -293,35 +293,35 @@ def _bounded(longest: LengthLimits, recipe: Recipe) -> tuple[LengthLimits, list[
     return bounded, [note] if assumed else []
 
 
-def _warnings(made: StagePlan, recipe: Recipe, shape: ModelConfig, data: int, gpu: int) -> Iterator[str]:
-    """What about a stage does not fit."""
-    stage, need = made.stage, made.memories[made.fullest].total
+def _warnings(planned: StagePlan, recipe: Recipe, shape: ModelConfig, data: int, gpu: int) -> Iterator[str]:
+    """Yields a warning for everything in a stage that does not fit."""
+    stage, need = planned.stage, planned.memories[planned.fullest].total
     if need > gpu:
         lower = "max_tokens_per_micro_batch"
-        if made.slots is not None:
+        if planned.slots is not None:
             lower = f"its max_concurrent_rollouts ({stage.max_concurrent_rollouts}) or {lower}"
         yield (
             f"stage {stage.name}: about {need / GIB:.0f} GiB are needed, a GPU has {gpu / GIB:.0f}; "
             f"lower {lower}, recompute more, or split over more processes"
         )
-    if made.evaluation is not None and (need := made.evaluation.total) > gpu:
+    if planned.evaluation is not None and (need := planned.evaluation.total) > gpu:
         yield (
             f"stage {stage.name}: its evaluation needs about {need / GIB:.0f} GiB, a GPU has "
             f"{gpu / GIB:.0f}; lower "
             f"evaluation.max_concurrent_rollouts ({recipe.evaluation.max_concurrent_rollouts})"
         )
-    if made.row > recipe.max_tokens_per_micro_batch:
+    if planned.row > recipe.max_tokens_per_micro_batch:
         yield (
-            f"stage {stage.name}: a row may have {made.row:,} tokens; one longer than "
-            f"max_tokens_per_micro_batch ({recipe.max_tokens_per_micro_batch:,}) stands alone, "
-            "and memory is reckoned for it"
+            f"stage {stage.name}: a row may have {planned.row:,} tokens; one longer than "
+            f"max_tokens_per_micro_batch ({recipe.max_tokens_per_micro_batch:,}) is a micro-batch of "
+            "its own, and memory is planned for it"
         )
     response = longest_response(recipe.thinking_of(stage))
     if response >= shape.max_positions:
         yield (
-            f"stage {stage.name}: a response may have {response:,} tokens, the model was made for "
+            f"stage {stage.name}: a response may have {response:,} tokens, the model supports "
             f"{shape.max_positions:,}"
         )
-    together = made.rows // (stage.mini_batches if isinstance(stage, RlStage) else 1)
+    together = planned.rows // (stage.mini_batches if isinstance(stage, RlStage) else 1)
     if together < data:
-        yield f"stage {stage.name}: {together} rows an update leave some of {data} copies idle"
+        yield f"stage {stage.name}: {together} rows an update leave some of {data} replicas idle"

@@ -1,4 +1,4 @@
-"""A plan as text for a terminal or a log."""
+"""Formats a plan as text for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_parallel_r1.rl.objective.settings import Objective
 
 
 def plan_text(plan: Plan) -> str:
-    """Model, layout, weights of a process, stages, memory, notes."""
+    """Formats model, layout, weights of a rank, stages, memory, times and notes."""
     blocks = [
         _model(plan),
         _layout(plan),
         *(_weights(part, len(plan.parts)) for part in _unlike(plan.parts)),
-        *(_stage(made, plan.data) for made in plan.stages),
+        *(_stage(each, plan.data) for each in plan.stages),
         _totals(plan),
         _memory(plan),
         _times(plan),
@@ -33,13 +33,13 @@ def plan_text(plan: Plan) -> str:
 
 
 def _model(plan: Plan) -> list[str]:
-    shape, told = plan.shape, plan.recipe.model
+    shape, source = plan.shape, plan.recipe.model
     whole = sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts)
     return [
-        f"{plan.recipe.name}: {told.path or 'a fresh model'}",
+        f"{plan.recipe.name}: {source.path or 'a fresh model'}",
         f"  {shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads of {shape.head_dim} in "
         f"{shape.kv_heads} groups, ffn {shape.ffn}, vocabulary {shape.vocab:,}, "
-        f"{'tied' if shape.tied else 'own'} head, {whole:,} weights in {told.dtype}",
+        f"{'tied' if shape.tied else 'own'} head, {whole:,} weights in {source.dtype}",
     ]
 
 
@@ -63,12 +63,12 @@ def _layout(plan: Plan) -> list[str]:
 
 
 def _unlike(parts: Sequence[PipelinePart]) -> list[PipelinePart]:
-    """One part of each kind: the first, an inner one, the last."""
+    """Returns one part of each kind: the first, an inner one, the last."""
     return [part for part in parts if part.rank in (0, 1, len(parts) - 1)]
 
 
 def _weights(part: PipelinePart, of: int) -> list[str]:
-    """A line for each kind of weight; the layers' are alike."""
+    """Returns a line for each kind of weight; all layers have the same."""
     counts: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, size in part.weights:
         kind = (re.sub(r"layers\.\d+\.", "layers.*.", name), size)
@@ -78,26 +78,26 @@ def _weights(part: PipelinePart, of: int) -> list[str]:
     return [f"weights of a process{where}: {part.elements:,}", *_columns(rows)]
 
 
-def _stage(made: StagePlan, data: int) -> list[str]:
-    stage = made.stage
+def _stage(each: StagePlan, data: int) -> list[str]:
+    stage = each.stage
     lines = [
-        f"{stage.name}: {stage.kind}, {_many(stage.steps, 'step')}{_end(stage)}, mode {made.mode}, from "
-        f"{made.start or 'the model'}{' with its optimizer' if stage.carry_optimizer else ''}"
+        f"{stage.name}: {stage.kind}, {_many(stage.steps, 'step')}{_end(stage)}, mode {each.mode}, from "
+        f"{each.start or 'the model'}{' with its optimizer' if stage.carry_optimizer else ''}"
     ]
     if isinstance(stage, RlStage):
         lines += [
-            f"  {made.rows:,} traces a step: {stage.prompts_per_step} prompts x {stage.samples_per_prompt}; "
-            f"draws at most {made.drawn:,} tokens a step, {made.drawn * stage.steps:.3g} in all",
+            f"  {each.rows:,} traces a step: {stage.prompts_per_step} prompts x {stage.samples_per_prompt}; "
+            f"draws at most {each.sampled:,} tokens a step, {each.sampled * stage.steps:.3g} in all",
             "  reward: " + " + ".join(map(_component, stage.reward.make().components)),
             f"  objective: {_objective(stage.objective)}",
         ]
     else:
-        lines.append(f"  {made.rows:,} examples a step")
+        lines.append(f"  {each.rows:,} examples a step")
     return [
         *lines,
-        f"  trains on at most {made.trained:,} tokens a step, {made.trained * stage.steps:.3g} in all: "
-        f"{_many(made.updates, 'update')} x {_many(made.micro_batches, 'micro-batch', 'es')} of at most "
-        f"{made.row:,} tokens on each of {_many(data, 'copy', of='copies')}",
+        f"  trains on at most {each.trained:,} tokens a step, {each.trained * stage.steps:.3g} in all: "
+        f"{_many(each.updates, 'update')} x {_many(each.micro_batches, 'micro-batch', 'es')} of at most "
+        f"{each.row:,} tokens on each of {_many(data, 'copy', of='copies')}",
         f"  learning rate: {_rate(stage.optimizer)}",
     ]
 
@@ -142,23 +142,23 @@ def _rate(optimizer: Optimizer) -> str:
 
 
 def _totals(plan: Plan) -> list[str]:
-    steps = sum(made.stage.steps for made in plan.stages)
-    trained = sum(made.trained * made.stage.steps for made in plan.stages)
-    drawn = sum(made.drawn * made.stage.steps for made in plan.stages)
+    steps = sum(each.stage.steps for each in plan.stages)
+    trained = sum(each.trained * each.stage.steps for each in plan.stages)
+    sampled = sum(each.sampled * each.stage.steps for each in plan.stages)
     return [
-        f"in all: {_many(len(plan.stages), 'stage')}, {steps:,} steps, at most {drawn:.3g} tokens drawn and "
-        f"{trained:.3g} trained on"
+        f"in all: {_many(len(plan.stages), 'stage')}, {steps:,} steps, at most {sampled:.3g} tokens sampled "
+        f"and {trained:.3g} trained on"
     ]
 
 
 def _memory(plan: Plan) -> list[str]:
     names = [field.name for field in fields(MemoryUse)]
     rows: list[tuple[str, ...]] = [("stage", *names, "total", "")]
-    for made in plan.stages:
-        where = f"pipeline rank {made.fullest}" if len(plan.parts) > 1 else ""
-        rows.append(_memory_row(made.stage.name, made.memories[made.fullest], where, plan.gpu))
-        if made.evaluation is not None:
-            rows.append(_memory_row(f"{made.stage.name} evaluation", made.evaluation, "", plan.gpu))
+    for each in plan.stages:
+        where = f"pipeline rank {each.fullest}" if len(plan.parts) > 1 else ""
+        rows.append(_memory_row(each.stage.name, each.memories[each.fullest], where, plan.gpu))
+        if each.evaluation is not None:
+            rows.append(_memory_row(f"{each.stage.name} evaluation", each.evaluation, "", plan.gpu))
     return [f"memory of the fullest process, GiB of {plan.gpu / GIB:.0f} (estimate)", *_columns(rows)]
 
 
@@ -170,11 +170,11 @@ def _memory_row(name: str, memory: MemoryUse, where: str, gpu: int) -> tuple[str
 
 def _times(plan: Plan) -> list[str]:
     rows: list[tuple[str, ...]] = [("stage", "sync", "rollout", "logprobs", "update", "step", "stage, hours")]
-    for made in plan.stages:
-        time = made.time
-        each = (time.sync, time.rollout, time.logprobs, time.update, time.total)
-        hours = made.stage.steps * time.total / 3600
-        rows.append((made.stage.name, *(f"{seconds:.3g}" for seconds in each), f"{hours:.3g}"))
+    for each in plan.stages:
+        time = each.time
+        phases = (time.sync, time.rollout, time.logprobs, time.update, time.total)
+        hours = each.stage.steps * time.total / 3600
+        rows.append((each.stage.name, *(f"{seconds:.3g}" for seconds in phases), f"{hours:.3g}"))
     name = f"{plan.machine.name}: seconds of a step whose rows are all as long as they may be (estimate)"
     return [name, *_columns(rows)]
 

@@ -1,4 +1,4 @@
-"""Shapes of published models, so that a run can be planned where none of them has been downloaded.
+"""Sizes of published models, so that a run can be planned before downloading one.
 
 From the `config.json` of each on the Hugging Face Hub.
 """
@@ -42,16 +42,16 @@ PUBLISHED: Mapping[str, ModelConfig] = MappingProxyType(
     | _QWEN3
     | _WITHOUT_BASE
 )
-"""By the last part of the name on the Hub, which is usually also that of the folder."""
+"""By the last part of the name on the Hub, usually also the folder's name."""
 
 
 def published_config(folder: Path) -> tuple[ModelConfig, bool]:
-    """The shape of the model in a Hugging Face folder, and whether its config.json was there to read.
+    """Returns the config of a Hugging Face folder, and whether it was read from a config.json there.
 
-    A folder that is not there yet is taken for the published model of its name.
+    A folder that does not exist yet stands for the published model of its name.
 
     Raises:
-        UserError: it is not there and no published model has its name, or its config.json is no Qwen3's.
+        UserError: it does not exist and no published model has its name, or its config.json is not supported.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -64,6 +64,6 @@ def published_config(folder: Path) -> tuple[ModelConfig, bool]:
     try:
         return ModelConfig.from_hf(json.loads(file.read_text(encoding="utf-8"))), True
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: no valid JSON ({error}); copy it again") from None
+        raise UserError(f"{file} is not valid JSON ({error}); copy it again") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None

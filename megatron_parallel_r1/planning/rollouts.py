@@ -1,4 +1,8 @@
-"""How long rows can get, from the limits that a recipe sets."""
+"""Upper bounds of response lengths, and the cost of rollouts for one rank of an engine.
+
+Each pass samples a token for every active row. It reads all weights once and each row's cache (arXiv
+2211.05102, section 2): with few rows memory bandwidth is the bound, with many the matrix products.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,15 @@ from megatron_parallel_r1.planning.memory import FLOAT32
 from megatron_parallel_r1.planning.training import Split, forward_cost, layer_weights
 from megatron_parallel_r1.rollout.settings import Thinking
 
-# Around what a path draws: `<Path>`, and the `</Path>` that is forced where a limit cut it.
+# Beside a path's sampled tokens: `<Path>`, and the `</Path>` that is forced at a limit.
 PATH_TAGS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class LengthLimits:
-    """Where a recipe does not bound them: tokens of a prompt, and of an SFT row with all that belongs to it.
+    """Tokens of a prompt and of a whole SFT row at most, where the recipe does not bound them.
 
-    The defaults are what Parallel-R1 keeps of its data (arXiv 2509.07980).
+    The defaults are Parallel-R1's limits on its data (arXiv 2509.07980).
     """
 
     prompt: int = 2000
@@ -26,14 +30,14 @@ class LengthLimits:
 
 
 def longest_response(thinking: Thinking) -> int:
-    """Tokens of a flat response at most; all paths of a block may fill one critical path."""
+    """Returns the most tokens of a flat response; all paths of a block may fill one critical path."""
     together = 1 if thinking.mode == "sequential" else thinking.paths**thinking.max_depth
     critical = thinking.max_critical_tokens or thinking.max_response_tokens
     return min(thinking.max_response_tokens, critical * together)
 
 
 def longest_branches(thinking: Thinking) -> int:
-    """Tokens that `replay` repeats behind a response: paths 2..N of each block, once a level of nesting."""
+    """Returns the most tokens that `replay` repeats: paths 2..N of each block, once per nesting level."""
     if thinking.mode != "replay" or thinking.paths == 1 or thinking.max_blocks == 0:
         return 0
     response = longest_response(thinking)
@@ -44,22 +48,22 @@ def longest_branches(thinking: Thinking) -> int:
 
 
 def longest_row(thinking: Thinking, prompt: int) -> int:
-    """Tokens of a trace's row at most, behind a prompt of so many.
+    """Returns the most tokens of a trace's row after a prompt of `prompt` tokens.
 
-    The engine's cache holds no more of it: in `replay` a block is joined by writing paths 2..N once more.
+    The engine's cache holds no more: in `replay` a block is joined by writing paths 2..N again.
     """
     return prompt + longest_response(thinking) + longest_branches(thinking)
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutLoad:
-    """What one copy of an engine is asked for.
+    """The rollouts of one engine replica.
 
     Attributes:
-        prompts: different ones, each read once.
-        prompt: tokens of one.
-        traces: in all.
-        concurrent: of them under way at once.
+        prompts: distinct prompts, each prefilled once.
+        prompt: tokens of a prompt.
+        traces: in total.
+        concurrent: traces in progress at once.
     """
 
     prompts: float
@@ -69,7 +73,7 @@ class RolloutLoad:
 
 
 def width(thinking: Thinking) -> float:
-    """Rows that a trace decodes at once, on average, if it is as long as its limits let it be."""
+    """Returns the average number of rows that a trace of maximum length decodes at once."""
     if thinking.mode == "sequential" or thinking.max_blocks == 0:
         return 1.0
     response = longest_response(thinking)
@@ -77,26 +81,26 @@ def width(thinking: Thinking) -> float:
     return response / (response - inside + inside / thinking.paths)
 
 
-def rollout_cost(split: Split, thinking: Thinking, draws: RolloutLoad) -> Cost:
-    """Of all traces of one copy, each as long as it may be; of one of the processes that share the copy.
+def rollout_cost(split: Split, thinking: Thinking, load: RolloutLoad) -> Cost:
+    """Returns the cost of all traces of one replica at maximum length, for one of its ranks.
 
-    Only a `split` over tensor ranks is meant: engines have all layers in each process.
+    `split` is over tensor ranks only: an engine's rank has all layers.
     """
     response = longest_response(thinking)
-    rows = min(draws.concurrent, max(1.0, draws.traces)) * width(thinking)
-    passes = draws.traces * response / rows
-    context = draws.prompt + response / 2
+    rows = min(load.concurrent, max(1.0, load.traces)) * width(thinking)
+    passes = load.traces * response / rows
+    context = load.prompt + response / 2
     drawn = passes * pass_cost(split, rows, context)
-    # Prompts, and in `replay` the paths that each summary reads in its flat text.
-    read = draws.prompts * draws.prompt
-    joined = draws.traces * longest_branches(thinking)
-    reading = forward_cost(split, read, draws.prompt / 2) if read else Cost()
+    # Prompts, and in `replay` the paths that are prefilled again before each summary.
+    read = load.prompts * load.prompt
+    joined = load.traces * longest_branches(thinking)
+    reading = forward_cost(split, read, load.prompt / 2) if read else Cost()
     joining = forward_cost(split, joined, context) if joined else Cost()
     return drawn + reading + joining
 
 
 def pass_cost(split: Split, rows: float, context: float) -> Cost:
-    """Of one token for each of `rows`, with so many tokens of cache behind each."""
+    """Returns the cost of one token for each of `rows`, with `context` cached tokens each."""
     shape, size, number = split.shape, split.parallel.tensor, split.number
     query, key = shape.heads * shape.head_dim / size, shape.kv_heads * shape.head_dim / size
     attention, mlp, chosen = layer_weights(shape)
@@ -117,7 +121,7 @@ def pass_cost(split: Split, rows: float, context: float) -> Cost:
 
 
 def _experts_read(shape: ModelConfig, rows: float) -> float:
-    """Weights of the experts that some row goes through: all, if rows choose them evenly and are many."""
+    """Returns the weights of the experts that any row is routed to, for evenly routed rows."""
     if shape.experts is None:
         return 0.0
     left_out = (1 - shape.experts.per_token / shape.experts.count) ** rows

@@ -1,4 +1,4 @@
-"""What each process holds of a model under a parallel layout, known without building it."""
+"""The weights of each pipeline rank under a parallel layout, without building the model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FINAL_NORM = "decoder.final_layernorm.weight"
 
 @dataclass(frozen=True, slots=True)
 class PipelinePart:
-    """What the processes of one pipeline rank hold; all tensor-parallel ranks hold shapes alike.
+    """The weights of one pipeline rank; all tensor-parallel ranks have the same shapes.
 
     Attributes:
         rank: in the pipeline.
-        chunks: the layers, from 0, of each of its stages; several where stages are interleaved.
-        weights: Megatron's names, as of a whole model, with the shape of this process's part.
-        last: whether logits are made here.
+        chunks: the layers, from 0, of each of its stages; several if stages are interleaved.
+        weights: Megatron's names in a whole model, with the shape of this rank's part.
+        last: whether logits are computed here.
     """
 
     rank: int
@@ -39,14 +39,14 @@ class PipelinePart:
 
 
 def pipeline_parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[PipelinePart, ...]:
-    """One part for each pipeline rank; the layout must divide the model (`check_parallel`).
+    """Returns the part of each pipeline rank; the layout must divide the model (`check_parallel`).
 
-    Interleaved stages are dealt in turn (arXiv 2104.04473): rank p holds stages p, p + pipeline, and so on.
-    The last stage of a tied model has a copy of the embedding to make logits with, unless it also embeds.
+    Interleaved stages are assigned in turn (arXiv 2104.04473): rank p has stages p, p + pipeline, and so on.
+    The last stage of a tied model has a copy of the embedding for its logits, unless it also embeds.
     """
     each = shape.layers // (parallel.pipeline * parallel.virtual)
     sizes = {weight.name: weight.shard_shape(parallel.tensor) for weight in weight_table(shape)}
-    made = []
+    parts = []
     for rank in range(parallel.pipeline):
         starts = [(rank + turn * parallel.pipeline) * each for turn in range(parallel.virtual)]
         chunks = tuple(range(start, start + each) for start in starts)
@@ -60,5 +60,5 @@ def pipeline_parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[Pipeli
                 names.append(HEAD)
             elif rank > 0:
                 names.append(EMBEDDING)
-        made.append(PipelinePart(rank, chunks, tuple((name, sizes[name]) for name in names), last))
-    return tuple(made)
+        parts.append(PipelinePart(rank, chunks, tuple((name, sizes[name]) for name in names), last))
+    return tuple(parts)

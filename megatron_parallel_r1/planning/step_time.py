@@ -1,4 +1,4 @@
-"""How long a step takes by a machine's rates, phase by phase."""
+"""The time of a step at a machine's rates, phase by phase."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ from megatron_parallel_r1.rollout.settings import Thinking
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of one step whose rows are as long as they may be.
+    """Seconds of one step whose rows have their maximum length.
 
     Attributes:
         sync: weights to the engines.
-        rollout: all traces are drawn.
+        rollout: sampling of all traces.
         logprobs: of the policy before the step and of the reference, where they are needed.
         update: all updates.
-        ahead: whether rollouts go on while the trainer works.
+        overlaps: whether rollouts continue while the trainer works.
     """
 
     sync: float
     rollout: float
     logprobs: float
     update: float
-    ahead: bool
+    overlaps: bool
 
     @property
     def total(self) -> float:
         learning = self.logprobs + self.update
-        return self.sync + (max(self.rollout, learning) if self.ahead else self.rollout + learning)
+        return self.sync + (max(self.rollout, learning) if self.overlaps else self.rollout + learning)
 
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """All that a step's time follows from.
+    """Everything that a step's time depends on.
 
     Attributes:
-        split, engine: the trainer's copies of the model, and the engines'.
-        rows: of one update.
-        elements: weights of the process that has most.
+        split, engine: the trainer's replicas of the model, and the engines'.
+        batch: micro-batches of one update.
+        elements: weights of the rank that has most.
         updates: of a step.
-        scores_itself: whether the policy before the step scores the traces in a pass of its own.
-        reference: whether another model does.
-        thinking: how traces are drawn; None: none are.
-        prompt: tokens of one.
-        prompts: that one engine gets.
-        samples: traces of each.
-        concurrent: traces under way in one engine.
-        in_process: whether engines live in the trainer's processes.
-        ahead, fp8: rollouts go on while the trainer works; its products are in FP8.
+        scores_itself: whether the policy before the step scores the traces in a separate pass.
+        reference: whether a reference model does.
+        thinking: decoding of the traces; None: no rollouts.
+        prompt: tokens of a prompt.
+        prompts: of one engine.
+        samples: traces per prompt.
+        concurrent: traces in progress in one engine.
+        in_process: whether engines run in the trainer's processes.
+        overlaps, fp8: rollouts continue while the trainer works; its products are in FP8.
     """
 
     split: Split
     engine: Split
-    rows: MicroBatches
+    batch: MicroBatches
     elements: int
     updates: int
     scores_itself: bool
@@ -75,31 +75,31 @@ class StepWork:
     samples: int
     concurrent: int
     in_process: bool
-    ahead: bool
+    overlaps: bool
     fp8: bool
 
 
 def step_time(machine: Machine, work: StepWork) -> StepTime:
-    """Of the slowest process of each phase."""
+    """Returns the time of the slowest rank in each phase."""
     passes = work.updates * (work.scores_itself + work.reference)
     return StepTime(
         sync=machine.seconds(_sync_cost(work)) if work.thinking else 0.0,
         rollout=machine.seconds(_rollout_cost(work)),
-        logprobs=machine.seconds(passes * scoring_cost(work.split, work.rows), work.fp8),
-        update=machine.seconds(work.updates * update_cost(work.split, work.rows, work.elements), work.fp8),
-        ahead=work.ahead,
+        logprobs=machine.seconds(passes * scoring_cost(work.split, work.batch), work.fp8),
+        update=machine.seconds(work.updates * update_cost(work.split, work.batch, work.elements), work.fp8),
+        overlaps=work.overlaps,
     )
 
 
 def _rollout_cost(work: StepWork) -> Cost:
     if work.thinking is None:
         return Cost()
-    draws = RolloutLoad(work.prompts, work.prompt, work.prompts * work.samples, work.concurrent)
-    return rollout_cost(work.engine, work.thinking, draws)
+    load = RolloutLoad(work.prompts, work.prompt, work.prompts * work.samples, work.concurrent)
+    return rollout_cost(work.engine, work.thinking, load)
 
 
 def _sync_cost(work: StepWork) -> Cost:
-    """In process, weights are gathered over the tensor group, cut anew and copied; servers get them all."""
+    """In process, weights are gathered over the tensor group, resplit and copied; servers get all of them."""
     size, number = work.split.parallel.tensor, work.split.number
     whole = number * work.elements * size * work.split.parallel.pipeline
     if work.in_process:
@@ -109,7 +109,7 @@ def _sync_cost(work: StepWork) -> Cost:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What is the same for all stages of a recipe on so many processes."""
+    """What all stages of a recipe share on the given ranks."""
 
     recipe: Recipe
     shape: ModelConfig
@@ -119,7 +119,7 @@ class Timing:
 
     @property
     def engines(self) -> int:
-        """Models that decode: the trainer's copies, its servers, or as many as it has GPUs for."""
+        """Number of engines: the trainer's replicas, its servers, or as many as its GPUs allow."""
         rollout = self.recipe.rollout
         if rollout.engine == "native":
             return self.data
@@ -134,17 +134,17 @@ class Timing:
         longest: int,
         updates: int,
         trained: float,
-        asked: int,
+        problems: int,
         prompt: int,
     ) -> StepTime:
-        """Of a step of a stage.
+        """Returns the time of a step of a stage.
 
         Args:
             longest: tokens of a row.
             updates: of a step.
             trained: tokens of one update.
-            asked: problems whose traces are drawn.
-            prompt: tokens of one.
+            problems: number of problems in the step's rollouts.
+            prompt: tokens of a prompt.
         """
         rollout, parallel = self.recipe.rollout, self.recipe.parallel
         in_process = rollout.engine == "native"
@@ -153,28 +153,28 @@ class Timing:
         tokens = trained / self.data / work.micro_batches
         per_node = self.machine.per_node
         tensor = parallel.tensor if in_process else rollout.tensor
-        asks = StepWork(
+        step = StepWork(
             split=Split(self.shape, parallel, self.data, number, per_node),
             engine=Split(self.shape, ParallelConfig(tensor=tensor), self.engines, number, per_node),
-            # A token sees those before it, of its own document alone.
-            rows=MicroBatches(work.micro_batches, tokens, longest / 2, tokens),
+            # A token sees the earlier ones of its own document.
+            batch=MicroBatches(work.micro_batches, tokens, longest / 2, tokens),
             elements=max(part.elements for part in self.parts),
             updates=updates,
             scores_itself=updates > 1 or (rl is not None and rl.objective.kl_in == "reward"),
             reference=work.reference,
             thinking=thinking if rl else None,
             prompt=prompt,
-            prompts=asked / self.engines,
+            prompts=problems / self.engines,
             samples=rl.samples_per_prompt if rl else 0,
             concurrent=self._concurrent(rl) if rl else 1,
             in_process=in_process,
-            ahead=work.staleness > 0,
+            overlaps=work.staleness > 0,
             fp8=self.recipe.model.fp8 != "none",
         )
-        return step_time(self.machine, asks)
+        return step_time(self.machine, step)
 
     def _concurrent(self, stage: RlStage) -> int:
-        """Traces under way in one engine at most."""
+        """Returns the most traces in progress in one engine."""
         if self.recipe.rollout.engine == "native":
             return stage.max_concurrent_rollouts
         return max(

@@ -1,9 +1,9 @@
-"""What an update costs one process, from shapes alone.
+"""The cost of an update for one rank, from sizes alone.
 
-Products count as in Narayanan et al. (arXiv 2104.04473, appendix): 2 operations a weight and token forward,
-twice that backward. Attention counts the pairs that a query may see; its backward makes five products where
-the forward makes two (arXiv 2307.08691). What is kept for backward (memory.py) is written once and read once;
-a ring sends 2 (n - 1) / n of what n processes sum up.
+Matrix products count as in Narayanan et al. (arXiv 2104.04473, appendix): 2 operations per weight and token
+forward, twice that backward. Attention counts visible pairs; its backward has five products where the forward
+has two (arXiv 2307.08691). What backward needs (memory.py) is written once and read once; a ring all-reduce
+over n ranks sends 2 (n - 1) / n of the data.
 
 Letters: b bytes a number, E hidden, Q and K sizes of all query and of all key heads, F ffn.
 """
@@ -25,12 +25,12 @@ ADAM_BYTES = 28  # a weight: gradient read; two moments and a float32 weight rea
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A model over processes.
+    """A model split over ranks.
 
     Attributes:
-        data: copies.
+        data: data-parallel replicas.
         number: bytes of a weight and of an activation.
-        per_node: processes of a node.
+        per_node: ranks of a node.
     """
 
     shape: ModelConfig
@@ -41,18 +41,19 @@ class Split:
 
     @property
     def layers(self) -> float:
-        """Of a process, on average over the pipeline."""
+        """Layers of a rank, on average over the pipeline."""
         return self.shape.layers / self.parallel.pipeline
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatches:
-    """The micro-batches of an update, of one copy.
+    """The micro-batches of an update on one replica.
 
     Attributes:
+        micro_batches: their number.
         tokens: of a micro-batch.
         visible: keys that a token sees, on average.
-        targets: tokens of it with loss.
+        targets: tokens of a micro-batch with loss.
     """
 
     micro_batches: int
@@ -62,7 +63,7 @@ class MicroBatches:
 
 
 def layer_weights(shape: ModelConfig) -> tuple[float, float, float]:
-    """Weights that a token meets in a layer: of attention, of the MLP or router, of its experts."""
+    """Returns a layer's weights per token: of attention, of the MLP or router, of its selected experts."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = shape.hidden * (2 * query + 2 * key)
     if shape.experts is None:
@@ -72,83 +73,83 @@ def layer_weights(shape: ModelConfig) -> tuple[float, float, float]:
 
 
 def forward_cost(split: Split, tokens: float, visible: float) -> Cost:
-    """Of all layers of a process, for a row of so many tokens."""
+    """Returns the forward cost of a rank's layers for a row of `tokens`."""
     attention, mlp, experts = _layer_forward(split, tokens, visible)
     return split.layers * (attention + mlp + experts)
 
 
-def update_cost(split: Split, rows: MicroBatches, elements: int) -> Cost:
-    """Of one optimizer step; `elements`: weights of a process."""
+def update_cost(split: Split, batch: MicroBatches, elements: int) -> Cost:
+    """Returns the cost of one optimizer step; `elements`: weights of the rank."""
     parallel = split.parallel
-    attention, mlp, experts = _layer_forward(split, rows.tokens, rows.visible)
+    attention, mlp, experts = _layer_forward(split, batch.tokens, batch.visible)
     forward = attention + mlp + experts
     backward = BACKWARD * forward + Cost(attention=(ATTENTION_BACKWARD - BACKWARD) * forward.attention)
-    again = {"none": Cost(), "selective": mlp + experts, "full": forward}[parallel.recompute]
-    one = split.layers * (forward + backward + again) + head_cost(split, rows.targets, backward=True)
-    one += _between_stages(split, rows.tokens)
-    # A pipeline's first and last micro-batches leave its other stages idle (arXiv 2104.04473, section 2.2).
-    turns = rows.micro_batches + (parallel.pipeline - 1) / parallel.virtual
-    return turns * one + _step(split, elements)
+    recomputed = {"none": Cost(), "selective": mlp + experts, "full": forward}[parallel.recompute]
+    micro_batch = split.layers * (forward + backward + recomputed)
+    micro_batch += head_cost(split, batch.targets, backward=True)
+    micro_batch += _between_stages(split, batch.tokens)
+    # The pipeline bubble (arXiv 2104.04473, section 2.2).
+    turns = batch.micro_batches + (parallel.pipeline - 1) / parallel.virtual
+    return turns * micro_batch + _step(split, elements)
 
 
-def scoring_cost(split: Split, rows: MicroBatches) -> Cost:
-    """Of log-probs of the targets, forward alone."""
-    one = forward_cost(split, rows.tokens, rows.visible) + head_cost(split, rows.targets, backward=False)
-    return (rows.micro_batches + split.parallel.pipeline - 1) * one
+def scoring_cost(split: Split, batch: MicroBatches) -> Cost:
+    """Returns the cost of the targets' log-probs, forward only."""
+    micro_batch = forward_cost(split, batch.tokens, batch.visible)
+    micro_batch += head_cost(split, batch.targets, backward=False)
+    return (batch.micro_batches + split.parallel.pipeline - 1) * micro_batch
 
 
 def head_cost(split: Split, targets: float, backward: bool) -> Cost:
-    """Of logits of targets, which backward makes anew before its own two products."""
+    """Returns the cost of the targets' logits, which backward recomputes before its own two products."""
     rows = padded_vocab(split.shape.vocab, split.parallel.tensor) / split.parallel.tensor
-    mine = targets / split.parallel.context
+    own = targets / split.parallel.context
     times, alive = (4, CHUNKS_ALIVE) if backward else (1, 3)
-    return Cost(
-        products=times * 2 * mine * split.shape.hidden * rows, stream=2 * alive * FLOAT32 * mine * rows
-    )
+    return Cost(products=times * 2 * own * split.shape.hidden * rows, stream=2 * alive * FLOAT32 * own * rows)
 
 
 def _layer_forward(split: Split, tokens: float, visible: float) -> tuple[Cost, Cost, Cost]:
-    """Of one layer: attention with both norms, MLP or router, experts."""
+    """Returns the forward costs of one layer: attention with both norms, MLP or router, experts."""
     shape, parallel, number = split.shape, split.parallel, split.number
-    size, mine = parallel.tensor, tokens / parallel.context
+    size, own = parallel.tensor, tokens / parallel.context
     query, key = shape.heads * shape.head_dim / size, shape.kv_heads * shape.head_dim / size
     first, second, chosen = layer_weights(shape)
     kept, norm, inside = layer_bytes(shape, parallel, round(tokens), number)
-    summed = 2 * (size - 1) / size * mine * shape.hidden * number
-    gathered = (parallel.context - 1) * mine * 2 * key * number
+    summed = 2 * (size - 1) / size * own * shape.hidden * number
+    gathered = (parallel.context - 1) * own * 2 * key * number
     attention = Cost(
-        products=2 * mine * first / size,
-        attention=4 * mine * visible * query,
+        products=2 * own * first / size,
+        attention=4 * own * visible * query,
         stream=2 * (kept + norm),
         layers=1,
     )
     attention += sent(summed, size, split.per_node)
     attention += sent(gathered, size * parallel.context, split.per_node)
-    mlp = Cost(products=2 * mine * second / size, stream=2 * inside) + sent(summed, size, split.per_node)
-    return attention, mlp, Cost(experts=2 * mine * chosen / size)
+    mlp = Cost(products=2 * own * second / size, stream=2 * inside) + sent(summed, size, split.per_node)
+    return attention, mlp, Cost(experts=2 * own * chosen / size)
 
 
 def _between_stages(split: Split, tokens: float) -> Cost:
-    """Activations and their gradients to the next and the previous stage."""
+    """Returns the cost of sending activations and their gradients between stages."""
     parallel = split.parallel
     if parallel.pipeline == 1:
         return Cost()
-    mine = tokens / parallel.context / (parallel.tensor if parallel.sequence else 1)
-    amount = 2 * parallel.virtual * mine * split.shape.hidden * split.number
+    own = tokens / parallel.context / (parallel.tensor if parallel.sequence else 1)
+    amount = 2 * parallel.virtual * own * split.shape.hidden * split.number
     world = parallel.replica_size * split.data
     return sent(amount, world, split.per_node)
 
 
 def _step(split: Split, elements: int) -> Cost:
-    """Gradients summed over data and context ranks, their norm, and Adam."""
+    """Returns the cost of reducing gradients over data and context ranks, their norm, and Adam."""
     parallel = split.parallel
     sharers = split.data * parallel.context
     place = parallel.tensor * sharers
     if parallel.sharded_optimizer:
-        # Gradients are summed to shards, then each shard's weights are gathered.
+        # Reduce-scatter of gradients, then all-gather of weights.
         exchanged = (FLOAT32 + split.number) * elements * (sharers - 1) / sharers
     else:
         exchanged = 2 * FLOAT32 * elements * (sharers - 1) / sharers
-    mine = elements / sharers if parallel.sharded_optimizer else elements
-    adam = Cost(stream=3 * FLOAT32 * elements + (ADAM_BYTES + split.number) * mine, updates=1)
+    own = elements / sharers if parallel.sharded_optimizer else elements
+    adam = Cost(stream=3 * FLOAT32 * elements + (ADAM_BYTES + split.number) * own, updates=1)
     return adam + sent(exchanged, place, split.per_node)

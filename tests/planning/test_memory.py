@@ -26,7 +26,7 @@ from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensor
 from megatron_parallel_r1.planning.memory import (
     Workload,
     cache_bytes,
-    chunks_under_way,
+    chunks_in_flight,
     logit_bytes,
     memory_use,
 )
@@ -187,13 +187,13 @@ def test_the_cache_has_room_for_every_trace_and_no_doubling_more() -> None:
 
 def test_micro_batches_under_way() -> None:
     pipeline = ParallelConfig(pipeline=4)
-    assert [chunks_under_way(pipeline, rank, 8) for rank in range(4)] == [4, 3, 2, 1]
-    assert chunks_under_way(pipeline, 0, 2) == 2
+    assert [chunks_in_flight(pipeline, rank, 8) for rank in range(4)] == [4, 3, 2, 1]
+    assert chunks_in_flight(pipeline, 0, 2) == 2
     # Interleaved: 1 + (p - 1) / (p v) times the layers of a pipeline of full micro-batches (arXiv 2205.05198,
     # section 4.2.3): of p v = 8 stages' worth, 8 + 3.
     interleaved = ParallelConfig(pipeline=4, virtual=2)
-    assert [chunks_under_way(interleaved, rank, 8) for rank in range(4)] == [11, 9, 7, 5]
-    assert chunks_under_way(interleaved, 0, 4) == 8
+    assert [chunks_in_flight(interleaved, rank, 8) for rank in range(4)] == [11, 9, 7, 5]
+    assert chunks_in_flight(interleaved, 0, 4) == 8
 
 
 def test_copies_published_ahead_of_the_engine_are_counted() -> None:

@@ -66,7 +66,7 @@ def test_a_folder_that_is_there_is_read(tmp_path: Path) -> None:
     assert published_config(folder) == (PUBLISHED["Qwen3-4B-Base"], False)
     folder.mkdir()
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no valid JSON"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         published_config(folder)
     for text, told in (
         ('{"model_type": "gpt2"}', "model_type is 'gpt2'; supported are 'qwen3'"),
@@ -104,7 +104,7 @@ def test_the_curriculum_by_hand() -> None:
     assert (sft.rows, sft.trained, sft.micro_batches, sft.row) == (128, 128 * 4096, 2, 8192)
     # 256 x 8 traces of 3,000 drawn tokens; a prompt of 2,000; branches as long as the response at most.
     for stage in (easy, s1, s2):
-        assert (stage.rows, stage.drawn, stage.trained) == (2048, 2048 * 3000, 2048 * 8000)
+        assert (stage.rows, stage.sampled, stage.trained) == (2048, 2048 * 3000, 2048 * 8000)
         # Two updates of 1,024 rows, 32 for each copy, each a row of its own.
         assert (stage.updates, stage.micro_batches, stage.row) == (2, 32, 8192)
         # 8 prompts of a copy, and all of its 64 traces.
@@ -132,7 +132,7 @@ def test_the_curriculum_by_hand() -> None:
 @pytest.mark.parametrize("world", [8, 64])
 def test_the_recipes_fit_their_gpus(path: Path, world: int) -> None:
     made = planned(path, world=world)
-    assert all("is not here" in note for note in made.notes), made.notes
+    assert all("does not exist" in note for note in made.notes), made.notes
     for stage in made.stages:
         assert max(memory.total for memory in stage.memories) < 80 * GIB
         assert stage.evaluation is not None and stage.evaluation.total < 80 * GIB
@@ -175,7 +175,7 @@ def test_the_plan_in_words() -> None:
         "ppo ratio by token in 0.8..1.28, no KL",
         "rises to 1e-05 over 10 steps, then falls linearly to 1e-06",
         "2 updates x 32 micro-batches of at most 8,192 tokens on each of 32 copies",
-        "note: Qwen/Qwen3-4B-Base is not here",
+        "note: Qwen/Qwen3-4B-Base does not exist",
     ):
         assert line in text, text
 
@@ -215,14 +215,15 @@ def test_what_does_not_fit_is_said() -> None:
         if "rl_s1" in note
     )
     assert (
-        "a row may have 8,000 tokens; one longer than max_tokens_per_micro_batch (4,096) stands alone" in long
+        "a row may have 8,000 tokens; one longer than max_tokens_per_micro_batch (4,096) is a micro-batch"
+        in long
     )
     with_kl = planned(CURRICULUM, "stages.rl_s1.objective={kl: k3}", world=64)
     memory = with_kl.stages[2].memories[0]
     assert memory.reference == memory.weights and "KL k3 in the loss" in plan_text(with_kl)
     (idle, rl) = (note for note in planned(MINI, world=9).notes if "idle" in note)
-    assert "cold_start: 8 rows an update leave some of 9 copies idle" in idle
-    assert "rl: 6 rows an update leave some of 9 copies idle" in rl
+    assert "cold_start: 8 rows an update leave some of 9 replicas idle" in idle
+    assert "rl: 6 rows an update leave some of 9 replicas idle" in rl
 
 
 def test_dynamic_sampling_draws_more() -> None:
@@ -231,7 +232,7 @@ def test_dynamic_sampling_draws_more() -> None:
         for told in ((), ("stages.rl.dynamic_sampling={max_rounds: 3, oversampling: 1.5}",))
     )
     # 3 problems, then 3 rounds of 4.5, rounded up; what is trained stays.
-    assert (once.drawn, more.drawn) == (3 * 4 * 80, 3 * 5 * 4 * 80)
+    assert (once.sampled, more.sampled) == (3 * 4 * 80, 3 * 5 * 4 * 80)
     assert once.trained == more.trained and more.slots > once.slots
 
 

@@ -126,8 +126,8 @@ def test_paths_decode_at_once() -> None:
 
 
 def test_rollouts_ahead_hide_behind_training() -> None:
-    time = StepTime(sync=1.0, rollout=5.0, logprobs=2.0, update=4.0, ahead=False)
-    assert time.total == 12 and replace(time, ahead=True).total == 7
+    time = StepTime(sync=1.0, rollout=5.0, logprobs=2.0, update=4.0, overlaps=False)
+    assert time.total == 12 and replace(time, overlaps=True).total == 7
 
 
 def test_the_curriculum_scales_with_its_processes() -> None:
@@ -160,12 +160,12 @@ def test_a_machine_is_read_from_a_file(tmp_path: Path) -> None:
     for text, told in (
         (f"name: mine\nper_node: 4\nspeed: 3\n{rates}", "speed: "),
         (f"name: mine\nper_node: 0\n{rates}", "per_node must be above 0"),
-        ("name: [", "no YAML"),
+        ("name: [", "is not valid YAML"),
         ("name: mine\n", "per_node: "),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=told) as refused:
             read_machine(str(file))
         assert "\n" not in str(refused.value)
-    with pytest.raises(UserError, match="neither known"):
+    with pytest.raises(UserError, match="not built in"):
         read_machine("h9000")
