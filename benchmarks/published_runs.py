@@ -66,7 +66,14 @@ def _llama(hidden: int, layers: int, heads: int, ffn: int) -> ModelConfig:
 
 
 def _split(tensor: int = 1, pipeline: int = 1, virtual: int = 1, context: int = 1) -> ParallelConfig:
-    return ParallelConfig(tensor, pipeline, virtual, context, sequence=tensor > 1, sharded_optimizer=True)
+    return ParallelConfig(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual=virtual,
+        context=context,
+        sequence=tensor > 1,
+        sharded_optimizer=True,
+    )
 
 
 QWEN3_235B = ModelConfig(

@@ -140,7 +140,12 @@ def main() -> None:
                 kind: Publisher(
                     [SglangControl(url)],
                     model,
-                    Sync(kind, given.bucket_mb * 2**20, tolerance=1e-3, folder=Path(place) / "versions"),
+                    Sync(
+                        transport=kind,
+                        bucket_bytes=given.bucket_mb * 2**20,
+                        tolerance=1e-3,
+                        folder=Path(place) / "versions",
+                    ),
                     rows,
                     lambda rows, _head: causal_logprobs(LogprobRunner(model), rows, 64),
                 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,7 @@ def open_engine(told: OwnEngine, template: str, seed: int) -> Iterator[EngineTea
     with process.running(seed):
         engine = native_engine(shape)
         engine.load_weights(tensors, version=0)
-        name = json.dumps([weights_of(told.path), asdict(told.thinking)], sort_keys=True)
+        name = json.dumps([weights_of(told.path), told.thinking.model_dump()], sort_keys=True)
         yield EngineTeacher(Thinker(engine, tags, told.thinking), tokenizer, name)
 
 

@@ -1,4 +1,4 @@
-"""The model of a recipe: a fresh one, or one that is there; and what its layers are made of."""
+"""The model of a recipe: a new one or a Hugging Face folder, and the implementation of its layers."""
 
 from __future__ import annotations
 
@@ -8,33 +8,41 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.config.data import Count, Strict
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.settings import Count, Settings, Tokens
 
 if TYPE_CHECKING:
     from megatron_parallel_r1.model.layers import Layers
 
 
-class Shape(Strict):
-    """A fresh Qwen3; the vocabulary is the tokenizer's. Attributes as `model.config.ModelConfig`.
-
-    `init_std` is that of its weights; narrow models learn sooner with about 1 / sqrt(hidden).
-    """
+class ModelShape(Settings):
+    """A new Qwen3; its vocabulary is the tokenizer's."""
 
     hidden: Count
+    """Hidden size."""
     layers: Count
+    """Number of layers."""
     heads: Count
+    """Number of attention heads."""
     kv_heads: Count
+    """Number of key/value heads."""
     head_dim: Count
+    """Size of a head; even."""
     ffn: Count
+    """Intermediate size of the MLP."""
     rope_theta: float = 1e6
+    """Base of the rotary embedding."""
     rms_eps: float = 1e-6
+    """Epsilon of the RMS norms."""
     tied: bool = True
-    max_positions: Count = 32768
+    """Share the weights of input and output embeddings."""
+    max_positions: Tokens = 32768
+    """Largest number of positions."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights; narrow models learn sooner with about 1 / sqrt(hidden)."""
 
     @model_validator(mode="after")
-    def _possible(self) -> Shape:
+    def _check_sizes(self) -> ModelShape:
         try:
             self.config(vocab=1)
         except UserError as error:
@@ -45,37 +53,42 @@ class Shape(Strict):
         return ModelConfig(vocab=vocab, **self.model_dump(exclude={"init_std"}))
 
 
-class Model(Strict):
-    """Either `shape`, trained from scratch, or `path`, a Hugging Face folder of a supported model.
+class ModelSource(Settings):
+    """Either `shape`, trained from scratch, or `path`, a Hugging Face folder of a supported model."""
 
-    `layers`, `attention`, `fp8` and `fp8_params` are those of `model.layers.Layers`.
-    """
-
-    shape: Shape | None = None
+    shape: ModelShape | None = None
+    """Sizes of a new model."""
     path: Path | None = None
+    """Hugging Face folder of the model to start from."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of training; bfloat16 keeps float32 copies in the optimizer."""
     layers: Literal["local", "transformer_engine"] = "local"
+    """Implementation of linear layers and norms: Megatron's own, or Transformer Engine's."""
     attention: Literal["auto", "sdpa", "tiled", "flex", "triton"] = "auto"
+    """Attention kernel; `auto` chooses by device (docs/kernels.md)."""
     fp8: Literal["none", "delayed", "current", "blockwise"] = "none"
+    """FP8 scaling of the products: by the history of a tensor's largest value (arXiv 2209.05433), by its
+    current largest, or by that of blocks of 128 (arXiv 2412.19437)."""
     fp8_params: bool = False
+    """Keep the layers' matrices in FP8; the optimizer's copies stay float32."""
 
     @property
     def made_of(self) -> Layers:
-        # Its room imports Megatron, which a recipe that is only read does not need.
+        # Imported here: reading a recipe must not import torch.
         from megatron_parallel_r1.model.layers import Layers
 
         return Layers(self.layers, self.attention, self.fp8, self.fp8_params)
 
     @model_validator(mode="after")
-    def _layers_exist(self) -> Model:
-        try:
-            _ = self.made_of if self.fp8 != "none" or self.fp8_params else None
-        except UserError as error:
-            raise ValueError(str(error).removeprefix("model.")) from None
+    def _check_fp8(self) -> ModelSource:
+        if self.fp8 != "none" and self.layers != "transformer_engine":
+            raise ValueError("fp8: only Transformer Engine has FP8; set model.layers to transformer_engine")
+        if self.fp8_params and self.fp8 == "none":
+            raise ValueError("fp8_params: needs scaling; set model.fp8 to delayed, current or blockwise")
         return self
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> Model:
+    def _check_either(self) -> ModelSource:
         if (self.shape is None) == (self.path is None):
-            raise ValueError("give either shape (a fresh model) or path (a Hugging Face folder)")
+            raise ValueError("give either shape (a new model) or path (a Hugging Face folder)")
         return self

@@ -13,9 +13,9 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_parallel_r1.config.deprecated import RENAMED, new_path, with_new_keys
-from megatron_parallel_r1.config.errors import first_problem
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.settings import first_problem
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -45,7 +45,7 @@ def _recipe(tree: Any, where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {first_problem(error)}") from None
+        raise UserError(f"{where}: {first_problem(error, Recipe, tree)}") from None
 
 
 def read_tree(

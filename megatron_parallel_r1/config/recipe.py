@@ -1,54 +1,48 @@
-"""A recipe: everything that a run is told, typed, validated once when it is read.
+"""A recipe: all settings of a run, validated once when it is read.
 
 The same file, with every default filled in, is written into the run folder.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import (
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
-from megatron_parallel_r1.config.data import (
-    Count,
-    Decontamination,
-    ProblemSource,
-    Strict,
-    Tokenizer,
-)
-from megatron_parallel_r1.config.errors import first_problem
-from megatron_parallel_r1.config.model import Model
+from megatron_parallel_r1.config.data import Decontamination, ProblemSource, Tokenizer
+from megatron_parallel_r1.config.model import ModelSource
 from megatron_parallel_r1.config.rollout import Rollout
 from megatron_parallel_r1.config.stages import Name, RlStage, SftStage, Stage
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.run.early_stopping import WATCHABLE
+from megatron_parallel_r1.utils.settings import Count, Settings, Tokens, Unit, first_problem
 
 
-class Evaluation(Strict):
-    """Plain accuracy on problems that no stage trains on."""
+class Evaluation(Settings):
+    """Accuracy on problems that no stage trains on."""
 
     data: ProblemSource
+    """Problems to evaluate on."""
     problems: Count = 512
+    """Number of problems."""
     samples_per_problem: Count = 1
+    """Traces sampled for each problem."""
     max_concurrent_rollouts: Count = 512
+    """Most traces in flight."""
 
 
-class Wandb(Strict):
-    """Weights & Biases; `offline` writes what `wandb sync` uploads later."""
+class Wandb(Settings):
+    """Weights & Biases."""
 
     project: str
+    """Name of the project."""
     entity: str | None = None
+    """User or team; null: the account's default."""
     mode: Literal["online", "offline"] = "online"
+    """`offline` writes files that `wandb sync` uploads later."""
 
 
 # Names that a run folder uses itself.
@@ -65,48 +59,62 @@ RESERVED = (
 Seed = Annotated[int, Field(ge=0)]
 
 
-class Recipe(Strict):
-    """One run. `seeds` repeats it from several seeds, each in a folder of its own.
-
-    Attributes:
-        max_tokens_per_micro_batch: tokens of a packed row at most; a longer trace has a row of its own.
-        max_prompt_tokens: problems of a data set whose prompt is longer are not trained on; None: all are.
-        max_example_tokens: nor worked examples whose laid-out row is, what `replay` repeats included.
-        parallel: how the model is split over processes; it may change when a run goes on.
-        rollout: who draws the tokens.
-        collective_timeout_s: a process that waits longer for another ends the run.
-    """
+class Recipe(Settings):
+    """One run."""
 
     name: Name
+    """Name of the run and of its folder."""
     seed: Seed = 0
+    """Seed from which all others are derived."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
+    """Repeat the run once for each of these seeds, each in a folder of its own; null: one run with `seed`."""
     out: Path = Path("runs")
-    model: Model
+    """Folder that holds the run's folder."""
+    model: ModelSource
+    """Model to train."""
     tokenizer: Tokenizer
+    """Tokenizer of the model."""
     prompt_template: str = "plain"
+    """Template of the question: `plain`, `sequential`, `parallel` or `adaptive` (`data/prompts.py`)."""
     thinking: Thinking = Thinking()
-    max_tokens_per_micro_batch: Count = 4096
-    max_prompt_tokens: Count | None = None
-    max_example_tokens: Count | None = None
+    """How traces are decoded, in training, evaluation and the release."""
+    max_tokens_per_micro_batch: Tokens = 4096
+    """Capacity of a packed row; a longer trace has a row of its own."""
+    max_prompt_tokens: Tokens | None = None
+    """Longest prompt that is trained on; longer ones are dropped and counted. null: no limit."""
+    max_example_tokens: Tokens | None = None
+    """Longest row of a worked example, what `replay` repeats included; longer ones are dropped and counted.
+    null: no limit."""
     parallel: ParallelConfig = ParallelConfig()
+    """How the model is split over processes; it may change when a run is resumed."""
     rollout: Rollout = Rollout()
-    collective_timeout_s: Count = 1800
+    """Engine that samples the responses."""
+    collective_timeout_s: Annotated[int, Field(ge=1), Unit("seconds")] = 1800
+    """Longest wait of one process for another before the run ends."""
     stages: Annotated[
         tuple[Annotated[SftStage | RlStage, Field(discriminator="kind")], ...], Field(min_length=1)
     ]
+    """Training stages, in order."""
     evaluation: Evaluation | None = None
+    """Evaluation of stages that ask for it, and of the release; null: none."""
     decontamination: Decontamination | None = None
+    """Removal of training problems that overlap with evaluation problems; null: none."""
     wandb: Wandb | None = None
+    """Logging to Weights & Biases; null: none."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
-        names: list[str] = []
+    def _check_settings(self) -> Recipe:
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed stands twice in `seeds`")
         if self.prompt_template not in TEMPLATES:
             raise ValueError(
                 f"prompt_template {self.prompt_template!r} is no template, use one of {', '.join(TEMPLATES)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Recipe:
+        names: list[str] = []
         for stage in self.stages:
             if stage.name in names:
                 raise ValueError(f"two stages are called {stage.name}")
@@ -122,32 +130,25 @@ class Recipe(Strict):
                 )
             if stage.carry_optimizer and not names:
                 raise ValueError(f"stage {stage.name} is the first: there is no optimizer to carry over")
-            if stage.early_stopping and stage.early_stopping.metric not in WATCHABLE[stage.kind]:
-                raise ValueError(
-                    f"stage {stage.name}: early_stopping.metric {stage.early_stopping.metric!r} is none of "
-                    f"{', '.join(WATCHABLE[stage.kind])}"
-                )
             thinking = self.thinking_of(stage)
-            if isinstance(stage, RlStage) and stage.objective.overlong_cache > thinking.max_response_tokens:
-                raise ValueError(
-                    f"stage {stage.name}: overlong_cache {stage.objective.overlong_cache} is more than the "
-                    f"{thinking.max_response_tokens} tokens of a response"
-                )
-            if isinstance(stage, RlStage) and thinking.temperature == 0:
-                raise ValueError(f"stage {stage.name}: at temperature 0 all traces of a group are the same")
+            try:
+                stage.check_thinking(thinking)
+            except ValueError as error:
+                raise ValueError(f"stage {stage.name}: {error}") from None
             names.append(stage.name)
         return self
 
     def thinking_of(self, stage: Stage) -> Thinking:
         """The recipe's settings with the stage's on top."""
-        merged = asdict(self.thinking) | stage.thinking
         try:
-            return TypeAdapter(Thinking).validate_python(merged)
+            return self.thinking.replace(**stage.thinking)
         except ValidationError as error:
-            raise ValueError(f"stage {stage.name}: {first_problem(error, 'thinking')}") from None
+            raise ValueError(
+                f"stage {stage.name}: {first_problem(error, Thinking, inside='thinking')}"
+            ) from None
 
     def keeps_checkpoints(self, stage: Stage) -> bool:
-        """Whether they are of use when the stage is done."""
+        """Whether its checkpoints are kept when the stage is done."""
         carried = any(other.carry_optimizer and self.start_of(other) == stage.name for other in self.stages)
         return stage.keep_best or carried
 

@@ -1,4 +1,4 @@
-"""Who draws the tokens of a run's rollouts and evaluations, as a recipe says it."""
+"""The engine that samples the responses of a run's rollouts and evaluations."""
 
 from __future__ import annotations
 
@@ -7,47 +7,48 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_parallel_r1.config.data import Count, Strict
 from megatron_parallel_r1.sync.settings import Sync
+from megatron_parallel_r1.utils.settings import Count, CountOrZero, Ranks, Seconds, Settings
 
 Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]
-Seconds = Annotated[float, Field(gt=0)]
 
 
-class Rollout(Strict):
+class Rollout(Settings):
     """The engine in the training processes (`native`), or servers.
 
-    Servers run already, at `urls` or at those that `urls_file` names, one a line; or the run starts so many
-    (`servers`) beside its first process and ends them when it ends.
-
-    Attributes:
-        compiled: the native engine's layers go through torch.compile.
-        urls_file: as `parallel-r1 serve-rollout --urls-file` writes it; read again while the run goes on, so
-            that servers may join and leave.
-        tensor: processes (GPUs) of each server that the run starts.
-        memory_share: of a GPU's memory, for the weights and the cache of a server that the run starts.
-        colocated: the servers give their memory back while the trainer learns.
-        max_concurrent_requests: requests to one server at a time.
-        request_timeout_s: a request without an answer by then goes to another server.
-        patience_s: how long the run waits for a server when none is left, then it ends; what it saved stays.
-        sync: how weights travel.
+    Servers are given by `urls` or `urls_file`, or the run starts `servers` of them beside its first process
+    and stops them when it ends.
     """
 
     engine: Literal["native", "sglang", "vllm"] = "native"
+    """Inference engine; `native` runs in the training processes."""
     compiled: bool = False
+    """Compile the native engine's layers with torch.compile."""
     urls: tuple[Url, ...] = ()
+    """Base URLs of running servers."""
     urls_file: Path | None = None
-    servers: Annotated[int, Field(ge=0)] = 0
-    tensor: Count = 1
+    """File with one base URL a line, as `parallel-r1 serve-rollout --urls-file` writes it; it is read again
+    during the run, so that servers may join and leave."""
+    servers: CountOrZero = 0
+    """Number of servers that the run starts."""
+    tensor: Ranks = 1
+    """Tensor-parallel size of each server that the run starts."""
     memory_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of a GPU's memory for weights and cache of a server that the run starts; null: the engine's
+    default."""
     colocated: bool = False
+    """Servers release their GPU memory while the trainer learns."""
     max_concurrent_requests: Count = 128
+    """Most requests in flight to one server."""
     request_timeout_s: Seconds = 600.0
+    """Timeout after which a request is sent to another server."""
     patience_s: Seconds = 300.0
+    """How long the run waits for a server when none is left before it ends; what it saved is kept."""
     sync: Sync = Sync()
+    """How the trainer's weights travel to the servers."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Rollout:
+    def _check_servers(self) -> Rollout:
         ways = [name for name in ("urls", "urls_file", "servers") if getattr(self, name)]
         if self.engine == "native":
             if ways:
@@ -59,7 +60,7 @@ class Rollout(Strict):
             raise ValueError(f"compiled: only the native engine's layers; {self.engine} has its own settings")
         if len(ways) != 1:
             raise ValueError(
-                f"engine {self.engine} needs servers: give urls, urls_file, or servers (so many are started)"
+                f"engine {self.engine} needs servers: give urls, urls_file, or servers (how many to start)"
             )
         if self.colocated and not self.servers:
             raise ValueError("colocated: only for servers that the run starts beside itself (`servers`)")

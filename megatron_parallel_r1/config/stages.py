@@ -1,92 +1,108 @@
-"""The stages of a recipe: supervised and reinforcement learning, with their optimizer and reward."""
+"""The stages of a recipe, supervised and reinforcement learning, with their optimizer and reward."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_parallel_r1.config.data import (
-    Count,
-    ExampleSource,
-    ProblemSource,
-    Share,
-    Strict,
-)
+from megatron_parallel_r1.config.data import ExampleSource, ProblemSource
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
 from megatron_parallel_r1.rewards.schedule import ONE, Constant, Linear, Window
 from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
 from megatron_parallel_r1.rl.objective.settings import Objective
-from megatron_parallel_r1.run.early_stopping import EarlyStopping
+from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.run.early_stopping import WATCHABLE, EarlyStopping
+from megatron_parallel_r1.utils.settings import Count, CountOrZero, Settings, Share, Steps, StepsOrZero
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Optimizer(Strict):
-    """AdamW; the rate rises over `warmup_steps` and then falls linearly to `final_lr_fraction` x `lr`.
-
-    A larger `eps` holds parameters still whose gradient is mere noise, such as rows of unused tokens.
-    """
+class Optimizer(Settings):
+    """AdamW. The learning rate warms up linearly and then decays linearly."""
 
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Peak learning rate."""
+    warmup_steps: StepsOrZero = 0
+    """Steps over which the learning rate rises."""
     final_lr_fraction: Share = 1.0
+    """Learning rate of the last step, as a fraction of `lr`."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay rates of Adam's two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon; a larger one holds parameters still whose gradient is mere noise, such as rows of
+    unused tokens."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; larger gradients are scaled down. 0: no clipping."""
 
 
-class Stage(Strict):
-    """What all stages have.
-
-    Attributes:
-        start_from: the stage whose weights it begins with; None: the stage before it, or the model.
-        thinking: settings that differ from the recipe's.
-        carry_optimizer: begin with the optimizer's state of the stage before, not with a fresh one.
-        early_stopping: end before `steps` when a metric rises no more.
-        evaluate: whether to evaluate when the stage is done.
-        save_every: steps between two checkpoints.
-        keep_last: how many of them are kept.
-        keep_best: keep also the one of the best score (`curriculum.loop.SCORES`), beyond the stage's end.
-        max_bad_steps: steps in a row whose loss or gradient is not finite that end the run; each is left out.
-    """
+class Stage(Settings):
+    """Settings that all stages have."""
 
     name: Name
+    """Name of the stage and of its folder."""
+    kind: str
     start_from: Name | None = None
-    steps: Count
+    """Earlier stage whose weights this one starts from; null: the stage before it, or the model."""
+    steps: Steps
+    """Training steps."""
     optimizer: Optimizer
+    """Optimizer and learning rate."""
     thinking: dict[str, Any] = Field(default_factory=dict)
+    """Keys of `thinking` with other values in this stage."""
     carry_optimizer: bool = False
+    """Start with the optimizer state of the stage before instead of a fresh one."""
     early_stopping: EarlyStopping | None = None
+    """End before `steps` when a metric no longer improves; null: never."""
     evaluate: bool = False
-    save_every: Count = 50
+    """Evaluate at the end of the stage."""
+    save_every: Steps = 50
+    """Steps between two checkpoints."""
     keep_last: Count = 2
+    """Checkpoints that are kept."""
     keep_best: bool = False
-    max_bad_steps: Count = 3
+    """Also keep the checkpoint with the best score (`SCORES` in `run/stage_loop.py`), beyond the stage's
+    end."""
+    max_bad_steps: Steps = 3
+    """Consecutive steps with a loss or gradient that is not finite that end the run; each is skipped."""
+
+    @model_validator(mode="after")
+    def _check_metric(self) -> Stage:
+        watchable = WATCHABLE.get(self.kind, ())
+        if self.early_stopping and self.early_stopping.metric not in watchable:
+            raise ValueError(
+                f"early_stopping.metric {self.early_stopping.metric!r} is none of {', '.join(watchable)}"
+            )
+        return self
+
+    def check_thinking(self, thinking: Thinking) -> None:
+        """Checks the stage against its decoding settings, the recipe's and its own together.
+
+        Raises:
+            ValueError: they do not fit.
+        """
 
 
 class SftStage(Stage):
-    """Supervised: `examples_per_step` worked examples a step, trained under the thinking mode's layout."""
+    """Supervised fine-tuning on worked examples, with the layout of the thinking mode."""
 
     kind: Literal["sft"]
+    """Stage: supervised fine-tuning."""
     data: ExampleSource
+    """Worked examples."""
     examples_per_step: Count
+    """Worked examples of a training step (the global batch size)."""
 
 
-def _constant(given: Any) -> Any:
+def _constant(value: Any) -> Any:
     """A bare number is a constant weight."""
-    is_number = isinstance(given, int | float) and not isinstance(given, bool)
-    return {"kind": "constant", "value": given} if is_number else given
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"kind": "constant", "value": value} if is_number else value
 
 
 Setting = bool | int | float | str
@@ -95,27 +111,31 @@ Weight = Annotated[
 ]
 
 
-class RewardComponent(Strict):
-    """One term of a reward with its weight over the steps; `name` is its metric's."""
+class RewardComponent(Settings):
+    """One term of a reward with its weight."""
 
     term: str
+    """Name of a term, or `module:function` (`rewards/registry.py`)."""
     settings: dict[str, Setting] = Field(default_factory=dict)
+    """Settings of the term."""
     weight: Weight = ONE
+    """Weight over the steps; a bare number is constant."""
     name: str | None = None
+    """Name of the metric; null: that of the term."""
 
 
-class Reward(Strict):
-    """Either the `name` of a reward with its `settings`, or the `components` that it adds up.
-
-    A name or a term may be `module:function` (rewards/registry.py).
-    """
+class RewardSource(Settings):
+    """Either the `name` of a reward with its `settings`, or the `components` that it adds up."""
 
     name: str = "accuracy"
+    """Name of a reward, or `module:function` (`rewards/registry.py`)."""
     settings: dict[str, Setting] = Field(default_factory=dict)
+    """Settings of the named reward."""
     components: tuple[RewardComponent, ...] = ()
+    """Terms that are added up, instead of a name."""
 
     @model_validator(mode="after")
-    def _possible(self) -> Reward:
+    def _check_exists(self) -> RewardSource:
         if self.components and (self.name != "accuracy" or self.settings):
             raise ValueError("give either name (and its settings) or components")
         try:
@@ -132,40 +152,42 @@ class Reward(Strict):
 
 
 class RlStage(Stage):
-    """GRPO: `samples_per_prompt` traces of each of `prompts_per_step` problems a step.
-
-    Attributes:
-        epochs, mini_batches: the traces of a step are gone through `epochs` times, in `mini_batches` updates
-            each.
-        objective: advantage, loss and corrections.
-        dynamic_sampling: dynamic sampling; None: every group is trained.
-        max_off_policy_steps: rollouts by weights up to this many updates old, while earlier traces train;
-            0: in turn.
-        partial_rollout: traces under way take new weights, if `max_off_policy_steps` is set; no two runs are
-            then the same.
-        reference_every: after so many steps the reference of a KL term takes the trained weights; 0: it stays
-            the policy that the stage began with.
-        max_concurrent_rollouts: traces in flight at most.
-        keep_traces: traces of each step that are kept for the report.
-    """
+    """GRPO and its family on problems with a right answer."""
 
     kind: Literal["rl"]
+    """Stage: reinforcement learning."""
     data: ProblemSource
+    """Problems to solve."""
     prompts_per_step: Count
+    """Problems of a training step."""
     samples_per_prompt: Annotated[int, Field(ge=2)]
-    reward: Reward = Reward()
+    """Traces sampled for each problem (the group size)."""
+    reward: RewardSource = RewardSource()
+    """Reward of a trace."""
     epochs: Count = 1
+    """Passes over the traces of a step."""
     mini_batches: Count = 1
+    """Optimizer updates of a pass."""
     objective: Objective = Objective()
+    """Advantage, loss and corrections."""
     dynamic_sampling: DynamicSampling | None = None
-    max_off_policy_steps: Annotated[int, Field(ge=0)] = 0
+    """Replace groups whose rewards are all equal; null: train on every group."""
+    max_off_policy_steps: StepsOrZero = 0
+    """Optimizer steps by which rollouts may be older than the weights that train on them, so that rollouts
+    and training overlap; 0: they alternate."""
     partial_rollout: bool = False
-    reference_every: Annotated[int, Field(ge=0)] = 0
+    """Running traces continue with new weights, if `max_off_policy_steps` is set; no two runs are then
+    equal."""
+    reference_every: StepsOrZero = 0
+    """Steps after which the reference of a KL term takes the trained weights; 0: it stays the policy that the
+    stage started from."""
     max_concurrent_rollouts: Count = 512
-    keep_traces: Annotated[int, Field(ge=0)] = 2
+    """Most traces in flight."""
+    keep_traces: CountOrZero = 2
+    """Traces of each step that are kept for the report."""
 
     @model_validator(mode="after")
-    def _divisible(self) -> RlStage:
+    def _check_combinations(self) -> RlStage:
         if self.mini_batches > self.prompts_per_step:
             raise ValueError(
                 f"{self.mini_batches} mini-batches need as many prompts, there are {self.prompts_per_step}"
@@ -173,7 +195,14 @@ class RlStage(Stage):
         if self.reference_every and self.objective.kl == "none":
             raise ValueError("reference_every: there is no reference without objective.kl")
         if self.partial_rollout and not self.max_off_policy_steps:
-            raise ValueError(
-                "partial_rollout: traces meet newer weights only with a max_off_policy_steps of 1 at least"
-            )
+            raise ValueError("partial_rollout needs a max_off_policy_steps of 1 at least")
         return self
+
+    def check_thinking(self, thinking: Thinking) -> None:
+        if self.objective.overlong_cache > thinking.max_response_tokens:
+            raise ValueError(
+                f"overlong_cache {self.objective.overlong_cache} is more than the "
+                f"{thinking.max_response_tokens} tokens of a response"
+            )
+        if thinking.temperature == 0:
+            raise ValueError("at temperature 0 all traces of a group are the same")

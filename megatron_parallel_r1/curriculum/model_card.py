@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def thinking_json(recipe: Recipe, folder: Path, at: Point) -> str:
         folder: of the run.
         at: whose weights they are.
     """
-    told = asdict(recipe.thinking_of(at.stage)) | {
+    told = recipe.thinking_of(at.stage).model_dump() | {
         "prompt": recipe.prompt_template,
         "prompt_template": TEMPLATES[recipe.prompt_template],
         "stage": at.stage.name,

@@ -14,6 +14,7 @@ from megatron_parallel_r1.data.shard import Cells
 from megatron_parallel_r1.data.trace_text import canonical, malformed
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.latex import last_box
+from megatron_parallel_r1.utils.settings import Settings
 
 CUSTOM = "custom"
 
@@ -41,17 +42,19 @@ class Schema:
     repeats: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Which columns of the user's own data set hold what.
+class Columns(Settings):
+    """Columns of a data set of your own.
 
-    A name may lead into a column: `reward_model.ground_truth`, `prompt.0.content`. The response is a trace
-    with tags, or without any; white space that no engine leaves between tags goes.
+    A name may lead into a column: `reward_model.ground_truth`, `prompt.0.content`.
     """
 
     prompt: str
+    """Column of the problem."""
     answer: str
+    """Column of the right answer."""
     response: str | None = None
+    """Column of the worked response: a trace with tags, or without any. White space between tags that no
+    engine produces is removed."""
 
 
 def schema_of(name: str, columns: Columns | None = None) -> Schema:

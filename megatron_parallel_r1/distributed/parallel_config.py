@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
+
+from pydantic import model_validator
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.settings import Count, Ranks, Settings
 
 
-@dataclass(frozen=True, slots=True)
-class ParallelConfig:
-    """Sizes of the parallel groups; the rest of the world is data parallel.
+class ParallelConfig(Settings):
+    """Sizes of the parallel groups; the rest of the world is data parallel."""
 
-    Attributes:
-        tensor, pipeline, context: sizes of the groups that hold one replica of the model; a context group
-            splits each row.
-        virtual: stages of each pipeline rank; with 2 or more they are interleaved (arXiv 2104.04473), which
-            shortens the pipeline's idle time.
-        sequence: whether norms and residuals are split along the tokens within a tensor group.
-        recompute: what backward recomputes instead of storing it: `full`, each layer from its input;
-            `selective`, the inside of the MLP (attention stores no scores in any case).
-        sharded_optimizer: whether Adam's state is sharded over the data-parallel ranks (Megatron's
-            distributed optimizer) instead of replicated.
-    """
-
-    # For pydantic, which reads these settings from a recipe: an unknown key is an error.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    context: int = 1
+    tensor: Ranks = 1
+    """Tensor-parallel size."""
+    pipeline: Ranks = 1
+    """Pipeline-parallel size."""
+    virtual: Count = 1
+    """Stages of each pipeline rank; 2 or more are interleaved (arXiv 2104.04473), which shortens the
+    pipeline's idle time."""
+    context: Ranks = 1
+    """Context-parallel size; the group splits each row."""
     sequence: bool = False
+    """Split norms and residuals along the tokens within a tensor-parallel group (sequence parallel)."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """What backward recomputes instead of storing it: `full`: each layer from its input; `selective`: the
+    inside of the MLP (attention stores no scores in any case)."""
     sharded_optimizer: bool = False
+    """Shard Adam's state over the data-parallel ranks (Megatron's distributed optimizer) instead of
+    replicating it."""
 
-    def __post_init__(self) -> None:
-        sizes = ("tensor", "pipeline", "virtual", "context")
-        problems = [f"{name} must be >= 1" for name in sizes if getattr(self, name) < 1]
+    @model_validator(mode="after")
+    def _check_sizes(self) -> ParallelConfig:
         if self.virtual > 1 and self.pipeline == 1:
-            problems.append(
+            raise ValueError(
                 f"virtual {self.virtual} interleaves the stages of a pipeline, and pipeline is 1; "
                 "set pipeline to 2 or more, or virtual to 1"
             )
         if self.sequence and self.tensor == 1:
-            problems.append("sequence needs a tensor size of 2 or more")
-        if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("sequence needs a tensor size of 2 or more")
+        return self
 
     @property
     def replica_size(self) -> int:

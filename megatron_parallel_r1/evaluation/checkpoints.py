@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from megatron_parallel_r1.config.errors import first_problem
 from megatron_parallel_r1.config.reader import read_run_recipe
 from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE, TEMPLATES
 from megatron_parallel_r1.errors import UserError
@@ -22,6 +21,7 @@ from megatron_parallel_r1.evaluation.modes import Decoding
 from megatron_parallel_r1.report.run_folder import read_run
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.tags import Tags
+from megatron_parallel_r1.utils.settings import first_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,11 +123,11 @@ def stored_decoding(file: Path) -> Decoding:
         UserError: it cannot be used.
     """
     told = _read(file)
-    known = {field.name for field in fields(Thinking)}
+    known = Thinking.model_fields
     try:
-        thinking = TypeAdapter(Thinking).validate_python({k: v for k, v in told.items() if k in known})
+        thinking = Thinking.model_validate({k: v for k, v in told.items() if k in known})
     except ValidationError as error:
-        raise UserError(f"{file}: {first_problem(error)}") from None
+        raise UserError(f"{file}: {first_problem(error, Thinking)}") from None
     template = told.get("prompt_template", TEMPLATES.get(str(told.get("prompt"))))
     if not isinstance(template, str) or "{problem}" not in template:
         raise UserError(

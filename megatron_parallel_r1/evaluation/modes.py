@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from megatron_parallel_r1.config.errors import first_problem
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
+from megatron_parallel_r1.utils.settings import first_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Decoding:
 
     def record(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self.thinking), "template": self.template}
+        return {**self.thinking.model_dump(), "template": self.template}
 
 
 def decoding_of(
@@ -78,7 +78,7 @@ def decoding_of(
     """
     thinking, template = stored.thinking, stored.template
     if mode.kind != "parallel":
-        thinking = replace(thinking, mode="sequential")
+        thinking = thinking.replace(mode="sequential")
         if any(tag in template for tag in TAG_TEXTS):
             template = TEMPLATES["sequential"]
     thinking = _with(thinking, settings)
@@ -93,7 +93,7 @@ def decoding_of(
 
 
 def _with(thinking: Thinking, settings: Sequence[str]) -> Thinking:
-    merged: dict[str, Any] = asdict(thinking)
+    merged: dict[str, Any] = thinking.model_dump()
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or key not in merged:
@@ -103,9 +103,9 @@ def _with(thinking: Thinking, settings: Sequence[str]) -> Thinking:
         except yaml.YAMLError:
             raise UserError(f"--set {setting!r}: the value is no valid YAML") from None
     try:
-        return TypeAdapter(Thinking).validate_python(merged)
+        return Thinking.model_validate(merged)
     except ValidationError as error:
-        raise UserError(f"--set {first_problem(error)}") from None
+        raise UserError(f"--set {first_problem(error, Thinking)}") from None
 
 
 def _template(prompt: str) -> str:

@@ -12,10 +12,13 @@ from math import isfinite
 from types import MappingProxyType
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward, Term
 from megatron_parallel_r1.rewards.schedule import ONE, Constant, Weight, Window
 from megatron_parallel_r1.rewards.terms import Accuracy, AccuracyTimesParallel, Diversity, Length, Parallel
+from megatron_parallel_r1.utils.settings import first_problem
 
 Setting = bool | int | float | str
 Made = TypeVar("Made")
@@ -39,7 +42,7 @@ class ParallelBonus:
     bonus: float = 0.2
 
     def reward(self) -> Reward:
-        return _accuracy_with_bonus(Constant(self.bonus))
+        return _accuracy_with_bonus(Constant(value=self.bonus))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class S2:
     bonus: float = 0.2
 
     def reward(self) -> Reward:
-        return _accuracy_with_bonus(Window(self.window, self.share, self.bonus))
+        return _accuracy_with_bonus(Window(window=self.window, share=self.share, bonus=self.bonus))
 
 
 PRESETS: Mapping[str, type[ParallelBonus] | type[S2]] = MappingProxyType(
@@ -79,8 +82,8 @@ def make_reward(name: str, settings: Mapping[str, Setting] | None = None) -> Rew
     preset = _build(name, PRESETS[name], settings)
     try:
         return preset.reward()
-    except ValueError as error:
-        raise UserError(f"reward {name}: {error}") from None
+    except ValidationError as error:
+        raise UserError(f"reward {name}: {first_problem(error, Window)}") from None
 
 
 def make_component(
@@ -121,6 +124,8 @@ def _build(name: str, kind: Callable[..., Made], settings: Mapping[str, Setting]
         accepted = (int, float) if known[key] is float else (known[key],)
         if not isinstance(value, accepted) or (isinstance(value, bool) and known[key] is not bool):
             raise UserError(f"reward {name}: {key} is {value!r}, it must be of type {known[key].__name__}")
+        if not isinstance(value, str) and not isfinite(value):
+            raise UserError(f"reward {name}: {key} is {value}, it must be finite")
     try:
         return kind(**values)
     except ValueError as error:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
 from megatron_parallel_r1.rollout.draft import Draft, Room
@@ -77,7 +76,7 @@ class Thinker(Generic[Context]):
             observe: called with each token of the trace, forced ones included, in order within a branch. The
                 engine then draws one token a call. Draws depend on seed and position: the trace is the same.
         """
-        settings = self.settings if paths is None else replace(self.settings, paths=paths)
+        settings = self.settings if paths is None else self.settings.replace(paths=paths)
         room = Room(
             settings.max_response_tokens, settings.max_critical_tokens or settings.max_response_tokens
         )

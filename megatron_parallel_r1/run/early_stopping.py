@@ -1,13 +1,16 @@
-"""When a stage may end before its last step: its metric rises, or falls, no more."""
+"""Early stopping: ends a stage whose metric no longer improves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Literal
 
-# What can be watched, by the kind of stage.
+from pydantic import Field
+
+from megatron_parallel_r1.utils.settings import Settings, Steps, StepsOrZero
+
+# Metrics that can be watched, by kind of stage.
 WATCHABLE = {
     "sft": ("loss", "entropy", "grad_norm"),
     "rl": (
@@ -17,33 +20,22 @@ WATCHABLE = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class EarlyStopping:
-    """Ends a stage when the mean of `metric` over the last `window` steps is not better than before.
-
-    Attributes:
-        metric: of the step's record, one of `WATCHABLE`.
-        mode: whether it should rise or fall.
-        window: steps of a mean; it is held against that of the `window` steps before.
-        min_delta: how much better it has to be.
-        min_steps: steps before which a stage does not end.
-    """
-
-    # For pydantic, which reads these settings from a recipe: an unknown key is an error.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+class EarlyStopping(Settings):
+    """Ends a stage when the mean of `metric` over the last `window` steps is no better than before."""
 
     metric: str = "reward"
+    """Metric of the step's record that is watched."""
     mode: Literal["max", "min"] = "max"
-    window: int = 20
-    min_delta: float = 0.0
-    min_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.window < 1 or self.min_steps < 0 or not self.min_delta >= 0:
-            raise ValueError("window must be >= 1, min_steps and min_delta >= 0")
+    """Whether the metric should rise (`max`) or fall (`min`)."""
+    window: Steps = 20
+    """Steps of a mean; it is compared with that of the `window` steps before."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest improvement that counts."""
+    min_steps: StepsOrZero = 0
+    """Steps that a stage runs in any case."""
 
     def reached(self, values: Sequence[float]) -> bool:
-        """Whether the stage may end.
+        """Whether the stage ends.
 
         Args:
             values: the metric of each step so far.

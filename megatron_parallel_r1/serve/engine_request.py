@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from megatron_parallel_r1.rollout.settings import Thinking
@@ -161,4 +161,4 @@ def _thinking(served: ServedModel, limits: Limits, request: ChatRequest | Comple
         "mode": request.parallel and request.parallel.mode,
     }
     changed = {name: value for name, value in changes.items() if value is not None}
-    return replace(stored, max_response_tokens=tokens, **changed)
+    return stored.replace(max_response_tokens=tokens, **changed)

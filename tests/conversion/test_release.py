@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -184,7 +183,9 @@ def test_its_chat_template_makes_the_prompt_of_the_training(run: Path, tmp_path:
 
 def test_a_megatron_checkpoint_is_released_as_its_source_is(run: Path, tmp_path: Path) -> None:
     hf_to_megatron(run / "rl" / "model", tmp_path / "megatron", Target(2, 2))
-    (tmp_path / "thinking.json").write_text(json.dumps(asdict(THINKING) | {"prompt_template": "Q {problem}"}))
+    (tmp_path / "thinking.json").write_text(
+        json.dumps(THINKING.model_dump() | {"prompt_template": "Q {problem}"})
+    )
     told = ("--thinking", tmp_path / "thinking.json", "--dtype", "bfloat16")
     assert code_of(tmp_path / "megatron", tmp_path / "out", *told) == 0
     narrowed = {name: t.to(torch.bfloat16) for name, t in tensors_of(run / "rl" / "model").items()}

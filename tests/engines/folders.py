@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -74,7 +73,7 @@ def write_released(folder: Path, model: Qwen3ForCausalLM) -> Path:
     """A release of it, which went through Megatron's form, in several files; `THINKING` is its decoding."""
     hf_to_megatron(write_folder(folder / "hf", model), folder / "megatron", Target(2, 2))
     thinking = folder / "thinking.json"
-    thinking.write_text(json.dumps(asdict(THINKING) | {"prompt_template": "w9 {problem}"}))
+    thinking.write_text(json.dumps(THINKING.model_dump() | {"prompt_template": "w9 {problem}"}))
     write_release(Given(folder / "megatron", thinking=thinking), folder / "out", shard_bytes=30_000)
     assert len(list((folder / "out").glob("*.safetensors"))) > 1
     return folder / "out"

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("transports", nargs="+")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    parallel = ParallelConfig(given.tensor, given.pipeline)
+    parallel = ParallelConfig(tensor=given.tensor, pipeline=given.pipeline)
     found = []
     with process.running(1, parallel):
         model = build_model(SHAPE, torch.float32, parallel)

@@ -104,7 +104,7 @@ def test_two_take_weights_and_one_that_dies_under_them_is_left_out(
     rows = probe_texts(model.architecture.vocab, count=3, length=24)
     version = 60
     for kind in ("disk", "tensor", "distributed"):
-        settings = Sync(kind, 10_000, tolerance=EXACT, timeout_s=120, folder=tmp_path)
+        settings = Sync(transport=kind, bucket_bytes=10_000, tolerance=EXACT, timeout_s=120, folder=tmp_path)
         controls = [SglangControl(server.url, 120) for server in two]
         publisher = Publisher(controls, model, settings, rows, Trained(model))
         version += 1

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def publishing(model: Model, folder: Path, *urls: str, **changed: object) -> Iterator[Publisher]:
     usual = Sync(bucket_bytes=30_000, tolerance=EXACT, timeout_s=120, folder=folder)
     controls = [SglangControl(url, 120) for url in urls]
-    publisher = Publisher(controls, model, replace(usual, **changed), ROWS, Trained(model))
+    publisher = Publisher(controls, model, usual.replace(**changed), ROWS, Trained(model))
     yield publisher
     publisher.end()
 

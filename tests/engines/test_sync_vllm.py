@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +58,14 @@ class Plain(VllmControl):
 def publisher_to(
     control: VllmControl, model: Model, folder: Path, in_flight: InFlight = "finish"
 ) -> Publisher:
-    settings = Sync("disk", 30_000, in_flight, EXACT, timeout_s=120, folder=folder)
+    settings = Sync(
+        transport="disk",
+        bucket_bytes=30_000,
+        in_flight=in_flight,
+        tolerance=EXACT,
+        timeout_s=120,
+        folder=folder,
+    )
     return Publisher([control], model, settings, ROWS, Trained(model))
 
 
@@ -137,7 +143,7 @@ def last_logprob(model: Model, tokens: list[int], version: int) -> float:
 
 
 def test_another_transport_is_refused(server: str, model: Model) -> None:
-    publisher = Publisher([VllmControl(server)], model, replace(Sync()), ROWS, Trained(model))
+    publisher = Publisher([VllmControl(server)], model, Sync(), ROWS, Trained(model))
     with pytest.raises(
         UserError, match=r"takes no weights by sync.transport distributed; set it to one of disk"
     ):

@@ -110,12 +110,12 @@ def variants(shape: ModelConfig, parallel: ParallelConfig) -> dict[str, dict[str
     found = {}
     for recompute in ("none", "full", "selective"):
         for loss in ("grpo", "sft"):
-            changed = replace(parallel, recompute=recompute)
+            changed = parallel.replace(recompute=recompute)
             found[f"{loss}, recompute {recompute}"] = three_steps(shape, changed, torch.float32, loss)
     found["gspo, recompute none"] = three_steps(shape, parallel, torch.float32, "gspo")
     for name, lesson in LESSONS.items():
         found[f"{name}, recompute none"] = three_lessons(shape, parallel, lesson)
-    sharded = replace(parallel, sharded_optimizer=True)
+    sharded = parallel.replace(sharded_optimizer=True)
     found["grpo, sharded optimizer"] = three_steps(shape, sharded, torch.float32, "grpo")
     for loss in ("on-policy", "sft"):
         found[f"{loss}, bfloat16"] = three_steps(shape, parallel, torch.bfloat16, loss)

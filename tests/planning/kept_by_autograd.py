@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +77,7 @@ def widened(parallel: ParallelConfig, tokens: int) -> int:
 
 
 def compare_all(parallel: ParallelConfig) -> list[tuple[int, int]]:
-    return [compare(dtype, replace(parallel, recompute=way)) for dtype in DTYPES for way in RECOMPUTE]
+    return [compare(dtype, parallel.replace(recompute=way)) for dtype in DTYPES for way in RECOMPUTE]
 
 
 def main() -> None:

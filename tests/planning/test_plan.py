@@ -208,7 +208,9 @@ def test_what_does_not_fit_is_said() -> None:
         if "GiB" in note
     )
     # 64 prompts and 512 traces: 3.2 million slots, for which the cache doubles to 2^22 of 72 KiB: 288 GiB.
-    assert "stage rl_s2: about 319 GiB are needed, a GPU has 80; lower its concurrent (512)" in note
+    assert (
+        "stage rl_s2: about 319 GiB are needed, a GPU has 80; lower its max_concurrent_rollouts (512)" in note
+    )
     (long,) = (
         note
         for note in planned(CURRICULUM, "max_tokens_per_micro_batch=4096", world=8).notes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -51,7 +50,7 @@ def write_release(folder: Path, thinking: Thinking = THINKING, template: str = "
     then moves a draw to the next token, so that a request among others would not be as if alone.
     """
     model = tiny_qwen3().double()
-    told = asdict(thinking) | {"prompt": "plain", "prompt_template": template}
+    told = thinking.model_dump() | {"prompt": "plain", "prompt_template": template}
     save_hf_folder(
         folder,
         ModelConfig.from_hf(model.config.to_dict()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 
@@ -42,7 +41,7 @@ async def plain(thinking: Thinking, seed: int) -> Trace:
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("mode", ["isolated", "replay", "causal", "sequential"])
 def test_an_assembled_response_is_its_trace(mode: Mode, depth: int) -> None:
-    thinking = replace(THINKING, mode=mode, max_depth=depth, max_response_tokens=110)
+    thinking = THINKING.replace(mode=mode, max_depth=depth, max_response_tokens=110)
     blocks = nested = cut = 0
     for seed in range(16):
         response = ResponseAssembler(TOKENIZER, TAGS)
@@ -85,7 +84,7 @@ def test_a_cancelled_trace_leaves_nothing_open() -> None:
         response = ResponseAssembler(TOKENIZER, TAGS)
         opened = ENGINE.open()
         await ENGINE.write(opened, PROMPT)
-        thinker = Thinker(ENGINE, TAGS, replace(THINKING, max_depth=2))
+        thinker = Thinker(ENGINE, TAGS, THINKING.replace(max_depth=2))
         thinking = asyncio.ensure_future(thinker.trace(PROMPT, opened, 3, observe=response.add))
         for _ in range(passes):
             await asyncio.sleep(0)

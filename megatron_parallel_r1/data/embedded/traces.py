@@ -13,49 +13,44 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from pydantic import model_validator
 
 from megatron_parallel_r1.data.embedded.congruence import MODULUS, Congruence
 from megatron_parallel_r1.data.trace_text import canonical
+from megatron_parallel_r1.utils.settings import Count, Settings, Share
 
 
-@dataclass(frozen=True, slots=True)
-class TraceStyle:
-    """How a solver searches.
+class TraceStyle(Settings):
+    """How a solver searches."""
 
-    Attributes:
-        sequential: share of traces that search in the main text, without blocks.
-        paths: fewest and most paths of a block.
-        tries: weights of 1, 2, 3, … tries in a path before it gives up.
-        sequential_tries: the same for a search in the main text.
-        blocks: most blocks of a trace.
-        again: chance to open another block where none of the paths found a solution.
-        guess: chance that a trace that found nothing ends with a value not yet tried; otherwise it says
-            `Final Answer: none`. Lucky guesses blur both the copying of results and the reward.
-        good: chance that a try is a solution on purpose; otherwise it is any value not yet tried.
-    """
-
-    sequential: float = 0.5
+    sequential: Share = 0.5
+    """Share of traces that search in the main text, without blocks."""
     paths: tuple[int, int] = (2, 4)
+    """Fewest and most paths of a block."""
     tries: tuple[float, ...] = (0.6, 0.25, 0.1, 0.05)
+    """Weights of 1, 2, 3, … tries in a path before it gives up."""
     sequential_tries: tuple[float, ...] = (0.6, 0.25, 0.1, 0.05)
-    blocks: int = 2
-    again: float = 0.4
-    guess: float = 0.0
-    good: float = 0.1
+    """The same weights for a search in the main text."""
+    blocks: Count = 2
+    """Most blocks of a trace."""
+    again: Share = 0.4
+    """Probability of another block after one whose paths found no solution."""
+    guess: Share = 0.0
+    """Probability that a trace without a solution ends with a value not yet tried; otherwise it ends with
+    `Final Answer: none`. Lucky guesses blur both the copying of results and the reward."""
+    good: Share = 0.1
+    """Probability that a try is a solution on purpose; otherwise it is any value not yet tried."""
 
-    def __post_init__(self) -> None:
-        for name in ("sequential", "again", "guess", "good"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, a share lies in 0..1")
+    @model_validator(mode="after")
+    def _check_ranges(self) -> TraceStyle:
         for name in ("tries", "sequential_tries"):
             weights = getattr(self, name)
             if min(weights, default=0) < 0 or sum(weights) <= 0:
                 raise ValueError(f"{name} is {weights}, give weights of 1, 2, … tries, not all 0")
         if not 1 <= self.paths[0] <= self.paths[1]:
             raise ValueError(f"paths is {self.paths}, give the fewest, 1 or more, then the most")
-        if self.blocks < 1:
-            raise ValueError(f"blocks is {self.blocks}, give 1 or more")
+        return self
 
 
 def write_trace(congruence: Congruence, style: TraceStyle, rng: random.Random) -> str:

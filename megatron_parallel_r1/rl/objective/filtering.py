@@ -5,34 +5,22 @@ Shapes: P prompts, G traces of each.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+
+from megatron_parallel_r1.utils.settings import Count, Settings
 
 
-@dataclass(frozen=True, slots=True)
-class DynamicSampling:
-    """Dynamic sampling, DAPO (arXiv 2503.14476, section 3.2): only groups whose rewards differ are trained.
+class DynamicSampling(Settings):
+    """Dynamic sampling, DAPO (arXiv 2503.14476, section 3.2): train only groups whose rewards differ."""
 
-    Attributes:
-        max_rounds: how often further problems are asked for in place of the others; 1 merely drops them.
-        oversampling: how many problems a round asks for, as a multiple of those that are missing.
-    """
-
-    # For pydantic, which reads these settings from a recipe: an unknown key is an error.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    max_rounds: int = 3
-    oversampling: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_rounds < 1 or not 1 <= self.oversampling < math.inf:
-            raise ValueError(
-                f"max_rounds {self.max_rounds} and oversampling {self.oversampling}; both must be at least 1"
-            )
+    max_rounds: Count = 3
+    """Rounds of further problems that replace the other groups; 1 only drops them."""
+    oversampling: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Problems of a round, as a multiple of those that are missing."""
 
 
 def informative(rewards_PG: NDArray[np.float64]) -> NDArray[np.bool_]:

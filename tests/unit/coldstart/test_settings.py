@@ -23,20 +23,24 @@ def test_both_teachers() -> None:
     assert told.out == Path("out") and told.balance.ratio is None
     engine = {"kind": "engine", "path": "model", "thinking": {"paths": 3}}
     told = settings_of(tree() | {"teacher": engine}, "a.yaml")
-    assert told.teacher == OwnEngine("engine", Path("model"), Thinking(paths=3))
+    assert told.teacher == OwnEngine(kind="engine", path=Path("model"), thinking=Thinking(paths=3))
 
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("teecher", {}, "teecher: unknown key"),
+        ("teecher", {}, "teecher: unknown key; did you mean teacher?"),
         ("template", "poem", "template must be one of plain, "),
         ("template", "sequential", "set check.parallel: false"),
-        ("samples", 0, "samples must be >= 1"),
+        ("samples", 0, "samples: Input should be greater than or equal to 1"),
         ("concurrency", "many", "concurrency: "),
-        ("check", {"max_chars": 0}, "check: max_chars must be >= 1"),
-        ("balance", {"ratio": 0.5}, "balance: ratio must be >= 1"),
-        ("data", {"name": "openai/gsm8k", "limit": 0}, "data: limit must be >= 1"),
+        ("check", {"max_chars": 0}, "check.max_chars: Input should be greater than or equal to 1"),
+        ("balance", {"ratio": 0.5}, "balance.ratio: Input should be greater than or equal to 1"),
+        (
+            "data",
+            {"name": "openai/gsm8k", "limit": 0},
+            "data.limit: Input should be greater than or equal to 1",
+        ),
         ("data", {"name": "custom", "columns": {"prompt": "q"}}, "data.columns.answer: "),
         ("data", {"name": "custom", "columns": {"prompt": "q", "answer": "a", "gold": "g"}}, "gold: unknown"),
         ("teacher", {"kind": "oracle"}, "teacher: "),
@@ -55,7 +59,7 @@ def test_what_cannot_be(key: str, value: Any, says: str) -> None:
         ("url", "http://me:secret@a/v1", "must not hold a password"),
         ("url", "http://a/v1/chat/completions", "leave that out"),
         ("model", " ", "model must be named"),
-        ("timeout_s", 0, "timeout_s must be > 0"),
+        ("timeout_s", 0, "timeout_s: Input should be greater than 0"),
         ("longest_wait_s", 0.001, "longest_wait_s must be >= backoff_s"),
         ("api", "soap", "api"),
     ],

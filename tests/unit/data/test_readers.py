@@ -201,7 +201,7 @@ def test_own_columns_plain_and_nested(tmp_path: Path) -> None:
     block = "<Parallel><Path>a</Path>\n<Path>b</Path></Parallel><Summary>c</Summary>"
     row = {"chat": [{"content": "q"}], "graded": {"truth": 7.0}, "a.b": block}
     path = jsonl(tmp_path, row, {**row, "graded": {}}, {**row, "a.b": "<Path>"})
-    columns = Columns("chat.0.content", "graded.truth", "a.b")
+    columns = Columns(prompt="chat.0.content", answer="graded.truth", response="a.b")
     reading = read_examples("custom", path, columns=columns, bad_rows="skip")
     (example,) = reading.items
     assert (example.problem.prompt, example.problem.answers, example.problem.source) == (
@@ -213,9 +213,9 @@ def test_own_columns_plain_and_nested(tmp_path: Path) -> None:
     assert [bad.what.split(":")[0] for bad in reading.bad] == ["column 'graded.truth'", "column 'a.b'"]
     assert len(read_problems("mine", path, columns=columns, bad_rows="skip").items) == 2
     with pytest.raises(UserError, match=r"column 'question': missing; the row has 'chat', 'graded', 'a\.b'"):
-        read_problems("custom", path, columns=Columns("question", "answer"))
+        read_problems("custom", path, columns=Columns(prompt="question", answer="answer"))
     with pytest.raises(UserError, match="no worked responses"):
-        read_examples("custom", path, columns=Columns("chat.0.content", "graded.truth"))
+        read_examples("custom", path, columns=Columns(prompt="chat.0.content", answer="graded.truth"))
     with pytest.raises(UserError, match="say with columns"):
         read_problems("custom", path)
     with pytest.raises(UserError, match="give its path"):
@@ -245,7 +245,7 @@ def test_a_table_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [problem.prompt for problem in reading.items] == [f"q{i}" for i in range(2500)]
     assert reading.account.source == GSM8K
     assert asked == [(GSM8K, "main", "test")]
-    columns = Columns("question", "answer")
+    columns = Columns(prompt="question", answer="answer")
     streamed = stream_problems("me/mine", columns=columns)
     assert asked[1] == ("me/mine", None, "train")
     assert [problem.id for problem in streamed.in_order()] == [str(i) for i in range(2500)]

@@ -159,7 +159,7 @@ def test_disputed_problems_go_from_whatever_file_has_them(tmp_path: Path) -> Non
 def test_examples_are_streamed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"q": f"q{i}", "a": i, "r": f"r{i}"}) + "\n" for i in range(5)))
-    streamed = stream_examples("custom", path, columns=Columns("q", "a", "r"))
+    streamed = stream_examples("custom", path, columns=Columns(prompt="q", answer="a", response="r"))
     assert [example.response for example in streamed.in_order()] == [f"r{i}" for i in range(5)]
 
 

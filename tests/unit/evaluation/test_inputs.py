@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -67,7 +66,11 @@ def release(folder: Path, **thinking: object) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
-    told = {**asdict(Thinking(mode="replay", paths=3)), "prompt": "plain", "prompt_template": "{problem}!"}
+    told = {
+        **Thinking(mode="replay", paths=3).model_dump(),
+        "prompt": "plain",
+        "prompt_template": "{problem}!",
+    }
     (folder / "thinking.json").write_text(json.dumps({**told, **thinking}))
     return folder
 
@@ -112,7 +115,7 @@ def test_a_folder_that_does_not_gets_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("thinking", "what"),
     [
-        ({"paths": 0}, "paths must be 1..8"),
+        ({"paths": 0}, "paths: Input should be greater than or equal to 1"),
         ({"mode": "loops"}, "mode"),
         ({"prompt_template": "no place"}, r"prompt_template must be a text with \{problem\}"),
         ({"prompt_template": None}, "prompt_template"),

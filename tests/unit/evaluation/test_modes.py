@@ -36,7 +36,7 @@ def test_parallel_is_what_is_stored() -> None:
 @pytest.mark.parametrize("mode", [Mode("sequential"), Mode("majority", 4)])
 def test_sequential_keeps_the_limits_and_asks_for_no_blocks(mode: Mode) -> None:
     found = decoding_of(mode, STORED)
-    assert found == Decoding(replace(STORED.thinking, mode="sequential"), TEMPLATES["sequential"])
+    assert found == Decoding(STORED.thinking.replace(mode="sequential"), TEMPLATES["sequential"])
     assert decoding_of(mode, PLAIN).template == "{problem}"
 
 
@@ -53,7 +53,7 @@ def test_flags_win() -> None:
         (["path=2"], "write key=value, with a key of mode, paths"),
         (["paths"], "write key=value"),
         (["paths=nine"], "paths"),
-        (["paths=9"], "paths must be 1..8"),
+        (["paths=9"], "paths: Input should be less than or equal to 8"),
         (["mode=circular"], "mode"),
         (["paths={"], "no valid YAML"),
     ],
@@ -64,7 +64,7 @@ def test_bad_settings(settings: list[str], what: str) -> None:
 
 
 def test_contradictions() -> None:
-    sequential = replace(STORED, thinking=replace(STORED.thinking, mode="sequential"))
+    sequential = replace(STORED, thinking=STORED.thinking.replace(mode="sequential"))
     with pytest.raises(UserError, match="--mode sequential"):
         decoding_of(Mode("parallel"), sequential)
     assert decoding_of(Mode("parallel"), sequential, ["mode=isolated"]).thinking.mode == "isolated"

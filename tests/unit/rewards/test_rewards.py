@@ -71,11 +71,20 @@ def test_length_is_the_soft_over_long_punishment(tokens: int, cost: float) -> No
 
 
 def test_weights_by_hand() -> None:
-    assert [Constant(0.5).at(step) for step in (0, 1, 99)] == [0.5, 0.5, 0.5]
+    assert [Constant(value=0.5).at(step) for step in (0, 1, 99)] == [0.5, 0.5, 0.5]
     falling = Linear(start=1.0, end=0.0, steps=4, begin=2)
     assert [falling.at(step) for step in range(8)] == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    assert Linear(0.1, 0.3, 7).at(7) == 0.3 and Linear(0.1, 0.3, 7).at(0) == 0.1  # both ends exactly
-    assert [Window(4, 0.5, 2.0).at(step) for step in range(6)] == [0.0, 0.0, 2.0, 2.0, 0.0, 0.0]
+    assert (
+        Linear(start=0.1, end=0.3, steps=7).at(7) == 0.3 and Linear(start=0.1, end=0.3, steps=7).at(0) == 0.1
+    )  # both ends exactly
+    assert [Window(window=4, share=0.5, bonus=2.0).at(step) for step in range(6)] == [
+        0.0,
+        0.0,
+        2.0,
+        2.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_s2_at_steps_0_to_20() -> None:
@@ -100,7 +109,10 @@ def test_s2_with_other_settings() -> None:
 
 def test_s2_spelled_as_components_is_s2() -> None:
     spelled = Reward(
-        (make_component("accuracy"), make_component("parallel", weight=Window(10, 0.2, 0.2), name="bonus"))
+        (
+            make_component("accuracy"),
+            make_component("parallel", weight=Window(window=10, share=0.2, bonus=0.2), name="bonus"),
+        )
     )
     for correct, facts, step in product((True, False), (PARALLEL, MALFORMED, SEQUENTIAL), range(30)):
         assert spelled(judged(correct, facts), step) == make_reward("s2")(judged(correct, facts), step)
@@ -109,9 +121,9 @@ def test_s2_spelled_as_components_is_s2() -> None:
 MIX = Reward(
     (
         Component("accuracy", Accuracy()),
-        Component("bonus", Parallel(), Window(2, 0.5, 0.5)),
-        Component("diversity", Diversity(), Linear(0.4, 0.0, 4)),
-        Component("length", Length(0, 100), Constant(0.5)),
+        Component("bonus", Parallel(), Window(window=2, share=0.5, bonus=0.5)),
+        Component("diversity", Diversity(), Linear(start=0.4, end=0.0, steps=4)),
+        Component("length", Length(0, 100), Constant(value=0.5)),
     )
 )
 
@@ -151,11 +163,11 @@ def test_metrics_by_component_add_up() -> None:
         ("accuracy", {"bonus": 1.0}, "no setting 'bonus', it has none"),
         ("s2", {"window": "ten"}, "window is 'ten', it must be of type int"),
         ("s2", {"window": True}, "window is True, it must be of type int"),
-        ("s2", {"window": 0}, "window 0 and share 0.2"),
-        ("s2", {"share": 1.5}, "share 1.5"),
+        ("s2", {"window": 0}, "reward s2: window: Input should be greater than or equal to 1 (given 0)"),
+        ("s2", {"share": 1.5}, "reward s2: share: Input should be less than or equal to 1 (given 1.5)"),
         ("s2", {"window": 7}, "set share to 1/7 = 0.1429"),
-        ("s2", {"bonus": math.inf}, "reward s2: a weight is inf, it must be finite"),
-        ("parallel_bonus", {"bonus": math.nan}, "reward parallel_bonus: a weight is nan"),
+        ("s2", {"bonus": math.inf}, "reward s2: bonus is inf, it must be finite"),
+        ("parallel_bonus", {"bonus": math.nan}, "reward parallel_bonus: bonus is nan, it must be finite"),
         ("length", {"free": 5, "limit": 5}, "reward length: free 5 and limit 5; set 0 <= free < limit"),
         ("length", {"measure": "words"}, "measure 'words'; use one of total, critical"),
     ],
@@ -166,17 +178,17 @@ def test_a_bad_setting_is_named(name: str, settings: dict[str, int | float | str
 
 
 def test_a_bad_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match="steps 0 from 0"):
-        Linear(1.0, 0.0, 0)
-    with pytest.raises(ValueError, match="a weight is nan"):
-        Constant(math.nan)
+    with pytest.raises(ValueError, match=r"steps\n.*greater than or equal to 1"):
+        Linear(start=1.0, end=0.0, steps=0)
+    with pytest.raises(ValueError, match="finite number"):
+        Constant(value=math.nan)
 
 
 def test_components_need_names_of_their_own() -> None:
     with pytest.raises(UserError, match="it has no components"):
         Reward(())
     with pytest.raises(UserError, match="two components are called accuracy"):
-        Reward((make_component("accuracy"), make_component("accuracy", weight=Constant(2.0))))
+        Reward((make_component("accuracy"), make_component("accuracy", weight=Constant(value=2.0))))
 
 
 def test_each_name_makes_a_reward_that_compares_by_its_settings() -> None:
@@ -227,7 +239,7 @@ def test_a_function_of_the_user() -> None:
     reward = make_reward("own_rewards:brief")
     assert reward(trace, 4) == 0.125 and reward.term(0) == "brief"
     mixed = Reward(
-        (make_component("accuracy"), make_component("own_rewards:brief", None, Constant(8.0), "b"))
+        (make_component("accuracy"), make_component("own_rewards:brief", None, Constant(value=8.0), "b"))
     )
     assert mixed.score(trace, 0) == Score(3.0, {"accuracy": 1.0, "b": 2.0})
 

@@ -87,7 +87,7 @@ def publish(sender: Sender) -> tuple[float, list[str]]:
 
 
 def of(transport: Scripted, *servers: Recorder) -> Sender:
-    return Sender(servers, transport, Sync("tensor"))
+    return Sender(servers, transport, Sync(transport="tensor"))
 
 
 def test_a_publication_in_order() -> None:
@@ -154,7 +154,7 @@ def test_an_error_of_the_sender_waits_for_the_end_of_the_pass() -> None:
 
 
 def test_a_transport_that_a_server_lacks_is_refused() -> None:
-    sender = Sender([Recorder(A)], Scripted(), Sync("distributed"))
+    sender = Sender([Recorder(A)], Scripted(), Sync(transport="distributed"))
     with pytest.raises(
         UserError, match=rf"{A} takes no weights by sync.transport distributed; set it to one of"
     ):
