@@ -13,11 +13,11 @@ from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_
 from megatron_parallel_r1.coldstart.settings import OwnEngine
 from megatron_parallel_r1.coldstart.teacher import Answer, Request
 from megatron_parallel_r1.data.prompts import TEMPLATES, decode, encode_prompt
+from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.run.context import native_engine
-from megatron_parallel_r1.run.datasets import open_tokenizer
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.utils.rank import world_size
 

@@ -21,9 +21,9 @@ from megatron_parallel_r1.conversion.to_hf import write_hf
 from megatron_parallel_r1.conversion.to_megatron import Advance
 from megatron_parallel_r1.curriculum.model_card import Point, card, licence, lineage, run_card, thinking_json
 from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE
+from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import stored_decoding
-from megatron_parallel_r1.run.datasets import open_tokenizer
 from megatron_parallel_r1.run.folder import past_evaluations
 from megatron_parallel_r1.thought.tags import Tags
 

@@ -13,6 +13,7 @@ from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_
 from megatron_parallel_r1.config.recipe import Evaluation, Recipe
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import check_parallel
 from megatron_parallel_r1.errors import UserError
@@ -28,7 +29,7 @@ from megatron_parallel_r1.rl.rollout_worker import sample_and_verify
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.run.backends import Backends, engine_of_checkpoint
 from megatron_parallel_r1.run.context import RunContext
-from megatron_parallel_r1.run.datasets import evaluation_problems, open_tokenizer
+from megatron_parallel_r1.run.datasets import evaluation_problems
 from megatron_parallel_r1.run.folder import steps_done
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.jsonl import JsonlWriter

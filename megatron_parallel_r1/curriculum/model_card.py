@@ -16,7 +16,7 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.config.data import DataSet
 from megatron_parallel_r1.config.recipe import Recipe
-from megatron_parallel_r1.config.stages import RlStage, SftStage, Stage
+from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.report.tables import eval_markdown
 from megatron_parallel_r1.rollout.settings import Thinking
@@ -158,7 +158,7 @@ def licence(folder: Path) -> dict[str, str]:
     return {"license": "unknown", **found}
 
 
-def lineage(recipe: Recipe, last: Stage) -> list[SftStage | RlStage]:
+def lineage(recipe: Recipe, last: SftStage | RlStage) -> list[SftStage | RlStage]:
     """The stages that weights went through up to `last`, the first one first."""
     by_name = {stage.name: stage for stage in recipe.stages}
     chain = [last]
@@ -179,7 +179,7 @@ def _start(recipe: Recipe) -> str:
     return f"It began as the weights of `{recipe.model.path.name}`, whose licence holds for it, too."
 
 
-def _provenance(recipe: Recipe, past: Sequence[Stage]) -> str:
+def _provenance(recipe: Recipe, past: Sequence[SftStage | RlStage]) -> str:
     """Where each set of data comes from, and what was kept out of it."""
     lines: Mapping[str, None] = dict.fromkeys(f"- {_origin(data)}" for data in [stage.data for stage in past])
     if recipe.evaluation is not None:

@@ -113,8 +113,8 @@ def _run_seed(
             open_run_folder(recipe, folder, resume)
             if not resume:
                 keep_tokenizer(run.tokenizer, folder)
-            if report := contamination_report(recipe):
-                (folder / "contamination.md").write_text(report)
+            if contamination := contamination_report(recipe):
+                (folder / "contamination.md").write_text(contamination)
         barrier()
         last: Model | None = None
         for stage in recipe.stages:

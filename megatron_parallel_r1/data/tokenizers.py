@@ -1,16 +1,17 @@
-"""A byte-level BPE tokenizer trained on the run's own texts, for models trained from scratch on real data."""
+"""Trains a byte-level BPE tokenizer on a run's own texts, and loads the tokenizer of a folder."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _TAG = re.compile("|".join(map(re.escape, TAG_TEXTS)))
 _BYTES = 256
@@ -49,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 
@@ -68,3 +69,16 @@ def as_hf(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **{name: text for name, text in named.items() if text in known},
     )
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a Hugging Face folder.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder}: no tokenizer here (tokenizer_config.json is missing); give its folder")
+    return AutoTokenizer.from_pretrained(folder)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import Benchmark
 from megatron_parallel_r1.evaluation.checkpoints import Checkpoint, fingerprint, read_tags
@@ -24,7 +25,6 @@ from megatron_parallel_r1.evaluation.summary import Summary, in_order, summarise
 from megatron_parallel_r1.report.progress import StageProgress
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rollout.thinking import Thinker
-from megatron_parallel_r1.run.datasets import open_tokenizer
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
 

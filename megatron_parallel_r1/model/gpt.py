@@ -6,8 +6,8 @@ V vocabulary, K rows of the layout, R rotary dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -116,6 +116,11 @@ class Model(nn.ModuleList):
         super().__init__(stages)
         self.architecture = architecture
         self.config = stages[0].config
+
+    if TYPE_CHECKING:  # ModuleList's own types know Module alone
+
+        def __iter__(self) -> Iterator[PathGPT]: ...
+        def __getitem__(self, index: int) -> PathGPT: ...  # type: ignore[override]
 
 
 def build_model(

@@ -19,6 +19,7 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, Stage
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import encode_prompt
+from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.distributed.parallel_config import check_parallel
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model
@@ -29,7 +30,7 @@ from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.native.tensor_parallel import Team
-from megatron_parallel_r1.run.datasets import load_tokenizer, open_tokenizer
+from megatron_parallel_r1.run.datasets import load_tokenizer
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags, spread_new_embeddings
 from megatron_parallel_r1.train.trainer import Trainer
@@ -68,10 +69,11 @@ class RunContext:
         Raises:
             UserError: the model or the tokenizer cannot be read, or they do not fit.
         """
-        bare = load_tokenizer(recipe) if recipe.model.path or not resume else None
-        known = bare.get_vocab() if bare else {}
+        kept = open_tokenizer(folder / "tokenizer") if resume else None
+        bare = load_tokenizer(recipe) if recipe.model.path or kept is None else kept
+        known = bare.get_vocab() if bare is not kept else {}
+        tokenizer = kept or bare
         try:
-            tokenizer = open_tokenizer(folder / "tokenizer") if resume else bare
             tags = Tags.of(tokenizer) if resume else add_tags(tokenizer)
         except ValueError as error:
             raise UserError(f"tokenizer: {error}; use one that has it") from None
@@ -176,6 +178,7 @@ class RunContext:
             return load_hf_folder(self.stage_folder(before) / "model")[1]
         if self.recipe.model.shape is not None:
             return random_hf_tensors(self.shape, self.recipe.seed, self.recipe.model.shape.init_std)
+        assert self.recipe.model.path is not None, "a recipe has a shape or a path"
         released = load_hf_folder(self.recipe.model.path)[1]
         return ((name, self._with_tags(name, tensor)) for name, tensor in released)
 

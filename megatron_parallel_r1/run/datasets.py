@@ -1,4 +1,4 @@
-"""From a recipe's words to tokenizer, problems and examples."""
+"""Opens what a recipe names: tokenizer, problems and worked examples."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_parallel_r1.config.data import (
     BpeTokenizer,
@@ -36,12 +35,12 @@ from megatron_parallel_r1.data.schemas import schema_of
 from megatron_parallel_r1.data.source import Streamed, problem_of
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.layout import Row
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["problems", "examples"]
-DataRead = Reading[Problem] | Reading[Example] | Streamed[Problem] | Streamed[Example]
+T = TypeVar("T", Problem, Example)
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -51,7 +50,7 @@ def check_sources(recipe: Recipe) -> None:
         UserError: a file is missing, a row is unusable and none may be skipped, a stage has nothing to train
             on, or an evaluation problem is trained on.
     """
-    trained_on = {stage.name: _questions(recipe, stage) for stage in recipe.stages}
+    trained_on = {stage.name: _prompts(recipe, stage) for stage in recipe.stages}
     for stage in recipe.stages:
         if isinstance(stage.data, DataSet) and not trained_on[stage.name]:
             raise UserError(
@@ -60,11 +59,11 @@ def check_sources(recipe: Recipe) -> None:
             )
     if recipe.evaluation is not None:
         held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems)
-        asked = {problem.prompt for problem in held_out}
-        for stage, questions in trained_on.items():
-            if seen := asked & questions:
+        evaluated = {problem.prompt for problem in held_out}
+        for name, prompts in trained_on.items():
+            if seen := evaluated & prompts:
                 raise UserError(
-                    f"evaluation: stage {stage} trains on {len(seen)} of its {len(asked)} problems, "
+                    f"evaluation: stage {name} trains on {len(seen)} of its {len(evaluated)} problems, "
                     f"such as {min(seen)[:60]!r}; evaluate on others"
                 )
     if isinstance(recipe.tokenizer, BpeTokenizer):
@@ -89,20 +88,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             folder = path or recipe.model.path
             if folder is None:
                 raise UserError("tokenizer: give path, since model.path is not set either")
-            return open_tokenizer(folder)
-
-
-def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a Hugging Face folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    if not (folder / "tokenizer_config.json").is_file():
-        raise UserError(f"{folder}: no tokenizer here (tokenizer_config.json is missing); give its folder")
-    return AutoTokenizer.from_pretrained(folder)
+            return tokenizers.open_tokenizer(folder)
 
 
 def contamination_report(recipe: Recipe) -> str:
@@ -135,18 +121,18 @@ def example_rows(
         case EmbeddedColdStart(easy=easy, style=style):
             return ProblemStream(lambda i: to_row(generate.cold_start_example(style, easy, seed, i)), seed)
         case DataSet():
-            examples = _apart(recipe, stage)
+            examples = _examples(recipe, stage)
             if isinstance(examples, Reading):
                 rows = cache.rows(examples.items, to_row)
                 if most is not None:
                     by_id = {item.problem.id: row for item, row in zip(examples.items, rows, strict=True)}
-                    kept = without_long(
+                    kept = drop_long(
                         examples, lambda e: len(by_id[e.problem.id]), most, stage.name, "max_example_tokens"
                     )
                     rows = [by_id[item.problem.id] for item in kept.in_order()]
                 return ProblemStream(rows, seed)
             if most is not None:
-                examples = without_long(
+                examples = drop_long(
                     examples, lambda e: len(to_row(e)), most, stage.name, "max_example_tokens"
                 )
             at = examples.shuffled(seed)
@@ -168,9 +154,9 @@ def problem_stream(
         case EmbeddedProblems(kind=kind):
             return ProblemStream(partial(generate.training_problem, kind, seed), seed)
         case DataSet():
-            problems = _apart(recipe, stage)
+            problems = _problems(recipe, stage)
             if (most := recipe.max_prompt_tokens) is not None:
-                problems = without_long(problems, prompt_tokens, most, stage.name, "max_prompt_tokens")
+                problems = drop_long(problems, prompt_tokens, most, stage.name, "max_prompt_tokens")
             return ProblemStream(problems.shuffled(seed), seed)
 
 
@@ -180,76 +166,102 @@ def evaluation_problems(source: ProblemSource, count: int) -> tuple[Problem, ...
         case EmbeddedProblems(kind=kind):
             return generate.evaluation_problems(kind, count)
         case DataSet():
-            return tuple(islice(_read(source, "problems").in_order(), count))
+            return tuple(islice(_read_problems(source).in_order(), count))
 
 
-def _questions(recipe: Recipe, stage: SftStage | RlStage) -> set[str]:
-    """All questions of a stage's data set; the embedded curriculum keeps its own apart by construction."""
+def _prompts(recipe: Recipe, stage: SftStage | RlStage) -> set[str]:
+    """The prompts of a stage's data set; the embedded curriculum holds its own out by construction."""
     if not isinstance(stage.data, DataSet):
         return set()
-    return {problem_of(item).prompt for item in _apart(recipe, stage).in_order()}
+    if isinstance(stage, SftStage):
+        return {example.problem.prompt for example in _examples(recipe, stage).in_order()}
+    return {problem.prompt for problem in _problems(recipe, stage).in_order()}
 
 
-def _apart(recipe: Recipe, stage: SftStage | RlStage) -> DataRead:
-    """A stage's data set, without what the recipe has decontamination leave out."""
-    whole = _read(stage.data, _kind(stage))
+def _problems(recipe: Recipe, stage: RlStage) -> Reading[Problem] | Streamed[Problem]:
+    """A stage's problems, without those that decontamination drops."""
+    assert isinstance(stage.data, DataSet)
+    return _decontaminated(_read_problems(stage.data), recipe, stage)
+
+
+def _examples(recipe: Recipe, stage: SftStage) -> Reading[Example] | Streamed[Example]:
+    """A stage's worked examples, without those that decontamination drops."""
+    assert isinstance(stage.data, DataSet)
+    return _decontaminated(_read_examples(stage.data), recipe, stage)
+
+
+def _decontaminated(
+    items: Reading[T] | Streamed[T], recipe: Recipe, stage: SftStage | RlStage
+) -> Reading[T] | Streamed[T]:
     if recipe.decontamination is None:
-        return whole
-    return whole.without(_contamination(recipe, stage).rows())
+        return items
+    return items.without(_contamination(recipe, stage).rows())
 
 
 def _contamination(recipe: Recipe, stage: SftStage | RlStage) -> Contamination:
-    return _overlap(stage.data, _kind(stage), recipe.decontamination, recipe.evaluation)
+    assert isinstance(stage.data, DataSet) and recipe.decontamination is not None
+    return _overlap(stage.data, isinstance(stage, SftStage), recipe.decontamination, recipe.evaluation)
 
 
 @lru_cache(maxsize=16)
 def _overlap(
-    source: DataSet,
-    kind: Kind,
-    asked: Decontamination,
-    evaluation: Evaluation | None,
+    source: DataSet, is_sft: bool, settings: Decontamination, evaluation: Evaluation | None
 ) -> Contamination:
-    held_out = [problem for data in asked.against for problem in _read(data, "problems").in_order()]
+    held_out = [problem for data in settings.against for problem in _read_problems(data).in_order()]
     if evaluation is not None and isinstance(evaluation.data, DataSet):
         held_out += evaluation_problems(evaluation.data, evaluation.problems)
-    trained = map(problem_of, _read(source, kind).in_order())
-    found = contamination(
-        trained, held_out, asked.ngram_size, asked.max_problems_per_ngram, asked.min_overlap
+    trained = (
+        (example.problem for example in _read_examples(source).in_order())
+        if is_sft
+        else _read_problems(source).in_order()
     )
-    if found.overlaps:
-        left_out = f"{len(found.rows())} of {found.checked} problems overlap with evaluation problems"
-        print(f"{source.path or source.name}: {left_out}, left out", file=sys.stderr)
-    return found
-
-
-def _kind(stage: SftStage | RlStage) -> Kind:
-    return "examples" if isinstance(stage, SftStage) else "problems"
+    overlap = contamination(
+        trained, held_out, settings.ngram_size, settings.max_problems_per_ngram, settings.min_overlap
+    )
+    if overlap.overlaps:
+        dropped = f"{len(overlap.rows())} of {overlap.checked} problems overlap with evaluation problems"
+        print(f"{source.path or source.name}: {dropped}, left out", file=sys.stderr)
+    return overlap
 
 
 @lru_cache(maxsize=16)
-def _read(source: DataSet, kind: Kind) -> DataRead:
+def _read_problems(source: DataSet) -> Reading[Problem] | Streamed[Problem]:
+    options = _read_options(source)
+    problems: Reading[Problem] | Streamed[Problem]
     if source.buffer is None:
-        read = readers.read_examples if kind == "examples" else readers.read_problems
+        problems = readers.read_problems(source.name, source.path, **options)
     else:
-        stream = readers.stream_examples if kind == "examples" else readers.stream_problems
-        read = partial(stream, buffer=source.buffer)
-    whole = read(
-        source.name,
-        source.path,
-        columns=source.columns,
-        split=source.split,
-        limit=source.limit,
-        bad_rows=source.bad_rows,
-    )
-    _report(whole.account)
-    return whole
+        problems = readers.stream_problems(source.name, source.path, buffer=source.buffer, **options)
+    _report(problems.account)
+    return problems
+
+
+@lru_cache(maxsize=16)
+def _read_examples(source: DataSet) -> Reading[Example] | Streamed[Example]:
+    options = _read_options(source)
+    examples: Reading[Example] | Streamed[Example]
+    if source.buffer is None:
+        examples = readers.read_examples(source.name, source.path, **options)
+    else:
+        examples = readers.stream_examples(source.name, source.path, buffer=source.buffer, **options)
+    _report(examples.account)
+    return examples
+
+
+def _read_options(source: DataSet) -> dict[str, Any]:
+    return {
+        "columns": source.columns,
+        "split": source.split,
+        "limit": source.limit,
+        "bad_rows": source.bad_rows,
+    }
 
 
 def _texts(source: DataSet, template: str) -> list[str]:
     """All that a model trained on the data set reads and writes."""
     if schema_of(source.name, source.columns).response is None:
-        return [render(template, problem.prompt) for problem in _read(source, "problems").in_order()]
-    examples = _read(source, "examples").in_order()
+        return [render(template, problem.prompt) for problem in _read_problems(source).in_order()]
+    examples = _read_examples(source).in_order()
     return [f"{render(template, example.problem.prompt)}\n{example.response}" for example in examples]
 
 
@@ -259,31 +271,25 @@ def _report(account: Account) -> None:
         print(account_table([account]), end="", file=sys.stderr)
 
 
-T = TypeVar("T", Problem, Example)
-
-
-def without_long(
+def drop_long(
     items: Reading[T] | Streamed[T], tokens: Callable[[T], int], most: int, stage: str, setting: str
 ) -> Reading[T] | Streamed[T]:
-    """The items of at most so many tokens; goes through all of them once.
+    """Drops items of more than `most` tokens and counts them; reads all of them once.
 
     Args:
-        stage, setting: whose they are and what sets `most`, for messages.
+        stage, setting: the stage, and the recipe key of `most`, for messages.
 
     Raises:
         UserError: all are longer.
     """
-    # It brings Megatron, which a command that only reads need not wait for.
-    from megatron_parallel_r1.utils.rank import is_rank_zero
-
-    count, longer = 0, set()
+    count, long = 0, set()
     for item in items.in_order():
         count += 1
         if tokens(item) > most:
-            longer.add(problem_of(item).id)
-    if len(longer) == count:
+            long.add(problem_of(item).id)
+    if len(long) == count:
         raise UserError(f"stage {stage}: nothing of its data has at most {most:,} tokens; raise {setting}")
-    if longer and is_rank_zero():
-        left_out = f"{len(longer)} of {count} have more than {most:,} tokens ({setting}), left out"
-        print(f"stage {stage}: {left_out}", file=sys.stderr)
-    return items.without(longer)
+    if long and is_rank_zero():
+        dropped = f"{len(long)} of {count} have more than {most:,} tokens ({setting}), left out"
+        print(f"stage {stage}: {dropped}", file=sys.stderr)
+    return items.without(long)

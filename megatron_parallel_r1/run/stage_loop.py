@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.distributed.collectives import all_ranks_true
@@ -21,7 +21,7 @@ from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.trainer import LrSchedule, Trainer
 
 # The metric that ranks checkpoints, and whether lower or higher is better.
-SCORES = {"sft": ("loss", "min"), "rl": ("accuracy", "max")}
+SCORES: dict[str, tuple[str, Literal["min", "max"]]] = {"sft": ("loss", "min"), "rl": ("accuracy", "max")}
 
 
 class Stateful(Protocol):

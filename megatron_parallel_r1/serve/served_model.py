@@ -10,12 +10,12 @@ import torch
 
 from megatron_parallel_r1.architecture.weight_table import check_fit
 from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
+from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import read_tags, stored_decoding
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.run.datasets import open_tokenizer
 from megatron_parallel_r1.thought.tags import Tags
 
 if TYPE_CHECKING:

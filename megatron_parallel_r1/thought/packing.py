@@ -44,7 +44,7 @@ class PackedRow:
         """Tokens with loss."""
         return int((self.labels_L >= 0).sum())
 
-    def gather(self, values: Sequence[Sequence[float]]) -> NDArray[np.float32]:
+    def gather(self, values: Sequence[Sequence[float] | NDArray[np.float64]]) -> NDArray[np.float32]:
         """Spreads per-token values of the original traces over the row; 0 where nothing is predicted.
 
         Args:

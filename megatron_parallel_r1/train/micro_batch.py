@@ -5,7 +5,7 @@ Shapes: L tokens of the row, N targets (tokens with loss), K rows of the layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from megatron_parallel_r1.thought.packing import PackedRow
 from megatron_parallel_r1.train.segments import Segments
+
+# A value for each response token of a trace.
+PerToken = Sequence[float] | NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -45,7 +48,7 @@ class MicroBatch:
         cls,
         row: PackedRow,
         device: torch.device,
-        values: dict[str, Sequence[Sequence[float]]] | None = None,
+        values: Mapping[str, Sequence[PerToken]] | None = None,
         barred: Sequence[Sequence[bool]] | None = None,
         barred_token: int = -1,
     ) -> MicroBatch:
@@ -80,7 +83,7 @@ class MicroBatch:
             batch.spread(name, per_trace)
         return batch
 
-    def spread(self, name: str, per_trace: Sequence[Sequence[float]]) -> None:
+    def spread(self, name: str, per_trace: Sequence[PerToken]) -> None:
         """Takes values of the targets.
 
         Args:

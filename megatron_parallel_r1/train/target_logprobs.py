@@ -85,6 +85,7 @@ class _TargetLogprobs(torch.autograd.Function):
             logshare_CV = logits_CV.sub_(logsums_N[part, None])
             grad_CV = logshare_CV.exp()
             if entropies_grad_N is None:
+                assert logprobs_grad_N is not None, "backward runs for one of the outputs at least"
                 grad_CV.mul_(-logprobs_grad_N[part, None])
             else:
                 # dH / d logit = -p (log p + H)

@@ -112,7 +112,7 @@ class Block:
 def live_parts(trainer: Trainer) -> list[ShardedTensor]:
     """Everything of a trainer that a checkpoint holds; `data` of a part is the memory that is trained."""
     begin_state(trainer.optimizer)
-    parts = []
+    parts: list[ShardedTensor] = []
     for parameter, block in _blocks(trainer.model):
         parts += block.parts(_flat(parameter))
         for inner in _inner(trainer.optimizer):
