@@ -39,7 +39,7 @@ from benchmarks.real_traces import Traces, additive_mask, load_traces
 from benchmarks.side_by_side import alternate, ratios, spread
 from megatron_parallel_r1.model.attention.dispatch import path_attention
 from megatron_parallel_r1.model.attention.segments import plan_calls
-from megatron_parallel_r1.thought.packing import PackedRow, bins, concatenate
+from megatron_parallel_r1.thought.packing import PackedRow, concatenate, first_fit
 
 HEADS, GROUPS, DIM = 8, 4, 32
 VOCAB = 1000
@@ -162,7 +162,7 @@ def _sdpa(query_LHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, **sight: bool |
 def _fill(traces: Traces, length: int) -> list[int]:
     """Which traces, over again if need be, are laid together into a row of nearly so many tokens."""
     rows = traces.rows * (1 + length // sum(map(len, traces.rows)))
-    chosen = bins(rows, length)
+    chosen = first_fit(rows, length)
     return [index % len(traces.rows) for index in chosen[(len(chosen) - 1) // 2]]
 
 

@@ -41,7 +41,7 @@ from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.sft.loop import sft_step
 from megatron_parallel_r1.thought.layout import Row
-from megatron_parallel_r1.thought.packing import PackedRow, bins, concatenate, padded
+from megatron_parallel_r1.thought.packing import PackedRow, concatenate, first_fit, pad
 from megatron_parallel_r1.train.trainer import Trainer
 
 ADAM = Adam(lr=1e-4)
@@ -80,7 +80,7 @@ class Theirs:
 
     def padded_dense(self, rows: list[Row]) -> None:
         for index in range(len(rows)):
-            packed = padded(concatenate(rows, [index]), self.length)
+            packed = pad(concatenate(rows, [index]), self.length)
             mask_11LL = additive_mask(torch.from_numpy(packed.layout_KL))
             positions_1L = torch.from_numpy(packed.positions_L).long()[None]
             self._backward(packed, len(rows), attention_mask=mask_11LL, position_ids=positions_1L)
@@ -135,7 +135,7 @@ def measure(data: Path | None, tokens: int, layers: int, repeats: int) -> Table:
     traces = load_traces(data)
     shape = ModelConfig(256, layers, 8, 4, 32, ffn=768, vocab=VOCAB, max_positions=max(4096, tokens))
     fitting = [row for row in traces.rows if len(row) <= tokens]
-    together = [fitting[index] for index in bins(fitting, tokens)[-1 if len(fitting) < 20 else 5]]
+    together = [fitting[index] for index in first_fit(fitting, tokens)[-1 if len(fitting) < 20 else 5]]
     mean = sum(map(len, fitting)) / len(fitting)
     alone = min(fitting, key=lambda row: abs(len(row) - mean))
     with process.running(seed=1):

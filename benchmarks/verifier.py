@@ -35,7 +35,7 @@ from math_verify import parse, verify
 from benchmarks.page import Table, add_write_option, publish
 from benchmarks.side_by_side import ratios, spread
 from megatron_parallel_r1.data.tables import open_files
-from megatron_parallel_r1.rewards.extract import extract_answer
+from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
 
 Pair = tuple[str, str]

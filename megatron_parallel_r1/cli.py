@@ -86,10 +86,10 @@ def coldstart(
 ) -> None:
     """Have a teacher write cold-start traces. Started again, it asks only what has no answer yet."""
     from megatron_parallel_r1.coldstart.run import cold_start
-    from megatron_parallel_r1.coldstart.settings import settings_of
+    from megatron_parallel_r1.coldstart.settings import parse_settings
     from megatron_parallel_r1.config.reader import read_tree
 
-    told = settings_of(read_tree(settings, overrides or ()), str(settings))
+    told = parse_settings(read_tree(settings, overrides or ()), str(settings))
     outcome = cold_start(told, tell=lambda line: typer.echo(line, err=True))
     kept, passed = outcome.written.traces, outcome.tally.passed
     typer.echo(f"traces   {told.out / 'traces.parquet'} ({kept} of {passed} that pass)")

@@ -1,5 +1,4 @@
-"""Cold-start data: a teacher writes traces of easy problems, and those are kept that the one parser and the
-right answer let pass.
+"""Cold-start data: a teacher writes traces of easy problems, and those that pass the checks are kept.
 
-    settings -> rounds (teacher: endpoint | engine; journal) -> checks -> balance -> traces.parquet, report
+settings -> rounds (teacher: endpoint | engine; journal) -> checks -> balance -> traces.parquet, report
 """

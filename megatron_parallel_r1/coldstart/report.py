@@ -1,4 +1,4 @@
-"""The report of a cold start, as Markdown to read and as JSON to reckon with."""
+"""The report of a cold start, as Markdown for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_parallel_r1.coldstart.checks import REASONS, Checked, Rejection, Shape
+from megatron_parallel_r1.coldstart.checks import REASONS, Checked, Rejection, TraceShape
 from megatron_parallel_r1.report.formats import percent
 
-SHOWN_CHARS = 1500
+EXCERPT_CHARS = 1500
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a cold start came to.
+class ColdStartReport:
+    """The result of a cold start.
 
     Attributes:
-        problems: asked about.
-        hard: problems that took further rounds.
-        unsolved: ids of those without a trace that passes, in order.
-        unanswered: requests without an answer; the same command asks them again.
-        tally: of all answers.
-        passed, written: the traces before and after the balance.
+        problems: the number of problems.
+        hard: problems that took more than one round.
+        unsolved: ids of problems without a trace that passes, in order.
+        unanswered: requests without an answer; the same command repeats them.
+        tally: the tally of all answers.
+        passed, written: shapes of the traces before and after balancing.
     """
 
     problems: int
@@ -32,8 +32,8 @@ class Outcome:
     unsolved: tuple[str, ...]
     unanswered: int
     tally: Tally
-    passed: Shapes
-    written: Shapes
+    passed: ShapeCounts
+    written: ShapeCounts
 
     def json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
@@ -46,7 +46,7 @@ class Outcome:
                 ("", "count"),
                 [
                     ("problems", self.problems),
-                    ("problems asked about in more than one round", self.hard),
+                    ("problems that took more than one round", self.hard),
                     ("problems without a trace that passes", len(self.unsolved)),
                     ("requests without an answer", self.unanswered),
                     ("answers", self.tally.answers),
@@ -64,19 +64,19 @@ class Outcome:
 
 
 def tally_lines(tally: Tally) -> list[str]:
-    """Markdown: who passes and why the rest does not, with examples."""
+    """Formats Markdown: how many answers pass, why the others do not, and examples."""
     share = tally.passed / tally.answers if tally.answers else None
     rows: list[tuple[object, ...]] = [("passes", "", tally.passed, percent(share))]
     rows += [(reason, kind, count, percent(count / tally.answers)) for reason, kind, count in tally.reasons]
     lines = ["## Check", "", *_table(("", "kind", "answers", "share"), rows), ""]
     for example in tally.examples:
-        told = ": ".join(part for part in (example.rejection.kind, example.rejection.detail) if part)
+        why = ": ".join(part for part in (example.rejection.kind, example.rejection.detail) if part)
         title = f"### {example.rejection.reason}, problem {example.problem}, sample {example.sample}"
-        lines += [title, "", *([told, ""] if told else []), *_quoted(example.text), ""]
+        lines += [title, "", *([why, ""] if why else []), *_quoted(example.text), ""]
     return lines
 
 
-def _shapes(before: Shapes, after: Shapes) -> list[str]:
+def _shapes(before: ShapeCounts, after: ShapeCounts) -> list[str]:
     left = {(blocks, widest): count for blocks, widest, count in after.cells}
     cells = [(blocks, widest, count, left.get((blocks, widest), 0)) for blocks, widest, count in before.cells]
     kept = dict(after.paths)
@@ -96,17 +96,17 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def _quoted(text: str) -> list[str]:
-    """A code block of what a teacher wrote, whatever that holds."""
-    shown = text[:SHOWN_CHARS] + (" […]" if len(text) > SHOWN_CHARS else "")
+    """Formats any text as a code block."""
+    excerpt = text[:EXCERPT_CHARS] + (" […]" if len(text) > EXCERPT_CHARS else "")
     fence = "```"
-    while fence in shown:
+    while fence in excerpt:
         fence += "`"
-    return [fence, *shown.splitlines(), fence]
+    return [fence, *excerpt.splitlines(), fence]
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A checked answer and where it belongs."""
+class CheckedSample:
+    """A checked answer, with the id of its problem and its sample number."""
 
     problem: str
     sample: int
@@ -114,8 +114,8 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """A rejected answer, as the report shows it."""
+class RejectedExample:
+    """A rejected answer that the report shows."""
 
     problem: str
     sample: int
@@ -125,65 +125,65 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Answers by what the check made of them.
+    """Counts of answers by the result of the check.
 
     Attributes:
-        answers: checked in all.
-        passed: of these.
-        reasons: answers that were rejected by (reason, kind), in the order of the check.
-        examples: of each, by lot.
-        shapes: of those that passed.
+        answers: all answers checked.
+        passed: answers that passed.
+        reasons: (reason, kind, rejected answers), in the order of the check.
+        examples: random examples of each reason and kind.
+        shapes: shapes of the answers that passed.
     """
 
     answers: int
     passed: int
     reasons: tuple[tuple[str, str, int], ...]
-    examples: tuple[Example, ...]
-    shapes: tuple[Shape, ...]
+    examples: tuple[RejectedExample, ...]
+    shapes: tuple[TraceShape, ...]
 
     @classmethod
-    def of(cls, seen: Sequence[Seen], shown: int, seed: int) -> Tally:
-        """Counts, and picks `shown` examples of each reason and kind by `seed`."""
-        rejected: dict[tuple[str, str], list[Example]] = {}
-        for one in seen:
-            if rejection := one.checked.rejection:
-                example = Example(one.problem, one.sample, rejection, one.checked.text)
+    def of(cls, samples: Sequence[CheckedSample], examples: int, seed: int) -> Tally:
+        """Counts answers, and draws up to `examples` examples of each reason and kind by `seed`."""
+        rejected: dict[tuple[str, str], list[RejectedExample]] = {}
+        for sample in samples:
+            if rejection := sample.checked.rejection:
+                example = RejectedExample(sample.problem, sample.sample, rejection, sample.checked.text)
                 rejected.setdefault((rejection.reason, rejection.kind), []).append(example)
         keys = sorted(rejected, key=lambda key: (REASONS.index(key[0]), -len(rejected[key]), key[1]))
-        passed = [one.checked.shape for one in seen if one.checked.kept]
+        passed = [sample.checked.shape for sample in samples if sample.checked.kept]
         return cls(
-            answers=len(seen),
+            answers=len(samples),
             passed=len(passed),
             reasons=tuple((*key, len(rejected[key])) for key in keys),
-            examples=tuple(example for key in keys for example in _some(rejected[key], shown, seed)),
+            examples=tuple(example for key in keys for example in _draw(rejected[key], examples, seed)),
             shapes=tuple(passed),
         )
 
     def count(self, reason: str) -> int:
-        """Answers rejected for a reason, of whatever kind."""
+        """Returns the number of answers rejected for a reason, of any kind."""
         return sum(count for name, _, count in self.reasons if name == reason)
 
 
-def _some(examples: Sequence[Example], shown: int, seed: int) -> list[Example]:
-    places = sorted(random.Random(seed).sample(range(len(examples)), min(shown, len(examples))))
-    return [examples[place] for place in places]
+def _draw(examples: Sequence[RejectedExample], count: int, seed: int) -> list[RejectedExample]:
+    indices = sorted(random.Random(seed).sample(range(len(examples)), min(count, len(examples))))
+    return [examples[index] for index in indices]
 
 
 @dataclass(frozen=True, slots=True)
-class Shapes:
-    """How traces are built: traces by (blocks, paths of the widest block), and blocks by their paths."""
+class ShapeCounts:
+    """Counts of traces by (blocks, paths of the widest block), and of blocks by number of paths."""
 
     traces: int
     cells: tuple[tuple[int, int, int], ...]
     paths: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, shapes: Iterable[Shape]) -> Shapes:
-        every = list(shapes)
-        cells = Counter((shape.blocks, shape.widest) for shape in every)
-        paths = Counter(count for shape in every for count in shape.paths)
+    def of(cls, shapes: Iterable[TraceShape]) -> ShapeCounts:
+        listed = list(shapes)
+        cells = Counter((shape.blocks, shape.widest) for shape in listed)
+        paths = Counter(count for shape in listed for count in shape.paths)
         return cls(
-            traces=len(every),
+            traces=len(listed),
             cells=tuple((blocks, widest, count) for (blocks, widest), count in sorted(cells.items())),
             paths=tuple(sorted(paths.items())),
         )

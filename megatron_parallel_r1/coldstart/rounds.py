@@ -1,7 +1,7 @@
-"""Asks the teacher, round by round, until a problem has traces enough or its rounds are over.
+"""Requests samples from the teacher, round by round, until each problem has enough traces or no rounds left.
 
-What is asked next depends on the answers alone, so a run that goes on from its journal asks what it would
-have asked, and ends with what it would have ended with.
+Which sample is requested next depends only on the answers, so a run resumed from its journal makes the
+requests, and reaches the result, of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_parallel_r1.coldstart.checks import Checked, Rejection, check
-from megatron_parallel_r1.coldstart.journal import Journal
 from megatron_parallel_r1.coldstart.settings import ColdStart
-from megatron_parallel_r1.coldstart.teacher import Answer, Request, Teacher, Unanswered
+from megatron_parallel_r1.coldstart.teacher import Journal, NoAnswer, Teacher, TeacherAnswer, TeacherRequest
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.rewards.verifier import Verifier
 
-TELL_EVERY_S = 10.0
+LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One request and what came of it.
+class SampleResult:
+    """One request and its result.
 
     Attributes:
-        number: among those of its problem.
-        checked: None: it stayed without an answer.
-        unanswered: why, else empty.
+        number: the index among the samples of the problem.
+        checked: the checked answer, None without an answer.
+        failure: why there is no answer, else empty.
     """
 
     number: int
     checked: Checked | None
-    unanswered: str = ""
+    failure: str = ""
 
     @property
     def kept(self) -> bool:
@@ -42,73 +41,73 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """All that was asked about one problem, in order."""
+class ProblemResult:
+    """All samples of one problem, in order."""
 
     problem: Problem
-    samples: tuple[Sample, ...]
+    samples: tuple[SampleResult, ...]
     rounds: int
 
     @property
-    def kept(self) -> tuple[Sample, ...]:
+    def kept(self) -> tuple[SampleResult, ...]:
         return tuple(sample for sample in self.samples if sample.kept)
 
 
 class Rounds:
-    """The questioning of one teacher.
+    """The rounds of requests to one teacher.
 
     Args:
-        tell: is given a line on how it goes, now and then.
+        log: receives a line of progress from time to time.
     """
 
     def __init__(
         self,
-        told: ColdStart,
+        settings: ColdStart,
         teacher: Teacher,
         journal: Journal,
         verifier: Verifier,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        self._told = told
+        self._settings = settings
         self._teacher = teacher
         self._journal = journal
         self._verifier = verifier
-        self._tell = tell
-        self._slots = asyncio.Semaphore(told.concurrency)
+        self._log = log
+        self._slots = asyncio.Semaphore(settings.concurrency)
         self._answered = self._passed = self._problems_done = 0
-        self._next_word = time.monotonic() + TELL_EVERY_S
+        self._next_log = time.monotonic() + LOG_EVERY_S
 
-    async def ask(self, problems: Sequence[Problem]) -> list[Asked]:
-        """Of each problem, in their order.
+    async def run(self, problems: Sequence[Problem]) -> list[ProblemResult]:
+        """Returns the result of each problem, in order.
 
         Raises:
-            UserError: the teacher cannot be asked as things are set. What was answered is in the journal.
+            UserError: the teacher cannot be used with these settings. The journal holds all answers so far.
         """
-        running = [asyncio.ensure_future(self._problem(problem)) for problem in problems]
+        tasks = [asyncio.ensure_future(self._problem(problem)) for problem in problems]
         try:
-            return list(await asyncio.gather(*running))
+            return list(await asyncio.gather(*tasks))
         finally:
-            for task in running:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _problem(self, problem: Problem) -> Asked:
-        told = self._told
-        samples: list[Sample] = []
+    async def _problem(self, problem: Problem) -> ProblemResult:
+        settings = self._settings
+        samples: list[SampleResult] = []
         rounds = 0
-        while rounds <= told.rounds and sum(sample.kept for sample in samples) < told.enough:
-            numbers = range(len(samples), len(samples) + told.samples)
+        while rounds <= settings.rounds and sum(sample.kept for sample in samples) < settings.enough:
+            numbers = range(len(samples), len(samples) + settings.samples)
             answers = await asyncio.gather(*(self._answer(problem, number) for number in numbers))
-            # A formula may take a worker process seconds; the requests go on meanwhile.
-            fresh = await asyncio.to_thread(self._checked, problem, numbers, answers)
-            samples = _without_repeats([*samples, *fresh])
+            # In a thread: a formula may take a worker process seconds, and other requests go on meanwhile.
+            new = await asyncio.to_thread(self._check, problem, numbers, answers)
+            samples = _reject_repeats([*samples, *new])
             rounds += 1
         self._problems_done += 1
         self._passed += sum(sample.kept for sample in samples)
-        return Asked(problem, tuple(samples), rounds)
+        return ProblemResult(problem, tuple(samples), rounds)
 
-    async def _answer(self, problem: Problem, number: int) -> Answer | Unanswered:
-        request = Request.of(problem, number, self._told.template, self._told.seed)
+    async def _answer(self, problem: Problem, number: int) -> TeacherAnswer | NoAnswer:
+        request = TeacherRequest.of(problem, number, self._settings.template, self._settings.seed)
         key = request.key(self._teacher.name, render(request.template, problem.prompt))
         answer = self._journal.find(key)
         if answer is not None:
@@ -116,35 +115,36 @@ class Rounds:
         async with self._slots:
             try:
                 answer = await self._teacher.answer(request)
-            except Unanswered as failure:
+            except NoAnswer as failure:
                 return failure
-            self._journal.keep(key, request, answer)
+            self._journal.append(key, request, answer)
         self._answered += 1
-        if time.monotonic() >= self._next_word:
-            self._next_word = time.monotonic() + TELL_EVERY_S
+        if time.monotonic() >= self._next_log:
+            self._next_log = time.monotonic() + LOG_EVERY_S
             done = f"{self._problems_done} problems done, {self._passed} traces pass"
-            self._tell(f"{self._answered} answers so far, {done}")
+            self._log(f"{self._answered} answers so far, {done}")
         return answer
 
-    def _checked(
-        self, problem: Problem, numbers: Sequence[int], answers: Sequence[Answer | Unanswered]
-    ) -> list[Sample]:
+    def _check(
+        self, problem: Problem, numbers: Sequence[int], answers: Sequence[TeacherAnswer | NoAnswer]
+    ) -> list[SampleResult]:
         return [
-            Sample(number, None, str(answer))
-            if isinstance(answer, Unanswered)
-            else Sample(number, check(answer, problem, self._told.check, self._verifier))
+            SampleResult(number, None, str(answer))
+            if isinstance(answer, NoAnswer)
+            else SampleResult(number, check(answer, problem, self._settings.check, self._verifier))
             for number, answer in zip(numbers, answers, strict=True)
         ]
 
 
-def _without_repeats(samples: Sequence[Sample]) -> list[Sample]:
-    """The same, but of kept samples with equal text the later ones are rejected."""
-    seen: set[str] = set()
-    marked = []
+def _reject_repeats(samples: Sequence[SampleResult]) -> list[SampleResult]:
+    """Rejects every kept sample whose text equals that of an earlier one."""
+    texts: set[str] = set()
+    checked = []
     for sample in samples:
         if sample.checked is not None and sample.kept:
-            if sample.checked.text in seen:
+            text = sample.checked.text
+            if text in texts:
                 sample = replace(sample, checked=replace(sample.checked, rejection=Rejection("repeated")))
-            seen.add(sample.checked.text)
-        marked.append(sample)
-    return marked
+            texts.add(text)
+        checked.append(sample)
+    return checked

@@ -1,7 +1,7 @@
-"""One cold start, from the data set to the files that it leaves.
+"""A cold start, from the data set to its output files.
 
-<out>/answers.jsonl    every answer as it came: a run that is started again goes on from here
-      traces.parquet   what passes, balanced, in the shape of Parallel-GSM8K
+<out>/answers.jsonl    every answer: a restarted run resumes from here
+      traces.parquet   the traces that pass, balanced, in the format of Parallel-GSM8K
       report.md, report.json
 """
 
@@ -12,103 +12,108 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from megatron_parallel_r1.coldstart.balance import Candidate, balance
-from megatron_parallel_r1.coldstart.endpoint import open_endpoint
-from megatron_parallel_r1.coldstart.journal import Journal, open_journal
-from megatron_parallel_r1.coldstart.report import Outcome, Seen, Shapes, Tally
-from megatron_parallel_r1.coldstart.rounds import Asked, Rounds
+from megatron_parallel_r1.coldstart.endpoint_teacher import open_endpoint
+from megatron_parallel_r1.coldstart.report import CheckedSample, ColdStartReport, ShapeCounts, Tally
+from megatron_parallel_r1.coldstart.rounds import ProblemResult, Rounds
 from megatron_parallel_r1.coldstart.settings import ColdStart, OwnEngine
-from megatron_parallel_r1.coldstart.teacher import Teacher
-from megatron_parallel_r1.coldstart.writing import Row, write_text, write_traces
+from megatron_parallel_r1.coldstart.teacher import Journal, Teacher, open_journal
+from megatron_parallel_r1.coldstart.traces_file import TraceRecord, write_traces
 from megatron_parallel_r1.data.account import account_table
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.readers import read_problems
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.utils.files import write_atomically
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def cold_start(told: ColdStart, tell: Tell = lambda line: None) -> Outcome:
-    """Asks, checks, balances and writes. Started again it asks only what has no answer yet.
+def cold_start(settings: ColdStart, log: Log = lambda line: None) -> ColdStartReport:
+    """Requests, checks, balances and writes traces. A restarted run requests only missing answers.
 
     Args:
-        tell: is given a line on how it goes, now and then.
+        log: receives a line of progress from time to time.
 
     Raises:
-        UserError: the data, the teacher or the folder cannot be used as set; or nothing passes.
+        UserError: the data, the teacher or the folder cannot be used as set, or no trace passes.
     """
-    data = told.data
-    reading = read_problems(
+    data, journal_file = settings.data, settings.out / "answers.jsonl"
+    dataset = read_problems(
         data.name, data.path, columns=data.columns, limit=data.limit, bad_rows=data.bad_rows
     )
-    if reading.account.kept < reading.account.rows:
-        tell(account_table([reading.account]).rstrip())
-    with open_journal(told.out / "answers.jsonl") as journal:
-        tell(f"{len(reading.items)} problems; {len(journal)} answers in {told.out / 'answers.jsonl'}")
-        asked = asyncio.run(_ask(told, reading.items, journal, tell))
-        return _write(told, asked)
+    if dataset.account.kept < dataset.account.rows:
+        log(account_table([dataset.account]).rstrip())
+    with open_journal(journal_file) as journal:
+        log(f"{len(dataset.items)} problems; {len(journal)} answers in {journal_file}")
+        results = asyncio.run(_run_rounds(settings, dataset.items, journal, log))
+        return _write(settings, results)
 
 
-async def _ask(told: ColdStart, problems: Sequence[Problem], journal: Journal, tell: Tell) -> list[Asked]:
-    async with _open(told) as teacher:
+async def _run_rounds(
+    settings: ColdStart, problems: Sequence[Problem], journal: Journal, log: Log
+) -> list[ProblemResult]:
+    async with _open_teacher(settings) as teacher:
         with Verifier() as verifier:
-            return await Rounds(told, teacher, journal, verifier, tell).ask(problems)
+            return await Rounds(settings, teacher, journal, verifier, log).run(problems)
 
 
 @asynccontextmanager
-async def _open(told: ColdStart) -> AsyncIterator[Teacher]:
-    if isinstance(told.teacher, OwnEngine):
-        # Not at the top: an endpoint needs neither torch.distributed nor Megatron.
-        from megatron_parallel_r1.coldstart.engine import open_engine
+async def _open_teacher(settings: ColdStart) -> AsyncIterator[Teacher]:
+    if isinstance(settings.teacher, OwnEngine):
+        # A local import: an endpoint needs neither torch.distributed nor Megatron.
+        from megatron_parallel_r1.coldstart.engine_teacher import open_engine
 
-        with open_engine(told.teacher, told.template, told.seed) as teacher:
-            yield teacher
+        with open_engine(settings.teacher, settings.template, settings.seed) as engine_teacher:
+            yield engine_teacher
     else:
-        async with open_endpoint(told.teacher, told.concurrency) as teacher:
-            yield teacher
+        async with open_endpoint(settings.teacher, settings.concurrency) as endpoint_teacher:
+            yield endpoint_teacher
 
 
-def _write(told: ColdStart, asked: Sequence[Asked]) -> Outcome:
+def _write(settings: ColdStart, results: Sequence[ProblemResult]) -> ColdStartReport:
     candidates = [
         Candidate(index, sample.number, sample.checked.shape)
-        for index, one in enumerate(asked)
-        for sample in one.kept
+        for index, result in enumerate(results)
+        for sample in result.kept
         if sample.checked is not None
     ]
-    chosen = balance(candidates, told.balance, told.seed)
-    outcome = Outcome(
-        problems=len(asked),
-        hard=sum(one.rounds > 1 for one in asked),
-        unsolved=tuple(one.problem.id for one in asked if not one.kept),
-        unanswered=sum(sample.checked is None for one in asked for sample in one.samples),
-        tally=_tally(told, asked),
-        passed=Shapes.of(candidate.shape for candidate in candidates),
-        written=Shapes.of(candidate.shape for candidate in chosen),
+    chosen = balance(candidates, settings.balance, settings.seed)
+    report = ColdStartReport(
+        problems=len(results),
+        hard=sum(result.rounds > 1 for result in results),
+        unsolved=tuple(result.problem.id for result in results if not result.kept),
+        unanswered=sum(sample.checked is None for result in results for sample in result.samples),
+        tally=_tally(settings, results),
+        passed=ShapeCounts.of(candidate.shape for candidate in candidates),
+        written=ShapeCounts.of(candidate.shape for candidate in chosen),
     )
     try:
-        write_text(told.out / "report.md", outcome.markdown())
-        write_text(told.out / "report.json", outcome.json())
+        write_atomically(settings.out / "report.md", report.markdown())
+        write_atomically(settings.out / "report.json", report.json())
         if chosen:
-            write_traces(told.out / "traces.parquet", [_row(asked, candidate) for candidate in chosen])
+            records = [_trace_record(results, candidate) for candidate in chosen]
+            write_traces(settings.out / "traces.parquet", records)
     except OSError as error:
-        raise UserError(f"{told.out}: {error.strerror or error}; make room and start again") from None
+        raise UserError(f"{settings.out}: {error.strerror or error}; make room and start again") from None
     if not chosen:
-        raise UserError(f"{told.out}: no answer passes, so there are no traces; see report.md there for why")
-    return outcome
+        raise UserError(
+            f"{settings.out}: no answer passes, so there are no traces; see report.md there for why"
+        )
+    return report
 
 
-def _tally(told: ColdStart, asked: Sequence[Asked]) -> Tally:
-    seen = [
-        Seen(one.problem.id, sample.number, sample.checked)
-        for one in asked
-        for sample in one.samples
+def _tally(settings: ColdStart, results: Sequence[ProblemResult]) -> Tally:
+    samples = [
+        CheckedSample(result.problem.id, sample.number, sample.checked)
+        for result in results
+        for sample in result.samples
         if sample.checked is not None
     ]
-    return Tally.of(seen, told.shown, told.seed)
+    return Tally.of(samples, settings.shown, settings.seed)
 
 
-def _row(asked: Sequence[Asked], candidate: Candidate) -> Row:
-    one = asked[candidate.problem]
-    checked = one.samples[candidate.sample].checked
-    assert checked is not None and checked.kept, "only what passes is a candidate"
-    return Row(one.problem.prompt, checked.text, one.problem.answer)
+def _trace_record(results: Sequence[ProblemResult], candidate: Candidate) -> TraceRecord:
+    result = results[candidate.problem]
+    checked = result.samples[candidate.sample].checked
+    assert checked is not None and checked.kept, "only traces that pass are candidates"
+    return TraceRecord(result.problem.prompt, checked.text, result.problem.answer)

@@ -108,7 +108,7 @@ class Check(Settings):
 
 
 class Balance(Settings):
-    """How the kept traces are thinned out (`balance.py`)."""
+    """Balancing of the kept traces (`balance.py`)."""
 
     per_problem: Count = 1
     """Most traces of one problem."""
@@ -141,7 +141,7 @@ class ColdStart(Settings):
     check: Check = Check()
     """Conditions under which a trace is kept."""
     balance: Balance = Balance()
-    """How the kept traces are thinned out."""
+    """Balancing of the kept traces."""
     shown: CountOrZero = 3
     """Examples of each reason for rejection in the report."""
 
@@ -154,7 +154,7 @@ class ColdStart(Settings):
         return self
 
 
-def settings_of(tree: dict[str, Any], where: str) -> ColdStart:
+def parse_settings(tree: dict[str, Any], where: str) -> ColdStart:
     """Validates the values of a YAML file.
 
     Args:

@@ -10,7 +10,7 @@ from megatron_parallel_r1.config.data import ExampleSource, ProblemSource
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
-from megatron_parallel_r1.rewards.schedule import ONE, Constant, Linear, Window
+from megatron_parallel_r1.rewards.schedule import CONSTANT_ONE, Constant, Linear, Window
 from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
 from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.rollout.settings import Thinking
@@ -118,7 +118,7 @@ class RewardComponent(Settings):
     """Name of a term, or `module:function` (`rewards/registry.py`)."""
     settings: dict[str, Setting] = Field(default_factory=dict)
     """Settings of the term."""
-    weight: Weight = ONE
+    weight: Weight = CONSTANT_ONE
     """Weight over the steps; a bare number is constant."""
     name: str | None = None
     """Name of the metric; null: that of the term."""

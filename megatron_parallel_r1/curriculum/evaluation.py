@@ -22,7 +22,7 @@ from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.report.trace_record import trace_record
 from megatron_parallel_r1.rewards.base import Judged
-from megatron_parallel_r1.rewards.terms import score_accuracy
+from megatron_parallel_r1.rewards.registry import score_accuracy
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.metrics import trace_metrics
 from megatron_parallel_r1.rl.rollout_worker import sample_and_verify

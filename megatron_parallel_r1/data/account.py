@@ -1,22 +1,22 @@
-"""What became of every row of a data set, and the table that says it."""
+"""Counts of a data set's rows, kept and dropped, and their table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_NAMED = 8
+_LISTED_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that was skipped.
+    """A skipped row.
 
     Attributes:
-        row: its number from 0; in JSON Lines, its line's.
-        what: what was wrong, in words that other rows share.
-        detail: what is this row's own.
-        file: in a folder of several.
+        row: the number of the row, from 0; in JSON Lines, that of its line.
+        what: the kind of fault, which other rows share.
+        detail: the part that is this row's own.
+        file: the file's name, in a folder of several.
     """
 
     row: int
@@ -29,16 +29,16 @@ class BadRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
-    """rows == kept + bad + repeated + disputed.
+class RowAccount:
+    """Counts of rows; rows == kept + bad + repeated + disputed.
 
     Attributes:
-        source: the file, the folder or the name on the Hub.
-        rows: read in all.
-        kept: problems or examples that they gave.
-        bad: skipped since a column was not usable.
-        repeated: dropped since an earlier row has the same problem.
-        disputed: dropped since rows with the same problem have different answers.
+        source: the file, folder or name on the Hub.
+        rows: all rows read.
+        kept: rows that became problems or examples.
+        bad: rows skipped because a column was not usable.
+        repeated: rows dropped because an earlier row has the same problem.
+        disputed: rows dropped because rows with the same problem have different answers.
     """
 
     source: str
@@ -52,28 +52,28 @@ class Account:
         assert self.rows == self.kept + len(self.bad) + self.repeated + self.disputed
 
     def dropped(self) -> dict[str, list[BadRow]]:
-        """The bad rows by reason, the most frequent first."""
+        """Groups the bad rows by reason, the most frequent first."""
         reasons: dict[str, list[BadRow]] = {}
         for bad in self.bad:
             reasons.setdefault(bad.what, []).append(bad)
         return dict(sorted(reasons.items(), key=lambda reason: -len(reason[1])))
 
 
-def account_table(accounts: Sequence[Account]) -> str:
-    """A Markdown table: rows read, kept, and for each reason how many were dropped and the first of them."""
+def account_table(accounts: Sequence[RowAccount]) -> str:
+    """Formats a Markdown table: rows read, kept, and dropped, with reasons and the first dropped rows."""
     lines = ["| source | read | kept | dropped | why | rows, from 0 |", "|---|---:|---:|---:|---|---|"]
     for account in accounts:
-        reasons = [(len(bad), what, _first_of(bad)) for what, bad in account.dropped().items()]
+        reasons = [(len(bad), what, _list_rows(bad)) for what, bad in account.dropped().items()]
         reasons.append((account.repeated, "repeats an earlier problem", ""))
         reasons.append((account.disputed, "copies of the problem disagree on the answer", ""))
-        told = [reason for reason in reasons if reason[0]] or [(0, "", "")]
-        for index, (count, why, which) in enumerate(told):
+        nonzero = [reason for reason in reasons if reason[0]] or [(0, "", "")]
+        for index, (count, why, which) in enumerate(nonzero):
             head = (account.source, account.rows, account.kept) if index == 0 else ("", "", "")
             cells = (*head, count, why, which)
             lines.append(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _first_of(bad: Sequence[BadRow]) -> str:
-    shown = [f"{row.file}:{row.row}" if row.file else str(row.row) for row in bad[:_NAMED]]
-    return ", ".join(shown) + (", …" if len(bad) > _NAMED else "")
+def _list_rows(bad: Sequence[BadRow]) -> str:
+    names = [f"{row.file}:{row.row}" if row.file else str(row.row) for row in bad[:_LISTED_ROWS]]
+    return ", ".join(names) + (", …" if len(bad) > _LISTED_ROWS else "")

@@ -1,42 +1,79 @@
-"""Readers of one column of a row: they give text, or raise `BadCell`."""
+"""Rows of a data set as they are read: tables of numbered rows, and readers of single columns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
-from megatron_parallel_r1.data.shard import Cells, Unusable
-
+Cells = Mapping[str, Any]
 CellReader = Callable[[Cells], str]
 
 
-class BadCell(Unusable):
-    """A column of a row that cannot be used, and why."""
+class UnusableRow(ValueError):
+    """The reason why a row cannot be used.
+
+    Attributes:
+        what: the kind of fault, which other rows share.
+        detail: the part that is this row's own.
+    """
+
+    def __init__(self, what: str, detail: str = "") -> None:
+        super().__init__(what + detail)
+        self.what = what
+        self.detail = detail
+
+
+class BadCell(UnusableRow):
+    """The reason why a column of a row cannot be used."""
 
     def __init__(self, column: str, what: str, detail: str = "") -> None:
         super().__init__(f"column {column!r}: {what}", detail)
 
 
-def text(column: str, other: str | None = None) -> CellReader:
-    """Reads a column of text, which copies of the data set may call `other`."""
+# The number of a row, and its cells or the reason why they cannot be read.
+NumberedRow = tuple[int, Cells | UnusableRow]
+
+
+class Table(Protocol):
+    """Rows in a fixed order, never all in memory: a file, or a data set on the Hub.
+
+    Attributes:
+        label: the name in messages, as the user wrote it.
+        name: the short name, unique within a folder.
+    """
+
+    label: str
+    name: str
+
+    def rows(self) -> Iterator[NumberedRow]:
+        """Yields every row; the numbers rise."""
+        ...
+
+    def pick(self, numbers: Sequence[int]) -> Iterator[NumberedRow]:
+        """Yields the rows of rising `numbers`, all of which `rows` has yielded."""
+        ...
+
+
+def text(column: str, alias: str | None = None) -> CellReader:
+    """Reads a column of text, which some copies of the data set call `alias`."""
 
     def read(row: Cells) -> str:
-        name = other if other is not None and column not in row and other in row else column
+        name = alias if alias is not None and column not in row and alias in row else column
         return as_text(row.get(name), name)
 
     return read
 
 
 def value(column: str) -> CellReader:
-    """Reads an answer kept as text or as a number."""
+    """Reads an answer stored as text or as a number."""
     return lambda row: as_value(row.get(column), column)
 
 
 def at_path(path: str, convert: Callable[[object, str], str]) -> CellReader:
-    """Reads a column, or what lies in it: `reward_model.ground_truth`, `prompt.0.content`.
+    """Reads a column or a value inside it: `reward_model.ground_truth`, `prompt.0.content`.
 
-    A column whose own name has the dots comes first.
+    A column whose own name contains the dots takes precedence.
     """
 
     def read(row: Cells) -> str:
@@ -56,7 +93,7 @@ def at_path(path: str, convert: Callable[[object, str], str]) -> CellReader:
 
 
 def as_text(cell: object, column: str) -> str:
-    """Text that is not blank, stripped."""
+    """Returns non-blank text, stripped."""
     if cell is None:
         raise BadCell(column, "missing")
     if not isinstance(cell, str):
@@ -65,14 +102,14 @@ def as_text(cell: object, column: str) -> str:
         raise BadCell(column, "blank")
     try:
         cell.encode()
-    except UnicodeEncodeError as error:  # JSON may escape half of a pair; no tokenizer takes it
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair; no tokenizer accepts it
         raise BadCell(column, "a lone surrogate", f", at character {error.start}") from None
     return cell.strip()
 
 
 def as_value(cell: object, column: str) -> str:
-    """As `as_text`, or a number; a whole one is written without its fraction."""
-    if isinstance(cell, bool) or not isinstance(cell, (int, float)):
+    """Returns text as `as_text` does, or a number; a whole number is written without its fraction."""
+    if isinstance(cell, bool) or not isinstance(cell, int | float):
         return as_text(cell, column)
     if isinstance(cell, int):
         return str(cell)

@@ -1,4 +1,4 @@
-"""What a data set is made of: problems to solve, and worked examples of them."""
+"""The items of a data set: problems to solve, and worked examples of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class Problem:
     """A question with a verifiable answer.
 
     Attributes:
-        id: names the problem within its source, stable between runs.
+        id: unique within the source and stable between runs.
         prompt: the bare question, before any prompt template.
-        answers: right final answers, any one of which counts; more than one where a question has
-            several solutions. Not empty, none blank.
-        source: the data set that it comes from.
+        answers: right final answers, any of which counts; several where a question has several solutions.
+            Not empty, none blank.
+        source: the data set.
     """
 
     id: str
@@ -29,13 +29,13 @@ class Problem:
 
     @property
     def answer(self) -> str:
-        """A right answer, the first of them."""
+        """The first right answer."""
         return self.answers[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A problem with a worked response, tags and final answer included, in canonical text."""
+    """A problem with a worked response in canonical text, including tags and final answer."""
 
     problem: Problem
     response: str

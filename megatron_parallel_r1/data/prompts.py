@@ -1,8 +1,8 @@
-"""Prompt templates, in one place: training and evaluation must word the question alike.
+"""Prompt templates and the encoding of prompts and responses, the same for training and evaluation.
 
 `parallel` asks for what Parallel-R1 (arXiv 2509.07980) asks for, in our own words; `sequential` is its
-baseline; `adaptive` asks for blocks only where they help, the use that the paper calls adaptive; `plain` is
-the bare problem, for models that only ever see one kind of question.
+baseline; `adaptive` asks for blocks only where they help, which the paper calls adaptive; `plain` is the bare
+problem, for models that see only one kind of question.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_parallel_r1.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _FINAL_LINE = "Close with one last line of the form `Final Answer: …` that holds the answer alone."
 _BLOCK = (
@@ -37,28 +40,25 @@ TEMPLATES = {
 
 
 def render(template: str, problem: str) -> str:
-    """The user message that poses `problem`.
+    """Returns the user message for a problem.
 
     Raises:
-        UserError: no template has that name.
+        UserError: there is no such template.
     """
     if template not in TEMPLATES:
         raise UserError(f"prompt template {template!r}: unknown, use one of {', '.join(TEMPLATES)}")
     return TEMPLATES[template].replace("{problem}", problem)
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# For a released tokenizer that has none: what `encode_prompt` makes of one message, a text and a line end.
+# For a released tokenizer without a chat template: one message as `encode_prompt` renders it, with a newline.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, problem: str) -> list[int]:
-    """Token ids that end where the response begins.
+    """Returns the token ids of the prompt, up to the start of the response.
 
     With a chat template: one user message and the opening of the assistant's turn. Without: the bare text and
-    a line end.
+    a newline.
     """
     text = render(template, problem)
     if tokenizer.chat_template is None:
@@ -69,11 +69,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, problem: st
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """Token ids of a whole response, eos included."""
+    """Returns the token ids of a whole response, including eos."""
     return [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """The text of tokens, tags shown, eos left out."""
+    """Returns the text of tokens, with tags, without eos."""
     kept = [token for token in tokens if token != tokenizer.eos_token_id]
     return tokenizer.decode(kept, skip_special_tokens=False) if kept else ""

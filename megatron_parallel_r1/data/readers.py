@@ -1,7 +1,7 @@
 """Reads a data set into problems or worked examples, and accounts for every row.
 
-`read_…` keeps all of them in memory. `stream_…` goes through the files once to learn which rows are of use,
-and keeps their numbers alone; what it gives is shuffled with a buffer of bounded size.
+`read_*` keeps all items in memory. `stream_*` reads the files once, keeps only the numbers of usable rows,
+and shuffles through a buffer of bounded size.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from megatron_parallel_r1.data.account import Account, BadRow
+from megatron_parallel_r1.data.account import BadRow, RowAccount
+from megatron_parallel_r1.data.cells import Cells
 from megatron_parallel_r1.data.problems import Example, Problem
-from megatron_parallel_r1.data.sampler import Shuffled
+from megatron_parallel_r1.data.sampler import ShuffledEpochs
 from megatron_parallel_r1.data.schemas import CUSTOM, Columns, Schema, schema_of
-from megatron_parallel_r1.data.shard import Cells
-from megatron_parallel_r1.data.source import BadRows, Source, Streamed, problem_of
+from megatron_parallel_r1.data.source import BadRows, RowSource, StreamedDataset, problem_of
 from megatron_parallel_r1.data.tables import open_files, open_hub
 from megatron_parallel_r1.errors import UserError
 
@@ -24,28 +24,29 @@ T = TypeVar("T", Problem, Example)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading(Generic[T]):
-    """What a data set held.
+class LoadedDataset(Generic[T]):
+    """A data set in memory.
 
     Attributes:
-        items: in the order of the rows; `Problem.id` is the row's number, behind its file's name in a folder.
-        account: of all rows.
+        items: the items in the order of the rows; `Problem.id` is the row's number, after its file's name in
+            a folder.
+        account: the account of all rows.
     """
 
     items: tuple[T, ...]
-    account: Account
+    account: RowAccount
 
     def in_order(self) -> Iterator[T]:
-        """Every item once."""
+        """Yields every item once."""
         return iter(self.items)
 
-    def without(self, ids: Collection[str]) -> Reading[T]:
-        """The same but for the items of these ids; `account` still tells of all rows."""
+    def without(self, ids: Collection[str]) -> LoadedDataset[T]:
+        """Returns the data set without the items of these ids; `account` still counts all rows."""
         return replace(self, items=tuple(item for item in self.items if problem_of(item).id not in ids))
 
-    def shuffled(self, seed: int) -> Shuffled[T]:
-        """An endless order, for `ProblemStream`."""
-        return Shuffled(self.items, seed)
+    def shuffled(self, seed: int) -> ShuffledEpochs[T]:
+        """Returns an endless order, for `ProblemStream`."""
+        return ShuffledEpochs(self.items, seed)
 
     @property
     def rows(self) -> int:
@@ -72,20 +73,21 @@ def read_problems(
     split: str | None = None,
     limit: int | None = None,
     bad_rows: BadRows = "refuse",
-) -> Reading[Problem]:
-    """Problems with their right answers.
+) -> LoadedDataset[Problem]:
+    """Reads problems with their right answers.
 
     Args:
-        name: the data set's name on the Hub, which sets how rows are read; with `columns` any name, and
-            `custom` for one that is on no Hub.
-        path: a local parquet or JSON Lines copy, or a folder of them, to read instead of the Hub.
-        columns: which hold what, in a data set of the user's own.
-        split: on the Hub; the schema's usual one if None.
-        limit: read only so many rows.
+        name: the name on the Hub, which selects the schema; with `columns` any name, or `custom` for a data
+            set that is not on the Hub.
+        path: a local parquet or JSON Lines copy, or a folder of them, read instead of the Hub.
+        columns: the columns of the user's own data set.
+        split: the split on the Hub; None: the schema's default.
+        limit: the maximum number of rows to read.
         bad_rows: stop at a bad row, or skip and count it.
 
     Raises:
-        UserError: the data set is not known or cannot be loaded, a bad row under `refuse`, no good row.
+        UserError: the data set is unknown or cannot be loaded, a row is bad under `refuse`, or no row is
+            usable.
     """
     return _read(_problems(name, path, columns, split), limit, bad_rows)
 
@@ -98,8 +100,8 @@ def read_examples(
     split: str | None = None,
     limit: int | None = None,
     bad_rows: BadRows = "refuse",
-) -> Reading[Example]:
-    """Problems with a worked response, for a data set that has them; otherwise as `read_problems`."""
+) -> LoadedDataset[Example]:
+    """Reads problems with a worked response, where the data set has them; otherwise like `read_problems`."""
     return _read(_examples(name, path, columns, split), limit, bad_rows)
 
 
@@ -112,9 +114,9 @@ def stream_problems(
     limit: int | None = None,
     bad_rows: BadRows = "refuse",
     buffer: int = 8192,
-) -> Streamed[Problem]:
-    """As `read_problems`, for files too large to hold: `buffer` problems are in memory at most."""
-    return Streamed.survey(_problems(name, path, columns, split), bad_rows, limit, buffer)
+) -> StreamedDataset[Problem]:
+    """Like `read_problems`, for files larger than memory: holds at most `buffer` problems."""
+    return StreamedDataset.survey(_problems(name, path, columns, split), bad_rows, limit, buffer)
 
 
 def stream_examples(
@@ -126,17 +128,17 @@ def stream_examples(
     limit: int | None = None,
     bad_rows: BadRows = "refuse",
     buffer: int = 8192,
-) -> Streamed[Example]:
-    """As `read_examples`, for files too large to hold: `buffer` examples are in memory at most."""
-    return Streamed.survey(_examples(name, path, columns, split), bad_rows, limit, buffer)
+) -> StreamedDataset[Example]:
+    """Like `read_examples`, for files larger than memory: holds at most `buffer` examples."""
+    return StreamedDataset.survey(_examples(name, path, columns, split), bad_rows, limit, buffer)
 
 
-def _problems(name: str, path: Path | None, columns: Columns | None, split: str | None) -> Source[Problem]:
+def _problems(name: str, path: Path | None, columns: Columns | None, split: str | None) -> RowSource[Problem]:
     schema = schema_of(name, columns)
     return _open(schema, lambda row, id: _problem(schema, row, id), path, split)
 
 
-def _examples(name: str, path: Path | None, columns: Columns | None, split: str | None) -> Source[Example]:
+def _examples(name: str, path: Path | None, columns: Columns | None, split: str | None) -> RowSource[Example]:
     schema = schema_of(name, columns)
     response = schema.response
     if response is None:
@@ -152,16 +154,18 @@ def _problem(schema: Schema, row: Cells, id: str) -> Problem:
     return Problem(id, schema.prompt(row), (schema.answer(row),), schema.name)
 
 
-def _open(schema: Schema, make: Callable[[Cells, str], T], path: Path | None, split: str | None) -> Source[T]:
+def _open(
+    schema: Schema, build: Callable[[Cells, str], T], path: Path | None, split: str | None
+) -> RowSource[T]:
     if path is not None:
-        return Source(str(path), open_files(path), make, schema.repeats)
+        return RowSource(str(path), open_files(path), build, schema.repeats)
     if schema.name == CUSTOM:
         raise UserError("data set custom: give its path, or its name on the Hub instead of `custom`")
     table = open_hub(schema.name, schema.config, split or schema.split)
-    return Source(schema.name, (table,), make, schema.repeats)
+    return RowSource(schema.name, (table,), build, schema.repeats)
 
 
-def _read(source: Source[T], limit: int | None, bad_rows: BadRows) -> Reading[T]:
+def _read(source: RowSource[T], limit: int | None, bad_rows: BadRows) -> LoadedDataset[T]:
     items: list[T] = []
     account, disputed = source.survey(bad_rows, limit, lambda _, item: items.append(item))
-    return Reading(tuple(item for index, item in enumerate(items) if index not in disputed), account)
+    return LoadedDataset(tuple(item for index, item in enumerate(items) if index not in disputed), account)

@@ -1,9 +1,9 @@
-"""Laid-out rows of worked examples, kept on disk by the hash of all that they follow from.
+"""A content-addressed disk cache of laid-out rows of worked examples.
 
 A file holds the rows of up to 512 examples. Its name is the hash of the examples' text, the tokenizer's
-files, the template, the mode, and the code that turns one into the other: whatever changes, another name is
-looked for, and nothing is ever out of date. Files are written beside their name and renamed, so processes
-that share a folder at worst do the same work; one that its checksum does not fit is made again.
+files, the template, the mode and the code that lays out a row, so an entry is never stale. Files are written
+atomically: processes that share a folder at worst repeat each other's work. A file whose checksum does not
+match is written again.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _CHECKSUM = hashlib.sha256().digest_size
 
 @dataclass(frozen=True, slots=True)
 class RowCache:
-    """Rows of one tokenizer, template and mode.
+    """Cached rows of one tokenizer, template and mode.
 
     Attributes:
-        folder: made when the first file is written; may be shared with other caches and processes.
-        tokenizer: the hash of its files (`tokenizer_hash`).
-        template: the prompt template's name; its text counts.
+        folder: created with the first file; other caches and processes may share it.
+        tokenizer: the hash of the tokenizer's files (`tokenizer_hash`).
+        template: the name of the prompt template; its text enters the hash.
     """
 
     folder: Path
@@ -51,21 +51,21 @@ class RowCache:
     mode: Mode
 
     def rows(self, examples: Sequence[Example], to_row: Callable[[Example], Row]) -> list[Row]:
-        """The row of each example, from disk or by `to_row`.
+        """Returns the row of each example, from disk or by `to_row`.
 
         Raises:
-            UserError: the folder cannot be written; whatever `to_row` raises.
+            UserError: the folder cannot be written. Errors of `to_row` pass through.
         """
         code = _code_hash(to_row)
         rows: list[Row] = []
         for start in range(0, len(examples), _GROUP):
             group = examples[start : start + _GROUP]
             file = self.folder / f"{self._key(group, code)}.rows"
-            found = _read(file, len(group))
-            if found is None:
-                found = [to_row(example) for example in group]
-                _write(file, found)
-            rows += found
+            cached = _read(file, len(group))
+            if cached is None:
+                cached = [to_row(example) for example in group]
+                _write(file, cached)
+            rows += cached
         return rows
 
     def _key(self, group: Sequence[Example], code: str) -> str:
@@ -74,20 +74,23 @@ class RowCache:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The hash of the files that it is saved as, wherever it was loaded from."""
+    """Returns the hash of the tokenizer's saved files, independent of where it was loaded from."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return _files_hash(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
 
 
 def _code_hash(to_row: Callable[[Example], Row]) -> str:
-    """The hash of the sources that say what a row is: `thought`, the encoding, and `to_row`'s own."""
+    """Returns the hash of the sources that define a row: `thought`, the encoding, the module of `to_row`."""
     function = to_row
     while isinstance(function, partial):
         function = function.func
     sources = sorted(Path(thought.__file__).parent.glob("*.py"))
-    own = [Path(inspect.getsourcefile(module)) for module in (prompts, inspect.getmodule(function))]
-    return _files_hash([*sources, *own])
+    for module in (prompts, inspect.getmodule(function)):
+        source = inspect.getsourcefile(module) if module is not None else None
+        assert source is not None, "a row is built by code that has a source file"
+        sources.append(Path(source))
+    return _files_hash(sources)
 
 
 def _files_hash(files: Sequence[Path]) -> str:
@@ -100,7 +103,7 @@ def _files_hash(files: Sequence[Path]) -> str:
 
 
 def _read(file: Path, count: int) -> list[Row] | None:
-    """The rows of a file; None if there is none or it is damaged."""
+    """Returns the rows of a file; None if the file is missing or damaged."""
     try:
         content = file.read_bytes()
     except OSError:
@@ -118,13 +121,13 @@ def _write(file: Path, rows: Sequence[Row]) -> None:
         write_atomically(file, hashlib.sha256(packed).digest() + packed)
     except OSError as error:
         raise UserError(
-            f"{file.parent}: rows cannot be cached there ({error.strerror or error}); "
-            "give another cache folder, or none"
+            f"{file.parent}: cannot cache rows there ({error.strerror or error}); "
+            "set another cache folder, or none"
         ) from error
 
 
 def _parts(row: Row) -> Iterator[np.ndarray]:
-    """Depth D and length L, then the row's 3 + 2 D vectors."""
+    """Yields depth D and length L, then the row's 3 + 2 D vectors."""
     yield np.array([len(row.hide_lo_DL), len(row)], np.int32)
     yield from (row.tokens_L, row.positions_L, row.source_L, row.hide_lo_DL.ravel(), row.hide_hi_DL.ravel())
 

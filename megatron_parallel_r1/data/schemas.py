@@ -1,7 +1,7 @@
-"""The published data sets that we know, and how a row of each becomes a problem.
+"""Schemas of known published data sets: how a row becomes a problem.
 
-A new data set is one more `Schema`. A reader takes what a row holds as it is published and raises
-`BadCell` where a column is not what the schema says.
+To add a data set, add a `Schema`. Its readers take a row as published and raise `BadCell` where a column does
+not match the schema.
 """
 
 from __future__ import annotations
@@ -9,9 +9,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megatron_parallel_r1.data.cells import BadCell, CellReader, as_text, as_value, at_path, text, value
-from megatron_parallel_r1.data.shard import Cells
-from megatron_parallel_r1.data.trace_text import canonical, malformed
+from megatron_parallel_r1.data.cells import (
+    BadCell,
+    CellReader,
+    Cells,
+    as_text,
+    as_value,
+    at_path,
+    text,
+    value,
+)
+from megatron_parallel_r1.data.trace_text import canonical, describe_fault
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.latex import last_box
 from megatron_parallel_r1.utils.settings import Settings
@@ -21,16 +29,16 @@ CUSTOM = "custom"
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """Where a data set lives on the Hugging Face Hub, and how to read its rows.
+    """The location of a data set on the Hugging Face Hub, and the readers of its rows.
 
     Attributes:
-        name: on the Hub, `owner/name`.
-        config: the Hub's configuration, None for the only one.
-        split: read unless the caller names another.
-        prompt, answer: read these from a row; raise `BadCell`.
-        response: reads the worked response, in data sets that have one.
-        repeats: rows may repeat a problem; repeats are dropped, and so is every copy of a problem whose
-            copies disagree on the answer.
+        name: the name on the Hub, `owner/name`.
+        config: the configuration on the Hub, None for the only one.
+        split: the default split.
+        prompt, answer: readers of a row; raise `BadCell`.
+        response: reader of the worked response, in data sets that have one.
+        repeats: rows may repeat a problem; drops repeats, and every copy of a problem whose copies disagree
+            on the answer.
     """
 
     name: str
@@ -58,10 +66,10 @@ class Columns(Settings):
 
 
 def schema_of(name: str, columns: Columns | None = None) -> Schema:
-    """The schema of a data set by its name on the Hub, or as `columns` say, if given.
+    """Returns the schema of a data set, by its name on the Hub or from `columns`.
 
     Raises:
-        UserError: it is none of those that we know, and no columns are given.
+        UserError: the name is unknown and there are no columns.
     """
     if columns is not None:
         response = columns.response
@@ -74,21 +82,21 @@ def schema_of(name: str, columns: Columns | None = None) -> Schema:
             response=None if response is None else _trace(at_path(response, as_text), response),
         )
     if name == CUSTOM:
-        raise UserError("data set custom: say with columns which hold prompt and answer")
+        raise UserError("data set custom: name the columns of prompt and answer with columns")
     if name not in _SCHEMAS:
         raise UserError(
             f"data set {name!r}: unknown, use one of {', '.join(sorted(_SCHEMAS))}, "
-            "or say with columns which hold prompt and answer"
+            "or name the columns of prompt and answer with columns"
         )
     return _SCHEMAS[name]
 
 
 def _gsm8k_answer(row: Cells) -> str:
-    """What follows `####` at the end of the worked answer, without thousands' commas."""
+    """Returns the text after `####` at the end of the worked answer, without thousands separators."""
     worked = as_text(row.get("answer"), "answer")
     _, mark, answer = worked.rpartition("####")
     if not mark or not answer.strip():
-        raise BadCell("answer", "no value behind ####")
+        raise BadCell("answer", "no value after ####")
     return answer.strip().replace(",", "")
 
 
@@ -99,40 +107,40 @@ def _boxed_solution(row: Cells) -> str:
     return answer
 
 
-_DAPO_BEFORE = re.compile(
+_DAPO_PREFIX = re.compile(
     r"Solve the following math problem step by step\. The last line of your response should be of the "
     r"form Answer: \$Answer \(without quotes\) where \$Answer is the answer to the problem\.\s*"
 )
-_DAPO_BEHIND = re.compile(r"\s*Remember to put your answer on its own line after \"Answer:\"\.?\Z")
+_DAPO_SUFFIX = re.compile(r"\s*Remember to put your answer on its own line after \"Answer:\"\.?\Z")
 
 
 def _dapo_prompt(row: Cells) -> str:
-    """The one user message, without the instruction that the published set wraps around each problem."""
+    """Returns the user message without the instruction that the published set wraps around each problem."""
     messages = row.get("prompt")
     if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0], dict):
         raise BadCell("prompt", "not a list of one message")
-    posed = as_text(messages[0].get("content"), "prompt")
-    if before := _DAPO_BEFORE.match(posed):
-        posed = posed[before.end() :]
-    if behind := _DAPO_BEHIND.search(posed):
-        posed = posed[: behind.start()]
-    return as_text(posed, "prompt")
+    message = as_text(messages[0].get("content"), "prompt")
+    if prefix := _DAPO_PREFIX.match(message):
+        message = message[prefix.end() :]
+    if suffix := _DAPO_SUFFIX.search(message):
+        message = message[: suffix.start()]
+    return as_text(message, "prompt")
 
 
 def _dapo_answer(row: Cells) -> str:
-    graded = row.get("reward_model")
-    if not isinstance(graded, dict):
+    reward_model = row.get("reward_model")
+    if not isinstance(reward_model, dict):
         raise BadCell("reward_model", "missing")
-    return value("ground_truth")(graded)
+    return value("ground_truth")(reward_model)
 
 
 def _trace(read: CellReader, column: str) -> CellReader:
-    """Reads a response into canonical text, and refuses one that the project's parser does."""
+    """Reads a response into canonical text; raises `BadCell` where the parser does not accept it."""
 
     def checked(row: Cells) -> str:
         response = canonical(read(row))
-        if wrong := malformed(response):
-            what, mark, where = wrong.partition(", behind ")
+        if fault := describe_fault(response):
+            what, mark, where = fault.partition(", after ")
             raise BadCell(column, what, mark + where)
         return response
 

@@ -1,4 +1,4 @@
-"""A data set opened: its rows, what each becomes, and which of them are of use."""
+"""An open data set: its rows, the items that they become, and which of them are usable."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar, cast
 
 import numpy as np
 
-from megatron_parallel_r1.data.account import Account, BadRow
+from megatron_parallel_r1.data.account import BadRow, RowAccount
+from megatron_parallel_r1.data.cells import Cells, Table, UnusableRow
 from megatron_parallel_r1.data.problems import Example, Problem
-from megatron_parallel_r1.data.shard import Cells, Shard, Unusable
-from megatron_parallel_r1.data.stream import Int64, Place, StreamedShuffle
+from megatron_parallel_r1.data.sampler import Int64, RowLocation, StreamedShuffle
 from megatron_parallel_r1.errors import UserError
 
 T = TypeVar("T", Problem, Example)
@@ -22,126 +22,131 @@ BadRows = Literal["refuse", "skip"]
 
 
 def problem_of(item: Problem | Example) -> Problem:
-    """The problem itself, or that of a worked example."""
+    """Returns the problem itself, or that of a worked example."""
     return item.problem if isinstance(item, Example) else item
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source(Generic[T]):
+class RowSource(Generic[T]):
     """A data set and how to read it.
 
     Attributes:
-        where: it is, for messages.
-        shards: its files in order.
-        make: an item of a row's cells and its id; raises `Unusable`.
-        repeats: whether rows may repeat a problem, so that repeats go.
+        label: the name in messages.
+        tables: the files, in order.
+        build: builds an item from a row's cells and its id; raises `UnusableRow`.
+        repeats: rows may repeat a problem; repeats are dropped.
     """
 
-    where: str
-    shards: tuple[Shard, ...]
-    make: Callable[[Cells, str], T]
+    label: str
+    tables: tuple[Table, ...]
+    build: Callable[[Cells, str], T]
     repeats: bool
 
     def survey(
-        self, bad_rows: BadRows, limit: int | None, take: Callable[[Place, T], None]
-    ) -> tuple[Account, frozenset[int]]:
-        """Goes through the rows once, and hands each good one that repeats no other to `take`.
+        self, bad_rows: BadRows, limit: int | None, take: Callable[[RowLocation, T], None]
+    ) -> tuple[RowAccount, frozenset[int]]:
+        """Reads every row once and passes each usable one that repeats no other to `take`.
 
         Returns:
-            The account, and which of the items taken, counted from 0, must go since they are disputed.
+            The account, and the indices (from 0) of the items passed that must be dropped as disputed.
 
         Raises:
-            UserError: a bad row under `refuse`, no good row.
+            UserError: a row is bad under `refuse`, or no row is usable.
         """
-        seen, rows, taken = Repeats(), 0, 0
+        duplicates, rows, taken = DuplicateProblems(), 0, 0
         bad: list[BadRow] = []
-        for place, cells in islice(self._rows(), limit):
+        for location, cells in islice(self._rows(), limit):
             rows += 1
             try:
-                item = self._item(place, cells)
-            except Unusable as error:
-                bad.append(self._bad_row(place, error))
+                item = self._item(location, cells)
+            except UnusableRow as error:
+                bad.append(self._bad_row(location, error))
                 if bad_rows == "refuse":
                     raise UserError(
-                        f"{self.where}: {bad[0]}; mend it, or skip such rows with bad_rows=skip"
+                        f"{self.label}: {bad[0]}; fix it, or skip such rows with bad_rows=skip"
                     ) from None
                 continue
-            if not self.repeats or seen.is_new(problem_of(item)):
-                take(place, item)
+            if not self.repeats or duplicates.is_new(problem_of(item)):
+                take(location, item)
                 taken += 1
         if not taken:
-            raise UserError(f"{self.where}: no usable row{f'; {bad[0]}' if bad else ''}")
-        disputed = seen.disputed()
-        return Account(self.where, rows, taken - len(disputed), tuple(bad), *seen.counts()), disputed
+            raise UserError(f"{self.label}: no usable row{f'; {bad[0]}' if bad else ''}")
+        disputed = duplicates.disputed()
+        account = RowAccount(self.label, rows, taken - len(disputed), tuple(bad), *duplicates.counts())
+        return account, disputed
 
-    def load(self, places: Sequence[Place]) -> Iterator[T]:
-        """The items of rising places that a survey found good.
+    def load(self, locations: Sequence[RowLocation]) -> Iterator[T]:
+        """Yields the items at rising locations that a survey accepted.
 
         Raises:
-            UserError: a file is no longer what it was then.
+            UserError: a file has changed since the survey.
         """
-        for shard, here in groupby(places, key=lambda place: place[0]):
-            yield from self.load_from(shard, [row for _, row in here])
+        for table, here in groupby(locations, key=lambda location: location[0]):
+            yield from self.load_table(table, [row for _, row in here])
 
-    def load_from(self, shard: int, rows: Sequence[int]) -> Iterator[T]:
-        """As `load`, of one file."""
+    def load_table(self, table: int, rows: Sequence[int]) -> Iterator[T]:
+        """Yields the items of one table, as `load` does."""
         count = 0
-        for row, cells in self.shards[shard].pick(rows):
+        for row, cells in self.tables[table].pick(rows):
             try:
-                yield self._item((shard, row), cells)
-            except Unusable as error:
-                raise self._changed(shard, str(error)) from None
+                yield self._item((table, row), cells)
+            except UnusableRow as error:
+                raise self._changed(table, str(error)) from None
             count += 1
         if count < len(rows):
-            raise self._changed(shard, f"{len(rows) - count} rows are gone")
+            raise self._changed(table, f"{len(rows) - count} rows are gone")
 
-    def id_of(self, place: Place) -> str:
-        """The number of a row, behind the name of its file if there are several."""
-        shard, row = place
-        return f"{self.shards[shard].name}:{row}" if len(self.shards) > 1 else str(row)
+    def id_of(self, location: RowLocation) -> str:
+        """Returns the number of a row, after the name of its file if there are several."""
+        table, row = location
+        return f"{self.tables[table].name}:{row}" if len(self.tables) > 1 else str(row)
 
-    def _rows(self) -> Iterator[tuple[Place, Cells | Unusable]]:
-        for index, shard in enumerate(self.shards):
-            for row, cells in shard.rows():
+    def _rows(self) -> Iterator[tuple[RowLocation, Cells | UnusableRow]]:
+        for index, table in enumerate(self.tables):
+            for row, cells in table.rows():
                 yield (index, row), cells
 
-    def _item(self, place: Place, cells: Cells | Unusable) -> T:
-        if isinstance(cells, Unusable):
+    def _item(self, location: RowLocation, cells: Cells | UnusableRow) -> T:
+        if isinstance(cells, UnusableRow):
             raise cells
-        return self.make(cells, self.id_of(place))
+        return self.build(cells, self.id_of(location))
 
-    def _bad_row(self, place: Place, error: Unusable) -> BadRow:
-        shard, row = place
-        file = self.shards[shard].name if len(self.shards) > 1 else None
+    def _bad_row(self, location: RowLocation, error: UnusableRow) -> BadRow:
+        table, row = location
+        file = self.tables[table].name if len(self.tables) > 1 else None
         return BadRow(row, error.what, error.detail, file)
 
-    def _changed(self, shard: int, what: str) -> UserError:
-        label = self.shards[shard].label
-        return UserError(f"{label}: changed while it was in use ({what}); put it back, or start anew")
+    def _changed(self, table: int, what: str) -> UserError:
+        label = self.tables[table].label
+        return UserError(f"{label}: changed while it was in use ({what}); restore it, or start a new run")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Streamed(Generic[T]):
-    """A data set of any size: which of its rows are of use is known, the rows stay in their files.
+class StreamedDataset(Generic[T]):
+    """A data set of any size: holds the numbers of its usable rows; the rows stay in their files.
 
     Attributes:
-        account: of all rows.
-        rows: of each shard, the numbers of the rows to use, rising: 8 bytes a row.
-        buffer: items in memory at most when it is shuffled.
+        account: the account of all rows.
+        rows: for each table, the rising numbers of the rows to use; 8 bytes per row.
+        buffer: the maximum number of items in memory when shuffled.
     """
 
-    source: Source[T]
-    account: Account
+    source: RowSource[T]
+    account: RowAccount
     rows: tuple[Int64, ...]
     buffer: int
 
     @classmethod
-    def survey(cls, source: Source[T], bad_rows: BadRows, limit: int | None, buffer: int) -> Streamed[T]:
-        """Reads every row once, and keeps none. Raises as `Source.survey`."""
-        found = [array("q") for _ in source.shards]
-        account, disputed = source.survey(bad_rows, limit, lambda place, _: found[place[0]].append(place[1]))
+    def survey(
+        cls, source: RowSource[T], bad_rows: BadRows, limit: int | None, buffer: int
+    ) -> StreamedDataset[T]:
+        """Reads every row once and keeps none. Raises as `RowSource.survey`."""
+        usable = [array("q") for _ in source.tables]
+        account, disputed = source.survey(
+            bad_rows, limit, lambda location, _: usable[location[0]].append(location[1])
+        )
         rows, first = [], 0
-        for numbers in found:
+        for numbers in usable:
             rows_N = np.array(numbers, np.int64)
             rows.append(np.delete(rows_N, [i - first for i in disputed if first <= i < first + len(rows_N)]))
             first += len(rows_N)
@@ -151,20 +156,20 @@ class Streamed(Generic[T]):
         return sum(map(len, self.rows))
 
     def in_order(self) -> Iterator[T]:
-        """Every item once, as the files have them."""
-        for shard, rows_N in enumerate(self.rows):
-            yield from self.source.load_from(shard, rows_N)
+        """Yields every item once, in the order of the files."""
+        for table, rows_N in enumerate(self.rows):
+            yield from self.source.load_table(table, cast("Sequence[int]", rows_N))
 
-    def without(self, ids: Collection[str]) -> Streamed[T]:
-        """The same but for the items of these ids."""
+    def without(self, ids: Collection[str]) -> StreamedDataset[T]:
+        """Returns the data set without the items of these ids."""
         rows = []
-        for shard, rows_N in enumerate(self.rows):
-            stays_N = np.array([self.source.id_of((shard, row)) not in ids for row in rows_N], bool)
-            rows.append(rows_N[stays_N])
+        for table, rows_N in enumerate(self.rows):
+            keep_N = np.array([self.source.id_of((table, int(row))) not in ids for row in rows_N], bool)
+            rows.append(rows_N[keep_N])
         return replace(self, rows=tuple(rows))
 
     def shuffled(self, seed: int) -> StreamedShuffle[T]:
-        """An endless order, for `ProblemStream`."""
+        """Returns an endless order, for `ProblemStream`."""
         return StreamedShuffle(self.rows, self.source.load, self.buffer, seed)
 
 
@@ -176,16 +181,16 @@ class _Copies:
     agree: bool = True
 
 
-class Repeats:
-    """Problems count as the same if their prompts differ in white space at most."""
+class DuplicateProblems:
+    """Finds problems whose prompts differ at most in white space."""
 
     def __init__(self) -> None:
         self._copies: dict[bytes, _Copies] = {}
 
     def is_new(self, problem: Problem) -> bool:
-        """Whether no problem before was the same; the new ones are numbered from 0."""
+        """Returns whether no earlier problem is the same; new ones are numbered from 0."""
         words = " ".join(problem.prompt.split())
-        # 16 bytes: two of 10^8 different problems collide with a chance below 10^-22.
+        # 16 bytes: two of 10^8 different problems collide with a probability below 10^-22.
         key = hashlib.blake2b(words.encode(), digest_size=16).digest()
         copies = self._copies.get(key)
         if copies is None:
@@ -196,10 +201,10 @@ class Repeats:
         return False
 
     def disputed(self) -> frozenset[int]:
-        """Numbers of the new problems some copy of which has another answer."""
+        """Returns the numbers of new problems of which some copy has another answer."""
         return frozenset(copies.first for copies in self._copies.values() if not copies.agree)
 
     def counts(self) -> tuple[int, int]:
-        """Rows that repeat a problem all copies of which agree; rows of problems whose copies do not."""
+        """Returns the number of repeats whose copies all agree, and of rows whose copies do not."""
         repeated = sum(copies.count - 1 for copies in self._copies.values() if copies.agree)
         return repeated, sum(copies.count for copies in self._copies.values() if not copies.agree)

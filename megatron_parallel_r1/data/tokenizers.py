@@ -11,30 +11,32 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 _TAG = re.compile("|".join(map(re.escape, TAG_TEXTS)))
 _BYTES = 256
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learns merges from `texts`; the result encodes any text, and decodes it back to the character.
+    """Trains a tokenizer that encodes any text and decodes it exactly.
 
     Args:
-        texts: what the model will read and write; tags in them are cut out, `thought.tokenizer.add_tags`
-            makes them tokens later.
-        vocab_size: entries with the 256 bytes and pad, bos, eos, without the tags. Few texts may
-            support fewer.
+        texts: texts that the model will read and write; tags are cut out of them, since
+            `thought.tokenizer.add_tags` adds them later.
+        vocab_size: the number of entries, with the 256 bytes and pad, bos, eos, without the tags; a small
+            corpus may yield fewer.
 
     Raises:
-        UserError: `vocab_size` has no room for the bytes.
+        UserError: `vocab_size` is too small for the bytes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = [PAD, BOS, EOS]
     least = _BYTES + len(special)
     if vocab_size < least:
-        raise UserError(f"tokenizer: vocab is {vocab_size}, a byte-level one needs {least} or more")
+        raise UserError(f"tokenizer: vocab is {vocab_size}; a byte-level tokenizer needs {least} or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,26 +50,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return as_hf(tokenizer)
 
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
-
-
 def as_hf(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Wraps a tokenizer that knows `<pad>`, `<bos>`, `<eos>` and, where words can be unknown, `<unk>`.
+    """Wraps a tokenizer that has `<pad>`, `<bos>`, `<eos>` and, where words can be unknown, `<unk>`.
 
-    It puts nothing around a text. `save_pretrained` writes it so that `AutoTokenizer` loads it.
+    It adds nothing around a text. `AutoTokenizer` loads it from the folder that `save_pretrained` writes.
     """
     from transformers import PreTrainedTokenizerFast
 
-    named = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
-    known = tokenizer.get_vocab()
+    special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
+    vocabulary = tokenizer.get_vocab()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        **{name: text for name, text in named.items() if text in known},
+        **{name: text for name, text in special.items() if text in vocabulary},
     )
 
 

@@ -1,10 +1,10 @@
-"""Reads the text of a written trace with the one parser, before any tokenizer exists.
+"""Parses the text of a trace with the parser of `thought`, without a tokenizer.
 
-A piece of text counts as one token, and so does a tag.
+Each tag counts as one token, and so does each piece of text between tags.
 
 The engine forces `<Path>` directly after `<Parallel>` or `</Path>`, `</Parallel>` after the last `</Path>`,
 and `<Summary>` after `</Parallel>`. White space between these tags would train tokens that no rollout
-contains, so `canonical` removes it. All other white space is the author's.
+contains, so `canonical` removes it. All other white space belongs to the text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FORCED_GAP = re.compile(
     r"|(?<=</Parallel>)\s+(?=<Summary>)"
 )
 # Characters of context that an error message quotes on each side.
-_SHOWN = 48
+_CONTEXT_CHARS = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class WrittenTrace:
     """A well-formed trace.
 
     Attributes:
-        pieces: the text cut at its tags, none empty; `tree` counts in them.
+        pieces: the text split at its tags, none empty; the indices of `tree` count pieces.
     """
 
     pieces: tuple[str, ...]
@@ -41,48 +41,49 @@ class WrittenTrace:
 
     @classmethod
     def of(cls, text: str) -> WrittenTrace:
-        """Reads canonical text.
+        """Parses canonical text.
 
         Raises:
-            ParseError: it is malformed; `index` counts in the pieces.
+            ParseError: the text is malformed; `index` counts pieces.
         """
-        pieces = _cut(text)
+        pieces = _split(text)
         tokens = [TAG_TEXTS.index(piece) if piece in TAG_TEXTS else _TEXT for piece in pieces]
         return cls(pieces, parse(tokens, _TAGS, strict=True))
 
     @staticmethod
     def around(text: str, index: int) -> tuple[str, str]:
-        """The text before the piece that a `ParseError` names, and from that piece on."""
-        pieces = _cut(text)
+        """Splits the text before the piece that a `ParseError` names."""
+        pieces = _split(text)
         return "".join(pieces[:index]), "".join(pieces[index:])
 
     def text(self, start: int, stop: int) -> str:
         return "".join(self.pieces[start:stop])
 
     def inside(self, part: Path | Summary) -> str:
-        """The text between the tags of a path or a summary."""
+        """Returns the text between the tags of a path or a summary."""
         return self.text(part.start + 1, part.stop - 1)
 
     @property
     def main(self) -> str:
-        """The text outside blocks and summaries; an answer counts only there."""
+        """The text outside blocks and summaries, the only place where an answer counts."""
         return "\n".join(self.text(start, stop) for start, stop in self.tree.main_spans())
 
 
 def canonical(text: str) -> str:
-    """Returns `text` without white space between tags that the engine sets side by side."""
+    """Removes white space between tags that the engine places side by side."""
     return _FORCED_GAP.sub("", text)
 
 
-def malformed(text: str) -> str | None:
-    """Describes the first fault in the tags of a canonical response; None if there is none."""
+def describe_fault(text: str) -> str | None:
+    """Describes the first fault in the tags of a canonical response; None without one."""
     try:
         WrittenTrace.of(text)
     except ParseError as error:
         before, after = WrittenTrace.around(text, error.index)
-        return f"{error.what}, after {before[-_SHOWN:]!r}" + (f", at {after[:_SHOWN]!r}" if after else "")
+        position = f", at {after[:_CONTEXT_CHARS]!r}" if after else ""
+        return f"{error.what}, after {before[-_CONTEXT_CHARS:]!r}{position}"
     return None
 
 
-def _cut(text: str) -> tuple[str, ...]:
+def _split(text: str) -> tuple[str, ...]:
     return tuple(piece for piece in _TAG.split(text) if piece)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from megatron_parallel_r1.rewards.equality import equivalent
-from megatron_parallel_r1.rewards.extract import extract_answer
+from megatron_parallel_r1.rewards.verification import extract_answer
+from megatron_parallel_r1.rewards.verifier import equivalent
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 

@@ -8,8 +8,8 @@ from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.report.parts import trace_parts
 from megatron_parallel_r1.rewards.base import Judged
-from megatron_parallel_r1.rewards.equality import equivalent
-from megatron_parallel_r1.rewards.extract import extract_answer
+from megatron_parallel_r1.rewards.verification import extract_answer
+from megatron_parallel_r1.rewards.verifier import equivalent
 from megatron_parallel_r1.thought.trace import Trace
 
 if TYPE_CHECKING:

@@ -1,4 +1,2 @@
-"""From a response to a reward: the final answer, its equivalence to a reference, the format, the terms.
-
-`judge` ties them together, `registry` names the rewards that a recipe can ask for.
-"""
+"""Rewards: extract the final answer of a response, verify it against references, check the format, add up
+the terms of a reward."""

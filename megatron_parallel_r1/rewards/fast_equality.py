@@ -1,7 +1,7 @@
-"""What can be told without algebra: equal text, equal spelling, exact numbers, clearly unlike values.
+"""Decides equality without algebra: equal text, equal spelling, exact numbers, clearly different values.
 
-That decides every pair of plain numbers and most wrong formulas; what it leaves open goes to a worker process
-(`verifier.py`).
+This decides every pair of plain numbers and most wrong formulas; `verifier.py` passes the rest to a worker
+process.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from megatron_parallel_r1.rewards.number import read_number, same_number
 from megatron_parallel_r1.rewards.numeric import Values, differ, read_values
 
 MAX_CHARS = 1000
-"""No answer worth reading is longer; longer text is compared as it stands."""
+"""Longer text is compared literally; no useful answer is longer."""
 
-Reason = Literal["empty", "text", "too long", "normalised", "number", "value", "algebra", "timeout", "crash"]
+VerdictReason = Literal[
+    "empty", "text", "too long", "normalised", "number", "value", "algebra", "timeout", "crash"
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether an answer is right, and which step decided it."""
+    """Whether an answer is right, and the step that decided it."""
 
     correct: bool
-    reason: Reason
+    reason: VerdictReason
 
 
-def settle(answer: str | None, reference: str) -> Verdict | None:
-    """Decides a pair without algebra; None where only algebra can. Bounded time for any input."""
+def decide_without_algebra(answer: str | None, reference: str) -> Verdict | None:
+    """Decides a pair, or returns None where only algebra can. Bounded time for any input."""
     answer = (answer or "").strip()
     reference = reference.strip()
     if not answer or not reference:
@@ -39,30 +41,32 @@ def settle(answer: str | None, reference: str) -> Verdict | None:
         return Verdict(False, "too long")
     left, right = read_number(answer), read_number(reference)
     if left is None or right is None:
-        return _settle_formulas(canonical(answer), canonical(reference))
+        return _decide_formulas(canonical(answer), canonical(reference))
     return Verdict(same_number(left, right), "number")
 
 
-def _settle_formulas(mine: Canonical, theirs: Canonical) -> Verdict | None:
-    if mine.name and theirs.name and mine.name != theirs.name:
+def _decide_formulas(answer: Canonical, reference: Canonical) -> Verdict | None:
+    if answer.name and reference.name and answer.name != reference.name:
         return None
-    if mine.body == theirs.body and mine.body:
+    if answer.body == reference.body and answer.body:
         return Verdict(True, "normalised")
-    left, right = mine.number, theirs.number
+    left, right = answer.number, reference.number
     if left and right:
         return Verdict(same_number(left, right), "number")
-    if (left and theirs.is_words) or (right and mine.is_words):
+    if (left and reference.is_words) or (right and answer.is_words):
         return Verdict(False, "normalised")
-    if mine.is_words and theirs.is_words and not mine.may_be_product:
-        return Verdict(mine.letters == theirs.letters, "normalised")
-    one, other = _values(mine), _values(theirs)
-    return Verdict(False, "value") if one and other and differ(one, other) else None
+    if answer.is_words and reference.is_words and not answer.may_be_product:
+        return Verdict(answer.letters == reference.letters, "normalised")
+    answer_values, reference_values = _values(answer), _values(reference)
+    if answer_values and reference_values and differ(answer_values, reference_values):
+        return Verdict(False, "value")
+    return None
 
 
 def _values(answer: Canonical) -> Values | None:
     if answer.number and not answer.number.percent:
         try:
             return Values((complex(answer.number.value),))
-        except OverflowError:  # beyond what floats hold; algebra has numbers of any size
+        except OverflowError:  # beyond the range of floats; algebra has integers of any size
             return None
     return read_values(answer.body) if answer.is_formula else None

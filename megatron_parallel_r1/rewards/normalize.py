@@ -1,8 +1,8 @@
-r"""One spelling for an answer: cheap rewriting of LaTeX and plain text, no algebra.
+r"""Rewrites an answer, LaTeX or plain text, into one canonical spelling, without algebra.
 
-`clean` removes what never carries meaning (dollars, spacing commands, a full stop at the end); `canonical`
-goes on to one spelling of fractions, roots, text, units, percent and degree signs, and splits off a leading
-`x =`. Two answers with the same canonical form are the same answer; the converse needs algebra.
+`clean` removes what carries no meaning (dollar signs, spacing commands, a final full stop); `canonical` also
+unifies fractions, roots, text, units, percent and degree signs, and splits off a leading `x =`. Two answers
+with the same canonical form are the same answer; the converse needs algebra.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _UNICODE = str.maketrans(
 )  # fmt: skip
 
 _BLANKS = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s+")
-_MATH_MARKS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]!]")  # behind a backslash it ends a matrix row
+_MATH_MARKS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]!]")  # after a backslash it ends a matrix row
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d))")
 _CLOSING = " .,;:"
 _ROUGHLY = re.compile(r"\s{0,9}(?:\\displaystyle\s{0,9})?\\approx(?:eq)?(?![A-Za-z])")
@@ -70,13 +70,13 @@ _WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
 
 @dataclass(frozen=True, slots=True)
 class Canonical:
-    """An answer's one spelling.
+    r"""The canonical spelling of an answer.
 
     Attributes:
-        name: what a leading `x =` assigned to, else None.
-        body: the rest, without blanks save between letters or digits.
-        number: the body's exact value where it is a plain number.
-        has_words: there is a `\text{…}` of more than single letters, dropped or unwrapped.
+        name: the left side of a leading `x =`, else None.
+        body: the rest, without blanks except between letters or digits.
+        number: the exact value of the body where it is a plain number.
+        has_words: whether a `\text{…}` of more than single letters was dropped or unwrapped.
     """
 
     name: str | None
@@ -86,29 +86,29 @@ class Canonical:
 
     @property
     def is_words(self) -> bool:
-        """Plain words, such as `odd` or `none`: a text answer, no formula."""
+        """Whether the body is plain words, such as `odd` or `none`: a text answer, not a formula."""
         return _WORDS.fullmatch(self.body) is not None
 
     @property
     def letters(self) -> str:
-        """Words run together: `non-zero` is `nonzero`."""
+        """The words without separators: `non-zero` is `nonzero`."""
         return self.body.replace(" ", "").replace("-", "")
 
     @property
     def may_be_product(self) -> bool:
-        """Words that a formula may mean: `abc` is `bca`, but `listen` is not `silent`."""
+        """Whether the letters may be a product: `abc` equals `bca`, but `listen` is not `silent`."""
         return len(self.body) <= 3
 
     @property
     def is_formula(self) -> bool:
-        """Each letter in it is a variable."""
+        """Whether each letter of the body is a variable."""
         return self.number is not None or not self.has_words
 
 
 def clean(text: str) -> str:
-    """The answer without dollars, spacing commands, closing punctuation and a lead-in (`the answer is`).
+    """Removes dollar signs, spacing commands, closing punctuation and a lead-in (`the answer is`).
 
-    It is LaTeX still, with its blanks; bare names (`2 pi`, `sqrt(3)`, `x**2`) are spelled as LaTeX.
+    The result is still LaTeX, with its blanks; bare names (`2 pi`, `sqrt(3)`, `x**2`) become LaTeX.
     """
     text = text if text.isascii() else text.translate(_UNICODE)
     text = _MATH_MARKS.sub("", _THOUSANDS.sub("", text))
@@ -117,7 +117,7 @@ def clean(text: str) -> str:
 
 
 def canonical(text: str) -> Canonical:
-    """The one spelling of an answer. For answers of at most a few thousand characters."""
+    """Returns the canonical spelling of an answer of at most a few thousand characters."""
     cleaned = clean(text)
     has_words = any(_WORD.search(match["text"]) for match in _TEXT.finditer(cleaned))
     body = _FRACTION_NAMES.sub(r"\\frac", _SIZES.sub("", cleaned))
@@ -137,7 +137,7 @@ def canonical(text: str) -> Canonical:
 
 
 def _without_unit(body: str) -> str:
-    r"""Drops `\text{ cm}^2` behind anything and ` cm^2` behind a number; unwraps any other `\text`."""
+    r"""Drops `\text{ cm}^2` after anything and ` cm^2` after a number; unwraps any other `\text`."""
     if (unit := _UNIT_TEXT.search(body)) and _is_unit(unit["text"]):
         body = body[: unit.start()]
     body = _without_lead(" ".join(_TEXT.sub(r" \g<text> ", body).split()).rstrip(_CLOSING))
@@ -154,7 +154,7 @@ def _is_unit(text: str) -> bool:
 
 
 def _in_latex(text: str) -> str:
-    """Spells bare names as LaTeX; most answers have none of them."""
+    """Rewrites bare names as LaTeX; most answers have none."""
     if "\\approx" in text and (roughly := _ROUGHLY.match(text)):
         text = text[roughly.end() :]
     if "sqrt" in text:
@@ -167,7 +167,7 @@ def _in_latex(text: str) -> str:
 
 
 def _without_lead(text: str) -> str:
-    """Drops `The answer is`, `Total:` in front of a formula."""
+    """Drops `The answer is` or `Total:` before a formula."""
     if not (lead := _LEAD.match(text)):
         return text
     words = lead["words"].casefold().split()

@@ -1,6 +1,6 @@
-r"""Plain numbers, exactly: integers, decimals (repeating ones too), fractions, mixed numbers, percentages.
+r"""Exact plain numbers: integers, decimals (also repeating), fractions, mixed numbers, percentages.
 
-What this module reads never reaches a computer algebra system.
+Numbers that this module reads never reach the computer algebra system.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 MAX_DIGITS = 400
-"""Longer ones are compared as text: converting digits takes quadratic time."""
+"""Longer numbers are compared as text: converting digits takes quadratic time."""
 
 ROUNDED_DIGITS = 6
-"""A decimal with this many places or more may stand for the number that it was computed from."""
+"""A decimal with at least this many places may stand for the exact number that it rounds."""
 
 _PLAIN = r"(?:\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 _SIGN = r"[-+]?"
@@ -32,12 +32,12 @@ _NUMBER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number as it was written.
+    """A written number.
 
     Attributes:
-        value: exact, before the percent sign: 40 for `40%`.
-        percent: a percent sign follows.
-        places: digits after the point of a decimal, 0 for anything else.
+        value: the exact value before the percent sign: 40 for `40%`.
+        percent: whether a percent sign follows.
+        places: digits after the decimal point, 0 for anything but a decimal.
     """
 
     value: Fraction
@@ -48,7 +48,7 @@ class Number:
 def read_number(text: str) -> Number | None:
     r"""Reads `-12`, `1,080.50`, `3/4`, `\frac{3}{4}`, `1 1/2`, `1\frac{1}{2}`, `0.1\overline{6}`, `40%`.
 
-    Returns None for anything else. `text` has no blanks around it, and its fractions are braced.
+    Returns None for anything else. `text` is stripped and its fractions have braces.
     """
     if len(text) > MAX_DIGITS or not (match := _NUMBER.fullmatch(text)):
         return None
@@ -63,7 +63,7 @@ def read_number(text: str) -> Number | None:
         elif part["whole"] or part["words"]:
             kind = "mixed" if part["whole"] else "words"
             share = Fraction(int(part[f"{kind}_top"]), int(part[f"{kind}_bottom"]))
-            if share >= 1:  # `2\frac{3}{2}` is a product, if anything
+            if share >= 1:  # `2\frac{3}{2}` would be a product
                 return None
             value = int(part["whole"] or part["words"]) + share
         else:
@@ -74,11 +74,11 @@ def read_number(text: str) -> Number | None:
 
 
 def same_number(answer: Number, reference: Number) -> bool:
-    """Whether an answer gives the reference's value.
+    """Returns whether two numbers have the same value.
 
-    `40%` is the same as `40` and as `0.4`: data sets leave the sign to the question. A decimal of six places
-    is the number that it correctly rounds, so `0.333333` is `1/3`, but `0.333` is not, nor is `0.666666`
-    `2/3`; one of more places may be cut instead of rounded. That holds for answer and reference alike.
+    `40%` equals both `40` and `0.4`: data sets leave the sign to the question. A decimal of six places equals
+    the number that it correctly rounds: `0.333333` is `1/3`, but `0.333` is not, nor is `0.666666` `2/3`; one
+    of more places may also be truncated. This holds for answer and reference alike.
     """
     if _stands_for(answer, reference.value) or _stands_for(reference, answer.value):
         return True

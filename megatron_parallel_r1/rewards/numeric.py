@@ -1,8 +1,8 @@
-r"""Formulas at one point, in floating point: enough to tell two answers apart, never to call them equal.
+r"""Evaluates formulas at one point in floating point, which can prove two answers different, never equal.
 
-Each letter stands for a fixed number, the same in both answers, so formulas that differ there are different
-ones. What is not read for sure (functions, units, factorials, bases, mixed numbers inside a formula)
-has no value, and the decision is left to algebra. Bounded time and depth for any text.
+Each letter stands for a fixed number, the same in both answers, so formulas that differ there are different.
+Ambiguous notation (functions, units, factorials, bases, mixed numbers inside a formula) has no value, and
+algebra decides. Bounded time and depth for any text.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ MAX_CHARS = 200
 MAX_DEPTH = 12
 MAX_EXPONENT = 1000
 MAX_TERM = 1e9
-"""A larger term of a sum would swallow what the others say."""
+"""A larger term of a sum would absorb the others by rounding."""
 
 TOLERANCE = 1e-4
-"""Relative, absolute below 1: a hundred times what math-verify rounds to, so no rounded decimal differs."""
+"""Relative, absolute below 1: a hundred times the rounding of math-verify, so no rounded decimal differs."""
 
 _SPECIAL = {r"\pi": math.pi, r"\infty": 1e30, "i": 1j, "e": math.e}
 _GREEK = ("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "rho", "sigma", "tau", "phi", "omega")
@@ -44,16 +44,16 @@ _CLOSE = {"(": ")", "{": "}", "[": "]", r"\{": r"\}"}
 
 
 class _Unreadable(Exception):
-    """The formula says something that this module does not know."""
+    """The formula has notation that this module does not evaluate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What an answer holds.
+    """The values of an answer.
 
     Attributes:
-        items: the values in it, in reading order.
-        kind: its brackets, such as `()` or `[)`; `2x3` of a matrix; `union` of intervals; else empty.
+        items: the values, in reading order.
+        kind: the brackets, such as `()` or `[)`; `2x3` for a matrix; `union` for intervals; else empty.
     """
 
     items: tuple[complex, ...]
@@ -65,22 +65,22 @@ class Values:
 
     @property
     def is_no_set(self) -> bool:
-        """A single value or a matrix."""
+        """Whether this is a single value or a matrix."""
         return self.kind[:1].isdigit() or (not self.kind and len(self.items) == 1)
 
 
-def differ(mine: Values, theirs: Values) -> bool:
-    """Whether two answers surely differ. False: they may be equal."""
-    if "union" in (mine.kind, theirs.kind):  # (0,1] and (1,2] make (0,2], {1} and {2} make {1,2}
-        return any(values.is_no_set for values in (mine, theirs))
-    if mine.ordered and theirs.ordered and mine.kind == theirs.kind:
-        return len(mine.items) != len(theirs.items) or not all(map(_near, mine.items, theirs.items))
-    # Sets, bare lists, unlike brackets: whatever is meant, they hold the same values if they are equal.
-    return not (_within(mine.items, theirs.items) and _within(theirs.items, mine.items))
+def differ(left: Values, right: Values) -> bool:
+    """Returns whether two answers certainly differ. False: they may be equal."""
+    if "union" in (left.kind, right.kind):  # (0,1] and (1,2] make (0,2], {1} and {2} make {1,2}
+        return any(values.is_no_set for values in (left, right))
+    if left.ordered and right.ordered and left.kind == right.kind:
+        return len(left.items) != len(right.items) or not all(map(_near, left.items, right.items))
+    # Sets, bare lists, different brackets: equal answers hold the same values in any case.
+    return not (_within(left.items, right.items) and _within(right.items, left.items))
 
 
 def read_values(body: str) -> Values | None:
-    """The values of a canonical body; None where some of it is not read for sure."""
+    """Reads the values of a canonical body; None if any part is ambiguous."""
     if len(body) > MAX_CHARS or _THOUSANDS.search(body) or _MAYBE_UNIT.search(body):
         return None
     try:
@@ -91,20 +91,20 @@ def read_values(body: str) -> Values | None:
 
 
 def _values(body: str) -> Values:
-    if in_base := _IN_BASE.fullmatch(body):  # the base is often left out, so it says nothing here
+    if in_base := _IN_BASE.fullmatch(body):  # answers often omit the base, so it is ignored
         body = in_base[1]
     if matrix := _MATRIX.fullmatch(body):
         rows = [row.split("&") for row in matrix["body"].removesuffix(r"\\").split(r"\\")]
-        items = tuple(_Reader(_tokens(cell)).single() for row in rows for cell in row)
+        items = tuple(_FormulaReader(_tokens(cell)).single() for row in rows for cell in row)
         return Values(items, f"{len(rows)}x{len(rows[0])}")
     if r"\cup" in body:
-        sets = [_Reader(_tokens(part)).answer() for part in body.split(r"\cup")]
-        return Values(tuple(item for one in sets for item in one.items), "union")
-    return _Reader(_tokens(body)).answer()
+        sets = [_FormulaReader(_tokens(part)).answer() for part in body.split(r"\cup")]
+        return Values(tuple(item for values in sets for item in values.items), "union")
+    return _FormulaReader(_tokens(body)).answer()
 
 
-def _near(one: complex, other: complex) -> bool:
-    return abs(one - other) <= TOLERANCE * max(1.0, abs(one), abs(other))
+def _near(left: complex, right: complex) -> bool:
+    return abs(left - right) <= TOLERANCE * max(1.0, abs(left), abs(right))
 
 
 def _within(items: Sequence[complex], others: Sequence[complex]) -> bool:
@@ -126,7 +126,7 @@ def _tokens(body: str) -> list[str]:
     return tokens
 
 
-class _Reader:
+class _FormulaReader:
     """Recursive descent over the tokens of one answer."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
@@ -135,14 +135,14 @@ class _Reader:
         self._depth = 0
 
     def single(self) -> complex:
-        """All tokens as one formula."""
+        """Reads all tokens as one formula."""
         value = self._sum()
         if self._next:
             raise _Unreadable
         return value
 
     def answer(self) -> Values:
-        """All tokens as a tuple, an interval, a set or a bare list; a single formula is a list of one."""
+        """Reads all tokens as a tuple, interval, set or bare list; a single formula is a list of one."""
         opening = self._tokens[0]
         if opening in _CLOSE and opening != "{":
             self._take()
@@ -204,7 +204,7 @@ class _Reader:
             elif self._next in ("/", r"\div"):
                 self._take()
                 value /= self._power()
-                if self._begins_factor():  # `1/2x` is read either way
+                if self._begins_factor():  # `1/2x` is ambiguous
                     raise _Unreadable
             elif self._begins_factor():
                 before = self._tokens[self._at - 1]
@@ -268,9 +268,9 @@ def _value_of(token: str) -> complex:
 
 
 def _names() -> dict[str, complex]:
-    """A number in 1..2 for each letter; irrational steps keep them apart and free of simple relations.
+    """Returns a number in 1..2 for each letter; irrational steps avoid coincidences and simple relations.
 
-    A capital has its small letter's, since math-verify makes no difference between the two.
+    A capital has the number of its small letter, since math-verify does not distinguish them.
     """
     golden = (math.sqrt(5) - 1) / 2
     names = [*ascii_lowercase, *("\\" + name for name in _GREEK)]

@@ -1,4 +1,7 @@
-"""Rewards by name, as a recipe asks for them: a name of its own, or a list of components."""
+"""The terms of a reward, and rewards by name as a recipe spells them: a preset, or a list of components.
+
+To add a term, write a frozen dataclass whose fields are its settings, and add it to `TERMS`.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +13,106 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from pydantic import ValidationError
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward, Term
-from megatron_parallel_r1.rewards.schedule import ONE, Constant, Weight, Window
-from megatron_parallel_r1.rewards.terms import Accuracy, AccuracyTimesParallel, Diversity, Length, Parallel
+from megatron_parallel_r1.rewards.schedule import CONSTANT_ONE, Constant, WeightSchedule, Window
 from megatron_parallel_r1.utils.settings import first_problem
 
-Setting = bool | int | float | str
-Made = TypeVar("Made")
+RewardSetting = bool | int | float | str
+Measure = Literal["total", "critical"]
+Built = TypeVar("Built")
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """+1 for a right final answer, else -1: S1 of arXiv 2509.07980."""
+
+    def __call__(self, judged: Judged, step: int) -> float:
+        return 1.0 if judged.correct else -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WellFormedParallel:
+    """1 for a right answer of a well-formed parallel trace, else 0: the paper's S2 adds a bonus for it."""
+
+    def __call__(self, judged: Judged, step: int) -> float:
+        return 1.0 if judged.correct and judged.well_formed else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyTimesParallel:
+    """+1 for a right answer of a well-formed parallel trace, else -1: it stabilises the format."""
+
+    def __call__(self, judged: Judged, step: int) -> float:
+        return 1.0 if judged.correct and judged.well_formed else -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Diversity:
+    """The difference between sibling paths, 0..1 (`path_diversity.py`); 0 without two siblings.
+
+    Attributes:
+        only_right: 0 also for a wrong answer, so that noise in the paths is not rewarded.
+    """
+
+    only_right: bool = True
+
+    def __call__(self, judged: Judged, step: int) -> float:
+        if self.only_right and not judged.correct:
+            return 0.0
+        return judged.difference or 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """A penalty on long traces: 0 up to `free` tokens, -1 from `limit` on, linear between.
+
+    With `limit` the longest response and `free` smaller by its buffer, this is DAPO's soft over-long
+    punishment (arXiv 2503.14476, equation 13).
+
+    Attributes:
+        measure: `total` counts all tokens, `critical` of each block only the longest path.
+    """
+
+    free: int = 0
+    limit: int = 3000
+    measure: str = "total"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.free < self.limit:
+            raise ValueError(f"free {self.free} and limit {self.limit}; set 0 <= free < limit")
+        if self.measure not in get_args(Measure):
+            raise ValueError(f"measure {self.measure!r}; use one of {', '.join(get_args(Measure))}")
+
+    def __call__(self, judged: Judged, step: int) -> float:
+        tokens = judged.critical_length if self.measure == "critical" else judged.length
+        return -min(max((tokens - self.free) / (self.limit - self.free), 0.0), 1.0)
+
+
+def score_accuracy(judged: Judged) -> float:
+    """1 for a right final answer, else 0: the score of every evaluation, whatever the training reward."""
+    return float(judged.correct)
+
 
 TERMS: Mapping[str, Callable[..., Term]] = MappingProxyType(
     {
         "accuracy": Accuracy,
-        "parallel": Parallel,
+        "parallel": WellFormedParallel,
         "accuracy_x_parallel": AccuracyTimesParallel,
         "diversity": Diversity,
         "length": Length,
     }
 )
-"""Name to frozen dataclass; its fields are the settings that the name takes."""
+"""Name to frozen dataclass; its fields are the settings of the term."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelBonus:
-    """For a right answer +1, of a well-formed parallel trace 1 + `bonus`; else -1."""
+    """+1 for a right answer, 1 + `bonus` if its trace is parallel and well formed; else -1."""
 
     bonus: float = 0.2
 
@@ -47,9 +122,9 @@ class ParallelBonus:
 
 @dataclass(frozen=True, slots=True)
 class S2:
-    """The paper's S2: accuracy, and a bonus for parallel thinking in the last steps of every window.
+    """The paper's S2: accuracy, plus a bonus for parallel thinking in the last steps of every window.
 
-    Settings and defaults are those of `weights.Window`.
+    Settings and defaults are those of `schedule.Window`.
     """
 
     window: int = 10
@@ -60,22 +135,23 @@ class S2:
         return _accuracy_with_bonus(Window(window=self.window, share=self.share, bonus=self.bonus))
 
 
-PRESETS: Mapping[str, type[ParallelBonus] | type[S2]] = MappingProxyType(
+PRESETS: Mapping[str, Callable[..., ParallelBonus | S2]] = MappingProxyType(
     {"parallel_bonus": ParallelBonus, "s2": S2}
 )
 """Names for a list of components."""
 
 REWARDS = (*TERMS, "s1", *PRESETS)
-"""Every name that a recipe can give as its reward."""
+"""Every name that a recipe accepts as its reward."""
 
 
-def make_reward(name: str, settings: Mapping[str, Setting] | None = None) -> Reward:
-    """The reward called `name` with the given settings, the paper's defaults for the rest.
+def make_reward(name: str, settings: Mapping[str, RewardSetting] | None = None) -> Reward:
+    """Builds the reward `name` with the given settings and the paper's defaults for the others.
 
-    A name of `REWARDS`, or `module:function` (`user.py`).
+    Args:
+        name: one of `REWARDS`, or `module:function` (`load_user_term`).
 
     Raises:
-        UserError: no such name or setting, or a value of the wrong type or range.
+        UserError: the name or a setting is unknown, or a value has the wrong type or range.
     """
     if name not in PRESETS:
         return Reward((make_component("accuracy" if name == "s1" else name, settings),))
@@ -88,18 +164,18 @@ def make_reward(name: str, settings: Mapping[str, Setting] | None = None) -> Rew
 
 def make_component(
     term: str,
-    settings: Mapping[str, Setting] | None = None,
-    weight: Weight = ONE,
+    settings: Mapping[str, RewardSetting] | None = None,
+    weight: WeightSchedule = CONSTANT_ONE,
     name: str | None = None,
 ) -> Component:
-    """One component of a reward.
+    """Builds one component of a reward.
 
     Args:
-        term: a name of `TERMS`, or `module:function`, which takes no settings.
-        name: of its metric; None: the term's, or the function's.
+        term: one of `TERMS`, or `module:function`, which takes no settings.
+        name: the name of its metric; None: that of the term or function.
 
     Raises:
-        UserError: no such term or setting, or a value of the wrong type or range.
+        UserError: the term or a setting is unknown, or a value has the wrong type or range.
     """
     if ":" in term:
         if settings:
@@ -110,53 +186,59 @@ def make_component(
     return Component(name or term, _build(term, TERMS[term], settings), weight)
 
 
-def _accuracy_with_bonus(weight: Weight) -> Reward:
-    return Reward((Component("accuracy", Accuracy()), Component("parallel_bonus", Parallel(), weight)))
+def _accuracy_with_bonus(weight: WeightSchedule) -> Reward:
+    bonus = Component("parallel_bonus", WellFormedParallel(), weight)
+    return Reward((Component("accuracy", Accuracy()), bonus))
 
 
-def _build(name: str, kind: Callable[..., Made], settings: Mapping[str, Setting] | None) -> Made:
+def _build(name: str, kind: Callable[..., Built], settings: Mapping[str, RewardSetting] | None) -> Built:
+    build = kind  # `is_dataclass` narrows the type of `kind`
     assert is_dataclass(kind), name
-    known = {field.name: type(field.default) for field in fields(kind)}
+    types = {field.name: type(field.default) for field in fields(kind)}
     values = dict(settings or {})
     for key, value in values.items():
-        if key not in known:
-            raise UserError(f"reward {name}: no setting {key!r}, it has {', '.join(known) or 'none'}")
-        accepted = (int, float) if known[key] is float else (known[key],)
-        if not isinstance(value, accepted) or (isinstance(value, bool) and known[key] is not bool):
-            raise UserError(f"reward {name}: {key} is {value!r}, it must be of type {known[key].__name__}")
+        if key not in types:
+            raise UserError(f"reward {name}: no setting {key!r}, it has {', '.join(types) or 'none'}")
+        accepted = (int, float) if types[key] is float else (types[key],)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and types[key] is not bool):
+            raise UserError(f"reward {name}: {key} is {value!r}, it must be of type {types[key].__name__}")
         if not isinstance(value, str) and not isfinite(value):
             raise UserError(f"reward {name}: {key} is {value}, it must be finite")
     try:
-        return kind(**values)
+        return build(**values)
     except ValueError as error:
         raise UserError(f"reward {name}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
 class UserTerm:
-    """The function called `where`, its result checked."""
+    """A user's function, whose result is checked.
 
-    where: str
+    Attributes:
+        name: its `module:function`.
+    """
+
+    name: str
     function: Term
 
     def __call__(self, judged: Judged, step: int) -> float:
-        """Raises UserError where the function returns no finite number; its own errors pass."""
+        """Calls the function; raises UserError if it returns no finite number. Its errors pass through."""
         value = self.function(judged, step)
-        # A number of numpy or torch has __float__ too, a text has none.
+        # Scalars of numpy and torch have __float__ too, a str does not.
         if not hasattr(value, "__float__") or not isfinite(number := float(value)):
-            raise UserError(f"reward {self.where}: it returned {value!r}; return a finite number")
+            raise UserError(f"reward {self.name}: it returned {value!r}; return a finite number")
         return number
 
 
-def load_user_term(where: str) -> UserTerm:
+def load_user_term(name: str) -> UserTerm:
     """Imports `module:function`.
 
     Raises:
-        UserError: it is not spelled so, cannot be imported, or is no function of (judged, step).
+        UserError: the name is malformed, cannot be imported, or is no function of (judged, step).
     """
-    module_name, _, function_name = where.partition(":")
+    module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise UserError(f"reward {where}: write module:function")
+        raise UserError(f"reward {name}: write module:function")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -164,16 +246,16 @@ def load_user_term(where: str) -> UserTerm:
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"reward {where}: cannot import {module_name} ({what}); mend it, or set PYTHONPATH to its folder"
+            f"reward {name}: cannot import {module_name} ({what}); fix it, or set PYTHONPATH to its folder"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         what = "no function" if function is not None else "nothing"
-        raise UserError(f"reward {where}: {module_name} has {what} called {function_name}; define it there")
+        raise UserError(f"reward {name}: {module_name} has {what} called {function_name}; define it there")
     try:
         inspect.signature(function).bind(None, 0)
     except TypeError:
         raise UserError(
-            f"reward {where}: it cannot be called as {function_name}(judged, step); give it two parameters"
+            f"reward {name}: it cannot be called as {function_name}(judged, step); give it two parameters"
         ) from None
-    return UserTerm(where, function)
+    return UserTerm(name, function)

@@ -69,6 +69,6 @@ class Window(Settings):
         return self.bonus if step % self.window >= usual_steps else 0.0
 
 
-Weight = Constant | Linear | Window
+WeightSchedule = Constant | Linear | Window
 
-ONE = Constant()
+CONSTANT_ONE = Constant()

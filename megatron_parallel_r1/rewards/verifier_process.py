@@ -2,12 +2,11 @@
 
 Usage: `python -m megatron_parallel_r1.rewards.verifier_process LIMIT_S MEMORY_BYTES`.
 
-It says `r` when it is ready; then it reads one JSON line `[answer, reference]` at a time and answers with
-one byte, `1` for equal, `0` for not. Whatever math-verify prints goes nowhere, so it cannot disturb that.
+It writes `r` when it is ready; then it reads JSON lines `[answer, reference]` and replies to each with one
+byte, `1` for equal, `0` for not. Output of math-verify is discarded, so it cannot corrupt the replies.
 
-The parent enforces the time limit. Should the parent be gone, the process ends with its input, or, from
-inside one endless multiplication, by a kernel timer of its processor time that needs no turn of the
-interpreter.
+The parent enforces the time limit. If the parent is gone, the process ends at the end of its input, or,
+inside one endless multiplication, by a kernel timer of its processor time, which needs no interpreter.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from functools import lru_cache
 
 
 def main(limit_s: float, memory_bytes: int) -> None:
-    with suppress(ValueError, OSError):  # not every kernel limits the address space
+    with suppress(ValueError, OSError):  # not every kernel can limit the address space
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
@@ -32,7 +31,7 @@ def main(limit_s: float, memory_bytes: int) -> None:
     logging.disable(logging.CRITICAL)
     latex = [LatexExtractionConfig()]
 
-    # Their time-outs are signal handlers, which wait for the interpreter: off.
+    # Time-outs of math-verify are signal handlers, which wait for the interpreter: disabled.
     @lru_cache(maxsize=256)  # the samples of a problem share its reference
     def read(text: str) -> list[object]:
         return parse(f"${text}$", latex, parsing_timeout=None)
@@ -40,7 +39,7 @@ def main(limit_s: float, memory_bytes: int) -> None:
     def equal(answer: str, reference: str) -> bool:
         return verify(read(reference), read(answer), timeout_seconds=None)
 
-    equal(r"\frac{1}{2}", "x")  # compiles its patterns
+    equal(r"\frac{1}{2}", "x")  # compiles the patterns
     replies = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -1,7 +1,7 @@
-"""A handle on one verification process: start it, hand it a pair, read its byte, end it.
+"""A handle on one verification process: starts it, sends it a pair, reads its reply, ends it.
 
-An own program over two pipes rather than `multiprocessing`: that would import the caller's main module in
-the child, with torch and Megatron in it, and a child here needs sympy alone.
+A separate program over two pipes, not `multiprocessing`, which would import the caller's main module in the
+child, with torch and Megatron; the child needs only sympy.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ START_LIMIT_S = 120.0
 """Importing sympy takes half a second, on a busy file system much longer."""
 
 
-class Worker:
-    """One process, started by the first pair and again by the first after a `stop`.
+class VerifierWorker:
+    """One process, started by the first pair and by the first pair after a `stop`.
 
     Args:
-        limit_s: the seconds of the processor that the caller grants a pair. The process ends itself at twice
+        limit_s: the caller's limit of processor time per pair, in seconds; the process ends itself at twice
             that.
-        memory_bytes: the limit on its address space.
+        memory_bytes: the limit of its address space.
     """
 
     def __init__(self, limit_s: float, memory_bytes: int) -> None:
@@ -37,11 +37,11 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """The process, None where none runs."""
+        """The process id, None if no process runs."""
         return self._process.pid if self._process else None
 
     def cpu_s(self) -> float:
-        """Seconds of the processor that the process has used; infinite if it is gone."""
+        """Returns the processor time that the process has used, in seconds; infinite if it is gone."""
         assert self._process, "the worker runs"
         try:
             spent = psutil.Process(self._process.pid).cpu_times()
@@ -50,12 +50,12 @@ class Worker:
         return spent.user + spent.system
 
     def fileno(self) -> int:
-        """Readable when an answer has come or the process has died."""
+        """Returns the descriptor that is readable after a reply or the death of the process."""
         assert self._process and self._process.stdout, "the worker runs"
         return self._process.stdout.fileno()
 
     def launch(self) -> None:
-        """Starts the process unless it runs; does not wait for it."""
+        """Starts the process unless it runs, without waiting for it."""
         if self._process:
             return
         root = str(Path(__file__).resolve().parents[2])
@@ -71,12 +71,12 @@ class Worker:
         )
 
     def send(self, answer: str, reference: str) -> None:
-        """Hands over one pair, to a new process if none runs or it has died idle.
+        """Sends one pair, to a new process if none runs or the idle one has died.
 
-        Lone surrogates survive: JSON escapes them.
+        JSON escapes lone surrogates, so they survive.
 
         Raises:
-            RuntimeError: a new process ends at once (see its complaint on stderr) or is not ready in time.
+            RuntimeError: a new process ends at once (its stderr says why) or is not ready in time.
         """
         line = json.dumps([answer, reference]).encode() + b"\n"
         try:
@@ -86,7 +86,7 @@ class Worker:
             self._write(line)
 
     def receive(self) -> bytes:
-        """`1`, `0`, or nothing if the process has died."""
+        """Reads `1` or `0`, or nothing if the process has died."""
         return os.read(self.fileno(), 1)
 
     def stop(self) -> None:
@@ -104,10 +104,10 @@ class Worker:
         self.launch()
         assert self._process and self._process.stdin
         if not self._ready:
-            answered = wait([self], START_LIMIT_S)
-            self._ready = bool(answered) and self.receive() == b"r"
+            replied = wait([self.fileno()], START_LIMIT_S)
+            self._ready = bool(replied) and self.receive() == b"r"
             if not self._ready:
                 self.stop()
-                what = "cannot start" if answered else f"is not ready after {START_LIMIT_S:.0f} s"
+                what = "cannot start" if replied else f"is not ready after {START_LIMIT_S:.0f} s"
                 raise RuntimeError(f"the verification worker {what}")
         self._process.stdin.write(line)

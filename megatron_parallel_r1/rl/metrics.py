@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import decode
 from megatron_parallel_r1.rewards.base import Judged
-from megatron_parallel_r1.rewards.verification import Attempt, judge
+from megatron_parallel_r1.rewards.verification import ResponseToJudge, judge
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.path_results import mean, path_lengths
 from megatron_parallel_r1.rl.rollout_batch import stale_groups, staleness
@@ -28,7 +28,7 @@ def judge_traces(
 ) -> list[Judged]:
     """Judges each trace by the final answer of its main text and by its form."""
     attempts = [
-        Attempt(main_text(trace, tokenizer), trace.tree, problem.answers, trace.sampled, trace.tokens)
+        ResponseToJudge(main_text(trace, tokenizer), trace.tree, problem.answers, trace.sampled, trace.tokens)
         for trace, problem in zip(traces, problems, strict=True)
     ]
     return judge(attempts, verifier)

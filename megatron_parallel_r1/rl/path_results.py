@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import decode
 from megatron_parallel_r1.distributed.replicas import gather_from_replicas, is_replica_leader, replica_slice
-from megatron_parallel_r1.rewards.extract import extract_answer
-from megatron_parallel_r1.rewards.fast_equality import settle
-from megatron_parallel_r1.rewards.path_diversity import content
+from megatron_parallel_r1.rewards.fast_equality import decide_without_algebra
+from megatron_parallel_r1.rewards.path_diversity import content_span
+from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.thought.tree import Block, Tree
@@ -45,7 +45,7 @@ def path_lengths(tree: Tree) -> Iterator[int]:
     """Tokens between the tags of each path, at any depth."""
     for _, block in tree.all_blocks():
         for path in block.paths:
-            start, stop = content(path)
+            start, stop = content_span(path)
             yield stop - start
 
 
@@ -94,7 +94,7 @@ def _rank(
         return stated(decode(tokenizer, trace.tokens[start:stop]))
 
     summed = read(block.summary.start + 1, block.summary.stop - block.summary.closed)
-    found = [value for value in (read(*content(path)) for path in block.paths) if value is not None]
+    found = [value for value in (read(*content_span(path)) for path in block.paths) if value is not None]
     if summed is None or not found:
         return None
     return _supporters(summed, found), max(_supporters(value, found) for value in found)
@@ -105,7 +105,7 @@ def _supporters(value: str, found: Sequence[str]) -> int:
 
 
 def _same(one: str, other: str) -> bool:
-    verdict = settle(one, other)
+    verdict = decide_without_algebra(one, other)
     return verdict is not None and verdict.correct
 
 
@@ -153,6 +153,6 @@ def judge_paths(
 
 def _stated(trace: Trace, tokenizer: PreTrainedTokenizerBase, stated: Stated) -> list[list[str | None]]:
     return [
-        [stated(decode(tokenizer, trace.tokens[slice(*content(path))])) for path in block.paths]
+        [stated(decode(tokenizer, trace.tokens[slice(*content_span(path))])) for path in block.paths]
         for _, block in trace.tree.all_blocks()
     ]

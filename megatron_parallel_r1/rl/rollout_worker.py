@@ -22,7 +22,7 @@ from megatron_parallel_r1.data.prompts import encode_prompt
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed.replicas import gather_from_replicas, is_replica_leader, replica_slice
 from megatron_parallel_r1.rewards.base import Judged, Reward, reward_metrics
-from megatron_parallel_r1.rewards.extract import extract_answer
+from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.metrics import group_metrics, judge_traces, staleness_metrics, trace_metrics
 from megatron_parallel_r1.rl.objective.filtering import informative

@@ -22,17 +22,17 @@ from megatron_parallel_r1.config.data import (
 from megatron_parallel_r1.config.recipe import Evaluation, Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.data import readers, tokenizers
-from megatron_parallel_r1.data.account import Account, account_table
-from megatron_parallel_r1.data.decontaminate import Contamination, contamination, contamination_table
+from megatron_parallel_r1.data.account import RowAccount, account_table
+from megatron_parallel_r1.data.decontaminate import Contamination, contamination_table, find_contamination
 from megatron_parallel_r1.data.embedded import generate
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer as build_embedded_tokenizer
 from megatron_parallel_r1.data.problems import Example, Problem
 from megatron_parallel_r1.data.prompts import render
-from megatron_parallel_r1.data.readers import Reading
+from megatron_parallel_r1.data.readers import LoadedDataset
 from megatron_parallel_r1.data.row_cache import RowCache
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.data.schemas import schema_of
-from megatron_parallel_r1.data.source import Streamed, problem_of
+from megatron_parallel_r1.data.source import StreamedDataset, problem_of
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.utils.rank import is_rank_zero
@@ -122,7 +122,7 @@ def example_rows(
             return ProblemStream(lambda i: to_row(generate.cold_start_example(style, easy, seed, i)), seed)
         case DataSet():
             examples = _examples(recipe, stage)
-            if isinstance(examples, Reading):
+            if isinstance(examples, LoadedDataset):
                 rows = cache.rows(examples.items, to_row)
                 if most is not None:
                     by_id = {item.problem.id: row for item, row in zip(examples.items, rows, strict=True)}
@@ -178,21 +178,21 @@ def _prompts(recipe: Recipe, stage: SftStage | RlStage) -> set[str]:
     return {problem.prompt for problem in _problems(recipe, stage).in_order()}
 
 
-def _problems(recipe: Recipe, stage: RlStage) -> Reading[Problem] | Streamed[Problem]:
+def _problems(recipe: Recipe, stage: RlStage) -> LoadedDataset[Problem] | StreamedDataset[Problem]:
     """A stage's problems, without those that decontamination drops."""
     assert isinstance(stage.data, DataSet)
     return _decontaminated(_read_problems(stage.data), recipe, stage)
 
 
-def _examples(recipe: Recipe, stage: SftStage) -> Reading[Example] | Streamed[Example]:
+def _examples(recipe: Recipe, stage: SftStage) -> LoadedDataset[Example] | StreamedDataset[Example]:
     """A stage's worked examples, without those that decontamination drops."""
     assert isinstance(stage.data, DataSet)
     return _decontaminated(_read_examples(stage.data), recipe, stage)
 
 
 def _decontaminated(
-    items: Reading[T] | Streamed[T], recipe: Recipe, stage: SftStage | RlStage
-) -> Reading[T] | Streamed[T]:
+    items: LoadedDataset[T] | StreamedDataset[T], recipe: Recipe, stage: SftStage | RlStage
+) -> LoadedDataset[T] | StreamedDataset[T]:
     if recipe.decontamination is None:
         return items
     return items.without(_contamination(recipe, stage).rows())
@@ -215,19 +215,21 @@ def _overlap(
         if is_sft
         else _read_problems(source).in_order()
     )
-    overlap = contamination(
+    overlap = find_contamination(
         trained, held_out, settings.ngram_size, settings.max_problems_per_ngram, settings.min_overlap
     )
     if overlap.overlaps:
-        dropped = f"{len(overlap.rows())} of {overlap.checked} problems overlap with evaluation problems"
+        dropped = (
+            f"{len(overlap.rows())} of {overlap.training_count} problems overlap with evaluation problems"
+        )
         print(f"{source.path or source.name}: {dropped}, left out", file=sys.stderr)
     return overlap
 
 
 @lru_cache(maxsize=16)
-def _read_problems(source: DataSet) -> Reading[Problem] | Streamed[Problem]:
+def _read_problems(source: DataSet) -> LoadedDataset[Problem] | StreamedDataset[Problem]:
     options = _read_options(source)
-    problems: Reading[Problem] | Streamed[Problem]
+    problems: LoadedDataset[Problem] | StreamedDataset[Problem]
     if source.buffer is None:
         problems = readers.read_problems(source.name, source.path, **options)
     else:
@@ -237,9 +239,9 @@ def _read_problems(source: DataSet) -> Reading[Problem] | Streamed[Problem]:
 
 
 @lru_cache(maxsize=16)
-def _read_examples(source: DataSet) -> Reading[Example] | Streamed[Example]:
+def _read_examples(source: DataSet) -> LoadedDataset[Example] | StreamedDataset[Example]:
     options = _read_options(source)
-    examples: Reading[Example] | Streamed[Example]
+    examples: LoadedDataset[Example] | StreamedDataset[Example]
     if source.buffer is None:
         examples = readers.read_examples(source.name, source.path, **options)
     else:
@@ -265,15 +267,19 @@ def _texts(source: DataSet, template: str) -> list[str]:
     return [f"{render(template, example.problem.prompt)}\n{example.response}" for example in examples]
 
 
-def _report(account: Account) -> None:
+def _report(account: RowAccount) -> None:
     """Says on standard error what was left out and why, if anything was."""
     if account.kept < account.rows:
         print(account_table([account]), end="", file=sys.stderr)
 
 
 def drop_long(
-    items: Reading[T] | Streamed[T], tokens: Callable[[T], int], most: int, stage: str, setting: str
-) -> Reading[T] | Streamed[T]:
+    items: LoadedDataset[T] | StreamedDataset[T],
+    tokens: Callable[[T], int],
+    most: int,
+    stage: str,
+    setting: str,
+) -> LoadedDataset[T] | StreamedDataset[T]:
     """Drops items of more than `most` tokens and counts them; reads all of them once.
 
     Args:

@@ -1,2 +1,2 @@
-"""What a parallel thought is: tags, the tree that a trace spells, the layout it trains under, packing.
-Every other room speaks in these types, and none of them knows a model or an engine."""
+"""Parallel thoughts: tags, the tree of a trace, its layout for training, and packing.
+All other rooms use these types, which depend on neither a model nor an engine."""

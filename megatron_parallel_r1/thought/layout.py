@@ -1,4 +1,4 @@
-"""The layout: for each token of a row its position and what it may see, in O(L) integers.
+"""The layout: for each token of a row, its position and the tokens that it may see, in O(L) integers.
 
 In a packed row, query q sees key k iff
 
@@ -7,18 +7,18 @@ In a packed row, query q sees key k iff
 Causal order plus hidden intervals describe every mode:
 
 - `isolated`: a token of path i hides [start of the block's first path, start of path i); each nesting
-  level adds an interval. Positions restart behind `<Parallel>` in each path, and `</Parallel>` continues
-  after the longest one.
-- `replay`: the flat trace, then each path that an engine sampled in another context than the flat one (all
-  but the first of a block) once more as a branch: it sees the row up to its fork, and itself. Its repeat
-  in the flat part carries no loss. Every sampled token is so trained in the context that a stock engine
-  sampled it in.
-- `causal`: the flat trace, each path sees its elder siblings. `sequential`: a trace without blocks.
+  level adds an interval. Positions restart after `<Parallel>` in each path, and `</Parallel>` continues
+  after the longest path.
+- `replay`: the flat trace, followed by a branch for each path that an engine sampled in another context than
+  the flat one (all but the first path of a block). A branch sees the row up to its fork, and itself. Its copy
+  in the flat part carries no loss. So every sampled token is trained in the context in which a stock engine
+  sampled it.
+- `causal`: the flat trace; each path sees its earlier siblings. `sequential`: a trace without blocks.
 
 In each mode a token with loss is predicted at the index just before it, since every segment begins with a
 token that the engine forced.
 
-Shapes: L tokens of a row, D hidden intervals a token, K = 2 + 2 D rows of the layout tensor.
+Shapes: L tokens of a row, D hidden intervals per token, K = 2 + 2 D rows of the layout tensor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Row:
         tokens_L: token ids.
         positions_L: rotary positions.
         hide_lo_DL, hide_hi_DL: hidden intervals in row indices; an unused level has lo == hi.
-        source_L: index into the trace's response of a token that carries loss here, else -1.
+        source_L: for a token that carries loss, its index in the trace's response, else -1.
     """
 
     tokens_L: Int32
@@ -70,16 +70,16 @@ def lay_out(
     tree: Tree,
     mode: Mode,
 ) -> Row:
-    """The row of one trace.
+    """Lays out one trace as a row.
 
     Args:
         prompt: token ids before the response, at least one.
         tokens: token ids of the flat response, parsed as `tree`.
         sampled: which of `tokens` carry loss.
-        mode: how siblings see each other.
+        mode: the visibility of siblings.
 
     Raises:
-        ValueError: `sequential` for a trace with blocks, an empty prompt, lengths that differ.
+        ValueError: a trace with blocks in `sequential` mode, an empty prompt, or different lengths.
     """
     if not prompt or not len(tokens) == len(sampled) == tree.length:
         raise ValueError(
@@ -96,18 +96,18 @@ def lay_out(
 
 
 def isolated_positions(tree: Tree) -> Int32:
-    """Positions of the response's tokens in `isolated` mode, from 0."""
+    """Returns the positions of the response's tokens in `isolated` mode, from 0."""
     positions = np.zeros(tree.length, np.int32)
-    _place(positions, 0, tree.length, tree.blocks, 0)
+    _assign_positions(positions, 0, tree.length, tree.blocks, 0)
     return positions
 
 
 def critical_length(tree: Tree) -> int:
-    """Tokens on the critical path: of each block only the longest path counts."""
+    """Returns the number of tokens on the critical path: of each block only the longest path counts."""
     return int(isolated_positions(tree).max(initial=-1)) + 1
 
 
-def _place(positions: Int32, start: int, stop: int, blocks: tuple[Block, ...], first: int) -> int:
+def _assign_positions(positions: Int32, start: int, stop: int, blocks: tuple[Block, ...], first: int) -> int:
     """Numbers [start, stop) from `first`; returns the position after it."""
     for block in blocks:
         fork = block.paths[0].start
@@ -115,7 +115,7 @@ def _place(positions: Int32, start: int, stop: int, blocks: tuple[Block, ...], f
         first += fork - start
         after = first
         for path, (lo, hi) in zip(block.paths, block.segments(stop), strict=True):
-            after = max(after, _place(positions, lo, hi, path.blocks, first))
+            after = max(after, _assign_positions(positions, lo, hi, path.blocks, first))
             start = hi
         first = after
     positions[start:stop] = np.arange(first, first + stop - start)
@@ -146,7 +146,7 @@ def _flat(prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bool])
 
 @dataclass(frozen=True, slots=True)
 class _Branch:
-    """A path repeated at row index `start`, behind the fork token at row index `fork`."""
+    """A path repeated at row index `start`; its first token has position `position`."""
 
     path: Path
     start: int
@@ -159,8 +159,10 @@ def _replay(prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bool
     branches: list[_Branch] = []
     end = len(flat)
 
-    def collect(blocks: tuple[Block, ...], shift: int, climb: int, hides: tuple) -> None:
-        """Branches of `blocks`, laid where row index = trace index + shift, position = index + climb."""
+    def collect(
+        blocks: tuple[Block, ...], shift: int, climb: int, hides: tuple[tuple[int, int], ...]
+    ) -> None:
+        """Collects branches of `blocks`: row index = trace index + shift, position = row index + climb."""
         nonlocal end
         for block in blocks:
             collect(block.paths[0].blocks, shift, climb, hides)
@@ -199,7 +201,7 @@ def _replay(prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bool
 
 
 def _mute_repeats(source_L: Int32, blocks: tuple[Block, ...], shift: int) -> None:
-    """Takes the loss from the paths that a branch repeats."""
+    """Removes the loss from paths that a branch repeats."""
     for block in blocks:
         _mute_repeats(source_L, block.paths[0].blocks, shift)
         for path in block.paths[1:]:

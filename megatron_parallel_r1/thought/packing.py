@@ -1,6 +1,6 @@
 """Packing: many traces in one row, none of which sees another.
 
-Shapes: L tokens of a packed row, D hidden intervals a token, K = 2 + 2 D.
+Shapes: L tokens of a packed row, D hidden intervals per token, K = 2 + 2 D.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from megatron_parallel_r1.thought.layout import Int32, Row
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PackedRow:
-    """Rows laid one behind the other.
+    """Concatenated rows.
 
     Attributes:
         tokens_L, positions_L: token ids and rotary positions.
-        layout_KL: int32, what Megatron carries as `attention_mask`: row 0 the index of the query itself, row
+        layout_KL: int32, carried by Megatron as `attention_mask`: row 0 is the index of the query itself, row
             1 the start of its document, then lo and hi of each hidden interval.
-        labels_L: the token that index l predicts, where that carries loss, else -1.
-        members: which of the packed rows stand here, in order.
-        member_L, source_L: of the token that index l predicts, its place in `members` and its index in that
-            trace's response; -1 where nothing is predicted.
+        labels_L: the token that index l predicts, where it carries loss, else -1.
+        members: the indices of the concatenated rows, in order.
+        member_L, source_L: for the token that index l predicts, its row as an index into `members` and its
+            index in that trace's response; -1 where nothing is predicted.
     """
 
     tokens_L: Int32
@@ -41,14 +41,14 @@ class PackedRow:
 
     @property
     def target_count(self) -> int:
-        """Tokens with loss."""
+        """The number of tokens with loss."""
         return int((self.labels_L >= 0).sum())
 
     def gather(self, values: Sequence[Sequence[float] | NDArray[np.float64]]) -> NDArray[np.float32]:
-        """Spreads per-token values of the original traces over the row; 0 where nothing is predicted.
+        """Gathers per-token values of the original traces along the row; 0 where nothing is predicted.
 
         Args:
-            values: for each of the rows given to `pack`, one value for each response token.
+            values: for each row passed to `pack`, one value per response token.
         """
         values_L = np.zeros(len(self), np.float32)
         for place, member in enumerate(self.members):
@@ -58,18 +58,18 @@ class PackedRow:
 
 
 def pack(rows: Sequence[Row], capacity: int, members: Sequence[int] | None = None) -> list[PackedRow]:
-    """Packs rows first-fit by falling length, so that no packed row exceeds `capacity` tokens.
+    """Packs rows by first-fit decreasing, so that no packed row exceeds `capacity` tokens.
 
-    A row longer than `capacity` stands alone: a trace is never cut.
+    A row longer than `capacity` is packed alone: a trace is never cut.
 
     Args:
         members: indices of the rows to pack; None: all.
     """
-    return [concatenate(rows, chosen) for chosen in bins(rows, capacity, members)]
+    return [concatenate(rows, chosen) for chosen in first_fit(rows, capacity, members)]
 
 
-def bins(rows: Sequence[Row], capacity: int, members: Sequence[int] | None = None) -> list[list[int]]:
-    """Which rows `pack` lays together, each list in rising order."""
+def first_fit(rows: Sequence[Row], capacity: int, members: Sequence[int] | None = None) -> list[list[int]]:
+    """Returns the indices of the rows that `pack` concatenates, each list in rising order."""
     chosen: list[list[int]] = []
     room: list[int] = []
     for index in sorted(members if members is not None else range(len(rows)), key=lambda i: -len(rows[i])):
@@ -84,21 +84,21 @@ def bins(rows: Sequence[Row], capacity: int, members: Sequence[int] | None = Non
     return [sorted(together) for together in chosen]
 
 
-def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
-    """Indices of `sizes` in so many hands of nearly equal sum: the largest first, to whoever has least."""
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    sums = [0] * hands
+def balanced_partition(sizes: Sequence[int], parts: int) -> list[list[int]]:
+    """Partitions the indices of `sizes` into parts of nearly equal sum, greedily from the largest."""
+    partition: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0] * parts
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        hand = sums.index(min(sums))
-        dealt[hand].append(index)
-        sums[hand] += sizes[index]
-    return [sorted(hand) for hand in dealt]
+        smallest = sums.index(min(sums))
+        partition[smallest].append(index)
+        sums[smallest] += sizes[index]
+    return [sorted(part) for part in partition]
 
 
-def padded(row: PackedRow, multiple: int) -> PackedRow:
-    """The row filled up to a multiple of so many tokens; a filler sees itself alone and carries no loss.
+def pad(row: PackedRow, multiple: int) -> PackedRow:
+    """Pads a row to a multiple of `multiple` tokens; a padding token sees only itself and carries no loss.
 
-    An empty row becomes one of fillers, for a process that has nothing to do while others have.
+    An empty row becomes a row of padding, for a rank without work while others have some.
     """
     count = -len(row) % multiple if len(row) else multiple
     if not count:
@@ -122,12 +122,12 @@ def padded(row: PackedRow, multiple: int) -> PackedRow:
 
 
 def context_indices(length: int, rank: int, size: int) -> NDArray[np.int64]:
-    """The indices of a row that a context-parallel rank of `size` holds: two chunks, one early and one late.
+    """Returns the indices of a row on one of `size` context-parallel ranks: an early and a late chunk.
 
-    Under causal order late queries see more; with chunks r and 2 size - 1 - r every rank has equal work.
+    In causal order late queries see more; with chunks r and 2 size - 1 - r every rank has equal work.
 
     Args:
-        length: of the row, a multiple of 2 size (`padded`).
+        length: the length of the row, a multiple of 2 size (`pad`).
     """
     if size == 1:
         return np.arange(length)
@@ -135,8 +135,8 @@ def context_indices(length: int, rank: int, size: int) -> NDArray[np.int64]:
     return np.concatenate([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
-def context_part(row: PackedRow, rank: int, size: int) -> PackedRow:
-    """What one context-parallel rank computes of a row. Its layout keeps the indices of the whole row."""
+def context_shard(row: PackedRow, rank: int, size: int) -> PackedRow:
+    """Returns one context-parallel rank's shard of a row; its layout keeps the indices of the whole row."""
     here = context_indices(len(row), rank, size)
     return PackedRow(
         tokens_L=row.tokens_L[here],
@@ -150,7 +150,7 @@ def context_part(row: PackedRow, rank: int, size: int) -> PackedRow:
 
 
 def concatenate(rows: Sequence[Row], members: Sequence[int]) -> PackedRow:
-    """Lays `rows[m] for m in members` one behind the other."""
+    """Concatenates `rows[m] for m in members`."""
     chosen = [rows[member] for member in members]
     starts = np.cumsum([0, *(len(row) for row in chosen)])
     length, levels = int(starts[-1]), max((len(row.hide_lo_DL) for row in chosen), default=0)
@@ -165,7 +165,7 @@ def concatenate(rows: Sequence[Row], members: Sequence[int]) -> PackedRow:
             used_L = row.hide_lo_DL[level] < row.hide_hi_DL[level]
             layout_KL[2 + 2 * level, here] = np.where(used_L, row.hide_lo_DL[level] + start, 0)
             layout_KL[3 + 2 * level, here] = np.where(used_L, row.hide_hi_DL[level] + start, 0)
-        # What index l predicts is the token at l + 1, and a document's first token is never predicted.
+        # Index l predicts the token at l + 1, and the first token of a document is never predicted.
         source_L[start : start + len(row) - 1] = row.source_L[1:]
         member_L[start : start + len(row) - 1] = np.where(row.source_L[1:] >= 0, place, -1)
     tokens_L = np.concatenate([np.zeros(0, np.int32), *(row.tokens_L for row in chosen)])

@@ -30,10 +30,10 @@ class Tags:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Tags:
-        """The ids in a tokenizer that has been through `thought.tokenizer.add_tags`.
+        """Reads the ids from a tokenizer that `thought.tokenizer.add_tags` has extended.
 
         Raises:
-            ValueError: a tag is no single token there, or the tokenizer has no eos.
+            ValueError: a tag is not a single token, or the tokenizer has no eos.
         """
         vocabulary = tokenizer.get_vocab()
         missing = [text for text in TAG_TEXTS if text not in vocabulary]

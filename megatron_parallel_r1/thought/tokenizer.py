@@ -1,7 +1,7 @@
-"""Gives a tokenizer and an embedding the six tags.
+"""Adds the six tags to a tokenizer and an embedding.
 
-Unused rows of a released base model can be identical to each other; trained from there, a model hardly
-writes a well-formed block. So each new row starts at the mean of the trained rows plus its own noise.
+Unused rows of a released base model can be identical; trained from there, a model hardly ever writes a
+well-formed block. So each new row starts at the mean of the trained rows plus noise of its own.
 
 Shapes: V vocabulary, D hidden size.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_tags(tokenizer: PreTrainedTokenizerBase) -> Tags:
-    """Adds the tags as single tokens that `decode` shows (not special ones), and returns their ids."""
+    """Adds the tags as single, non-special tokens, which `decode` shows, and returns their ids."""
     from transformers import AddedToken
 
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in TAG_TEXTS])
@@ -28,14 +28,14 @@ def add_tags(tokenizer: PreTrainedTokenizerBase) -> Tags:
 
 
 def spread_new_embeddings(weight_VD: torch.Tensor, new_ids: Sequence[int], seed: int) -> None:
-    """Sets the rows `new_ids` to mean + 0.1 std noise of all other rows, each differently, in place."""
+    """Sets the rows `new_ids` in place to the mean of all other rows plus 0.1 std of independent noise."""
     if not new_ids:
         return
-    known_V = torch.ones(weight_VD.shape[0], dtype=torch.bool)
-    known_V[list(new_ids)] = False
+    trained_V = torch.ones(weight_VD.shape[0], dtype=torch.bool)
+    trained_V[list(new_ids)] = False
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        rows_VD = weight_VD[known_V.to(weight_VD.device)].float()
+        rows_VD = weight_VD[trained_V.to(weight_VD.device)].float()
         noise_ND = torch.randn(len(new_ids), weight_VD.shape[1], generator=generator)
-        fresh_ND = rows_VD.mean(0) + 0.1 * rows_VD.std(0) * noise_ND.to(weight_VD.device)
-        weight_VD[list(new_ids)] = fresh_ND.to(weight_VD.dtype)
+        new_ND = rows_VD.mean(0) + 0.1 * rows_VD.std(0) * noise_ND.to(weight_VD.device)
+        weight_VD[list(new_ids)] = new_ND.to(weight_VD.dtype)

@@ -1,4 +1,4 @@
-"""A trace: one response as it was rolled out, token by token."""
+"""A trace: one sampled response, token by token."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Trace:
 
     Attributes:
         prompt: token ids of the prompt.
-        tokens: token ids of the flat response, forced tags included.
-        sampled: which of `tokens` the policy drew; only these carry loss.
-        barred: whether `<Parallel>` could not be drawn there: no further block was allowed, or none fitted.
-            Such a token was drawn from the others, and is trained so: held against a distribution that has
-            the tag, a wrong trace would raise the tag's probability just where it cannot be drawn.
-        logprobs: natural log-probability of each sampled token among those that could be drawn, at the
-            rollout's temperature and before top-k and top-p; 0.0 for forced tokens.
-        finish: the policy ended it, or a limit did.
+        tokens: token ids of the flat response, including forced tags.
+        sampled: whether the policy sampled each token; only these carry loss.
+        barred: whether `<Parallel>` was excluded from sampling: no further block was allowed, or none fitted.
+            The token was sampled from the other tokens and is trained so: with the tag in the distribution, a
+            wrong trace would raise its probability exactly where it cannot be sampled.
+        logprobs: natural log-probability of each sampled token over the tokens that could be sampled, at the
+            rollout's temperature, before top-k and top-p; 0.0 for forced tokens.
+        finish: whether the policy or a limit ended the response.
         tree: the parse of `tokens`.
-        versions: of the weights that drew each token; for a forced one, of those that the engine held then.
-            Left out: 0 throughout.
+        versions: the weight version that sampled each token; for a forced token, the engine's version then.
+            Empty: 0 throughout.
     """
 
     prompt: tuple[int, ...]
@@ -50,6 +50,8 @@ class Trace:
 
     @property
     def version(self) -> int:
-        """Of the oldest weights that drew any of it; 0 where nothing was drawn."""
-        drawn = (version for version, sampled in zip(self.versions, self.sampled, strict=False) if sampled)
-        return min(drawn, default=0)
+        """The oldest version that sampled any token; 0 if none was sampled."""
+        sampled_versions = (
+            version for version, sampled in zip(self.versions, self.sampled, strict=False) if sampled
+        )
+        return min(sampled_versions, default=0)

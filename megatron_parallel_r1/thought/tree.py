@@ -1,6 +1,6 @@
-"""The tree that a flat trace spells: blocks, their paths, their summary.
+"""The tree of a flat trace: blocks, their paths and summaries.
 
-All indices point into the flat token list that was parsed; `stop` is exclusive.
+All indices refer to the flat token list that was parsed; `stop` is exclusive.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """`<Path> … </Path>`; `start` is the index of `<Path>`. Not closed: the trace ended inside it."""
+    """`<Path> … </Path>`; `start` is the index of `<Path>`. Not closed if the trace ended inside it."""
 
     start: int
     stop: int
@@ -38,7 +38,7 @@ class Summary:
 class Block:
     """`<Parallel>` path+ `</Parallel> <Summary> … </Summary>`; `start` is the index of `<Parallel>`.
 
-    `end` is the index of `</Parallel>`, None where the trace ended before it.
+    `end` is the index of `</Parallel>`, None if the trace ended before it.
     """
 
     start: int
@@ -54,14 +54,14 @@ class Block:
 
     @property
     def well_formed(self) -> bool:
-        """Two paths or more, all closed, and a closed summary."""
+        """Whether there are at least two paths, all closed, and a closed summary."""
         paths_closed = len(self.paths) >= 2 and all(path.closed for path in self.paths)
         return paths_closed and self.summary is not None and self.summary.closed
 
     def segments(self, length: int) -> tuple[tuple[int, int], ...]:
-        """Each path with what follows it up to the next path, `</Parallel>` or the trace's end.
+        """Returns the span of each path up to the next path, `</Parallel>` or the end of the trace.
 
-        A lenient parse may leave stray text between paths; it belongs to the path before it.
+        Stray text between paths, which a lenient parse accepts, belongs to the path before it.
         """
         starts = [path.start for path in self.paths]
         last = self.end if self.end is not None else length
@@ -69,8 +69,8 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """What a lenient parse found wrong, and at which token."""
+class ParseProblem:
+    """A problem that a lenient parse recorded, and the index of its token."""
 
     index: int
     what: str
@@ -78,20 +78,20 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """One parsed trace of `length` tokens. No blocks: a sequential trace."""
+    """A parsed trace of `length` tokens; without blocks it is sequential."""
 
     length: int
     blocks: tuple[Block, ...] = ()
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[ParseProblem, ...] = ()
 
     def all_blocks(self) -> Iterator[tuple[int, Block]]:
-        """(depth, block) in order of appearance; depth 0 is the main chain."""
+        """Yields (depth, block) in order of appearance; depth 0 is the main chain."""
         yield from _walk(self.blocks, 0)
 
     def forced(self) -> frozenset[int]:
-        """Indices of the tags that an engine inserts: `<Path>`, `</Parallel>` and `<Summary>`.
+        """Returns the indices of the tags that an engine inserts: `<Path>`, `</Parallel>` and `<Summary>`.
 
-        In a rollout a cut path's `</Path>` is forced too; a text alone cannot tell, a trace records it.
+        A rollout also forces the `</Path>` of a truncated path; only a trace records that, not its text.
         """
         indices: set[int] = set()
         for _, block in self.all_blocks():
@@ -103,7 +103,7 @@ class Tree:
         return frozenset(indices)
 
     def main_spans(self) -> Iterator[tuple[int, int]]:
-        """What lies outside all blocks and summaries, as (start, stop); an answer counts only there."""
+        """Yields (start, stop) outside all blocks and summaries; an answer counts only there."""
         start = 0
         for block in self.blocks:
             yield start, block.start
@@ -115,7 +115,7 @@ class Tree:
 
     @property
     def depth(self) -> int:
-        """Levels of nesting: 0 without blocks."""
+        """The number of nesting levels, 0 without blocks."""
         return max((depth + 1 for depth, _ in self.all_blocks()), default=0)
 
 

@@ -16,7 +16,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.layers import FP8_ROWS
 from megatron_parallel_r1.thought.layout import Row
-from megatron_parallel_r1.thought.packing import PackedRow, bins, concatenate, context_part, deal, padded
+from megatron_parallel_r1.thought.packing import (
+    PackedRow,
+    balanced_partition,
+    concatenate,
+    context_shard,
+    first_fit,
+    pad,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +75,12 @@ def partition_rows(
         members: indices of the rows to share out; None: all.
     """
     members = range(len(rows)) if members is None else members
-    hands = deal([len(rows[member]) for member in members], place.data_size)
-    packed = [bins(rows, capacity, [members[index] for index in hand]) for hand in hands]
+    hands = balanced_partition([len(rows[member]) for member in members], place.data_size)
+    packed = [first_fit(rows, capacity, [members[index] for index in hand]) for hand in hands]
     count = max(map(len, packed))
     count += -count % place.rounds
     mine = packed[place.data] + [[]] * (count - len(packed[place.data]))
-    whole = [padded(concatenate(rows, chosen), place.multiple) for chosen in mine]
+    whole = [pad(concatenate(rows, chosen), place.multiple) for chosen in mine]
     if place.rounds > 1:
-        whole = [padded(row, max(map(len, whole))) for row in whole]
-    return [context_part(row, place.context, place.context_size) for row in whole]
+        whole = [pad(row, max(map(len, whole))) for row in whole]
+    return [context_shard(row, place.context, place.context_size) for row in whole]

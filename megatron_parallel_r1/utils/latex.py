@@ -1,4 +1,4 @@
-r"""The last `\boxed{…}` of a text, as solutions and responses mark their answer; one pass for any text."""
+r"""Finds the last `\boxed{…}` of a text, which marks the answer of a solution; one pass for any text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _BRACES = re.compile(
 
 
 def last_box(text: str, before: int | None = None) -> str | None:
-    r"""The content of the last box that closes and is not empty, stripped; None without one.
+    r"""Returns the stripped content of the last closed, non-empty box; None without one.
 
-    `\boxed 9`, without braces, counts too; of nested boxes the inner one does.
+    `\boxed 9`, without braces, counts too; of nested boxes the inner one counts.
 
     Args:
-        before: only boxes that open before this index; None: all.
+        before: consider only boxes that open before this index; None: all.
     """
     stop = len(text) if before is None else before
     spans: list[tuple[int, int]] = []

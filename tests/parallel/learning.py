@@ -16,7 +16,7 @@ from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.rewards.path_diversity import content
+from megatron_parallel_r1.rewards.path_diversity import content_span
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.learner import BatchConfig, Learner
 from megatron_parallel_r1.rl.objective.settings import Objective
@@ -91,7 +91,7 @@ def verdicts_of(traces: Sequence[Trace], verifier: Verifier) -> list[Verdicts]:
     problems = [Problem(str(i), "?", right, "made up") for i, right in enumerate(answers)]
     judged = judge_paths(traces, problems, Numbers(), verifier, last_word)
     for trace, right, verdicts in zip(traces, answers, judged, strict=True):
-        paths = [[slice(*content(path)) for path in block.paths] for _, block in trace.tree.all_blocks()]
+        paths = [[slice(*content_span(path)) for path in block.paths] for _, block in trace.tree.all_blocks()]
         read = [[last_word(" ".join(map(str, trace.tokens[path]))) for path in block] for block in paths]
         assert verdicts == [[None if own is None else own in right for own in block] for block in read]
     return judged

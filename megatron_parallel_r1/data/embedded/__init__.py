@@ -1,2 +1,2 @@
-"""The embedded curriculum: congruences modulo 13, from a linear to a quadratic unknown.
-Small enough that a model of half a million parameters learns them from scratch on a CPU."""
+"""The embedded curriculum: linear and quadratic congruences modulo 13, which a model of half a million
+parameters learns from scratch on a CPU."""

@@ -1,12 +1,12 @@
 """The task: solve `a x² + b x + d = c (mod 13)`, or the easy `a x + d = c (mod 13)`.
 
-Three choices make it learnable from scratch within some two hundred steps (measured):
-- Every number is a word of its role (`+5x`, `ax=2`, `found=7`): a small model learns tables over typed
-  words, over bare digits hardly ever. A bare integer stands for one thing only, the final answer.
-- Each word follows from the word before it and one other: the square is tried by Horner's rule, as
-  `(a x + b) x`. With `a x²` and `b x` side by side the second product needs two look-ups and stayed at
-  chance twice as long.
-- The prompt ends in the right side, so that `need`, which is `c - d`, follows by the same rule.
+Three choices make it learnable from scratch within about two hundred steps (measured):
+- Every number is a word that includes its role (`+5x`, `ax=2`, `found=7`): a small model learns tables over
+  typed words, but hardly ever over bare digits. A bare integer is always the final answer.
+- Each word follows from the previous word and one other: the quadratic is evaluated by Horner's rule, as
+  `(a x + b) x`. With separate `a x²` and `b x` the second product needs two look-ups, and its accuracy stayed
+  at chance for twice as long.
+- The prompt ends with the right side, so that `need`, which is `c - d`, follows by the same rule.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from functools import cache
 from typing import Literal
 
 MODULUS = 13
-Kind = Literal["easy", "hard"]
+Difficulty = Literal["easy", "hard"]
 
 
 @dataclass(frozen=True, slots=True)
 class Congruence:
-    """`a x² + b x + d = c (mod 13)`; if easy, `a x + d = c`, and b is 0."""
+    """`a x² + b x + d = c (mod 13)`; the easy kind is `a x + d = c`, with b = 0."""
 
-    kind: Kind
+    kind: Difficulty
     a: int
     b: int
     d: int
@@ -36,17 +36,17 @@ class Congruence:
 
     @property
     def need(self) -> int:
-        """The right side once the constant has moved over: what `left` has to be."""
+        """The right side minus the constant: the value that `left` must have."""
         return (self.c - self.d) % MODULUS
 
     def left(self, x: int) -> int:
-        """`(a x + b) x`, or the easy `a x`, modulo 13."""
+        """Returns `(a x + b) x` modulo 13, or `a x` for the easy kind."""
         inner = self.a * x + self.b
         return (inner * x if self.kind == "hard" else inner) % MODULUS
 
     @property
     def roots(self) -> tuple[int, ...]:
-        """All solutions in 0..12, ascending: at most two, exactly one if easy."""
+        """All solutions in 0..12, ascending: at most two; exactly one for the easy kind."""
         return tuple(x for x in range(MODULUS) if self.left(x) == self.need)
 
     @property
@@ -56,7 +56,7 @@ class Congruence:
         return f"Solve mod {MODULUS}: {unknown} +{self.d} ={self.c}"
 
     def attempt(self, x: int) -> list[str]:
-        """The words that try a value, step by step, ending in the verdict `ok` or `no`."""
+        """Returns the words that test a value step by step; they end with the verdict `ok` or `no`."""
         ax = self.a * x % MODULUS
         verdict = "ok" if self.left(x) == self.need else "no"
         if self.kind == "easy":
@@ -66,7 +66,7 @@ class Congruence:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a problem or its trace can hold, tags aside."""
+    """Returns every word of problems and traces, except the tags."""
     residues = range(MODULUS)
     roles = ("+{}x", "+{}", "={}", "need={}", "x={}", "ax={}", "ax+b={}", "s={}", "found={}")
     words = ["Solve", "mod", f"{MODULUS}:", "ok", "no", "none", "Final", "Answer:"]
@@ -79,18 +79,18 @@ HELD_OUT = {"easy": 39, "hard": 46}
 
 
 @cache
-def reduced_forms(kind: Kind, held_out: bool) -> tuple[Congruence, ...]:
-    """All solvable problems without a constant (d = 0) on one side of the split, in a fixed order."""
+def reduced_forms(kind: Difficulty, held_out: bool) -> tuple[Congruence, ...]:
+    """Returns all solvable problems with d = 0 on one side of the split, in a fixed order."""
     return tuple(form for form in _solvable(kind) if is_held_out(form) == held_out)
 
 
 def is_held_out(congruence: Congruence) -> bool:
-    """Whether a problem belongs to the evaluation side, whatever its constant."""
+    """Returns whether a problem belongs to the evaluation split, independent of its constant."""
     return _identity(congruence) in _held_out_identities(congruence.kind)
 
 
 @cache
-def _solvable(kind: Kind) -> tuple[Congruence, ...]:
+def _solvable(kind: Difficulty) -> tuple[Congruence, ...]:
     forms = (
         Congruence(kind, a, b, 0, need)
         for a in range(1, MODULUS)
@@ -108,7 +108,7 @@ def _identity(congruence: Congruence) -> tuple[int, int]:
 
 
 @cache
-def _held_out_identities(kind: Kind) -> frozenset[tuple[int, int]]:
+def _held_out_identities(kind: Difficulty) -> frozenset[tuple[int, int]]:
     identities = {_identity(form) for form in _solvable(kind)}
     ranked = sorted(identities, key=lambda pair: hashlib.sha256(f"{kind}{pair}".encode()).digest())
     return frozenset(ranked[: HELD_OUT[kind]])

@@ -1,6 +1,6 @@
-"""What the curriculum's stages draw from: each item a pure function of its seed and its place.
+"""Generators of the curriculum's problems and examples, and its tokenizer.
 
-So a stream over any of them is resumed from its position alone.
+Each item is a pure function of seed and index, so a stream resumes from its position alone.
 """
 
 from __future__ import annotations
@@ -10,17 +10,26 @@ from dataclasses import astuple, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from megatron_parallel_r1.data.embedded.congruence import MODULUS, Congruence, Kind, reduced_forms, vocabulary
+from megatron_parallel_r1.data.embedded.congruence import (
+    MODULUS,
+    Congruence,
+    Difficulty,
+    reduced_forms,
+    vocabulary,
+)
 from megatron_parallel_r1.data.embedded.traces import TraceStyle, write_drill, write_trace
 from megatron_parallel_r1.data.problems import Example, Problem
 from megatron_parallel_r1.data.tokenizers import BOS, EOS, PAD, UNK, as_hf
 from megatron_parallel_r1.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 SOURCE = "embedded"
 
 
 def as_problem(congruence: Congruence) -> Problem:
-    """The question with all its solutions; any of them is right."""
+    """Converts to a problem whose answers are all solutions."""
     return Problem(
         id="-".join(map(str, astuple(congruence))),
         prompt=congruence.question,
@@ -29,29 +38,29 @@ def as_problem(congruence: Congruence) -> Problem:
     )
 
 
-def training_problem(kind: Kind, seed: int, index: int) -> Problem:
-    """Problem `index` of an endless stream; none is held out."""
+def training_problem(kind: Difficulty, seed: int, index: int) -> Problem:
+    """Returns problem `index` of an endless stream without held-out problems."""
     return as_problem(_draw(kind, random.Random(f"problem/{seed}/{index}")))
 
 
 def cold_start_example(style: TraceStyle, easy: float, seed: int, index: int) -> Example:
-    """Worked example `index` of an endless stream over training problems, a share `easy` of them easy."""
+    """Returns worked example `index` of an endless stream; a share `easy` of its problems is easy."""
     rng = random.Random(f"cold start/{seed}/{index}")
     congruence = _draw("easy" if rng.random() < easy else "hard", rng)
     return Example(as_problem(congruence), write_trace(congruence, style, rng))
 
 
 def arithmetic_example(easy: float, seed: int, index: int) -> Example:
-    """Drill `index` of an endless stream over training problems, without tags."""
+    """Returns drill `index` of an endless stream over training problems, without tags."""
     rng = random.Random(f"arithmetic/{seed}/{index}")
     congruence = _draw("easy" if rng.random() < easy else "hard", rng)
     return Example(as_problem(congruence), write_drill(congruence, rng))
 
 
-def evaluation_problems(kind: Kind, count: int) -> tuple[Problem, ...]:
-    """The first `count` held-out problems in a fixed order.
+def evaluation_problems(kind: Difficulty, count: int) -> tuple[Problem, ...]:
+    """Returns the first `count` held-out problems in a fixed order.
 
-    No reduced form comes twice before all (552 hard, 39 easy) came once.
+    No reduced form repeats before all (552 hard, 39 easy) have occurred once.
 
     Raises:
         UserError: fewer are held out (7176 hard, 507 easy).
@@ -69,7 +78,7 @@ def evaluation_problems(kind: Kind, count: int) -> tuple[Problem, ...]:
     return tuple(as_problem(congruence) for congruence in islice(order, count))
 
 
-def _draw(kind: Kind, rng: random.Random) -> Congruence:
+def _draw(kind: Difficulty, rng: random.Random) -> Congruence:
     form = rng.choice(reduced_forms(kind, held_out=False))
     return _with_constant(form, rng.randrange(MODULUS))
 
@@ -78,15 +87,11 @@ def _with_constant(form: Congruence, d: int) -> Congruence:
     return replace(form, d=d, c=(form.need + d) % MODULUS)
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that splits at white space alone; the tags are not in it yet.
+    """Builds a tokenizer that splits only at white space, without the tags.
 
-    `thought.tokenizer.add_tags` adds those. Decoding joins the words with blanks; `data.canonical` then
-    gives back a trace's text.
+    `thought.tokenizer.add_tags` adds the tags. Decoding joins words with spaces; `trace_text.canonical` then
+    restores the text of a trace.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

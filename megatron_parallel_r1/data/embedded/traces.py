@@ -1,12 +1,12 @@
-"""Cold-start traces: how a solver that guesses writes down its search.
+"""Cold-start traces: the written search of a solver that guesses.
 
 A hard problem with one parallel block (line breaks added):
 
     need=3 <Parallel><Path> x=5 ax=2 ax+b=7 s=9 no x=2 ax=6 ax+b=11 s=9 no none </Path>
     <Path> x=12 ax=10 ax+b=2 s=11 no none </Path></Parallel><Summary> none </Summary> Final Answer: none
 
-A path states its result last and the summary copies it, so that each step is a look one hop away.
-Guesses are partly random and paths short: what is left to learn by reinforcement is how long to search.
+A path ends with its result and the summary copies it, so that each step is one look-up away. Guesses are
+partly random and paths short, which leaves the length of the search to reinforcement learning.
 """
 
 from __future__ import annotations
@@ -54,29 +54,29 @@ class TraceStyle(Settings):
 
 
 def write_trace(congruence: Congruence, style: TraceStyle, rng: random.Random) -> str:
-    """A response to `congruence.question`, in canonical text.
+    """Writes a response to `congruence.question`, in canonical text.
 
-    It ends in `Final Answer: v`. Where a try succeeded v solves the problem; else it is `none`, or a guess.
+    It ends with `Final Answer: v`, where v is a solution if a try succeeded, otherwise `none` or a guess.
     """
     words = [f"need={congruence.need}"]
     tried: set[int] = set()
-    found: list[int] = []
+    solutions: list[int] = []
     if rng.random() < style.sequential:
-        search, found = _search(congruence, style, style.sequential_tries, tried, rng)
-        return _close(words + search, found, tried, style, rng)
+        search, solutions = _search(congruence, style, style.sequential_tries, tried, rng)
+        return _close(words + search, solutions, tried, style, rng)
     for block in range(style.blocks):
         if block and rng.random() >= style.again:
             break
         words.append("<Parallel>")
         before = frozenset(tried)
         for _ in range(rng.randint(*style.paths)):
-            # Siblings do not see each other, so each starts from what was tried before the block.
+            # Siblings do not see each other: each starts from the values tried before the block.
             own = set(before)
-            search, path_found = _search(congruence, style, style.tries, own, rng)
+            search, path_solutions = _search(congruence, style, style.tries, own, rng)
             words += ["<Path>", *search, "</Path>"]
-            found += path_found
+            solutions += path_solutions
             tried |= own
-        taken = [rng.choice(found)] if found else []
+        taken = [rng.choice(solutions)] if solutions else []
         words += ["</Parallel>", "<Summary>", f"found={taken[0]}" if taken else "none", "</Summary>"]
         if taken:
             break
@@ -84,15 +84,17 @@ def write_trace(congruence: Congruence, style: TraceStyle, rng: random.Random) -
 
 
 def stated_result(text: str) -> str | None:
-    """The value that a path or a summary states last (`found=7`), None without one."""
+    """Returns the value that a path or a summary states last (`found=7`), None without one."""
     stated = [word for word in text.split() if word.startswith("found=")]
     return stated[-1].split("=")[1] if stated else None
 
 
-def _close(words: list[str], found: list[int], tried: set[int], style: TraceStyle, rng: random.Random) -> str:
-    if not found and rng.random() < style.guess:
-        found = [_untried(tried, rng)]
-    answer = str(found[0]) if found else "none"
+def _close(
+    words: list[str], solutions: list[int], tried: set[int], style: TraceStyle, rng: random.Random
+) -> str:
+    if not solutions and rng.random() < style.guess:
+        solutions = [_untried(tried, rng)]
+    answer = str(solutions[0]) if solutions else "none"
     return canonical(" ".join([*words, "Final", "Answer:", answer]))
 
 
@@ -103,7 +105,7 @@ def _search(
     tried: set[int],
     rng: random.Random,
 ) -> tuple[list[str], list[int]]:
-    """Words of a search and what it found (one value or none); adds its tries to `tried`."""
+    """Returns the words of a search and its solution (one value or none); adds its tries to `tried`."""
     words: list[str] = []
     budget = rng.choices(range(1, len(weights) + 1), weights)[0]
     for _ in range(min(budget, MODULUS - len(tried))):
@@ -117,20 +119,20 @@ def _search(
 
 
 def _untried(tried: set[int], rng: random.Random) -> int:
-    """A value not yet tried, any value where all were."""
+    """Returns an untried value, or any value if all were tried."""
     return rng.choice([x for x in range(MODULUS) if x not in tried] or range(MODULUS))
 
 
-MOST_TRIES = 8
+MAX_DRILL_TRIES = 8
 
 
 def write_drill(congruence: Congruence, rng: random.Random) -> str:
-    """A response to `congruence.question` that is right throughout and has no tags.
+    """Writes a fully correct response to `congruence.question`, without tags.
 
-    At most 1 + 5 * 8 + 4 words: `need=…`, up to eight tries of different values, and how it ended.
+    At most 1 + 5 * 8 + 4 words: `need=…`, up to eight tries of different values, and the end.
     """
     words = [f"need={congruence.need}"]
-    tries = rng.sample(range(MODULUS), rng.randint(1, MOST_TRIES))
+    tries = rng.sample(range(MODULUS), rng.randint(1, MAX_DRILL_TRIES))
     stops_at_solution = rng.random() < 0.5
     for x in tries:
         words += congruence.attempt(x)

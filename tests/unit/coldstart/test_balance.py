@@ -9,10 +9,10 @@ from collections import Counter
 import pytest
 
 from megatron_parallel_r1.coldstart.balance import Candidate, balance, largest_cap
-from megatron_parallel_r1.coldstart.checks import Shape
+from megatron_parallel_r1.coldstart.checks import TraceShape
 from megatron_parallel_r1.coldstart.settings import Balance
 
-SHAPES = (Shape((2,)), Shape((2, 2)), Shape((3,)), Shape((2, 3)))
+SHAPES = (TraceShape((2,)), TraceShape((2, 2)), TraceShape((3,)), TraceShape((2, 3)))
 
 
 def candidates(rng: random.Random, problems: int, most: int) -> list[Candidate]:

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megatron_parallel_r1.coldstart.checks import Shape, check, sibling_named
+from megatron_parallel_r1.coldstart.checks import TraceShape, check, sibling_mention
 from megatron_parallel_r1.coldstart.settings import Check
-from megatron_parallel_r1.coldstart.survey import survey
-from megatron_parallel_r1.coldstart.teacher import Answer
-from megatron_parallel_r1.data.trace_text import WrittenTrace, canonical, malformed
+from megatron_parallel_r1.coldstart.teacher import TeacherAnswer
+from megatron_parallel_r1.coldstart.traces_file import survey
+from megatron_parallel_r1.data.trace_text import WrittenTrace, canonical, describe_fault
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.parser import ParseError
@@ -27,8 +27,8 @@ def verifier() -> Iterator[Verifier]:
 
 
 def test_a_good_trace_is_kept_in_canonical_spelling(verifier: Verifier) -> None:
-    checked = check(Answer(f"\n{trace('6', (2, 3))}\n", "stop"), posed(3), Check(), verifier)
-    assert checked.kept and checked.shape == Shape((2, 3))
+    checked = check(TeacherAnswer(f"\n{trace('6', (2, 3))}\n", "stop"), posed(3), Check(), verifier)
+    assert checked.kept and checked.shape == TraceShape((2, 3))
     assert checked.text.startswith("Let us") and "<Parallel><Path>\nlook" in checked.text
     assert (checked.shape.blocks, checked.shape.widest) == (2, 3)
 
@@ -53,7 +53,7 @@ def test_a_good_trace_is_kept_in_canonical_spelling(verifier: Verifier) -> None:
     ],
 )
 def test_each_reason(text: str, finish: str, reason: str, kind: str, verifier: Verifier) -> None:
-    rejection = check(Answer(text, finish), posed(3), Check(), verifier).rejection
+    rejection = check(TeacherAnswer(text, finish), posed(3), Check(), verifier).rejection
     assert rejection is not None
     assert (rejection.reason, rejection.kind) == (reason, kind)
 
@@ -61,7 +61,7 @@ def test_each_reason(text: str, finish: str, reason: str, kind: str, verifier: V
 def test_what_is_not_asked_is_not_checked(verifier: Verifier) -> None:
     loose = Check(parallel=False, independent=False)
     for text in ("Final Answer: 6", block(text="as the second path says") + "Final Answer: 6"):
-        assert check(Answer(text, "stop"), posed(3), loose, verifier).kept
+        assert check(TeacherAnswer(text, "stop"), posed(3), loose, verifier).kept
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_what_is_not_asked_is_not_checked(verifier: Verifier) -> None:
         (("path 2.5 m wide", "count"), None),
     ],
 )
-def test_sibling_named(paths: tuple[str, ...], named: str | None) -> None:
-    assert sibling_named(paths) == named
+def test_sibling_mention(paths: tuple[str, ...], named: str | None) -> None:
+    assert sibling_mention(paths) == named
 
 
 def test_written_agrees_with_the_readers(real_data: Path) -> None:
@@ -90,9 +90,9 @@ def test_written_agrees_with_the_readers(real_data: Path) -> None:
         try:
             written = WrittenTrace.of(text)
         except ParseError as error:
-            assert malformed(text).startswith(error.what)
+            assert describe_fault(text).startswith(error.what)
         else:
-            assert malformed(text) is None
+            assert describe_fault(text) is None
             assert "".join(written.pieces) == text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_parallel_r1.coldstart.endpoint import (
+from megatron_parallel_r1.coldstart.endpoint_teacher import (
     BadReply,
     backoff_s,
     open_endpoint,
@@ -18,7 +18,7 @@ from megatron_parallel_r1.coldstart.endpoint import (
     retry_after_s,
 )
 from megatron_parallel_r1.coldstart.settings import Endpoint
-from megatron_parallel_r1.coldstart.teacher import Answer, Request, Unanswered
+from megatron_parallel_r1.coldstart.teacher import NoAnswer, TeacherAnswer, TeacherRequest
 from megatron_parallel_r1.errors import UserError
 from tests.unit.coldstart.fake_teacher import Body, FakeTeacher, Reply, chat, completion, fault
 from tests.unit.coldstart.written_traces import posed
@@ -31,10 +31,10 @@ def told(url: str, changes: dict[str, Any] | None = None) -> Endpoint:
     return Endpoint(kind="endpoint", url=url, model="fake", **(quick | (changes or {})))
 
 
-def ask(endpoint: Endpoint, count: int = 1) -> list[Answer | BaseException]:
-    async def all_of_them() -> list[Answer | BaseException]:
+def ask(endpoint: Endpoint, count: int = 1) -> list[TeacherAnswer | BaseException]:
+    async def all_of_them() -> list[TeacherAnswer | BaseException]:
         async with open_endpoint(endpoint, concurrency=8) as teacher:
-            requests = [Request.of(posed(number), 0, "plain", seed=0) for number in range(count)]
+            requests = [TeacherRequest.of(posed(number), 0, "plain", seed=0) for number in range(count)]
             return await asyncio.gather(*map(teacher.answer, requests), return_exceptions=True)
 
     return asyncio.run(all_of_them())
@@ -44,7 +44,7 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", "sk-secret\n")
     with FakeTeacher(lambda body, tried: GOOD).running() as teacher:
         changes = {"key_variable": "TEACHER_KEY", "max_tokens": 9, "body": {"top_p": 0.9, "seed": None}}
-        assert ask(told(teacher.url + "/", changes)) == [Answer("Final Answer: 6", "stop")]
+        assert ask(told(teacher.url + "/", changes)) == [TeacherAnswer("Final Answer: 6", "stop")]
     ((path, headers, body),) = teacher.requests
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer sk-secret"
@@ -59,7 +59,7 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_completions() -> None:
     with FakeTeacher(lambda body, tried: completion("so", "length")).running() as teacher:
-        assert ask(told(teacher.url, {"api": "completions"})) == [Answer("so", "length")]
+        assert ask(told(teacher.url, {"api": "completions"})) == [TeacherAnswer("so", "length")]
     ((path, headers, body),) = teacher.requests
     assert path == "/v1/completions" and body["prompt"] == "What is 0 plus 0?\n"
     assert "Authorization" not in headers and isinstance(body["seed"], int)
@@ -82,7 +82,7 @@ def test_plain_completions() -> None:
 )
 def test_trouble_that_passes(trouble: Reply) -> None:
     with FakeTeacher(lambda body, tried: trouble if tried < 2 else GOOD).running() as teacher:
-        assert ask(told(teacher.url)) == [Answer("Final Answer: 6", "stop")]
+        assert ask(told(teacher.url)) == [TeacherAnswer("Final Answer: 6", "stop")]
     assert len(teacher.requests) == 3
 
 
@@ -90,7 +90,7 @@ def test_trouble_that_passes(trouble: Reply) -> None:
 def test_hangs_are_cut_and_tried_again(slow: Reply) -> None:
     begun = time.monotonic()
     with FakeTeacher(lambda body, tried: slow if tried == 0 else GOOD).running() as teacher:
-        assert ask(told(teacher.url, {"timeout_s": 1.0})) == [Answer("Final Answer: 6", "stop")]
+        assert ask(told(teacher.url, {"timeout_s": 1.0})) == [TeacherAnswer("Final Answer: 6", "stop")]
         # The hanging reply would take 30 s, the dripping one 8 s; a try may take 1 s.
         assert time.monotonic() - begun < 7
 
@@ -110,13 +110,13 @@ def test_retry_after_is_honoured() -> None:
 def test_a_pause_beyond_patience_is_not_waited_for() -> None:
     with FakeTeacher(lambda body, tried: fault(429, Retry_After="7200")).running() as teacher:
         (failure,) = ask(told(teacher.url))
-    assert isinstance(failure, Unanswered) and len(teacher.requests) == 1
+    assert isinstance(failure, NoAnswer) and len(teacher.requests) == 1
 
 
 def test_unanswered_after_all_tries() -> None:
     with FakeTeacher(lambda body, tried: fault(502)).running() as teacher:
         (failure,) = ask(told(teacher.url))
-    assert isinstance(failure, Unanswered) and str(failure) == "status 502"
+    assert isinstance(failure, NoAnswer) and str(failure) == "status 502"
     assert len(teacher.requests) == 4
 
 
@@ -124,7 +124,7 @@ def test_a_dead_endpoint_ends_the_run() -> None:
     with FakeTeacher(lambda body, tried: GOOD).running() as teacher:
         url = teacher.url
     failures = ask(told(url, {"give_up_after": 3, "retries": 0}), count=3)
-    assert [type(failure) for failure in failures] == [Unanswered, Unanswered, UserError]
+    assert [type(failure) for failure in failures] == [NoAnswer, NoAnswer, UserError]
     assert "3 requests in a row stayed without an answer" in str(failures[-1])
 
 
@@ -132,11 +132,11 @@ def test_a_dead_endpoint_ends_the_run() -> None:
     ("trouble", "says"),
     [
         (fault(401), r"status 401, it refuses the key in TEACHER_KEY"),
-        (fault(404), r"status 404, it knows no model 'fake' or no such address"),
+        (fault(404), r"status 404, it has no model 'fake' or no such address"),
         (fault(400, "bad seed of sk-secret"), r"refuses the request \(bad seed of …\)"),
-        (Reply(b"not json", 422), r"refuses the request \(without a word\)"),
-        (Reply(b'["odd"]', 422), r"refuses the request \(without a word\)"),
-        (Reply(b"", 307, {"Location": "http://b/"}), r"redirects to http://b/; give that as teacher.url"),
+        (Reply(b"not json", 422), r"refuses the request \(no message\)"),
+        (Reply(b'["odd"]', 422), r"refuses the request \(no message\)"),
+        (Reply(b"", 307, {"Location": "http://b/"}), r"redirects to http://b/; set teacher.url to that"),
     ],
 )
 def test_trouble_to_mend(trouble: Reply, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_trouble_to_mend(trouble: Reply, says: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_filtered_prompt_is_a_refusal() -> None:
     with FakeTeacher(lambda body, tried: fault(400, code="content_filter")).running() as teacher:
-        assert ask(told(teacher.url)) == [Answer("", "refused")]
+        assert ask(told(teacher.url)) == [TeacherAnswer("", "refused")]
 
 
 def test_keys_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_keys_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="TEACHER_KEY is not set"):
         ask(endpoint)
     monkeypatch.setenv("TEACHER_KEY", "sk-sécret")
-    with pytest.raises(UserError, match="holds is no key") as raised:
+    with pytest.raises(UserError, match="holds no valid key") as raised:
         ask(endpoint)
     assert "cret" not in str(raised.value).replace("TEACHER_KEY", "")
 
@@ -168,15 +168,15 @@ def test_keys_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("reply", "answer"),
     [
-        (chat("<think>hm</think>\nsix"), Answer("\nsix", "stop")),
-        (chat("hm</think>six"), Answer("six", "stop")),
-        (chat("<think>hm and hm", "length"), Answer("", "length")),
-        (chat(None, refusal="no"), Answer("", "refused")),
-        (chat("six", "content_filter"), Answer("six", "refused")),
-        (Reply(rb'{"choices": [{"message": {"content": "a\ud800"}}]}'), Answer("a?", "stop")),
+        (chat("<think>hm</think>\nsix"), TeacherAnswer("\nsix", "stop")),
+        (chat("hm</think>six"), TeacherAnswer("six", "stop")),
+        (chat("<think>hm and hm", "length"), TeacherAnswer("", "length")),
+        (chat(None, refusal="no"), TeacherAnswer("", "refused")),
+        (chat("six", "content_filter"), TeacherAnswer("six", "refused")),
+        (Reply(rb'{"choices": [{"message": {"content": "a\ud800"}}]}'), TeacherAnswer("a?", "stop")),
     ],
 )
-def test_replies(reply: Reply, answer: Answer) -> None:
+def test_replies(reply: Reply, answer: TeacherAnswer) -> None:
     assert read_reply(reply.body, "chat") == answer
 
 
@@ -208,8 +208,10 @@ def test_retry_after_header() -> None:
 
 
 def test_requests_are_told_apart() -> None:
-    one, other = (Request.of(posed(1), sample, "plain", seed=0) for sample in (0, 1))
+    one, other = (TeacherRequest.of(posed(1), sample, "plain", seed=0) for sample in (0, 1))
     assert one.seed != other.seed and 0 <= one.seed < 2**31
     keys = {one.key("a", "p"), one.key("b", "p"), one.key("a", "q"), other.key("a", "p")}
     assert len(keys) == 4
-    assert json.dumps(one.key("a", "p")) == json.dumps(Request.of(posed(1), 0, "plain", 0).key("a", "p"))
+    assert json.dumps(one.key("a", "p")) == json.dumps(
+        TeacherRequest.of(posed(1), 0, "plain", 0).key("a", "p")
+    )

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from megatron_parallel_r1.coldstart.report import Tally, tally_lines
 from megatron_parallel_r1.coldstart.run import cold_start
-from megatron_parallel_r1.coldstart.writing import SCHEMA
+from megatron_parallel_r1.coldstart.traces_file import SCHEMA
 from megatron_parallel_r1.data.readers import read_examples
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.jsonl import read_jsonl

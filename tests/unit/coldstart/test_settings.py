@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_parallel_r1.coldstart.settings import ColdStart, Endpoint, OwnEngine, settings_of
+from megatron_parallel_r1.coldstart.settings import ColdStart, Endpoint, OwnEngine, parse_settings
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.settings import Thinking
 from tests.unit.coldstart.written_traces import settings_tree
@@ -18,11 +18,11 @@ def tree() -> dict[str, Any]:
 
 
 def test_both_teachers() -> None:
-    told = settings_of(tree(), "a.yaml")
+    told = parse_settings(tree(), "a.yaml")
     assert isinstance(told, ColdStart) and isinstance(told.teacher, Endpoint)
     assert told.out == Path("out") and told.balance.ratio is None
     engine = {"kind": "engine", "path": "model", "thinking": {"paths": 3}}
-    told = settings_of(tree() | {"teacher": engine}, "a.yaml")
+    told = parse_settings(tree() | {"teacher": engine}, "a.yaml")
     assert told.teacher == OwnEngine(kind="engine", path=Path("model"), thinking=Thinking(paths=3))
 
 
@@ -48,7 +48,7 @@ def test_both_teachers() -> None:
 )
 def test_what_cannot_be(key: str, value: Any, says: str) -> None:
     with pytest.raises(UserError, match=r"a\.yaml: ") as raised:
-        settings_of(tree() | {key: value}, "a.yaml")
+        parse_settings(tree() | {key: value}, "a.yaml")
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -68,6 +68,6 @@ def test_endpoints_that_cannot_be(key: str, value: Any, says: str) -> None:
     given = tree()
     given["teacher"][key] = value
     with pytest.raises(UserError, match="teacher") as raised:
-        settings_of(given, "a.yaml")
+        parse_settings(given, "a.yaml")
     assert says in str(raised.value)
     assert "secret" not in str(raised.value)

@@ -7,7 +7,7 @@ import pytest
 from megatron_parallel_r1.data.embedded.congruence import (
     MODULUS,
     Congruence,
-    Kind,
+    Difficulty,
     is_held_out,
     reduced_forms,
     vocabulary,
@@ -29,7 +29,7 @@ def test_question_and_attempt() -> None:
 
 
 @pytest.mark.parametrize("kind", ["easy", "hard"])
-def test_roots_solve_the_congruence_as_it_is_posed(kind: Kind) -> None:
+def test_roots_solve_the_congruence_as_it_is_posed(kind: Difficulty) -> None:
     for index in range(200):
         problem = training_problem(kind, 0, index)
         posed = read(problem.prompt)
@@ -61,7 +61,7 @@ def test_easy_split() -> None:
 
 
 @pytest.mark.parametrize(("kind", "distinct", "most"), [("easy", 39, 507), ("hard", 552, 7176)])
-def test_evaluation_problems(kind: Kind, distinct: int, most: int) -> None:
+def test_evaluation_problems(kind: Difficulty, distinct: int, most: int) -> None:
     problems = evaluation_problems(kind, most)
     assert len({problem.prompt for problem in problems}) == most
     assert problems[:100] == evaluation_problems(kind, 100)
@@ -73,7 +73,7 @@ def test_evaluation_problems(kind: Kind, distinct: int, most: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["easy", "hard"])
-def test_training_problems_are_never_held_out(kind: Kind) -> None:
+def test_training_problems_are_never_held_out(kind: Difficulty) -> None:
     problems = [training_problem(kind, 3, index) for index in range(500)]
     assert not any(is_held_out(read(problem.prompt)) for problem in problems)
     assert problems == [training_problem(kind, 3, index) for index in range(500)]

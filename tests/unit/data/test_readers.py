@@ -94,8 +94,8 @@ def test_answers_kept_as_numbers(answer: object, read: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "row", "what"),
     [
-        (GSM8K, {"question": "q", "answer": "no mark"}, "column 'answer': no value behind ####"),
-        (GSM8K, {"question": "q", "answer": "#### "}, "column 'answer': no value behind ####"),
+        (GSM8K, {"question": "q", "answer": "no mark"}, "column 'answer': no value after ####"),
+        (GSM8K, {"question": "q", "answer": "#### "}, "column 'answer': no value after ####"),
         (GSM8K, {"question": "  ", "answer": "#### 1"}, "column 'question': blank"),
         (GSM8K, {"question": None, "answer": "#### 1"}, "column 'question': missing"),
         (GSM8K, {"question": 7, "answer": "#### 1"}, "column 'question': int instead of text"),
@@ -126,7 +126,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
     reading = read_problems(GSM8K, path, bad_rows="skip")
     assert [problem.id for problem in reading.items] == ["0", "2"]
     assert reading.rows == 3
-    assert reading.bad == (BadRow(1, "column 'answer': no value behind ####"),)
+    assert reading.bad == (BadRow(1, "column 'answer': no value after ####"),)
     assert len(read_problems(GSM8K, path, limit=1).items) == 1
 
 
@@ -216,7 +216,7 @@ def test_own_columns_plain_and_nested(tmp_path: Path) -> None:
         read_problems("custom", path, columns=Columns(prompt="question", answer="answer"))
     with pytest.raises(UserError, match="no worked responses"):
         read_examples("custom", path, columns=Columns(prompt="chat.0.content", answer="graded.truth"))
-    with pytest.raises(UserError, match="say with columns"):
+    with pytest.raises(UserError, match="name the columns"):
         read_problems("custom", path)
     with pytest.raises(UserError, match="give its path"):
         read_problems("custom", columns=columns)

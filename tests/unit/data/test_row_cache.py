@@ -159,7 +159,7 @@ def test_a_file_is_there_whole_or_not_at_all(cache: RowCache, monkeypatch: pytes
 
 def test_a_folder_that_cannot_be_written(cache: RowCache) -> None:
     cache.folder.write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"rows cannot be cached there .*give another cache folder"):
+    with pytest.raises(UserError, match=r"cannot cache rows there .*set another cache folder"):
         cache.rows(EXAMPLES[:1], Counting().row)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.data.embedded.generate import training_problem
-from megatron_parallel_r1.data.sampler import ProblemStream, Shuffled
+from megatron_parallel_r1.data.sampler import ProblemStream, ShuffledEpochs
 
 
 @given(
@@ -44,4 +44,4 @@ def test_generated_problems_do_not_depend_on_the_batch_size() -> None:
 
 def test_nothing_to_draw_from() -> None:
     with pytest.raises(ValueError, match="empty"):
-        Shuffled([], 0)
+        ShuffledEpochs([], 0)

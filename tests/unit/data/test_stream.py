@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.data.readers import read_problems, stream_examples, stream_problems
-from megatron_parallel_r1.data.sampler import ProblemStream
+from megatron_parallel_r1.data.sampler import ProblemStream, RowLocation, StreamedShuffle
 from megatron_parallel_r1.data.schemas import Columns
-from megatron_parallel_r1.data.stream import Place, StreamedShuffle
 from megatron_parallel_r1.errors import UserError
 
 AIME = "math-ai/aime25"
@@ -27,8 +26,8 @@ DAPO = "BytedTsinghua-SIA/DAPO-Math-17k"
 
 def shuffle(
     rows: list[list[int]], buffer: int, seed: int, loads: list[int] | None = None
-) -> StreamedShuffle[Place]:
-    def load(places: Sequence[Place]) -> list[Place]:
+) -> StreamedShuffle[RowLocation]:
+    def load(places: Sequence[RowLocation]) -> list[RowLocation]:
         assert list(places) == sorted(places), "files are read forwards"
         if loads is not None:
             loads.append(len(places))
@@ -47,7 +46,7 @@ def test_resumed_anywhere_it_goes_on_as_if_never_stopped(
     rows: list[list[int]], buffer: int, seed: int, batches: list[int]
 ) -> None:
     whole = ProblemStream(shuffle(rows, buffer, seed), 0).next_batch(sum(batches))
-    drawn: tuple[Place, ...] = ()
+    drawn: tuple[RowLocation, ...] = ()
     state = {"position": 0}
     for batch in batches:
         stream = ProblemStream(shuffle(rows, buffer, seed), 0)
@@ -73,7 +72,7 @@ def test_each_epoch_holds_every_row_once_and_no_more_than_the_buffer_at_a_time(
 
 @pytest.mark.parametrize("buffer", [64, 1000])
 def test_seeds_and_epochs_have_their_own_order(buffer: int) -> None:
-    def epoch(seed: int, number: int) -> list[Place]:
+    def epoch(seed: int, number: int) -> list[RowLocation]:
         at = shuffle([list(range(200))], buffer, seed)
         return [at(number * 200 + place) for place in range(200)]
 
@@ -179,7 +178,7 @@ def test_a_file_that_changes_under_the_stream_is_named(suffix: str, tmp_path: Pa
     for now in (["a", None, "c"], ["a"]):
         write(*now)
         with pytest.raises(
-            UserError, match=rf"rows\{suffix}: changed while it was in use \(.*\); put it back"
+            UserError, match=rf"rows\{suffix}: changed while it was in use \(.*\); restore it"
         ):
             list(streamed.in_order())
     write("a", "b", "c")

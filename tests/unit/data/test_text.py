@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_parallel_r1.data.prompts import TEMPLATES, render
-from megatron_parallel_r1.data.trace_text import canonical, malformed
+from megatron_parallel_r1.data.trace_text import canonical, describe_fault
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
 from megatron_parallel_r1.utils.latex import last_box
@@ -28,12 +28,12 @@ def test_canonical_keeps_sampled_gaps() -> None:
 
 def test_form_is_what_the_parser_says() -> None:
     block = "<Parallel><Path>b</Path><Path>c</Path></Parallel><Summary>d</Summary>"
-    assert malformed(f"a {block} e {block}") is None
-    assert malformed("no blocks") is None
-    assert malformed(block.replace("<Path>b", "First, <Path>b")).startswith("text between the paths")
-    assert malformed(block.replace("<Summary>", "So ")).startswith("text where <Summary> must follow")
-    unclosed = malformed(block.removesuffix("</Summary>"))
-    assert unclosed.startswith("the trace ends inside a summary, behind ")
+    assert describe_fault(f"a {block} e {block}") is None
+    assert describe_fault("no blocks") is None
+    assert describe_fault(block.replace("<Path>b", "First, <Path>b")).startswith("text between the paths")
+    assert describe_fault(block.replace("<Summary>", "So ")).startswith("text where <Summary> must follow")
+    unclosed = describe_fault(block.removesuffix("</Summary>"))
+    assert unclosed.startswith("the trace ends inside a summary, after ")
     assert unclosed.endswith("</Parallel><Summary>d'")
 
 

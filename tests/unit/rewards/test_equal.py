@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.rewards.equality import equivalent
-from megatron_parallel_r1.rewards.extract import extract_answer
-from megatron_parallel_r1.rewards.fast_equality import MAX_CHARS, settle
-from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rewards.fast_equality import MAX_CHARS, decide_without_algebra
+from megatron_parallel_r1.rewards.verification import extract_answer
+from megatron_parallel_r1.rewards.verifier import Verifier, equivalent
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ from megatron_parallel_r1.rewards.verifier import Verifier
     ],
 )
 def test_settled_without_algebra(answer: str | None, reference: str, correct: bool, reason: str) -> None:
-    verdict = settle(answer, reference)
+    verdict = decide_without_algebra(answer, reference)
     assert verdict and (verdict.correct, verdict.reason) == (correct, reason)
 
 
@@ -96,7 +95,7 @@ DIFFERENT = [
 
 @pytest.mark.parametrize(("answer", "reference"), RESPELLED)
 def test_algebra_recognises(answer: str, reference: str, verifier: Verifier) -> None:
-    assert settle(answer, reference) is None
+    assert decide_without_algebra(answer, reference) is None
     assert verifier.check(answer, reference).correct
 
 
@@ -112,7 +111,7 @@ def test_equivalent_takes_every_way() -> None:
 
 @given(st.text(max_size=50), st.text(max_size=50))
 def test_settling_never_fails(answer: str, reference: str) -> None:
-    settle(answer, reference)
+    decide_without_algebra(answer, reference)
 
 
 def math_solutions(real_data: Path) -> list[str]:

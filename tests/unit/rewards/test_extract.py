@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.rewards.extract import extract_answer
+from megatron_parallel_r1.rewards.verification import extract_answer
 
 
 @pytest.mark.parametrize(

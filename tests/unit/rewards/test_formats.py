@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_parallel_r1.rewards.formats import Format, well_formed_parallel
+from megatron_parallel_r1.rewards.format_check import Format, well_formed_parallel
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.tree import Tree

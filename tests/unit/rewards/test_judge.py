@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from megatron_parallel_r1.rewards.formats import Format
-from megatron_parallel_r1.rewards.verification import Attempt, judge
+from megatron_parallel_r1.rewards.format_check import Format
+from megatron_parallel_r1.rewards.verification import ResponseToJudge, judge
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.tree import Block, Path, Summary, Tree
 
@@ -11,11 +11,11 @@ PARALLEL = Tree(20, (Block(2, (Path(3, 6, True), Path(6, 9, True)), 9, Summary(1
 
 def test_a_batch_by_hand(verifier: Verifier) -> None:
     attempts = [
-        Attempt("so\nFinal Answer: 7", PARALLEL, ("7",)),
-        Attempt("so\nFinal Answer: 9", PARALLEL, ("7", "9")),
-        Attempt("so\nFinal Answer: 8", SEQUENTIAL, ("7", "9")),
-        Attempt("no answer", SEQUENTIAL, ("7",)),
-        Attempt(r"is \boxed{(x+1)^2}", SEQUENTIAL, ("0", "x^2+2x+1")),
+        ResponseToJudge("so\nFinal Answer: 7", PARALLEL, ("7",)),
+        ResponseToJudge("so\nFinal Answer: 9", PARALLEL, ("7", "9")),
+        ResponseToJudge("so\nFinal Answer: 8", SEQUENTIAL, ("7", "9")),
+        ResponseToJudge("no answer", SEQUENTIAL, ("7",)),
+        ResponseToJudge(r"is \boxed{(x+1)^2}", SEQUENTIAL, ("0", "x^2+2x+1")),
     ]
     judged = judge(attempts, verifier)
     assert [one.correct for one in judged] == [True, True, False, False, True]

@@ -9,10 +9,19 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward, Score, reward_metrics
-from megatron_parallel_r1.rewards.formats import Format
-from megatron_parallel_r1.rewards.registry import REWARDS, TERMS, make_component, make_reward
+from megatron_parallel_r1.rewards.format_check import Format
+from megatron_parallel_r1.rewards.registry import (
+    REWARDS,
+    TERMS,
+    Accuracy,
+    Diversity,
+    Length,
+    WellFormedParallel,
+    make_component,
+    make_reward,
+    score_accuracy,
+)
 from megatron_parallel_r1.rewards.schedule import Constant, Linear, Window
-from megatron_parallel_r1.rewards.terms import Accuracy, Diversity, Length, Parallel, score_accuracy
 
 PARALLEL, MALFORMED, SEQUENTIAL = Format(1, 1, 2), Format(1, 0, 1), Format()
 
@@ -121,7 +130,7 @@ def test_s2_spelled_as_components_is_s2() -> None:
 MIX = Reward(
     (
         Component("accuracy", Accuracy()),
-        Component("bonus", Parallel(), Window(window=2, share=0.5, bonus=0.5)),
+        Component("bonus", WellFormedParallel(), Window(window=2, share=0.5, bonus=0.5)),
         Component("diversity", Diversity(), Linear(start=0.4, end=0.0, steps=4)),
         Component("length", Length(0, 100), Constant(value=0.5)),
     )

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from megatron_parallel_r1.rewards.path_diversity import (
     block_difference,
-    content,
-    difference,
+    content_span,
+    path_difference,
     trace_difference,
 )
 from megatron_parallel_r1.thought.parser import parse
@@ -32,13 +32,13 @@ SEQUENCES = st.lists(st.integers(7, 10), max_size=12)
     ],
 )
 def test_two_sequences_by_hand(one: list[int], other: list[int], value: float) -> None:
-    assert difference(one, other) == difference(other, one) == pytest.approx(value, abs=1e-15)
+    assert path_difference(one, other) == path_difference(other, one) == pytest.approx(value, abs=1e-15)
 
 
 @given(SEQUENCES, SEQUENCES)
 def test_difference_is_0_for_equals_and_within_0_and_1(one: list[int], other: list[int]) -> None:
-    assert difference(one, one) == 0.0
-    assert 0.0 <= difference(one, other) <= 1.0
+    assert path_difference(one, one) == 0.0
+    assert 0.0 <= path_difference(one, other) <= 1.0
 
 
 def test_a_trace_by_hand() -> None:
@@ -76,7 +76,7 @@ def test_nested_blocks_and_a_cut_path_count() -> None:
     ]  # the inner block differs wholly, so do the outer paths
     tree = parse(tokens, TAGS)
     (outer,) = tree.blocks
-    assert [content(path) for path in outer.paths] == [(2, 12), (14, 16)]
+    assert [content_span(path) for path in outer.paths] == [(2, 12), (14, 16)]
     assert trace_difference(tokens, tree) == 1.0
 
 

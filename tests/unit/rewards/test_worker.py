@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from megatron_parallel_r1.rewards import verifier_worker
-from megatron_parallel_r1.rewards.extract import extract_answer
 from megatron_parallel_r1.rewards.fast_equality import Verdict
+from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -14,7 +14,7 @@ import torch
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.rewards.base import Judged, Score
-from megatron_parallel_r1.rewards.formats import Format
+from megatron_parallel_r1.rewards.format_check import Format
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts
 from megatron_parallel_r1.rl.rollout_queue import AsyncRollouts, RolloutQueue, SyncRollouts
 from megatron_parallel_r1.thought.trace import Trace

@@ -5,7 +5,7 @@ import pytest
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged
-from megatron_parallel_r1.rewards.formats import Format
+from megatron_parallel_r1.rewards.format_check import Format
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.metrics import judge_traces, trace_metrics
 from megatron_parallel_r1.rl.path_results import path_lengths, stated_value, summary_metrics

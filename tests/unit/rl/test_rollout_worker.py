@@ -11,7 +11,7 @@ from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.rewards.base import Judged
-from megatron_parallel_r1.rewards.formats import Format
+from megatron_parallel_r1.rewards.format_check import Format
 from megatron_parallel_r1.rewards.registry import make_reward
 from megatron_parallel_r1.rl import rollout_worker
 from megatron_parallel_r1.rl.metrics import group_metrics

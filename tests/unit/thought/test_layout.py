@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.thought.layout import critical_length, lay_out
-from megatron_parallel_r1.thought.packing import PackedRow, concatenate, pack, padded
+from megatron_parallel_r1.thought.packing import PackedRow, concatenate, pack, pad
 from megatron_parallel_r1.thought.parser import parse
 from tests.reference.dense import (
     isolated_position,
@@ -121,7 +121,7 @@ def test_sequential_refuses_blocks() -> None:
 @given(seeds, st.integers(1, 9))
 def test_padding_changes_nothing_for_the_row(seed: int, multiple: int) -> None:
     packed = alone(random_trace(seed, depth=2), "isolated")
-    filled = padded(packed, multiple)
+    filled = pad(packed, multiple)
     assert len(filled) % multiple == 0 and len(filled) - len(packed) < multiple
     sees, length = row_sees(filled), len(packed)
     assert (sees[:length, :length] == row_sees(packed)).all() and not sees[:length, length:].any()

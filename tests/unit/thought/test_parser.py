@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.thought.parser import ParseError, Parser, State, parse
-from megatron_parallel_r1.thought.tree import Block, Path, Problem, Summary
+from megatron_parallel_r1.thought.parser import ParseError, Parser, ParserState, parse
+from megatron_parallel_r1.thought.tree import Block, ParseProblem, Path, Summary
 from tests.reference.traces import TAGS, random_trace
 
 NAMES = {
@@ -56,7 +56,7 @@ def test_malformed_names_the_token(spelled: str, index: int, what: str) -> None:
     lenient = parse(tokens(spelled), TAGS)
     assert lenient.length == len(spelled.split())
     if not what.startswith("the trace ends"):
-        assert lenient.problems[0] == Problem(index, what)
+        assert lenient.problems[0] == ParseProblem(index, what)
 
 
 def test_truncation_leaves_open_ends() -> None:
@@ -85,7 +85,7 @@ def test_feeding_token_by_token_equals_parsing_each_prefix(seed: int, truncate: 
         parser.feed(token)
         assert parser.tree() == parse(trace[:count], TAGS)
     if not truncate:
-        assert parser.state is State.TEXT and parser.depth == 0
+        assert parser.state is ParserState.TEXT and parser.depth == 0
         assert parse(trace, TAGS, strict=True) == parser.tree()
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.thought.layout import Row, lay_out
-from megatron_parallel_r1.thought.packing import deal
+from megatron_parallel_r1.thought.packing import balanced_partition
 from megatron_parallel_r1.thought.tree import Tree
 from megatron_parallel_r1.train.partition import BatchPartition, partition_rows
 
@@ -20,7 +20,7 @@ def row_of(length: int) -> Row:
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 6))
 def test_a_deal_is_a_partition_into_hands_that_differ_by_at_most_one_row(sizes, hands) -> None:
-    dealt = deal(sizes, hands)
+    dealt = balanced_partition(sizes, hands)
     assert sorted(index for hand in dealt for index in hand) == list(range(len(sizes)))
     sums = [sum(sizes[index] for index in hand) for hand in dealt]
     # The last row put on the fullest hand went where least was: without it, it is not above any other.

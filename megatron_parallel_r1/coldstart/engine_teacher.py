@@ -1,4 +1,4 @@
-"""Our own engine as a teacher: it thinks in parallel, in the loop that training uses."""
+"""The native engine as a teacher; it decodes in parallel, with the rollout loop of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_parallel_r1.architecture.weight_table import check_fit
 from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
 from megatron_parallel_r1.coldstart.settings import OwnEngine
-from megatron_parallel_r1.coldstart.teacher import Answer, Request
+from megatron_parallel_r1.coldstart.teacher import TeacherAnswer, TeacherRequest
 from megatron_parallel_r1.data.prompts import TEMPLATES, decode, encode_prompt
 from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.distributed import process
@@ -26,35 +26,37 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_engine(told: OwnEngine, template: str, seed: int) -> Iterator[EngineTeacher]:
-    """The teacher, with the weights of its folder, in a world of one process.
+def open_engine(settings: OwnEngine, template: str, seed: int) -> Iterator[EngineTeacher]:
+    """Opens the teacher with the weights of its folder, in a single process.
 
     Args:
-        template: that it will be asked with.
+        template: the prompt template of all requests.
 
     Raises:
-        UserError: the folder holds no model, none with the tags, or one that was trained with another
+        UserError: the folder holds no model, a model without the tags, or one that was trained with another
             template; or several processes were launched.
     """
     if world_size() > 1:
         raise UserError("coldstart: a teacher of kind engine is one process; start it without a launcher")
-    _check_template(told.path, template)
-    shape, tensors = load_hf_folder(told.path)
-    check_fit(shape, hf_sizes(told.path))
-    tokenizer = open_tokenizer(told.path)
+    _check_template(settings.path, template)
+    shape, tensors = load_hf_folder(settings.path)
+    check_fit(shape, hf_sizes(settings.path))
+    tokenizer = open_tokenizer(settings.path)
     try:
         tags = Tags.of(tokenizer)
     except ValueError as error:
-        raise UserError(f"{told.path}: {error}; give a model that was trained to think in parallel") from None
+        raise UserError(
+            f"{settings.path}: {error}; give a model that was trained to think in parallel"
+        ) from None
     with process.running(seed):
         engine = native_engine(shape)
         engine.load_weights(tensors, version=0)
-        name = json.dumps([weights_of(told.path), told.thinking.model_dump()], sort_keys=True)
-        yield EngineTeacher(Thinker(engine, tags, told.thinking), tokenizer, name)
+        name = json.dumps([weights_of(settings.path), settings.thinking.model_dump()], sort_keys=True)
+        yield EngineTeacher(Thinker(engine, tags, settings.thinking), tokenizer, name)
 
 
 def _check_template(folder: Path, template: str) -> None:
-    """A released model is asked as its training asked it: `thinking.json` has the text."""
+    """Requires the prompt template of the model's training, whose text is in `thinking.json`."""
     stored = folder / "thinking.json"
     if not stored.is_file():
         return
@@ -62,22 +64,22 @@ def _check_template(folder: Path, template: str) -> None:
         record = json.loads(stored.read_text(encoding="utf-8"))
         text, name = record.get("prompt_template"), record.get("prompt")
     except (ValueError, AttributeError):
-        raise UserError(f"{stored}: no JSON object; release the model again, or delete the file") from None
+        raise UserError(f"{stored}: not a JSON object; release the model again, or delete the file") from None
     if text is not None and text != TEMPLATES[template]:
         raise UserError(f"{stored}: the model was trained with the prompt {name!r}; set template to that")
 
 
 def weights_of(folder: Path) -> list[tuple[str, int, int]]:
-    """Tells weights from any that replace them: name, size in bytes and time of change (ns) of each file."""
+    """Identifies the weights: name, size in bytes and modification time (ns) of each file."""
     files = sorted(folder.glob("*.safetensors"))
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 class EngineTeacher:
-    """Writes each request's trace; the engine batches those that are under way together.
+    """Decodes a trace per request; the engine batches concurrent requests.
 
     Args:
-        name: tells this model and these settings from others.
+        name: identifies this model and these settings.
     """
 
     def __init__(self, thinker: Thinker[Any], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -89,7 +91,7 @@ class EngineTeacher:
     def name(self) -> str:
         return self._name
 
-    async def answer(self, request: Request) -> Answer:
+    async def answer(self, request: TeacherRequest) -> TeacherAnswer:
         prompt = encode_prompt(self._tokenizer, request.template, request.problem.prompt)
         engine = self._thinker.engine
         context = engine.open()
@@ -99,4 +101,4 @@ class EngineTeacher:
         finally:
             engine.close(context)
         text = decode(self._tokenizer, trace.tokens)
-        return Answer(text, "stop" if trace.finish == "eos" else "length")
+        return TeacherAnswer(text, "stop" if trace.finish == "eos" else "length")

@@ -1,7 +1,7 @@
-"""The paper's format check (arXiv 2509.07980), read off a trace's tree.
+"""The paper's format check (arXiv 2509.07980) on the tree of a trace.
 
-A trace thinks in parallel, well formed, where it has a block at least, and every block, nested ones too, has
-two paths or more, all closed, and right behind it one closed summary; and no tag stands elsewhere.
+A trace passes if it has at least one block; every block, nested ones included, has at least two paths, all
+closed, and one closed summary directly after it; and there is no tag elsewhere.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from megatron_parallel_r1.thought.tree import Block, Tree
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What a trace's parallel structure amounts to, for rewards and metrics.
+    """Counts of a trace's parallel structure, for rewards and metrics.
 
     Attributes:
         blocks: parallel blocks at any depth.
-        well_formed_blocks: those with two closed paths or more and a closed summary.
-        paths: paths in all blocks.
-        problems: complaints of the lenient parse: misplaced tags, text where a tag must stand.
+        well_formed_blocks: blocks with at least two closed paths and a closed summary.
+        paths: paths of all blocks.
+        problems: problems of the lenient parse: misplaced tags, text where a tag is required.
     """
 
     blocks: int = 0
@@ -34,11 +34,11 @@ class Format:
 
     @classmethod
     def of(cls, tree: Tree, sampled: Sequence[bool] | None = None) -> Format:
-        """The facts of one trace.
+        """Counts one trace.
 
         Args:
-            sampled: which tokens the policy drew. A path or summary that the engine had to close is then
-                none of the policy's merit, and its block not well formed. None: a text, taken as it is.
+            sampled: which tokens the policy drew: a block with a path or summary that the engine closed is
+                not well formed. None: counts every closing tag.
         """
         blocks = [block for _, block in tree.all_blocks()]
         return cls(
@@ -50,21 +50,23 @@ class Format:
 
     @property
     def parallel(self) -> bool:
-        """Any block at all, well formed or not: what the parallel ratio counts."""
+        """Whether there is any block, well formed or not; the parallel ratio counts these."""
         return self.blocks > 0
 
     @property
     def well_formed(self) -> bool:
-        """The trace passes the format check."""
+        """Whether the trace passes the format check."""
         return self.parallel and self.well_formed_blocks == self.blocks and not self.problems
 
 
 def _well_formed(block: Block, sampled: Sequence[bool] | None) -> bool:
     if not block.well_formed or sampled is None:
         return block.well_formed
-    return all(sampled[part.stop - 1] for part in (*block.paths, block.summary))
+    assert block.summary is not None, "a well-formed block has a summary"
+    stops = [*(path.stop for path in block.paths), block.summary.stop]
+    return all(sampled[stop - 1] for stop in stops)
 
 
 def well_formed_parallel(tree: Tree) -> bool:
-    """Whether a trace passes the format check; False for one without blocks."""
+    """Returns whether a trace passes the format check; False for one without blocks."""
     return Format.of(tree).well_formed

@@ -1,0 +1,268 @@
+"""A teacher behind an OpenAI-compatible endpoint.
+
+Retries transient failures (429, 5xx, time-outs, lost connections, malformed bodies); any other 4xx is an
+error that the user must fix.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from megatron_parallel_r1.coldstart.settings import Api, Endpoint
+from megatron_parallel_r1.coldstart.teacher import NoAnswer, TeacherAnswer, TeacherFinish, TeacherRequest
+from megatron_parallel_r1.data.prompts import render
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.servers.client import IDLE_S
+
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
+"""Statuses below 500 that are worth a retry."""
+
+MAX_RETRY_AFTER_S = 3600.0
+"""Gives up on a server that asks for a longer wait."""
+
+THINK, THINK_END = "<think>", "</think>"
+_FINISH: dict[str | None, TeacherFinish] = {"length": "length", "content_filter": "refused"}
+
+
+class BadReply(ValueError):
+    """A response body without an answer; the message says why."""
+
+
+class _Transient(Exception):
+    """A failed attempt that is worth a retry, after `retry_after_s` seconds at the earliest."""
+
+    def __init__(self, what: str, retry_after_s: float | None = None) -> None:
+        super().__init__(what)
+        self.retry_after_s = retry_after_s or 0.0
+
+
+@asynccontextmanager
+async def open_endpoint(endpoint: Endpoint, concurrency: int) -> AsyncIterator[EndpointTeacher]:
+    """Opens the teacher and its connections.
+
+    Raises:
+        UserError: the environment variable of the key is not set, or holds no key.
+    """
+    key = _read_key(endpoint.key_variable)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    limits = httpx.Limits(
+        max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=IDLE_S
+    )
+    async with httpx.AsyncClient(headers=headers, timeout=endpoint.timeout_s, limits=limits) as client:
+        yield EndpointTeacher(endpoint, client, key)
+
+
+class EndpointTeacher:
+    """Sends one HTTP request per sample, with retries.
+
+    Args:
+        client: sends the key with each request.
+        key: removed from the endpoint's messages before they are shown.
+    """
+
+    def __init__(self, endpoint: Endpoint, client: httpx.AsyncClient, key: str | None = None) -> None:
+        self._endpoint = endpoint
+        self._client = client
+        self._key = key
+        path = "chat/completions" if endpoint.api == "chat" else "completions"
+        self._url = f"{endpoint.url.rstrip('/')}/{path}"
+        self._failures_in_a_row = 0
+
+    @property
+    def name(self) -> str:
+        endpoint = self._endpoint
+        return json.dumps(
+            [endpoint.api, endpoint.model, endpoint.temperature, endpoint.max_tokens, endpoint.body],
+            sort_keys=True,
+            default=str,
+        )
+
+    async def answer(self, request: TeacherRequest) -> TeacherAnswer:
+        endpoint = self._endpoint
+        last_failure = ""
+        for attempt in range(endpoint.retries + 1):
+            try:
+                answer = await self._send(request)
+            except _Transient as failure:
+                last_failure = str(failure)
+                if attempt == endpoint.retries or failure.retry_after_s > MAX_RETRY_AFTER_S:
+                    break
+                wait_s = backoff_s(endpoint.backoff_s, endpoint.longest_wait_s, attempt, request.seed)
+                await asyncio.sleep(max(failure.retry_after_s, wait_s))
+            else:
+                self._failures_in_a_row = 0
+                return answer
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= endpoint.give_up_after:
+            raise UserError(
+                f"{self._url}: {self._failures_in_a_row} requests in a row stayed without an answer, the "
+                f"last one by {last_failure}; all answers are kept, start again when the endpoint responds"
+            )
+        raise NoAnswer(last_failure)
+
+    async def _send(self, request: TeacherRequest) -> TeacherAnswer:
+        timeout_s = self._endpoint.timeout_s
+        try:
+            # httpx's time-out restarts with every byte, so a slow drip would never time out.
+            sending = self._client.post(self._url, json=self._body(request))
+            response = await asyncio.wait_for(sending, timeout_s)
+        except (asyncio.TimeoutError, httpx.TimeoutException):
+            raise _Transient(f"no answer within {timeout_s:g} s") from None
+        except httpx.RequestError as error:
+            raise _Transient(f"{type(error).__name__} {error}".strip()) from None
+        status = response.status_code
+        if status >= 500 or status in TRANSIENT_STATUSES:
+            raise _Transient(f"status {status}", retry_after_s(response.headers.get("Retry-After")))
+        if not response.is_success:
+            return self._handle_error(response)
+        try:
+            return read_reply(response.content, self._endpoint.api)
+        except BadReply as error:
+            raise _Transient(str(error)) from None
+
+    def _body(self, request: TeacherRequest) -> dict[str, Any]:
+        endpoint = self._endpoint
+        text = render(request.template, request.problem.prompt)
+        prompt: dict[str, Any] = (
+            {"messages": [{"role": "user", "content": text}]}
+            if endpoint.api == "chat"
+            else {"prompt": text + "\n"}
+        )
+        fields = {
+            "model": endpoint.model,
+            **prompt,
+            "temperature": endpoint.temperature,
+            "max_tokens": endpoint.max_tokens,
+            "seed": request.seed,
+            **endpoint.body,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _handle_error(self, response: httpx.Response) -> TeacherAnswer:
+        """Returns a refusal for a filtered prompt.
+
+        Raises:
+            UserError: any other error status.
+        """
+        code, message = error_of(response.content)
+        if code == "content_filter":
+            return TeacherAnswer("", "refused")
+        endpoint, status = self._endpoint, response.status_code
+        if status in (401, 403):
+            key = (
+                f"the key in {endpoint.key_variable}" if endpoint.key_variable else "a request without a key"
+            )
+            advice = f"it refuses {key}; set teacher.key_variable to the environment variable of a valid key"
+        elif status == 404:
+            advice = (
+                f"it has no model {endpoint.model!r} or no such address; fix teacher.model or teacher.url"
+            )
+        elif response.is_redirect:
+            advice = f"it redirects to {response.headers.get('Location')}; set teacher.url to that"
+        else:
+            shown = message.replace(self._key, "…") if self._key else message
+            advice = f"it refuses the request ({shown[:200] or 'no message'}); fix the settings of teacher"
+        raise UserError(f"{self._url}: status {status}, {advice}")
+
+
+def _read_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(f"teacher.key_variable: {variable} is not set in the environment; set it to the key")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"teacher.key_variable: {variable} holds no valid key; set it to printable ASCII")
+    return key
+
+
+def read_reply(body: bytes, api: Api) -> TeacherAnswer:
+    """Reads the first choice of a response body.
+
+    Raises:
+        BadReply: the body is not JSON, or not in the format of OpenAI's API.
+    """
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadReply(f"no JSON: {_excerpt(body)}") from None
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        raise BadReply(f"no choices: {_excerpt(body)}")
+    refused = False
+    if api == "completions":
+        text = choice.get("text")
+    else:
+        message = choice.get("message")
+        if not isinstance(message, dict):
+            raise BadReply(f"a choice without a message: {_excerpt(body)}")
+        text = message.get("content")
+        refused = bool(message.get("refusal"))
+    if not isinstance(text, str | None):
+        raise BadReply(f"an answer that is not text: {_excerpt(body)}")
+    reason = choice.get("finish_reason")
+    finish = "refused" if refused else _FINISH.get(reason if isinstance(reason, str) else None, "stop")
+    return TeacherAnswer(_strip_reasoning(_valid_unicode(text or "")), finish)
+
+
+def error_of(body: bytes) -> tuple[str, str]:
+    """Reads (code, message) of an error body; empty where it has none."""
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError):
+        return "", ""
+    error: Any = reply.get("error", reply) if isinstance(reply, dict) else None
+    if not isinstance(error, dict):
+        return "", str(error or "")
+    return str(error.get("code") or ""), str(error.get("message") or error.get("detail") or "")
+
+
+def backoff_s(first_s: float, longest_s: float, attempt: int, seed: int) -> float:
+    """Returns the wait before retry `attempt` (0, 1, …): first_s * 2**attempt up to longest_s, with jitter.
+
+    The jitter, a factor in [0.5, 1) fixed by `seed`, spreads requests that failed together.
+    """
+    wait_s = min(longest_s, first_s * 2.0 ** min(attempt, 60))
+    return wait_s * random.Random(f"{seed}/{attempt}").uniform(0.5, 1.0)
+
+
+def retry_after_s(header: str | None, now: datetime | None = None) -> float | None:
+    """Parses a `Retry-After` header (RFC 9110, 10.2.3: seconds or a date) to seconds; None if not valid."""
+    if header is None:
+        return None
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        date = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
+    return max(0.0, (date - (now or datetime.now(timezone.utc))).total_seconds())
+
+
+def _strip_reasoning(text: str) -> str:
+    """Returns the text after a reasoning model's thought; nothing if the thought never ends."""
+    _, end, answer = text.rpartition(THINK_END)
+    if end:
+        return answer
+    return "" if text.lstrip().startswith(THINK) else text
+
+
+def _valid_unicode(text: str) -> str:
+    """Replaces lone surrogates, which JSON can escape but no file can hold."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _excerpt(body: bytes) -> str:
+    return repr(body[:80].decode("utf-8", errors="replace"))
