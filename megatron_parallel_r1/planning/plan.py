@@ -90,7 +90,7 @@ class Plan:
     parallel: ParallelConfig
     world: int
     data: int
-    pipeline_parts: tuple[PipelinePart, ...]
+    parts: tuple[PipelinePart, ...]
     stages: tuple[StagePlan, ...]
     gpu: int
     machine: Machine
@@ -163,7 +163,7 @@ def _shape(recipe: Recipe) -> tuple[ModelConfig, list[str]]:
 class _Planner:
     recipe: Recipe
     shape: ModelConfig
-    pipeline_parts: tuple[PipelinePart, ...]
+    parts: tuple[PipelinePart, ...]
     data: int
     longest: LengthLimits
     in_process: bool
