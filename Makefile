@@ -29,7 +29,7 @@ test: $(VENV)/ready
 
 test-all: $(VENV)/ready
 	$(PYTEST) -m "not engines and not slurm"
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slurm and not engines"
+	$(PYTEST) -m "slurm and not engines"
 
 # The inference servers' own environments, side by side, for an install keeps one core busy; see engines/build.
 engines:

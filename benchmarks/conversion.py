@@ -1,15 +1,15 @@
-"""Rate, CPU time and peak memory of conversion, beside a plain copy of the same bytes, and beside mbridge.
+"""Throughput, CPU time and peak memory of conversion, compared with a plain copy and with mbridge.
 
     python -m benchmarks.conversion [--gigabytes 4] [--rounds 2] [--folder DIR] [--write]
 
-A random Qwen3 of 1.7 B's widths with untied embeddings, in bfloat16. Each round copies its folder, converts
-it to Megatron for tensor 2 x pipeline 2, and converts that back; each in a process of its own, whose peak
-resident memory the kernel tells. The copy is `shutil.copyfile` and fsync of each file; a conversion also
-hashes what it writes, and syncs it, too. Before each, the files to read are put out of the page cache. Times
-are of what the process does after its imports, and in brackets those of the whole process. CPU seconds are
-all threads' together; other work on the machine stretches the times far more than them.
+A random Qwen3 with the widths of 1.7B and untied embeddings, in bfloat16. Each round copies its folder,
+converts it to Megatron for tensor 2 x pipeline 2, and converts that back; each in its own process, whose peak
+resident memory the kernel reports. The copy is `shutil.copyfile` and fsync of each file; a conversion also
+hashes and syncs its output. Before each run the input files are evicted from the page cache. Times exclude
+the process's imports; whole-process times are in brackets. CPU seconds sum all threads and are far less
+sensitive to other load on the machine.
 
-Where mbridge is installed (`mbridge_peer.py` says how), it converts the same model both ways in each round.
+If mbridge is installed (see `mbridge_peer.py`), it converts the same model both ways in each round.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ THEIRS = """
 from benchmarks import mbridge_peer
 import mbridge, megatron.core.dist_checkpointing
 """
-# What begins it, what it does, from which folder to which.
+# Setup code, timed code, source folder, target folder.
 WORK = {
     "copy": (COPY, "copy(a, b)", "hf", "copy"),
     "hf to megatron": (OURS, "hf_to_megatron(a, b, Target(2, 2))", "hf", "megatron"),
@@ -75,7 +75,7 @@ def peak():
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 def cpu():
     of = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in of)
+    return sum(usage.ru_utime + usage.ru_stime for usage in of)
 a, b = map(Path, sys.argv[1:])
 begin, used, idle = time.perf_counter(), cpu(), peak()
 {work}
@@ -85,7 +85,7 @@ print(json.dumps([time.perf_counter() - begin, cpu() - used, idle, peak()]))
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Seconds of the work, of its CPU, of the whole process; resident bytes before the work, and at most."""
+    """Seconds of the work, its CPU and the whole process; resident bytes before the work and at the peak."""
 
     seconds: float
     cpu: float
@@ -98,12 +98,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="where to make about four times as many gigabytes")
+    parser.add_argument("--folder", type=Path, help="scratch folder; needs about four times --gigabytes")
     add_write_option(parser)
-    told = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=told.folder) as place:
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as place:
         folder = Path(place)
-        shape = _shape(told.gigabytes)
+        shape = _shape(args.gigabytes)
         _write(folder / "hf", shape)
         size = _size(folder / "hf")
         largest = max(2 * torch.Size(weight.shape).numel() for weight in weight_table(shape))
@@ -112,34 +112,34 @@ def main() -> None:
         )
         work = WORK | (PEER if mbridge_peer.is_here() else {})
         runs: dict[str, list[Run]] = {name: [] for name in work}
-        for number in range(told.rounds):
+        for number in range(args.rounds):
             for name, (imports, words, source, target) in work.items():
                 shutil.rmtree(folder / target, ignore_errors=True)
                 child = CHILD.format(imports=imports, work=words)
                 runs[name].append(_run(name, child, folder / source, folder / target))
             if number == 0:
                 _check(folder)
-    publish("conversion", [_table(runs, size, largest)], f"{os.cpu_count()} CPU cores and a disk", told.write)
+    publish("conversion", [_table(runs, size, largest)], f"{os.cpu_count()} CPU cores and a disk", args.write)
 
 
 def _check(folder: Path) -> None:
-    """What was measured did its work."""
+    """Asserts that all outputs hold the same tensors."""
     from safetensors import safe_open
 
-    one, *others = (
+    source, *others = (
         folder / name for name in ("hf", "copy", "back", "theirs_back") if (folder / name).exists()
     )
-    with safe_open(one / "model.safetensors", "pt") as expected:
+    with safe_open(source / "model.safetensors", "pt") as expected:
         for other in others:
-            held = stored_tensors(sorted(other.glob("*.safetensors")))
-            assert held.keys() == set(expected.keys()), other
-            for name, stored in held.items():
+            tensors = stored_tensors(sorted(other.glob("*.safetensors")))
+            assert tensors.keys() == set(expected.keys()), other
+            for name, stored in tensors.items():
                 bits = (tensor.view(torch.int16) for tensor in (expected.get_tensor(name), stored.read()))
                 assert torch.equal(*bits), (other, name)
 
 
 def _shape(gigabytes: float) -> ModelConfig:
-    """With as many layers as bring it to about that size; an even number, for two pipeline stages."""
+    """A shape of about that size; its number of layers is even, for two pipeline stages."""
     outer, each = (_numbers(replace(SHAPE, layers=count)) for count in (0, 1))
     return replace(SHAPE, layers=2 * max(1, round((gigabytes * 1e9 / 2 - outer) / (each - outer) / 2)))
 
@@ -198,7 +198,7 @@ def _table(runs: dict[str, list[Run]], size: int, largest: int) -> Table:
                 f"{(peak - largest) / 1e9:.2f}",
             )
         )
-    columns = ("work", "GB/s", "of the copy's rate", "CPU s a GB", "peak GB", "beside the largest weight")
+    columns = ("work", "GB/s", "of the copy's rate", "CPU s per GB", "peak GB", "beside the largest weight")
     return Table(f"Conversion of {size / 1e9:.2f} GB, each in its own process", columns, rows)
 
 

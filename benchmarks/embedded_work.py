@@ -1,4 +1,4 @@
-"""Rollouts of the embedded model in known lengths that differ, and the same work as plain sequences."""
+"""Rollouts of the embedded model with known, varied lengths, and the same work as plain sequences."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags
 from megatron_parallel_r1.thought.trace import Trace
 
-Sequence_ = tuple[list[int], int]  # what a sequence begins with, and how many tokens it draws
+Sequence_ = tuple[list[int], int]  # prompt token ids, number of tokens to sample
 
 
 class Varied(Paced):
-    """Draws of each stretch from half its pace to half above; the seed of the draw says how many."""
+    """Samples 0.5 to 1.5 times the pace's tokens in each segment, determined by the sampling seed."""
 
     async def sample(
         self,
@@ -44,10 +44,10 @@ class Varied(Paced):
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """One trace with one block as sequences that know nothing of each other's caches.
+    """A trace with one block as independent sequences that share no cache.
 
     Attributes:
-        main: up to `<Parallel>`.
+        main: the tokens up to `<Parallel>`.
         paths: from `<Path>` to `</Path>`.
         rest: from `<Summary>` to the end.
     """
@@ -84,7 +84,7 @@ class EmbeddedWork:
     def traces(
         self, engine: NativeEngine, pace: Pace, paths: int, prompts: Sequence[Sequence[int]], varied: bool
     ) -> list[Trace]:
-        """One for each prompt, all at once, each with one block."""
+        """Generates one trace with one block per prompt, all concurrently."""
         thinking = Thinking(paths=paths, max_blocks=1, max_path_tokens=900, max_response_tokens=8000)
         paced = (Varied if varied else Paced)(engine, self.tags, pace)
         thinker = Thinker(paced, self.tags, thinking)
@@ -92,7 +92,7 @@ class EmbeddedWork:
 
 
 def flattened(trace: Trace) -> Flat:
-    """The sequences that draw the same tokens, forced ones being part of what they begin with."""
+    """The sequences that sample the same tokens; forced tokens are part of their prompts."""
     ((_, block),) = trace.tree.all_blocks()
     prompt, tokens = list(trace.prompt), list(trace.tokens)
     opened = block.paths[0].start

@@ -1,23 +1,22 @@
-"""What a layout costs beside a dense mask, and attention under it beside plain causal attention.
+"""Cost of a layout compared with a dense mask, and of its attention compared with causal attention.
 
     python -m benchmarks.mask_cost [--data FILE.parquet] [--lengths 1024 4096 16384 65536] [--dense 16384]
                                    [--attention 1024 4096] [--repeats 3] [--threads 1] [--write]
 
-First table, packed rows of Parallel-GSM8K's traces: bytes of the layout and milliseconds to lay the traces
-together and to find what attention has to compute (once a row, for all layers), beside those of the additive
-float32 mask that says the same, made of the layout by whole-matrix operations, up to --dense tokens.
+First table, packed rows of Parallel-GSM8K's traces: bytes of the layout and milliseconds to pack the traces
+and to plan attention (once per row, for all layers), compared with the equivalent additive float32 mask,
+built from the layout by whole-matrix operations, up to --dense tokens.
 
-Second table, forward and backward of 8 query heads on 4 of 32 numbers, float32: attention as it is trained on
-this machine beside torch's `scaled_dot_product_attention` with `is_causal=True` on as many tokens, which sees
-all before, and beside the same under the dense mask, its making not counted. Rows:
+Second table, forward and backward of 8 query heads and 4 KV heads of dimension 32, float32: the training
+attention of this machine compared with torch's `scaled_dot_product_attention` on as many tokens, with
+`is_causal=True` and with the dense mask (built outside the measurement). Rows:
 
-    one causal trace         nothing hidden: what is lost to the layout
+    one causal trace         nothing hidden: the overhead of the layout
     real traces, packed      a packed row of Parallel-GSM8K
-    one trace, 2 x 4 paths   of `isolated` paths that have four fifths of its tokens
+    one trace, 2 x 4 paths   `isolated`, four fifths of the tokens in paths
     one trace, 1 x 8 paths   the same in one block
 
-A ratio below 1 says that ours is faster; that in CPU time is a check, for a machine that does other work at
-the same time.
+A ratio below 1 means that ours is faster. The ratio of CPU times is a check on machines with other load.
 """
 
 from __future__ import annotations
@@ -47,25 +46,25 @@ VOCAB = 1000
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="a copy of Parallel-GSM8K")
+    parser.add_argument("--data", type=Path, help="Parallel-GSM8K as a Parquet file")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--dense", type=int, default=16384, help="no dense mask of more tokens")
+    parser.add_argument("--dense", type=int, default=16384, help="longest row, in tokens, with a dense mask")
     parser.add_argument("--attention", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     add_write_option(parser)
-    asked = parser.parse_args(arguments)
-    torch.set_num_threads(asked.threads)
-    traces = load_traces(asked.data)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    traces = load_traces(args.data)
     tables = [
-        making(traces, asked.lengths, asked.dense, asked.repeats),
-        attending(traces, asked.attention, asked.dense, asked.repeats),
+        making(traces, args.lengths, args.dense, args.repeats),
+        attending(traces, args.attention, args.dense, args.repeats),
     ]
-    publish("mask_cost", tables, f"CPU, {asked.threads} thread, torch {torch.__version__}", asked.write)
+    publish("mask_cost", tables, f"CPU, {args.threads} thread, torch {torch.__version__}", args.write)
 
 
 def making(traces: Traces, lengths: Sequence[int], dense: int, repeats: int) -> Table:
-    """Bytes and milliseconds of layout and mask."""
+    """Size and construction time of layout and mask."""
     rows = []
     for length in lengths:
         chosen = _fill(traces, length)
@@ -89,12 +88,12 @@ def making(traces: Traces, lengths: Sequence[int], dense: int, repeats: int) -> 
     return Table(
         "A layout and a dense mask of the same row",
         (
-            *("tokens", "layout", "ms to lay traces together", "ms to plan attention"),
-            *("dense mask", "ms to make it", "times the layout's"),
+            *("tokens", "layout", "ms to pack traces", "ms to plan attention"),
+            *("dense mask", "ms to build it", "times the layout's"),
         ),
         rows,
-        f"{repeats} repeats; median (lowest to highest). {traces.source}. No dense mask is made of more than "
-        f"{dense} tokens.",
+        f"{repeats} repeats; median (lowest to highest). {traces.source}. No dense mask is built for "
+        f"more than {dense} tokens.",
     )
 
 
@@ -102,12 +101,12 @@ def attending(traces: Traces, lengths: Sequence[int], dense: int, repeats: int) 
     """Milliseconds of attention, forward and backward."""
     rows = []
     for length in lengths:
-        made = {
+        synthetic = {
             "one causal trace": trace_row(length, "sequential", VOCAB),
             "one trace, 2 x 4 paths": trace_row(length, "isolated", VOCAB, 2, 4),
             "one trace, 1 x 8 paths": trace_row(length, "isolated", VOCAB, 1, 8),
         }
-        packed = {name: concatenate([row], [0]) for name, row in made.items()}
+        packed = {name: concatenate([row], [0]) for name, row in synthetic.items()}
         packed["real traces, packed"] = concatenate(traces.rows, _fill(traces, length))
         for name, row in packed.items():
             rows.append([str(len(row)), name, *_attention(row, dense, repeats)])
@@ -136,7 +135,7 @@ def _attention(packed: PackedRow, dense: int, repeats: int) -> list[str]:
         return ms
 
     def ours(*parts: Tensor) -> Tensor:
-        # A layout of its own each time, as every row has: what is found out about it is not remembered.
+        # A new layout each time, as in training: the plan must not come from a cache.
         return path_attention(*parts, layout_KL.clone(), DIM**-0.5)
 
     ways: dict[str, Callable[..., Tensor]] = {"ours": ours, "causal": partial(_sdpa, is_causal=True)}
@@ -160,7 +159,7 @@ def _sdpa(query_LHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, **sight: bool |
 
 
 def _fill(traces: Traces, length: int) -> list[int]:
-    """Which traces, over again if need be, are laid together into a row of nearly so many tokens."""
+    """Indices of traces, repeated if needed, that pack into a row of nearly `length` tokens."""
     rows = traces.rows * (1 + length // sum(map(len, traces.rows)))
     chosen = first_fit(rows, length)
     return [index % len(traces.rows) for index in chosen[(len(chosen) - 1) // 2]]

@@ -1,9 +1,9 @@
-"""mbridge's conversion on a CPU, for conversion.py: its mapping and its files, on a model of ours.
+"""mbridge's conversion on a CPU, for conversion.py: its name mapping and file writer, applied to our model.
 
-mbridge (Apache-2.0, https://github.com/ISEEKYAN/mbridge) builds models of Transformer Engine, which needs a
-GPU; its mapping takes any live Megatron-Core model with Transformer Engine's names. Here that is one of local
-layers in a single process, whose two norms are called by the names that it knows. It writes no checkpoint of
-Megatron: Megatron-Core's own `dist_checkpointing` does.
+mbridge (Apache-2.0, https://github.com/ISEEKYAN/mbridge) builds Transformer Engine models, which need a
+GPU; its mapping accepts any live Megatron-Core model with Transformer Engine's names. Here that is a model of
+local layers in one process, with its two norms renamed accordingly. mbridge writes no Megatron checkpoints;
+Megatron-Core's `dist_checkpointing` does.
 
     pip install --no-deps mbridge==0.15.1 einops
 """
@@ -28,12 +28,12 @@ LOCAL = {
 
 
 def is_here() -> bool:
-    """Whether it is installed."""
+    """Returns whether mbridge is installed."""
     return find_spec("mbridge") is not None
 
 
 def to_megatron(hf: Path, out: Path) -> None:
-    """A Hugging Face folder into a live model by mbridge, and that into a checkpoint by Megatron."""
+    """Loads a Hugging Face folder into a live model by mbridge; Megatron writes the checkpoint."""
     from megatron.core import dist_checkpointing
 
     with _bridged(hf) as (bridge, model):
@@ -45,7 +45,7 @@ def to_megatron(hf: Path, out: Path) -> None:
 
 
 def to_hf(like: Path, megatron: Path, out: Path) -> None:
-    """Back: Megatron loads, mbridge writes; `like` has the config.json."""
+    """Megatron loads the checkpoint, mbridge writes the folder; `like` provides config.json."""
     from megatron_parallel_r1.conversion.live import load_with_megatron
 
     with _bridged(like) as (bridge, model):

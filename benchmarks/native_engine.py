@@ -1,19 +1,19 @@
-"""Tokens a second of the native engine beside `transformers.generate` and vLLM on the same work, flattened.
+"""Tokens/s of the native engine compared with `transformers.generate` and vLLM on the same work, flattened.
 
     python -m benchmarks.native_engine [--traces 64 256] [--paths 2 4 8] [--repeats 3] [--threads 1]
                                        [--without-vllm] [--write]
 
-So many traces at once, each with one block; stretches have known lengths that differ, from half the pace to
-half above. The model is the demo's, with random weights, in float32. Rates count drawn tokens:
+Concurrent traces with one block each; segment lengths vary from 0.5 to 1.5 times the pace. The model is the
+demo's, with random weights, in float32. Rates count sampled tokens:
 
     this project   `roll_out` in mode isolated: forks and joins share caches
     generate       `transformers.generate` with its cache, in three batches: the main chains, all paths, and
-                   what follows them, each sequence with all before it as its prompt; a batch runs until its
-                   longest sequence is done
+                   the text after them, each sequence with all preceding text as its prompt; a batch runs
+                   until its longest sequence is done
     vLLM           the same sequences in its engine without a server, with prefix caching and continuous
-                   batching; left out, with a line, where `make engines` has not been run
+                   batching; skipped with a message unless `make engines` has been run
 
-The engine must compute each token once, or the benchmark ends with an error.
+The benchmark fails if the engine computes a token twice.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ OURS, GENERATE, THEIRS = "this project", "generate", "vLLM"
 
 @dataclass(slots=True)
 class Way:
-    """One way to do the work; returns drawn tokens and the seconds of wall clock and processor."""
+    """One implementation; `call` returns sampled tokens, wall-clock seconds and CPU seconds."""
 
     call: Callable[[], tuple[int, float, float]]
     drawn: int
     cpu: list[float] = field(default_factory=list)
 
     def rate(self) -> float:
-        """Drawn tokens a second."""
+        """Sampled tokens per second."""
         drawn, seconds, processor = self.call()
         assert drawn == self.drawn, f"{drawn} tokens were drawn, not {self.drawn}"
         self.cpu.append(processor / drawn)
@@ -77,21 +77,26 @@ class Generate:
 
     @torch.inference_mode()
     def _batch(self, sequences: list[Sequence_]) -> int:
-        """Draws for all until the longest is done; tokens that were asked for."""
+        """Generates until the longest sequence is done; returns the number of requested tokens."""
         longest = max(len(tokens) for tokens, _ in sequences)
         ids = torch.tensor([[0] * (longest - len(tokens)) + tokens for tokens, _ in sequences])
-        there = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens, _ in sequences])
-        most = max(count for _, count in sequences)
-        how = GenerationConfig(
-            do_sample=True, top_k=0, max_new_tokens=most, eos_token_id=None, pad_token_id=0, use_cache=True
+        mask_BL = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens, _ in sequences])
+        new_tokens = max(count for _, count in sequences)
+        config = GenerationConfig(
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+            use_cache=True,
         )
-        made = self.model.generate(ids, attention_mask=there, generation_config=how)
-        assert made.shape[1] == longest + most
+        output_BL = self.model.generate(ids, attention_mask=mask_BL, generation_config=config)
+        assert output_BL.shape[1] == longest + new_tokens
         return sum(count for _, count in sequences)
 
 
 class Vllm:
-    """Its process, which reads work and answers with times."""
+    """vLLM's process, which reads work and replies with times."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -107,8 +112,8 @@ class Vllm:
     def run(self, flats: Sequence[Flat]) -> tuple[int, float, float]:
         assert self._process.stdin is not None
         print(json.dumps([(f.main, f.paths, f.rest) for f in flats]), file=self._process.stdin, flush=True)
-        told = json.loads(self.answer())
-        return told["drawn"], told["seconds"], told["processor"]
+        reply = json.loads(self.answer())
+        return reply["drawn"], reply["seconds"], reply["processor"]
 
 
 @contextmanager
@@ -137,39 +142,39 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--without-vllm", action="store_true")
     add_write_option(parser)
-    told = parser.parse_args(words)
-    torch.set_num_threads(told.threads)
-    if not told.without_vllm and not VLLM.exists():
-        print("vLLM is left out: no .venv-vllm; `make engines` builds it", flush=True)
+    args = parser.parse_args(words)
+    torch.set_num_threads(args.threads)
+    if not args.without_vllm and not VLLM.exists():
+        print("skipping vLLM: no .venv-vllm; `make engines` builds it", flush=True)
     work = EmbeddedWork()
-    with nullcontext() if told.without_vllm or not VLLM.exists() else vllm(work) as server:
-        table = measure(work, told.traces, told.paths, told.repeats, server)
-    publish("native engine", [table], f"CPU, {told.threads} thread, torch {torch.__version__}", told.write)
+    with nullcontext() if args.without_vllm or not VLLM.exists() else vllm(work) as server:
+        table = measure(work, args.traces, args.paths, args.repeats, server)
+    publish("native engine", [table], f"CPU, {args.threads} thread, torch {torch.__version__}", args.write)
 
 
 def measure(
     work: EmbeddedWork, traces: Sequence[int], paths: Sequence[int], repeats: int, server: Vllm | None
 ) -> Table:
-    """All ways side by side, a row for each number of traces and of paths."""
+    """All implementations side by side, one row per number of traces and of paths."""
     engine, generate = work.engine(), Generate(work)
     rows = []
     for count in traces:
         for siblings in paths:
-            found, cpu, drawn = _compare(work, engine, generate, server, count, siblings, repeats)
+            rates, cpu, drawn = _compare(work, engine, generate, server, count, siblings, repeats)
             row = [str(count), str(siblings), str(drawn)]
-            row += [spread(found[name], ".0f") if name in found else "–" for name in (OURS, GENERATE, THEIRS)]
+            row += [spread(rates[name], ".0f") if name in rates else "–" for name in (OURS, GENERATE, THEIRS)]
             for name in (GENERATE, THEIRS):
-                row.append(spread(ratios(found[OURS], found[name])) if name in found else "–")
-                row.append(f"{median(ratios(cpu[name], cpu[OURS])):.2f}" if name in found else "–")
+                row.append(spread(ratios(rates[OURS], rates[name])) if name in rates else "–")
+                row.append(f"{median(ratios(cpu[name], cpu[OURS])):.2f}" if name in rates else "–")
             rows.append(row)
     columns = ("traces", "paths", "tokens", "tokens/s", "`generate`", "vLLM", "ours by `generate`")
     return Table(
-        "Native engine: drawn tokens a second, the demo's model, float32",
+        "Native engine: sampled tokens per second, the demo's model, float32",
         (*columns, "in CPU time", "ours by vLLM", "in CPU time"),
         rows,
         f"{repeats} repeats; median (lowest to highest). Of a trace {PACE.main} tokens before the block, "
-        f"{PACE.path} in a path, {PACE.summary} in the summary and {PACE.main} behind it, each from half as "
-        "many to half more. Tokens that the native engine computed twice: 0. Neither engine compiles: vLLM "
+        f"{PACE.path} in a path, {PACE.summary} in the summary and {PACE.main} after it, each times 0.5 "
+        "to 1.5. Tokens that the native engine computed twice: 0. Neither engine compiles: vLLM "
         "runs with enforce_eager.",
     )
 
@@ -183,19 +188,19 @@ def _compare(
     siblings: int,
     repeats: int,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], int]:
-    """Rates and processor seconds a token of each way, and the tokens drawn."""
+    """Rates and CPU seconds per token of each implementation, and the number of sampled tokens."""
     prompts = work.prompts(count)
 
     def ours() -> tuple[int, float, float]:
         before = engine.computed_tokens
         processor, began = time.process_time(), time.perf_counter()
-        made = work.traces(engine, PACE, siblings, prompts, varied=True)
+        traces = work.traces(engine, PACE, siblings, prompts, varied=True)
         seconds, processor = time.perf_counter() - began, time.process_time() - processor
-        # Equal prompts are written once; the last token of a trace is written by the pace.
-        once = sum(map(len, {tuple(p) for p in prompts})) + sum(len(trace.tokens) for trace in made)
+        # Equal prompts are computed once; the last token of a trace is written by `Paced`.
+        once = sum(map(len, {tuple(p) for p in prompts})) + sum(len(trace.tokens) for trace in traces)
         again = engine.computed_tokens - before - once
         assert again == 0, f"{again} tokens were computed twice"
-        return sum(sum(trace.sampled) for trace in made), seconds, processor
+        return sum(sum(trace.sampled) for trace in traces), seconds, processor
 
     flats = [flattened(trace) for trace in work.traces(engine, PACE, siblings, prompts, varied=True)]
 

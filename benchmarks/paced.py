@@ -1,6 +1,6 @@
-"""Rollouts of known size: an engine that is told how many tokens each stretch of a trace draws.
+"""Rollouts of known size: an engine wrapper that fixes the number of tokens in each segment of a trace.
 
-All other work is the real one: the wrapped engine's passes, caches, forks and joins.
+Everything else is real: the wrapped engine's forward passes, caches, forks and joins.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from megatron_parallel_r1.thought.tags import Tags
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Tokens that are drawn on the main chain up to a block or the end, in a path, and in a summary; the tag
-    or end of sequence behind each is included, so they are 2 or more."""
+    """Tokens sampled on the main chain up to a block or the end, in a path, and in a summary.
+
+    Each count includes the closing tag or end of sequence and is at least 2.
+    """
 
     main: int
     path: int
     summary: int
 
     def trace(self, paths: int, blocks: int = 1) -> int:
-        """Tokens of a whole response; `<Path>` and, behind the paths, `</Parallel> <Summary>` are forced."""
+        """Tokens of a whole response; `<Path>` and, after the paths, `</Parallel> <Summary>` are forced."""
         return self.main * (blocks + 1) + blocks * (paths * (self.path + 1) + 2 + self.summary)
 
 
 class Paced(Wrapped[Any]):
-    """Opens a block wherever one is allowed, and ends every stretch by its tag after so many tokens.
+    """Opens a block wherever one is allowed, and closes each segment after its number of tokens.
 
-    The closing token is written, not drawn, and its log-prob is told as 0: what a trainer compares with it
-    means nothing, and costs the same.
+    The closing token is written, not sampled, and its log-prob is reported as 0: a trainer's comparison with
+    it is meaningless but costs the same.
     """
 
     def __init__(self, engine: Engine[Any], tags: Tags, pace: Pace) -> None:
@@ -56,8 +58,8 @@ class Paced(Wrapped[Any]):
         elif tags.parallel in stop:
             closing = tags.parallel
         assert limit >= length, "the limits leave no room for the pace"
-        none: frozenset[int] = frozenset()
-        drawn = await self._engine.sample(context, sampling, length - 1, none, suppress | stop)
+        no_tokens: frozenset[int] = frozenset()
+        drawn = await self._engine.sample(context, sampling, length - 1, no_tokens, suppress | stop)
         await self._engine.write(context, (closing,))
         return Completion(
             (*drawn.tokens, closing), (*drawn.logprobs, 0.0), (*drawn.versions, drawn.versions[-1]), True

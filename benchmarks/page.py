@@ -1,4 +1,4 @@
-"""`docs/performance.md`: a section for each benchmark, which the benchmark itself writes."""
+"""Writes the sections of `docs/performance.md`, one per benchmark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A heading, names of columns, rows of cells; and words below it."""
+    """A titled table with an optional note below it."""
 
     title: str
     columns: Sequence[str]
@@ -28,14 +28,14 @@ class Table:
 
 
 def add_write_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--write", action="store_true", help="also put the tables into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="also write the tables to docs/performance.md")
 
 
 def publish(name: str, tables: Sequence[Table], machine: str, write: bool, page: Path = PAGE) -> None:
-    """Prints the tables of benchmark `name`, and puts them into their section of the page if asked to.
+    """Prints the tables of benchmark `name`; with `write`, also replaces its section of the page.
 
     Args:
-        machine: what they were measured on, in a few words.
+        machine: short description of the hardware.
     """
     text = f"Measured on {date.today()}, {machine}.\n\n" + "\n".join(table.markdown() for table in tables)
     print(text, flush=True)
@@ -44,7 +44,7 @@ def publish(name: str, tables: Sequence[Table], machine: str, write: bool, page:
 
 
 def replace_section(page: Path, name: str, text: str) -> None:
-    """Puts `text` between the marks of a section; without them, or without the page, at its end."""
+    """Replaces the text between the markers of a section; appends the section if the page has none."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     whole = page.read_text() if page.exists() else "# Performance\n"
     section = f"{begin}\n{text.strip()}\n{end}"

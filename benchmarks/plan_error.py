@@ -1,15 +1,15 @@
-"""How far off `parallel-r1 plan` is in time, and what it says of large runs.
+"""Time error of `parallel-r1 plan`, and its predictions for large runs.
 
     python -m benchmarks.plan_error [--repeats 3] [--tokens 48] [--write]
 
 1. Measured here: optimizer steps and rollouts of small models in one process and one thread. The machine's
    rates are fitted to some of them (least squares of relative errors) and predict the others.
-2. Published: H100 runs (benchmarks/published_runs.py); two rates are calibrated on two of them, and predict
+2. Published: H100 runs (benchmarks/published_runs.py); two rates are calibrated on two of them and predict
    the others.
-3. Predicted: steps of the published recipe for larger models on 8 to 1024 H100s, by those rates. Nobody has
-   run these.
+3. Predicted: steps of the published recipe for larger models on 8 to 1024 H100s, with those rates. None of
+   these has been run.
 
-What a plan says of memory is checked to the byte by tests/planning/test_memory.py.
+tests/planning/test_memory.py checks a plan's memory to the byte.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from megatron_parallel_r1.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT32 = 4
-# Rates of these kinds are fitted; a single process sends nothing and has no experts here.
+# Kinds of work whose rates are fitted; a single process has no communication, and no experts here.
 FITTED = ("products", "attention", "stream", "layers", "passes", "updates")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One measured run of one process: an update of so many rows of so many tokens, or draws of `rows` texts
-    with a prompt of `length`."""
+    """A measurement in one process: an update on `rows` rows of `length` tokens, or decoding of `rows` texts
+    with prompts of `length` tokens."""
 
     kind: str
     hidden: int
@@ -101,18 +101,18 @@ LARGE = {
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement; the median counts")
-    parser.add_argument("--tokens", type=int, default=48, help="that each text of a rollout grows by")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats per measurement; the median counts")
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens per text of a rollout")
     add_write_option(parser)
-    told = parser.parse_args(words)
+    args = parser.parse_args(words)
     torch.set_num_threads(1)
     with process.running(seed=1):
-        here = measured_here(told.repeats, told.tokens)
-    publish("plan", [here, published(), *predicted()], "one CPU thread for what is measured here", told.write)
+        here = measured_here(args.repeats, args.tokens)
+    publish("plan", [here, published(), *predicted()], "one CPU thread for what is measured here", args.write)
 
 
 def measured_here(repeats: int, tokens: int, cases: Sequence[Case] = CASES) -> Table:
-    """Fits rates to the cases that are not held out; the error of each."""
+    """Fits rates to the cases that are not held out; tabulates the error of every case."""
     costs = [cost_of(case, tokens) for case in cases]
     seconds = [seconds_of(case, repeats, tokens) for case in cases]
     machine = fit(
@@ -120,17 +120,17 @@ def measured_here(repeats: int, tokens: int, cases: Sequence[Case] = CASES) -> T
     )
     rows, errors = [], []
     for case, cost, taken in zip(cases, costs, seconds, strict=True):
-        said = machine.seconds(cost)
-        errors.append(abs(said / taken - 1))
+        prediction = machine.seconds(cost)
+        errors.append(abs(prediction / taken - 1))
         work = f"{case.rows} x {case.length}" + (f" + {tokens}" if case.kind == "draws" else "")
-        each = (case.kind, f"{case.layers} x {case.hidden}", work, f"{taken:.3f}", f"{said:.3f}")
-        rows.append((*each, f"{said / taken - 1:+.0%}", "held out" if case.held_out else "fitted"))
-    apart = [error for case, error in zip(cases, errors, strict=True) if case.held_out]
+        cells = (case.kind, f"{case.layers} x {case.hidden}", work, f"{taken:.3f}", f"{prediction:.3f}")
+        rows.append((*cells, f"{prediction / taken - 1:+.0%}", "held out" if case.held_out else "fitted"))
+    held_out = [error for case, error in zip(cases, errors, strict=True) if case.held_out]
     return Table(
-        "Time of steps and rollouts on this machine, predicted by rates that others were fitted to",
+        "Steps and rollouts on this machine, predicted with rates fitted to a part of them",
         ("work", "layers x hidden", "rows x tokens", "measured s", "predicted s", "error", ""),
         rows,
-        f"Of those held out: median error {median(apart):.0%}, largest {max(apart):.0%}.",
+        f"Held out: median error {median(held_out):.0%}, largest {max(held_out):.0%}.",
     )
 
 
@@ -166,19 +166,19 @@ def _update_seconds(case: Case, repeats: int) -> float:
 
 
 def plain_row(case: Case, seed: int) -> Row:
-    """A text without blocks, all of whose tokens but the first carry loss."""
+    """A text without blocks; all tokens but the first carry loss."""
     words = np.random.default_rng(seed).integers(10, case.shape.vocab, case.length).tolist()
     return lay_out(words[:1], words[1:], [True] * (case.length - 1), Tree(case.length - 1), "sequential")
 
 
 async def _draw_seconds(engine: NativeEngine, case: Case, tokens: int) -> float:
-    """In which texts that share no prompt grow by `tokens` each; their prompts were read before."""
+    """Seconds to decode `tokens` tokens per text after the prefill; the texts share no prompt."""
     contexts = [engine.open() for _ in range(case.rows)]
     words = np.random.default_rng(0).integers(10, case.shape.vocab, (case.rows, case.length)).tolist()
     await asyncio.gather(*map(engine.write, contexts, words))
-    none: frozenset[int] = frozenset()
+    no_tokens: frozenset[int] = frozenset()
     began = time.perf_counter()
-    grow = partial(engine.sample, limit=tokens, stop=none, suppress=none)
+    grow = partial(engine.sample, limit=tokens, stop=no_tokens, suppress=no_tokens)
     await asyncio.gather(*(grow(context, Sampling(seed=seed)) for seed, context in enumerate(contexts)))
     seconds = time.perf_counter() - began
     for context in contexts:
@@ -187,19 +187,21 @@ async def _draw_seconds(engine: NativeEngine, case: Case, tokens: int) -> float:
 
 
 def fit(runs: Sequence[tuple[Cost, float]]) -> Machine:
-    """Seconds of a unit of each kind that minimise the squares of relative errors; none below 0."""
+    """Fits seconds per unit of each kind: non-negative least squares of the relative errors."""
     amounts = np.array([[getattr(cost, kind) for kind in FITTED] for cost, _ in runs])
     seconds = np.array([taken for _, taken in runs])
-    wanted = amounts / seconds[:, None]
-    scale = wanted.max(0)
+    relative = amounts / seconds[:, None]
+    scale = relative.max(0)
     scale[scale == 0] = 1.0
     free = list(range(len(FITTED)))
     while True:
-        found = np.linalg.lstsq(wanted[:, free] / scale[free], np.ones(len(runs)), rcond=None)[0]
-        if (found >= 0).all():
+        solution = np.linalg.lstsq(relative[:, free] / scale[free], np.ones(len(runs)), rcond=None)[0]
+        if (solution >= 0).all():
             break
-        free.remove(free[int(found.argmin())])
-    units = dict.fromkeys(FITTED, 0.0) | {FITTED[i]: x / scale[i] for i, x in zip(free, found, strict=True)}
+        free.remove(free[int(solution.argmin())])
+    units = dict.fromkeys(FITTED, 0.0) | {
+        FITTED[i]: x / scale[i] for i, x in zip(free, solution, strict=True)
+    }
 
     def rate(kind: str) -> float:
         return 1 / units[kind] if units[kind] else 1e30
@@ -220,22 +222,22 @@ def fit(runs: Sequence[tuple[Cost, float]]) -> Machine:
 
 
 def published() -> Table:
-    """Of runs on H100s that NVIDIA published, and the rates that two of them give."""
+    """Errors for H100 runs that NVIDIA published; two of them calibrate the rates."""
     machine = overlapping(H100)
     for kind in CALIBRATED_ON:
         machine = replace(machine, **{kind: calibrated(kind, machine)})
     rows = []
     for run in (*CALIBRATED_ON.values(), *HELD_OUT):
-        said = machine.seconds(run.cost(machine), fp8=True)
+        prediction = machine.seconds(run.cost(machine), fp8=True)
         split = run.parallel
         layout = f"TP{split.tensor} PP{split.pipeline} CP{split.context} DP{run.data}"
-        error = "calibrated" if run in CALIBRATED_ON.values() else f"{said / run.seconds - 1:+.0%}"
-        rows.append((run.name, f"{run.gpus}", layout, f"{run.seconds:.2f}", f"{said:.2f}", error))
+        error = "calibrated" if run in CALIBRATED_ON.values() else f"{prediction / run.seconds - 1:+.0%}"
+        rows.append((run.name, f"{run.gpus}", layout, f"{run.seconds:.2f}", f"{prediction:.2f}", error))
     peak = 989e12
     note = (
-        f"Products reach {machine.products / peak:.1%} of the peak, experts' {machine.experts / peak:.1%}. "
-        "The published speed of Qwen3 30B-A3B was twice as high in the release before, with tokens dropped: "
-        "predictions for experts are good to a factor of two."
+        f"Matrix products reach {machine.products / peak:.1%} of the peak, experts' "
+        f"{machine.experts / peak:.1%}. The previous release published twice the speed for Qwen3 30B-A3B, "
+        "with token dropping: predictions for experts are accurate to a factor of two."
     )
     return Table(
         "Published pre-training steps on H100s (FP8)",
@@ -246,25 +248,24 @@ def published() -> Table:
 
 
 def predicted() -> Iterator[Table]:
-    """A step of the recipe's RL on DAPO problems for larger models, and memory of the fullest GPU."""
+    """Steps of the recipe's RL on DAPO problems for larger models, and memory of the fullest GPU."""
     rows = []
-    for name, words in LARGE.items():
+    for name, overrides in LARGE.items():
         for gpus in (8, 64, 256, 1024):
             recipe = read_recipe(
-                ROOT / "recipes/qwen3_4b/curriculum.yaml", [f"model.path=Qwen/{name}", *words.split()]
+                ROOT / "recipes/qwen3_4b/curriculum.yaml", [f"model.path=Qwen/{name}", *overrides.split()]
             )
-            made = plan(recipe, gpus)
-            stage = made.stages[-1]
+            stage = plan(recipe, gpus).stages[-1]
             memory = stage.memories[stage.fullest].total / GIB
             time = stage.time
-            each = (time.rollout, time.logprobs, time.update, time.total)
+            seconds = (time.rollout, time.logprobs, time.update, time.total)
             over = " (does not fit)" if memory > 80 else ""
-            rows.append((name, str(gpus), *(f"{x:.0f}" for x in each), f"{memory:.0f}{over}"))
+            rows.append((name, str(gpus), *(f"{x:.0f}" for x in seconds), f"{memory:.0f}{over}"))
     yield Table(
-        "Predicted: 2,048 traces a step, all of full length, in bfloat16 on H100s",
-        ("model", "GPUs", "rollout s", "log-probs s", "update s", "step s", "GiB a GPU"),
+        "Predicted: 2,048 traces per step, all of full length, bfloat16 on H100s",
+        ("model", "GPUs", "rollout s", "log-probs s", "update s", "step s", "GiB per GPU"),
         rows,
-        "`parallel-r1 plan RECIPE --gpus N` says the same of any recipe, stage by stage.",
+        "`parallel-r1 plan RECIPE --gpus N` predicts any recipe, stage by stage.",
     )
 
 

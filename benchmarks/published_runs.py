@@ -1,4 +1,4 @@
-"""Pre-training runs on DGX H100 whose speed NVIDIA has published, to hold the plan's model of time against.
+"""Pre-training runs on DGX H100 with published speed, to evaluate the planner's time model.
 
 From the performance summary of Megatron-Bridge (docs.nvidia.com/nemo/megatron-bridge, "25.11 NeMo container",
 pre-training on DGX-H100 in FP8 with current scaling); shapes from each model's config.json.
@@ -23,9 +23,9 @@ BF16 = 2
 class Run:
     """
     Attributes:
-        expert: processes that share the experts of a layer.
-        batch: sequences of an optimizer step; in micro-batches of `micro`.
-        reached: tokens a second and GPU, as published.
+        expert: expert-parallel size.
+        batch: sequences per optimizer step, in micro-batches of `micro`.
+        reached: published tokens/s per GPU.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of a step, as published."""
+        """Published seconds per step."""
         return self.batch * self.sequence / self.gpus / self.reached
 
     def cost(self, machine: Machine) -> Cost:
-        """Of a step on one GPU."""
+        """Cost of a step on one GPU."""
         tokens = self.micro * self.sequence
         rows = MicroBatches(self.batch // (self.data * self.micro), tokens, self.sequence / 2, tokens)
         split = Split(self.shape, self.parallel, self.data, BF16, machine.per_node)
@@ -118,12 +118,12 @@ HELD_OUT = (
 
 
 def overlapping(machine: Machine) -> Machine:
-    """As the published runs use it: they send while they compute. That links hide 80 % so is assumed."""
+    """The machine with communication overlapped, as in the published runs; 80 % overlap is assumed."""
     return replace(machine, hidden=0.8)
 
 
 def calibrated(kind: str, machine: Machine) -> float:
-    """The rate of `products` or `experts` with which the run it is calibrated on takes its published time."""
+    """The rate of `products` or `experts` at which its calibration run takes the published time."""
     run = CALIBRATED_ON[kind]
     cost = run.cost(machine)
     rest = machine.seconds(cost, fp8=True) - getattr(cost, kind) * machine.seconds_each(fp8=True)[kind]

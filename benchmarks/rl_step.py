@@ -1,14 +1,14 @@
-"""What a GRPO step's time goes into, what rolling out ahead saves, and how its cost grows.
+"""Time breakdown of a GRPO step, the gain by asynchronous rollouts, and how the cost scales.
 
     python -m benchmarks.rl_step [--repeats 5] [--write]
 
-Steps of the demo's model on its problems, by the same parts as a stage: native engine, verifier, trainer,
-weights to the engine. Traces have a known size (benchmarks/paced.py); rewards are what the verifier says.
+Steps of the demo's model on its problems with the parts of a real stage: native engine, verifier, trainer,
+weight updates. Traces have a fixed size (benchmarks/paced.py); the verifier gives the rewards.
 
-1. Shares of a step, in turn and ahead (`max_staleness` 1), in one process.
-2. Cost as one size grows and the others stay: processor seconds of a step, and the exponent of a line through
-   their logarithms. 1 is linear; attention's own part grows with the square of a row's length.
-3. The same as data-parallel processes grow, each with the same share of traces: seconds of all together.
+1. Shares of a step, synchronous and asynchronous (`max_off_policy_steps` 1), in one process.
+2. Cost as one size grows and the others stay: CPU seconds of a step, and the slope of a log-log fit. 1 is
+   linear; attention's own part grows with the square of a row's length.
+3. The same for a growing number of data-parallel processes with equally many traces each: total CPU seconds.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ PACE = Pace(main=12, path=16, summary=12)
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of a step of one process.
+    """Size of a step in one process.
 
     Attributes:
-        prompts: each with SAMPLES traces.
-        paths: of the block that every trace opens.
+        prompts: prompts with SAMPLES traces each.
+        paths: paths of the one block in each trace.
     """
 
     prompts: int = 12
@@ -79,13 +79,13 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Of a trace."""
+        """Tokens of a trace."""
         return self.pace.trace(self.paths)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Seconds of a step, those of the processor, and those of each phase."""
+    """Wall-clock seconds, CPU seconds, and seconds per phase of a step."""
 
     wall: float
     processor: float
@@ -102,82 +102,82 @@ RANKS = (1, 2, 4)
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each measurement")
-    parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)  # how it starts itself under torchrun
+    parser.add_argument("--repeats", type=int, default=5, help="steps per measurement")
+    parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)  # started by itself under torchrun
     add_write_option(parser)
-    told = parser.parse_args(words)
+    args = parser.parse_args(words)
     torch.set_num_threads(1)
-    if told.as_rank:
+    if args.as_rank:
         with process.running(seed=1):
-            step = typical(steps(Size(prompts_per_step=4 * dist.get_world_size()), told.repeats))
-            (told.as_rank / f"{dist.get_rank()}.json").write_text(json.dumps(step.processor))
+            step = typical(steps(Size(prompts_per_step=4 * dist.get_world_size()), args.repeats))
+            (args.as_rank / f"{dist.get_rank()}.json").write_text(json.dumps(step.processor))
         return
     with process.running(seed=1):
-        tables = [shares(told.repeats), growth(told.repeats)]
-    publish("rl step", [*tables, ranks(told.repeats)], f"{os.cpu_count()} CPU cores", told.write)
+        tables = [shares(args.repeats), growth(args.repeats)]
+    publish("rl step", [*tables, ranks(args.repeats)], f"{os.cpu_count()} CPU cores", args.write)
 
 
 def shares(repeats: int, size: Size = Size()) -> Table:
-    """Of a step's time, in turn and ahead."""
+    """Shares of a step's time, synchronous and asynchronous."""
     rows, walls = [], []
-    for name, staleness in (("in turn", 0), ("ahead", 1)):
-        found = steps(size, repeats, staleness)
-        walls.append([step.wall for step in found])
-        spent = {phase: sum(step.phases.get(phase, 0.0) for step in found) for phase in (*PHASES, "wait")}
+    for name, staleness in (("synchronous", 0), ("asynchronous", 1)):
+        measured = steps(size, repeats, staleness)
+        walls.append([step.wall for step in measured])
+        spent = {phase: sum(step.phases.get(phase, 0.0) for step in measured) for phase in (*PHASES, "wait")}
         idle = spent["wait"] - (0.0 if staleness else spent["draw"] + spent["verify"])
         parts = [*(spent[phase] for phase in PHASES), idle]
         rows.append((name, spread(walls[-1]), *(f"{part / sum(walls[-1]):.0%}" for part in parts)))
     columns = ("rollout", "step s", "sync", "draw", "verify", "log-probs", "update", "idle")
     saved = spread(ratios(walls[0], walls[1]))
     note = (
-        f"{size.prompts * SAMPLES} traces of {size.tokens} tokens, two updates. Ahead, draws and verdicts "
-        "run in a second thread, so the shares add up to more than the step; idle is what the training "
-        f"thread waits. In turn, a step takes {saved} times as long as ahead; one is measured behind the "
-        "other."
+        f"{size.prompts * SAMPLES} traces of {size.tokens} tokens, two updates. Asynchronous rollouts "
+        "sample and verify in a second thread, so the shares add up to more than the step; idle is the time "
+        f"that the training thread waits. A synchronous step takes {saved} times as long; measured one "
+        "after the other."
     )
     return Table("Where the time of an RL step goes", columns, rows, note)
 
 
 def growth(repeats: int) -> Table:
-    """Exponents of a step's cost as one size grows."""
+    """Scaling exponents of a step's cost."""
     rows = []
     for name, sizes in SWEEPS.items():
-        found = [typical(steps(size, repeats)) for _, size in sizes]
+        measured = [typical(steps(size, repeats)) for _, size in sizes]
         amounts = [amount for amount, _ in sizes]
-        each = [[step.processor for step in found]]
-        each += [[step.phases.get(phase, 0.0) for step in found] for phase in ("draw", "update")]
-        shown = ", ".join(f"{step.processor:.2f}" for step in found)
-        exponents = (f"{exponent(amounts, costs):.2f}" for costs in each)
-        rows.append((name, ", ".join(map(str, amounts)), shown, *exponents))
-    columns = ("what grows", "to", "processor s of a step", "exponent", "of drawing", "of the updates")
-    return Table("How the cost of an RL step grows (length and paths: tokens of a trace)", columns, rows)
+        costs = [[step.processor for step in measured]]
+        costs += [[step.phases.get(phase, 0.0) for step in measured] for phase in ("draw", "update")]
+        seconds = ", ".join(f"{step.processor:.2f}" for step in measured)
+        exponents = (f"{exponent(amounts, values):.2f}" for values in costs)
+        rows.append((name, ", ".join(map(str, amounts)), seconds, *exponents))
+    columns = ("size", "values", "CPU s per step", "exponent", "of sampling", "of the updates")
+    return Table("Scaling of an RL step's cost (length and paths: tokens of a trace)", columns, rows)
 
 
 def ranks(repeats: int) -> Table:
-    """Seconds of all processes together as they become more, each with as many traces."""
-    found = [sum(_under_torchrun(count, repeats)) for count in RANKS]
-    shown = ", ".join(f"{seconds:.2f}" for seconds in found)
-    row = (", ".join(map(str, RANKS)), shown, f"{exponent(RANKS, found):.2f}")
+    """Total CPU seconds of a growing number of processes, each with equally many traces."""
+    totals = [sum(_under_torchrun(count, repeats)) for count in RANKS]
+    seconds = ", ".join(f"{total:.2f}" for total in totals)
+    row = (", ".join(map(str, RANKS)), seconds, f"{exponent(RANKS, totals):.2f}")
     return Table(
-        "How it grows with data-parallel processes, each with 32 traces",
-        ("processes", "processor s of a step, all together", "exponent"),
+        "Scaling with data-parallel processes, 32 traces each",
+        ("processes", "CPU s per step, all processes", "exponent"),
         [row],
     )
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Slope of the line through the logarithms."""
+    """Slope of the log-log fit."""
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
-def typical(found: Sequence[Step]) -> Step:
-    """The step with the median processor time."""
-    return sorted(found, key=lambda step: step.processor)[len(found) // 2]
+def typical(measured: Sequence[Step]) -> Step:
+    """The step with the median CPU time."""
+    return sorted(measured, key=lambda step: step.processor)[len(measured) // 2]
 
 
 def steps(size: Size, count: int, staleness: int = 0) -> list[Step]:
-    """So many steps, after one that warms up; as in rl/loop.py."""
-    found = []
+    """Measures `count` steps after one warm-up step; runs them as rl/loop.py does."""
+    measured: list[Step] = []
     with (
         background_groups(PATIENCE_S, enabled=staleness > 0) as (_, world),
         _stage(size, count + 1, world, staleness) as (worker, learner),
@@ -194,8 +194,8 @@ def steps(size: Size, count: int, staleness: int = 0) -> list[Step]:
                 phases = {name[5:-2]: seconds for name, seconds in timers.take().items()}
                 lengths = {len(trace.tokens) for trace in batch.all.traces}
                 assert lengths == {size.tokens}, lengths
-                found.append(Step(time.perf_counter() - began, time.process_time() - worked, phases))
-    return found[1:]
+                measured.append(Step(time.perf_counter() - began, time.process_time() - worked, phases))
+    return measured[1:]
 
 
 @contextmanager
@@ -243,7 +243,7 @@ def _stage(
 
 
 def _under_torchrun(count: int, repeats: int) -> list[float]:
-    """Processor seconds of a step on each of so many processes."""
+    """CPU seconds of a step on each of `count` processes."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         words += ["-m", "benchmarks.rl_step", "--as-rank", folder, "--repeats", str(repeats)]

@@ -1,22 +1,23 @@
-"""Useful tokens a second of an SFT step, beside the authors' way and beside the least that could be asked.
+"""Useful tokens/s of an SFT step, compared with the authors' method and with a practical upper bound.
 
     python -m benchmarks.sft_throughput [--data FILE.parquet] [--tokens 4096] [--layers 4] [--repeats 3]
                                         [--threads 1] [--write]
 
-One model of Qwen3's shape in float32 is trained on Parallel-GSM8K's traces in four ways that take turns, each
-with forward, backward, clipping of the gradient and AdamW:
+Trains one Qwen3-shaped model in float32 on Parallel-GSM8K's traces in four alternating ways, each with
+forward, backward, gradient clipping and AdamW:
 
     this project              `sft_step`: traces packed into one row, `isolated`, packing and layout included
-    padded, dense mask        `transformers`: one trace a row, filled up to --tokens, with an additive mask of
-                              tokens x tokens made for it, as the authors' released code does
+    padded, dense mask        `transformers`: one trace per row, padded to --tokens, with an additive mask of
+                              tokens x tokens, as in the authors' released code
     packed, causal            `transformers` on the packed row with its causal flag and no mask, so that
-                              traces and paths see each other: not the same training, but a limit in practice
-    packed, causal, targets   the same, with logits of the targets alone
+                              traces and paths see each other: not the same training, but a practical upper
+                              bound
+    packed, causal, targets   the same, with logits of the targets only
 
-Useful tokens are those of traces: fillers do not count. All four have the same loss, the mean over the same
-targets. Ours makes logits for targets alone and a chunk at a time, twice; `transformers` for every token,
-but in the last way. Ours reports entropies, too. A ratio above 1 says that ours is faster; that in CPU time
-is a check, for a machine that does other work at the same time.
+Useful tokens are those of traces; padding does not count. All four have the same loss, the mean over the same
+targets. Ours computes logits of targets only, in chunks, twice; `transformers` for every token, except in the
+last way. Ours also reports entropies. A ratio above 1 means that ours is faster. The ratio of CPU times is a
+check on machines with other load.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ OURS = "this project"
 
 @dataclass(slots=True)
 class Way:
-    """One way to train on some of the rows, and the CPU seconds a token of its calls."""
+    """One way to train on its rows, with the CPU seconds per token of each call."""
 
     step: Callable[[list[Row]], object]
     rows: list[Row]
     cpu: list[float] = field(default_factory=list)
 
     def rate(self) -> float:
-        """Takes one step; useful tokens a second."""
+        """Runs one step; returns useful tokens per second."""
         tokens = sum(map(len, self.rows))
         cpu, began = time.process_time(), time.perf_counter()
         self.step(self.rows)
@@ -118,24 +119,26 @@ class Theirs:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="a copy of Parallel-GSM8K")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a packed row, and of a padded one")
+    parser.add_argument("--data", type=Path, help="Parallel-GSM8K as a Parquet file")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="tokens of a packed row, and of a padded row"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     add_write_option(parser)
-    asked = parser.parse_args(arguments)
-    torch.set_num_threads(asked.threads)
-    table = measure(asked.data, asked.tokens, asked.layers, asked.repeats)
-    publish("sft_throughput", [table], f"CPU, {asked.threads} thread, torch {torch.__version__}", asked.write)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    table = measure(args.data, args.tokens, args.layers, args.repeats)
+    publish("sft_throughput", [table], f"CPU, {args.threads} thread, torch {torch.__version__}", args.write)
 
 
 def measure(data: Path | None, tokens: int, layers: int, repeats: int) -> Table:
-    """The four ways side by side."""
+    """Measures the four ways side by side."""
     traces = load_traces(data)
     shape = ModelConfig(256, layers, 8, 4, 32, ffn=768, vocab=VOCAB, max_positions=max(4096, tokens))
     fitting = [row for row in traces.rows if len(row) <= tokens]
-    together = [fitting[index] for index in first_fit(fitting, tokens)[-1 if len(fitting) < 20 else 5]]
+    packed_rows = [fitting[index] for index in first_fit(fitting, tokens)[-1 if len(fitting) < 20 else 5]]
     mean = sum(map(len, fitting)) / len(fitting)
     alone = min(fitting, key=lambda row: abs(len(row) - mean))
     with process.running(seed=1):
@@ -144,10 +147,10 @@ def measure(data: Path | None, tokens: int, layers: int, repeats: int) -> Table:
         trainer = Trainer(model, ADAM)
         theirs = Theirs(shape, tokens)
         ways = {
-            OURS: Way(lambda rows: sft_step(trainer, rows, tokens, ADAM.lr), together),
+            OURS: Way(lambda rows: sft_step(trainer, rows, tokens, ADAM.lr), packed_rows),
             "`transformers`: padded, dense mask": Way(theirs.padded_dense, [alone]),
-            "`transformers`: packed, causal": Way(theirs.packed_causal, together),
-            "`transformers`: packed, causal, targets": Way(theirs.packed_causal_targets, together),
+            "`transformers`: packed, causal": Way(theirs.packed_causal, packed_rows),
+            "`transformers`: packed, causal, targets": Way(theirs.packed_causal_targets, packed_rows),
         }
         rates = alternate({name: way.rate for name, way in ways.items()}, repeats)
     cpu = {name: way.cpu[1:] for name, way in ways.items()}
@@ -159,21 +162,21 @@ def measure(data: Path | None, tokens: int, layers: int, repeats: int) -> Table:
         ]
         for name in ways
     ]
-    packed = concatenate(together, range(len(together)))
+    packed = concatenate(packed_rows, range(len(packed_rows)))
     return Table(
-        f"SFT: useful tokens a second, {layers} layers of 256, vocabulary {VOCAB}, float32",
+        f"SFT: useful tokens per second, {layers} layers of 256, vocabulary {VOCAB}, float32",
         ("", "useful tokens/s", "ours by theirs", "the same in CPU time"),
         rows,
         f"{repeats} repeats; median (lowest to highest). {traces.source}, {mean:.0f} tokens on average: "
-        f"{len(together)} in a row of {len(packed)}, {packed.target_count} with loss; one of {len(alone)} in "
-        f"a padded row of {tokens}. `transformers` without a mask lets traces and paths see each other.",
+        f"{len(packed_rows)} in a row of {len(packed)}, {packed.target_count} with loss; one of {len(alone)} "
+        f"in a padded row of {tokens}. `transformers` without a mask lets traces and paths see each other.",
     )
 
 
 def _ratios(rates: dict[str, list[float]], cpu: dict[str, list[float]], name: str) -> list[str]:
     return [
-        f"{spread(found, '.2f')} times"
-        for found in (ratios(rates[OURS], rates[name]), ratios(cpu[name], cpu[OURS]))
+        f"{spread(values, '.2f')} times"
+        for values in (ratios(rates[OURS], rates[name]), ratios(cpu[name], cpu[OURS]))
     ]
 
 

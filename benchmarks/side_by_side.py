@@ -1,7 +1,7 @@
-"""Ours and the alternative in one run: calls that take turns, and their medians with spread.
+"""Alternating measurements of ours and an alternative in one run, with medians and spread.
 
-The machines are noisy, so nothing is compared across runs. In each repeat every call is made once, in an
-order that rotates; a ratio is taken within each repeat, and its median is shown.
+Machines are noisy, so nothing is compared across runs. Each repeat makes every call once, in rotating order;
+ratios are taken within each repeat, and their median is reported.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-Measure = Callable[[], float]  # does the work once; what it returns is compared: a rate, or seconds
+Measure = Callable[[], float]  # does the work once; returns the compared quantity: a rate or seconds
 
 
 def alternate(calls: Mapping[str, Measure], repeats: int) -> dict[str, list[float]]:
-    """What each call returned in each repeat; one more repeat goes before them, warms up, and is left out."""
+    """Returns each call's results in `repeats` repeats, after one warm-up repeat."""
     names = list(calls)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    results: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats + 1):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
             value = calls[name]()
             if repeat:
-                found[name].append(value)
-    return found
+                results[name].append(value)
+    return results
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Of the two in each repeat."""
-    return [one / other for one, other in zip(ours, theirs, strict=True)]
+    """Ours / theirs in each repeat."""
+    return [our / their for our, their in zip(ours, theirs, strict=True)]
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """`median (lowest to highest)`."""
+    """Formats `median (lowest to highest)`."""
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"

@@ -1,21 +1,21 @@
-r"""Answers checked per second, this project's verifier against math-verify, side by side in one run.
+r"""Answers checked per second: this project's verifier compared with math-verify in one run.
 
     python -m benchmarks.verifier [--data DATA.parquet] [--pairs 400] [--repeats 5] [--seed 0] [--write]
 
-Both get the same texts, `… $\boxed{answer}$.` and `$\boxed{reference}$`, and read the answer out of them:
+Both get the same texts, `… $\boxed{answer}$.` and `$\boxed{reference}$`, and extract the answer:
 ours with `extract_answer` and one worker process with its time limit, math-verify with `parse` and `verify`
-in this process, its time limits off. Each repeat draws pairs of its own, so that no cache answers, and the
-two take turns at going first.
+in this process without time limits. Each repeat samples new pairs, so that no cache answers, and the order of
+the two alternates.
 
-The answers are those of a `solution` column, by default of `math_train.parquet` in `data/` of the folder that
-MPR1_SHARED names, or of `../shared`; where there is none, they are made here, and the table says so.
+The answers come from a `solution` column, by default of `math_train.parquet` in `data/` of MPR1_SHARED or
+`../shared`; if the file is absent, they are synthetic and the table says so.
 
-    integers                   an integer against the same or another one
-    plain fractions            `\dfrac{6}{8}` against `\frac{3}{4}` or another one
-    boxed answers, re-spelled  an answer against its own re-spelling
-    boxed answers, wrong       an answer against that of another problem, different as a text
+    integers                   an integer and the same or another integer
+    plain fractions            `\dfrac{6}{8}` and `\frac{3}{4}` or another fraction
+    boxed answers, re-spelled  an answer and its re-spelling
+    boxed answers, wrong       an answer and that of another problem with a different text
 
-"agree" counts the pairs with the same verdict from both; the first of the others are listed.
+"agree" counts the pairs with equal verdicts; the first of the others are listed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from megatron_parallel_r1.rewards.verifier import Verifier
 Pair = tuple[str, str]
 Check = Callable[[Sequence[Pair]], list[bool]]
 
-MADE = (
+SYNTHETIC = (
     r"2\sqrt{3}", r"\frac{\sqrt{3}}{2}", r"3\pi", "(2, -1)", r"[0, \infty)", "x^2 + 2x + 1", r"\{1, 2, 5\}",
     "-3, 4", r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", "y = 2x + 1", "3 + 4i", r"60^\circ", r"\text{even}",
     r"1 + \sqrt{5}", r"\left(\frac{1}{2}, 3\right)", r"(-\infty, 2) \cup (3, \infty)", "(x+1)(x-2)", r"40\%",
@@ -51,15 +51,15 @@ MADE = (
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One kind of pairs: per repeat the pairs a second of both, and all pairs on which they disagree."""
+    """Results for one kind of pairs: pairs/s of both in each repeat; disagreements with our verdict."""
 
     pairs: int
     ours: list[float]
     theirs: list[float]
-    apart: list[tuple[Pair, bool]]
+    disagreements: list[tuple[Pair, bool]]
 
     def row(self, name: str) -> list[str]:
-        agree = f"{self.pairs - len(self.apart)} of {self.pairs}"
+        agree = f"{self.pairs - len(self.disagreements)} of {self.pairs}"
         faster = spread(ratios(self.ours, self.theirs), ".1f")
         return [name, spread(self.ours, ".0f"), spread(self.theirs, ".0f"), faster, agree]
 
@@ -67,15 +67,15 @@ class Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="a table with a `solution` column")
-    parser.add_argument("--pairs", type=int, default=400, help="of each kind, in each repeat")
+    parser.add_argument("--pairs", type=int, default=400, help="pairs of each kind per repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     add_write_option(parser)
-    asked = parser.parse_args()
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    answers, where = _answers(asked.data)
+    args = parser.parse_args()
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that time limits are off
+    answers, where = _answers(args.data)
     rows: list[list[str]] = []
-    apart: list[str] = []
+    disagreements: list[str] = []
     with Verifier() as verifier:
 
         def ours(pairs: Sequence[Pair]) -> list[bool]:
@@ -84,14 +84,14 @@ def main() -> None:
 
         ours([("$\\boxed{x+1}$", "$\\boxed{1+x}$")])  # starts the worker
         for name, draw in _kinds(answers).items():
-            measured = _measure(draw, ours, asked.pairs, asked.repeats, random.Random(asked.seed))
-            rows.append(measured.row(name))
-            apart += [f"{name}: {pair} ours {verdict}" for pair, verdict in measured.apart[:5]]
+            result = _measure(draw, ours, args.pairs, args.repeats, random.Random(args.seed))
+            rows.append(result.row(name))
+            disagreements += [f"{name}: {pair} ours {verdict}" for pair, verdict in result.disagreements[:5]]
     columns = ("pairs", "this verifier", "math-verify", "ratio", "agree")
-    note = f"{asked.repeats} repeats of {asked.pairs} pairs of each kind; boxed answers: {where}."
-    table = Table("Answers checked: pairs a second, median (lowest to highest)", columns, rows, note)
-    publish("verifier", [table], "one worker process beside this one", asked.write)
-    print("\n".join(apart or ["No verdict differs."]))
+    note = f"{args.repeats} repeats of {args.pairs} pairs of each kind; boxed answers: {where}."
+    table = Table("Answers checked: pairs per second, median (lowest to highest)", columns, rows, note)
+    publish("verifier", [table], "one worker process besides this one", args.write)
+    print("\n".join(disagreements or ["No verdict differs."]))
 
 
 def _kinds(answers: Sequence[str]) -> dict[str, Callable[[random.Random], Pair]]:
@@ -135,7 +135,7 @@ def _respelled(answer: str, rng: random.Random) -> str:
 def _measure(
     draw: Callable[[random.Random], Pair], ours: Check, count: int, repeats: int, rng: random.Random
 ) -> Measured:
-    measured = Measured(count * repeats, [], [], [])
+    result = Measured(count * repeats, [], [], [])
     for repeat in range(repeats):
         drawn = [draw(rng) for _ in range(count)]
         pairs = [(f"So it is $\\boxed{{{answer}}}$.", f"$\\boxed{{{other}}}$") for answer, other in drawn]
@@ -143,16 +143,16 @@ def _measure(
         for check in (ours, math_verify) if repeat % 2 else (math_verify, ours):
             began = time.perf_counter()
             verdicts[check] = check(pairs)
-            speeds = measured.ours if check is ours else measured.theirs
+            speeds = result.ours if check is ours else result.theirs
             speeds.append(count / (time.perf_counter() - began))
-        for pair, mine, other in zip(drawn, verdicts[ours], verdicts[math_verify], strict=True):
-            if mine != other:
-                measured.apart.append((pair, mine))
-    return measured
+        for pair, verdict, other in zip(drawn, verdicts[ours], verdicts[math_verify], strict=True):
+            if verdict != other:
+                result.disagreements.append((pair, verdict))
+    return result
 
 
 def math_verify(pairs: Sequence[Pair]) -> list[bool]:
-    """math-verify as its documentation calls it, without the time limits."""
+    """math-verify as in its documentation, without time limits."""
     return [
         verify(
             parse(reference, parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None
@@ -162,15 +162,15 @@ def math_verify(pairs: Sequence[Pair]) -> list[bool]:
 
 
 def _answers(path: Path | None) -> tuple[list[str], str]:
-    """Reference answers, and where they are from."""
+    """Reference answers and their source."""
     repository = Path(__file__).resolve().parents[1]
     shared = Path(os.environ.get("MPR1_SHARED") or repository.parent / "shared")
     path = path or shared / "data" / "math_train.parquet"
     if not path.is_file():
-        return list(MADE), f"{len(MADE)} answers made here, there is no {path.name}"
+        return list(SYNTHETIC), f"{len(SYNTHETIC)} synthetic answers, as {path.name} is absent"
     rows = [cells for shard in open_files(path) for _, cells in shard.rows()]
-    found = [answer for cells in rows if (answer := extract_answer(cells["solution"]))]
-    return found, f"{len(found)} answers of {path.name}"
+    answers = [answer for cells in rows if (answer := extract_answer(cells["solution"]))]
+    return answers, f"{len(answers)} answers of {path.name}"
 
 
 if __name__ == "__main__":

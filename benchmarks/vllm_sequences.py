@@ -1,10 +1,10 @@
-"""What vLLM makes of flattened traces; `native_engine` runs it with the Python of vLLM's environment.
+"""Generates flattened traces with vLLM; `native_engine` runs it with the Python of vLLM's environment.
 
     python vllm_sequences.py MODEL_FOLDER
 
-Reads a line of JSON for each run: traces, each [main, paths, rest] of [token ids, tokens to draw]. Answers
-with a line: {"seconds", "processor", "drawn"}. A trace's paths are asked for when its main chain is done, its
-rest when its paths are; traces do not wait for each other.
+Reads one line of JSON per run: traces, each [main, paths, rest] of [token ids, tokens to sample]. Replies
+with one line: {"seconds", "processor", "drawn"}. Requests a trace's paths when its main chain is done, and
+its rest when its paths are; traces do not wait for each other.
 """
 
 from __future__ import annotations
@@ -42,24 +42,26 @@ def main(folder: str) -> None:
         processor, began = time.process_time(), time.perf_counter()
         drawn = _run(engine, SamplingParams, traces)
         taken = {"seconds": time.perf_counter() - began, "processor": time.process_time() - processor}
-        # The next run begins with an empty cache, as the others do.
+        # Each run starts with an empty cache.
         llm.reset_prefix_cache()
         print(ANSWER + json.dumps(taken | {"drawn": drawn}), flush=True)
 
 
 def _run(engine: Any, sampling: Any, traces: list[Any]) -> int:
-    """Tokens that were drawn."""
+    """Returns the number of sampled tokens."""
     left, drawn = {}, 0
 
-    def ask(trace: int, part: str, sequences: list[tuple[list[int], int]]) -> None:
+    def request(trace: int, part: str, sequences: list[tuple[list[int], int]]) -> None:
         left[trace] = len(sequences)
         for index, (tokens, count) in enumerate(sequences):
-            # The sampled token's log-prob is asked for, as an RL step needs it.
-            how = sampling(max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False, logprobs=0)
-            engine.add_request(f"{trace}/{part}/{index}", {"prompt_token_ids": tokens}, how)
+            # With the sampled token's log-prob, which an RL step needs.
+            parameters = sampling(
+                max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False, logprobs=0
+            )
+            engine.add_request(f"{trace}/{part}/{index}", {"prompt_token_ids": tokens}, parameters)
 
     for index, (main_, _, _) in enumerate(traces):
-        ask(index, "main", [main_])
+        request(index, "main", [main_])
     while engine.has_unfinished_requests():
         for output in engine.step():
             if not output.finished:
@@ -68,9 +70,9 @@ def _run(engine: Any, sampling: Any, traces: list[Any]) -> int:
             index, part = int(output.request_id.split("/")[0]), output.request_id.split("/")[1]
             left[index] -= 1
             if not left[index] and part == "main":
-                ask(index, "paths", traces[index][1])
+                request(index, "paths", traces[index][1])
             elif not left[index] and part == "paths":
-                ask(index, "rest", [traces[index][2]])
+                request(index, "rest", [traces[index][2]])
     return drawn
 
 

@@ -1,12 +1,12 @@
-"""MB/s of weights published to an SGLang server, beside a plain gloo broadcast of as many bytes, in one run.
+"""Weight update to an SGLang server in MB/s, compared with a plain gloo broadcast of as many bytes.
 
     make engines && python -m benchmarks.weight_sync [--megabytes 160] [--repeats 5] [--bucket-mb 64]
 
-A server of a random float32 model of about that size is started on this CPU. Each repeat broadcasts as many
-bytes from one process to another (one tensor, both ends this project's torch) and then publishes the model by
-each transport: the time is that from the pause of the server to its going on, with the gathering of buckets
-and the server's own copy into its parameters, and for `disk` writing, reading back and checking. The first
-repeat warms up and does not count. Shown are medians, and the ratio to the broadcast beside it.
+Starts a server of a random float32 model of about that size on this CPU. Each repeat broadcasts as many bytes
+from one process to another (one tensor, both ends this project's torch) and then publishes the model by each
+transport. The time is that from pausing the server to resuming it, including the gathering of buckets and the
+server's copy into its parameters, and for `disk` writing, reading back and checking. The first repeat is a
+warm-up. Reports medians and the ratio to the broadcast in the same repeat.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PYTHON = Path(__file__).resolve().parents[1] / ".venv-sglang" / "bin" / "python"
 
 
 def shape_of(megabytes: int) -> ModelConfig:
-    """About 16 MB a layer, and an embedding of 33 MB."""
+    """About 16 MB per layer and a 33 MB embedding."""
     layers = max(1, round((megabytes - 33) / 15.7))
     return ModelConfig(
         hidden=512, layers=layers, heads=8, kv_heads=4, head_dim=64, ffn=2048, vocab=16000, max_positions=1024
@@ -75,38 +75,38 @@ def started(folder: Path) -> Iterator[str]:
         child.end()
 
 
-def broadcasting(rank: int, port: int, size: int, orders: Connection) -> None:
-    """One end of the plain broadcast; at each order it sends, or takes, the bytes and tells the seconds."""
+def broadcasting(rank: int, port: int, size: int, requests: Connection) -> None:
+    """One end of the plain broadcast: on each request sends or receives the bytes and reports the seconds."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     block = torch.ones(size, dtype=torch.uint8)
-    while orders.recv():
+    while requests.recv():
         dist.barrier()
         began = time.perf_counter()
         dist.broadcast(block, src=0)
-        # Until the other end has all of it.
+        # Wait until the other end has received all bytes.
         dist.barrier()
-        orders.send(time.perf_counter() - began)
+        requests.send(time.perf_counter() - began)
     dist.destroy_process_group()
 
 
 @contextmanager
 def plain(size: int) -> Iterator[list[Connection]]:
-    """The ends of a pair of processes that broadcast."""
+    """Connections to the two processes that broadcast."""
     context, port = multiprocessing.get_context("spawn"), free_port()
     pipes = [context.Pipe() for _ in range(2)]
-    pair = [
+    processes = [
         context.Process(target=broadcasting, args=(rank, port, size, theirs))
         for rank, (_ours, theirs) in enumerate(pipes)
     ]
-    for one in pair:
-        one.start()
+    for peer in processes:
+        peer.start()
     ends = [ours for ours, _theirs in pipes]
     yield ends
     for end in ends:
         end.send(False)
-    for one in pair:
-        one.join()
+    for peer in processes:
+        peer.join()
 
 
 def broadcast_seconds(ends: list[Connection]) -> float:
@@ -121,11 +121,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bucket-mb", type=int, default=64)
     add_write_option(parser)
-    given = parser.parse_args()
+    args = parser.parse_args()
     if not PYTHON.exists():
         parser.error(f"no {PYTHON}: run `make engines` first")
     torch.set_num_threads(1)
-    shape = shape_of(given.megabytes)
+    shape = shape_of(args.megabytes)
     seconds: dict[str, list[float]] = {name: [] for name in ("gloo broadcast", *KINDS)}
     worst = 0.0
     with tempfile.TemporaryDirectory() as place, process.running(seed=1):
@@ -142,7 +142,7 @@ def main() -> None:
                     model,
                     Sync(
                         transport=kind,
-                        bucket_bytes=given.bucket_mb * 2**20,
+                        bucket_bytes=args.bucket_mb * 2**20,
                         tolerance=1e-3,
                         folder=Path(place) / "versions",
                     ),
@@ -152,7 +152,7 @@ def main() -> None:
                 for kind in KINDS
             }
             version = 0
-            for _ in range(1 + given.repeats):
+            for _ in range(1 + args.repeats):
                 seconds["gloo broadcast"].append(broadcast_seconds(ends))
                 for kind, publisher in publishers.items():
                     version += 1
@@ -163,14 +163,14 @@ def main() -> None:
                 publisher.end()
     plainly, rows = seconds["gloo broadcast"][1:], []
     for name, taken in seconds.items():
-        rates = [size / 1e6 / one for one in taken[1:]]
+        rates = [size / 1e6 / second for second in taken[1:]]
         rows.append((name, spread(rates, ".0f"), spread(ratios(plainly, taken[1:]))))
     note = (
-        f"{size / 1e6:.0f} MB in float32, buckets of {given.bucket_mb} MiB, {given.repeats} repeats; the "
-        f"server's pause and its own loading are included. Log-probs then differ by {worst:.1e} at most."
+        f"{size / 1e6:.0f} MB in float32, buckets of {args.bucket_mb} MiB, {args.repeats} repeats; the "
+        f"server's pause and loading are included. Log-probs then differ by {worst:.1e} at most."
     )
-    table = Table("Weights to an SGLang server", ("way", "MB/s", "of the broadcast's rate"), rows, note)
-    publish("weight sync", [table], "one thread on each side", given.write)
+    table = Table("Weights to an SGLang server", ("transport", "MB/s", "of the broadcast's rate"), rows, note)
+    publish("weight sync", [table], "one thread per side", args.write)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Attention under a layout: right by its definition, and how fast beside what else there is.
+"""Attention under a layout: correctness against its definition, and speed compared with alternatives.
 
 Shapes: L tokens, Q queries, H query heads, G key/value heads, D head dimension.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.clock import Cost, cost_of, let_go
+from benchmarks.gpu.clock import Cost, cost_of, free_memory
 from benchmarks.gpu.rows import dense_mask, timed_rows, visible_pairs
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.page import Table
@@ -24,13 +24,13 @@ from megatron_parallel_r1.thought.packing import context_indices
 from tests.unit.model.kernels.dense import dense_attended
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Largest error by the largest number. float32: sums of up to a thousand products, each rounded to 2^-24, and
-# a GPU's exp2, which is 2 units off. bfloat16: weights, gradients of scores and results are 2^-8 apart.
+# Limits of max |error| / max |value|. float32: sums of up to a thousand products, each rounded to 2^-24, and
+# a GPU's exp2 with 2 ulp. bfloat16: weights, gradients of scores and results are rounded to 2^-8.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
 
 def kernels_on(device: torch.device) -> tuple[Kernel, ...]:
-    """Those that train there; the first is the one that `auto` takes."""
+    """Kernels that can train on the device; the first is the choice of `auto`."""
     return ("triton", "flex", "tiled") if device.type == "cuda" else ("sdpa", "tiled")
 
 
@@ -43,23 +43,23 @@ def _inputs(length: int, sizes: Sizes, device: torch.device, dtype: torch.dtype)
 def _errors(
     inputs: Sequence[Tensor], layout_KL: Tensor, here_Q: Tensor, kernel: Kernel, dim: int
 ) -> list[float]:
-    """Of output, dQ, dK and dV, where this process has the queries `here_Q` of a row."""
+    """Relative errors of output, dQ, dK and dV for the queries `here_Q` of a row."""
     query_LHD, key_LGD, value_LGD, grad_LHD = inputs
-    given, grad_QHD = (query_LHD[here_Q], key_LGD, value_LGD), grad_LHD[here_Q]
-    exact = dense_attended(*given, grad_QHD, dense_mask(layout_KL)[here_Q], dim**-0.5)
-    leaves = [x.clone().requires_grad_() for x in given]
+    inputs_QHD, grad_QHD = (query_LHD[here_Q], key_LGD, value_LGD), grad_LHD[here_Q]
+    exact = dense_attended(*inputs_QHD, grad_QHD, dense_mask(layout_KL)[here_Q], dim**-0.5)
+    leaves = [x.clone().requires_grad_() for x in inputs_QHD]
     out_QHD = path_attention(*leaves, layout_KL[:, here_Q].contiguous(), dim**-0.5, kernel)
     out_QHD.backward(grad_QHD)
-    found = [out_QHD, *(leaf.grad for leaf in leaves)]
-    wanted = [exact.out, exact.query_grad, exact.key_grad, exact.value_grad]
+    actual = [out_QHD, *(leaf.grad for leaf in leaves)]
+    expected = [exact.out, exact.query_grad, exact.key_grad, exact.value_grad]
     return [
         ((ours - theirs).abs().max() / theirs.abs().max()).item()
-        for ours, theirs in zip(found, wanted, strict=True)
+        for ours, theirs in zip(actual, expected, strict=True)
     ]
 
 
 def correctness(sizes: Sizes, device: torch.device) -> Table:
-    """Each kernel against attention's definition in float64, over rows of every layout, whole and in part."""
+    """Each kernel against attention's definition in float64, over rows of every layout, whole and split."""
     rows = []
     length = min(1024, sizes.lengths[0])
     for kernel in kernels_on(device):
@@ -69,7 +69,7 @@ def correctness(sizes: Sizes, device: torch.device) -> Table:
                 layout_KL = torch.from_numpy(packed.layout_KL).to(device)
                 inputs = _inputs(len(packed), sizes, device, dtype)
                 for parts in (1, 2):
-                    # The last rank's two chunks of an even row, as under context parallelism.
+                    # The last rank's two chunks of an even row, as in context parallelism.
                     even = len(packed) // (2 * parts) * 2 * parts
                     here_Q = torch.from_numpy(context_indices(even, parts - 1, parts)).to(device)
                     errors = _errors(inputs, layout_KL, here_Q, kernel, sizes.dim)
@@ -78,19 +78,19 @@ def correctness(sizes: Sizes, device: torch.device) -> Table:
             right = "yes" if max(worst) < limit else "NO"
             rows.append([kernel, name, *(f"{error:.1e}" for error in worst), f"{limit:.1e}", right])
     columns = ("kernel", "numbers", "output", "dQ", "dK", "dV", "limit", "right")
-    return Table(f"Largest error by the largest number, rows of {length} of every layout", columns, rows)
+    return Table(f"Largest relative error, rows of {length} of every layout", columns, rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One kernel on one row; pairs are of forward alone, and of forward with backward.
+    """Costs of one kernel on one row; pairs are (forward, forward + backward).
 
     Attributes:
-        tokens: that the row was made for.
-        share: of the pairs of causal attention on as many tokens that the layout lets see each other.
-        ours: cost.
-        flash: FlashAttention's on as many causal tokens.
-        dense: SDPA's under a dense mask; None: not tried at this length.
+        tokens: nominal length of the row.
+        share: visible pairs / pairs of causal attention on as many tokens.
+        ours: cost of the kernel.
+        flash: cost of causal FlashAttention on as many tokens.
+        dense: cost of SDPA with a dense mask; None if not measured at this length.
     """
 
     tokens: int
@@ -103,25 +103,25 @@ class Timed:
 
     @property
     def times_flash(self) -> list[float]:
-        return [theirs.ms / mine.ms for mine, theirs in zip(self.ours, self.flash, strict=True)]
+        return [theirs.ms / ours.ms for ours, theirs in zip(self.ours, self.flash, strict=True)]
 
     @property
     def of_bound(self) -> list[float]:
-        """FlashAttention's time for the visible pairs alone, by ours: the ratio of rates by pair."""
+        """FlashAttention's time for the visible pairs only / our time: the ratio of rates per pair."""
         return [self.share * times for times in self.times_flash]
 
     @property
     def times_dense(self) -> list[float]:
         if self.dense is None:
             return []
-        return [theirs.ms / mine.ms for mine, theirs in zip(self.ours, self.dense, strict=True)]
+        return [theirs.ms / ours.ms for ours, theirs in zip(self.ours, self.dense, strict=True)]
 
 
 def timings(sizes: Sizes, device: torch.device) -> list[Timed]:
-    """Each kernel on each row, beside the two ways to do without."""
-    found = []
+    """Each kernel on each row, compared with causal and dense-mask attention."""
+    timed = []
     for length in sizes.lengths:
-        causal: dict[int, tuple[Cost, Cost]] = {}  # by tokens: a replayed row has more of them
+        causal: dict[int, tuple[Cost, Cost]] = {}  # by number of tokens: a replay row is longer
         for name, packed in timed_rows(length).items():
             tokens = len(packed)
             layout_KL = torch.from_numpy(packed.layout_KL).to(device)
@@ -136,13 +136,13 @@ def timings(sizes: Sizes, device: torch.device) -> list[Timed]:
             for kernel in kernels_on(device):
                 call = partial(_ours, layout_KL=layout_KL, kernel=kernel)
                 ours = _both(call, inputs, sizes, device)
-                found.append(Timed(length, name, kernel, share, ours, causal[tokens], dense))
-            let_go(device)
-    return found
+                timed.append(Timed(length, name, kernel, share, ours, causal[tokens], dense))
+            free_memory(device)
+    return timed
 
 
-def ratios(found: Sequence[Timed]) -> Table:
-    """All that was timed."""
+def ratios(timings: Sequence[Timed]) -> Table:
+    """The table of all timings."""
     rows = [
         [
             *(str(timed.tokens), timed.row, timed.kernel, f"{timed.share:.2f}"),
@@ -151,7 +151,7 @@ def ratios(found: Sequence[Timed]) -> Table:
             *([f"{times:.1f}" for times in timed.times_dense] or ["-", "-"]),
             f"{timed.ours[1].mib:.0f}",
         ]
-        for timed in found
+        for timed in timings
     ]
     columns = (
         *("tokens", "row", "kernel", "share of causal pairs", "forward ms", "forward+backward ms"),
@@ -160,8 +160,8 @@ def ratios(found: Sequence[Timed]) -> Table:
         *("times dense-mask SDPA, forward", "forward+backward", "MiB"),
     )
     note = (
-        "FlashAttention is torch's own, on as many tokens as the row has, all causal. The bound is the time "
-        "in which it would do the visible pairs alone."
+        "FlashAttention is torch's, causal, on as many tokens as the row has. The bound is its time scaled "
+        "to the visible pairs."
     )
     return Table("Attention in bfloat16", columns, rows, note)
 
@@ -171,14 +171,14 @@ def _ours(query: Tensor, key: Tensor, value: Tensor, layout_KL: Tensor, kernel: 
 
 
 def _repeated(inputs: list[Tensor]) -> list[Tensor]:
-    """Keys and values for every query head, as not every version of SDPA shares them."""
+    """Repeats keys and values for every query head: not every SDPA version supports grouped heads."""
     query_LHD, *shared_LGD, grad_LHD = inputs
     repeats = query_LHD.shape[1] // shared_LGD[0].shape[1]
     return [query_LHD, *(x_LGD.repeat_interleave(repeats, 1) for x_LGD in shared_LGD), grad_LHD]
 
 
 def _causal(query_LHD: Tensor, key_LHD: Tensor, value_LHD: Tensor) -> Tensor:
-    """FlashAttention, as torch has it."""
+    """torch's FlashAttention."""
     batch = [part.transpose(0, 1)[None] for part in (query_LHD, key_LHD, value_LHD)]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if query_LHD.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(*batch, is_causal=True)[0].transpose(0, 1)
@@ -190,7 +190,7 @@ def _dense(query_LHD: Tensor, key_LHD: Tensor, value_LHD: Tensor, mask_LL: Tenso
 
 
 def _both(call: Attend, inputs: list[Tensor], sizes: Sizes, device: torch.device) -> tuple[Cost, Cost]:
-    """Forward alone, and forward with backward."""
+    """Costs of forward, and of forward + backward."""
     *parts, grad_LHD = inputs
     with torch.no_grad():
         forward = cost_of(lambda: call(*parts), device, sizes.repeats)

@@ -1,4 +1,4 @@
-"""Time and memory of a call, on a GPU or, to test the benchmarks, on a CPU."""
+"""Time and memory of a call on a GPU, or on a CPU to test the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from statistics import median
 import torch
 
 WARM_UPS = 3
-# A slow call is repeated less often than asked, but not less than this.
+# Slow calls are repeated for at most this many seconds, but at least this often.
 SECONDS, LEAST = 2.0, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Median milliseconds of a call, and the most MiB that it had allocated beyond what was there before."""
+    """Median milliseconds of a call, and its peak MiB beyond what was allocated before."""
 
     ms: float
     mib: float
 
 
 def cost_of(call: Callable[[], object], device: torch.device, repeats: int) -> Cost:
-    """Runs a call until it is compiled and warm, then so many times; memory is counted on a GPU alone."""
+    """Measures a call after warm-up; memory on a GPU only."""
     if device.type == "cpu":
         call()
         return Cost(median(_seconds(call) for _ in range(repeats)) * 1e3, 0.0)
@@ -45,8 +45,8 @@ def cost_of(call: Callable[[], object], device: torch.device, repeats: int) -> C
     return Cost(median(start.elapsed_time(stop) for start, stop in events), mib)
 
 
-def let_go(device: torch.device) -> None:
-    """Frees what a dropped model held: Megatron's parts refer to each other and wait for the collector."""
+def free_memory(device: torch.device) -> None:
+    """Frees the memory of a deleted model: Megatron's objects form cycles that wait for the collector."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

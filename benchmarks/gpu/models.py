@@ -1,4 +1,4 @@
-"""Models: equal to transformers, their rollout equal to their training, and what a step and a token cost.
+"""Models: equality with transformers, of rollout and training, and the cost of a step and of a token.
 
 Shapes: L tokens of a row, V vocabulary.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu.attention import kernels_on
-from benchmarks.gpu.clock import Cost, cost_of, let_go
+from benchmarks.gpu.clock import Cost, cost_of, free_memory
 from benchmarks.gpu.rows import TAGS, dense_mask, trace_row
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.page import Table
@@ -38,7 +38,7 @@ from megatron_parallel_r1.train.micro_batch import MicroBatch
 from megatron_parallel_r1.train.trainer import Trainer
 
 SEED = 1
-# The promise of the design, for float32.
+# The exactness bound of the design, float32.
 EQUAL = 2e-5
 SCALINGS: tuple[Scaling, ...] = ("none", "delayed", "current", "blockwise")
 
@@ -50,18 +50,18 @@ def _model(shape: ModelConfig, dtype: torch.dtype, layers: Layers, std: float) -
 
 
 def _weights(shape: ModelConfig, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Of a large model, made where they are needed: a host takes minutes for as many random numbers."""
+    """Random weights of a large model, generated on the device: a host takes minutes."""
     generator = torch.Generator(device).manual_seed(SEED)
-    for name, size in (part for weight in weight_table(shape) for part in weight.parts):
-        made = torch.ones(size, device=device)
+    for name, size in (part for entry in weight_table(shape) for part in entry.parts):
+        weight = torch.ones(size, device=device)
         if len(size) > 1:
-            made = torch.randn(size, generator=generator, device=device) * 0.02
-        yield name, made.bfloat16()
+            weight = torch.randn(size, generator=generator, device=device) * 0.02
+        yield name, weight.bfloat16()
 
 
 @torch.no_grad()
 def against_transformers(sizes: Sizes, device: torch.device) -> Table:
-    """Logits of a row with blocks, by Megatron with each kernel and layer, and by transformers."""
+    """Logits of a row with blocks: Megatron with each kernel and layer kind, and transformers."""
     shape = sizes.small
     config = AutoConfig.for_model(**shape.to_hf())
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(device).eval()
@@ -80,38 +80,38 @@ def against_transformers(sizes: Sizes, device: torch.device) -> Table:
 
     exact_1LV = transformers(torch.float32)
 
-    def row(name: list[str], found_1LV: Tensor, limit: float | None = None) -> list[str]:
-        gap_1LV = (found_1LV.float() - exact_1LV).abs()
-        most = gap_1LV.max().item()
-        right = "-" if limit is None else "yes" if most <= limit else "NO"
-        return [*name, f"{most:.1e}", f"{gap_1LV.mean().item():.1e}", right]
+    def row(name: list[str], logits_1LV: Tensor, limit: float | None = None) -> list[str]:
+        gap_1LV = (logits_1LV.float() - exact_1LV).abs()
+        largest = gap_1LV.max().item()
+        right = "-" if limit is None else "yes" if largest <= limit else "NO"
+        return [*name, f"{largest:.1e}", f"{gap_1LV.mean().item():.1e}", right]
 
     rows = []
     for kernel in kernels_on(device):
         model = _model(shape, torch.float32, Layers(attention=kernel), 0.1)
-        found_1LV = logits(model, tokens_1L, positions_1L, layout_KL)
-        rows.append(row(["local", kernel, "none", "float32"], found_1LV, EQUAL))
-    # What rounding alone does, then ours beside it.
+        logits_1LV = logits(model, tokens_1L, positions_1L, layout_KL)
+        rows.append(row(["local", kernel, "none", "float32"], logits_1LV, EQUAL))
+    # The effect of rounding alone, then ours.
     rows.append(row(["transformers'", "eager", "none", "bfloat16"], transformers(torch.bfloat16)))
     for layers in (Layers(), *(Layers("transformer_engine", fp8=scaling) for scaling in SCALINGS)):
         name = [layers.kind, layers.attention, layers.fp8, "bfloat16"]
         try:
             model = _model(shape, torch.bfloat16, layers, 0.1)
             rows.append(row(name, logits(model, tokens_1L, positions_1L, layout_KL)))
-        except Exception as failed:  # whatever it is, the others are still to be measured
-            rows.append([*name, "-", "-", _line(failed)])
+        except Exception as error:  # measure the others whatever fails
+            rows.append([*name, "-", "-", _line(error)])
     columns = ("layers", "attention", "fp8", "numbers", "max", "mean", f"at most {EQUAL:g}")
     return Table("Difference of logits from transformers' in float32", columns, rows)
 
 
-def _line(failed: Exception) -> str:
-    """An error as a cell of a table."""
-    words = " ".join(str(failed).split()).replace("|", "/")
-    return words if isinstance(failed, UserError) else f"{type(failed).__name__}: {words[:200]}"
+def _line(error: Exception) -> str:
+    """An error as a table cell."""
+    words = " ".join(str(error).split()).replace("|", "/")
+    return words if isinstance(error, UserError) else f"{type(error).__name__}: {words[:200]}"
 
 
 def rollout_against_trainer(sizes: Sizes, device: torch.device) -> Table:
-    """Log-probs of sampled tokens, by the native engine at rollout and by the trainer afterwards."""
+    """Log-probs of sampled tokens: native engine at rollout against trainer."""
     rows = []
     thinking = Thinking(paths=3, max_path_tokens=12, max_response_tokens=110)
     prompts = [[7 + index % 50, 8, 9] for index in range(max(8, sizes.contexts // 8))]
@@ -127,32 +127,32 @@ def rollout_against_trainer(sizes: Sizes, device: torch.device) -> Table:
         ours_N = torch.cat(trainer.logprobs(batches))
         gap_N = (ours_N - torch.cat([batch.values["engine"] for batch in batches])).abs()
         name = str(dtype).removeprefix("torch.")
-        most = gap_N.max().item()
-        right = "-" if dtype != torch.float32 else "yes" if most <= EQUAL else "NO"
-        rows.append([name, str(len(gap_N)), f"{most:.1e}", f"{gap_N.mean().item():.1e}", right])
+        largest = gap_N.max().item()
+        right = "-" if dtype != torch.float32 else "yes" if largest <= EQUAL else "NO"
+        rows.append([name, str(len(gap_N)), f"{largest:.1e}", f"{gap_N.mean().item():.1e}", right])
     columns = ("numbers", "tokens", "max", "mean", f"at most {EQUAL:g}")
     return Table("Difference of a token's log-prob at rollout and in training", columns, rows)
 
 
 def steps(sizes: Sizes, device: torch.device) -> Table:
-    """One optimizer step on one row with blocks: each kernel, then Transformer Engine's layers."""
+    """An optimizer step on one row with blocks: each kernel, then Transformer Engine's layers."""
     shape = sizes.shape
-    tried = [Layers(attention=kernel) for kernel in kernels_on(device)]
-    tried += [Layers("transformer_engine", fp8=scaling) for scaling in SCALINGS]
-    tried += [Layers("transformer_engine", fp8=scaling, fp8_params=True) for scaling in SCALINGS[1:]]
+    variants = [Layers(attention=kernel) for kernel in kernels_on(device)]
+    variants += [Layers("transformer_engine", fp8=scaling) for scaling in SCALINGS]
+    variants += [Layers("transformer_engine", fp8=scaling, fp8_params=True) for scaling in SCALINGS[1:]]
     row = trace_row(sizes.row, "isolated", shape.vocab)
     rows: list[list[str]] = []
     first = 0.0
-    for layers in tried:
+    for layers in variants:
         name = [layers.kind, layers.attention, layers.fp8, "fp8" if layers.fp8_params else "bfloat16"]
         try:
-            cost, held = _step_cost(layers, row, sizes, device)
+            cost, state_mib = _step_cost(layers, row, sizes, device)
             first = first or cost.ms
             speed = [f"{len(row) / cost.ms * 1e3:.0f}", f"{first / cost.ms:.2f}"]
-            rows.append([*name, *speed, f"{held:.0f}", f"{cost.mib:.0f}", ""])
-        except Exception as failed:  # whatever it is, the others are still to be measured
-            rows.append([*name, "-", "-", "-", "-", _line(failed)])
-        let_go(device)
+            rows.append([*name, *speed, f"{state_mib:.0f}", f"{cost.mib:.0f}", ""])
+        except Exception as error:  # measure the others whatever fails
+            rows.append([*name, "-", "-", "-", "-", _line(error)])
+        free_memory(device)
     title = (
         f"A training step of {shape.layers} layers of {shape.hidden}, one row of {len(row)} tokens, bfloat16"
     )
@@ -164,26 +164,26 @@ def steps(sizes: Sizes, device: torch.device) -> Table:
 
 
 def _step_cost(layers: Layers, row: Row, sizes: Sizes, device: torch.device) -> tuple[Cost, float]:
-    """Of a step, and MiB that weights, gradients and optimizer hold before it."""
+    """Cost of a step, and MiB of weights, gradients and optimizer state before it."""
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     model = build_model(sizes.shape, torch.bfloat16, layers=layers)
     load_hf_tensors(model, _weights(sizes.shape, device))
     trainer = Trainer(model, Adam(lr=1e-5, sharded=layers.fp8_params))
-    sft_step(trainer, [row], len(row), 1e-5)  # Adam's state is born in its first step.
-    held = (torch.cuda.memory_allocated(device) - before) / 2**20 if device.type == "cuda" else 0.0
-    return cost_of(lambda: sft_step(trainer, [row], len(row), 1e-5), device, sizes.repeats), held
+    sft_step(trainer, [row], len(row), 1e-5)  # creates Adam's state
+    state_mib = (torch.cuda.memory_allocated(device) - before) / 2**20 if device.type == "cuda" else 0.0
+    return cost_of(lambda: sft_step(trainer, [row], len(row), 1e-5), device, sizes.repeats), state_mib
 
 
 async def _decode(engine: NativeEngine, contexts: int, tokens: int, prompt: list[int]) -> float:
-    """Seconds in which as many samples of one prompt, written once, grow by as many tokens."""
+    """Seconds to decode `tokens` tokens in each of `contexts` samples of one prompt, after its prefill."""
     trunk = engine.open()
     await engine.write(trunk, prompt)
     opened = [engine.fork(trunk) for _ in range(contexts)]
-    nothing: frozenset[int] = frozenset()
+    no_tokens: frozenset[int] = frozenset()
     start = time.perf_counter()
     await asyncio.gather(
         *(
-            engine.sample(context, Sampling(seed=seed), tokens, nothing, nothing)
+            engine.sample(context, Sampling(seed=seed), tokens, no_tokens, no_tokens)
             for seed, context in enumerate(opened)
         )
     )
@@ -194,7 +194,7 @@ async def _decode(engine: NativeEngine, contexts: int, tokens: int, prompt: list
 
 
 def decoding(sizes: Sizes, device: torch.device) -> Table:
-    """Tokens that the native engine samples in a second, many contexts at once; by CUDA graphs or not."""
+    """Tokens/s of the native engine with many concurrent contexts, with and without CUDA graphs."""
     shape, rows = sizes.shape, []
     for prompt in sizes.prompts:
         rates = []
@@ -202,13 +202,13 @@ def decoding(sizes: Sizes, device: torch.device) -> Table:
             engine = NativeEngine(Architecture.of(shape), recurring=recurring)
             engine.load_weights(_weights(shape, device), version=0)
             words = [7 + index % 50 for index in range(prompt)]
-            # The first captures what is to be captured.
+            # The first run captures the graphs.
             seconds = [
                 asyncio.run(_decode(engine, sizes.contexts, sizes.new_tokens, words)) for _ in range(3)
             ]
             rates.append(sizes.contexts * sizes.new_tokens / median(seconds[1:]))
             del engine
-            let_go(device)
+            free_memory(device)
         numbers = (shape.layers, prompt, sizes.contexts, sizes.new_tokens)
         rows.append([*map(str, numbers), *(f"{rate:.0f}" for rate in rates), f"{rates[0] / rates[1]:.2f}"])
     columns = ("layers", "prompt", "contexts", "tokens of each", "tokens/s", "without graphs", "ratio")

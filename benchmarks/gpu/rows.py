@@ -1,4 +1,4 @@
-"""Rows like those of training: a trace with blocks of sibling paths, alone or with others in one row."""
+"""Rows as in training: a trace with blocks of sibling paths, alone or packed with others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST_WORD = 7
 
 
 def trace_row(length: int, mode: Mode, vocab: int, blocks: int = 2, paths: int = 4) -> Row:
-    """A trace of `length` tokens, of which four fifths stand in the paths of its blocks.
+    """A trace of `length` tokens, four fifths of them in the paths of its blocks.
 
     Args:
         mode: `causal` sees all paths, `sequential` has none.
@@ -42,7 +42,7 @@ def trace_row(length: int, mode: Mode, vocab: int, blocks: int = 2, paths: int =
 
 
 def timed_rows(length: int, vocab: int = 1000) -> dict[str, PackedRow]:
-    """Rows of exactly or, under replay, at least `length` tokens, by name."""
+    """Rows by name, of exactly `length` tokens; of at least `length` under replay."""
     return {
         "causal": concatenate([trace_row(length, "sequential", vocab)], [0]),
         "isolated": concatenate([trace_row(length, "isolated", vocab)], [0]),
@@ -52,14 +52,14 @@ def timed_rows(length: int, vocab: int = 1000) -> dict[str, PackedRow]:
 
 
 def visible_pairs(layout_KL: np.ndarray) -> int:
-    """Pairs of query and key that a layout lets see each other; its intervals do not overlap."""
+    """Number of visible (query, key) pairs; assumes that hidden intervals do not overlap."""
     index_L, start_L, *hidden_L = layout_KL.astype(np.int64)
     hidden = sum((hi_L - lo_L).sum() for lo_L, hi_L in zip(hidden_L[::2], hidden_L[1::2], strict=True))
     return int((index_L + 1 - start_L).sum() - hidden)
 
 
 def dense_mask(layout_KL: Tensor) -> Tensor:
-    """[L, L] bool, as a user without path attention would give it to torch."""
+    """[L, L] bool, the mask for torch's attention without path attention."""
     key_L = torch.arange(layout_KL.shape[1], device=layout_KL.device)
     index_L1, start_L1, *hidden_L1 = layout_KL[:, :, None]
     sees_LL = (start_L1 <= key_L) & (key_L <= index_L1)

@@ -1,13 +1,13 @@
-"""Everything that only a GPU can tell, in one command:
+"""All GPU measurements in one command:
 
     python -m benchmarks.gpu.run [--only NAME ...] [--page docs/performance.md] [--tune]
 
-on a machine with CUDA. First whether the results are right, then how they compare with FlashAttention, with a
-dense mask and with each other. The tables go to the screen and into a section of the page, with the date and
-the card. `--only` makes some of them, and leaves the page alone unless it is named. `--tune` instead times
+on a machine with CUDA: first correctness, then speed compared with FlashAttention, with a dense mask and
+among the kernels. Prints the tables and writes them to a section of the page, with the date and the GPU.
+`--only` makes some of them, and leaves the page unchanged unless `--page` is given. `--tune` instead times
 other tile sizes of the Triton kernels (megatron_parallel_r1/model/attention/kernels/tilings.py).
 
-Exit codes: 1, something is wrong or could not be measured; 2, there is no CUDA device.
+Exit codes: 1, a result is wrong or could not be measured; 2, no CUDA device.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Measure = Callable[[Sizes, torch.device], list[Table]]
 
 
 def _attention(sizes: Sizes, device: torch.device) -> list[Table]:
-    found = attention.timings(sizes, device)
-    return [attention.ratios(found), targets(found)]
+    timings = attention.timings(sizes, device)
+    return [attention.ratios(timings), targets(timings)]
 
 
 MEASURES: dict[str, Measure] = {
@@ -47,21 +47,21 @@ FAILED = "could not be measured"
 
 
 def tables(sizes: Sizes, device: torch.device, names: Sequence[str] = tuple(MEASURES)) -> Iterator[Table]:
-    """The measurements; the caller has started the process (`process.running`).
+    """Yields the measurements' tables; the caller has started the process (`process.running`).
 
-    One that fails is told on standard error and by a table, and the others go on.
+    A failed measurement prints its traceback and yields a table with the error; the others continue.
     """
     for name in names:
         try:
             yield from MEASURES[name](sizes, device)
-        except Exception as failed:  # whatever it is: time on a GPU is dear
+        except Exception as error:  # continue whatever fails: GPU time is expensive
             traceback.print_exc()
-            told = " ".join(str(failed).split()).replace("|", "/")[:200]
-            yield Table(f"{name} {FAILED}", ("error",), [[f"{type(failed).__name__}: {told}"]])
+            message = " ".join(str(error).split()).replace("|", "/")[:200]
+            yield Table(f"{name} {FAILED}", ("error",), [[f"{type(error).__name__}: {message}"]])
 
 
 def is_wrong(table: Table) -> bool:
-    """Whether a result is beyond its limit, or is not there."""
+    """Returns whether a result exceeds its limit or is missing."""
     return table.title.endswith(FAILED) or any("NO" in row for row in table.rows)
 
 
@@ -70,17 +70,17 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=list(MEASURES), metavar="NAME", help=", ".join(MEASURES))
-    parser.add_argument("--page", type=Path, help="default: docs/performance.md, if all is measured")
-    parser.add_argument("--tune", action="store_true")
-    chosen = parser.parse_args(arguments)
+    parser.add_argument("--page", type=Path, help="default: docs/performance.md, unless --only is given")
+    parser.add_argument("--tune", action="store_true", help="time other tile sizes of the Triton kernels")
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks/gpu: no CUDA device here; run it on a machine that has one", file=sys.stderr)
+        print("benchmarks/gpu: no CUDA device; run it on a machine that has one", file=sys.stderr)
         return 2
     device = torch.device("cuda", 0)
-    if chosen.tune:
+    if args.tune:
         print(tune.table(FULL, device).markdown())
         return 0
-    page = chosen.page or (None if chosen.only else PAGE)
+    page = args.page or (None if args.only else PAGE)
     properties = torch.cuda.get_device_properties(device)
     heading = (
         f"## On a GPU\n\n{date.today()}, {properties.name} of {properties.total_memory / 2**30:.0f} GiB, "
@@ -89,11 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(heading)
     written, wrong = [heading], False
     with process.running(seed=1):
-        for table in tables(FULL, device, chosen.only or tuple(MEASURES)):
+        for table in tables(FULL, device, args.only or tuple(MEASURES)):
             print(table.markdown(), flush=True)
             written.append(table.markdown())
             wrong |= is_wrong(table)
-            if page:  # Each as soon as it is there: whatever ends this run does not take them with it.
+            if page:  # After each table, so that an aborted run keeps its results.
                 replace_section(page, "gpu", "\n".join(written))
     return int(wrong)
 

@@ -1,4 +1,4 @@
-"""How large the measurements are: those for a GPU, and tiny ones by which the code is tested on a CPU."""
+"""Sizes of the measurements: for a GPU, and tiny ones to test the code on a CPU."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of rows in tokens, of heads, and of models.
+    """Sizes of rows in tokens, of attention heads, and of models.
 
     Attributes:
-        lengths: rows whose attention is timed.
-        dense: the longest of them for which a dense mask is made.
-        heads, groups, dim: of attention; 32 query heads on 8 of 128 are Qwen3-8B's.
-        repeats: runs of a measurement, of which the median is kept.
-        shape, row: of the model whose training step is timed, and tokens of its row.
-        small: the model that is compared with transformers and with its own rollout.
-        contexts, new_tokens: decoded at once, and by each.
-        prompts: tokens that they share, one measurement each.
+        lengths: of the rows whose attention is timed.
+        dense: longest row that is also timed with a dense mask.
+        heads, groups, dim: query heads, KV heads and head dimension; 32, 8 and 128 are Qwen3-8B's.
+        repeats: runs per measurement; the median counts.
+        shape, row: model of the timed training step, and tokens of its row.
+        small: model that is compared with transformers and with its own rollout.
+        contexts, new_tokens: concurrent contexts, and new tokens of each.
+        prompts: lengths of their shared prompt, one measurement each.
     """
 
     lengths: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Other tile sizes of the Triton kernels, timed one kernel at a time."""
+"""Times other tile sizes of the Triton kernels, one kernel at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_parallel_r1.model.attention.kernels.tilings import Tiling, Tilings
 
 
 def candidates(sizes: Sizes) -> Iterator[tuple[str, Tilings]]:
-    """The present tiles, and all that differ from them in one kernel."""
+    """The current tiles, and all variants of one kernel's tiles."""
     present = tilings(sizes.dim, torch.bfloat16)
     yield "present", present
     for kernel in ("forward", "query_gradient", "key_gradient"):
@@ -27,8 +27,8 @@ def candidates(sizes: Sizes) -> Iterator[tuple[str, Tilings]]:
 
 
 def table(sizes: Sizes, device: torch.device) -> Table:
-    """The ten fastest of each kernel, forward and backward together, on the middle length's row."""
-    # Triton is not there on every machine.
+    """The ten fastest tilings of each kernel, forward + backward, on the row of middle length."""
+    # Triton is not available on every machine.
     from megatron_parallel_r1.model.attention.kernels.launch import kernel_attention
 
     packed = timed_rows(sizes.lengths[len(sizes.lengths) // 2])["isolated"]
@@ -39,17 +39,17 @@ def table(sizes: Sizes, device: torch.device) -> Table:
         for h in heads
     ]
     grad_LHD = torch.randn_like(leaves[0])
-    found: dict[str, list[tuple[float, str]]] = {}
+    results: dict[str, list[tuple[float, str]]] = {}
     for kernel, chosen in candidates(sizes):
 
         def both(chosen: Tilings = chosen) -> None:
             out_LHD, _ = kernel_attention(*leaves, layout_KL, sizes.dim**-0.5, chosen)
             torch.autograd.grad(out_LHD, leaves, grad_LHD)
 
-        shown = str(chosen if kernel == "present" else getattr(chosen, kernel))
+        tiles = str(chosen if kernel == "present" else getattr(chosen, kernel))
         try:
-            found.setdefault(kernel, []).append((cost_of(both, device, sizes.repeats).ms, shown))
-        except Exception as refused:  # Tiles too large for shared memory: Triton's own kind of error.
-            print(f"{kernel} {shown}: {str(refused).splitlines()[0]}")
-    rows = [[kernel, shown, f"{ms:.2f}"] for kernel in found for ms, shown in sorted(found[kernel])[:10]]
+            results.setdefault(kernel, []).append((cost_of(both, device, sizes.repeats).ms, tiles))
+        except Exception as error:  # tiles exceed shared memory; an exception type of Triton
+            print(f"{kernel} {tiles}: {str(error).splitlines()[0]}")
+    rows = [[kernel, tiles, f"{ms:.2f}"] for kernel in results for ms, tiles in sorted(results[kernel])[:10]]
     return Table("Forward and backward by tile sizes", ("kernel", "tiles", "ms"), rows)

@@ -45,7 +45,7 @@ class Opened:
 
     Attributes:
         copy, copies: which copy of the model this process works with, and how many share the work.
-        speaks: whether this process keeps the records of its copy.
+        is_replica_leader: whether this process keeps the records of its copy.
     """
 
     engine: Engine[Any]
@@ -98,7 +98,7 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
             engine,
             copy=parallel_state.get_data_parallel_rank(),
             copies=parallel_state.get_data_parallel_world_size(),
-            speaks=is_replica_leader(),
+            is_replica_leader=is_replica_leader(),
         )
         barrier()
 

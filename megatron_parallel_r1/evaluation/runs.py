@@ -155,7 +155,7 @@ class _Work:
         mine = missing[
             len(missing) * opened.copy // opened.copies : len(missing) * (opened.copy + 1) // opened.copies
         ]
-        if not opened.speaks:
+        if not opened.is_replica_leader:
             asyncio.run(self._draw(mine, concurrent, lambda attempt, trace: None))
             return
         done = self.total - len(missing)

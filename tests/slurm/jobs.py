@@ -1,4 +1,4 @@
-"""Submits the scripts of `slurm/` as a user does, and observes the jobs."""
+"""Submits jobs as a user does, by the scripts of `slurm/` or by launch.py, and observes them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import format_exception
 
 import psutil
-import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from megatron_parallel_r1.cluster.command import app
+from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import steps_of
 from tests.parallel.launch import ENVIRONMENT
 from tests.slurm.daemons import Daemons
@@ -24,8 +27,6 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 HEADER = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=60")
 ONE_NODE = ("--nodes=1", *HEADER[1:])
 PATIENCE_S = 600.0
-# With `-n 2 --dist loadgroup` each worker has a cluster of its own; these tests share one undisturbed run.
-SHARES_UNDISTURBED = pytest.mark.xdist_group("undisturbed")
 # No periodic checkpoints: a stopped run resumes from the one that the signal caused.
 SHORT = (
     *("stages.cold_start.steps=4", "stages.cold_start.evaluate=false", "evaluation.problems=4"),
@@ -35,6 +36,9 @@ SHORT = (
         "stages.rl.reward={name: 'tests.slurm.rewards:shorter'}",
     ),
 )
+# The same for launch.py.
+LAUNCH_TWO_NODES = ("--nodes", "2", "--ranks", "1", "--gpus", "0", "--cpus", "1", "--time", "60")
+LAUNCH_ONE_NODE = ("--nodes", "1", *LAUNCH_TWO_NODES[2:])
 FAILING = "stages.rl.reward={name: 'tests.slurm.rewards:third_step'}"
 RUN = (str(RECIPE), *SHORT, "parallel.sharded_optimizer=true")
 
@@ -122,3 +126,22 @@ def assert_equal(run: Path, other: Path) -> None:
         ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (run, other))
         assert ours.keys() == theirs.keys()
         assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+
+
+def launch(site: Site, *arguments: str, code: int = 0, **settings: str) -> str:
+    """Runs launch.py in this process, which saves its imports; returns its output or error."""
+    done = CliRunner().invoke(app, arguments, env=launch_environment(site) | settings)
+    if isinstance(done.exception, UserError):
+        assert code == 2, done.exception
+        return str(done.exception)
+    assert done.exit_code == code, "".join(format_exception(done.exception))
+    return done.stdout
+
+
+def launch_environment(site: Site) -> dict[str, str]:
+    settings = {"PYTHON": sys.executable, "LOG_DIR": str(site.folder / "logs")}
+    return {**site.slurm.environment, **ENVIRONMENT, **settings}
+
+
+def ids_of(output: str) -> list[str]:
+    return [line.split()[0] for line in output.splitlines()]

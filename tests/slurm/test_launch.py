@@ -2,70 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from traceback import format_exception
 
 import pytest
-from typer.testing import CliRunner
 
-from megatron_parallel_r1.cluster.command import app
-from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import steps_of
-from tests.parallel.launch import ENVIRONMENT
-from tests.slurm.jobs import FAILING, RECIPE, REPOSITORY, RUN, SHARES_UNDISTURBED, SHORT, Site, assert_equal
+from tests.slurm.jobs import (
+    FAILING,
+    LAUNCH_ONE_NODE,
+    LAUNCH_TWO_NODES,
+    RECIPE,
+    REPOSITORY,
+    RUN,
+    SHORT,
+    Site,
+    ids_of,
+    launch,
+    launch_environment,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
-
-TWO_NODES = ("--nodes", "2", "--ranks", "1", "--gpus", "0", "--cpus", "1", "--time", "60")
-ONE_NODE = ("--nodes", "1", *TWO_NODES[2:])
-
-
-def launch(site: Site, *arguments: str, code: int = 0, **settings: str) -> str:
-    """Runs launch.py in this process, which saves its imports; returns its output or error."""
-    done = CliRunner().invoke(app, arguments, env=environment(site) | settings)
-    if isinstance(done.exception, UserError):
-        assert code == 2, done.exception
-        return str(done.exception)
-    assert done.exit_code == code, "".join(format_exception(done.exception))
-    return done.stdout
-
-
-def environment(site: Site) -> dict[str, str]:
-    settings = {"PYTHON": sys.executable, "LOG_DIR": str(site.folder / "logs")}
-    return {**site.slurm.environment, **ENVIRONMENT, **settings}
-
-
-def ids_of(output: str) -> list[str]:
-    return [line.split()[0] for line in output.splitlines()]
-
-
-@SHARES_UNDISTURBED
-def test_a_curriculum_is_a_chain_of_jobs_that_survive_preemption(undisturbed: Path, site: Site) -> None:
-    jobs = ids_of(launch(site, "curriculum", *RUN, f"out={site.folder}/runs", *TWO_NODES, HOLD="stop"))
-    assert len(jobs) == 3
-    run = site.folder / "runs/mini"
-    site.wait_for_steps(jobs[1], [1, 2])
-    site.slurm.client("scancel", "--signal=USR2", "--batch", jobs[1])
-    site.wait(jobs[1], lambda: (run / "rl/checkpoints/step_000003").is_dir())
-    site.wait(jobs[2])
-    output = launch(site, "status")
-    assert [line.split()[:3] for line in output.splitlines()] == [
-        [job, f"mini-{name}", "COMPLETED"]
-        for job, name in zip(jobs, ("cold_start", "rl", "release"), strict=True)
-    ]
-    attempts = json.loads((site.logs(jobs[1]) / "attempts.json").read_text())
-    assert [attempt["outcome"] for attempt in attempts] == ["stopped", "done"]
-    assert_equal(run, undisturbed)
-    assert "rl  step 6/6" in launch(site, "logs", jobs[1])
 
 
 def test_a_failed_stage_ends_the_chain_with_its_reason(site: Site) -> None:
     words = (FAILING, f"out={site.folder}/runs")
-    output = launch(site, "curriculum", str(RECIPE), *SHORT, *words, *ONE_NODE, MAX_FAILURES="1")
+    output = launch(site, "curriculum", str(RECIPE), *SHORT, *words, *LAUNCH_ONE_NODE, MAX_FAILURES="1")
     jobs = ids_of(output)
     assert site.wait(jobs[2]) == "CANCELLED"
     first, second, third = launch(site, "status").splitlines()
@@ -91,7 +54,7 @@ def states_from_accounting(site: Site, jobs: int) -> tuple[str, ...]:
 
 def test_a_sweep_is_an_array(site: Site) -> None:
     words = ("submit", "sft", str(RECIPE), "stages.cold_start.steps=2", "stages.cold_start.evaluate=false")
-    output = launch(site, *words, f"out={site.folder}/runs", "--sweep", "seed=1,2", *ONE_NODE)
+    output = launch(site, *words, f"out={site.folder}/runs", "--sweep", "seed=1,2", *LAUNCH_ONE_NODE)
     first, second = ids_of(output)
     assert first.endswith("_0") and second == first.replace("_0", "_1")
     for job in (first, second):
@@ -101,7 +64,7 @@ def test_a_sweep_is_an_array(site: Site) -> None:
 
 
 def test_cancelled_jobs_end(site: Site) -> None:
-    jobs = ids_of(launch(site, "curriculum", *RUN, f"out={site.folder}/runs", *TWO_NODES))
+    jobs = ids_of(launch(site, "curriculum", *RUN, f"out={site.folder}/runs", *LAUNCH_TWO_NODES))
     site.wait(jobs[0], lambda: site.state(jobs[0]) == "RUNNING")
     assert len(launch(site, "cancel").splitlines()) == 3
     assert [site.wait(job) for job in jobs] == ["CANCELLED"] * 3
@@ -110,9 +73,9 @@ def test_cancelled_jobs_end(site: Site) -> None:
 
 def test_a_dry_run_prints_the_job_and_submits_nothing(site: Site) -> None:
     done = subprocess.run(
-        [sys.executable, "slurm/launch.py", "submit", "rl", *RUN, *TWO_NODES, "--dry-run"],
+        [sys.executable, "slurm/launch.py", "submit", "rl", *RUN, *LAUNCH_TWO_NODES, "--dry-run"],
         cwd=REPOSITORY,
-        env={**os.environ, **environment(site)},
+        env={**os.environ, **launch_environment(site)},
         capture_output=True,
         text=True,
         timeout=500,
@@ -147,7 +110,7 @@ def test_a_dry_run_prints_the_job_and_submits_nothing(site: Site) -> None:
 def test_invalid_jobs_are_refused_before_submission(
     site: Site, words: tuple[str, ...], settings: dict[str, str], message: str
 ) -> None:
-    size = TWO_NODES if words[0] == "submit" else ()
+    size = LAUNCH_TWO_NODES if words[0] == "submit" else ()
     # Of repeated options the last one counts.
     output = launch(site, *words[:1], *size, *words[1:], code=2, **settings)
     assert message in output and len(output.splitlines()) == 1, output

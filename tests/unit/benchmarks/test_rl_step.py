@@ -36,9 +36,9 @@ def test_a_trace_has_the_size_that_was_asked_for() -> None:
     }
 
 
-def test_shares_are_told_in_turn_and_ahead() -> None:
+def test_shares_cover_synchronous_and_asynchronous_steps() -> None:
     table = rl_step.shares(1, TINY)
-    assert [row[0] for row in table.rows] == ["in turn", "ahead"]
+    assert [row[0] for row in table.rows] == ["synchronous", "asynchronous"]
     assert all(len(row) == len(table.columns) for row in table.rows)
 
 

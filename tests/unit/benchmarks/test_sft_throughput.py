@@ -25,11 +25,11 @@ def test_every_way_has_a_rate(tmp_path: Path) -> None:
     for row in table.rows:
         assert all(re.match(r"\d", cell) for cell in row[1:] if cell)
         assert float(row[1].split()[0]) > 0
-    assert "made traces, there is no absent.parquet" in table.note
+    assert "synthetic traces, as absent.parquet is absent" in table.note
 
 
 def test_the_same_weights_have_the_same_loss_in_the_authors_way() -> None:
-    """So both do the same work. What is packed causally sees more, so its loss is another one."""
+    """Both do the same work; the causally packed row sees more, so its loss differs."""
     shape = ModelConfig(32, 1, 4, 2, 8, ffn=48, vocab=64, max_positions=512)
     rows = [trace_row(100 + extra, "isolated", 64, blocks=1, paths=3) for extra in range(2)]
     found: list[torch.Tensor] = []
@@ -51,9 +51,9 @@ def test_the_same_weights_have_the_same_loss_in_the_authors_way() -> None:
     assert all(parameter.grad is None for parameter in theirs.model.parameters())
 
 
-def test_made_traces_are_like_the_real_ones(real_data: Path) -> None:
-    real, made = (load_traces(real_data / name) for name in ("parallel_gsm8k.parquet", "absent.parquet"))
+def test_synthetic_traces_are_like_the_real_ones(real_data: Path) -> None:
+    real, synthetic = (load_traces(real_data / name) for name in ("parallel_gsm8k.parquet", "absent.parquet"))
     assert len(real.rows) == 279
-    means = [sum(map(len, traces.rows)) / len(traces.rows) for traces in (real, made)]
+    means = [sum(map(len, traces.rows)) / len(traces.rows) for traces in (real, synthetic)]
     assert means[1] == pytest.approx(means[0], rel=0.1)
-    assert all(row.tokens_L.max() < VOCAB for traces in (real, made) for row in traces.rows)
+    assert all(row.tokens_L.max() < VOCAB for traces in (real, synthetic) for row in traces.rows)
