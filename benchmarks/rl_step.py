@@ -93,7 +93,7 @@ class Step:
 
 
 SWEEPS = {
-    "traces": [(SAMPLES * n, Size(prompts_per_step=n)) for n in (4, 8, 16, 32)],
+    "traces": [(SAMPLES * n, Size(prompts=n)) for n in (4, 8, 16, 32)],
     "length": [(size.tokens, size) for size in (Size(6, 4, Pace(8 * n, 8 * n, 8 * n)) for n in (1, 2, 4, 8))],
     "paths": [(size.tokens, size) for size in (Size(paths=n) for n in (1, 2, 4, 8))],
 }
@@ -109,7 +109,7 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if args.as_rank:
         with process.running(seed=1):
-            step = typical(steps(Size(prompts_per_step=4 * dist.get_world_size()), args.repeats))
+            step = typical(steps(Size(prompts=4 * dist.get_world_size()), args.repeats))
             (args.as_rank / f"{dist.get_rank()}.json").write_text(json.dumps(step.processor))
         return
     with process.running(seed=1):

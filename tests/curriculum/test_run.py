@@ -78,11 +78,11 @@ def test_every_metric_is_documented_and_every_documented_one_is_logged(whole: Pa
     )
     assert set(first_sft) == always | documented("`sft`")
     assert set(first_eval) - {"stage", "kind", "step"} == documented("`eval`")
-    rows = ("`rl`, traces", "`rl`, learning", "`rl`, phases")
+    rows = ("`rl`, traces", "`rl`, learning", "`rl`, timers")
     expected = always.union(*map(documented, rows)) - {"reward_<component>"}
     for line in (whole / "rl/metrics.jsonl").read_text().splitlines():
         assert set(json.loads(line)) == expected | {"reward_accuracy", "reward_parallel_bonus"}
-    assert documented("`rl`, as the objective asks") - {"reward"} == (
+    assert documented("`rl`, depending on the objective") - {"reward"} == (
         {"kl", "penalty_kl", "penalty_overlong", "clip_dual"}
         | {"correction", "corrected", "correction_effective"}
     )
