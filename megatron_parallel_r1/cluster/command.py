@@ -37,7 +37,7 @@ NodesOption = Annotated[
 RanksOption = Annotated[int | None, typer.Option(min=1, help="Processes per node.")]
 GpusOption = Annotated[int | None, typer.Option(min=0, help="GPUs per node.")]
 CpusOption = Annotated[int | None, typer.Option(min=1, help="CPUs per process.")]
-TimeOption = Annotated[str | None, typer.Option(help="Time limit: minutes, H:M:S or D-H.")]
+TimeOption = Annotated[str | None, typer.Option(help="Time limit: minutes, HH:MM:SS or D-HH.")]
 PartitionOption = Annotated[str | None, typer.Option(help="SLURM partition.")]
 AccountOption = Annotated[str | None, typer.Option(help="SLURM account.")]
 LocalOption = Annotated[bool, typer.Option("--local", help="Run on this machine even if it has SLURM.")]

@@ -1,6 +1,6 @@
-"""Reads a recipe from a YAML file and from the overrides of a command line.
+"""Reads a recipe from a YAML file and the overrides of a command line.
 
-A file of the two keys `recipe` and `stage` stands for one stage of another file's recipe.
+A file with the two keys `recipe` and `stage` stands for one stage of another file's recipe.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.settings import first_problem
 
+# The wheel has the recipes inside the package (setup.py), a checkout beside it.
+_PACKAGED = Path(__file__).resolve().parents[1] / "recipes"
+_CHECKOUT = Path(__file__).resolve().parents[2] / "recipes"
+
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe; arguments as `read_tree`.
+    """Reads a recipe, from a file or a packaged one by name (`tiny/demo`); arguments as `read_tree`.
 
     Raises:
         UserError: as `read_tree`, or a key is unknown, missing or ill-typed.
@@ -63,7 +67,7 @@ def read_tree(
     """
     tree = _mapping(path)
     if "recipe" in tree:
-        tree = _mapping(_whole(path, tree))
+        tree = _mapping(_whole_recipe(path, tree))
     renamed = renamed or {}
     tree = with_new_keys(tree, str(path), renamed)
     for override in overrides:
@@ -99,22 +103,33 @@ def refuse_single_stage(path: Path) -> None:
     """
     tree = _mapping(path)
     if "recipe" in tree:
-        whole = _whole(path, tree)
+        whole = _whole_recipe(path, tree)
         raise UserError(f"{path} is the stage {tree['stage']} alone; run sft or rl with it, or take {whole}")
 
 
-def _whole(path: Path, tree: dict[str, Any]) -> Path:
-    """The recipe that a single stage's file names, relative to its own place."""
+def find_recipe(path: Path) -> Path:
+    """The file of a recipe: `path`, or else the packaged recipe of that name (`tiny/demo`)."""
+    if path.exists() or path.is_absolute():
+        return path
+    packaged = _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
+    named = packaged / path.with_suffix(".yaml")
+    return named if named.is_file() else path
+
+
+def _whole_recipe(path: Path, tree: dict[str, Any]) -> Path:
+    """The recipe that the file of a single stage names, relative to its own folder."""
     if set(tree) != {"recipe", "stage"} or not all(isinstance(value, str) for value in tree.values()):
         raise UserError(f"{path}: the file of one stage has two keys, `recipe` (a path) and `stage` (a name)")
-    return path.parent / tree["recipe"]
+    return find_recipe(path).parent / tree["recipe"]
 
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(find_recipe(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give the path of a recipe") from None
+        raise UserError(
+            f"{path}: {error.strerror or error}; give the path of a recipe, or a name such as tiny/demo"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

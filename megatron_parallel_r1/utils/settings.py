@@ -68,7 +68,7 @@ def first_problem(
     match first["type"]:
         case "extra_forbidden":
             close = difflib.get_close_matches(keys[-1], siblings, 1)
-            what = f"unknown key; did you mean {close[0]}?" if close else "unknown key"
+            what = f"unknown key; did you mean {siblings[close[0]]}?" if close else "unknown key"
         case "missing":
             what = "missing key"
         case _:
@@ -80,17 +80,19 @@ def first_problem(
     return f"{where}: {what}{more}" if where else what + more
 
 
-def _locate(path: Sequence[str | int], schema: dict[str, Any], values: Any) -> tuple[list[str], list[str]]:
-    """The path of an error as the user wrote it, and the keys of its innermost mapping."""
+def _locate(
+    path: Sequence[str | int], schema: dict[str, Any], values: Any
+) -> tuple[list[str], dict[str, str]]:
+    """The path of an error as the user wrote it, and the keys at its end, by their last part."""
     keys: list[str] = []
-    node, siblings = _resolved(schema, schema), []
+    node, siblings = _resolved(schema, schema), dict[str, str]()
     for part in path:
         if part in node.get("discriminator", {}).get("mapping", {}):  # the chosen member of a union, no key
             node = _resolved({"$ref": node["discriminator"]["mapping"][part]}, schema)
             continue
         if "anyOf" in node:  # likewise
             continue
-        siblings = list(node.get("properties", ()))
+        siblings = _keys_below(node, schema)
         if isinstance(part, int):
             item = values[part] if isinstance(values, list) and part < len(values) else None
             name = item.get("name") if isinstance(item, dict) else None
@@ -102,6 +104,17 @@ def _locate(path: Sequence[str | int], schema: dict[str, Any], values: Any) -> t
             values = values.get(part) if isinstance(values, dict) else None
         node = _resolved(inner if isinstance(inner, dict) else {}, schema)
     return keys, siblings
+
+
+def _keys_below(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, str]:
+    """Keys of a mapping, and those one level deeper (`lr` -> `optimizer.lr`)."""
+    properties = node.get("properties", {})
+    deeper = {
+        inner: f"{key}.{inner}"
+        for key, value in properties.items()
+        for inner in _resolved(value, schema).get("properties", ())
+    }
+    return deeper | {key: key for key in properties}
 
 
 def _resolved(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

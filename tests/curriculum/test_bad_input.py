@@ -26,8 +26,12 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("seeed=1", "seeed: unknown key; did you mean seeds?"),
+        ("seeed=1", "seeed: unknown key; did you mean seed?"),
         ("stages.rl.stepz=1", "stages.rl.stepz: unknown key; did you mean steps?"),
+        ("stages.rl.lrr=1", "stages.rl.lrr: unknown key; did you mean optimizer.lr?"),
+        ("model.shape.hiden=1", "model.shape.hiden: unknown key; did you mean hidden?"),
+        ("stages.rl.reward.weights=1", "stages.rl.reward.weights: unknown key"),
+        ("stages.cold_start.data.style={blockz: 1}", "stages.cold_start.data.style.blockz: unknown key"),
         ("stages.rl.steps=many", "stages.rl.steps: Input should be a valid integer"),
         ("stages.rl.steps=0", "stages.rl.steps: Input should be greater than or equal to 1"),
         ("stages.nope.steps=1", "no nope in the list, it has cold_start, rl"),

@@ -1,0 +1,154 @@
+"""Commands that train: curriculum, sft, rl, eval, coldstart, plan, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_parallel_r1.distributed.stop_signals import block_stop_signals
+
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        help="A YAML recipe, such as recipes/tiny/demo.yaml, or a packaged one, such as tiny/demo."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as seed=3 stages.rl_hard.steps=10."),
+]
+StageName = Annotated[
+    str | None, typer.Option("--stage", help="Stage to run, if the recipe has several of the kind.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (curriculum, sft, rl, plan, report, coldstart):
+        app.command(rich_help_panel="Training")(command)
+    app.command("eval", rich_help_panel="Training")(evaluate)
+
+
+def curriculum(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete the run folder of an earlier run and start over.")
+    ] = False,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="Resume although settings of unfinished stages have changed.")
+    ] = False,
+) -> None:
+    """Run all stages of a recipe, evaluate, release, report. The same command resumes a stopped run."""
+    block_stop_signals()
+    from megatron_parallel_r1.config.reader import read_recipe, refuse_single_stage
+
+    # Before torch is imported: a mistake in the recipe is reported at once.
+    refuse_single_stage(recipe)
+    settings = read_recipe(recipe, overrides or ())
+    from megatron_parallel_r1.curriculum.run import open_console, run
+
+    console = open_console()
+    for outcome in run(settings, fresh=fresh, adapt=adapt, console=console):
+        console.print(f"release  {outcome.release}", soft_wrap=True, highlight=False)
+        console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
+
+
+def sft(recipe: RecipePath, overrides: Overrides = None, stage: StageName = None) -> None:
+    """Run one supervised stage of a recipe."""
+    _run_stage("sft", recipe, overrides, stage)
+
+
+def rl(recipe: RecipePath, overrides: Overrides = None, stage: StageName = None) -> None:
+    """Run one reinforcement-learning stage of a recipe; the stage that it starts from must be done."""
+    _run_stage("rl", recipe, overrides, stage)
+
+
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A released folder. Default: the recipe's own release.")
+    ] = None,
+) -> None:
+    """Evaluate a released checkpoint with the recipe's evaluation and thinking settings."""
+    from megatron_parallel_r1.config.reader import read_recipe
+
+    settings = read_recipe(recipe, overrides or ())
+    from megatron_parallel_r1.curriculum.evaluation import evaluate_checkpoint
+    from megatron_parallel_r1.curriculum.run import open_console
+    from megatron_parallel_r1.report.tables import eval_table
+
+    record = evaluate_checkpoint(settings, checkpoint)
+    open_console().print(eval_table([record]))
+
+
+def coldstart(
+    settings: Annotated[Path, typer.Argument(help="YAML settings; see docs/coldstart.md.")],
+    overrides: Overrides = None,
+) -> None:
+    """Let a teacher write cold-start traces. The same command resumes and keeps the answers it has."""
+    from megatron_parallel_r1.coldstart.settings import parse_settings
+    from megatron_parallel_r1.config.reader import read_tree
+
+    cold_start_settings = parse_settings(read_tree(settings, overrides or ()), str(settings))
+    from megatron_parallel_r1.coldstart.run import cold_start
+
+    outcome = cold_start(cold_start_settings, tell=lambda line: typer.echo(line, err=True))
+    kept, passed = outcome.written.traces, outcome.tally.passed
+    out = cold_start_settings.out
+    typer.echo(f"traces   {out / 'traces.parquet'} ({kept} of {passed} that pass)")
+    typer.echo(f"report   {out / 'report.md'}")
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Processes, one per GPU. Default: one replica of the model.")
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="Memory of one GPU, in GiB.")] = 80,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens.")] = 2000,
+    example_tokens: Annotated[int, typer.Option(min=1, help="Longest SFT row, in tokens.")] = 4096,
+    machine: Annotated[str, typer.Option(help="h100, or a YAML file with a machine's rates.")] = "h100",
+) -> None:
+    """Print a recipe's layout, steps, tokens, memory and time before a run. Needs no weights."""
+    from megatron_parallel_r1.config.reader import read_recipe
+
+    settings = read_recipe(recipe, overrides or ())
+    from megatron_parallel_r1.planning.machine import read_machine
+    from megatron_parallel_r1.planning.plan import GIB, plan
+    from megatron_parallel_r1.planning.plan_text import plan_text
+    from megatron_parallel_r1.planning.rollouts import LengthLimits
+
+    planned = plan(
+        settings,
+        world=gpus or settings.parallel.replica_size,
+        gpu=round(gpu_memory * GIB),
+        longest=LengthLimits(prompt_tokens, example_tokens),
+        machine=read_machine(machine),
+    )
+    typer.echo(plan_text(planned))
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/tiny.")],
+) -> None:
+    """Build report.html from a run folder, also during the run."""
+    from megatron_parallel_r1.report.html import build_report
+
+    typer.echo(build_report(folder))
+
+
+def _run_stage(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None) -> None:
+    block_stop_signals()
+    from megatron_parallel_r1.config.reader import read_recipe, stage_to_run
+
+    settings = read_recipe(recipe, overrides or ())
+    name = stage_to_run(settings, recipe, kind, stage)
+    from megatron_parallel_r1.curriculum.run import open_console, run
+
+    console = open_console()
+    for outcome in run(settings, only={name}, console=console):
+        console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
