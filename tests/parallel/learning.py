@@ -20,7 +20,7 @@ from megatron_parallel_r1.rewards.path_diversity import content_span
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.learner import BatchConfig, Learner
 from megatron_parallel_r1.rl.objective.settings import Objective
-from megatron_parallel_r1.rl.path_results import Verdicts, judge_paths
+from megatron_parallel_r1.rl.path_results import PathVerdicts, judge_paths
 from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.trace import Trace
@@ -82,7 +82,7 @@ def last_word(text: str) -> str | None:
     return text.split()[-1] if text else None
 
 
-def verdicts_of(traces: Sequence[Trace], verifier: Verifier) -> list[Verdicts]:
+def verdicts_of(traces: Sequence[Trace], verifier: Verifier) -> list[PathVerdicts]:
     """Every path states its last token; to the first problem odd ones are right, to the next even ones.
 
     The copies of the model share the work: what they put together is as if each trace had been read alone.

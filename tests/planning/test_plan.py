@@ -26,7 +26,7 @@ from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse
-from megatron_parallel_r1.train.partition import Place, share_out
+from megatron_parallel_r1.train.partition import BatchPartition, partition_rows
 from tests.reference.traces import TAGS, random_trace
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -276,8 +276,8 @@ def test_micro_batches_are_those_that_rows_of_full_length_make(
     words = (layout, f"max_tokens_per_micro_batch={capacity}", "model.shape.layers=4")
     made = planned(MINI, *words, world=world * pipeline, longest=LengthLimits(prompt=8, example=80))
     for stage, rows, length in zip(made.stages, (8, 8), (80, 88), strict=True):
-        place = Place(data_size=world, rounds=pipeline if virtual > 1 else 1)
-        packed = share_out([row_of(length)] * rows, capacity, place)
+        partition = BatchPartition(data_size=world, rounds=pipeline if virtual > 1 else 1)
+        packed = partition_rows([row_of(length)] * rows, capacity, partition)
         assert stage.micro_batches == len(packed)
         assert all(len(row) <= stage.row for row in packed)
 
