@@ -15,7 +15,6 @@ from megatron_parallel_r1.model.weights import random_hf_tensors
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.forward_batch import NativeContext
-from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.tags import Tags
@@ -73,7 +72,7 @@ class EmbeddedWork:
         self.tensors: dict[str, torch.Tensor] = dict(random_hf_tensors(self.shape, seed=0, std=0.08))
 
     def engine(self) -> NativeEngine:
-        engine = NativeEngine(Architecture.of(self.shape))
+        engine = NativeEngine(self.shape)
         engine.load_weights(self.tensors.items(), version=0)
         return engine
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_parallel_r1.rollout.engine import Completion, Engine, Sampling, Wrapped
+from megatron_parallel_r1.rollout.engine import Completion, Engine, EngineWrapper, Sampling
 from megatron_parallel_r1.thought.tags import Tags
 
 
@@ -29,7 +29,7 @@ class Pace:
         return self.main * (blocks + 1) + blocks * (paths * (self.path + 1) + 2 + self.summary)
 
 
-class Paced(Wrapped[Any]):
+class Paced(EngineWrapper[Any]):
     """Opens a block wherever one is allowed, and closes each segment after its number of tokens.
 
     The closing token is written, not sampled, and its log-prob is reported as 0: a trainer's comparison with

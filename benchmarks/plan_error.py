@@ -42,7 +42,6 @@ from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.planning.training import MicroBatches, Split, update_cost
 from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.sft.loop import sft_step
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.tree import Tree
@@ -145,7 +144,7 @@ def cost_of(case: Case, tokens: int) -> Cost:
 def seconds_of(case: Case, repeats: int, tokens: int) -> float:
     if case.kind == "update":
         return _update_seconds(case, repeats)
-    engine = NativeEngine(Architecture.of(case.shape))
+    engine = NativeEngine(case.shape)
     engine.load_weights(random_hf_tensors(case.shape, seed=0, std=0.02), version=0)
     taken = [asyncio.run(_draw_seconds(engine, case, tokens)) for _ in range(repeats + 1)]
     return median(taken[1:])

@@ -50,7 +50,6 @@ from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.rl.rollout_queue import open_queue
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.tokenizer import add_tags
@@ -213,7 +212,7 @@ def _stage(
     timers = Timers()
     trainer = Trainer(model, Adam(lr=1e-5))
     learner = Learner(trainer, Objective(), batch, "isolated", tags, timers=timers)
-    engine = Paced(NativeEngine(Architecture.of(shape)), tags, size.pace)
+    engine = Paced(NativeEngine(shape), tags, size.pace)
     stage = RlStage(
         name="rl",
         kind="rl",

@@ -31,17 +31,16 @@ from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.rollout.launcher.commands import command_of
-from megatron_parallel_r1.rollout.launcher.placement import url_of
-from megatron_parallel_r1.rollout.launcher.server_process import Child
-from megatron_parallel_r1.rollout.launcher.settings import Serving
+from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, build_command
+from megatron_parallel_r1.rollout.launcher.placement import server_url
+from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess
 from megatron_parallel_r1.sync.publisher import Publisher
-from megatron_parallel_r1.sync.settings import Kind, Sync
+from megatron_parallel_r1.sync.settings import Sync, TransportKind
 from megatron_parallel_r1.sync.sglang import SglangControl
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
 
-KINDS: tuple[Kind, ...] = ("distributed", "tensor", "disk")
+KINDS: tuple[TransportKind, ...] = ("distributed", "tensor", "disk")
 PYTHON = Path(__file__).resolve().parents[1] / ".venv-sglang" / "bin" / "python"
 
 
@@ -61,9 +60,11 @@ def free_port() -> int:
 
 @contextmanager
 def started(folder: Path) -> Iterator[str]:
-    serving = Serving(folder, engine="sglang", port=free_port(), context_tokens=1024)
-    url = url_of(serving.host, serving.port)
-    child = Child(command_of(serving, PYTHON, "cpu", serving.port), url, folder.parent / "server.log")
+    serving = LaunchSettings(folder, engine="sglang", port=free_port(), context_tokens=1024)
+    url = server_url(serving.host, serving.port)
+    child = ServerProcess(
+        build_command(serving, PYTHON, "cpu", serving.port), url, folder.parent / "server.log"
+    )
     child.start()
     try:
         while not child.healthy():

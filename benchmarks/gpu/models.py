@@ -28,7 +28,6 @@ from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.sft.loop import sft_step
@@ -117,13 +116,13 @@ def rollout_against_trainer(sizes: Sizes, device: torch.device) -> Table:
     prompts = [[7 + index % 50, 8, 9] for index in range(max(8, sizes.contexts // 8))]
     for dtype in (torch.float32, torch.bfloat16):
         trainer = Trainer(_model(sizes.small, dtype, Layers(), 0.1), Adam(lr=0.0))
-        engine = NativeEngine(Architecture.of(sizes.small))
+        engine = NativeEngine(sizes.small)
         engine.load_weights(hf_tensors(trainer.model), version=0)
         thinker = Thinker(engine, TAGS, thinking)
         traces = asyncio.run(roll_out(thinker, prompts, list(range(len(prompts))), 256, None))
         laid = [lay_out(t.prompt, t.tokens, t.sampled, t.tree, thinking.mode) for t in traces]
-        values, barred = {"engine": [t.logprobs for t in traces]}, [t.barred for t in traces]
-        batches = [MicroBatch.of(row, device, values, barred, TAGS.parallel) for row in pack(laid, 512)]
+        values, suppressed = {"engine": [t.logprobs for t in traces]}, [t.suppressed for t in traces]
+        batches = [MicroBatch.of(row, device, values, suppressed, TAGS.parallel) for row in pack(laid, 512)]
         ours_N = torch.cat(trainer.logprobs(batches))
         gap_N = (ours_N - torch.cat([batch.values["engine"] for batch in batches])).abs()
         name = str(dtype).removeprefix("torch.")
@@ -199,7 +198,7 @@ def decoding(sizes: Sizes, device: torch.device) -> Table:
     for prompt in sizes.prompts:
         rates = []
         for recurring in (True, False):
-            engine = NativeEngine(Architecture.of(shape), recurring=recurring)
+            engine = NativeEngine(shape, recurring=recurring)
             engine.load_weights(_weights(shape, device), version=0)
             words = [7 + index % 50 for index in range(prompt)]
             # The first run captures the graphs.

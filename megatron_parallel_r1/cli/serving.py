@@ -107,10 +107,10 @@ def serve_rollout(
     crashes: Annotated[int, typer.Option(min=1, help="Consecutive crashes before giving up.")] = 3,
 ) -> None:
     """Start rollout servers of a checkpoint, restart those that crash, and stop all on exit."""
+    from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
     from megatron_parallel_r1.rollout.launcher.run import serve_rollout as run_servers
-    from megatron_parallel_r1.rollout.launcher.settings import Serving
 
-    serving = Serving(
+    serving = LaunchSettings(
         checkpoint=checkpoint,
         engine=engine,
         servers=servers,

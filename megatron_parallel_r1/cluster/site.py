@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.launcher.settings import EngineName
+from megatron_parallel_r1.rollout.launcher.command import EngineName
 
 SCRIPTS = {"sft": "sft_stage.sh", "rl": "rl_stage.sh", "curriculum": "curriculum.sh", "eval": "eval.sh"}
 # Integer settings and their minimum.

@@ -22,7 +22,7 @@ from megatron_parallel_r1.coldstart.settings import Api, Endpoint
 from megatron_parallel_r1.coldstart.teacher import NoAnswer, TeacherAnswer, TeacherFinish, TeacherRequest
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.servers.client import IDLE_S
+from megatron_parallel_r1.rollout.servers.client import KEEPALIVE_S
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
 """Statuses below 500 that are worth a retry."""
@@ -56,7 +56,7 @@ async def open_endpoint(endpoint: Endpoint, concurrency: int) -> AsyncIterator[E
     key = _read_key(endpoint.key_variable)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(
-        max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=IDLE_S
+        max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=KEEPALIVE_S
     )
     async with httpx.AsyncClient(headers=headers, timeout=endpoint.timeout_s, limits=limits) as client:
         yield EndpointTeacher(endpoint, client, key)

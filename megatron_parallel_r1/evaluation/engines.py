@@ -107,8 +107,7 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
 def _served(engine: str, asked: EngineRequest) -> Iterator[Opened]:
     """On rollout servers of the checkpoint, which share the work among themselves."""
     from megatron_parallel_r1.rollout.servers.client import Timeouts
-    from megatron_parallel_r1.rollout.servers.connect import check_checkpoint, met_pool
-    from megatron_parallel_r1.rollout.servers.engine import ServerEngine
+    from megatron_parallel_r1.rollout.servers.engine import ServerEngine, check_checkpoint, connect_pool
     from megatron_parallel_r1.rollout.servers.pool import PoolSettings
 
     if not asked.servers:
@@ -118,7 +117,7 @@ def _served(engine: str, asked: EngineRequest) -> Iterator[Opened]:
         )
     if world_size() > 1:
         raise UserError(f"engine {engine}: one process asks all servers; start it without torchrun")
-    pool = met_pool(engine, asked.servers, Timeouts(), PoolSettings(patience_s=PATIENCE_S))
+    pool = connect_pool(engine, asked.servers, Timeouts(), PoolSettings(patience_s=PATIENCE_S))
     check_checkpoint(pool, asked.folder)
     yield Opened(ServerEngine(pool))
 

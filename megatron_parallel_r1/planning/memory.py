@@ -22,7 +22,7 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import padded_vocab, weight_table
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.planning.split import PipelinePart
-from megatron_parallel_r1.rollout.native.page_table import SlotTable
+from megatron_parallel_r1.rollout.native.page_table import PageTable
 from megatron_parallel_r1.train.target_logprobs import CHUNK_LOGITS
 
 FLOAT32 = 4
@@ -184,7 +184,7 @@ def logit_bytes(shape: ModelConfig, parallel: ParallelConfig, work: Workload, nu
 
 def cache_bytes(shape: ModelConfig, parallel: ParallelConfig, slots: int, number: int) -> int:
     """Returns the bytes of the native engine's KV cache, whose number of slots grows by doubling."""
-    room = SlotTable().slot_count
+    room = PageTable().slot_count
     while room < slots:
         room *= 2
     return room * shape.layers * 2 * (shape.kv_heads // parallel.tensor) * shape.head_dim * number

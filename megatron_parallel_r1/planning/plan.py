@@ -124,7 +124,7 @@ def plan(
     in_process = recipe.rollout.engine == "native"
     if in_process and any(isinstance(stage, RlStage) or stage.evaluate for stage in recipe.stages):
         try:
-            limits.refuse(parallel.pipeline, parallel.context)
+            limits.check_split(parallel.pipeline, parallel.context)
         except UserError as error:
             in_process = False
             notes.append(f"a run would end with: {error}")

@@ -186,13 +186,15 @@ class Learner:
         rows = [lay_out(t.prompt, t.tokens, t.sampled, t.tree, self.mode) for t in traces]
         groups = np.arange(len(traces)).reshape(-1, self.batch.samples)
         count = min(self.batch.mini_batches, len(groups))
-        engine, barred = {"engine": [t.logprobs for t in traces]}, [t.barred for t in traces]
+        engine, suppressed = {"engine": [t.logprobs for t in traces]}, [t.suppressed for t in traces]
         device, partition = self.trainer.device, self.trainer.partition
         mini_batches = []
         for part in np.array_split(groups, count):
             members = part.ravel()
             packed = partition_rows(rows, self.batch.micro_tokens, partition, members.tolist())
-            micro_batches = [MicroBatch.of(row, device, engine, barred, self.tags.parallel) for row in packed]
+            micro_batches = [
+                MicroBatch.of(row, device, engine, suppressed, self.tags.parallel) for row in packed
+            ]
             mini_batches.append(MiniBatch(members, micro_batches))
         return mini_batches
 

@@ -22,7 +22,7 @@ from megatron_parallel_r1.thought.trace import Finish, Trace
 from megatron_parallel_r1.thought.tree import Tree
 
 # Of a trace, one value a token.
-COLUMNS = {"tokens": "<i4", "sampled": "|b1", "barred": "|b1", "logprobs": "<f8", "versions": "<i4"}
+COLUMNS = {"tokens": "<i4", "sampled": "|b1", "suppressed": "|b1", "logprobs": "<f8", "versions": "<i4"}
 PROBLEMS, TREES = TypeAdapter(list[Problem]), TypeAdapter(list[Tree])
 JUDGED, SCORES = TypeAdapter(list[Judged]), TypeAdapter(list[Score])
 FINISHES = TypeAdapter(list[Finish])
@@ -72,13 +72,17 @@ def _traces_to_json(traces: Sequence[Trace]) -> dict[str, Any]:
 def _traces_from_json(written: dict[str, Any]) -> list[Trace]:
     stops = list(accumulate(written["lengths"]))
     spans = list(zip([0, *stops], stops, strict=False))
+    if "barred" in written:  # its name before 0.2
+        written = {**written, "suppressed": written["barred"]}
     columns = {name: _unpacked(written[name], kind) for name, kind in COLUMNS.items()}
     trees = TREES.validate_python(written["trees"])
     finishes = FINISHES.validate_python(written["finishes"])
     traces = []
     for prompt, finish, tree, (start, stop) in zip(written["prompts"], finishes, trees, spans, strict=True):
-        tokens, sampled, barred, logprobs, versions = (tuple(columns[name][start:stop]) for name in COLUMNS)
-        traces.append(Trace(tuple(prompt), tokens, sampled, barred, logprobs, finish, tree, versions))
+        tokens, sampled, suppressed, logprobs, versions = (
+            tuple(columns[name][start:stop]) for name in COLUMNS
+        )
+        traces.append(Trace(tuple(prompt), tokens, sampled, suppressed, logprobs, finish, tree, versions))
     return traces
 
 

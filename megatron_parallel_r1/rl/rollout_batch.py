@@ -12,7 +12,7 @@ from megatron_parallel_r1.thought.trace import Trace
 
 T = TypeVar("T")
 # What a bad step's record keeps of each trace, to make its updates again.
-KEPT = ("prompt", "tokens", "sampled", "barred", "logprobs", "versions", "finish")
+KEPT = ("prompt", "tokens", "sampled", "suppressed", "logprobs", "versions", "finish")
 
 
 @dataclass(frozen=True, slots=True)

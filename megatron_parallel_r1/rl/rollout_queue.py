@@ -14,8 +14,8 @@ What is rolled out depends on the seed and k, not on which thread was faster.
 some, so that long traces are less stale at their end. Which token meets which version is then a matter of
 time, and no two runs are the same to the bit. In both cases no token is more than k updates old.
 
-Servers take weights from the training thread without a copy (not `Engine.together`): it waits until the
-batches of the weights before are there, then brings the new ones. `partial_rollout` does not wait.
+Servers take weights from the training thread without a copy (not `Engine.runs_on_all_ranks`): it waits for
+the batches of the previous weights, then brings the new ones. `partial_rollout` does not wait.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class AsyncRollouts:
 
     def update_weights(self, tensors: WeightTensors, version: int) -> None:
         with self._timers.of("sync"):
-            if not self._engine.together:
+            if not self._engine.runs_on_all_ranks:
                 self._send_weights(tensors, version)
                 return
             # All ranks that share a split model must iterate, even where nobody needs the copies.

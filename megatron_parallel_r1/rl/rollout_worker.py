@@ -198,7 +198,7 @@ def sample_and_verify(
     timers = timers or Timers()
 
     def work() -> list[tuple[Trace, Judged]]:
-        if not (is_replica_leader() or thinker.engine.together):
+        if not (is_replica_leader() or thinker.engine.runs_on_all_ranks):
             return []
         prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in own_problems]
         with timers.of("draw"):

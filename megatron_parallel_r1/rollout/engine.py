@@ -66,7 +66,7 @@ class Engine(Protocol, Generic[Context]):
         ...
 
     @property
-    def together(self) -> bool:
+    def runs_on_all_ranks(self) -> bool:
         """Whether all processes of a copy of the model make each call together; else its first one alone."""
         ...
 
@@ -127,7 +127,7 @@ class Engine(Protocol, Generic[Context]):
         ...
 
 
-class Wrapped(Generic[Context]):
+class EngineWrapper(Generic[Context]):
     """The half of an `Engine` that is alike in all wrappers; contexts are theirs to handle."""
 
     def __init__(self, engine: Engine[Context]) -> None:
@@ -142,8 +142,8 @@ class Wrapped(Generic[Context]):
         return self._engine.version
 
     @property
-    def together(self) -> bool:
-        return self._engine.together
+    def runs_on_all_ranks(self) -> bool:
+        return self._engine.runs_on_all_ranks
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         self._engine.load_weights(tensors, version)

@@ -19,11 +19,11 @@ FIELD = "parallel_r1"
 PROTOCOL = 1
 # Levels of blocks in blocks. Each is a call within a call, here and in the plugin, and no trace is near it:
 # past Python's own limit the scheduler of a server would end.
-DEEPEST = 64
+MAX_DEPTH = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class JoinedBlock:
     """A closed block inside a token list whose paths did not see one another.
 
     Attributes:
@@ -46,13 +46,13 @@ class Joined:
         return tuple(zip((self.fork, *self.ends[:-1]), self.ends, strict=True))
 
 
-def encode(blocks: Sequence[Joined]) -> list[int]:
+def encode_blocks(blocks: Sequence[JoinedBlock]) -> list[int]:
     """The value of `custom_params["parallel_r1"]`."""
     return [number for block in blocks for number in (len(block.ends), block.fork, *block.ends)]
 
 
-def decode(numbers: object, length: int) -> tuple[Joined, ...]:
-    """The blocks that `encode` wrote.
+def decode_blocks(numbers: object, length: int) -> tuple[JoinedBlock, ...]:
+    """The blocks that `encode_blocks` wrote.
 
     Args:
         numbers: what came in `custom_params["parallel_r1"]`.
@@ -63,19 +63,19 @@ def decode(numbers: object, length: int) -> tuple[Joined, ...]:
     """
     if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
         raise ValueError(f"{FIELD} must be a flat list of integers")
-    blocks: list[Joined] = []
+    blocks: list[JoinedBlock] = []
     at = 0
     while at < len(numbers):
         block = numbers[at + 1 : at + 2 + numbers[at]]
         if numbers[at] < 1 or len(block) != numbers[at] + 1:
             raise ValueError(f"{FIELD} breaks off: entry {at} announces {numbers[at]} paths")
-        blocks.append(Joined(block[0], tuple(block[1:])))
+        blocks.append(JoinedBlock(block[0], tuple(block[1:])))
         at += 2 + numbers[at]
-    check(blocks, 0, length)
+    check_blocks(blocks, 0, length)
     return tuple(blocks)
 
 
-def check(blocks: Sequence[Joined], start: int, stop: int, depth: int = 0) -> None:
+def check_blocks(blocks: Sequence[JoinedBlock], start: int, stop: int, depth: int = 0) -> None:
     """Whether a text [start, stop) can have these closed blocks, nested ones included, in order of forks.
 
     Each has a token before it and one behind it (its own tags) in the text or path that it lies in, and no
@@ -87,10 +87,10 @@ def check(blocks: Sequence[Joined], start: int, stop: int, depth: int = 0) -> No
     Raises:
         ValueError: it cannot.
     """
-    if blocks and depth == DEEPEST:
-        raise ValueError(f"{FIELD}: blocks lie more than {DEEPEST} levels deep")
+    if blocks and depth == MAX_DEPTH:
+        raise ValueError(f"{FIELD}: blocks lie more than {MAX_DEPTH} levels deep")
     while blocks:
-        block, count = blocks[0], nested(blocks)
+        block, count = blocks[0], count_nested(blocks)
         inside = blocks[1 : 1 + count]
         rising = all(lo < hi for lo, hi in block.paths)
         if not (rising and start < block.fork and block.stop < stop):
@@ -98,16 +98,16 @@ def check(blocks: Sequence[Joined], start: int, stop: int, depth: int = 0) -> No
         if any(other.fork < block.fork for other in inside):
             raise ValueError(f"{FIELD}: a block comes before the one at {block.fork}, out of order")
         for lo, hi in block.paths:
-            check([other for other in inside if lo <= other.fork < hi], lo, hi, depth + 1)
+            check_blocks([other for other in inside if lo <= other.fork < hi], lo, hi, depth + 1)
         start, blocks = block.stop, blocks[1 + count :]
 
 
-def nested(blocks: Sequence[Joined]) -> int:
+def count_nested(blocks: Sequence[JoinedBlock]) -> int:
     """How many blocks directly behind the first one lie inside it."""
     return next((i for i, other in enumerate(blocks[1:]) if other.fork >= blocks[0].stop), len(blocks) - 1)
 
 
-def understood(server_info: Mapping[str, Any]) -> bool:
+def supports_joined_blocks(server_info: Mapping[str, Any]) -> bool:
     """Whether the server of this `GET /server_info` takes joined blocks: each of its schedulers has the whole
     plugin and speaks this file's protocol."""
     states = [state.get(FIELD, {}) for state in server_info.get("internal_states", [])]

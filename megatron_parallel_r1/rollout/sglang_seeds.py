@@ -53,12 +53,12 @@ def draw(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) ->
     """
     import torch
 
-    from megatron_parallel_r1.rollout.native.sampler import uniforms
+    from megatron_parallel_r1.rollout.native.sampler import uniform_draws
 
     cumulative_BV = logprobs.double().exp().cumsum(-1)
     # splitmix64 works modulo 2**64, where a negative seed is one as good as any other.
     seeds_B = seed.cpu().numpy().astype("uint64")
-    uniform_B = torch.from_numpy(uniforms(seeds_B, positions.cpu().numpy() + 1)).to(logprobs.device)
+    uniform_B = torch.from_numpy(uniform_draws(seeds_B, positions.cpu().numpy() + 1)).to(logprobs.device)
     target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
     drawn_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
     # Rounding can bring the target up to the sum itself, behind the last index of positive weight.

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-from megatron_parallel_r1.rollout.draft import Draft, Room
 from megatron_parallel_r1.rollout.engine import Completion, Context, Engine, Sampling
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.parser import parse
@@ -89,7 +89,7 @@ class Thinker(Generic[Context]):
             prompt=tuple(prompt),
             tokens=tuple(draft.tokens),
             sampled=tuple(draft.sampled),
-            barred=tuple(draft.barred),
+            suppressed=tuple(draft.suppressed),
             logprobs=tuple(draft.logprobs),
             versions=tuple(draft.versions),
             finish="eos" if end == "eos" else "length",
@@ -152,7 +152,7 @@ class _Writing(Generic[Context]):
             stop = ends | {tags.parallel} if may_open else ends
             suppress = NOTHING if may_open else frozenset({tags.parallel})
             drawn = await self._sample(context, limit, stop, suppress, branch)
-            draft.add_sampled(drawn, barred=not may_open)
+            draft.add_sampled(drawn, suppressed=not may_open)
             if not drawn.stopped:
                 continue
             if drawn.tokens[-1] == tags.eos:
@@ -229,7 +229,7 @@ class _Writing(Generic[Context]):
             return "length"
         stop = frozenset({self.tags.eos, self.tags.summary_end})
         drawn = await self._sample(context, limit, stop, frozenset({self.tags.parallel}), branch)
-        draft.add_sampled(drawn, barred=True)
+        draft.add_sampled(drawn, suppressed=True)
         if not drawn.stopped:
             return "length"
         return "eos" if drawn.tokens[-1] == self.tags.eos else "closed"
@@ -331,3 +331,58 @@ async def roll_out(
     finally:
         for writing in opened.values():
             engine.close(await writing)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Tokens that a chain may still hold: of the flat text, and on the critical path."""
+
+    flat: int
+    critical: int
+
+    @property
+    def least(self) -> int:
+        return min(self.flat, self.critical)
+
+    def without(self, flat: int, critical: int) -> Room:
+        return Room(self.flat - flat, self.critical - critical)
+
+
+@dataclass(slots=True)
+class Draft:
+    """Flat tokens with what is known of each; `critical` counts those on the critical path."""
+
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    suppressed: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    critical: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add_forced(self, tokens: Sequence[int], version: int) -> None:
+        self.tokens += tokens
+        self.sampled += [False] * len(tokens)
+        self.suppressed += [False] * len(tokens)
+        self.logprobs += [0.0] * len(tokens)
+        self.versions += [version] * len(tokens)
+        self.critical += len(tokens)
+
+    def add_sampled(self, completion: Completion, suppressed: bool) -> None:
+        self.tokens += completion.tokens
+        self.sampled += [True] * len(completion.tokens)
+        self.suppressed += [suppressed] * len(completion.tokens)
+        self.logprobs += completion.logprobs
+        self.versions += completion.versions
+        self.critical += len(completion.tokens)
+
+    def add_siblings(self, paths: Sequence[Draft]) -> None:
+        for path in paths:
+            self.tokens += path.tokens
+            self.sampled += path.sampled
+            self.suppressed += path.suppressed
+            self.logprobs += path.logprobs
+            self.versions += path.versions
+        self.critical += max(path.critical for path in paths)

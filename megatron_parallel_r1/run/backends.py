@@ -21,16 +21,15 @@ from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.servers.client import Timeouts
-from megatron_parallel_r1.rollout.servers.connect import check_checkpoint, met_pool
-from megatron_parallel_r1.rollout.servers.engine import ServerEngine
-from megatron_parallel_r1.rollout.servers.pool import Pool, PoolSettings
+from megatron_parallel_r1.rollout.servers.engine import ServerEngine, check_checkpoint, connect_pool
+from megatron_parallel_r1.rollout.servers.pool import PoolSettings, ServerPool
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.run.context import RunContext, native_engine
 from megatron_parallel_r1.run.own_servers import OwnServers
 from megatron_parallel_r1.run.save import save_model
-from megatron_parallel_r1.sync.control import Control, Row, Scores
-from megatron_parallel_r1.sync.probe import Head
-from megatron_parallel_r1.sync.publisher import Published, Publisher
+from megatron_parallel_r1.sync.control import RowScores, ServerControl, TokenRow
+from megatron_parallel_r1.sync.probe import OutputHead
+from megatron_parallel_r1.sync.publisher import Publisher, PublishResult
 from megatron_parallel_r1.sync.sglang import SglangControl, check_copies
 from megatron_parallel_r1.sync.vllm import VllmControl
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner
@@ -68,11 +67,11 @@ class NativeBackend:
 class ServerBackend:
     """Rollout servers that take the trainer's weights when they are published."""
 
-    def __init__(self, pool: Pool, publisher: Publisher, rollout: Rollout) -> None:
+    def __init__(self, pool: ServerPool, publisher: Publisher, rollout: Rollout) -> None:
         self.engine = ServerEngine(pool, self._publish)
         self._pool, self._publisher, self._rollout = pool, publisher, rollout
-        self._published: Published | None = None
-        self._known = set(pool.abouts)
+        self._published: PublishResult | None = None
+        self._known = set(pool.infos)
         self._asleep = False
 
     def sleep(self) -> None:
@@ -106,14 +105,14 @@ class ServerBackend:
         if self._asleep:
             self._publisher.resume()
             self._asleep = False
-        urls = set(self._pool.abouts)
+        urls = set(self._pool.infos)
         for url in self._known - urls:
             self._publisher.remove(url)
         for url in urls - self._known:
             self._publisher.add(_control(self._rollout, url))
         self._known = urls
         self._published = self._publisher.publish(version)
-        self._pool.published(version, self._published.in_step)
+        self._pool.set_version(version, self._published.in_step)
 
 
 class Backends:
@@ -150,9 +149,9 @@ class Backends:
             return
         urls = rollout.urls or (self._started(model, thinking) if rollout.servers else ())
         pool = _shared_pool(rollout, urls, thinking)
-        for url, about in pool.abouts.items():
-            check_copies(url, about.copies, rollout.sync.transport)
-        controls = [_control(rollout, url) for url in pool.abouts]
+        for url, info in pool.infos.items():
+            check_copies(url, info.copies, rollout.sync.transport)
+        controls = [_control(rollout, url) for url in pool.infos]
         publisher = Publisher(
             controls, model, rollout.sync, probe_texts(self._run.shape.vocab), _Expected(model, self._run)
         )
@@ -180,7 +179,7 @@ class _Expected:
     def __init__(self, model: Model, run: RunContext) -> None:
         self._model, self._capacity = model, run.recipe.max_tokens_per_micro_batch
 
-    def __call__(self, rows: Sequence[Row], head: Head | None) -> Sequence[Scores]:
+    def __call__(self, rows: Sequence[TokenRow], head: OutputHead | None) -> Sequence[RowScores]:
         runner = LogprobRunner(self._model, head_VE=head.rows_VE if head else None)
         return causal_logprobs(runner, rows, self._capacity)
 
@@ -194,7 +193,7 @@ def engine_of_checkpoint(recipe: Recipe, folder: Path, thinking: Thinking) -> It
     """
     rollout = recipe.rollout
     if rollout.engine == "native":
-        limits.refuse(recipe.parallel.pipeline, recipe.parallel.context)
+        limits.check_split(recipe.parallel.pipeline, recipe.parallel.context)
         shape, tensors = load_hf_folder(folder)
         engine = native_engine(shape, compiled=rollout.compiled)
         engine.load_weights(tensors, version=0)
@@ -209,21 +208,21 @@ def engine_of_checkpoint(recipe: Recipe, folder: Path, thinking: Thinking) -> It
         yield ServerEngine(pool)
 
 
-def _shared_pool(rollout: Rollout, urls: Sequence[str], thinking: Thinking) -> Pool:
+def _shared_pool(rollout: Rollout, urls: Sequence[str], thinking: Thinking) -> ServerPool:
     """Opens this process's pool of the servers and checks that they decode in the wanted mode."""
     settings = PoolSettings(concurrent=rollout.max_concurrent_requests, patience_s=rollout.patience_s)
     timeouts = Timeouts(answer_s=rollout.request_timeout_s)
-    pool = met_pool(rollout.engine, urls, timeouts, settings, rollout.urls_file)
+    pool = connect_pool(rollout.engine, urls, timeouts, settings, rollout.urls_file)
     pool.share(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
     if thinking.mode not in pool.modes:
         raise UserError(
-            f"thinking.mode {thinking.mode}: the servers ({', '.join(pool.abouts)}) are exact in "
+            f"thinking.mode {thinking.mode}: the servers ({', '.join(pool.infos)}) are exact in "
             f"{', '.join(sorted(pool.modes))}; start SGLang by serve-rollout --isolated, or set mode replay"
         )
     return pool
 
 
-def _control(rollout: Rollout, url: str) -> Control:
+def _control(rollout: Rollout, url: str) -> ServerControl:
     timeout_s = rollout.sync.timeout_s
     if rollout.engine == "vllm":
         return VllmControl(url, timeout_s)

@@ -28,8 +28,7 @@ from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.model import Architecture
-from megatron_parallel_r1.rollout.native.tensor_parallel import Team
+from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.run.datasets import load_tokenizer
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags, spread_new_embeddings
@@ -120,7 +119,7 @@ class RunContext:
             for stage in self.recipe.stages
             if stage.name in names
         ):
-            limits.refuse(parallel.pipeline, parallel.context)
+            limits.check_split(parallel.pipeline, parallel.context)
         ahead = [s.name for s in self.recipe.stages if isinstance(s, RlStage) and s.max_off_policy_steps]
         if ahead and parallel.tensor > 1 and torch.cuda.is_available():
             # Two threads would give one GPU collectives of two groups, in an order that ranks may not share.
@@ -209,5 +208,5 @@ def native_engine(
         group: that group once more, for an engine of a second thread.
         compiled: as the engine takes it.
     """
-    team = Team.of(group or parallel_state.get_tensor_model_parallel_group())
-    return NativeEngine(Architecture.of(shape), team, compiled=compiled)
+    team = TensorParallelGroup.of(group or parallel_state.get_tensor_model_parallel_group())
+    return NativeEngine(shape, team, compiled=compiled)

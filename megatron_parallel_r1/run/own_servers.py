@@ -9,10 +9,9 @@ from types import TracebackType
 
 from megatron_parallel_r1.config.rollout import Rollout
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.launcher.run import children_of
-from megatron_parallel_r1.rollout.launcher.server_process import Child
-from megatron_parallel_r1.rollout.launcher.settings import Serving
-from megatron_parallel_r1.rollout.launcher.supervisor import Supervisor
+from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
+from megatron_parallel_r1.rollout.launcher.run import build_servers
+from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supervisor
 
 
 class OwnServers:
@@ -44,8 +43,8 @@ class OwnServers:
             UserError: they cannot be started.
         """
         if self._thread is None:
-            children = children_of(
-                Serving(
+            children = build_servers(
+                LaunchSettings(
                     checkpoint=checkpoint,
                     engine="vllm" if self._asked.engine == "vllm" else "sglang",
                     servers=self._asked.servers,
@@ -76,8 +75,8 @@ class OwnServers:
         if self._thread is not None:
             self._thread.join()
 
-    def _keep(self, children: list[Child]) -> None:
-        settings = Serving(checkpoint=self._logs)
+    def _keep(self, children: list[ServerProcess]) -> None:
+        settings = LaunchSettings(checkpoint=self._logs)
         try:
             with Supervisor(children, settings.crashes, settings.start_seconds, self._tell) as supervisor:
                 while not self._ending.is_set():

@@ -14,7 +14,6 @@ from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import read_tags, stored_decoding
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.tags import Tags
 
@@ -67,7 +66,7 @@ class ServedModel:
             raise UserError(
                 f"{folder}: the tokenizer has tokens that the model lacks; take both from one run"
             )
-        engine = NativeEngine(Architecture.of(config))
+        engine = NativeEngine(config)
         where = _device(device)
         engine.load_weights(((key, tensor.to(where)) for key, tensor in tensors), version=0)
         resolved = folder.resolve()

@@ -38,7 +38,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class BucketPlan:
     """What a bucket will hold: neighbours in the table that one pipeline process owns."""
 
     owner: int
@@ -55,7 +55,9 @@ def is_sender() -> bool:
     return dist.get_rank() == 0
 
 
-def plan(owned: Sequence[tuple[int, WeightMapping]], itemsize: int, bucket_bytes: int) -> list[Planned]:
+def plan_buckets(
+    owned: Sequence[tuple[int, WeightMapping]], itemsize: int, bucket_bytes: int
+) -> list[BucketPlan]:
     """Parameters in buckets, stage by stage.
 
     Args:
@@ -63,26 +65,26 @@ def plan(owned: Sequence[tuple[int, WeightMapping]], itemsize: int, bucket_bytes
         itemsize: bytes of a number.
         bucket_bytes: what a bucket may hold; a larger parameter has one for itself.
     """
-    buckets: list[Planned] = []
+    buckets: list[BucketPlan] = []
     left = 0
     for owner, weight in sorted(owned, key=lambda pair: pair[0]):
         size = itemsize * sum(torch.Size(shape).numel() for _name, shape in weight.parts)
         if not buckets or size > left or buckets[-1].owner != owner:
-            buckets.append(Planned(owner, ()))
+            buckets.append(BucketPlan(owner, ()))
             left = bucket_bytes
-        buckets[-1] = Planned(owner, (*buckets[-1].weights, weight))
+        buckets[-1] = BucketPlan(owner, (*buckets[-1].weights, weight))
         left -= size
     return buckets
 
 
 @torch.no_grad()
-def gathered(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
+def gather_buckets(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
     """The model's weights on the sender; on every other process nothing, but all must iterate to the end.
 
     Beside its shards a process holds at most one bucket and the parts of one parameter.
 
     Args:
-        bucket_bytes: see `plan`.
+        bucket_bytes: see `plan_buckets`.
     """
     if not in_first_copy():
         return
@@ -90,7 +92,7 @@ def gathered(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
     tensor = parallel_state.get_tensor_model_parallel_group()
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     like = next(model.parameters())
-    buckets = plan(_owners(model, own, pipeline), like.itemsize, bucket_bytes)
+    buckets = plan_buckets(_owners(model, own, pipeline), like.itemsize, bucket_bytes)
     for number, planned in enumerate(buckets, 1):
         tensors: list[tuple[str, Tensor]] = []
         if planned.owner == pipeline.rank():
@@ -135,7 +137,7 @@ def _joined(weight: WeightMapping, shard: Tensor, group: dist.ProcessGroup) -> l
 
 
 def _carry(
-    planned: Planned, tensors: list[tuple[str, Tensor]], like: Tensor, pipeline: dist.ProcessGroup
+    planned: BucketPlan, tensors: list[tuple[str, Tensor]], like: Tensor, pipeline: dist.ProcessGroup
 ) -> None:
     """From the owner to the sender."""
     owner, sender = (dist.get_global_rank(pipeline, rank) for rank in (planned.owner, 0))

@@ -22,16 +22,15 @@ from torch import Tensor
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.sync.buckets import Bucket
-from megatron_parallel_r1.sync.control import Control, Facts
-from megatron_parallel_r1.sync.sender import each
-from megatron_parallel_r1.sync.transport import Passed
+from megatron_parallel_r1.sync.control import ServerControl, WeightsInfo
+from megatron_parallel_r1.sync.sender import PassResult, map_servers
 
 MANIFEST = "manifest.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 READ_BYTES = 2**24
 
 
-class Disk:
+class DiskTransport:
     """See `Transport`. The host has a second copy of a bucket while it is written.
 
     Args:
@@ -42,12 +41,12 @@ class Disk:
 
     def __init__(self, root: Path, keep: int, shape: ModelConfig, dtype: torch.dtype) -> None:
         self.root, self.keep, self.shape, self.dtype = root, keep, shape, dtype
-        self._servers: list[Control] = []
+        self._servers: list[ServerControl] = []
         self._version = 0
         self._sums: dict[str, str] = {}
         self._places: dict[str, str] = {}
 
-    def open(self, servers: Sequence[Control], facts: Mapping[str, Facts], version: int) -> None:
+    def open(self, servers: Sequence[ServerControl], facts: Mapping[str, WeightsInfo], version: int) -> None:
         self._servers, self._version = list(servers), version
         self._sums, self._places = {}, {}
         shutil.rmtree(self._work, ignore_errors=True)
@@ -59,7 +58,7 @@ class Disk:
         if self.shape.tied and any(server.wants_head for server in self._servers):
             self._write([(HEAD, tensor) for name, tensor in bucket.tensors if name == EMBEDDING])
 
-    def close(self) -> Passed:
+    def close(self) -> PassResult:
         index = {"metadata": {}, "weight_map": self._places}
         self._put("model.safetensors.index.json", _json(index))
         self._put("config.json", _json(self.shape.to_hf(self.dtype)))
@@ -69,9 +68,9 @@ class Disk:
         shutil.rmtree(folder, ignore_errors=True)
         self._work.rename(folder)
         version = self._version
-        _, lost = each(self._servers, lambda server: server.load(folder, version))
+        _, lost = map_servers(self._servers, lambda server: server.load(folder, version))
         self._prune()
-        return Passed(lost)
+        return PassResult(lost)
 
     def end(self) -> None:
         pass

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.sync.control import Row, Scores
+from megatron_parallel_r1.sync.control import RowScores, TokenRow
 
 # The trainer's log-probs of rows, as `Control.score` gives a server's. All processes call it together, and
 # what it gives on the first one counts. A head, if there is one, takes the place of the model's.
-Expected = Callable[[Sequence[Row], "Head | None"], Sequence[Scores]]
+ProbeScorer = Callable[[Sequence[TokenRow], "OutputHead | None"], Sequence[RowScores]]
 
 # Weights that changed move some log-prob by more than its last digits; float32 has about 1e-6 at 10.
 MOVED = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class OutputHead:
     """An output matrix to compute with instead of the model's own.
 
     Attributes:
@@ -31,7 +31,7 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class ServerScores:
     """A server's log-probs of the probe's rows.
 
     Attributes:
@@ -42,13 +42,13 @@ class Answers:
     """
 
     url: str
-    scores: Sequence[Scores]
-    before: Sequence[Scores] | None
+    scores: Sequence[RowScores]
+    before: Sequence[RowScores] | None
     dtype: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainerScores:
     """The trainer's log-probs of the same rows.
 
     Attributes:
@@ -58,13 +58,13 @@ class Trained:
         dtype: of its weights.
     """
 
-    scores: Sequence[Scores]
-    before: Sequence[Scores] | None
-    old_head: Sequence[Scores] | None
+    scores: Sequence[RowScores]
+    before: Sequence[RowScores] | None
+    old_head: Sequence[RowScores] | None
     dtype: str
 
 
-def difference(found: Sequence[Scores], wanted: Sequence[Scores]) -> float:
+def difference(found: Sequence[RowScores], wanted: Sequence[RowScores]) -> float:
     """The largest in nats; infinite where one is no number or they are not of one length."""
     if [len(row) for row in found] != [len(row) for row in wanted]:
         return math.inf
@@ -74,7 +74,7 @@ def difference(found: Sequence[Scores], wanted: Sequence[Scores]) -> float:
     return max((math.inf if math.isnan(one) else one for one in apart), default=0.0)
 
 
-def is_stale(answers: Answers, trained: Trained) -> bool:
+def is_stale(answers: ServerScores, trained: TrainerScores) -> bool:
     """Whether the server answers to the bit as before the update, and the trainer does not."""
     if answers.before is None or trained.before is None:
         return False
@@ -83,11 +83,11 @@ def is_stale(answers: Answers, trained: Trained) -> bool:
     )
 
 
-def passes(answers: Answers, trained: Trained, tolerance: float) -> bool:
+def passes(answers: ServerScores, trained: TrainerScores, tolerance: float) -> bool:
     return difference(answers.scores, trained.scores) <= tolerance and not is_stale(answers, trained)
 
 
-def failure(answers: Answers, trained: Trained, tolerance: float, version: int) -> UserError:
+def failure(answers: ServerScores, trained: TrainerScores, tolerance: float, version: int) -> UserError:
     """What to say of a server that does not pass."""
     apart = difference(answers.scores, trained.scores)
     return UserError(
@@ -96,7 +96,7 @@ def failure(answers: Answers, trained: Trained, tolerance: float, version: int) 
     )
 
 
-def _cause(answers: Answers, trained: Trained, tolerance: float) -> str:
+def _cause(answers: ServerScores, trained: TrainerScores, tolerance: float) -> str:
     if is_stale(answers, trained) or _fits(answers.scores, trained.before, tolerance):
         return (
             "it still computes with the weights of the version before (stale weights); start it anew, or set "
@@ -118,5 +118,5 @@ def _cause(answers: Answers, trained: Trained, tolerance: float) -> str:
     )
 
 
-def _fits(found: Sequence[Scores], wanted: Sequence[Scores] | None, tolerance: float) -> bool:
+def _fits(found: Sequence[RowScores], wanted: Sequence[RowScores] | None, tolerance: float) -> bool:
     return wanted is not None and difference(found, wanted) <= tolerance

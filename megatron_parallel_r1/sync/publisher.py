@@ -20,19 +20,18 @@ from megatron_parallel_r1.architecture.weight_table import EMBEDDING
 from megatron_parallel_r1.distributed.collectives import run_on_rank_zero
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import own_parameters
-from megatron_parallel_r1.sync.buckets import gathered, is_sender
-from megatron_parallel_r1.sync.control import Control, Row, Scores
-from megatron_parallel_r1.sync.disk import Disk
-from megatron_parallel_r1.sync.distributed import Distributed
-from megatron_parallel_r1.sync.probe import Answers, Expected, Head, Trained, failure
-from megatron_parallel_r1.sync.sender import Sender
+from megatron_parallel_r1.sync.broadcast import BroadcastTransport
+from megatron_parallel_r1.sync.buckets import gather_buckets, is_sender
+from megatron_parallel_r1.sync.control import RowScores, ServerControl, TokenRow
+from megatron_parallel_r1.sync.disk import DiskTransport
+from megatron_parallel_r1.sync.probe import OutputHead, ProbeScorer, ServerScores, TrainerScores, failure
+from megatron_parallel_r1.sync.sender import Sender, Transport
 from megatron_parallel_r1.sync.settings import Sync
-from megatron_parallel_r1.sync.shared_memory import SharedTensors
-from megatron_parallel_r1.sync.transport import Transport
+from megatron_parallel_r1.sync.shared_memory import SharedMemoryTransport
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishResult:
     """What became of a publication.
 
     Attributes:
@@ -65,20 +64,20 @@ class Publisher:
 
     def __init__(
         self,
-        servers: Sequence[Control],
+        servers: Sequence[ServerControl],
         model: Model,
         settings: Sync,
-        rows: Sequence[Row],
-        expected: Expected,
+        rows: Sequence[TokenRow],
+        expected: ProbeScorer,
     ) -> None:
         self.model, self.settings, self.rows = model, settings, rows
         self._expected = expected
         self._dtype = next(model.parameters()).dtype
-        self._before: Sequence[Scores] | None = None
-        self._old_head: Head | None = None
+        self._before: Sequence[RowScores] | None = None
+        self._old_head: OutputHead | None = None
         self._sender = Sender(servers, _transport(model, settings), settings) if is_sender() else None
 
-    def publish(self, version: int) -> Published:
+    def publish(self, version: int) -> PublishResult:
         """Brings the model's weights, as they are now, to all servers.
 
         Args:
@@ -88,13 +87,13 @@ class Publisher:
             ServersLost: no server is left.
             UserError: one computes with other weights than the trainer.
         """
-        trained = Trained(self._expected(self.rows, None), self._before, None, _name(self._dtype))
+        trained = TrainerScores(self._expected(self.rows, None), self._before, None, _name(self._dtype))
         started = time.perf_counter()
         wants_head = run_on_rank_zero(lambda: self._speaker.pause())
         size = self._pass(version)
         while run_on_rank_zero(lambda: self._speaker.close()):
             size = self._pass(version)
-        run_on_rank_zero(lambda: self._speaker.proceed())
+        run_on_rank_zero(lambda: self._speaker.continue_generation())
         seconds = time.perf_counter() - started
         worst, failed = run_on_rank_zero(lambda: self._speaker.probe(self.rows, trained))
         if failed:
@@ -104,7 +103,9 @@ class Publisher:
         self._before = trained.scores
         self._old_head = self._head() if wants_head and self.model.architecture.tied else None
         return run_on_rank_zero(
-            lambda: Published(version, self._speaker.in_step, dict(self._speaker.out), worst, size, seconds)
+            lambda: PublishResult(
+                version, self._speaker.in_step, dict(self._speaker.out), worst, size, seconds
+            )
         )
 
     def release(self) -> None:
@@ -115,7 +116,7 @@ class Publisher:
         """Gives the memory back to the servers. They stay paused, with no weights, until `publish`."""
         run_on_rank_zero(lambda: self._speaker.resume_memory())
 
-    def add(self, server: Control) -> None:
+    def add(self, server: ServerControl) -> None:
         """From the next publication on; another one of the same URL goes."""
         if self._sender is not None:
             self._sender.servers[server.url] = server
@@ -139,28 +140,28 @@ class Publisher:
         """Sends all weights once; their bytes, on the first process."""
         run_on_rank_zero(lambda: self._speaker.open(version))
         size = 0
-        for bucket in gathered(self.model, self.settings.bucket_bytes):
+        for bucket in gather_buckets(self.model, self.settings.bucket_bytes):
             size += bucket.bytes
             self._speaker.send(bucket)
         return size
 
-    def _head(self) -> Head:
+    def _head(self) -> OutputHead:
         """This process's part of the output matrix, copied out of the device's memory."""
         rows_VE = own_parameters(self.model).get(EMBEDDING)
-        return Head(None if rows_VE is None else rows_VE.detach().cpu().clone())
+        return OutputHead(None if rows_VE is None else rows_VE.detach().cpu().clone())
 
-    def _fail(self, answers: Answers, trained: Trained, version: int) -> NoReturn:
+    def _fail(self, answers: ServerScores, trained: TrainerScores, version: int) -> NoReturn:
         raise failure(answers, trained, self.settings.tolerance, version)
 
 
 def _transport(model: Model, settings: Sync) -> Transport:
     weights = next(model.parameters())
     if settings.transport == "tensor":
-        return SharedTensors()
+        return SharedMemoryTransport()
     if settings.transport == "disk":
         assert settings.folder is not None  # Sync has seen to it.
-        return Disk(settings.folder, settings.keep, model.architecture, weights.dtype)
-    return Distributed(settings, settings.backend or ("nccl" if weights.is_cuda else "gloo"))
+        return DiskTransport(settings.folder, settings.keep, model.architecture, weights.dtype)
+    return BroadcastTransport(settings, settings.backend or ("nccl" if weights.is_cuda else "gloo"))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from megatron_parallel_r1.errors import ServersLost, UserError
 from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.buckets import Bucket
-from megatron_parallel_r1.sync.control import Control, Facts, Memory, Row, Scores
-from megatron_parallel_r1.sync.probe import Answers, Trained, difference, passes
+from megatron_parallel_r1.sync.control import MemoryPart, RowScores, ServerControl, TokenRow, WeightsInfo
+from megatron_parallel_r1.sync.probe import ServerScores, TrainerScores, difference, passes
 from megatron_parallel_r1.sync.settings import Sync
-from megatron_parallel_r1.sync.transport import Transport
 
 LOG = logging.getLogger(__name__)
 R = TypeVar("R")
-PARTS: tuple[Memory, ...] = ("weights", "kv_cache")
+PARTS: tuple[MemoryPart, ...] = ("weights", "kv_cache")
 
 
 class Sender:
@@ -29,13 +29,13 @@ class Sender:
         settings: of the sync.
     """
 
-    def __init__(self, servers: Sequence[Control], transport: Transport, settings: Sync) -> None:
+    def __init__(self, servers: Sequence[ServerControl], transport: Transport, settings: Sync) -> None:
         self.servers = {server.url: server for server in servers}
         self.transport, self.settings = transport, settings
         self.out: dict[str, str] = {}
-        self._taking: list[Control] = []
-        self._facts: dict[str, Facts] = {}
-        self._answers: dict[str, Sequence[Scores]] = {}
+        self._taking: list[ServerControl] = []
+        self._facts: dict[str, WeightsInfo] = {}
+        self._answers: dict[str, Sequence[RowScores]] = {}
         self._broken: Exception | None = None
         self._passes = 0
 
@@ -87,15 +87,15 @@ class Sender:
             )
         return passed.again
 
-    def proceed(self) -> None:
+    def continue_generation(self) -> None:
         """Lets the servers in step go on. The others stay paused: what they hold is no version."""
-        self._try(lambda server: server.proceed())
+        self._try(lambda server: server.continue_generation())
 
-    def probe(self, rows: Sequence[Row], trained: Trained) -> tuple[float, list[Answers]]:
+    def probe(self, rows: Sequence[TokenRow], trained: TrainerScores) -> tuple[float, list[ServerScores]]:
         """The largest difference over all servers, and the answers that do not pass."""
         scores = self._try(lambda server: server.score(rows))
         answers = [
-            Answers(url, found, self._answers.get(url), self._facts[url].dtype)
+            ServerScores(url, found, self._answers.get(url), self._facts[url].dtype)
             for url, found in scores.items()
         ]
         self._answers = dict(scores)
@@ -118,8 +118,8 @@ class Sender:
         for server in self.servers.values():
             server.close()
 
-    def _try(self, work: Callable[[Control], R]) -> dict[str, R]:
-        came, failed = each(self._taking, work)
+    def _try(self, work: Callable[[ServerControl], R]) -> dict[str, R]:
+        came, failed = map_servers(self._taking, work)
         self._drop(failed)
         return came
 
@@ -138,20 +138,20 @@ class Sender:
             raise ServersLost(f"no rollout server is left that takes weights; the last one: {why}")
 
 
-C = TypeVar("C", bound=Control)
+C = TypeVar("C", bound=ServerControl)
 R = TypeVar("R")
 
 
-def each(servers: Sequence[C], work: Callable[[C], R]) -> tuple[dict[str, R], dict[str, str]]:
+def map_servers(servers: Sequence[C], work: Callable[[C], R]) -> tuple[dict[str, R], dict[str, str]]:
     """What came back, and why nothing did, by URL."""
     if not servers:
         return {}, {}
     with ThreadPoolExecutor(len(servers)) as pool:
-        return outcomes({server.url: pool.submit(work, server) for server in servers})
+        return collect_results({server.url: pool.submit(work, server) for server in servers})
 
 
-def outcomes(calls: dict[str, Future[R]]) -> tuple[dict[str, R], dict[str, str]]:
-    """As `each`, of calls under way."""
+def collect_results(calls: dict[str, Future[R]]) -> tuple[dict[str, R], dict[str, str]]:
+    """As `map_servers`, of calls under way."""
     came: dict[str, R] = {}
     failed: dict[str, str] = {}
     for url, call in calls.items():
@@ -162,6 +162,42 @@ def outcomes(calls: dict[str, Future[R]]) -> tuple[dict[str, R], dict[str, str]]
     return came, failed
 
 
-def over(calls: dict[str, Future[R]]) -> set[str]:
+def failed_urls(calls: dict[str, Future[R]]) -> set[str]:
     """URLs of calls under way that have failed by now."""
     return {url for url, call in calls.items() if call.done() and call.exception() is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """How a pass went.
+
+    Attributes:
+        lost: why a server did not take all, by URL.
+        again: whether the servers that are left need a new pass.
+    """
+
+    lost: Mapping[str, str]
+    again: bool = False
+
+
+class Transport(Protocol):
+    """One way to the servers; the sender alone has it. A pass is `open`, `send` of every bucket, `close`.
+
+    What one server does wrong does not raise; `close` tells it.
+    """
+
+    def open(self, servers: Sequence[ServerControl], facts: Mapping[str, WeightsInfo], version: int) -> None:
+        """Begins a pass.
+
+        Args:
+            facts: of each server, by URL, as it gave them just now.
+        """
+        ...
+
+    def send(self, bucket: Bucket) -> None: ...
+
+    def close(self) -> PassResult: ...
+
+    def end(self) -> None:
+        """Lets go of what lasts from one pass to the next."""
+        ...

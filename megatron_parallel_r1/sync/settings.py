@@ -9,19 +9,19 @@ from pydantic import Field, model_validator
 
 from megatron_parallel_r1.utils.settings import Bytes, Count, Settings, Unit
 
-Kind = Literal["distributed", "tensor", "disk"]
-InFlight = Literal["finish", "retract", "abort"]
+TransportKind = Literal["distributed", "tensor", "disk"]
+InFlightPolicy = Literal["finish", "retract", "abort"]
 
 
 class Sync(Settings):
     """How the trainer's weights travel to rollout servers."""
 
-    transport: Kind = "distributed"
+    transport: TransportKind = "distributed"
     """`distributed`: broadcast over a process group that the servers join; `tensor`: memory shared with
     servers on the sender's node; `disk`: a folder that the trainer and all servers see."""
     bucket_bytes: Bytes = 512 * 2**20
     """Weights sent together; a larger parameter is sent alone."""
-    in_flight: InFlight = "finish"
+    in_flight: InFlightPolicy = "finish"
     """Requests that are running: `finish`: they end first; `retract`: they pause, then continue with the new
     weights and a recomputed cache; `abort`: they end at once."""
     tolerance: Annotated[float, Field(gt=0), Unit("nats")] = 2e-5

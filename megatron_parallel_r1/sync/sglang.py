@@ -8,9 +8,15 @@ from pathlib import Path
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import Unreachable
-from megatron_parallel_r1.sync.control import Facts, Meeting, Memory, Row, Scores
-from megatron_parallel_r1.sync.http_client import Wire
-from megatron_parallel_r1.sync.settings import InFlight, Kind
+from megatron_parallel_r1.sync.control import (
+    HttpClient,
+    MemoryPart,
+    Rendezvous,
+    RowScores,
+    TokenRow,
+    WeightsInfo,
+)
+from megatron_parallel_r1.sync.settings import InFlightPolicy, TransportKind
 
 
 class SglangControl:
@@ -22,18 +28,18 @@ class SglangControl:
         transport: by which it will be sent weights.
     """
 
-    kinds: frozenset[Kind] = frozenset({"distributed", "tensor", "disk"})
+    kinds: frozenset[TransportKind] = frozenset({"distributed", "tensor", "disk"})
     wants_head = False
 
-    def __init__(self, url: str, timeout_s: float = 600.0, transport: Kind = "distributed") -> None:
-        self._wire = Wire(url, timeout_s)
-        self._transport: Kind = transport
+    def __init__(self, url: str, timeout_s: float = 600.0, transport: TransportKind = "distributed") -> None:
+        self._wire = HttpClient(url, timeout_s)
+        self._transport: TransportKind = transport
 
     @property
     def url(self) -> str:
         return self._wire.url
 
-    def facts(self) -> Facts:
+    def facts(self) -> WeightsInfo:
         # The version in /server_info is that of the command line.
         now, told = (self._wire.get(path, quick=True) for path in ("/model_info", "/server_info"))
         try:
@@ -49,11 +55,11 @@ class SglangControl:
                 "pp-size 1, and a larger tp-size instead"
             )
         check_copies(self.url, copies, self._transport)
-        return Facts(
+        return WeightsInfo(
             int(version) if version.isdecimal() else None, tensor, None if dtype == "auto" else dtype
         )
 
-    def pause(self, in_flight: InFlight) -> None:
+    def pause(self, in_flight: InFlightPolicy) -> None:
         """`finish`: SGLang has no such pause, but it opens a weight update only once all requests have ended;
         one that comes between that and the pause is retracted."""
         if in_flight == "finish":
@@ -62,10 +68,10 @@ class SglangControl:
         if in_flight == "finish":
             self.end()
 
-    def proceed(self) -> None:
+    def continue_generation(self) -> None:
         self._wire.post("/continue_generation")
 
-    def join(self, meeting: Meeting) -> None:
+    def join(self, meeting: Rendezvous) -> None:
         self._wire.post(
             "/init_weights_update_group",
             {
@@ -108,7 +114,7 @@ class SglangControl:
     def load(self, folder: Path, version: int) -> None:
         self._wire.post("/update_weights_from_disk", {"model_path": str(folder)} | _named(version))
 
-    def score(self, rows: Sequence[Row]) -> list[Scores]:
+    def score(self, rows: Sequence[TokenRow]) -> list[RowScores]:
         told = self._wire.post(
             "/generate",
             {
@@ -129,7 +135,7 @@ class SglangControl:
     def release_memory(self) -> None:
         self._wire.post("/release_memory_occupation")
 
-    def resume_memory(self, part: Memory) -> None:
+    def resume_memory(self, part: MemoryPart) -> None:
         # Captured graphs hold addresses of both; they come back with the cache, as the last.
         tags = ["weights"] if part == "weights" else ["kv_cache", "cuda_graph"]
         self._wire.post("/resume_memory_occupation", {"tags": tags})
@@ -138,7 +144,7 @@ class SglangControl:
         self._wire.close()
 
 
-def check_copies(url: str, copies: int, transport: Kind) -> None:
+def check_copies(url: str, copies: int, transport: TransportKind) -> None:
     """Whether a server takes weights by `transport`: one of several data-parallel copies has them from disk
     alone (assertions in SGLang's `managers/tokenizer_control_mixin.py`).
 

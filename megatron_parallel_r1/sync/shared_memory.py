@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from megatron_parallel_r1.sync.buckets import Bucket
-from megatron_parallel_r1.sync.control import Control, Facts, LiveControl
-from megatron_parallel_r1.sync.sender import each
-from megatron_parallel_r1.sync.transport import Passed
+from megatron_parallel_r1.sync.control import LiveServerControl, ServerControl, WeightsInfo
+from megatron_parallel_r1.sync.sender import PassResult, map_servers
 
 SHARED_MEMORY = Path("/dev/shm")
 # Each tensor begins where any type of number may. torch keeps a count of users in that of a file's head.
@@ -34,17 +33,17 @@ USERS = 2**30
 DEVICE = 6
 
 
-class SharedTensors:
+class SharedMemoryTransport:
     """See `Transport`. Servers go their own ways: one that fails is left out of the rest of the pass."""
 
     def __init__(self) -> None:
-        self._servers: list[LiveControl] = []
+        self._servers: list[LiveServerControl] = []
         self._processes: dict[str, int] = {}
         self._version = 0
         self._lost: dict[str, str] = {}
 
-    def open(self, servers: Sequence[Control], facts: Mapping[str, Facts], version: int) -> None:
-        self._servers = [cast(LiveControl, server) for server in servers]
+    def open(self, servers: Sequence[ServerControl], facts: Mapping[str, WeightsInfo], version: int) -> None:
+        self._servers = [cast(LiveServerControl, server) for server in servers]
         self._processes = {server.url: facts[server.url].processes for server in servers}
         self._version, self._lost = version, {}
         self._try(lambda server: server.begin())
@@ -53,21 +52,21 @@ class SharedTensors:
         version = self._version if bucket.last else None
         with shared(bucket.tensors) as payload:
 
-            def take(server: LiveControl) -> None:
+            def take(server: LiveServerControl) -> None:
                 # A handle is good for one process.
                 server.take_tensors([payload() for _ in range(self._processes[server.url])], version)
 
             self._try(take)
 
-    def close(self) -> Passed:
+    def close(self) -> PassResult:
         self._try(lambda server: server.end())
-        return Passed(self._lost)
+        return PassResult(self._lost)
 
     def end(self) -> None:
         pass
 
-    def _try(self, work: Callable[[LiveControl], None]) -> None:
-        _, reasons = each(self._servers, work)
+    def _try(self, work: Callable[[LiveServerControl], None]) -> None:
+        _, reasons = map_servers(self._servers, work)
         self._lost |= reasons
         self._servers = [server for server in self._servers if server.url not in reasons]
 

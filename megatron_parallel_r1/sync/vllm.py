@@ -15,11 +15,10 @@ from typing import Any
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import Unreachable
-from megatron_parallel_r1.sync.control import Facts, Memory, Row, Scores
-from megatron_parallel_r1.sync.http_client import Wire
-from megatron_parallel_r1.sync.settings import InFlight, Kind
+from megatron_parallel_r1.sync.control import HttpClient, MemoryPart, RowScores, TokenRow, WeightsInfo
+from megatron_parallel_r1.sync.settings import InFlightPolicy, TransportKind
 
-PAUSES: dict[InFlight, str] = {"finish": "wait", "retract": "keep", "abort": "abort"}
+PAUSES: dict[InFlightPolicy, str] = {"finish": "wait", "retract": "keep", "abort": "abort"}
 
 
 class VllmControl:
@@ -30,18 +29,18 @@ class VllmControl:
         timeout_s: how long one answer may take.
     """
 
-    kinds: frozenset[Kind] = frozenset({"disk"})
+    kinds: frozenset[TransportKind] = frozenset({"disk"})
     wants_head = True
 
     def __init__(self, url: str, timeout_s: float = 600.0) -> None:
-        self._wire = Wire(url, timeout_s)
+        self._wire = HttpClient(url, timeout_s)
         self._model = ""
 
     @property
     def url(self) -> str:
         return self._wire.url
 
-    def facts(self) -> Facts:
+    def facts(self) -> WeightsInfo:
         try:
             version = str(self._wire.get("/weight_info", quick=True)["weight_version"])
             processes = int(self._wire.get("/get_world_size", quick=True)["world_size"])
@@ -52,12 +51,12 @@ class VllmControl:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.url}: no vLLM server answers like this ({error!r})") from None
         dtype = re.search(r"\bdtype=torch\.(\w+)", config)
-        return Facts(int(version) if version.isdecimal() else None, processes, dtype and dtype[1])
+        return WeightsInfo(int(version) if version.isdecimal() else None, processes, dtype and dtype[1])
 
-    def pause(self, in_flight: InFlight) -> None:
+    def pause(self, in_flight: InFlightPolicy) -> None:
         self._wire.post(f"/pause?mode={PAUSES[in_flight]}")
 
-    def proceed(self) -> None:
+    def continue_generation(self) -> None:
         self._wire.post("/resume")
 
     def load(self, folder: Path, version: int) -> None:
@@ -67,7 +66,7 @@ class VllmControl:
         self._flush()
         self._wire.post("/update_weight_version", {"new_version": str(version)})
 
-    def score(self, rows: Sequence[Row]) -> list[Scores]:
+    def score(self, rows: Sequence[TokenRow]) -> list[RowScores]:
         # It draws one token at least.
         asked = {
             "prompt": [list(row) for row in rows],
@@ -87,7 +86,7 @@ class VllmControl:
     def release_memory(self) -> None:
         self._wire.post("/sleep?level=2")
 
-    def resume_memory(self, part: Memory) -> None:
+    def resume_memory(self, part: MemoryPart) -> None:
         self._wire.post(f"/wake_up?tags={part}")
 
     def close(self) -> None:
@@ -108,7 +107,7 @@ class VllmControl:
         return self._model
 
 
-def _read(positions: Sequence[Any], row: Row) -> Scores:
+def _read(positions: Sequence[Any], row: TokenRow) -> RowScores:
     """The log-probs that vLLM gives for each position by token id; the first has none."""
     following = zip(positions[1:], row[1:], strict=True)
     return tuple(float(position[str(token)]["logprob"]) for position, token in following)

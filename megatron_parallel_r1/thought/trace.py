@@ -18,9 +18,9 @@ class Trace:
         prompt: token ids of the prompt.
         tokens: token ids of the flat response, including forced tags.
         sampled: whether the policy sampled each token; only these carry loss.
-        barred: whether `<Parallel>` was excluded from sampling: no further block was allowed, or none fitted.
-            The token was sampled from the other tokens and is trained so: with the tag in the distribution, a
-            wrong trace would raise its probability exactly where it cannot be sampled.
+        suppressed: whether `<Parallel>` was excluded from sampling: no further block was allowed, or none
+            fitted. The token was sampled from the other tokens and is trained so: with the tag in the
+            distribution, a wrong trace would raise its probability exactly where it cannot be sampled.
         logprobs: natural log-probability of each sampled token over the tokens that could be sampled, at the
             rollout's temperature, before top-k and top-p; 0.0 for forced tokens.
         finish: whether the policy or a limit ended the response.
@@ -32,7 +32,7 @@ class Trace:
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     sampled: tuple[bool, ...]
-    barred: tuple[bool, ...]
+    suppressed: tuple[bool, ...]
     logprobs: tuple[float, ...]
     finish: Finish
     tree: Tree
@@ -40,7 +40,7 @@ class Trace:
 
     def __post_init__(self) -> None:
         assert self.prompt, "a trace needs a prompt"
-        lengths = {len(part) for part in (self.tokens, self.sampled, self.barred, self.logprobs)}
+        lengths = {len(part) for part in (self.tokens, self.sampled, self.suppressed, self.logprobs)}
         assert lengths == {self.tree.length}, lengths
         assert len(self.versions) in (0, self.tree.length), len(self.versions)
 

@@ -78,7 +78,9 @@ class LogprobRunner:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [N] of a micro-batch's targets."""
         last = self.model[-1]
-        query = LogprobQuery(batch.labels_N, batch.barred_N, self.temperature, self.model.architecture.vocab)
+        query = LogprobQuery(
+            batch.labels_N, batch.suppressed_N, self.temperature, self.model.architecture.vocab
+        )
         head_VE = last.head_weight() if self._head_VE is None else self._head_VE.to(self.device)
         # Its backward is an index_add; that of `[at_N]` sorts, for indices may repeat.
         return target_logprobs(last.whole_hidden(hidden_T1E).index_select(0, batch.at_N), head_VE, query)

@@ -27,7 +27,7 @@ class MicroBatch:
     Attributes:
         at_N: the index of the row that predicts each target.
         labels_N: the target's token id.
-        barred_N: the token that could not be drawn in its place, -1 where every token could.
+        suppressed_N: the token that could not be drawn in its place, -1 where every token could.
         segments: the trace that each target belongs to, as an index into `row.members`.
         values: named float32 vectors over the targets, such as advantages.
         row: what the tensors were made of.
@@ -38,7 +38,7 @@ class MicroBatch:
     layout_KL: torch.Tensor
     at_N: torch.Tensor
     labels_N: torch.Tensor
-    barred_N: torch.Tensor
+    suppressed_N: torch.Tensor
     segments: Segments
     values: dict[str, torch.Tensor]
     row: PackedRow
@@ -49,17 +49,17 @@ class MicroBatch:
         row: PackedRow,
         device: torch.device,
         values: Mapping[str, Sequence[PerToken]] | None = None,
-        barred: Sequence[Sequence[bool]] | None = None,
-        barred_token: int = -1,
+        suppressed: Sequence[Sequence[bool]] | None = None,
+        suppressed_token: int = -1,
     ) -> MicroBatch:
         """Puts a row and what belongs to its targets on a device.
 
         Args:
             values: for each name, per-token values of all traces given to `pack`.
-            barred: of all those traces, where `barred_token` could not be drawn.
+            suppressed: of all those traces, where `suppressed_token` could not be drawn.
         """
         at_N = np.flatnonzero(row.labels_L >= 0)
-        barred_L = np.zeros(len(row)) if barred is None else row.gather(barred)
+        suppressed_L = np.zeros(len(row)) if suppressed is None else row.gather(suppressed)
 
         def tensor(array: NDArray) -> torch.Tensor:
             return _sent(array, device)
@@ -70,7 +70,7 @@ class MicroBatch:
             layout_KL=tensor(row.layout_KL),
             at_N=tensor(at_N),
             labels_N=tensor(row.labels_L[at_N].astype(np.int64)),
-            barred_N=tensor(np.where(barred_L[at_N] > 0, barred_token, -1)),
+            suppressed_N=tensor(np.where(suppressed_L[at_N] > 0, suppressed_token, -1)),
             segments=Segments(
                 tensor(row.member_L[at_N].astype(np.int64)),
                 len(row.members),

@@ -30,14 +30,14 @@ class LogprobQuery:
 
     Attributes:
         labels_N: ids, in the whole vocabulary, whose log-probs are wanted.
-        barred_N: the token that could not be drawn there, -1 where every token could.
+        suppressed_N: the token that could not be drawn there, -1 where every token could.
         temperature: by which logits are divided.
         vocab: real size of the vocabulary; further rows of the head are no tokens.
         chunk: targets whose logits exist at a time; None: as many as CHUNK_LOGITS allow.
     """
 
     labels_N: Tensor
-    barred_N: Tensor
+    suppressed_N: Tensor
     temperature: float
     vocab: int
     chunk: int | None = None
@@ -118,9 +118,9 @@ def _chunks(
         if query.temperature != 1:
             logits_CV.div_(query.temperature)
         logits_CV[:, max(0, query.vocab - first) :] = NEVER
-        barred_C = query.barred_N[part] - first
-        cut = ((barred_C >= 0) & (barred_C < rows) & (query.barred_N[part] >= 0)).nonzero()[:, 0]
-        logits_CV[cut, barred_C[cut]] = NEVER
+        suppressed_C = query.suppressed_N[part] - first
+        cut = ((suppressed_C >= 0) & (suppressed_C < rows) & (query.suppressed_N[part] >= 0)).nonzero()[:, 0]
+        logits_CV[cut, suppressed_C[cut]] = NEVER
         column_C = query.labels_N[part] - first
         here_C = (column_C >= 0) & (column_C < rows)
         yield part, logits_CV, here_C, column_C.where(here_C, 0)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.servers import connect
+from megatron_parallel_r1.rollout.servers import engine
 from megatron_parallel_r1.run.folder import is_resumable, open_run_folder
 from tests.curriculum.test_bad_input import RECIPE, fail
 from tests.unit.rollout.test_sglang import URL, FakeSGLang
@@ -53,7 +53,7 @@ def test_no_server_answers(capsys, monkeypatch, tmp_path: Path) -> None:
     words = [f"out={tmp_path}", "thinking.mode=replay", "stages.cold_start.steps=2"]
     words += ["rollout.engine=sglang", f"rollout.urls=[{url}]", "rollout.patience_s=1"]
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
-    assert re.search(rf"no rollout server can be asked since \d+ s: {url}", shown)
+    assert re.search(rf"no rollout server usable for \d+ s: {url}", shown)
     assert "goes on from its last checkpoint" in shown
     assert len(list(tmp_path.glob("*/cold_start/model/config.json"))) == 1
 
@@ -63,7 +63,7 @@ def test_servers_of_several_copies_are_refused_when_the_run_meets_them(
 ) -> None:
     server = FakeSGLang()
     server.server_info["dp_size"] = 2
-    monkeypatch.setattr(connect, "CLIENTS", {"sglang": lambda url, timeouts: server.client()})
+    monkeypatch.setattr(engine, "CLIENTS", {"sglang": lambda url, timeouts: server.client()})
     words = [f"out={tmp_path}", "thinking.mode=replay", "stages.cold_start.steps=2"]
     words += ["rollout.engine=sglang", f"rollout.urls=[{URL}]", "rollout.patience_s=1"]
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)

@@ -11,9 +11,9 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
-from megatron_parallel_r1.rollout.servers.client import Asked, Server
+from megatron_parallel_r1.rollout.servers.client import GenerateRequest, Server
 from megatron_parallel_r1.rollout.servers.engine import ServerEngine
-from megatron_parallel_r1.rollout.servers.pool import Pool
+from megatron_parallel_r1.rollout.servers.pool import ServerPool
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
@@ -23,7 +23,7 @@ TOLERANCE = 2e-5  # float32, logits of some units: a few hundred roundings of 6e
 
 
 @torch.no_grad()
-def expected(model: Qwen3ForCausalLM, asked: Asked, completion: Completion) -> list[float]:
+def expected(model: Qwen3ForCausalLM, asked: GenerateRequest, completion: Completion) -> list[float]:
     """Log-probs of the drawn tokens, by the definition in `base.Completion`; float64 from the logits on."""
     tokens = torch.tensor([[*asked.tokens, *completion.tokens]])
     logits_LV = model(tokens).logits[0].double()
@@ -33,12 +33,12 @@ def expected(model: Qwen3ForCausalLM, asked: Asked, completion: Completion) -> l
     return [logprobs_LV[first + i, token].item() for i, token in enumerate(completion.tokens)]
 
 
-def difference(model: Qwen3ForCausalLM, asked: Asked, completion: Completion) -> float:
+def difference(model: Qwen3ForCausalLM, asked: GenerateRequest, completion: Completion) -> float:
     pairs = zip(completion.logprobs, expected(model, asked, completion), strict=True)
     return max(abs(got - wanted) for got, wanted in pairs)
 
 
-def many(samplings: Sequence[Sampling], count: int, stop: Set[int]) -> list[Asked]:
+def many(samplings: Sequence[Sampling], count: int, stop: Set[int]) -> list[GenerateRequest]:
     """Continuations of various prompts, with stops and suppressed tokens, each with a seed of 63 bits."""
     asked = []
     for index in range(count):
@@ -47,11 +47,11 @@ def many(samplings: Sequence[Sampling], count: int, stop: Set[int]) -> list[Aske
         tokens = tuple(7 + (index * 7 + place) % 30 for place in range(2 + index % 9))
         suppress = frozenset({0}) if index % 2 else frozenset({0, 3, 9, 21})
         limit = 20 if index % 3 else 2
-        asked.append(Asked(tokens, sampling, limit, frozenset(stop), suppress, str(index)))
+        asked.append(GenerateRequest(tokens, sampling, limit, frozenset(stop), suppress, str(index)))
     return asked
 
 
-async def all_of(server: Server, asked: Sequence[Asked]) -> list[Completion]:
+async def all_of(server: Server, asked: Sequence[GenerateRequest]) -> list[Completion]:
     return [answer.completion for answer in await asyncio.gather(*map(server.generate, asked))]
 
 
@@ -64,12 +64,14 @@ def rolled(
     return asyncio.run(roll_out(thinker, prompts, list(range(len(prompts))), concurrent, paths))
 
 
-def assert_several(pool: Pool) -> None:
+def assert_several(pool: ServerPool) -> None:
     """Continuations of one text, asked for at once, are those of their seeds one by one."""
-    pool.meet()
-    asked = Asked((7, 8, 9, 10), Sampling(seed=2**63 - 2), 12, frozenset(), frozenset({0}), "several")
-    answers = asyncio.run(pool.several(asked, 4))
+    pool.wait_ready()
+    request = GenerateRequest(
+        (7, 8, 9, 10), Sampling(seed=2**63 - 2), 12, frozenset(), frozenset({0}), "several"
+    )
+    answers = asyncio.run(pool.generate_n(request, 4))
     seeds = [2**63 - 2, 2**63 - 1, 0, 1]
-    alone = [replace(asked, sampling=replace(asked.sampling, seed=seed)) for seed in seeds]
+    alone = [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
     told = [asyncio.run(pool.generate(one)).completion.tokens for one in alone]
     assert [answer.completion.tokens for answer in answers] == told and len(set(told)) == 4

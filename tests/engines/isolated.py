@@ -12,15 +12,14 @@ from typing import Any
 
 import httpx
 
-from megatron_parallel_r1.rollout.joined_blocks import FIELD, understood
-from megatron_parallel_r1.rollout.launcher.commands import Command, command_of
-from megatron_parallel_r1.rollout.launcher.placement import ports_of, url_of
-from megatron_parallel_r1.rollout.launcher.server_process import Child
-from megatron_parallel_r1.rollout.launcher.settings import Serving
-from megatron_parallel_r1.rollout.servers.client import Answered, Asked
+from megatron_parallel_r1.rollout.joined_blocks import FIELD, supports_joined_blocks
+from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, ServerCommand, build_command
+from megatron_parallel_r1.rollout.launcher.placement import pick_ports, server_url
+from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess
+from megatron_parallel_r1.rollout.servers.client import GenerateRequest, GenerateResult
 from megatron_parallel_r1.rollout.servers.engine import ServerContext, ServerEngine
-from megatron_parallel_r1.rollout.servers.pool import Pool
-from megatron_parallel_r1.rollout.servers.sglang import SGLang
+from megatron_parallel_r1.rollout.servers.pool import ServerPool
+from megatron_parallel_r1.rollout.servers.sglang import SglangClient
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
@@ -42,21 +41,21 @@ Reached = Callable[[int], Awaitable[None]]
 
 
 @contextmanager
-def started(serving: Serving, env: dict[str, str], overlap: bool = False) -> Iterator[Child]:
+def started(serving: LaunchSettings, env: dict[str, str], overlap: bool = False) -> Iterator[ServerProcess]:
     """A server that is being started.
 
     Args:
         overlap: it schedules a pass while the one before it runs, as on a GPU.
     """
     serving = replace(serving, isolated=True, port=0, context_tokens=CONTEXT_TOKENS)
-    (port,) = ports_of(serving)
-    command = command_of(serving, python_of("sglang"), "cpu", port)
+    (port,) = pick_ports(serving)
+    command = build_command(serving, python_of("sglang"), "cpu", port)
     left_out = {"--disable-overlap-schedule"} if overlap else set()
     arguments = tuple(argument for argument in command.arguments if argument not in left_out)
     with TemporaryDirectory() as folder:
         environment = command.environment | STRICT | env
-        child = Child(
-            Command(arguments, environment), url_of(serving.host, port), Path(folder) / "server.log"
+        child = ServerProcess(
+            ServerCommand(arguments, environment), server_url(serving.host, port), Path(folder) / "server.log"
         )
         child.start()
         try:
@@ -66,21 +65,21 @@ def started(serving: Serving, env: dict[str, str], overlap: bool = False) -> Ite
 
 
 @contextmanager
-def healthy(serving: Serving, env: dict[str, str], overlap: bool = False) -> Iterator[Child]:
+def healthy(serving: LaunchSettings, env: dict[str, str], overlap: bool = False) -> Iterator[ServerProcess]:
     """A server with the plugin that answers; arguments as of `started`."""
     with started(serving, env, overlap) as child:
         wait_until_healthy(child)
         yield child
 
 
-class Recorded(SGLang):
+class Recorded(SglangClient):
     """Keeps what was asked with what was answered."""
 
-    def __init__(self, url: str, log: list[tuple[Asked, Answered]]) -> None:
+    def __init__(self, url: str, log: list[tuple[GenerateRequest, GenerateResult]]) -> None:
         super().__init__(url)
         self.log = log
 
-    async def generate(self, asked: Asked) -> Answered:
+    async def generate(self, asked: GenerateRequest) -> GenerateResult:
         answered = await super().generate(asked)
         self.log.append((asked, answered))
         return answered
@@ -98,7 +97,7 @@ class Flat(ServerEngine):
 @dataclass(frozen=True)
 class Rolled:
     traces: list[Trace]
-    log: list[tuple[Asked, Answered]]
+    log: list[tuple[GenerateRequest, GenerateResult]]
     counters: dict[str, int]
 
     def computed(self) -> list[int]:
@@ -108,7 +107,7 @@ class Rolled:
 
 def counters_of(url: str) -> dict[str, int]:
     told = httpx.get(f"{url}/server_info", timeout=HTTP_SECONDS).json()
-    assert understood(told)
+    assert supports_joined_blocks(told)
     return told["internal_states"][0][FIELD]["counters"]
 
 
@@ -125,9 +124,9 @@ def rolled_out(
     Args:
         meanwhile: runs beside them, and is told when so many joins have been answered.
     """
-    log: list[tuple[Asked, Answered]] = []
-    pool = Pool(lambda url: Recorded(url, log), (url,))
-    pool.meet()
+    log: list[tuple[GenerateRequest, GenerateResult]] = []
+    pool = ServerPool(lambda url: Recorded(url, log), (url,))
+    pool.wait_ready()
     log.clear()
     before = counters_of(url)
 

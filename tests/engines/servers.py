@@ -14,10 +14,14 @@ import httpx
 import psutil
 import pytest
 
-from megatron_parallel_r1.rollout.launcher.commands import Command, command_of
-from megatron_parallel_r1.rollout.launcher.placement import ports_of, url_of
-from megatron_parallel_r1.rollout.launcher.server_process import Child
-from megatron_parallel_r1.rollout.launcher.settings import EngineName, Serving
+from megatron_parallel_r1.rollout.launcher.command import (
+    EngineName,
+    LaunchSettings,
+    ServerCommand,
+    build_command,
+)
+from megatron_parallel_r1.rollout.launcher.placement import pick_ports, server_url
+from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess
 from tests.unit.rollout.serving.launched import Launched, launched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,26 +99,26 @@ def _healthy(url: str) -> bool:
 def sglang(folder: Path, *options: str, env: Mapping[str, str] | None = None) -> Iterator[str]:
     """The base URL of an SGLang server of a Hugging Face folder, as `parallel-r1 serve-rollout` starts it on
     a CPU; options and env win over the usual ones."""
-    with _running(Serving(folder, engine="sglang", options=options), env or {}) as url:
+    with _running(LaunchSettings(folder, engine="sglang", options=options), env or {}) as url:
         yield url
 
 
 @contextmanager
 def vllm(folder: Path, *options: str, env: Mapping[str, str] | None = None) -> Iterator[str]:
     """As `sglang`, of a vLLM server."""
-    with _running(Serving(folder, engine="vllm", options=options), env or {}) as url:
+    with _running(LaunchSettings(folder, engine="vllm", options=options), env or {}) as url:
         yield url
 
 
 @contextmanager
-def _running(serving: Serving, env: Mapping[str, str]) -> Iterator[str]:
+def _running(serving: LaunchSettings, env: Mapping[str, str]) -> Iterator[str]:
     serving = replace(serving, port=0, context_tokens=CONTEXT_TOKENS)
     python = python_of(serving.engine)
-    (port,) = ports_of(serving)
-    command = command_of(serving, python, "cpu", port)
-    command = Command(command.arguments, command.environment | env)
+    (port,) = pick_ports(serving)
+    command = build_command(serving, python, "cpu", port)
+    command = ServerCommand(command.arguments, command.environment | env)
     with TemporaryDirectory() as folder:
-        child = Child(command, url_of(serving.host, port), Path(folder) / "server.log")
+        child = ServerProcess(command, server_url(serving.host, port), Path(folder) / "server.log")
         child.start()
         try:
             wait_until_healthy(child)
@@ -123,7 +127,7 @@ def _running(serving: Serving, env: Mapping[str, str]) -> Iterator[str]:
             child.end()
 
 
-def wait_until_healthy(child: Child) -> None:
+def wait_until_healthy(child: ServerProcess) -> None:
     while child.status is None and child.age < START_SECONDS:
         if child.healthy():
             return

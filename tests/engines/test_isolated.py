@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from megatron_parallel_r1.rollout.joined_blocks import FIELD, Joined, encode
-from megatron_parallel_r1.rollout.launcher.settings import Serving
-from megatron_parallel_r1.rollout.servers.sglang import SGLang
+from megatron_parallel_r1.rollout.joined_blocks import FIELD, JoinedBlock, encode_blocks
+from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
+from megatron_parallel_r1.rollout.servers.sglang import SglangClient
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
@@ -140,10 +140,10 @@ def test_new_weights_rebuild_what_the_old_ones_wrote(url: str, folder: Path, tmp
         assert after.counters["joins"] > 5
         # What a join drew from the old weights, asked of the new ones: the same as on a server of their own.
         asked = max((asked for asked, _ in before.log if asked.joined), key=lambda asked: len(asked.joined))
-        old = asyncio.run(SGLang(url).generate(asked))
+        old = asyncio.run(SglangClient(url).generate(asked))
         assert old.cached_tokens >= len(asked.tokens) - NEW, "the writers brought it all"
         httpx.post(f"{url}/flush_cache", timeout=HTTP_SECONDS).raise_for_status()
-        again = asyncio.run(SGLang(url).generate(asked))
+        again = asyncio.run(SglangClient(url).generate(asked))
         assert again.completion.tokens == old.completion.tokens
         assert again.completion.logprobs == pytest.approx(old.completion.logprobs, abs=TOLERANCE)
     finally:
@@ -151,11 +151,11 @@ def test_new_weights_rebuild_what_the_old_ones_wrote(url: str, folder: Path, tmp
 
 
 def test_bad_blocks_are_answered_and_the_server_lives(url: str) -> None:
-    good = encode([Joined(2, (4, 6))])
+    good = encode_blocks([JoinedBlock(2, (4, 6))])
     bad = {
         "list of integers": ("x", -1),
         "breaks off": ([2, 2, 4], -1),
-        "no room": (encode([Joined(2, (4, 9))]), -1),
+        "no room": (encode_blocks([JoinedBlock(2, (4, 9))]), -1),
         "logprob_start_len lies below 6": (good, 3),
     }
     for why, (numbers, start) in bad.items():
@@ -183,8 +183,8 @@ def test_requests_without_blocks_are_a_stock_servers(url: str, sglang_server: Sh
         return told
 
     stock = sglang_server.url
-    assert "isolated" not in asyncio.run(SGLang(stock).about()).modes
-    assert "isolated" in asyncio.run(SGLang(url).about()).modes
+    assert "isolated" not in asyncio.run(SglangClient(stock).info()).modes
+    assert "isolated" in asyncio.run(SglangClient(url).info()).modes
     assert answers(stock) == answers(url)
 
 
@@ -193,7 +193,7 @@ def test_a_cache_too_small_for_all_finishes_every_trace_exactly(folder: Path, ra
     """Live traces of 32 want 3.5 times the cache; requests are retracted and long prompts cut into chunks."""
     env = RETRACTING | ({"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if ranks == 2 else {})
     options = ("--chunked-prefill-size", "64")
-    serving = Serving(folder, tensor=ranks, cache_tokens=1100, options=options)
+    serving = LaunchSettings(folder, tensor=ranks, cache_tokens=1100, options=options)
     thinking = Thinking(max_blocks=4, max_depth=2, max_path_tokens=40, max_response_tokens=300)
     # One rank schedules ahead as on a GPU.
     with healthy(serving, env, overlap=ranks == 1) as server:
@@ -209,7 +209,7 @@ def test_a_cache_too_small_for_all_finishes_every_trace_exactly(folder: Path, ra
 
 def test_what_it_cannot_serve_is_refused_at_start(folder: Path) -> None:
     options = ("--page-size", "16", "--disable-radix-cache")
-    with started(Serving(folder, options=options), {}) as child:
+    with started(LaunchSettings(folder, options=options), {}) as child:
         while child.status is None and not child.healthy():
             assert child.age < START_SECONDS
             time.sleep(0.5)
@@ -222,7 +222,7 @@ def test_what_it_cannot_serve_is_refused_at_start(folder: Path) -> None:
 def test_an_unknown_release_of_sglang_loads_no_plugin() -> None:
     """By SGLang's own loader, which goes on after an exception of a plugin."""
     loads = (
-        "from megatron_parallel_r1.rollout.sglang_plugin import versions; versions.TESTED = ('0.4.0',); "
+        "from megatron_parallel_r1.rollout import sglang_plugin; sglang_plugin.TESTED = ('0.4.0',); "
         "from sglang.srt.plugins import load_plugins; load_plugins(); print('loaded')"
     )
     for allowed in ("", "1"):

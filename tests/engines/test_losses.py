@@ -15,10 +15,10 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.rollout.servers.client import Answered, Asked
+from megatron_parallel_r1.rollout.servers.client import GenerateRequest, GenerateResult
 from megatron_parallel_r1.rollout.servers.engine import ServerEngine
-from megatron_parallel_r1.rollout.servers.pool import Pool, PoolSettings
-from megatron_parallel_r1.rollout.servers.sglang import SGLang
+from megatron_parallel_r1.rollout.servers.pool import PoolSettings, ServerPool
+from megatron_parallel_r1.rollout.servers.sglang import SglangClient
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.publisher import Publisher
@@ -53,7 +53,7 @@ def world() -> Iterator[None]:
         yield
 
 
-class Struck(SGLang):
+class Struck(SglangClient):
     """Its server is killed (kill -9) under the 60th of its requests, with others under way."""
 
     def __init__(self, server: Shared) -> None:
@@ -61,7 +61,7 @@ class Struck(SGLang):
         self.process: psutil.Process | None = server.server
         self.asked = self.under_way = 0
 
-    async def generate(self, asked: Asked) -> Answered:
+    async def generate(self, asked: GenerateRequest) -> GenerateResult:
         self.asked += 1
         self.under_way += 1
         if self.process is not None and self.asked >= 60 and self.under_way >= 2:
@@ -75,16 +75,16 @@ class Struck(SGLang):
 
 def test_a_killed_server_costs_no_trace_and_changes_none(two: tuple[Shared, Shared]) -> None:
     staying, victim = two
-    pool = Pool(SGLang, (staying.url, victim.url), SETTINGS)
-    pool.meet()
+    pool = ServerPool(SglangClient, (staying.url, victim.url), SETTINGS)
+    pool.wait_ready()
     quiet = rolled(ServerEngine(pool), THINKING, PROMPTS)
-    troubles = [member.trouble for member in pool._roster.members()]
+    troubles = [server.problem for server in pool._registry.servers()]
     assert pool.metrics()["server_retries"] == 0, troubles
 
     struck = Struck(victim)
-    clients = {staying.url: SGLang(staying.url), victim.url: struck}
-    pool = Pool(clients.__getitem__, list(clients), SETTINGS)
-    pool.meet()
+    clients = {staying.url: SglangClient(staying.url), victim.url: struck}
+    pool = ServerPool(clients.__getitem__, list(clients), SETTINGS)
+    pool.wait_ready()
     traces = rolled(ServerEngine(pool), THINKING, PROMPTS)
     assert struck.process is None, "the batch was over before the kill"
     metrics = pool.metrics()
@@ -142,8 +142,8 @@ def test_a_killed_supervisor_leaves_nothing_and_a_pool_says_that_all_are_gone(
     two: tuple[Shared, Shared],
 ) -> None:
     urls = [server.url for server in two]
-    pool = Pool(SGLang, urls, SETTINGS)
-    pool.meet()
+    pool = ServerPool(SglangClient, urls, SETTINGS)
+    pool.wait_ready()
     families = [server.supervisor.family() for server in two]
     # The guard, the server, its scheduler and its detokenizer at least.
     assert min(map(len, families)) >= 4
@@ -151,6 +151,6 @@ def test_a_killed_supervisor_leaves_nothing_and_a_pool_says_that_all_are_gone(
         server.supervisor.process.kill()
     for family in families:
         assert_gone(family)
-    gone = rf"no rollout server can be asked .*{urls[0]} \(down: .*{urls[1]} \(down: .*last checkpoint"
+    gone = rf"no rollout server usable .*{urls[0]} \(down: .*{urls[1]} \(down: .*last checkpoint"
     with pytest.raises(UserError, match=gone):
         rolled(ServerEngine(pool), THINKING, PROMPTS[:4])

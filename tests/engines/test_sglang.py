@@ -8,10 +8,16 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Sampling
-from megatron_parallel_r1.rollout.servers.client import STARTED, STOCK_MODES, Answered, Asked, Unreachable
+from megatron_parallel_r1.rollout.servers.client import (
+    INITIAL_VERSION,
+    STOCK_MODES,
+    GenerateRequest,
+    GenerateResult,
+    Unreachable,
+)
 from megatron_parallel_r1.rollout.servers.engine import ServerEngine
-from megatron_parallel_r1.rollout.servers.pool import Pool
-from megatron_parallel_r1.rollout.servers.sglang import SGLang
+from megatron_parallel_r1.rollout.servers.pool import ServerPool
+from megatron_parallel_r1.rollout.servers.sglang import SglangClient
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Mode
 from tests.engines.asking import TOLERANCE, all_of, assert_several, difference, many, rolled
@@ -32,8 +38,8 @@ def url(sglang_server: Shared) -> str:
 
 
 def test_about(url: str, sglang_server: Shared) -> None:
-    about = asyncio.run(SGLang(url).about())
-    assert about.modes == STOCK_MODES and about.version == STARTED and about.seeded
+    about = asyncio.run(SglangClient(url).info())
+    assert about.modes == STOCK_MODES and about.version == INITIAL_VERSION and about.seeded
     assert about.model == str(sglang_server.folder) and about.cache_tokens == 20000
     assert 1000 < about.max_tokens <= CONTEXT_TOKENS
 
@@ -42,7 +48,7 @@ def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -
     samplings = [Sampling(t, p, k) for t in (1.0, 0.7, 0.0, 1.3) for p, k in ((1.0, 0), (1.0, 5), (0.8, 0))]
     asked = many(samplings, 96, STOP)
     model = untied_model()
-    completions = asyncio.run(all_of(SGLang(url), asked))
+    completions = asyncio.run(all_of(SglangClient(url), asked))
     worst = max(
         difference(model, one, completion) for one, completion in zip(asked, completions, strict=True)
     )
@@ -61,33 +67,38 @@ def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -
 
 def test_a_seed_fixes_what_is_drawn_and_others_differ(url: str) -> None:
     asked = many([Sampling(), Sampling(0.7)], 48, STOP)
-    together = asyncio.run(all_of(SGLang(url), asked))
+    together = asyncio.run(all_of(SglangClient(url), asked))
     # A float tie that a batch's rounding breaks otherwise would be one of 2e-7 among some hundred draws.
-    assert [asyncio.run(all_of(SGLang(url), [one]))[0].tokens for one in asked[:12]] == [
+    assert [asyncio.run(all_of(SglangClient(url), [one]))[0].tokens for one in asked[:12]] == [
         completion.tokens for completion in together[:12]
     ]
-    seeds = [Asked((7, 8), Sampling(seed=seed), 20, NOTHING, NOTHING, "t") for seed in (3, 4, 3 + (1 << 40))]
-    assert len({completion.tokens for completion in asyncio.run(all_of(SGLang(url), seeds))}) == 3
+    seeds = [
+        GenerateRequest((7, 8), Sampling(seed=seed), 20, NOTHING, NOTHING, "t")
+        for seed in (3, 4, 3 + (1 << 40))
+    ]
+    assert len({completion.tokens for completion in asyncio.run(all_of(SglangClient(url), seeds))}) == 3
 
 
 def test_draws_follow_the_position_so_that_a_continuation_may_be_cut(url: str) -> None:
-    whole = Asked((7, 8), Sampling(seed=9), 20, NOTHING, NOTHING, "t")
-    (drawn,) = asyncio.run(all_of(SGLang(url), [whole]))
-    rest = Asked((7, 8, *drawn.tokens[:8]), Sampling(seed=9), 12, NOTHING, NOTHING, "t")
-    assert asyncio.run(all_of(SGLang(url), [rest]))[0].tokens == drawn.tokens[8:]
+    whole = GenerateRequest((7, 8), Sampling(seed=9), 20, NOTHING, NOTHING, "t")
+    (drawn,) = asyncio.run(all_of(SglangClient(url), [whole]))
+    rest = GenerateRequest((7, 8, *drawn.tokens[:8]), Sampling(seed=9), 12, NOTHING, NOTHING, "t")
+    assert asyncio.run(all_of(SglangClient(url), [rest]))[0].tokens == drawn.tokens[8:]
 
 
 def test_several_continuations_of_one_text(url: str) -> None:
-    assert_several(Pool(SGLang, [url]))
+    assert_several(ServerPool(SglangClient, [url]))
 
 
 def test_score_abort_and_refusal(url: str) -> None:
-    asked = Asked((7, 8, 9), Sampling(seed=2), 10, NOTHING, NOTHING, "t")
-    (drawn,) = asyncio.run(all_of(SGLang(url), [asked]))
-    scored = asyncio.run(SGLang(url).score((7, 8, 9, *drawn.tokens)))
+    asked = GenerateRequest((7, 8, 9), Sampling(seed=2), 10, NOTHING, NOTHING, "t")
+    (drawn,) = asyncio.run(all_of(SglangClient(url), [asked]))
+    scored = asyncio.run(SglangClient(url).score((7, 8, 9, *drawn.tokens)))
     assert scored[2:] == pytest.approx(drawn.logprobs, abs=TOLERANCE)
     with pytest.raises(UserError, match=f"{url}/generate answered 400: .*longer than the model's context"):
-        asyncio.run(SGLang(url).generate(Asked((7,) * 2000, Sampling(), 5, NOTHING, NOTHING, "t")))
+        asyncio.run(
+            SglangClient(url).generate(GenerateRequest((7,) * 2000, Sampling(), 5, NOTHING, NOTHING, "t"))
+        )
 
     async def work() -> list[object]:
         async def abort() -> None:
@@ -96,21 +107,24 @@ def test_score_abort_and_refusal(url: str) -> None:
                 await server.abort_all()
                 await asyncio.sleep(0.05)
 
-        server = SGLang(url)
-        long = [Asked((7, seed + 8), Sampling(seed=seed), 990, NOTHING, NOTHING, "t") for seed in range(3)]
+        server = SglangClient(url)
+        long = [
+            GenerateRequest((7, seed + 8), Sampling(seed=seed), 990, NOTHING, NOTHING, "t")
+            for seed in range(3)
+        ]
         answers = [asyncio.ensure_future(server.generate(asked)) for asked in long]
         await abort()
         return await asyncio.gather(*answers, return_exceptions=True)
 
     # One may have been drawn to its end before the first abort came.
     kinds = {type(result) for result in asyncio.run(work())}
-    assert Unreachable in kinds and kinds <= {Unreachable, Answered}
+    assert Unreachable in kinds and kinds <= {Unreachable, GenerateResult}
 
 
 @pytest.mark.parametrize("mode", ["replay", "causal", "sequential"])
 def test_traces_are_exact_and_share_the_cache(url: str, mode: Mode) -> None:
-    pool = Pool(SGLang, [url])
-    pool.meet()
+    pool = ServerPool(SglangClient, [url])
+    pool.wait_ready()
     engine = ServerEngine(pool)
     prompts = random_prompts(24)
     thinking = Thinking(mode=mode, max_blocks=3, max_depth=2, max_path_tokens=20, max_response_tokens=150)

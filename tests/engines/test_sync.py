@@ -20,9 +20,9 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.sync.probe import difference
 from megatron_parallel_r1.sync.publisher import Publisher
-from megatron_parallel_r1.sync.settings import InFlight, Kind, Sync
+from megatron_parallel_r1.sync.sender import PassResult
+from megatron_parallel_r1.sync.settings import InFlightPolicy, Sync, TransportKind
 from megatron_parallel_r1.sync.sglang import SglangControl
-from megatron_parallel_r1.sync.transport import Passed
 from tests.engines.servers import sglang
 from tests.engines.trained import EXACT, ROWS, SHAPE, Trained, draw, write_drawn
 from tests.engines.under_way import LONG, Asked
@@ -30,7 +30,7 @@ from tests.engines.under_way import LONG, Asked
 pytestmark = [pytest.mark.engines, pytest.mark.slow, pytest.mark.xdist_group("sync")]
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS: tuple[Kind, ...] = ("distributed", "tensor", "disk")
+KINDS: tuple[TransportKind, ...] = ("distributed", "tensor", "disk")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,9 @@ def test_a_split_model_reaches_the_server_by_each_transport(server: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_updates_are_exact_and_differ(server: str, model: Model, tmp_path: Path, kind: Kind) -> None:
+def test_two_updates_are_exact_and_differ(
+    server: str, model: Model, tmp_path: Path, kind: TransportKind
+) -> None:
     control = SglangControl(server, 120)
     scores = []
     with publishing(model, tmp_path, server, transport=kind) as publisher:
@@ -107,7 +109,7 @@ class AskedControl(Asked, SglangControl):
 
 @pytest.mark.parametrize("in_flight", ["finish", "retract", "abort"])
 def test_what_becomes_of_requests_under_way(
-    server: str, model: Model, tmp_path: Path, in_flight: InFlight
+    server: str, model: Model, tmp_path: Path, in_flight: InFlightPolicy
 ) -> None:
     # On a busy machine a request may be over before the pause comes; then another one is asked.
     for old in (31, 33, 35, 37, 39):
@@ -167,7 +169,7 @@ class Deaf:
     def send(self, bucket) -> None: ...
 
     def close(self):
-        return Passed({})
+        return PassResult({})
 
     def end(self) -> None:
         self._real.end()

@@ -11,10 +11,10 @@ import torch
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model
-from megatron_parallel_r1.rollout.servers.pool import Pool
-from megatron_parallel_r1.rollout.servers.vllm import VLLM
+from megatron_parallel_r1.rollout.servers.pool import ServerPool
+from megatron_parallel_r1.rollout.servers.vllm import VllmClient
 from megatron_parallel_r1.sync.publisher import Publisher
-from megatron_parallel_r1.sync.settings import InFlight, Sync
+from megatron_parallel_r1.sync.settings import InFlightPolicy, Sync
 from megatron_parallel_r1.sync.vllm import VllmControl
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.probing import causal_logprobs
@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_a_server_with_raw_log_probs_is_refused_for_rollouts(server: str) -> None:
     with pytest.raises(UserError, match="leave the temperature out; start vLLM"):
-        Pool(VLLM, [server]).meet()
+        ServerPool(VllmClient, [server]).wait_ready()
 
 
 class Plain(VllmControl):
@@ -56,7 +56,7 @@ class Plain(VllmControl):
 
 
 def publisher_to(
-    control: VllmControl, model: Model, folder: Path, in_flight: InFlight = "finish"
+    control: VllmControl, model: Model, folder: Path, in_flight: InFlightPolicy = "finish"
 ) -> Publisher:
     settings = Sync(
         transport="disk",
@@ -102,7 +102,7 @@ class AskedControl(Asked, VllmControl):
 
 @pytest.mark.parametrize("in_flight", ["finish", "retract", "abort"])
 def test_what_becomes_of_requests_under_way(
-    server: str, model: Model, tmp_path: Path, in_flight: InFlight
+    server: str, model: Model, tmp_path: Path, in_flight: InFlightPolicy
 ) -> None:
     # On a busy machine a request may be over before the pause comes; then another one is asked.
     for old in (31, 33, 35, 37, 39):

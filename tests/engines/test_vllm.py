@@ -9,16 +9,16 @@ import pytest
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.servers.client import (
-    STARTED,
+    INITIAL_VERSION,
     STOCK_MODES,
-    About,
-    Answered,
-    Asked,
+    GenerateRequest,
+    GenerateResult,
+    ServerInfo,
     Unreachable,
 )
 from megatron_parallel_r1.rollout.servers.engine import ServerEngine
-from megatron_parallel_r1.rollout.servers.pool import Pool
-from megatron_parallel_r1.rollout.servers.vllm import VLLM
+from megatron_parallel_r1.rollout.servers.pool import ServerPool
+from megatron_parallel_r1.rollout.servers.vllm import VllmClient
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Mode
 from tests.engines.asking import TOLERANCE, all_of, assert_several, difference, many, rolled
@@ -39,14 +39,14 @@ def url(vllm_server: Shared) -> str:
 
 
 def test_about(url: str, vllm_server: Shared) -> None:
-    expected = About(str(vllm_server.folder), STOCK_MODES, STARTED, CONTEXT_TOKENS, None, True)
-    assert asyncio.run(VLLM(url).about()) == expected
+    expected = ServerInfo(str(vllm_server.folder), STOCK_MODES, INITIAL_VERSION, CONTEXT_TOKENS, None, True)
+    assert asyncio.run(VllmClient(url).info()) == expected
 
 
 def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -> None:
     asked = many([Sampling(temperature) for temperature in (1.0, 0.7, 0.0, 1.3)], 96, STOP)
     model = tied_model()
-    completions = asyncio.run(all_of(VLLM(url), asked))
+    completions = asyncio.run(all_of(VllmClient(url), asked))
     worst = max(
         difference(model, one, completion) for one, completion in zip(asked, completions, strict=True)
     )
@@ -65,28 +65,33 @@ def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -
 
 def test_a_seed_fixes_what_is_drawn_and_others_differ(url: str) -> None:
     asked = many([Sampling(), Sampling(0.7)], 48, STOP)
-    together = asyncio.run(all_of(VLLM(url), asked))
+    together = asyncio.run(all_of(VllmClient(url), asked))
     # A float tie that a batch's rounding breaks otherwise would be one of 2e-7 among some hundred draws.
-    assert [asyncio.run(all_of(VLLM(url), [one]))[0].tokens for one in asked[:12]] == [
+    assert [asyncio.run(all_of(VllmClient(url), [one]))[0].tokens for one in asked[:12]] == [
         completion.tokens for completion in together[:12]
     ]
-    seeds = [Asked((7, 8), Sampling(seed=seed), 20, NOTHING, NOTHING, "t") for seed in (3, 4, 3 + (1 << 40))]
-    assert len({completion.tokens for completion in asyncio.run(all_of(VLLM(url), seeds))}) == 3
+    seeds = [
+        GenerateRequest((7, 8), Sampling(seed=seed), 20, NOTHING, NOTHING, "t")
+        for seed in (3, 4, 3 + (1 << 40))
+    ]
+    assert len({completion.tokens for completion in asyncio.run(all_of(VllmClient(url), seeds))}) == 3
 
 
 def test_several_continuations_of_one_text(url: str) -> None:
-    assert_several(Pool(VLLM, [url]))
+    assert_several(ServerPool(VllmClient, [url]))
 
 
 def test_score_abort_and_refusal(url: str) -> None:
-    asked = Asked((7, 8, 9), Sampling(seed=2), 10, NOTHING, NOTHING, "t")
-    (drawn,) = asyncio.run(all_of(VLLM(url), [asked]))
-    scored = asyncio.run(VLLM(url).score((7, 8, 9, *drawn.tokens)))
+    asked = GenerateRequest((7, 8, 9), Sampling(seed=2), 10, NOTHING, NOTHING, "t")
+    (drawn,) = asyncio.run(all_of(VllmClient(url), [asked]))
+    scored = asyncio.run(VllmClient(url).score((7, 8, 9, *drawn.tokens)))
     assert scored[2:] == pytest.approx(drawn.logprobs, abs=TOLERANCE)
     with pytest.raises(
         UserError, match=f"{url}/inference/v1/generate answered 400: .*longer than the maximum"
     ):
-        asyncio.run(VLLM(url).generate(Asked((7,) * 2000, Sampling(), 5, NOTHING, NOTHING, "t")))
+        asyncio.run(
+            VllmClient(url).generate(GenerateRequest((7,) * 2000, Sampling(), 5, NOTHING, NOTHING, "t"))
+        )
 
     async def work() -> list[object]:
         async def abort() -> None:
@@ -95,21 +100,24 @@ def test_score_abort_and_refusal(url: str) -> None:
                 await server.abort_all()
                 await asyncio.sleep(0.05)
 
-        server = VLLM(url)
-        long = [Asked((7, seed + 8), Sampling(seed=seed), 990, NOTHING, NOTHING, "t") for seed in range(3)]
+        server = VllmClient(url)
+        long = [
+            GenerateRequest((7, seed + 8), Sampling(seed=seed), 990, NOTHING, NOTHING, "t")
+            for seed in range(3)
+        ]
         answers = [asyncio.ensure_future(server.generate(asked)) for asked in long]
         await abort()
         return await asyncio.gather(*answers, return_exceptions=True)
 
     # One may have been drawn to its end before the first abort came.
     kinds = {type(result) for result in asyncio.run(work())}
-    assert Unreachable in kinds and kinds <= {Unreachable, Answered}
+    assert Unreachable in kinds and kinds <= {Unreachable, GenerateResult}
 
 
 @pytest.mark.parametrize("mode", ["replay", "causal", "sequential"])
 def test_traces_are_exact_and_share_the_cache(url: str, mode: Mode) -> None:
-    pool = Pool(VLLM, [url])
-    pool.meet()
+    pool = ServerPool(VllmClient, [url])
+    pool.wait_ready()
     engine = ServerEngine(pool)
     prompts = random_prompts(24)
     thinking = Thinking(mode=mode, max_blocks=3, max_depth=2, max_path_tokens=20, max_response_tokens=110)

@@ -9,8 +9,8 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.sync.control import Row, Scores
-from megatron_parallel_r1.sync.probe import Head
+from megatron_parallel_r1.sync.control import RowScores, TokenRow
+from megatron_parallel_r1.sync.probe import OutputHead
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
 from tests.serve.release import tokenizer
@@ -27,7 +27,7 @@ SHAPE = ModelConfig(
     rope_theta=1e4,
     max_positions=1024,
 )
-ROWS: tuple[Row, ...] = probe_texts(SHAPE.vocab, count=3, length=24)
+ROWS: tuple[TokenRow, ...] = probe_texts(SHAPE.vocab, count=3, length=24)
 # Server and trainer sum in another order: the project's promise in float32, in nats.
 EXACT = 2e-5
 
@@ -49,6 +49,6 @@ class Trained:
     def __init__(self, model: Model) -> None:
         self.model = model
 
-    def __call__(self, rows: Sequence[Row], head: Head | None) -> list[Scores]:
+    def __call__(self, rows: Sequence[TokenRow], head: OutputHead | None) -> list[RowScores]:
         scorer = LogprobRunner(self.model, head_VE=head.rows_VE if head else None)
         return causal_logprobs(scorer, rows, capacity=256)

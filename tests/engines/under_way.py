@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from megatron_parallel_r1.sync.settings import InFlight
+from megatron_parallel_r1.sync.settings import InFlightPolicy
 
 # Tokens of it: more than a server draws before a publication meets it.
 LONG = 900
@@ -26,7 +26,7 @@ class Asked:
         self._begun = threading.Event()
         self.request = threading.Thread(target=self._ask)
 
-    def pause(self, in_flight: InFlight) -> None:
+    def pause(self, in_flight: InFlightPolicy) -> None:
         self.request.start()
         assert self._begun.wait(120), "the request did not begin"
         super().pause(in_flight)

@@ -34,7 +34,7 @@ from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
 from megatron_parallel_r1.rl.rollout_queue import open_queue
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
-from megatron_parallel_r1.rollout.native.tensor_parallel import Team
+from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.tokenizer import add_tags
@@ -61,7 +61,7 @@ def weights(model: Qwen3ForCausalLM, version: int) -> Iterator[tuple[str, torch.
         yield name, tensor + 0.02 * version * update
 
 
-def stage(team: Team, world: dist.ProcessGroup, k: int) -> list[Any]:
+def stage(team: TensorParallelGroup, world: dist.ProcessGroup, k: int) -> list[Any]:
     """Of each batch: how many rounds, which problems, and the traces that were rolled out."""
     tokenizer = build_tokenizer()
     tags = add_tags(tokenizer)
@@ -106,7 +106,7 @@ def stage(team: Team, world: dist.ProcessGroup, k: int) -> list[Any]:
     return found
 
 
-def crossing(team: Team) -> list[Any]:
+def crossing(team: TensorParallelGroup) -> list[Any]:
     """Traces of a team whose ranks are offered new weights at different passes."""
     tokenizer = build_tokenizer()
     tags = add_tags(tokenizer)
@@ -142,7 +142,7 @@ def main() -> None:
             process.running(seed=1, parallel=ParallelConfig(tensor=settings["team"])),
             background_groups(timeout_s=120) as (tensor, world),
         ):
-            team = Team.of(tensor)
+            team = TensorParallelGroup.of(tensor)
             mine = {"batches": stage(team, world, settings["staleness"]), "crossing": crossing(team)}
             found[case] = all_gather_objects(mine)
     if is_rank_zero():

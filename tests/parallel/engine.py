@@ -20,7 +20,7 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.tensor_parallel import Team
+from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.trace import Trace
 from tests.parallel.launch import settings_of
@@ -49,7 +49,7 @@ def decoded(engine: NativeEngine, temperature: float, mode: str, prompts: list[l
     return {"traces": traces, "rows": engine.computed_tokens - before}
 
 
-def team_agrees(team: Team, found: dict[str, Any]) -> bool:
+def team_agrees(team: TensorParallelGroup, found: dict[str, Any]) -> bool:
     """Whether all ranks hold the same, to the bit."""
     said: list[Any] = [None] * team.size
     dist.all_gather_object(said, found, group=team.group)
@@ -67,7 +67,7 @@ def compared(found: list[Trace], expected: list[Trace]) -> float:
     )
 
 
-def modes_of(model: Qwen3ForCausalLM, team: Team, prompts: list[list[int]]) -> dict[str, Any]:
+def modes_of(model: Qwen3ForCausalLM, team: TensorParallelGroup, prompts: list[list[int]]) -> dict[str, Any]:
     """Of each mode: greedy traces against one process's, sampled ones against a recomputation."""
     shared, alone = native_engine(model, team, max_rows=20), native_engine(model)
     found: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def modes_of(model: Qwen3ForCausalLM, team: Team, prompts: list[list[int]]) -> d
     return found
 
 
-def parted(model: Qwen3ForCausalLM, team: Team) -> dict[str, str]:
+def parted(model: Qwen3ForCausalLM, team: TensorParallelGroup) -> dict[str, str]:
     """What this rank is told, by cause, when the team's last rank is asked for something else."""
     last = team.rank == team.size - 1
 
@@ -117,7 +117,7 @@ def parted(model: Qwen3ForCausalLM, team: Team) -> dict[str, str]:
     return told
 
 
-def found_in(team: Team, tied: bool, number: int) -> list[dict[str, Any]]:
+def found_in(team: TensorParallelGroup, tied: bool, number: int) -> list[dict[str, Any]]:
     """What each process of the world found.
 
     Args:
@@ -146,7 +146,7 @@ def main() -> None:
         starts = range(0, dist.get_world_size(), size)
         groups = [dist.new_group(range(start, start + size)) for start in starts]
         number = dist.get_rank() // size
-        found[case] = found_in(Team.of(groups[number]), "tied" in settings, number)
+        found[case] = found_in(TensorParallelGroup.of(groups[number]), "tied" in settings, number)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -23,7 +23,7 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, own_parameters, random_hf_tensors
-from megatron_parallel_r1.sync.buckets import gathered
+from megatron_parallel_r1.sync.buckets import gather_buckets
 from megatron_parallel_r1.utils.rank import is_rank_zero
 from tests.parallel.launch import parallel_of
 from tests.reference.peak import Peak
@@ -52,7 +52,7 @@ def one(shape: ModelConfig, parallel: ParallelConfig, bucket_bytes: int) -> dict
     differing: list[str] = []
     lasts: list[bool] = []
     with counted(model) as peak:
-        for bucket in gathered(model, bucket_bytes):
+        for bucket in gather_buckets(model, bucket_bytes):
             sizes.append(bucket.bytes)
             lasts.append(bucket.last)
             for name, tensor in bucket.tensors:

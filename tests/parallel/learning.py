@@ -51,7 +51,7 @@ LESSONS = {
 
 
 def trace_of(seed: int) -> Trace:
-    """A random trace, every fifth one cut; some tokens barred, the engine's log-probs around ln(1/41)."""
+    """A random trace, every fifth one cut; some tokens suppressed, the engine's log-probs around ln(1/41)."""
     cut = seed % 5 == 0
     tokens = random_trace(seed, depth=2, truncate=cut)
     tree = parse(tokens, TAGS)
@@ -62,7 +62,7 @@ def trace_of(seed: int) -> Trace:
         prompt=(20, 21, 22),
         tokens=tuple(tokens),
         sampled=tuple(sampled),
-        barred=tuple(mine and token != TAGS.parallel and rng.random() < 0.2 for token, mine in drawn),
+        suppressed=tuple(mine and token != TAGS.parallel and rng.random() < 0.2 for token, mine in drawn),
         logprobs=tuple(rng.random() - 4.2 if mine else 0.0 for mine in sampled),
         finish="length" if cut else "eos",
         tree=tree,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_parallel_r1.rollout.native.page_table import SlotTable
+from megatron_parallel_r1.rollout.native.page_table import PageTable
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.serve.admission import Admission, Limits
 from megatron_parallel_r1.serve.engine_request import EngineRequest
@@ -75,14 +75,14 @@ def test_those_at_once_share_the_cache_in_the_order_of_their_arrival() -> None:
 @pytest.mark.parametrize("mode", ["isolated", "replay", "causal", "sequential"])
 def test_no_answer_holds_more_than_it_is_counted_with(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
-    extend = SlotTable.extend
+    extend = PageTable.extend
 
-    def noted(self: SlotTable, *given: object) -> object:
+    def noted(self: PageTable, *given: object) -> object:
         slots = extend(self, *given)
         held.append(self.used)
         return slots
 
-    monkeypatch.setattr(SlotTable, "extend", noted)
+    monkeypatch.setattr(PageTable, "extend", noted)
     # Of one block, which takes most of the response: here replay needs half as much again.
     thinking = Thinking(mode=mode, paths=8, max_blocks=1, max_response_tokens=40)
     shares = []

@@ -51,6 +51,6 @@ def test_lost_servers_are_started_anew(site: Site) -> None:
     assert site.wait(job) == "FAILED"
     output = site.output(job)
     assert "failed after 0 steps; requeued" in output and "crash loop: 2 failures" in output
-    assert output.count("error: no rollout server can be asked since") == 2
+    assert output.count("error: no rollout server usable for") == 2
     assert (site.logs(job) / "attempt1/urls").is_file()
     site.assert_no_process_left()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.launcher.placement import python_of
-from megatron_parallel_r1.rollout.launcher.settings import Serving
+from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
+from megatron_parallel_r1.rollout.launcher.placement import find_python
 from tests.slurm.jobs import ONE_NODE, RECIPE, Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.engines]
@@ -23,7 +23,7 @@ WORDS = (
 
 def test_a_node_serves_what_the_other_trains(site: Site) -> None:
     try:
-        python_of(Serving(checkpoint=Path("any"), engine="sglang"))
+        find_python(LaunchSettings(checkpoint=Path("any"), engine="sglang"))
     except UserError as error:
         pytest.skip(str(error))
     words = (str(RECIPE), *WORDS, f"out={site.folder}/runs")

@@ -12,14 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.launcher.settings import Device, Serving
+from megatron_parallel_r1.rollout.launcher.command import Device, LaunchSettings
 
 # Linux gives those from 32768 on (net.ipv4.ip_local_port_range).
 FREE_PORTS = range(20000, 32000)
 TRIES = 50
 
 
-def python_of(serving: Serving) -> Path:
+def find_python(serving: LaunchSettings) -> Path:
     """The interpreter that has the engine.
 
     Raises:
@@ -55,7 +55,7 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(str(index) for index in range(sum(line.startswith("GPU ") for line in lines)))
 
 
-def share_gpus(serving: Serving, visible: tuple[str, ...]) -> tuple[Device, list[tuple[str, ...]]]:
+def assign_gpus(serving: LaunchSettings, visible: tuple[str, ...]) -> tuple[Device, list[tuple[str, ...]]]:
     """The device, and the GPUs of each server.
 
     Raises:
@@ -73,7 +73,7 @@ def share_gpus(serving: Serving, visible: tuple[str, ...]) -> tuple[Device, list
     return device, [visible[index * each : (index + 1) * each] for index in range(serving.servers)]
 
 
-def ports_of(serving: Serving) -> list[int]:
+def pick_ports(serving: LaunchSettings) -> list[int]:
     """One for each server, all of them free now.
 
     Raises:
@@ -117,6 +117,6 @@ def _bind(listener: socket.socket, host: str, port: int) -> int:
     return listener.getsockname()[1]
 
 
-def url_of(host: str, port: int) -> str:
+def server_url(host: str, port: int) -> str:
     """How others reach a server that listens there."""
     return f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"

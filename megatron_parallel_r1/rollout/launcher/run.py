@@ -9,23 +9,21 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.launcher.commands import command_of
+from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, build_command
 from megatron_parallel_r1.rollout.launcher.placement import (
-    ports_of,
-    python_of,
-    share_gpus,
-    url_of,
+    assign_gpus,
+    find_python,
+    pick_ports,
+    server_url,
     visible_gpus,
 )
-from megatron_parallel_r1.rollout.launcher.server_process import Child
-from megatron_parallel_r1.rollout.launcher.settings import Serving
-from megatron_parallel_r1.rollout.launcher.supervisor import Supervisor
+from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supervisor
 from megatron_parallel_r1.utils.files import write_atomically
 
 ENDING = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
-def serve_rollout(serving: Serving, tell: Callable[[str], None]) -> None:
+def serve_rollout(serving: LaunchSettings, tell: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then ends all servers and returns. For the main thread.
 
     Args:
@@ -34,7 +32,7 @@ def serve_rollout(serving: Serving, tell: Callable[[str], None]) -> None:
     Raises:
         UserError: what is asked cannot be started, or one server only crashes.
     """
-    children = children_of(serving)
+    children = build_servers(serving)
     _remove(serving.urls_file)
     written = False
     with _told_to_end() as ending:
@@ -49,7 +47,7 @@ def serve_rollout(serving: Serving, tell: Callable[[str], None]) -> None:
             _remove(serving.urls_file)
 
 
-def children_of(serving: Serving) -> list[Child]:
+def build_servers(serving: LaunchSettings) -> list[ServerProcess]:
     """The servers, not started.
 
     Raises:
@@ -61,15 +59,15 @@ def children_of(serving: Serving) -> list[Child]:
         raise UserError(
             f"isolated: {serving.engine} cannot join isolated paths exactly; give --engine sglang"
         )
-    python = python_of(serving)
-    device, gpus = share_gpus(serving, visible_gpus())
+    python = find_python(serving)
+    device, gpus = assign_gpus(serving, visible_gpus())
     return [
-        Child(
-            command_of(serving, python, device, port, gpus[index]),
-            url_of(serving.host, port),
+        ServerProcess(
+            build_command(serving, python, device, port, gpus[index]),
+            server_url(serving.host, port),
             serving.log_dir / f"server-{index}.log",
         )
-        for index, port in enumerate(ports_of(serving))
+        for index, port in enumerate(pick_ports(serving))
     ]
 
 

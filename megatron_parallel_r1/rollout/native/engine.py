@@ -15,14 +15,15 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.rollout.engine import Completion, Interrupted, Sampling
-from megatron_parallel_r1.rollout.native.forward_batch import NativeContext, Numbers, Rows
-from megatron_parallel_r1.rollout.native.graphs import Decoder
-from megatron_parallel_r1.rollout.native.model import Architecture, DecodeModel
-from megatron_parallel_r1.rollout.native.page_table import SlotTable
-from megatron_parallel_r1.rollout.native.running_batch import Call, Draws
-from megatron_parallel_r1.rollout.native.sampler import draw, uniforms
-from megatron_parallel_r1.rollout.native.tensor_parallel import Team
+from megatron_parallel_r1.rollout.native.forward_batch import ForwardBatch, NativeContext, Numbers
+from megatron_parallel_r1.rollout.native.graphs import GraphRunner
+from megatron_parallel_r1.rollout.native.model import DecodeModel, local_config
+from megatron_parallel_r1.rollout.native.page_table import PageTable
+from megatron_parallel_r1.rollout.native.running_batch import RunningBatch, SampleCall
+from megatron_parallel_r1.rollout.native.sampler import sample_tokens, uniform_draws
+from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.thought.layout import Mode
 
 Answer = TypeVar("Answer")
@@ -40,7 +41,7 @@ class NativeEngine:
     """Exact in every mode. `computed_tokens` counts the rows that went through the model.
 
     Args:
-        architecture: of the model whose weights `load_weights` will bring.
+        config: of the model whose weights `load_weights` will bring.
         team: the processes that share the engine's weights; None for this process alone.
         max_rows: tokens in one pass at most; longer prompts take several.
         recurring: decode on shapes that recur, which CUDA graphs replay (graphs.py); None: where there is
@@ -53,31 +54,31 @@ class NativeEngine:
     """
 
     modes: frozenset[Mode] = frozenset({"isolated", "replay", "causal", "sequential"})
-    together = True
+    runs_on_all_ranks = True
 
     def __init__(
         self,
-        architecture: Architecture,
-        team: Team | None = None,
+        config: ModelConfig,
+        team: TensorParallelGroup | None = None,
         max_rows: int = 1024,
         recurring: bool | None = None,
         compiled: bool = False,
     ) -> None:
         self.version = -1
         self.computed_tokens = 0
-        self._team = team or Team.alone()
-        architecture.shared(self._team.size)
-        self._architecture = architecture
+        self._team = team or TensorParallelGroup.alone()
+        local_config(config, self._team.size)
+        self._config = config
         self._max_rows = max_rows
         self._compiled = compiled
         recurring = torch.cuda.is_available() if recurring is None else recurring
-        self._recurring = recurring and self._team.size == 1 and not architecture.experts_per_token
-        self._decoder: Decoder | None = None
-        self._table = SlotTable()
+        self._recurring = recurring and self._team.size == 1 and not config.experts
+        self._decoder: GraphRunner | None = None
+        self._table = PageTable()
         self._model: DecodeModel | None = None
         self._writes: list[_Write] = []
-        self._calls: list[Call] = []
-        self._draws = Draws()
+        self._calls: list[SampleCall] = []
+        self._draws = RunningBatch()
         self._cancelled = False
         self._driver: asyncio.Task[None] | None = None
         self._offers: dict[int, list[tuple[str, torch.Tensor]]] = {}
@@ -152,7 +153,7 @@ class NativeEngine:
         assert context.pending or context.logits_V is not None, "nothing to continue: write something first"
         assert len(context.pending) <= 1, "a write was broken off: write again first"
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._calls.append(Call(context, done, sampling, limit, stop, suppress))
+        self._calls.append(SampleCall(context, done, sampling, limit, stop, suppress))
         return await self._served(done)
 
     async def _served(self, done: asyncio.Future[Answer]) -> Answer:
@@ -171,12 +172,12 @@ class NativeEngine:
                 for _ in range(4):
                     await asyncio.sleep(0)
                 self._step()
-            self._draws = Draws()  # Lets go of long completions, and of sets of tokens that users made up.
+            self._draws = RunningBatch()  # Frees long completions and token sets.
         except BaseException as error:
             for asked in (*self._writes, *self._calls, *self._draws.calls):
                 if not asked.done.done():
                     asked.done.set_exception(error)
-            self._writes, self._calls, self._draws = [], [], Draws()
+            self._writes, self._calls, self._draws = [], [], RunningBatch()
             if not isinstance(error, Exception):  # Of others, whoever asked was told.
                 raise
 
@@ -258,9 +259,9 @@ class NativeEngine:
             columns_N = self._draws.columns_N[chosen]
             rows, suppressed = map(torch.from_numpy, self._draws.suppressed(chosen))
             logits_NV[rows.to(logits_NV.device), suppressed.to(logits_NV.device)] = float("-inf")
-            tokens, logprobs = draw(
+            tokens, logprobs = sample_tokens(
                 logits_NV,
-                uniforms(columns_N["seed"], columns_N["position"]),
+                uniform_draws(columns_N["seed"], columns_N["position"]),
                 columns_N["temperature"],
                 columns_N["top_k"],
                 columns_N["top_p"],
@@ -274,7 +275,7 @@ class NativeEngine:
                 call.done.set_result(completion)
 
     def _new_model(self, tensors: Iterable[tuple[str, torch.Tensor]], slots: int) -> DecodeModel:
-        return DecodeModel(self._architecture, tensors, slots, self._team, self._compiled)
+        return DecodeModel(self._config, tensors, slots, self._team, self._compiled)
 
     def _drop(self) -> None:
         """The old weights, and what was captured with them, make room before the new ones come."""
@@ -319,8 +320,8 @@ class NativeEngine:
         slots_N = self._table.extend(rows_N, lengths_N - 1)
         self.computed_tokens += len(tokens_N)
         seen_NT = self._table.slots_CT[rows_N, : lengths_N.max()]
-        asked = Rows(tokens_N, positions_N, slots_N, seen_NT, lengths_N)
+        asked = ForwardBatch(tokens_N, positions_N, slots_N, seen_NT, lengths_N)
         if self._recurring and len(rows_N) == len(rows_C):
-            self._decoder = self._decoder or Decoder(self._model)
+            self._decoder = self._decoder or GraphRunner(self._model)
             return self._decoder.logits(asked)
         return self._model.pass_of(asked, ends_C - 1)

@@ -17,7 +17,7 @@ Group = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Rows:
+class ForwardBatch:
     """
     Attributes:
         tokens_N, positions_N: of each row.
@@ -35,12 +35,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens_N)
 
-    def longest_first(self) -> tuple[Rows, Numbers]:
+    def longest_first(self) -> tuple[ForwardBatch, Numbers]:
         """The same rows by falling length, and the new place of each."""
         order_N = np.argsort(-self.lengths_N, kind="stable")
         places_N = np.empty_like(order_N)
         places_N[order_N] = np.arange(len(order_N))
-        return Rows(*(getattr(self, field.name)[order_N] for field in fields(self))), places_N
+        return ForwardBatch(*(getattr(self, field.name)[order_N] for field in fields(self))), places_N
 
     def groups(self, most_cells: int) -> list[Group]:
         """Cuts rows of falling length into such of similar length, each at most `most_cells` (row, slot)

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_parallel_r1.rollout.native.forward_batch import Group, Rows
+from megatron_parallel_r1.rollout.native.forward_batch import ForwardBatch, Group
 
 # Smaller passes are filled up to these.
 LEAST_ROWS, LEAST_LENGTH = 8, 128
@@ -60,7 +60,7 @@ class _Shape:
         step = max(1, model.most_cells // length)
         self._groups = [(start, min(start + step, rows), length) for start in range(0, rows, step)]
 
-    def logits(self, asked: Rows, pool: object) -> torch.Tensor:
+    def logits(self, asked: ForwardBatch, pool: object) -> torch.Tensor:
         """Those of the asked rows [N, V], the caller's own."""
         count = len(asked)
         self._fill(asked)
@@ -72,7 +72,7 @@ class _Shape:
         # The next replay writes here again, while contexts keep what they were given.
         return self._logits_NV[:count].clone()
 
-    def _fill(self, asked: Rows) -> None:
+    def _fill(self, asked: ForwardBatch) -> None:
         if self._sent is not None:
             self._sent.synchronize()  # The last copy may still read the pinned memory.
         host_NX = self._host_NX.numpy()
@@ -105,7 +105,7 @@ class _Shape:
             self._logits_NV = self._pass()
 
 
-class Decoder:
+class GraphRunner:
     """Passes of one token a context over a model's weights and cache; on a CPU without graphs.
 
     Args:
@@ -118,7 +118,7 @@ class Decoder:
         self._shapes: dict[tuple[int, int], _Shape] = {}
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
-    def logits(self, asked: Rows) -> torch.Tensor:
+    def logits(self, asked: ForwardBatch) -> torch.Tensor:
         """Writes each row's key and value into its slot; logits [N, V], float32."""
         if self._cache is not self._model.cache_LSX[0]:  # It grew, and lies elsewhere now.
             self._shapes.clear()

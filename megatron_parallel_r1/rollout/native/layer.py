@@ -6,38 +6,26 @@ Shapes: as in model.py; A the queries', keys' and values' features, X a token's 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-
-class Parts(Protocol):
-    """The fields of `Architecture` that say how weights are put together."""
-
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def experts_per_token(self) -> int: ...
-    @property
-    def renormalized(self) -> bool: ...
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class LayerWeights:
     attention_norm_E: torch.Tensor
     qkv_AE: torch.Tensor
     qkv_bias_A: torch.Tensor | None
     query_key_norm_JD: torch.Tensor | None
     output_EA: torch.Tensor
     mlp_norm_E: torch.Tensor
-    mlp: Dense | Experts
+    mlp: DenseMlp | ExpertMlp
 
 
 def attention_inputs(
-    layer: Layer,
+    layer: LayerWeights,
     hidden_NE: torch.Tensor,
     cos_N1D: torch.Tensor,
     sin_N1D: torch.Tensor,
@@ -56,34 +44,37 @@ def attention_inputs(
     return query_NHD, torch.cat([key_NKD, value_NKD], dim=1).flatten(1)
 
 
-def feed_forward(layer: Layer, hidden_NE: torch.Tensor, norm_eps: float) -> torch.Tensor:
+def feed_forward(layer: LayerWeights, hidden_NE: torch.Tensor, norm_eps: float) -> torch.Tensor:
     """What the second half adds to each row; in a team, this process's share of it."""
     return layer.mlp(rms_norm(hidden_NE, layer.mlp_norm_E, norm_eps))
 
 
-def fused(by_name: dict[str, torch.Tensor], prefix: str, own: Parts) -> Layer:
+def fuse_layer(by_name: dict[str, torch.Tensor], prefix: str, config: ModelConfig) -> LayerWeights:
     """Takes a layer's weights out of `by_name`: fused and unfused, only one layer's exist at once."""
 
     def weight(name: str) -> torch.Tensor:
         return by_name.pop(f"{prefix}{name}.weight")
 
-    def mlp(name: str) -> Dense:
+    def mlp(name: str) -> DenseMlp:
         gate_up_FE = torch.cat([weight(f"{name}.gate_proj"), weight(f"{name}.up_proj")])
-        return Dense(gate_up_FE, weight(f"{name}.down_proj"))
+        return DenseMlp(gate_up_FE, weight(f"{name}.down_proj"))
 
     norms = []
     if f"{prefix}self_attn.q_norm.weight" in by_name:
-        heads = ((weight("self_attn.q_norm"), own.heads), (weight("self_attn.k_norm"), own.kv_heads))
+        heads = (
+            (weight("self_attn.q_norm"), config.heads),
+            (weight("self_attn.k_norm"), config.kv_heads),
+        )
         norms = [norm_D.expand(count, -1) for norm_D, count in heads]
     has_bias = f"{prefix}self_attn.q_proj.bias" in by_name
     biases = [by_name.pop(f"{prefix}self_attn.{part}_proj.bias") for part in "qkv"] if has_bias else []
-    if own.experts_per_token:
+    if config.experts:
         router_XE = weight("mlp.gate")
         experts = [mlp(f"mlp.experts.{index}") for index in range(len(router_XE))]
-        feed_forward = Experts(router_XE, experts, own.experts_per_token, own.renormalized)
+        feed_forward = ExpertMlp(router_XE, experts, config.experts.per_token, config.experts.renormalized)
     else:
         feed_forward = mlp("mlp")
-    return Layer(
+    return LayerWeights(
         attention_norm_E=weight("input_layernorm"),
         qkv_AE=torch.cat([weight(f"self_attn.{part}_proj") for part in "qkv"]),
         qkv_bias_A=torch.cat(biases) if has_bias else None,
@@ -105,7 +96,7 @@ def _rotate(x_NHD: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor) -
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
+class DenseMlp:
     """One for all tokens; in a team each process has its own features, and their sum is the whole."""
 
     gate_up_FE: torch.Tensor
@@ -117,7 +108,7 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class ExpertMlp:
     """The likeliest `per_token` of a router's choices, weighted; no expert turns a token away.
 
     As in transformers' Qwen3MoeTopKRouter: a float32 softmax over all experts, of which the chosen ones'
@@ -125,7 +116,7 @@ class Experts:
     """
 
     router_XE: torch.Tensor
-    experts: list[Dense]
+    experts: list[DenseMlp]
     per_token: int
     renormalized: bool
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_parallel_r1.errors import UserError
 
 
-def refuse(pipeline: int, context: int) -> None:
+def check_split(pipeline: int, context: int) -> None:
     """Refuses a model whose layers or rows are split over processes.
 
     Raises:

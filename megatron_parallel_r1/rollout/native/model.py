@@ -14,87 +14,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from megatron_parallel_r1.architecture.rope import RopeScaling, rope_attention_factor, rope_frequencies
-from megatron_parallel_r1.rollout.native.forward_batch import Group, Numbers, Rows
-from megatron_parallel_r1.rollout.native.layer import attention_inputs, feed_forward, fused, rms_norm
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.rollout.native.forward_batch import ForwardBatch, Group, Numbers
+from megatron_parallel_r1.rollout.native.layer import attention_inputs, feed_forward, fuse_layer, rms_norm
 from megatron_parallel_r1.rollout.native.limits import check_heads
-from megatron_parallel_r1.rollout.native.tensor_parallel import Team, own_part
+from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup, local_shard
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 # Bytes of keys and values that are gathered at once; on a CPU they are still in its cache when they are read.
 MOST_BYTES = {"cpu": 2**19, "cuda": 2**28}
-
-
-class ShapeOfExperts(Protocol):
-    """The fields of `model.config.Experts` that decoding needs."""
-
-    per_token: int
-    renormalized: bool
-
-
-class Shape(Protocol):
-    """The fields of `model.config.ModelConfig` that decoding needs; this room does not import that one."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rms_eps: float
-    rope_theta: float
-    tied: bool
-    rope_scaling: RopeScaling | None
-    experts: ShapeOfExperts | None
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """What the forward pass needs of a `config.json`; which norms and biases there are, the weights tell.
-
-    Attributes:
-        experts_per_token: how many of the experts a token goes through; 0: there are none.
-        renormalized: whether their weights are scaled to sum to 1.
-    """
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    norm_eps: float
-    rope_theta: float
-    tied: bool
-    rope_scaling: RopeScaling | None = None
-    experts_per_token: int = 0
-    renormalized: bool = True
-
-    @classmethod
-    def of(cls, shape: Shape) -> Architecture:
-        return cls(
-            layers=shape.layers,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            norm_eps=shape.rms_eps,
-            rope_theta=shape.rope_theta,
-            tied=shape.tied,
-            rope_scaling=shape.rope_scaling,
-            experts_per_token=shape.experts.per_token if shape.experts else 0,
-            renormalized=shape.experts is None or shape.experts.renormalized,
-        )
-
-    def shared(self, size: int) -> Architecture:
-        """What each of `size` processes computes.
-
-        Raises:
-            UserError: a head would be cut.
-        """
-        check_heads(self.heads, self.kv_heads, size)
-        return replace(self, heads=self.heads // size, kv_heads=self.kv_heads // size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +50,7 @@ class DecodeModel:
     """The weights, the cache tensors, and the pass over them; in a team this process's part of all three.
 
     Args:
-        architecture: of the whole model.
+        config: of the whole model.
         tensors: whole, under their Hugging Face names; no two need to exist at once.
         slots: of the cache.
         team: the processes that share the model.
@@ -126,36 +60,33 @@ class DecodeModel:
 
     def __init__(
         self,
-        architecture: Architecture,
+        config: ModelConfig,
         tensors: Iterable[tuple[str, torch.Tensor]],
         slots: int,
-        team: Team,
+        team: TensorParallelGroup,
         compiled: bool = False,
     ) -> None:
-        self.architecture = architecture.shared(team.size)
+        self.config = local_config(config, team.size)
         self.team = team
         self._inputs = _compiled(attention_inputs) if compiled else attention_inputs
         self._feed_forward = feed_forward
-        if compiled and not architecture.experts_per_token:
+        if compiled and not config.experts:
             self._feed_forward = _compiled(feed_forward)
         by_name: dict[str, torch.Tensor] = {}
         for name, tensor in tensors:
             if name == EMBEDDING:
                 self.vocabulary = len(tensor)
             # Copies: the trainer goes on to change its own tensors in place.
-            by_name[name] = own_part(name, tensor, team)
+            by_name[name] = local_shard(name, tensor, team)
         prefix = "model.layers."
         self.embedding_VE = by_name[EMBEDDING]
-        self.head_VE = self.embedding_VE if architecture.tied else by_name[HEAD]
+        self.head_VE = self.embedding_VE if config.tied else by_name[HEAD]
         self.norm_E = by_name["model.norm.weight"]
         self.layers = [
-            fused(by_name, f"{prefix}{index}.", self.architecture) for index in range(architecture.layers)
+            fuse_layer(by_name, f"{prefix}{index}.", self.config) for index in range(config.layers)
         ]
-        frequencies = rope_frequencies(
-            architecture.head_dim, architecture.rope_theta, architecture.rope_scaling
-        )
-        self.frequencies = frequencies.to(self.embedding_VE.device)
-        self.rope_gain = rope_attention_factor(architecture.rope_scaling)
+        self.frequencies = config.rope_frequencies().to(self.embedding_VE.device)
+        self.rope_factor = config.rope_attention_factor
         self.cache_LSX = [self._empty_cache(slots) for _ in self.layers]
 
     @property
@@ -184,7 +115,7 @@ class DecodeModel:
                     self.cache_LSX[index] = _first(held, self.cache_LSX[index])
             raise
 
-    def pass_of(self, rows: Rows, wanted: Numbers) -> torch.Tensor:
+    def pass_of(self, rows: ForwardBatch, wanted: Numbers) -> torch.Tensor:
         """Writes each row's key and value into its slot; the logits [C, V], float32, of the `wanted` rows."""
         rows, places_N = rows.longest_first()
         columns = (rows.tokens_N, rows.positions_N, rows.slots_N, rows.seen_NT, rows.lengths_N)
@@ -202,11 +133,11 @@ class DecodeModel:
         wanted: torch.Tensor,
         groups: Sequence[Group],
     ) -> torch.Tensor:
-        """The pass itself, which asks the host for no number on a GPU; see `Rows` for its arguments.
+        """The pass itself, which asks the host for no number on a GPU; see `ForwardBatch` for its arguments.
 
         Of a team only rank 0 gets the whole vocabulary's logits, the others those of their own part.
         """
-        a = self.architecture
+        config = self.config
         cos_N1D, sin_N1D = self._rotation(positions_N)
         hidden_NE = self._embed(tokens_N)
         bias_N11T = _bias(lengths_N, seen_NT.shape[1], hidden_NE.dtype)
@@ -216,12 +147,14 @@ class DecodeModel:
         ]
         gathered_CX = self.cache_LSX[0].new_empty(max(len(group.slots) for group in seen), self._width)
         for layer, cache_SX in zip(self.layers, self.cache_LSX, strict=True):
-            query_NHD, key_value_NX = self._inputs(layer, hidden_NE, cos_N1D, sin_N1D, a.heads, a.norm_eps)
+            query_NHD, key_value_NX = self._inputs(
+                layer, hidden_NE, cos_N1D, sin_N1D, config.heads, config.rms_eps
+            )
             cache_SX.index_copy_(0, slots_N, key_value_NX)
             attended_NX = self._attend(query_NHD, cache_SX, seen, gathered_CX)
             hidden_NE = hidden_NE + self.team.sum(F.linear(attended_NX, layer.output_EA))
-            hidden_NE = hidden_NE + self.team.sum(self._feed_forward(layer, hidden_NE, a.norm_eps))
-        last_NE = rms_norm(hidden_NE[wanted], self.norm_E, a.norm_eps)
+            hidden_NE = hidden_NE + self.team.sum(self._feed_forward(layer, hidden_NE, config.rms_eps))
+        last_NE = rms_norm(hidden_NE[wanted], self.norm_E, config.rms_eps)
         logits_NV = self.team.gather_columns(F.linear(last_NE, self.head_VE))
         return logits_NV[:, : self.vocabulary].float()
 
@@ -242,13 +175,13 @@ class DecodeModel:
         gathered_CX: torch.Tensor,
     ) -> torch.Tensor:
         """Attention of each row over its own slots, [N, H x D]; `gathered_CX` is written over."""
-        a = self.architecture
-        query_NKGD = query_NHD.unflatten(1, (a.kv_heads, -1))
+        config = self.config
+        query_NKGD = query_NHD.unflatten(1, (config.kv_heads, -1))
         out_NKGD = torch.empty_like(query_NKGD)
         for group in seen:
             rows = slice(group.start, group.stop)
             both_CX = torch.index_select(cache_SX, 0, group.slots, out=gathered_CX[: len(group.slots)])
-            both_NT2KD = both_CX.view(group.stop - group.start, -1, 2, a.kv_heads, a.head_dim)
+            both_NT2KD = both_CX.view(group.stop - group.start, -1, 2, config.kv_heads, config.head_dim)
             key_NKTD, value_NKTD = both_NT2KD.permute(2, 0, 3, 1, 4)
             out_NKGD[rows] = F.scaled_dot_product_attention(
                 query_NKGD[rows], key_NKTD, value_NKTD, attn_mask=group.bias_N11T
@@ -258,8 +191,8 @@ class DecodeModel:
     def _rotation(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles_N1D = (positions_N[:, None].float() * self.frequencies).repeat(1, 2)[:, None]
         dtype = self.embedding_VE.dtype
-        gain = self.rope_gain
-        return (angles_N1D.cos() * gain).to(dtype), (angles_N1D.sin() * gain).to(dtype)
+        factor = self.rope_factor
+        return (angles_N1D.cos() * factor).to(dtype), (angles_N1D.sin() * factor).to(dtype)
 
     def _empty_cache(self, slots: int) -> torch.Tensor:
         return self.embedding_VE.new_zeros(slots, self._width)
@@ -267,7 +200,17 @@ class DecodeModel:
     @property
     def _width(self) -> int:
         """Numbers of one token's key and value in one layer."""
-        return 2 * self.architecture.kv_heads * self.architecture.head_dim
+        return 2 * self.config.kv_heads * self.config.head_dim
+
+
+def local_config(config: ModelConfig, size: int) -> ModelConfig:
+    """The attention heads that each of `size` processes computes.
+
+    Raises:
+        UserError: a head would be cut.
+    """
+    check_heads(config.heads, config.kv_heads, size)
+    return replace(config, heads=config.heads // size, kv_heads=config.kv_heads // size)
 
 
 @cache

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class SlotTable:
+class PageTable:
     """Grows by doubling, so that its size follows the work and not a setting."""
 
     def __init__(self, contexts: int = 64, tokens: int = 64, slots: int = 4096) -> None:

@@ -30,7 +30,7 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Call:
+class SampleCall:
     """One `sample`, of a context with one token pending or with logits."""
 
     context: NativeContext
@@ -57,13 +57,13 @@ class TokenSets:
         return self._numbers[tokens]
 
 
-class Draws:
+class RunningBatch:
     """The calls in order of arrival, and what each has drawn so far."""
 
     def __init__(self) -> None:
         self.columns_N = np.empty(0, COLUMNS)
         self._sets = TokenSets()
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, SampleCall] = {}
         self._free: list[int] = []
         self._tokens_SB = np.empty((0, 16), np.int64)
         self._logprobs_SB = np.empty((0, 16), np.float64)
@@ -73,10 +73,10 @@ class Draws:
         return len(self.columns_N)
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[SampleCall]:
         return list(self._calls.values())
 
-    def admit(self, calls: Sequence[Call]) -> None:
+    def admit(self, calls: Sequence[SampleCall]) -> None:
         """Puts new calls behind the others."""
         fresh = []
         for call in calls:
@@ -109,7 +109,7 @@ class Draws:
 
     def record(
         self, chosen_M: Numbers, tokens_M: Numbers, logprobs_M: NDArray[np.float64], versions_M: Numbers
-    ) -> list[tuple[Call, Completion]]:
+    ) -> list[tuple[SampleCall, Completion]]:
         """Keeps one token for each of the chosen; the calls that are complete now, which leave."""
         columns_M = self.columns_N[chosen_M]
         places_M, counts_M = columns_M["place"], columns_M["count"]
@@ -142,7 +142,7 @@ class Draws:
     def _keep_all_but(self, gone: Numbers) -> None:
         self.columns_N = np.delete(self.columns_N, gone)
 
-    def _leave(self, column: np.void) -> Call:
+    def _leave(self, column: np.void) -> SampleCall:
         """The call, whose context gets back what its columns say."""
         place = int(column["place"])
         call = self._calls.pop(place)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 
-def draw(
+def sample_tokens(
     logits_NV: torch.Tensor,
     uniform_N: NDArray[np.float64],
     temperature_N: NDArray[np.float64],
@@ -40,7 +40,7 @@ def draw(
     return tokens_N1[:, 0].cpu().numpy(), logprobs_N.double().cpu().numpy()
 
 
-def uniforms(seeds: ArrayLike, positions: ArrayLike) -> NDArray[np.float64]:
+def uniform_draws(seeds: ArrayLike, positions: ArrayLike) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), one for each (seed, position): splitmix64 (Steele et al., 2014)."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
-class Team:
+class TensorParallelGroup:
     """This process's place in its team.
 
     Attributes:
@@ -29,11 +29,11 @@ class Team:
     group: dist.ProcessGroup | None
 
     @classmethod
-    def alone(cls) -> Team:
+    def alone(cls) -> TensorParallelGroup:
         return cls(0, 1, None)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup) -> Team:
+    def of(cls, group: dist.ProcessGroup) -> TensorParallelGroup:
         """All processes of a group that this process is in."""
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
@@ -100,7 +100,7 @@ class Team:
 
 
 # The dimension that is cut: rows where a weight makes heads, features or logits; columns where it reads them.
-CUT = {
+SHARD_DIM = {
     "embed_tokens": 0,
     "lm_head": 0,
     "q_proj": 0,
@@ -113,13 +113,13 @@ CUT = {
 }
 
 
-def own_part(name: str, tensor: torch.Tensor, team: Team) -> torch.Tensor:
+def local_shard(name: str, tensor: torch.Tensor, team: TensorParallelGroup) -> torch.Tensor:
     """A copy of this rank's part of the tensor of that Hugging Face name; all of it where nothing is cut.
 
     Parts have one size. Where it does not divide the tensor's, zeros fill the last: features that are always
     0, and logits that whoever gathers them cuts off. Heads must divide (limits.py).
     """
-    cut = CUT.get(name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2])
+    cut = SHARD_DIM.get(name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2])
     if cut is None or team.size == 1:
         return tensor.detach().clone()
     whole = tensor.shape[cut]

@@ -1,9 +1,9 @@
-"""What a rollout server is to the engine and the pool that drive it: one continuation asked, one answered."""
+"""The client interface of a rollout server: requests, results, and the HTTP connection beneath them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,37 +11,25 @@ import httpx
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
-from megatron_parallel_r1.rollout.joined_blocks import Joined
+from megatron_parallel_r1.rollout.joined_blocks import JoinedBlock
 from megatron_parallel_r1.thought.layout import Mode
 
-__all__ = [
-    "STARTED",
-    "STOCK_MODES",
-    "About",
-    "Answered",
-    "Asked",
-    "Joined",
-    "Server",
-    "Timeouts",
-    "Unreachable",
-]
-
-STARTED = -1
-"""Version of the weights that a server was started with, which no update has named. Not 0: that is the first
-one of a stage, and a server that comes back with other weights must not be taken for it."""
+INITIAL_VERSION = -1
+"""Version of the weights that a server was started with, before any update. Not 0: that is the first version
+of a stage, and a server that restarts with other weights must not be taken for it."""
 
 STOCK_MODES: frozenset[Mode] = frozenset({"replay", "causal", "sequential"})
-"""Modes that any server serves exactly that continues a token list and can bar a token."""
+"""Modes served exactly by any server that continues a token list and can suppress a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long a server is waited for, in seconds.
+    """Timeouts of a server, in seconds.
 
     Attributes:
-        connect_s: until a connection stands.
-        answer_s: until a continuation or a score is there.
-        check_s: until it says of itself.
+        connect_s: to open a connection.
+        answer_s: of a continuation or a score.
+        check_s: of health checks and server information.
     """
 
     connect_s: float = 10.0
@@ -50,15 +38,15 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class GenerateRequest:
     """One continuation.
 
     Attributes:
-        tokens: all that the next token follows, flat; at least one.
-        sampling, limit, stop, suppress: as in `base.Engine.sample`.
-        trace: a name that all continuations of one trace share; they go to one server while it lives.
-        joined: closed blocks in `tokens` that are isolated, in order of their forks, those inside a path of
-            another one included; only a server that tells of mode `isolated` takes any.
+        tokens: all tokens before the next one, flat; at least one.
+        sampling, limit, stop, suppress: see `rollout.engine.Engine.sample`.
+        trace: a name that all requests of one trace share; they go to one server while it is up.
+        joined: the closed isolated blocks in `tokens`, nested ones included, in order of their forks; only
+            for servers with mode `isolated`.
     """
 
     tokens: tuple[int, ...]
@@ -67,16 +55,16 @@ class Asked:
     stop: frozenset[int]
     suppress: frozenset[int]
     trace: str
-    joined: tuple[Joined, ...] = ()
+    joined: tuple[JoinedBlock, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """What came back.
+class GenerateResult:
+    """The result of a request.
 
     Attributes:
-        completion: as `base.Engine.sample` gives it.
-        cached_tokens: how many of the asked tokens the server had in its cache; 0 where it does not say.
+        completion: see `rollout.engine.Engine.sample`.
+        cached_tokens: how many of the request's tokens were in the server's cache; 0 if not reported.
     """
 
     completion: Completion
@@ -84,17 +72,17 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class About:
-    """What a server says of itself.
+class ServerInfo:
+    """What a server reports about itself.
 
     Attributes:
         model: the folder that it was started with.
-        modes: in which its log-probs are exact; `isolated` only if it answered the plugin's handshake.
-        version: of its weights, as the last update named it; `STARTED` before any.
+        modes: in which its log-probs are exact; `isolated` only with the plugin.
+        version: of its weights, as the last update named it; `INITIAL_VERSION` before any.
         max_tokens: prompt and continuation of one request together.
-        cache_tokens: of its key/value cache; None: it does not say.
-        seeded: a draw is fixed by its seed: asked for the same twice, it drew the same.
-        copies: of the model in an SGLang server, data-parallel ones.
+        cache_tokens: size of its KV cache; None: not reported.
+        seeded: whether the seed fixes a draw: the same request, sent twice, drew the same tokens.
+        copies: data-parallel copies of the model in an SGLang server.
     """
 
     model: str
@@ -107,80 +95,79 @@ class About:
 
 
 class Server(Protocol):
-    """One server. Every method raises `Unreachable` if there is no (whole) answer in time, and UserError if
-    the server refuses what it was asked. A server may be used in one event loop after another."""
+    """A client of one server. Every method raises `Unreachable` if no complete answer comes in time, and
+    UserError if the server refuses. Use it in one event loop after another, one at a time."""
 
     @property
     def url(self) -> str:
         """Base address, as `http://host:port`."""
         ...
 
-    async def about(self) -> About: ...
+    async def info(self) -> ServerInfo: ...
 
     async def healthy(self) -> bool:
         """Whether it answers at all; never raises."""
         ...
 
-    async def generate(self, asked: Asked) -> Answered: ...
+    async def generate(self, request: GenerateRequest) -> GenerateResult: ...
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
-        """Natural log-probs of tokens[1:] at temperature 1, each given those before it."""
+        """Natural log-probs of tokens[1:] at temperature 1, each given the tokens before it."""
         ...
 
     async def abort_all(self) -> None:
-        """Ends all requests under way; whoever waits for one gets `Unreachable`."""
+        """Aborts all requests under way; they raise `Unreachable`."""
         ...
 
     async def close(self) -> None:
-        """Gives its connections back; the end of the event loop does it too."""
+        """Closes its connections; so does the end of the event loop."""
         ...
 
 
 class Unreachable(Exception):
-    """A server gave no answer, or broke off; another one may give it."""
+    """A server gave no complete answer; another server may."""
 
 
-def version_of(name: object) -> int:
-    """The number of a server's weight version; `STARTED` where no update has named one yet ("default")."""
-    return int(name) if isinstance(name, (int, str)) and str(name).isdigit() else STARTED
+def parse_version(name: object) -> int:
+    """The number of a server's weight version; `INITIAL_VERSION` if no update has named one ("default")."""
+    return int(name) if isinstance(name, (int, str)) and str(name).isdigit() else INITIAL_VERSION
 
 
-def told_version(version: int | None) -> str:
+def describe_version(version: int | None) -> str:
     """For messages."""
-    return "as it was started" if version == STARTED else str(version)
+    return "as started" if version == INITIAL_VERSION else str(version)
 
 
-def versions_of(spans: object, count: int, otherwise: int) -> tuple[int, ...]:
-    """Of each of `count` drawn tokens, the weights that drew it.
+def token_versions(spans: object, count: int, otherwise: int) -> tuple[int, ...]:
+    """The weight version that drew each of `count` tokens.
 
     Args:
-        spans: as both engines send them: `{version, start, end}` in order; None where they do not say.
+        spans: as both engines send them, `{version, start, end}` in order; None if not reported.
         otherwise: for tokens that no span covers.
     """
     versions = [otherwise] * count
     for span in spans if isinstance(spans, list) else []:
         start, end = int(span["start"]), min(int(span["end"]), count)
-        versions[start:end] = [version_of(span["version"])] * max(0, end - start)
+        versions[start:end] = [parse_version(span["version"])] * max(0, end - start)
     return tuple(versions)
 
 
-# Said by a server, or a proxy before it, that may do it a little later.
-BUSY = frozenset({408, 425, 429})
+# Statuses of a server, or a proxy before it, that may succeed a little later.
+RETRYABLE_STATUSES = frozenset({408, 425, 429})
 
-IDLE_S = 2.0
-"""How long an unused connection is kept, in seconds: less than by a server. SGLang's and vLLM's close theirs
-after 5 s. So does httpx by default, and a request that is sent in that very moment is lost."""
+KEEPALIVE_S = 2.0
+"""How long an unused connection is kept, in seconds: less than servers do. SGLang and vLLM close theirs after
+5 s, httpx by default too, and a request sent at that very moment is lost."""
 
 
-class Connection:
+class AsyncHttpClient:
     """JSON requests to one base address.
 
-    Connections belong to an event loop, and each rollout batch may have its own. So they are opened for the
-    loop that asks, and closed when it ends: an async generator that is left unfinished is closed by
-    `asyncio.run` before the loop is.
+    Connections belong to an event loop, and each rollout batch may have its own. They are opened in the
+    running loop and closed when it ends: `asyncio.run` closes an unfinished async generator before the loop.
 
     Args:
-        transport: in the place of the network, for tests.
+        transport: replaces the network in tests.
     """
 
     def __init__(
@@ -191,22 +178,22 @@ class Connection:
         self._transport = transport
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: httpx.AsyncClient | None = None
-        self._closing: AsyncIterator[httpx.AsyncClient] | None = None
+        self._closer: AsyncGenerator[httpx.AsyncClient, None] | None = None
 
     async def get(self, path: str) -> Any:
-        """The JSON answer of a question about the server itself."""
+        """The JSON answer to a question about the server; times out after `check_s`."""
         return await self._json("GET", path, None, self.timeouts.check_s)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON answer to work that was asked for."""
+        """The JSON answer to a request for work; times out after `answer_s`."""
         return await self._json("POST", path, body, self.timeouts.answer_s)
 
     async def command(self, path: str, body: Mapping[str, Any]) -> None:
-        """As `post`, where the answer says nothing."""
+        """Posts and ignores the answer's content; times out after `check_s`."""
         await self._checked("POST", path, body, self.timeouts.check_s)
 
     async def answers(self, path: str) -> bool:
-        """Whether a GET is answered with success, whatever it says."""
+        """Whether a GET succeeds."""
         try:
             await self._checked("GET", path, None, self.timeouts.check_s)
         except (Unreachable, UserError):
@@ -214,53 +201,83 @@ class Connection:
         return True
 
     async def close(self) -> None:
-        closing, self._closing, self._client, self._loop = self._closing, None, None, None
-        if closing is not None:
-            await closing.aclose()  # type: ignore[attr-defined]
+        closer, self._closer, self._client, self._loop = self._closer, None, None, None
+        if closer is not None:
+            await closer.aclose()
 
-    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None, within_s: float) -> Any:
-        answer = await self._checked(method, path, body, within_s)
+    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
+        response = await self._checked(method, path, body, timeout_s)
         try:
-            return answer.json()
+            return response.json()
         except ValueError as error:
-            raise Unreachable(f"{self.url}{path}: the answer is no JSON: {answer.text[:200]!r}") from error
+            raise Unreachable(f"{self.url}{path}: the answer is no JSON: {response.text[:200]!r}") from error
 
     async def _checked(
-        self, method: str, path: str, body: Mapping[str, Any] | None, within_s: float
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
     ) -> httpx.Response:
-        client = await self._opened()
-        timeout = httpx.Timeout(within_s, connect=min(within_s, self.timeouts.connect_s), pool=None)
+        client = await self._open()
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self.timeouts.connect_s), pool=None)
         try:
-            answer = await client.request(method, self.url + path, json=body, timeout=timeout)
+            response = await client.request(method, self.url + path, json=body, timeout=timeout)
         except httpx.TimeoutException as error:
-            raise Unreachable(f"{self.url}{path}: no answer within {within_s:g} s") from error
+            raise Unreachable(f"{self.url}{path}: no answer within {timeout_s:g} s") from error
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise UserError(
                 f"{self.url} is no address ({error}); give servers as http://host:port"
             ) from error
         except httpx.TransportError as error:
             raise Unreachable(f"{self.url}{path}: {error or type(error).__name__}") from error
-        if answer.is_success:
-            return answer
-        said = " ".join(answer.text.split())[:400]
-        told = f"{self.url}{path} answered {answer.status_code}: {said}"
-        if answer.status_code >= 500 or answer.status_code in BUSY:
-            raise Unreachable(told)
-        raise UserError(f"{told}; change what the recipe asks for, or how the server was started")
+        if response.is_success:
+            return response
+        text = " ".join(response.text.split())[:400]
+        message = f"{self.url}{path} answered {response.status_code}: {text}"
+        if response.status_code >= 500 or response.status_code in RETRYABLE_STATUSES:
+            raise Unreachable(message)
+        raise UserError(f"{message}; change the recipe, or how the server was started")
 
-    async def _opened(self) -> httpx.AsyncClient:
+    async def _open(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
         if self._client is None or self._loop is not loop:
             self._loop = loop
-            limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE_S)
+            limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S)
             self._client = httpx.AsyncClient(transport=self._transport, limits=limits, trust_env=False)
-            self._closing = _kept(self._client)
-            await self._closing.__anext__()
+            self._closer = _closed_at_exit(self._client)
+            await self._closer.__anext__()
         return self._client
 
 
-async def _kept(client: httpx.AsyncClient) -> AsyncIterator[httpx.AsyncClient]:
+async def _closed_at_exit(client: httpx.AsyncClient) -> AsyncGenerator[httpx.AsyncClient, None]:
     try:
         yield client
     finally:
         await client.aclose()
+
+
+# The highest temperature that vLLM takes. There a language model hardly draws the same HANDSHAKE_TOKENS twice
+# by chance, and what it draws has another log-prob than at temperature 1.
+HANDSHAKE_TEMPERATURE = 2.0
+HANDSHAKE_TOKENS = 32
+# Nats. Far above rounding in bfloat16, far below the effect of doubling the temperature.
+HANDSHAKE_TOLERANCE = 1e-2
+
+
+async def draws_by_seed(server: Server) -> bool:
+    """Whether a server draws the same tokens for the same seed; checks that its log-probs are as required.
+
+    Both are measured: the settings that change them have other names in each engine and version.
+
+    Raises:
+        UserError: the log-probs leave the temperature out.
+        Unreachable: no answer.
+    """
+    sampling = Sampling(temperature=HANDSHAKE_TEMPERATURE, seed=20250909)
+    request = GenerateRequest((0,), sampling, HANDSHAKE_TOKENS, frozenset(), frozenset(), "handshake")
+    first, second = await asyncio.gather(server.generate(request), server.generate(request))
+    drawn = first.completion
+    scores = await server.score(request.tokens + drawn.tokens)
+    if max(abs(hot - cold) for hot, cold in zip(drawn.logprobs, scores, strict=True)) < HANDSHAKE_TOLERANCE:
+        raise UserError(
+            f"{server.url} returns log-probs that leave the temperature out; start vLLM with "
+            "--logprobs-mode processed_logprobs, SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB"
+        )
+    return drawn.tokens == second.completion.tokens

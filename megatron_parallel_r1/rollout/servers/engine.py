@@ -1,20 +1,31 @@
-"""An engine over a pool of rollout servers: a context is a list of tokens, the rest is in their caches."""
+"""An engine over a pool of rollout servers: a context is a list of tokens, their caches do the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
+from types import MappingProxyType
 from uuid import uuid4
 
 import torch
 
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
-from megatron_parallel_r1.rollout.joined_blocks import Joined
-from megatron_parallel_r1.rollout.servers.client import Asked
-from megatron_parallel_r1.rollout.servers.pool import Pool
+from megatron_parallel_r1.rollout.joined_blocks import JoinedBlock
+from megatron_parallel_r1.rollout.servers.client import INITIAL_VERSION, GenerateRequest, Server, Timeouts
+from megatron_parallel_r1.rollout.servers.pool import PoolSettings, ServerPool
+from megatron_parallel_r1.rollout.servers.sglang import SglangClient
+from megatron_parallel_r1.rollout.servers.vllm import VllmClient
 from megatron_parallel_r1.thought.layout import Mode
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
+LOG = logging.getLogger(__name__)
+CLIENTS: Mapping[str, Callable[[str, Timeouts], Server]] = MappingProxyType(
+    {"sglang": SglangClient, "vllm": VllmClient}
+)
 Publish = Callable[[Iterable[tuple[str, torch.Tensor]], int], None]
 
 
@@ -24,30 +35,30 @@ class ServerContext:
 
     Attributes:
         tokens: all of it, flat.
-        trace: the trace that it is part of; None: a prompt that traces will fork.
+        trace: name of the trace that it is part of; None: a prompt that traces will fork.
         joined: the isolated blocks that it has closed, in order of their forks.
     """
 
     tokens: list[int]
     trace: str | None = None
-    joined: tuple[Joined, ...] = ()
+    joined: tuple[JoinedBlock, ...] = ()
 
 
 class ServerEngine:
-    """Implements `base.Engine`. Exact in the modes that all of the pool's servers are exact in.
+    """Implements `Engine[ServerContext]`, exact in the modes that all servers of the pool are exact in.
 
-    Nothing is sent by `write`, `fork` and `join`: the next `sample` brings all that a server has not seen.
+    `write`, `fork` and `join` send nothing: the next `sample` carries the whole prefix.
 
     Args:
-        pool: that has met its servers.
+        pool: that is ready (`ServerPool.wait_ready`).
         publish: brings weights (Hugging Face name, tensor) of a version to every server of the pool, and
-            tells the pool; None: the servers keep what they were started with.
+            records the version in the pool; None: the servers keep the weights that they were started with.
     """
 
-    # One process of a copy of the model asks for all.
-    together = False
+    # The first process of a model replica sends all requests.
+    runs_on_all_ranks = False
 
-    def __init__(self, pool: Pool, publish: Publish | None = None) -> None:
+    def __init__(self, pool: ServerPool, publish: Publish | None = None) -> None:
         self.pool = pool
         self._publish = publish
         # A pool may serve several engines.
@@ -65,14 +76,14 @@ class ServerEngine:
         """See `Engine`.
 
         Raises:
-            RuntimeError: the engine was made for servers that keep their weights.
+            RuntimeError: the engine has no `publish`.
         """
         if self._publish is None:
             raise RuntimeError("these servers keep the weights that they were started with")
         self._publish(tensors, version)
 
     def offer_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """See `Engine`. What is under way is paused, retracted or finished, as the publisher is set."""
+        """See `Engine`. Requests under way are paused, retracted or finished, by the publisher's settings."""
         self.load_weights(tensors, version)
 
     def interrupt(self) -> None:
@@ -95,38 +106,88 @@ class ServerEngine:
         """See `Engine`.
 
         Raises:
-            Interrupted: somebody called `interrupt`.
-            UserError: no server is left, or they refuse what is asked.
+            Interrupted: `interrupt` was called.
+            UserError: no server is left, or they refuse the request.
         """
         assert limit >= 1, "a completion has at least one token"
         assert context.tokens, "nothing to continue: write something first"
         context.trace = context.trace or self._name()
-        asked = Asked(tuple(context.tokens), sampling, limit, stop, suppress, context.trace, context.joined)
-        completion = (await self.pool.generate(asked)).completion
+        request = GenerateRequest(
+            tuple(context.tokens), sampling, limit, stop, suppress, context.trace, context.joined
+        )
+        completion = (await self.pool.generate(request)).completion
         context.tokens += completion.tokens
         return completion
 
     def fork(self, context: ServerContext) -> ServerContext:
-        """The forks of a prompt are the beginnings of traces, those of a trace its paths."""
+        """A fork of a prompt begins a trace, a fork of a trace one of its paths."""
         return ServerContext(list(context.tokens), context.trace or self._name(), context.joined)
 
     def join(self, trunk: ServerContext, paths: Sequence[ServerContext]) -> ServerContext:
         fork = len(trunk.tokens)
-        tokens, ends, inside = list(trunk.tokens), [], []
+        tokens = list(trunk.tokens)
+        ends: list[int] = []
+        nested: list[JoinedBlock] = []
         for path in paths:
             shift = len(tokens) - fork
-            inside += [_shifted(block, shift) for block in path.joined[len(trunk.joined) :]]
+            nested += [_shifted(block, shift) for block in path.joined[len(trunk.joined) :]]
             tokens += path.tokens[fork:]
             ends.append(len(tokens))
-        joined = (*trunk.joined, Joined(fork, tuple(ends)), *inside)
+        joined = (*trunk.joined, JoinedBlock(fork, tuple(ends)), *nested)
         return ServerContext(tokens, trunk.trace, joined)
 
     def close(self, context: ServerContext) -> None:
-        """The servers drop what is used least by themselves."""
+        """Does nothing: servers evict what was used least recently by themselves."""
 
     def _name(self) -> str:
         return next(self._names)
 
 
-def _shifted(block: Joined, by: int) -> Joined:
+def _shifted(block: JoinedBlock, by: int) -> JoinedBlock:
     return replace(block, fork=block.fork + by, ends=tuple(end + by for end in block.ends))
+
+
+def connect_pool(
+    engine: str,
+    urls: Sequence[str],
+    timeouts: Timeouts,
+    settings: PoolSettings,
+    urls_file: Path | None = None,
+) -> ServerPool:
+    """A pool of the servers at these addresses, ready to use; warns of servers that ignore seeds.
+
+    Args:
+        engine: one of `CLIENTS`.
+        urls_file: see `ServerPool`.
+
+    Raises:
+        UserError: none answers within `settings.patience_s`, or their log-probs are not as required.
+    """
+
+    def connect(url: str) -> Server:
+        return CLIENTS[engine](url, timeouts)
+
+    pool = ServerPool(connect, urls, settings, urls_file)
+    pool.wait_ready()
+    unseeded = [url for url, info in pool.infos.items() if not info.seeded]
+    if unseeded and is_rank_zero():
+        LOG.warning(
+            "warning: %s: seeds are ignored, so a repeated request draws anew; start servers with "
+            "serve-rollout, without --no-deterministic",
+            ", ".join(unseeded),
+        )
+    return pool
+
+
+def check_checkpoint(pool: ServerPool, folder: Path) -> None:
+    """Checks that the servers hold a checkpoint, unchanged since they were started with it.
+
+    Raises:
+        UserError: a server holds another checkpoint, or weights of an update.
+    """
+    for url, info in pool.infos.items():
+        served = Path(info.model)
+        updated = info.version != INITIAL_VERSION
+        if updated or (served.exists() and served.resolve() != folder.resolve()):
+            held = f"weights of update {info.version}" if updated else info.model
+            raise UserError(f"{url} holds {held}, not {folder}; start it with that checkpoint")

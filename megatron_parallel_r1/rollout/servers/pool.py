@@ -1,8 +1,8 @@
-"""Many rollout servers as one: a continuation goes to a server that is up and holds the right weights.
+"""Serves requests from many rollout servers: each goes to one that is up and holds the right weights.
 
-What a server leaves undone is asked of another one, from the continuation's own tokens and with its seed.
-Where draws are keyed by seed and position (`About.seeded`), what comes is what would have come; servers that
-ignore seeds draw anew, from the same distribution.
+A request that fails is retried on another server, from its own tokens and with its seed. Where draws are
+keyed by seed and position (`ServerInfo.seeded`), the result is the same; servers that ignore seeds draw anew,
+from the same distribution.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Interrupted
 from megatron_parallel_r1.rollout.servers.client import (
     STOCK_MODES,
-    About,
-    Answered,
-    Asked,
+    GenerateRequest,
+    GenerateResult,
     Server,
+    ServerInfo,
     Unreachable,
-    told_version,
+    describe_version,
 )
-from megatron_parallel_r1.rollout.servers.registry import Member, Roster
-from megatron_parallel_r1.rollout.servers.router import Placing, Ticket
+from megatron_parallel_r1.rollout.servers.registry import ServerRegistry, ServerState
+from megatron_parallel_r1.rollout.servers.router import CacheAwareRouter, Ticket
 from megatron_parallel_r1.thought.layout import Mode
 
-LONGEST_BACKOFF_S = 10.0
+MAX_BACKOFF_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """How servers are treated.
+    """How servers are used.
 
     Attributes:
-        concurrent: requests at one server at most, of all processes that share it.
+        concurrent: maximum requests in flight at one server, over all processes that share it.
         check_s: between two checks of a server, in seconds.
         patience_s: how long no server may be usable before the run gives up, in seconds.
-        attempts: failures of one continuation before it counts as their cause.
+        attempts: failures of one request before it is taken for their cause.
         backoff_s: before the first retry, in seconds; doubled with each.
     """
 
@@ -52,33 +52,33 @@ class PoolSettings:
     backoff_s: float = 0.2
 
 
-class _Here:
-    """What belongs to the event loop that uses the pool now.
+class _LoopState:
+    """The pool's state in the event loop that uses it now.
 
     Attributes:
-        wake: set when a server should be looked at.
-        looked: set after each look.
-        waiting: for a server.
-        asked: requests under way.
+        wake: set to check servers at once.
+        checked: set after each check.
+        waiting: requests that wait for a server.
+        in_flight: requests under way.
     """
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.wake, self.looked = asyncio.Event(), asyncio.Event()
-        self.waiting: set[asyncio.Future[Member]] = set()
-        self.asked: set[asyncio.Task[Answered]] = set()
+        self.wake, self.checked = asyncio.Event(), asyncio.Event()
+        self.waiting: set[asyncio.Future[ServerState]] = set()
+        self.in_flight: set[asyncio.Task[GenerateResult]] = set()
         self.watch: asyncio.Task[None] | None = None
 
 
-class Pool:
-    """Asks servers. It may be used in one event loop after another, by one at a time; `interrupt`,
-    `published`, `add`, `remove` and `metrics` may be called from any thread.
+class ServerPool:
+    """Sends requests to servers. Use it in one event loop after another, one at a time; any thread may call
+    `interrupt`, `set_version`, `add`, `remove` and `metrics`.
 
     Args:
-        connect: a client of the server at an address.
+        connect: creates a client for the server at an address.
         urls: of servers.
-        urls_file: a file of addresses, one a line, that is read again while the pool is used: a server that
-            is added to it joins, one that is taken out leaves.
+        urls_file: a file of addresses, one a line, that is read again while the pool is used: a server added
+            to it joins, one removed from it leaves.
         version: of the weights that the servers must hold; None: that of the first one that answers.
     """
 
@@ -91,230 +91,230 @@ class Pool:
         version: int | None = None,
     ) -> None:
         self._settings = settings
-        self._roster = Roster(connect, urls_file, version)
-        self._placing = Placing(settings.concurrent)
-        self._here: _Here | None = None
+        self._registry = ServerRegistry(connect, urls_file, version)
+        self._router = CacheAwareRouter(settings.concurrent)
+        self._state: _LoopState | None = None
         self._interrupted = False
         self._counts: Counter[str] = Counter()
-        self._lost_told = 0
+        self._lost_reported = 0
         for url in urls:
-            self._roster.add(url)
+            self._registry.add(url)
 
     @property
     def version(self) -> int:
-        """Of the weights that a server must hold to be asked; 0 before the pool has met any."""
-        return 0 if self._roster.version is None else self._roster.version
+        """Of the weights that a usable server holds; 0 before any server has reported."""
+        return 0 if self._registry.version is None else self._registry.version
 
     @property
     def modes(self) -> frozenset[Mode]:
-        """Modes in which all servers are exact that may be asked."""
-        return STOCK_MODES if self._roster.modes is None else self._roster.modes
+        """Modes in which all usable servers are exact."""
+        return STOCK_MODES if self._registry.modes is None else self._registry.modes
 
     @property
-    def abouts(self) -> Mapping[str, About]:
-        """What the servers last told, by address."""
-        return self._roster.abouts
+    def infos(self) -> Mapping[str, ServerInfo]:
+        """What each server last reported, by address."""
+        return self._registry.infos
 
-    def meet(self) -> None:
-        """Waits until each server has told of itself or failed to, and one may be asked; to be called first.
+    def wait_ready(self) -> None:
+        """Waits until each server has reported or failed to, and one is usable; call this first.
 
         Raises:
-            ServersLost: there is none within the patience that is set.
-            UserError: all refuse what is promised.
+            ServersLost: none is usable within `patience_s`.
+            UserError: all refuse.
         """
-        asyncio.run(self._met())
+        asyncio.run(self._wait_ready())
 
     def share(self, rank: int, size: int) -> None:
-        """Tells which of `size` processes that use the same servers this one is.
+        """Sets which of `size` processes that use the same servers this one is.
 
-        With as many servers as processes or more, each process has servers of its own; with fewer, several
-        share one, and its `concurrent`. Others' servers are asked while none of one's own may be.
+        With at least as many servers as processes, each process has servers of its own; with fewer, several
+        share one, and its `concurrent`. Other servers serve as a fallback while none of its own is usable.
         """
-        sharing = self._roster.share(rank, size)
-        self._placing = Placing(max(1, self._settings.concurrent // sharing))
+        processes = self._registry.share(rank, size)
+        self._router = CacheAwareRouter(max(1, self._settings.concurrent // processes))
 
     def add(self, url: str) -> None:
-        """Lets a server join; it is asked once it has told of itself."""
-        self._roster.add(url)
-        self._stir()
+        """Adds a server; it gets requests once it has reported."""
+        self._registry.add(url)
+        self._wake()
 
     def remove(self, url: str) -> None:
-        """Asks a server nothing any more; what it has under way it may finish."""
-        self._roster.remove(url)
-        self._stir()
+        """Stops sending requests to a server; those in flight may finish."""
+        self._registry.remove(url)
+        self._wake()
 
-    def published(self, version: int, urls: Iterable[str]) -> None:
-        """Tells that these servers hold new weights. Others are not asked until they say that they do."""
-        self._roster.published(version, urls)
-        self._stir()
+    def set_version(self, version: int, urls: Iterable[str]) -> None:
+        """Records that these servers hold new weights. Others get no requests until they report them too."""
+        self._registry.set_version(version, urls)
+        self._wake()
 
     def interrupt(self) -> None:
-        """Ends what is under way or asked later with `Interrupted`."""
+        """Ends requests under way, and all later ones, with `Interrupted`."""
         self._interrupted = True
-        self._call(self._end_all)
+        self._call(self._interrupt_all)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the last call, for the step log.
 
-        `server_requests`, `server_retries`, `server_tokens` (drawn), `server_prompt_tokens` (asked),
+        `server_requests`, `server_retries`, `server_tokens` (drawn), `server_prompt_tokens` (sent),
         `server_cached_share` (of these in a server's cache), `servers_lost`, and now `servers_up` and of
         these `servers_unseeded`, which ignore seeds.
         """
         counts, self._counts = self._counts, Counter()
-        lost, self._lost_told = self._roster.lost - self._lost_told, self._roster.lost
-        told = {f"server_{name}": float(counts[name]) for name in ("requests", "retries", "tokens")}
-        told["server_prompt_tokens"] = float(counts["prompt"])
-        told["server_cached_share"] = counts["cached"] / max(1, counts["prompt"])
-        told["servers_lost"] = float(lost)
-        up = [member.about for member in self._roster.members() if member.state == "up"]
-        told["servers_up"] = float(len(up))
-        told["servers_unseeded"] = float(sum(about is not None and not about.seeded for about in up))
-        return told
+        lost, self._lost_reported = self._registry.lost - self._lost_reported, self._registry.lost
+        metrics = {f"server_{name}": float(counts[name]) for name in ("requests", "retries", "tokens")}
+        metrics["server_prompt_tokens"] = float(counts["prompt"])
+        metrics["server_cached_share"] = counts["cached"] / max(1, counts["prompt"])
+        metrics["servers_lost"] = float(lost)
+        up = [server.info for server in self._registry.servers() if server.status == "up"]
+        metrics["servers_up"] = float(len(up))
+        metrics["servers_unseeded"] = float(sum(info is not None and not info.seeded for info in up))
+        return metrics
 
-    async def generate(self, asked: Asked) -> Answered:
-        """One continuation, from whichever server gives it.
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """One continuation, retried until some server returns it.
 
         Raises:
-            Interrupted: somebody called `interrupt`.
+            Interrupted: `interrupt` was called.
             ServersLost: no server is left.
-            UserError: one refuses what is asked, or it fails again and again.
+            UserError: a server refuses the request, or it fails `attempts` times.
         """
         self._counts["requests"] += 1
         failures = 0
         while True:
-            member = await self._placed(asked)
+            server = await self._acquire(request)
             try:
-                return await self._answered(member, asked)
+                return await self._send(server, request)
             except Unreachable as error:
                 failures += 1
-                member.doubt(str(error))
-                self._look()
+                server.mark_doubted(str(error))
+                self._update()
             finally:
-                self._placing.done(member.url)
+                self._router.release(server.url)
             if failures == self._settings.attempts:
                 raise UserError(
-                    f"a continuation of {len(asked.tokens)} tokens failed {failures} times, last so: "
-                    f"{member.trouble}; see the log of {member.url}"
+                    f"a continuation of {len(request.tokens)} tokens failed {failures} times, the last time "
+                    f"with: {server.problem}; see the log of {server.url}"
                 )
-            self._stir()
+            self._wake()
             self._counts["retries"] += 1
-            whole_s = min(LONGEST_BACKOFF_S, self._settings.backoff_s * 2.0 ** (failures - 1))
-            await asyncio.sleep(whole_s * random.uniform(0.5, 1.0))
+            backoff_s = min(MAX_BACKOFF_S, self._settings.backoff_s * 2.0 ** (failures - 1))
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
 
-    async def several(self, asked: Asked, count: int) -> list[Answered]:
-        """So many continuations of one text, each with a seed of its own; `asked` has the first one's.
+    async def generate_n(self, request: GenerateRequest, count: int) -> list[GenerateResult]:
+        """`count` continuations of one prompt, with consecutive seeds starting at the request's.
 
-        They go to one server, whose prefix cache has the text once. An engine's own `n` would draw all of
+        They go to one server, whose prefix cache holds the prompt once. An engine's own `n` would draw all of
         them with one seed.
         """
-        seeds = [(asked.sampling.seed + number) % 2**63 for number in range(count)]
-        each = [replace(asked, sampling=replace(asked.sampling, seed=seed)) for seed in seeds]
-        return list(await asyncio.gather(*map(self.generate, each)))
+        seeds = [(request.sampling.seed + number) % 2**63 for number in range(count)]
+        requests = [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+        return list(await asyncio.gather(*map(self.generate, requests)))
 
-    async def _met(self) -> None:
-        here = self._entered()
-        while not self._roster.usable() or any(m.state == "new" for m in self._roster.members()):
-            complaint = self._roster.complaint(self._settings.patience_s)
-            if complaint:
-                raise complaint
-            here.looked.clear()
-            await here.looked.wait()
-        self._roster.settle_modes()
+    async def _wait_ready(self) -> None:
+        state = self._entered()
+        while not self._registry.usable() or any(s.status == "new" for s in self._registry.servers()):
+            failure = self._registry.failure(self._settings.patience_s)
+            if failure:
+                raise failure
+            state.checked.clear()
+            await state.checked.wait()
+        self._registry.fix_modes()
 
-    async def _placed(self, asked: Asked) -> Member:
-        """A server that may be asked, with one of its places taken."""
-        here = self._entered()
+    async def _acquire(self, request: GenerateRequest) -> ServerState:
+        """A usable server, with one of its request slots taken."""
+        state = self._entered()
         if self._interrupted:
-            raise Interrupted("the engine was told to end")
-        place: asyncio.Future[Member] = here.loop.create_future()
+            raise Interrupted("the engine was interrupted")
+        future: asyncio.Future[ServerState] = state.loop.create_future()
 
         def granted(url: str) -> None:
-            # Whoever was told to end while it waited leaves its place to the next.
-            if place.done():
-                self._placing.done(url)
+            # A request that was interrupted while it waited passes its slot on.
+            if future.done():
+                self._router.release(url)
             else:
-                place.set_result(self._roster[url])
+                future.set_result(self._registry[url])
 
-        ticket = Ticket(asked.trace, hash(asked.tokens), granted)
-        here.waiting.add(place)
-        self._placing.ask(ticket)
+        ticket = Ticket(request.trace, hash(request.tokens), granted)
+        state.waiting.add(future)
+        self._router.submit(ticket)
         try:
-            return await place
+            return await future
         except (asyncio.CancelledError, Interrupted, UserError):
-            self._placing.withdraw(ticket)
-            if place.done() and not place.cancelled() and place.exception() is None:
-                self._placing.done(place.result().url)
+            self._router.withdraw(ticket)
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._router.release(future.result().url)
             raise
         finally:
-            here.waiting.discard(place)
+            state.waiting.discard(future)
 
-    async def _answered(self, member: Member, asked: Asked) -> Answered:
-        about, version, here = member.about, self.version, self._entered()
-        longest = len(asked.tokens) + asked.limit
-        if about is not None and longest > about.max_tokens:
+    async def _send(self, server: ServerState, request: GenerateRequest) -> GenerateResult:
+        info, version, state = server.info, self.version, self._entered()
+        max_length = len(request.tokens) + request.limit
+        if info is not None and max_length > info.max_tokens:
             raise UserError(
-                f"{member.url} takes {about.max_tokens} tokens, prompt and continuation together; "
-                f"{len(asked.tokens)} and up to {asked.limit} do not fit: start it with a longer context, or "
-                "lower max_response_tokens"
+                f"{server.url} takes {info.max_tokens} tokens, prompt and continuation together; "
+                f"{len(request.tokens)} and up to {request.limit} do not fit: start it with a longer "
+                "context, or lower max_response_tokens"
             )
-        answer = asyncio.ensure_future(member.server.generate(asked))
-        member.asks.add(answer)
-        here.asked.add(answer)
+        task = asyncio.ensure_future(server.client.generate(request))
+        server.in_flight.add(task)
+        state.in_flight.add(task)
         try:
-            await asyncio.wait({answer})
+            await asyncio.wait({task})
         finally:
-            answer.cancel()
-            member.asks.discard(answer)
-            here.asked.discard(answer)
-        if answer.cancelled():
+            task.cancel()
+            server.in_flight.discard(task)
+            state.in_flight.discard(task)
+        if task.cancelled():
             if self._interrupted:
-                raise Interrupted("the engine was told to end")
-            raise Unreachable(member.trouble)
-        answered = answer.result()
-        oldest = min(answered.completion.versions)
+                raise Interrupted("the engine was interrupted")
+            raise Unreachable(server.problem)
+        result = task.result()
+        oldest = min(result.completion.versions)
         if oldest < version:
             raise Unreachable(
-                f"{member.url} drew with weights {told_version(oldest)}, not {version}: it was started anew?"
+                f"{server.url} drew with weights {describe_version(oldest)}, not {version}: was it restarted?"
             )
-        self._counts["tokens"] += len(answered.completion.tokens)
-        self._counts["prompt"] += len(asked.tokens)
-        self._counts["cached"] += answered.cached_tokens
-        return answered
+        self._counts["tokens"] += len(result.completion.tokens)
+        self._counts["prompt"] += len(request.tokens)
+        self._counts["cached"] += result.cached_tokens
+        return result
 
-    def _entered(self) -> _Here:
-        """The running loop's; its first user has the servers watched as long as the loop runs."""
-        if self._here is None or self._here.loop is not asyncio.get_running_loop():
-            here = self._here = _Here()
-            self._placing.use(self._roster.usable())
+    def _entered(self) -> _LoopState:
+        """The running loop's state; its first use starts the watch, which lasts as long as the loop."""
+        if self._state is None or self._state.loop is not asyncio.get_running_loop():
+            state = self._state = _LoopState()
+            self._router.set_usable(self._registry.usable())
             every_s = min(self._settings.check_s, self._settings.patience_s)
-            here.watch = here.loop.create_task(self._roster.watch(every_s, here.wake, self._look))
-        return self._here
+            state.watch = state.loop.create_task(self._registry.watch(every_s, state.wake, self._update))
+        return self._state
 
-    def _look(self) -> None:
-        """Has who waits asked of the servers that may be, or told that there is none."""
-        here = self._here
-        assert here is not None
-        self._placing.use(self._roster.usable())
-        complaint = self._roster.complaint(self._settings.patience_s)
-        for waiting in list(here.waiting) if complaint else ():
+    def _update(self) -> None:
+        """Gives the router the usable servers; fails waiting requests if there is no hope of one."""
+        state = self._state
+        assert state is not None
+        self._router.set_usable(self._registry.usable())
+        failure = self._registry.failure(self._settings.patience_s)
+        for waiting in list(state.waiting) if failure else ():
+            if failure and not waiting.done():
+                waiting.set_exception(failure)
+        state.checked.set()
+
+    def _interrupt_all(self) -> None:
+        assert self._state is not None
+        for waiting in list(self._state.waiting):
             if not waiting.done():
-                waiting.set_exception(complaint)
-        here.looked.set()
+                waiting.set_exception(Interrupted("the engine was interrupted"))
+        for task in list(self._state.in_flight):
+            task.cancel()
 
-    def _end_all(self) -> None:
-        assert self._here is not None
-        for waiting in list(self._here.waiting):
-            if not waiting.done():
-                waiting.set_exception(Interrupted("the engine was told to end"))
-        for answer in list(self._here.asked):
-            answer.cancel()
+    def _wake(self) -> None:
+        if self._state is not None:
+            self._call(self._state.wake.set)
 
-    def _stir(self) -> None:
-        if self._here is not None:
-            self._call(self._here.wake.set)
-
-    def _call(self, what: Callable[[], object]) -> None:
-        """In the pool's loop, from any thread; nothing if that has ended."""
-        if self._here is not None:
+    def _call(self, function: Callable[[], object]) -> None:
+        """Calls `function` in the pool's loop, from any thread; does nothing if that has ended."""
+        if self._state is not None:
             with contextlib.suppress(RuntimeError):
-                self._here.loop.call_soon_threadsafe(what)
+                self._state.loop.call_soon_threadsafe(function)

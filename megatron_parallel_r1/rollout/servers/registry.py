@@ -1,4 +1,4 @@
-"""Which servers there are, and which of them may be asked now."""
+"""Keeps the known rollout servers, their state, and which of them may serve requests now."""
 
 from __future__ import annotations
 
@@ -8,25 +8,36 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_parallel_r1.errors import ServersLost, UserError
-from megatron_parallel_r1.rollout.servers.client import STOCK_MODES, About, Server, Unreachable, told_version
+from megatron_parallel_r1.rollout.servers.client import (
+    STOCK_MODES,
+    Server,
+    ServerInfo,
+    Unreachable,
+    describe_version,
+)
 from megatron_parallel_r1.thought.layout import Mode
 
+ServerStatus = Literal["new", "up", "doubted", "down", "refused"]
 
-class Roster:
-    """The servers of a pool, each checked again and again while `watch` runs.
+# A server that is up may miss a single health check.
+MAX_MISSES = 2
 
-    A server may be asked if it is up, holds the pool's weights, and is exact in the pool's modes.
+
+class ServerRegistry:
+    """The servers of a pool, each checked periodically while `watch` runs.
+
+    A server is usable if it is up, holds the pool's weights, and is exact in the pool's modes.
 
     Args:
-        connect: a client of the server at an address.
-        urls_file: a file of addresses, one a line, that is read again at each check: servers join and leave.
-        version: of the weights that a server must hold; None: that of the first one that tells.
+        connect: creates a client for the server at an address.
+        urls_file: a file of addresses, one a line, read again at each check: servers join and leave.
+        version: of the weights that a server must hold; None: that of the first server that reports one.
 
     Attributes:
-        lost: servers that were up and went down, ever.
+        lost: servers that were up and went down, in total.
     """
 
     def __init__(self, connect: Callable[[str], Server], urls_file: Path | None, version: int | None) -> None:
@@ -34,214 +45,209 @@ class Roster:
         self.modes: frozenset[Mode] | None = None
         self.lost = 0
         self._connect = connect
-        self._members: dict[str, Member] = {}
-        self._left: dict[str, Member] = {}
-        self._urls_file, self._urls_read = urls_file, ""
+        self._servers: dict[str, ServerState] = {}
+        self._removed: dict[str, ServerState] = {}
+        self._urls_file, self._urls_text = urls_file, ""
         self._rank, self._size = 0, 1
-        self._alone_since: float | None = None
+        self._unusable_since: float | None = None
         self.read_urls()
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._servers)
 
-    def __getitem__(self, url: str) -> Member:
-        """Also one that has left: another thread may remove it while it is being chosen."""
-        return self._members.get(url) or self._left[url]
+    def __getitem__(self, url: str) -> ServerState:
+        """Also returns a removed server: another thread may remove it while it is being chosen."""
+        return self._servers.get(url) or self._removed[url]
 
-    def members(self) -> list[Member]:
-        """A copy: other threads may change the roster."""
-        return list(self._members.values())
+    def servers(self) -> list[ServerState]:
+        """A copy: other threads may change the registry."""
+        return list(self._servers.values())
 
     @property
-    def abouts(self) -> Mapping[str, About]:
-        """What the servers last told, by address."""
-        return {member.url: member.about for member in self.members() if member.about is not None}
+    def infos(self) -> Mapping[str, ServerInfo]:
+        """What each server last reported, by address."""
+        return {server.url: server.info for server in self.servers() if server.info is not None}
 
     def add(self, url: str) -> None:
-        server = self._connect(url)
-        self._members.setdefault(server.url, Member(server))
+        client = self._connect(url)
+        self._servers.setdefault(client.url, ServerState(client))
 
     def remove(self, url: str) -> None:
-        member = self._members.get(url.rstrip("/"))
-        if member is not None:
-            self._left[member.url] = member
-            del self._members[member.url]
+        server = self._servers.get(url.rstrip("/"))
+        if server is not None:
+            self._removed[server.url] = server
+            del self._servers[server.url]
 
     def share(self, rank: int, size: int) -> int:
-        """As `Pool.share`; returns how many processes ask each server."""
+        """See `ServerPool.share`; returns the number of processes that use each server."""
         assert 0 <= rank < size, (rank, size)
         self._rank, self._size = rank, size
         return -(-size // max(1, len(self)))
 
-    def published(self, version: int, urls: Iterable[str]) -> None:
-        """As `Pool.published`."""
+    def set_version(self, version: int, urls: Iterable[str]) -> None:
+        """See `ServerPool.set_version`."""
         updated = {url.rstrip("/") for url in urls}
-        for member in self.members():
-            if member.url in updated and member.about is not None:
-                member.about = replace(member.about, version=version)
+        for server in self.servers():
+            if server.url in updated and server.info is not None:
+                server.info = replace(server.info, version=version)
         self.version = version
 
-    def settle_modes(self) -> None:
-        """From now on a server must be exact in what those are that may be asked now."""
-        told = [self._members[url].about for url in self.usable()]
-        modes = [about.modes for about in told if about is not None]
+    def fix_modes(self) -> None:
+        """From now on a server must be exact in the modes that all servers usable now share."""
+        infos = [self._servers[url].info for url in self.usable()]
+        modes = [info.modes for info in infos if info is not None]
         self.modes = frozenset.intersection(*modes) if modes else STOCK_MODES
 
     def usable(self) -> tuple[str, ...]:
-        """Addresses of servers that may be asked, this process's own first; others only in their stead."""
-        members = self.members()
+        """Addresses of usable servers: this process's own, or all others if none of its own is usable."""
+        servers = self.servers()
         if self.version is None:
-            told = [member.about.version for member in members if member.state == "up" and member.about]
-            self.version = max(told, default=None)
-        # With more processes than servers the mine are one, which others call theirs too.
-        size = min(self._size, max(1, len(members)))
-        mine = [i for i in range(len(members)) if i % size == self._rank % size]
-        others = [(self._rank + i) % len(members) for i in range(len(members))]
-        usable = [members[i].url for i in mine if self._unfit(members[i]) is None]
-        return tuple(usable or [members[i].url for i in others if self._unfit(members[i]) is None])
+            versions = [server.info.version for server in servers if server.status == "up" and server.info]
+            self.version = max(versions, default=None)
+        # With more processes than servers a process has one server, which it shares with others.
+        size = min(self._size, max(1, len(servers)))
+        own = [i for i in range(len(servers)) if i % size == self._rank % size]
+        rotated = [(self._rank + i) % len(servers) for i in range(len(servers))]
+        usable = [servers[i].url for i in own if self._why_unusable(servers[i]) is None]
+        return tuple(usable or [servers[i].url for i in rotated if self._why_unusable(servers[i]) is None])
 
-    def complaint(self, patience_s: float) -> UserError | None:
-        """Why to give up: all servers refuse, or none could be asked for so long; None: go on."""
-        members = self.members()
+    def failure(self, patience_s: float) -> UserError | None:
+        """The error to give up with: all servers refuse, or none was usable for `patience_s`; None: go on."""
+        servers = self.servers()
         if self.usable():
-            self._alone_since = None
+            self._unusable_since = None
             return None
-        self._alone_since = self._alone_since or time.monotonic()
-        waited_s = time.monotonic() - self._alone_since
-        refused = bool(members) and all(member.state == "refused" for member in members)
+        self._unusable_since = self._unusable_since or time.monotonic()
+        waited_s = time.monotonic() - self._unusable_since
+        refused = bool(servers) and all(server.status == "refused" for server in servers)
         if not refused and waited_s < patience_s:
             return None
-        each = "; ".join(f"{member.url} ({self._unfit(member)})" for member in members) or "none is known"
+        reasons = "; ".join(f"{server.url} ({self._why_unusable(server)})" for server in servers)
         return (UserError if refused else ServersLost)(
-            f"no rollout server can be asked since {waited_s:.0f} s: {each}; start servers again, or give "
-            "others in rollout.urls or rollout.urls_file; the run then goes on from its last checkpoint"
+            f"no rollout server usable for {waited_s:.0f} s: {reasons or 'none is known'}; restart the "
+            "servers, or name others in rollout.urls or rollout.urls_file; the run resumes from its last "
+            "checkpoint"
         )
 
     async def watch(self, every_s: float, wake: asyncio.Event, changed: Callable[[], None]) -> None:
-        """Checks each server every so often, and those in doubt as soon as `wake` is set; never returns.
+        """Checks each server every `every_s`, and doubted ones as soon as `wake` is set; never returns.
 
         Args:
-            changed: called after each check, and each time the file of addresses was looked at.
+            changed: called after each check, and each time the file of addresses was read.
         """
-        self._alone_since = None
-        due: dict[Member, float] = {}
-        checks: dict[Member, asyncio.Task[None]] = {}
+        self._unusable_since = None
+        due: dict[ServerState, float] = {}
+        checks: dict[ServerState, asyncio.Task[None]] = {}
 
-        async def check(member: Member) -> None:
-            lost = await member.check(self.version)
+        async def check(server: ServerState) -> None:
+            lost = await server.check(self.version)
             self.lost += lost  # After the wait: other checks count too.
-            del checks[member]
+            del checks[server]
             changed()
 
         while True:
             wake.clear()
             self.read_urls()
             now = time.monotonic()
-            for member in self.members():
-                late = due.get(member, now) <= now
-                if member not in checks and (late or member.state == "doubted"):
-                    due[member] = now + every_s
-                    checks[member] = asyncio.ensure_future(check(member))
+            for server in self.servers():
+                is_due = due.get(server, now) <= now
+                if server not in checks and (is_due or server.status == "doubted"):
+                    due[server] = now + every_s
+                    checks[server] = asyncio.ensure_future(check(server))
             changed()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(wake.wait(), every_s)
 
     def read_urls(self) -> None:
-        """Follows the file of addresses; while it cannot be read, all stay."""
+        """Follows the file of addresses; while it cannot be read, all servers stay."""
         if self._urls_file is None:
             return
         try:
             text = self._urls_file.read_text()
         except OSError:
             return
-        if text == self._urls_read:
+        if text == self._urls_text:
             return
-        before, now = _addresses(self._urls_read), _addresses(text)
-        self._urls_read = text
+        before, now = _parse_urls(self._urls_text), _parse_urls(text)
+        self._urls_text = text
         for url in now - before:
             self.add(url)
         for url in before - now:
             self.remove(url)
 
-    def _unfit(self, member: Member) -> str | None:
-        """Why a server may not be asked."""
-        if member.state != "up" or member.about is None:
-            return f"{member.state}: {member.trouble}"
-        if member.about.version != self.version:
-            held, wanted = told_version(member.about.version), told_version(self.version)
+    def _why_unusable(self, server: ServerState) -> str | None:
+        if server.status != "up" or server.info is None:
+            return f"{server.status}: {server.problem}"
+        if server.info.version != self.version:
+            held, wanted = describe_version(server.info.version), describe_version(self.version)
             return f"it holds weights {held}, not {wanted}"
-        lacking = (self.modes or frozenset()) - member.about.modes
-        return f"it is not exact in mode {', '.join(sorted(lacking))}" if lacking else None
-
-
-def _addresses(text: str) -> set[str]:
-    lines = (line.strip().rstrip("/") for line in text.splitlines())
-    return {line for line in lines if line and not line.startswith("#")}
-
-
-State = Literal["new", "up", "doubted", "down", "refused"]
-
-# A server that is up may be slow to answer for once.
-MISSES = 2
+        missing = (self.modes or frozenset()) - server.info.modes
+        return f"it is not exact in mode {', '.join(sorted(missing))}" if missing else None
 
 
 @dataclass(eq=False, slots=True)
-class Member:
+class ServerState:
     """A server of the pool.
 
     Attributes:
-        state: `new` until it has told of itself; `doubted` since a request failed, until it is checked;
-            `refused`: it answers, but cannot serve what is promised.
-        about: as it last told.
-        trouble: what went wrong last.
-        misses: checks in a row that failed.
-        asks: requests under way, to be given up with the server.
+        client: speaks to it.
+        status: `new` until it has reported; `doubted` from a failed request until the next check;
+            `refused`: it answers, but cannot serve what is required.
+        info: its last report.
+        problem: the last thing that went wrong.
+        misses: failed checks in a row.
+        in_flight: requests under way, cancelled when the server goes down.
     """
 
-    server: Server
-    state: State = "new"
-    about: About | None = None
-    trouble: str = "it has not answered yet"
+    client: Server
+    status: ServerStatus = "new"
+    info: ServerInfo | None = None
+    problem: str = "it has not answered yet"
     misses: int = 0
-    asks: set[asyncio.Task[object]] = field(default_factory=set)
+    in_flight: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
     def url(self) -> str:
-        return self.server.url
+        return self.client.url
 
-    def doubt(self, trouble: str) -> None:
-        self.trouble = trouble
-        if self.state == "up":
-            self.state = "doubted"
+    def mark_doubted(self, problem: str) -> None:
+        self.problem = problem
+        if self.status == "up":
+            self.status = "doubted"
 
     async def check(self, version: int | None) -> bool:
-        """Sees how it is.
+        """Checks health, and reads the server's info if it is not up or holds another version.
 
         Args:
-            version: of the weights that it should hold; one that says another is asked again.
+            version: of the weights that it should hold.
 
         Returns:
-            Whether it is lost just now: it was up, and is no more.
+            Whether this check lost it: it was up and no longer is.
         """
-        before = self.state
+        before = self.status
         try:
-            if before == "up" and self.about is not None and version in (None, self.about.version):
-                if not await self.server.healthy():
+            if before == "up" and self.info is not None and version in (None, self.info.version):
+                if not await self.client.healthy():
                     raise Unreachable(f"{self.url} does not answer its health check")
             else:
-                self.about = await self.server.about()
+                self.info = await self.client.info()
         except Unreachable as error:
-            self.trouble = str(error)
+            self.problem = str(error)
             self.misses += 1
-            if before == "up" and self.misses < MISSES:
+            if before == "up" and self.misses < MAX_MISSES:
                 return False
-            self.state = "down"
-            for ask in self.asks:
-                ask.cancel()
+            self.status = "down"
+            for request in self.in_flight:
+                request.cancel()
             return before in ("up", "doubted")
         except UserError as error:
-            self.trouble = str(error)
-            self.state = "refused"
+            self.problem = str(error)
+            self.status = "refused"
             return before in ("up", "doubted")
-        self.state, self.misses = "up", 0
+        self.status, self.misses = "up", 0
         return False
+
+
+def _parse_urls(text: str) -> set[str]:
+    lines = (line.strip().rstrip("/") for line in text.splitlines())
+    return {line for line in lines if line and not line.startswith("#")}

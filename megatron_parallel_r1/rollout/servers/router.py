@@ -1,10 +1,10 @@
-"""Which server a continuation goes to: the one that has its past in the cache, while load allows.
+"""Chooses the server of each request: the one that has its prefix in the cache, while load allows.
 
-- A trace stays with the server of its first continuation, its home: its forks share a prefix there.
-- Traces of one prompt are given the same home, unless that one has more work than the idlest.
-- A home that is full is waited for. Only a server with less than half of what it may have helps out.
+- A trace stays with the server of its first request, its home: its forks share a prefix there.
+- Traces of one prompt get the same home, unless that has clearly more load than the least loaded server.
+- A request waits for a full home. Only a server at less than half of its limit takes over.
 
-Nothing waits here; whoever asks is called back when it is its turn.
+Nothing waits here: the router calls `Ticket.granted` when it is a request's turn.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
 
-# Homes that are remembered: traces and prompts of the last few batches. Older ones have left the caches.
-REMEMBERED = 65536
+# Homes kept: traces and prompts of the last few batches. Older ones have left the caches.
+REMEMBERED_KEYS = 65536
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One continuation that wants a server.
+    """One request that wants a server.
 
     Attributes:
         trace: its trace's name.
-        prompt: what traces with the same beginning have in common.
+        prompt: hash of its prefix, equal for traces that begin alike.
         granted: called once, with the server's address.
     """
 
@@ -35,11 +35,11 @@ class Ticket:
     granted: Callable[[str], None]
 
 
-class Placing:
-    """Places tickets on at most `concurrent` requests a server.
+class CacheAwareRouter:
+    """Routes tickets, with at most `concurrent` requests in flight at a server.
 
     Attributes:
-        in_flight: requests granted and not done yet, by address.
+        in_flight: requests granted and not released yet, by address.
     """
 
     def __init__(self, concurrent: int) -> None:
@@ -47,25 +47,25 @@ class Placing:
         self._concurrent = concurrent
         self._usable: tuple[str, ...] = ()
         self._waiting: dict[str | None, deque[Ticket]] = {None: deque()}
-        self._home_of_trace: _Recent[str] = _Recent()
-        self._home_of_prompt: _Recent[int] = _Recent()
+        self._home_of_trace: _LruMap[str] = _LruMap()
+        self._home_of_prompt: _LruMap[int] = _LruMap()
 
     @property
     def usable(self) -> tuple[str, ...]:
         return self._usable
 
-    def use(self, urls: Sequence[str]) -> None:
-        """From now on these servers; of equally busy ones the earlier first."""
+    def set_usable(self, urls: Sequence[str]) -> None:
+        """Sets the servers to route to; of equally loaded ones the earlier comes first."""
         if tuple(urls) == self._usable:
             return
         self._usable = tuple(urls)
-        # Traces under way before new ones, here and in `done`: what they hold in a cache is dear.
+        # Traces under way before new ones, here and in `release`: their cached prefixes are costly.
         waiting = [ticket for queue in self._waiting.values() for ticket in queue]
         self._waiting = {**{url: deque() for url in urls}, None: deque()}
         for ticket in waiting:
-            self.ask(ticket)
+            self.submit(ticket)
 
-    def ask(self, ticket: Ticket) -> None:
+    def submit(self, ticket: Ticket) -> None:
         """Grants now, or when there is room."""
         home = self._home_of_trace.get(ticket.trace)
         if home not in self._usable:
@@ -77,16 +77,16 @@ class Placing:
             self._grant(ticket, url)
 
     def withdraw(self, ticket: Ticket) -> None:
-        """Of one that was not granted yet."""
+        """Removes a ticket that was not granted yet."""
         for queue in self._waiting.values():
             if ticket in queue:
                 queue.remove(ticket)
 
-    def done(self, url: str) -> None:
-        """A granted request has ended; its place goes to who waits."""
+    def release(self, url: str) -> None:
+        """Ends a granted request; its slot goes to a waiting ticket."""
         self.in_flight[url] -= 1
         while url in self._usable and self.in_flight[url] < self._concurrent:
-            queue = self._waiting[url] or self._waiting[None] or self._to_help(url)
+            queue = self._waiting[url] or self._waiting[None] or self._queue_to_help(url)
             if not queue:
                 return
             self._grant(queue.popleft(), url)
@@ -94,23 +94,23 @@ class Placing:
     def _with_room(self, ticket: Ticket, home: str | None) -> str | None:
         if not self._usable:
             return None
-        idlest = min(self._usable, key=lambda url: self.in_flight[url])
+        least_loaded = min(self._usable, key=lambda url: self.in_flight[url])
         if home is not None:
             if self.in_flight[home] < self._concurrent:
                 return home
-            return idlest if self._helps(idlest) else None
+            return least_loaded if self._has_spare(least_loaded) else None
         known = self._home_of_prompt.get(ticket.prompt)
         slack = max(2, self._concurrent // 8)
-        if known in self._usable and self.in_flight[known] <= self.in_flight[idlest] + slack:
-            idlest = known
-        return idlest if self.in_flight[idlest] < self._concurrent else None
+        if known in self._usable and self.in_flight[known] <= self.in_flight[least_loaded] + slack:
+            least_loaded = known
+        return least_loaded if self.in_flight[least_loaded] < self._concurrent else None
 
-    def _to_help(self, url: str) -> deque[Ticket] | None:
-        if not self._helps(url):
+    def _queue_to_help(self, url: str) -> deque[Ticket] | None:
+        if not self._has_spare(url):
             return None
         return max(self._waiting.values(), key=len)
 
-    def _helps(self, url: str) -> bool:
+    def _has_spare(self, url: str) -> bool:
         return 2 * self.in_flight[url] < self._concurrent
 
     def _grant(self, ticket: Ticket, url: str) -> None:
@@ -122,19 +122,19 @@ class Placing:
         ticket.granted(url)
 
 
-class _Recent(Generic[Key]):
-    """Remembers the REMEMBERED keys that were used last."""
+class _LruMap(Generic[Key]):
+    """Keeps the REMEMBERED_KEYS keys that were used last."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Key, str] = OrderedDict()
+        self._values: OrderedDict[Key, str] = OrderedDict()
 
     def get(self, key: Key) -> str | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
 
     def put(self, key: Key, value: str) -> None:
-        self._kept[key] = value
-        self._kept.move_to_end(key)
-        while len(self._kept) > REMEMBERED:
-            self._kept.popitem(last=False)
+        self._values[key] = value
+        self._values.move_to_end(key)
+        while len(self._values) > REMEMBERED_KEYS:
+            self._values.popitem(last=False)

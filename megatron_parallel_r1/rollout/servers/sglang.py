@@ -1,13 +1,13 @@
-"""A client of one SGLang server (written against 0.5.23), which takes and gives token ids over `/generate`.
+"""Client of an SGLang server (written against 0.5.23), by token ids over `/generate`.
 
 How a server must be started, and why:
-- Log-probs: SGLang returns those of the distribution behind logit bias and temperature, before top-k and
-  top-p (srt/layers/sampler.py): what `base.Completion` promises. `SGLANG_RETURN_ORIGINAL_LOGPROB` changes
-  that; the handshake refuses it.
-- Seeds: it draws by `sampling_seed` and position, if it was started with `--enable-deterministic-inference`,
-  and ignores seeds without it. `About.seeded` says which.
+- Log-probs: SGLang returns those of the distribution after logit bias and temperature, before top-k and top-p
+  (srt/layers/sampler.py), as `Completion` requires. `SGLANG_RETURN_ORIGINAL_LOGPROB` changes that; the
+  handshake refuses it.
+- Seeds: with `--enable-deterministic-inference` it draws by `sampling_seed` and position; without it, it
+  ignores seeds. `ServerInfo.seeded` says which.
 - A temperature of 0 is its top-k of 1 at temperature 1.
-- It stops at its model's own end tokens too. Such a continuation is asked on from there.
+- It also stops at its model's own end tokens. The client then continues the request from there.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from typing import Any
 import httpx
 
 from megatron_parallel_r1.rollout.engine import Completion
-from megatron_parallel_r1.rollout.joined_blocks import FIELD, encode, understood
+from megatron_parallel_r1.rollout.joined_blocks import FIELD, encode_blocks, supports_joined_blocks
 from megatron_parallel_r1.rollout.servers.client import (
     STOCK_MODES,
-    About,
-    Answered,
-    Asked,
-    Connection,
+    AsyncHttpClient,
+    GenerateRequest,
+    GenerateResult,
+    ServerInfo,
     Timeouts,
     Unreachable,
-    version_of,
-    versions_of,
+    draws_by_seed,
+    parse_version,
+    token_versions,
 )
-from megatron_parallel_r1.rollout.servers.handshake import seeded
 from megatron_parallel_r1.thought.layout import Mode
 
-# Added to a suppressed logit. It leaves a weight of exactly 0 in float32 at any temperature below 10^6.
-BARRED = -1e9
+# Added to a suppressed logit. Its probability is then exactly 0 in float32 at any temperature below 10^6.
+SUPPRESSED_BIAS = -1e9
 ISOLATED: frozenset[Mode] = frozenset({"isolated"})
 
 
-class SGLang:
-    """Implements `server.Server`.
+class SglangClient:
+    """Implements `Server`.
 
     Args:
         url: base address.
-        transport: in the place of the network, for tests.
+        transport: replaces the network in tests.
     """
 
     def __init__(
@@ -52,56 +52,54 @@ class SGLang:
         timeouts: Timeouts | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._http = Connection(url, timeouts or Timeouts(), transport)
+        self._http = AsyncHttpClient(url, timeouts or Timeouts(), transport)
         self._seeded: bool | None = None
 
     @property
     def url(self) -> str:
         return self._http.url
 
-    async def about(self) -> About:
-        """Asks, and the first time draws a little to see that log-probs are as promised.
+    async def info(self) -> ServerInfo:
+        """Reads the server's information; the first call also draws a few tokens to check its log-probs.
 
         Raises:
             UserError: the server's log-probs are of another distribution.
         """
         server, model = await self._http.get("/server_info"), await self._http.get("/model_info")
         if self._seeded is None:
-            self._seeded = await seeded(self)
+            self._seeded = await draws_by_seed(self)
         try:
-            return About(
+            return ServerInfo(
                 model=server["model_path"],
-                modes=STOCK_MODES | ISOLATED if understood(server) else STOCK_MODES,
-                version=version_of(model.get("weight_version")),
-                max_tokens=_least(server, "context_length", "max_req_input_len", "max_total_num_tokens"),
+                modes=STOCK_MODES | ISOLATED if supports_joined_blocks(server) else STOCK_MODES,
+                version=parse_version(model.get("weight_version")),
+                max_tokens=_min_of(server, "context_length", "max_req_input_len", "max_total_num_tokens"),
                 cache_tokens=server.get("max_total_num_tokens"),
                 seeded=self._seeded,
                 copies=server.get("dp_size", 1),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise Unreachable(
-                f"{self.url}/server_info is not what an SGLang server says: {error!r}"
-            ) from error
+            raise Unreachable(f"{self.url}/server_info: no SGLang server answers so: {error!r}") from error
 
     async def healthy(self) -> bool:
         return await self._http.answers("/health")
 
-    async def generate(self, asked: Asked) -> Answered:
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
         tokens, logprobs, versions = [], [], []
         cached = None
         while True:
-            left = asked.limit - len(tokens)
-            answer = await self._http.post("/generate", _body(asked, asked.tokens + tuple(tokens), left))
+            left = request.limit - len(tokens)
+            answer = await self._http.post("/generate", _body(request, request.tokens + tuple(tokens), left))
             drawn, meta = self._read(answer, left)
             cached = meta.get("cached_tokens", 0) if cached is None else cached
             tokens += drawn
             logprobs += [float(logprob) for logprob, *_ in meta["output_token_logprobs"]]
             spans = meta.get("weight_versions")
-            versions += versions_of(spans, len(drawn), version_of(meta.get("weight_version")))
-            stopped = tokens[-1] in asked.stop
-            if stopped or len(tokens) == asked.limit:
+            versions += token_versions(spans, len(drawn), parse_version(meta.get("weight_version")))
+            stopped = tokens[-1] in request.stop
+            if stopped or len(tokens) == request.limit:
                 completion = Completion(tuple(tokens), tuple(logprobs), tuple(versions), stopped)
-                return Answered(completion, cached)
+                return GenerateResult(completion, cached)
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         sampling = {"max_new_tokens": 0, "temperature": 1.0}
@@ -123,7 +121,7 @@ class SGLang:
         await self._http.close()
 
     def _read(self, answer: Any, left: int) -> tuple[list[int], dict[str, Any]]:
-        """The drawn tokens, at least one, and what is told of them."""
+        """The drawn tokens, at least one, and their metadata."""
         try:
             drawn, meta = answer["output_ids"], answer["meta_info"]
             reason = meta["finish_reason"]["type"]
@@ -143,26 +141,26 @@ class SGLang:
         return drawn, meta
 
 
-def _body(asked: Asked, tokens: tuple[int, ...], left: int) -> dict[str, Any]:
-    sampling = asked.sampling
+def _body(request: GenerateRequest, tokens: tuple[int, ...], left: int) -> dict[str, Any]:
+    sampling = request.sampling
     params: dict[str, Any] = {
         "max_new_tokens": left,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
         "sampling_seed": sampling.seed,
-        "stop_token_ids": sorted(asked.stop),
+        "stop_token_ids": sorted(request.stop),
         "skip_special_tokens": False,
         "no_stop_trim": True,
     }
-    if asked.suppress:
-        params["logit_bias"] = {str(token): BARRED for token in sorted(asked.suppress)}
-    if asked.joined:
-        params["custom_params"] = {FIELD: encode(asked.joined)}
+    if request.suppress:
+        params["logit_bias"] = {str(token): SUPPRESSED_BIAS for token in sorted(request.suppress)}
+    if request.joined:
+        params["custom_params"] = {FIELD: encode_blocks(request.joined)}
     return {"input_ids": tokens, "sampling_params": params, "return_logprob": True}
 
 
-def _least(server: dict[str, Any], *names: str) -> int:
+def _min_of(server: dict[str, Any], *names: str) -> int:
     return min(int(server[name]) for name in names if server.get(name) is not None)
 
 

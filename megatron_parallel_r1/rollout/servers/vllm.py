@@ -1,15 +1,15 @@
-"""A client of one vLLM server (written against 0.32.0), which takes and gives token ids.
+"""Client of a vLLM server (written against 0.32.0), by token ids.
 
 How a server must be started, and why:
-- `--enable-scale-out`: opens `/inference/v1/generate`. OpenAI's endpoints cut a logit bias at -100, where a
-  barred token could still be drawn.
-- `--logprobs-mode processed_logprobs`: else log-probs leave out bias and temperature (v1/sample/sampler.py).
-  With it they are those behind top-k and top-p, which `base.Completion` does not mean: such a request is
-  refused.
-- `--enable-prompt-tokens-details`, if it shall say how many tokens it had in its cache.
-- `VLLM_SERVER_DEV_MODE=1`, if its weights are to change: without it nothing says their version.
+- `--enable-scale-out`: opens `/inference/v1/generate`. OpenAI's endpoints clip a logit bias at -100, where a
+  suppressed token could still be drawn.
+- `--logprobs-mode processed_logprobs`: otherwise log-probs leave out bias and temperature
+  (v1/sample/sampler.py). With it they are taken after top-k and top-p, unlike `Completion`: the client
+  refuses such a request.
+- `--enable-prompt-tokens-details`: reports how many tokens were in the cache.
+- `VLLM_SERVER_DEV_MODE=1`: allows weight updates, and reports their version.
 
-vLLM draws from one generator a request, step by step. The client seeds it with the seed and the position
+vLLM draws from one generator per request, step by step. The client seeds it with the seed and the position
 where the request begins, so that two continuations of one branch do not repeat each other's draws.
 """
 
@@ -23,32 +23,32 @@ import httpx
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion
 from megatron_parallel_r1.rollout.servers.client import (
-    STARTED,
+    INITIAL_VERSION,
     STOCK_MODES,
-    About,
-    Answered,
-    Asked,
-    Connection,
+    AsyncHttpClient,
+    GenerateRequest,
+    GenerateResult,
+    ServerInfo,
     Timeouts,
     Unreachable,
-    version_of,
-    versions_of,
+    draws_by_seed,
+    parse_version,
+    token_versions,
 )
-from megatron_parallel_r1.rollout.servers.handshake import seeded
 from megatron_parallel_r1.utils.seeding import hash_seed
 
-# Added to a suppressed logit. It leaves a weight of exactly 0 in float32 at any temperature below 10^6.
-BARRED = -1e9
-# What vLLM writes for a log-prob of -inf, or one that is missing.
+# Added to a suppressed logit. Its probability is then exactly 0 in float32 at any temperature below 10^6.
+SUPPRESSED_BIAS = -1e9
+# What vLLM writes for a log-prob of -inf or a missing one.
 NO_LOGPROB = -9999.0
 
 
-class VLLM:
-    """Implements `server.Server`.
+class VllmClient:
+    """Implements `Server`.
 
     Args:
         url: base address.
-        transport: in the place of the network, for tests.
+        transport: replaces the network in tests.
     """
 
     def __init__(
@@ -57,26 +57,26 @@ class VLLM:
         timeouts: Timeouts | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._http = Connection(url, timeouts or Timeouts(), transport)
+        self._http = AsyncHttpClient(url, timeouts or Timeouts(), transport)
         self._seeded: bool | None = None
-        self._under_way: set[str] = set()
+        self._in_flight: set[str] = set()
 
     @property
     def url(self) -> str:
         return self._http.url
 
-    async def about(self) -> About:
-        """Asks, and the first time draws a little to see that log-probs are as promised.
+    async def info(self) -> ServerInfo:
+        """Reads the server's information; the first call also draws a few tokens to check its log-probs.
 
         Raises:
             UserError: the server's log-probs are of another distribution.
         """
         models = await self._http.get("/v1/models")
         if self._seeded is None:
-            self._seeded = await seeded(self)
+            self._seeded = await draws_by_seed(self)
         try:
             model = models["data"][0]
-            return About(
+            return ServerInfo(
                 model=model["root"],
                 modes=STOCK_MODES,
                 version=await self._version(),
@@ -85,27 +85,27 @@ class VLLM:
                 seeded=self._seeded,
             )
         except (KeyError, IndexError, TypeError) as error:
-            raise Unreachable(f"{self.url}/v1/models is not what a vLLM server says: {error!r}") from error
+            raise Unreachable(f"{self.url}/v1/models: no vLLM server answers so: {error!r}") from error
 
     async def healthy(self) -> bool:
         return await self._http.answers("/health")
 
-    async def generate(self, asked: Asked) -> Answered:
-        sampling = asked.sampling
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        sampling = request.sampling
         if sampling.temperature and (sampling.top_k or sampling.top_p < 1):
             raise UserError(
-                f"{self.url}: vLLM's log-probs are those behind top-k and top-p, which training cannot hold "
-                "against its own; set top_k to 0 and top_p to 1, or roll out with SGLang"
+                f"{self.url}: vLLM's log-probs are taken after top-k and top-p, and training cannot compare "
+                "them with its own; set top_k to 0 and top_p to 1, or roll out with SGLang"
             )
-        if asked.joined:
+        if request.joined:
             raise UserError(f"{self.url}: vLLM has no mode isolated; use replay, or SGLang with the plugin")
         name = uuid.uuid4().hex
-        self._under_way.add(name)
+        self._in_flight.add(name)
         try:
-            answer = await self._http.post("/inference/v1/generate", _body(asked, name))
+            answer = await self._http.post("/inference/v1/generate", _body(request, name))
         finally:
-            self._under_way.discard(name)
-        return self._read(answer, asked)
+            self._in_flight.discard(name)
+        return self._read(answer, request)
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         params = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
@@ -118,8 +118,8 @@ class VLLM:
             raise Unreachable(f"{self.url}: no log-probs of the prompt: {error!r}") from error
 
     async def abort_all(self) -> None:
-        """Ends what this client has under way; in its usual mode vLLM ends nobody else's."""
-        names = [f"generate-tokens-{name}" for name in self._under_way]
+        """Aborts this client's requests; in its usual mode vLLM cannot abort those of others."""
+        names = [f"generate-tokens-{name}" for name in self._in_flight]
         await self._http.command("/inference/v1/abort_requests", {"request_ids": names})
 
     async def close(self) -> None:
@@ -127,11 +127,13 @@ class VLLM:
 
     async def _version(self) -> int:
         try:
-            return version_of((await self._http.get("/weight_info"))["weight_version"])
+            return parse_version((await self._http.get("/weight_info"))["weight_version"])
         except UserError:
-            return STARTED  # Out of its development mode it does not say, and its weights do not change.
+            return (
+                INITIAL_VERSION  # Out of its development mode it does not say, and its weights do not change.
+            )
 
-    def _read(self, answer: Any, asked: Asked) -> Answered:
+    def _read(self, answer: Any, request: GenerateRequest) -> GenerateResult:
         try:
             (choice,) = answer["choices"]
             drawn, content, reason = (
@@ -143,28 +145,28 @@ class VLLM:
                 raise Unreachable(f"{self.url} ended a request with {reason!r}")
             logprobs = [float(entry["logprob"]) for entry in content]
             whole = [entry["token_id"] for entry in content] == drawn and min(logprobs) > NO_LOGPROB
-            if not (whole and 1 <= len(drawn) <= asked.limit):
+            if not (whole and 1 <= len(drawn) <= request.limit):
                 raise Unreachable(f"{self.url}: tokens and log-probs of {len(drawn)} do not match")
             cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-            versions = versions_of(choice.get("weight_versions"), len(drawn), STARTED)
+            versions = token_versions(choice.get("weight_versions"), len(drawn), INITIAL_VERSION)
         except (KeyError, TypeError, ValueError) as error:
             raise Unreachable(f"{self.url}/inference/v1/generate: an answer without {error!r}") from error
-        stopped = drawn[-1] in asked.stop
-        if not stopped and len(drawn) < asked.limit:
-            raise Unreachable(f"{self.url}: cut at {len(drawn)} of {asked.limit} tokens")
-        return Answered(Completion(tuple(drawn), tuple(logprobs), versions, stopped), cached)
+        stopped = drawn[-1] in request.stop
+        if not stopped and len(drawn) < request.limit:
+            raise Unreachable(f"{self.url}: cut at {len(drawn)} of {request.limit} tokens")
+        return GenerateResult(Completion(tuple(drawn), tuple(logprobs), versions, stopped), cached)
 
 
-def _body(asked: Asked, name: str) -> dict[str, Any]:
+def _body(request: GenerateRequest, name: str) -> dict[str, Any]:
     params: dict[str, Any] = {
-        "max_tokens": asked.limit,
-        "temperature": asked.sampling.temperature,
-        "seed": hash_seed(repr((asked.sampling.seed, len(asked.tokens)))),
-        "stop_token_ids": sorted(asked.stop),
+        "max_tokens": request.limit,
+        "temperature": request.sampling.temperature,
+        "seed": hash_seed(repr((request.sampling.seed, len(request.tokens)))),
+        "stop_token_ids": sorted(request.stop),
         "ignore_eos": True,
         "logprobs": 0,
         "detokenize": False,
     }
-    if asked.suppress:
-        params["logit_bias"] = {str(token): BARRED for token in sorted(asked.suppress)}
-    return {"request_id": name, "token_ids": asked.tokens, "sampling_params": params}
+    if request.suppress:
+        params["logit_bias"] = {str(token): SUPPRESSED_BIAS for token in sorted(request.suppress)}
+    return {"request_id": name, "token_ids": request.tokens, "sampling_params": params}

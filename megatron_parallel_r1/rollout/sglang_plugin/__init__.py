@@ -18,8 +18,12 @@ Importing this package loads neither torch nor SGLang.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from importlib.metadata import version
 
 NAME = "parallel_r1"
+TESTED = ("0.5.23",)
+ANY_VERSION = "PARALLEL_R1_ANY_SGLANG"
 
 
 def register() -> None:
@@ -33,9 +37,21 @@ def register() -> None:
     """
     if NAME not in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
         return
-    from megatron_parallel_r1.rollout.sglang_plugin.compatibility import require_tested
-
     require_tested(os.environ)
     from megatron_parallel_r1.rollout.sglang_plugin.hooks import register_hooks
 
     register_hooks()
+
+
+def require_tested(env: Mapping[str, str]) -> None:
+    """Refuses an SGLang that the hooks were not tested with.
+
+    Raises:
+        SystemExit: so it is, and `env` does not set PARALLEL_R1_ANY_SGLANG=1.
+    """
+    found = version("sglang")
+    if found not in TESTED and env.get(ANY_VERSION) != "1":
+        raise SystemExit(
+            f"parallel_r1: tested with SGLang {', '.join(TESTED)}, this is {found}: install a tested one, or "
+            f"set {ANY_VERSION}=1 and check log-probs against the trainer's"
+        )

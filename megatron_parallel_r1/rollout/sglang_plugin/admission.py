@@ -53,7 +53,7 @@ class Counters:
 
 
 @dataclass(slots=True)
-class State:
+class PluginState:
     """What the plugin knows in one scheduler; an attribute of its prefix cache.
 
     Attributes:
@@ -93,7 +93,7 @@ class State:
             self.first = None
 
 
-def state_of(cache: Any) -> State | None:
+def state_of(cache: Any) -> PluginState | None:
     return getattr(cache, STATE, None)
 
 
@@ -124,7 +124,7 @@ def admit(
     return _write(original, adder, state, req, join, has_chunked_req, truncation_align_size)
 
 
-def _turn(state: State, req: Req, join: Join) -> bool:
+def _turn(state: PluginState, req: Req, join: Join) -> bool:
     """Whether `req` may write what it misses now."""
     chunked = state.scheduler.chunked_req
     if chunked is not None and not is_writer(chunked):
@@ -142,7 +142,7 @@ def _turn(state: State, req: Req, join: Join) -> bool:
 def _write(
     original: Callable[..., AddReqResult],
     adder: PrefillAdder,
-    state: State,
+    state: PluginState,
     req: Req,
     join: Join,
     has_chunked_req: bool,
@@ -177,7 +177,7 @@ def _write(
     return result
 
 
-def _has_row(adder: PrefillAdder, state: State) -> bool:
+def _has_row(adder: PrefillAdder, state: PluginState) -> bool:
     """Whether one more request of the batch would have a row, as the scheduler itself asks for each."""
     held = sum(other.kv.holds_kv for other in adder.can_run_list)
     rows = state.scheduler.get_num_allocatable_reqs(
@@ -186,7 +186,7 @@ def _has_row(adder: PrefillAdder, state: State) -> bool:
     return len(adder.can_run_list) < rows
 
 
-def _count(state: State, req: Req, tokens: int) -> None:
+def _count(state: PluginState, req: Req, tokens: int) -> None:
     counters = state.counters
     if tokens <= NEVER_WRITTEN:
         counters.ends += 1

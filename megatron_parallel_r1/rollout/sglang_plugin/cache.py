@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixPara
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from megatron_parallel_r1.rollout.sglang_plugin.contexts import Context
+from megatron_parallel_r1.rollout.sglang_plugin.contexts import CacheContext
 from megatron_parallel_r1.rollout.sglang_plugin.requests import joined
 
 Slots = tuple[int, int, int]  # slots [lo, hi) of the path from the root to a node
@@ -36,16 +36,16 @@ class Joint(int):
 
 
 def find(
-    cache: UnifiedRadixCache, context: Context, salt: str | None
-) -> tuple[dict[Context, int], tuple[tuple[Context, int], ...]]:
+    cache: UnifiedRadixCache, context: CacheContext, salt: str | None
+) -> tuple[dict[CacheContext, int], tuple[tuple[CacheContext, int], ...]]:
     """What the cache holds of the contexts that `context` joins.
 
     Returns:
         node of each that is whole; and those that are not but could be written now, with the number of tokens
         that each lacks.
     """
-    whole: dict[Context, int] = {}
-    missing: list[tuple[Context, int]] = []
+    whole: dict[CacheContext, int] = {}
+    missing: list[tuple[CacheContext, int]] = []
     for piece in context.pieces:
         source = piece.context
         if any(other.context not in whole for other in source.pieces):

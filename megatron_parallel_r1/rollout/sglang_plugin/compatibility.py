@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 from sglang.srt.disaggregation.utils import DisaggregationMode
@@ -12,7 +10,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_parallel
 
-from megatron_parallel_r1.rollout.sglang_plugin.admission import STATE, State
+from megatron_parallel_r1.rollout.sglang_plugin.admission import STATE, PluginState
 from megatron_parallel_r1.rollout.sglang_plugin.positions import make_table
 
 logger = logging.getLogger(__name__)
@@ -54,23 +52,5 @@ def start(result: None, scheduler: Any, *args: Any, **named: Any) -> None:
         line = f"parallel_r1: this server cannot serve isolated paths exactly: {'; '.join(wrong)}"
         logger.error(line)
         raise SystemExit(line)
-    setattr(scheduler.tree_cache, STATE, State(scheduler))
+    setattr(scheduler.tree_cache, STATE, PluginState(scheduler))
     make_table(scheduler.req_to_token_pool)
-
-
-TESTED = ("0.5.23",)
-ANY_VERSION = "PARALLEL_R1_ANY_SGLANG"
-
-
-def require_tested(env: Mapping[str, str]) -> None:
-    """Refuses an SGLang that the hooks were not tested with.
-
-    Raises:
-        SystemExit: so it is, and `env` does not set PARALLEL_R1_ANY_SGLANG=1.
-    """
-    found = version("sglang")
-    if found not in TESTED and env.get(ANY_VERSION) != "1":
-        raise SystemExit(
-            f"parallel_r1: tested with SGLang {', '.join(TESTED)}, this is {found}: install a tested one, or "
-            f"set {ANY_VERSION}=1 and check log-probs against the trainer's"
-        )

@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from megatron_parallel_r1.rollout.joined_blocks import Joined, nested
+from megatron_parallel_r1.rollout.joined_blocks import JoinedBlock, count_nested
 
 Tokens = array  # of type code "q", as SGLang has them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Context:
+class CacheContext:
     """Tokens written one behind the other, with closed blocks among them.
 
     Attributes:
@@ -47,7 +47,7 @@ class Context:
     before: Tokens
     tail: Tokens
     position: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ChainSpan, ...]
 
     @property
     def tokens(self) -> Tokens:
@@ -65,28 +65,30 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class ChainSpan:
     """Slots [lo, hi) of a context's chain. A context's pieces need each other context only once."""
 
-    context: Context
+    context: CacheContext
     lo: int
     hi: int
 
 
-def read(tokens: Tokens, blocks: Sequence[Joined], namespace: str | None) -> Context:
+def context_of(tokens: Tokens, blocks: Sequence[JoinedBlock], namespace: str | None) -> CacheContext:
     """The context behind `tokens`.
 
     Args:
         blocks: all closed ones, checked (`joined.check`), in order of forks.
         namespace: of a request without blocks.
     """
-    return _read(Context(namespace, array("q"), array("q"), 0, ()), tokens, 0, len(tokens), blocks)
+    return _read(CacheContext(namespace, array("q"), array("q"), 0, ()), tokens, 0, len(tokens), blocks)
 
 
-def _read(context: Context, tokens: Tokens, start: int, stop: int, blocks: Sequence[Joined]) -> Context:
+def _read(
+    context: CacheContext, tokens: Tokens, start: int, stop: int, blocks: Sequence[JoinedBlock]
+) -> CacheContext:
     """Writes tokens[start:stop) with the blocks in it behind `context`."""
     while blocks:
-        block, count = blocks[0], nested(blocks)
+        block, count = blocks[0], count_nested(blocks)
         trunk = _write(context, tokens[start : block.fork])
         inside = blocks[1 : 1 + count]
         paths = [
@@ -98,17 +100,17 @@ def _read(context: Context, tokens: Tokens, start: int, stop: int, blocks: Seque
     return _write(context, tokens[start:stop])
 
 
-def _write(context: Context, tokens: Tokens) -> Context:
+def _write(context: CacheContext, tokens: Tokens) -> CacheContext:
     return replace(context, tail=context.tail + tokens, position=context.position + len(tokens))
 
 
-def _join(trunk: Context, paths: Sequence[Context]) -> Context:
+def _join(trunk: CacheContext, paths: Sequence[CacheContext]) -> CacheContext:
     pieces = _slots(paths[0])
     before = paths[0].tokens
     for path in paths[1:]:
         pieces += _behind(_slots(path), trunk.length)
         before += path.tokens[trunk.length :]
-    return Context(
+    return CacheContext(
         namespace=_digest(trunk, paths),
         before=before,
         tail=array("q"),
@@ -117,11 +119,11 @@ def _join(trunk: Context, paths: Sequence[Context]) -> Context:
     )
 
 
-def _slots(context: Context) -> list[Piece]:
-    return [*context.pieces, Piece(context, 0, len(context.tail))]
+def _slots(context: CacheContext) -> list[ChainSpan]:
+    return [*context.pieces, ChainSpan(context, 0, len(context.tail))]
 
 
-def _behind(pieces: Sequence[Piece], count: int) -> list[Piece]:
+def _behind(pieces: Sequence[ChainSpan], count: int) -> list[ChainSpan]:
     """What is left without the first `count` slots."""
     left = []
     for piece in pieces:
@@ -132,7 +134,7 @@ def _behind(pieces: Sequence[Piece], count: int) -> list[Piece]:
     return left
 
 
-def _digest(trunk: Context, paths: Sequence[Context]) -> str:
+def _digest(trunk: CacheContext, paths: Sequence[CacheContext]) -> str:
     """Names what was joined: where, and each path by the place of its last token in the cache."""
     digest = blake2b(repr((len(trunk.tail), len(paths))).encode(), digest_size=16)
     for path in paths:

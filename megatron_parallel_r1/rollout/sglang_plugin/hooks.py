@@ -11,15 +11,14 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from megatron_parallel_r1.rollout.joined_blocks import FIELD, PROTOCOL
 from megatron_parallel_r1.rollout.sglang_plugin import (
+    TESTED,
     admission,
     cache,
     compatibility,
-    hooks,
     positions,
     requests,
 )
 from megatron_parallel_r1.rollout.sglang_plugin.admission import state_of
-from megatron_parallel_r1.rollout.sglang_plugin.compatibility import TESTED
 
 SRT = "sglang.srt."
 SCHEDULER = SRT + "managers.scheduler.Scheduler."
@@ -34,13 +33,26 @@ class Hook:
     kind: HookType
 
 
+def report_state(result: Any, scheduler: Any, *args: Any, **named: Any) -> None:
+    """AFTER `Scheduler.get_internal_state`."""
+    state = state_of(scheduler.tree_cache)
+    result.internal_state[FIELD] = {
+        "protocol": PROTOCOL,
+        "tested": list(TESTED),
+        "modes": ["isolated"],
+        "nesting": True,
+        "missing": missing_hooks() + (["state"] if state is None else []),
+        "counters": asdict(state.counters) if state is not None else {},
+    }
+
+
 HOOKS = (
     Hook(SCHEDULER + "__init__", compatibility.start, HookType.AFTER),
     Hook(SCHEDULER + "_create_generation_req", requests.read_blocks, HookType.AFTER),
     Hook(SCHEDULER + "_add_request_to_queue", requests.refuse_unsupported, HookType.BEFORE),
     Hook(SCHEDULER + "get_new_batch_prefill", admission.look_after, HookType.BEFORE),
     Hook(SCHEDULER + "send_abort_output", requests.hide_abort, HookType.AROUND),
-    Hook(SCHEDULER + "get_internal_state", hooks.tell, HookType.AFTER),
+    Hook(SCHEDULER + "get_internal_state", report_state, HookType.AFTER),
     Hook(
         SRT + "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
         requests.hide_output,
@@ -79,18 +91,3 @@ def _is_wrapped(target: str) -> bool:
         return hasattr(pkgutil.resolve_name(target), "__wrapped__")
     except (ImportError, AttributeError):
         return False
-
-
-def tell(result: Any, scheduler: Any, *args: Any, **named: Any) -> None:
-    """AFTER `Scheduler.get_internal_state`."""
-    pass
-
-    state = state_of(scheduler.tree_cache)
-    result.internal_state[FIELD] = {
-        "protocol": PROTOCOL,
-        "tested": list(TESTED),
-        "modes": ["isolated"],
-        "nesting": True,
-        "missing": missing_hooks() + (["state"] if state is None else []),
-        "counters": asdict(state.counters) if state is not None else {},
-    }

@@ -10,8 +10,8 @@ from typing import Any
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import Req
 
-from megatron_parallel_r1.rollout.joined_blocks import FIELD, decode
-from megatron_parallel_r1.rollout.sglang_plugin.contexts import Context, read
+from megatron_parallel_r1.rollout.joined_blocks import FIELD, decode_blocks
+from megatron_parallel_r1.rollout.sglang_plugin.contexts import CacheContext, context_of
 
 ATTRIBUTE = "parallel_r1"
 
@@ -28,8 +28,8 @@ class Join:
         served: set on an internal request: whom it writes for.
     """
 
-    context: Context
-    missing: tuple[tuple[Context, int], ...] = ()
+    context: CacheContext
+    missing: tuple[tuple[CacheContext, int], ...] = ()
     writers: list[Req] = field(default_factory=list)
     served: Req | None = None
 
@@ -64,12 +64,12 @@ def read_blocks(
     if FIELD not in params:
         return
     try:
-        blocks = decode(params[FIELD], len(req.origin_input_ids))
+        blocks = decode_blocks(params[FIELD], len(req.origin_input_ids))
     except ValueError as error:
         req.set_finish_with_abort(str(error))
         return
     if blocks:
-        context = read(req.origin_input_ids, blocks, req.extra_key)
+        context = context_of(req.origin_input_ids, blocks, req.extra_key)
         mark(req, Join(context))
         req.extra_key = context.namespace
 
@@ -99,7 +99,7 @@ def refuse_unsupported(scheduler: Any, req: Req, *args: Any, **named: Any) -> No
         req.set_finish_with_abort(f"{FIELD}: a request with blocks is refused: {'; '.join(reasons)}")
 
 
-def writer(req: Req, context: Context, name: str, scheduler: Any) -> Req:
+def writer(req: Req, context: CacheContext, name: str, scheduler: Any) -> Req:
     """A request that has `context` in the cache once it is done, as `req` would have written it.
 
     Its rid begins with that of `req`, so that aborting one aborts both.

@@ -28,7 +28,7 @@ class FakeEngine:
     modes = frozenset({"sequential"})
 
     def __init__(self, together: bool) -> None:
-        self.together = together
+        self.runs_on_all_ranks = together
         self.version = -1
         self.weight = 0.0
 
@@ -65,7 +65,7 @@ class Flight:
         problems = [Problem(str(n), f"problem {n}", (str(n),), "fake") for n in range(7)]
         self.stream: ProblemStream[Problem] = ProblemStream(problems, seed=3)
         self.stream.restore(self.saved.get("stream", self.stream.state()))
-        self.engine = FakeEngine(self.together)
+        self.engine = FakeEngine(self.runs_on_all_ranks)
         self.events: list[tuple[str, int]] = []
         self.taken: dict[int, RolloutBatch] = {}
         self.threads: dict[int, str] = {}

@@ -9,7 +9,13 @@ from dataclasses import replace
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion
-from megatron_parallel_r1.rollout.servers.client import STOCK_MODES, About, Answered, Asked, Unreachable
+from megatron_parallel_r1.rollout.servers.client import (
+    STOCK_MODES,
+    GenerateRequest,
+    GenerateResult,
+    ServerInfo,
+    Unreachable,
+)
 from tests.reference.traces import FIRST_TEXT, TAGS
 
 # Tags come often enough for blocks, and ends for short traces.
@@ -36,13 +42,13 @@ class FakeServer:
         most: requests at once, ever.
     """
 
-    def __init__(self, url: str, about: About | None = None) -> None:
+    def __init__(self, url: str, about: ServerInfo | None = None) -> None:
         self.url = url
-        self.told = about or About("model", STOCK_MODES, 0, 10_000, None)
+        self.told = about or ServerInfo("model", STOCK_MODES, 0, 10_000, None)
         self.alive, self.hangs, self.refuses = True, False, ""
         self.failures, self.holds_s = 0, 0.0
-        self.fails_on: Callable[[Asked], bool] = lambda asked: False
-        self.seen: list[Asked] = []
+        self.fails_on: Callable[[GenerateRequest], bool] = lambda asked: False
+        self.seen: list[GenerateRequest] = []
         self.under_way = self.most = 0
         self.gone = asyncio.Event()
 
@@ -51,7 +57,7 @@ class FakeServer:
         self.alive = False
         self.gone.set()
 
-    async def about(self) -> About:
+    async def info(self) -> ServerInfo:
         if not self.alive or self.hangs:
             raise Unreachable(f"{self.url}: connection refused")
         if self.refuses:
@@ -61,7 +67,7 @@ class FakeServer:
     async def healthy(self) -> bool:
         return self.alive and not self.hangs
 
-    async def generate(self, asked: Asked) -> Answered:
+    async def generate(self, asked: GenerateRequest) -> GenerateResult:
         if not self.alive:
             raise Unreachable(f"{self.url}: connection refused")
         self.seen.append(asked)
@@ -80,7 +86,7 @@ class FakeServer:
             raise Unreachable(f"{self.url} answered 500: no luck")
         completion = drawn(asked)
         versions = (self.told.version,) * len(completion.tokens)
-        return Answered(replace(completion, versions=versions), len(asked.tokens) // 2)
+        return GenerateResult(replace(completion, versions=versions), len(asked.tokens) // 2)
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         raise NotImplementedError
@@ -91,7 +97,7 @@ class FakeServer:
     async def close(self) -> None: ...
 
 
-def drawn(asked: Asked) -> Completion:
+def drawn(asked: GenerateRequest) -> Completion:
     """What any of the fake servers draws."""
     tokens, logprobs = list(asked.tokens), []
     choice = [token for token in TOKENS if token not in asked.suppress]

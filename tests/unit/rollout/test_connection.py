@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_parallel_r1.rollout.servers.client import IDLE_S, Connection, Timeouts
-from megatron_parallel_r1.sync.http_client import Wire
+from megatron_parallel_r1.rollout.servers.client import KEEPALIVE_S, AsyncHttpClient, Timeouts
+from megatron_parallel_r1.sync.control import HttpClient
 
-PAUSE_S = IDLE_S + 1.0
+PAUSE_S = KEEPALIVE_S + 1.0
 
 
 class Server(ThreadingHTTPServer):
@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answered_at = time.monotonic()
 
     def do_GET(self) -> None:
-        if time.monotonic() - self.answered_at > IDLE_S + 0.5:
+        if time.monotonic() - self.answered_at > KEEPALIVE_S + 0.5:
             self.close_connection = True
             return
         self.send_response(200)
@@ -66,7 +66,7 @@ def server() -> Iterator[Server]:
 
 def test_a_rollout_sends_nothing_on_a_connection_that_the_server_may_be_closing(server: Server) -> None:
     async def ask() -> None:
-        connection = Connection(server.url, Timeouts())
+        connection = AsyncHttpClient(server.url, Timeouts())
         assert await connection.get("/") == {}
         await asyncio.sleep(PAUSE_S)
         assert await connection.get("/") == {}
@@ -76,7 +76,7 @@ def test_a_rollout_sends_nothing_on_a_connection_that_the_server_may_be_closing(
 
 
 def test_nor_does_a_weight_sync(server: Server) -> None:
-    wire = Wire(server.url, 10)
+    wire = HttpClient(server.url, 10)
     assert wire.get("/") == {}
     time.sleep(PAUSE_S)
     assert wire.get("/") == {}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.forward_batch import NativeContext, Rows
-from megatron_parallel_r1.rollout.native.running_batch import Call, Draws
+from megatron_parallel_r1.rollout.native.forward_batch import ForwardBatch, NativeContext
+from megatron_parallel_r1.rollout.native.running_batch import RunningBatch, SampleCall
 from tests.unit.rollout.tiny import native_engine, tiny_qwen3
 
 SETS = [frozenset(), frozenset({3}), frozenset({1, 4, 7})]
@@ -24,7 +24,7 @@ NONE: frozenset[int] = frozenset()
 class Plain:
     """One call, from the definition."""
 
-    call: Call
+    call: SampleCall
     pending: bool
     position: int
     tokens: list[int] = field(default_factory=list)
@@ -42,19 +42,19 @@ class Plain:
         return Completion(tuple(self.tokens), tuple(self.logprobs), tuple(self.versions), stopped)
 
 
-def a_call(data: st.DataObject, loop: asyncio.AbstractEventLoop, row: int) -> Call:
+def a_call(data: st.DataObject, loop: asyncio.AbstractEventLoop, row: int) -> SampleCall:
     pending = [data.draw(st.integers(0, 9))] if data.draw(st.booleans()) else []
     context = NativeContext(row, data.draw(st.integers(0, 50)), pending)
     limit, stop, suppress = (
         data.draw(one) for one in (st.integers(1, 40), st.sampled_from(SETS), st.sampled_from(SETS))
     )
-    return Call(context, loop.create_future(), Sampling(seed=row), limit, stop, suppress)
+    return SampleCall(context, loop.create_future(), Sampling(seed=row), limit, stop, suppress)
 
 
 @given(st.data())
 def test_columns_are_the_calls(data: st.DataObject) -> None:
     loop = asyncio.new_event_loop()
-    draws, plain, rows = Draws(), [], 0
+    draws, plain, rows = RunningBatch(), [], 0
     for step in range(data.draw(st.integers(1, 60))):
         newcomers = [a_call(data, loop, rows + index) for index in range(data.draw(st.integers(0, 3)))]
         rows += len(newcomers)
@@ -70,8 +70,8 @@ def test_columns_are_the_calls(data: st.DataObject) -> None:
             plain[index].position += 1
         if not len(chosen):
             continue
-        barred = sorted((i, token) for i, n in enumerate(chosen) for token in plain[n].call.suppress)
-        assert sorted(zip(*map(np.ndarray.tolist, draws.suppressed(chosen)), strict=True)) == barred
+        suppressed = sorted((i, token) for i, n in enumerate(chosen) for token in plain[n].call.suppress)
+        assert sorted(zip(*map(np.ndarray.tolist, draws.suppressed(chosen)), strict=True)) == suppressed
         tokens = np.array([data.draw(st.integers(0, 9)) for _ in chosen])
         logprobs = -np.arange(len(chosen)) - step / 7
         told = draws.record(chosen, tokens, logprobs, np.full(len(chosen), step))
@@ -92,7 +92,7 @@ def test_columns_are_the_calls(data: st.DataObject) -> None:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 64))
 def test_groups_hold_all_rows_and_few_cells(lengths: list[int], most: int) -> None:
     numbers = np.arange(len(lengths))
-    rows = Rows(numbers, numbers, numbers, np.zeros((len(lengths), 30), np.int64), np.array(lengths))
+    rows = ForwardBatch(numbers, numbers, numbers, np.zeros((len(lengths), 30), np.int64), np.array(lengths))
     ordered, places = rows.longest_first()
     assert ordered.tokens_N[places].tolist() == numbers.tolist()
     assert ordered.lengths_N.tolist() == sorted(lengths, reverse=True)

@@ -9,7 +9,6 @@ import torch
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.model import Architecture
 from megatron_parallel_r1.rollout.settings import Thinking
 from tests.reference.traces import TAGS
 from tests.unit.model.family_models import VARIANTS, family_model
@@ -27,7 +26,7 @@ def test_logprobs_equal_a_recomputation(variant: str, tmp_path: Path) -> None:
             model.get_output_embeddings().weight[tag] *= 4
     model.save_pretrained(tmp_path)
     shape, tensors = load_hf_folder(tmp_path)
-    engine = NativeEngine(Architecture.of(shape))
+    engine = NativeEngine(shape)
     engine.load_weights(tensors, version=0)
     thinking = Thinking(mode="isolated", paths=3, max_path_tokens=12, max_response_tokens=90)
     traces = traces_of(engine, thinking, random_prompts(20))

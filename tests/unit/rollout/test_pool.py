@@ -14,10 +14,16 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Interrupted, Sampling
-from megatron_parallel_r1.rollout.servers import connect, registry
-from megatron_parallel_r1.rollout.servers.client import STARTED, STOCK_MODES, About, Asked, Timeouts
+from megatron_parallel_r1.rollout.servers import engine, registry
+from megatron_parallel_r1.rollout.servers.client import (
+    INITIAL_VERSION,
+    STOCK_MODES,
+    GenerateRequest,
+    ServerInfo,
+    Timeouts,
+)
 from megatron_parallel_r1.rollout.servers.engine import ServerEngine
-from megatron_parallel_r1.rollout.servers.pool import Pool, PoolSettings
+from megatron_parallel_r1.rollout.servers.pool import PoolSettings, ServerPool
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
@@ -35,10 +41,10 @@ PROMPTS = random_prompts(24)
 
 def pool_of(
     servers: Sequence[FakeServer], settings: PoolSettings = QUICK, version: int | None = None
-) -> Pool:
+) -> ServerPool:
     known = {server.url: server for server in servers}
-    pool = Pool(known.__getitem__, list(known), settings, version=version)
-    pool.meet()
+    pool = ServerPool(known.__getitem__, list(known), settings, version=version)
+    pool.wait_ready()
     return pool
 
 
@@ -46,11 +52,11 @@ def two() -> tuple[FakeServer, FakeServer]:
     return FakeServer("http://a"), FakeServer("http://b")
 
 
-def asked(trace: str = "t", seed: int = 1, limit: int = 3) -> Asked:
-    return Asked((7, 8), Sampling(seed=seed), limit, frozenset(), frozenset(), trace)
+def asked(trace: str = "t", seed: int = 1, limit: int = 3) -> GenerateRequest:
+    return GenerateRequest((7, 8), Sampling(seed=seed), limit, frozenset(), frozenset(), trace)
 
 
-async def rolled(pool: Pool) -> list[Trace]:
+async def rolled(pool: ServerPool) -> list[Trace]:
     thinker = Thinker(ServerEngine(pool), TAGS, THINKING)
     return await roll_out(thinker, PROMPTS, list(range(len(PROMPTS))))
 
@@ -84,10 +90,10 @@ def test_servers_that_ignore_seeds_are_told_and_counted(
 ) -> None:
     a, b = two()
     known = {a.url: a, b.url: b}
-    monkeypatch.setattr(connect, "CLIENTS", {"sglang": lambda url, timeouts: known[url]})
+    monkeypatch.setattr(engine, "CLIENTS", {"sglang": lambda url, timeouts: known[url]})
 
-    def met() -> Pool:
-        return connect.met_pool("sglang", list(known), Timeouts(), QUICK)
+    def met() -> ServerPool:
+        return engine.connect_pool("sglang", list(known), Timeouts(), QUICK)
 
     assert met().metrics()["servers_unseeded"] == 0 and not caplog.messages
     b.told = replace(b.told, seeded=False)
@@ -102,7 +108,7 @@ def test_servers_that_ignore_seeds_are_told_and_counted(
 def test_several_continuations_of_one_text() -> None:
     a, b = two()
     pool = pool_of([a, b])
-    answers = asyncio.run(pool.several(asked(seed=2**63 - 2, limit=9), 4))
+    answers = asyncio.run(pool.generate_n(asked(seed=2**63 - 2, limit=9), 4))
     seeds = [2**63 - 2, 2**63 - 1, 0, 1]
     assert [answer.completion for answer in answers] == [drawn(asked(seed=seed, limit=9)) for seed in seeds]
     assert len({answer.completion.tokens for answer in answers}) == 4
@@ -165,7 +171,7 @@ def test_a_continuation_that_fails_everywhere_ends_the_run() -> None:
 
     async def ask() -> None:
         good = asyncio.ensure_future(pool.generate(asked("good")))
-        with pytest.raises(UserError, match=r"2 tokens failed 4 times, last so: .*answered 500: no luck"):
+        with pytest.raises(UserError, match=r"2 tokens failed 4 times, .*: .*answered 500: no luck"):
             await pool.generate(asked("bad", seed=5))
         await good
 
@@ -194,7 +200,7 @@ def test_a_pause_between_batches_is_no_time_without_servers(monkeypatch: pytest.
 
     async def given_up() -> None:
         waiting = asyncio.ensure_future(pool.generate(asked()))
-        while pool._roster._alone_since is None:
+        while pool._registry._unusable_since is None:
             await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait({waiting})
@@ -221,14 +227,14 @@ def test_one_that_refuses_is_left_out() -> None:
     a.refuses = "leaves the temperature out"
     pool = pool_of([a, b])
     asyncio.run(rolled(pool))
-    assert not a.seen and b.seen and set(pool.abouts) == {"http://b"}
+    assert not a.seen and b.seen and set(pool.infos) == {"http://b"}
 
 
 def test_weights_that_differ_keep_a_server_out() -> None:
     a, b = two()
     pool = pool_of([a, b])
     a.told = replace(a.told, version=3)
-    pool.published(3, ["http://a/"])
+    pool.set_version(3, ["http://a/"])
     traces = asyncio.run(rolled(pool))
     assert not b.seen and pool.version == 3
     assert {version for trace in traces for version in trace.versions} == {3}
@@ -243,7 +249,9 @@ def test_weights_that_differ_keep_a_server_out() -> None:
 
 
 def test_a_server_started_anew_with_old_weights_is_noticed_by_its_tokens() -> None:
-    a, b = (FakeServer(url, About("model", STOCK_MODES, 4, 10_000, None)) for url in ("http://a", "http://b"))
+    a, b = (
+        FakeServer(url, ServerInfo("model", STOCK_MODES, 4, 10_000, None)) for url in ("http://a", "http://b")
+    )
     pool = pool_of([a, b])
     assert pool.version == 4
     a.told = replace(a.told, version=0)
@@ -255,12 +263,12 @@ def test_a_server_started_anew_with_old_weights_is_noticed_by_its_tokens() -> No
 def test_one_that_comes_back_as_it_was_started_is_not_taken_for_the_first_version() -> None:
     a, b = two()
     pool = pool_of([a, b])
-    pool.published(0, ["http://a", "http://b"])
-    a.told = replace(a.told, version=STARTED)
+    pool.set_version(0, ["http://a", "http://b"])
+    a.told = replace(a.told, version=INITIAL_VERSION)
     answers = [asyncio.run(pool.generate(asked(str(i)))) for i in range(4)]
     assert {version for answer in answers for version in answer.completion.versions} == {0}
     assert pool.metrics()["server_retries"] >= 1
-    with pytest.raises(UserError, match=r"http://a \(it holds weights as it was started, not 0\)"):
+    with pytest.raises(UserError, match=r"http://a \(it holds weights as started, not 0\)"):
         pool_of([a], replace(QUICK, patience_s=1.0), version=0)
 
 
@@ -289,14 +297,14 @@ def test_servers_join_and_leave_by_the_file_of_addresses(tmp_path: Path) -> None
     known = {server.url: server for server in (a, b)}
     file = tmp_path / "urls"
     file.write_text("# two nodes\nhttp://a\n\n")
-    pool = Pool(known.__getitem__, (), QUICK, urls_file=file)
-    pool.meet()
+    pool = ServerPool(known.__getitem__, (), QUICK, urls_file=file)
+    pool.wait_ready()
 
     async def work() -> None:
         await rolled(pool)
         assert a.seen and not b.seen
         file.write_text("http://b/\n")
-        while set(pool.abouts) != {"http://b"}:
+        while set(pool.infos) != {"http://b"}:
             await pool.generate(asked())
         before = len(a.seen)
         await rolled(pool)
@@ -310,8 +318,8 @@ def test_servers_join_and_leave_by_the_file_of_addresses(tmp_path: Path) -> None
 def test_add_and_remove_from_another_thread() -> None:
     a, b = two()
     known = {server.url: server for server in (a, b)}
-    pool = Pool(known.__getitem__, ["http://a"], QUICK)
-    pool.meet()
+    pool = ServerPool(known.__getitem__, ["http://a"], QUICK)
+    pool.wait_ready()
     a.holds_s = b.holds_s = 0.001
 
     def change() -> None:
@@ -331,10 +339,10 @@ def test_add_and_remove_from_another_thread() -> None:
 
 def test_a_later_server_must_be_exact_in_the_modes_of_the_first() -> None:
     modes = STOCK_MODES | {"isolated"}
-    a, b = FakeServer("http://a", About("model", modes, 0, 10_000, None)), FakeServer("http://b")
+    a, b = FakeServer("http://a", ServerInfo("model", modes, 0, 10_000, None)), FakeServer("http://b")
     known = {server.url: server for server in (a, b)}
-    pool = Pool(known.__getitem__, ["http://a"], QUICK)
-    pool.meet()
+    pool = ServerPool(known.__getitem__, ["http://a"], QUICK)
+    pool.wait_ready()
     assert pool.modes == modes
     pool.add("http://b")
     asyncio.run(rolled(pool))

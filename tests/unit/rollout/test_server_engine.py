@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.rollout.engine import Sampling
-from megatron_parallel_r1.rollout.joined_blocks import Joined, check
-from megatron_parallel_r1.rollout.servers.client import STOCK_MODES, About, Asked
+from megatron_parallel_r1.rollout.joined_blocks import JoinedBlock, check_blocks
+from megatron_parallel_r1.rollout.servers.client import STOCK_MODES, GenerateRequest, ServerInfo
 from megatron_parallel_r1.rollout.servers.engine import ServerEngine
-from megatron_parallel_r1.rollout.servers.pool import Pool, PoolSettings
+from megatron_parallel_r1.rollout.servers.pool import PoolSettings, ServerPool
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.layout import isolated_positions
@@ -29,8 +29,8 @@ MODES = STOCK_MODES | {"isolated"}
 
 
 def engine_of(server: FakeServer) -> ServerEngine:
-    pool = Pool(lambda url: server, [server.url], PoolSettings(check_s=60.0))
-    pool.meet()
+    pool = ServerPool(lambda url: server, [server.url], PoolSettings(check_s=60.0))
+    pool.wait_ready()
     return ServerEngine(pool)
 
 
@@ -39,11 +39,11 @@ def rolled(server: FakeServer, thinking: Thinking, prompts: list[list[int]], see
     return asyncio.run(roll_out(thinker, prompts, [seed + i for i in range(len(prompts))]))
 
 
-def closed_blocks(asked: Asked, prompt: int) -> tuple[Joined, ...]:
+def closed_blocks(asked: GenerateRequest, prompt: int) -> tuple[JoinedBlock, ...]:
     """What the parser finds closed in a request's text."""
     tree = parse(asked.tokens[prompt:], TAGS)
     blocks = [
-        Joined(prompt + block.paths[0].start, tuple(prompt + path.stop for path in block.paths))
+        JoinedBlock(prompt + block.paths[0].start, tuple(prompt + path.stop for path in block.paths))
         for _, block in tree.all_blocks()
         if block.end is not None
     ]
@@ -60,17 +60,17 @@ def test_joined_blocks_are_those_that_the_parser_finds(data: st.DataObject) -> N
         max_path_tokens=data.draw(st.integers(3, 30)),
         max_response_tokens=140,
     )
-    server = FakeServer("http://a", About("model", MODES, 0, 10_000, None))
+    server = FakeServer("http://a", ServerInfo("model", MODES, 0, 10_000, None))
     prompt = data.draw(st.lists(st.integers(7, 25), min_size=1, max_size=4))
     rolled(server, thinking, [prompt], data.draw(st.integers(0, 10**6)))
     for asked in server.seen:
         assert asked.joined == closed_blocks(asked, len(prompt))
-        check(asked.joined, 0, len(asked.tokens))
+        check_blocks(asked.joined, 0, len(asked.tokens))
 
 
 def test_nested_joins_give_the_positions_of_the_layout() -> None:
     """From the joined blocks alone a server must find where each token lies."""
-    server = FakeServer("http://a", About("model", MODES, 0, 10_000, None))
+    server = FakeServer("http://a", ServerInfo("model", MODES, 0, 10_000, None))
     rolled(server, Thinking(max_depth=3, max_path_tokens=40, max_response_tokens=300), random_prompts(30))
     nested = [asked for asked in server.seen if any(inside(asked.joined))]
     assert len(nested) >= 10
@@ -80,11 +80,11 @@ def test_nested_joins_give_the_positions_of_the_layout() -> None:
             assert positions(asked.joined, len(asked.tokens)) == isolated_positions(tree).tolist()
 
 
-def inside(joined: tuple[Joined, ...]) -> list[Joined]:
+def inside(joined: tuple[JoinedBlock, ...]) -> list[JoinedBlock]:
     return [b for a in joined for b in joined if a.fork < b.fork < a.ends[-1]]
 
 
-def positions(joined: tuple[Joined, ...], length: int) -> list[int]:
+def positions(joined: tuple[JoinedBlock, ...], length: int) -> list[int]:
     """By the definition: one more than the token before, but a path's first follows the block's `<Parallel>`,
     and what closes a block follows its furthest token."""
     found = np.arange(length)
@@ -132,7 +132,7 @@ def test_forks_of_a_prompt_are_traces_and_their_forks_are_paths() -> None:
         assert path.trace == first.trace
         completion = await engine.sample(path, Sampling(seed=3), 5, frozenset(), frozenset({0}))
         assert path.tokens == [7, 8, *completion.tokens] and first.tokens == [7, 8]
-        asked = Asked((7, 8), Sampling(seed=3), 5, frozenset(), frozenset({0}), str(path.trace))
+        asked = GenerateRequest((7, 8), Sampling(seed=3), 5, frozenset(), frozenset({0}), str(path.trace))
         assert completion == drawn(asked)
         await engine.sample(prompt, Sampling(), 1, frozenset(), frozenset())
         assert prompt.trace not in (None, first.trace, second.trace)
@@ -150,10 +150,10 @@ def test_weights_go_to_the_publisher_and_fixed_ones_to_nobody() -> None:
     def publish(tensors: object, version: int) -> None:
         published.append(([name for name, _ in tensors], version))
         server.told = replace(server.told, version=version)
-        engine.pool.published(version, [server.url])
+        engine.pool.set_version(version, [server.url])
 
     engine = ServerEngine(engine.pool, publish)
     engine.load_weights([("w", torch.zeros(1))], 4)
     engine.offer_weights(iter([("v", torch.zeros(1))]), 5)
     assert published == [(["w"], 4), (["v"], 5)] and engine.version == 5
-    assert engine.modes == STOCK_MODES and not engine.together
+    assert engine.modes == STOCK_MODES and not engine.runs_on_all_ranks

@@ -17,20 +17,22 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
-from megatron_parallel_r1.rollout.joined_blocks import Joined
+from megatron_parallel_r1.rollout.joined_blocks import JoinedBlock
 from megatron_parallel_r1.rollout.servers.client import (
-    STARTED,
+    INITIAL_VERSION,
     STOCK_MODES,
-    About,
-    Answered,
-    Asked,
+    GenerateRequest,
+    GenerateResult,
+    ServerInfo,
     Timeouts,
     Unreachable,
 )
-from megatron_parallel_r1.rollout.servers.sglang import SGLang
+from megatron_parallel_r1.rollout.servers.sglang import SglangClient
 
 URL = "http://a:30000"
-ASKED = Asked((7, 8, 9), Sampling(0.5, 0.9, 5, (1 << 62) + 3), 4, frozenset({3, 6}), frozenset({0}), "t")
+REQUEST = GenerateRequest(
+    (7, 8, 9), Sampling(0.5, 0.9, 5, (1 << 62) + 3), 4, frozenset({3, 6}), frozenset({0}), "t"
+)
 Handler = Callable[[httpx.Request], httpx.Response]
 
 
@@ -64,10 +66,10 @@ class FakeSGLang:
         drawn = [5] * 31 + [5 if self.seeds else len(self.bodies)]
         return httpx.Response(200, json=answer_of(drawn, logprob=-2.5 if self.tempered else -2.0))
 
-    def client(self) -> SGLang:
-        return SGLang(URL + "/", Timeouts(1, 1, 1), httpx.MockTransport(self))
+    def client(self) -> SglangClient:
+        return SglangClient(URL + "/", Timeouts(1, 1, 1), httpx.MockTransport(self))
 
-    def ask(self, asked: Asked = ASKED) -> Answered:
+    def ask(self, asked: GenerateRequest = REQUEST) -> GenerateResult:
         return asyncio.run(self.client().generate(asked))
 
 
@@ -81,7 +83,7 @@ def answer_of(
 
 def test_all_that_is_asked_is_sent() -> None:
     server = FakeSGLang(answer_of([11, 12, 13, 6], "stop"))
-    assert server.ask() == Answered(Completion((11, 12, 13, 6), (-0.5,) * 4, (7,) * 4, True), 2)
+    assert server.ask() == GenerateResult(Completion((11, 12, 13, 6), (-0.5,) * 4, (7,) * 4, True), 2)
     params = {
         "max_new_tokens": 4,
         "temperature": 0.5,
@@ -98,7 +100,7 @@ def test_all_that_is_asked_is_sent() -> None:
 
 def test_the_usual_sampling_sends_no_bias_and_no_top_k() -> None:
     server = FakeSGLang(answer_of([11]))
-    server.ask(Asked((7,), Sampling(), 1, frozenset(), frozenset(), "t"))
+    server.ask(GenerateRequest((7,), Sampling(), 1, frozenset(), frozenset(), "t"))
     params = server.bodies[0]["sampling_params"]
     assert (params["top_k"], params["top_p"], params["stop_token_ids"]) == (-1, 1.0, [])
     assert "logit_bias" not in params and "custom_params" not in params
@@ -106,8 +108,8 @@ def test_the_usual_sampling_sends_no_bias_and_no_top_k() -> None:
 
 def test_joined_blocks_are_sent_for_the_plugin() -> None:
     server = FakeSGLang(answer_of([6], "stop"))
-    blocks = (Joined(1, (3, 5)),)
-    server.ask(Asked((7,) * 9, Sampling(), 4, frozenset({6}), frozenset(), "t", blocks))
+    blocks = (JoinedBlock(1, (3, 5)),)
+    server.ask(GenerateRequest((7,) * 9, Sampling(), 4, frozenset({6}), frozenset(), "t", blocks))
     assert server.bodies[0]["sampling_params"]["custom_params"] == {"parallel_r1": [2, 1, 3, 5]}
 
 
@@ -117,7 +119,7 @@ def test_a_stop_at_the_models_own_end_token_is_asked_on() -> None:
     )
     answered = server.ask()
     logprobs = (-0.5, -0.5, -0.25, -0.25)
-    assert answered == Answered(Completion((11, 2, 12, 3), logprobs, (7,) * 4, True), 2)
+    assert answered == GenerateResult(Completion((11, 2, 12, 3), logprobs, (7,) * 4, True), 2)
     second = server.bodies[1]
     assert second["input_ids"] == [7, 8, 9, 11, 2] and second["sampling_params"]["max_new_tokens"] == 2
 
@@ -125,7 +127,7 @@ def test_a_stop_at_the_models_own_end_token_is_asked_on() -> None:
 def test_versions_are_those_of_each_token() -> None:
     spans = [{"version": "default", "start": 0, "end": 1}, {"version": "12", "start": 1, "end": 3}]
     server = FakeSGLang(answer_of([11, 12, 13, 14], weight_versions=spans))
-    assert server.ask().completion.versions == (STARTED, 12, 12, 7)
+    assert server.ask().completion.versions == (INITIAL_VERSION, 12, 12, 7)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_what_another_server_may_answer(answer: Any, told: str) -> None:
 def test_what_the_server_refuses_ends_the_run_in_one_line() -> None:
     answer = httpx.Response(400, json={"error": {"message": "The input (99 tokens)\nis longer"}})
     with pytest.raises(
-        UserError, match=r"http://a:30000/generate answered 400: .*99 tokens.*; change what"
+        UserError, match=r"http://a:30000/generate answered 400: .*99 tokens.*; change the recipe"
     ) as raised:
         FakeSGLang(answer).ask()
     assert "\n" not in str(raised.value)
@@ -167,20 +169,20 @@ def test_what_the_server_refuses_ends_the_run_in_one_line() -> None:
 
 def test_about() -> None:
     server = FakeSGLang()
-    assert asyncio.run(server.client().about()) == About("m", STOCK_MODES, STARTED, 58, 900, True)
+    assert asyncio.run(server.client().info()) == ServerInfo("m", STOCK_MODES, INITIAL_VERSION, 58, 900, True)
     server.model_info = {"weight_version": "31"}
     server.server_info["internal_states"] = [{"parallel_r1": {"protocol": 1, "missing": []}}]
-    about = asyncio.run(server.client().about())
+    about = asyncio.run(server.client().info())
     assert about.version == 31 and about.modes == STOCK_MODES | {"isolated"}
     server.server_info = {"model": "of another engine"}
-    with pytest.raises(Unreachable, match="not what an SGLang server says"):
-        asyncio.run(server.client().about())
+    with pytest.raises(Unreachable, match="no SGLang server answers so"):
+        asyncio.run(server.client().info())
 
 
 def test_the_handshake_sees_seeds_that_are_ignored_and_log_probs_of_another_temperature() -> None:
-    assert not asyncio.run(FakeSGLang(seeds=False).client().about()).seeded
+    assert not asyncio.run(FakeSGLang(seeds=False).client().info()).seeded
     with pytest.raises(UserError, match="http://a:30000 returns log-probs that leave the temperature out"):
-        asyncio.run(FakeSGLang(tempered=False).client().about())
+        asyncio.run(FakeSGLang(tempered=False).client().info())
 
 
 def test_the_handshake_is_made_once() -> None:
@@ -188,9 +190,9 @@ def test_the_handshake_is_made_once() -> None:
     client = server.client()
 
     async def twice() -> None:
-        await client.about()
+        await client.info()
         made = len(server.bodies)
-        await client.about()
+        await client.info()
         assert len(server.bodies) == made == 3
 
     asyncio.run(twice())
@@ -212,23 +214,23 @@ def test_abort_all_and_health() -> None:
     assert server.bodies == [{"abort_all": True}]
     for code, healthy in ((200, True), (503, False), (404, False)):
         transport = httpx.MockTransport(lambda request, code=code: httpx.Response(code))
-        assert asyncio.run(SGLang(URL, transport=transport).healthy()) == healthy
+        assert asyncio.run(SglangClient(URL, transport=transport).healthy()) == healthy
 
 
 def test_nobody_listens() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        client = SGLang(f"http://127.0.0.1:{bound.getsockname()[1]}")
+        client = SglangClient(f"http://127.0.0.1:{bound.getsockname()[1]}")
         assert not asyncio.run(client.healthy())
         with pytest.raises(Unreachable, match="connect"):
-            asyncio.run(client.generate(ASKED))
+            asyncio.run(client.generate(REQUEST))
 
 
 def test_an_address_that_is_none() -> None:
     with pytest.raises(UserError, match="give servers as http://host:port"):
-        asyncio.run(SGLang("http://[::1").generate(ASKED))
+        asyncio.run(SglangClient("http://[::1").generate(REQUEST))
     with pytest.raises(UserError, match="give servers as http://host:port"):
-        asyncio.run(SGLang("node7:30000").generate(ASKED))
+        asyncio.run(SglangClient("node7:30000").generate(REQUEST))
 
 
 @pytest.fixture
@@ -260,9 +262,9 @@ def listening() -> Iterator[str]:
 
 def test_one_client_serves_one_event_loop_after_another_and_leaves_nothing_open(listening: str) -> None:
     async def ask() -> None:
-        assert len({await client.generate(ASKED) for _ in range(3)}) == 1
+        assert len({await client.generate(REQUEST) for _ in range(3)}) == 1
 
-    client = SGLang(listening)
+    client = SglangClient(listening)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         asyncio.run(ask())

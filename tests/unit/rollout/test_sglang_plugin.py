@@ -12,16 +12,15 @@ import pytest
 
 from megatron_parallel_r1.rollout import sglang_plugin
 from megatron_parallel_r1.rollout.joined_blocks import (
-    DEEPEST,
     FIELD,
+    MAX_DEPTH,
     PROTOCOL,
-    Joined,
-    decode,
-    encode,
-    understood,
+    JoinedBlock,
+    decode_blocks,
+    encode_blocks,
+    supports_joined_blocks,
 )
-from megatron_parallel_r1.rollout.sglang_plugin import compatibility
-from megatron_parallel_r1.rollout.sglang_plugin.contexts import Context, read
+from megatron_parallel_r1.rollout.sglang_plugin.contexts import CacheContext, context_of
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tree import Tree
 from tests.reference.dense import isolated_position, isolated_sees
@@ -30,18 +29,18 @@ from tests.reference.traces import TAGS, random_trace
 SEEDS = range(60)
 
 
-def trace_of(seed: int) -> tuple[Tree, tuple[Joined, ...]]:
+def trace_of(seed: int) -> tuple[Tree, tuple[JoinedBlock, ...]]:
     """A random trace of up to 8 paths and three levels behind one token of a prompt, and its blocks."""
     tokens = [TAGS.eos + 1, *random_trace(seed, most_paths=8 if seed % 3 else 3)]
     tree = parse(tokens, TAGS, strict=True)
     blocks = tuple(
-        Joined(block.paths[0].start, tuple(path.stop for path in block.paths))
+        JoinedBlock(block.paths[0].start, tuple(path.stop for path in block.paths))
         for _, block in tree.all_blocks()
     )
     return tree, blocks
 
 
-def sources(context: Context) -> list[Context]:
+def sources(context: CacheContext) -> list[CacheContext]:
     return [piece.context for piece in context.pieces]
 
 
@@ -49,7 +48,7 @@ def test_blocks_come_as_they_went() -> None:
     seen = 0
     for seed in SEEDS:
         tree, blocks = trace_of(seed)
-        assert decode(encode(blocks), tree.length) == blocks
+        assert decode_blocks(encode_blocks(blocks), tree.length) == blocks
         seen += len(blocks)
     assert seen > 100
 
@@ -75,21 +74,21 @@ def test_blocks_come_as_they_went() -> None:
 )
 def test_blocks_that_no_trace_can_have_are_refused(numbers: object, length: int, why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        decode(numbers, length)
+        decode_blocks(numbers, length)
 
 
 def nest(depth: int) -> tuple[list[int], int]:
     """Blocks of one path, each in the path of the one before, on the wire; and how long their text is."""
     length = 2 * depth + 2
-    return encode([Joined(1 + level, (length - 1 - level,)) for level in range(depth)]), length
+    return encode_blocks([JoinedBlock(1 + level, (length - 1 - level,)) for level in range(depth)]), length
 
 
 def test_blocks_in_blocks_are_read_up_to_a_depth_and_refused_above_it() -> None:
-    numbers, length = nest(DEEPEST)
-    assert read(array("q", range(length)), decode(numbers, length), None).length == length
-    for depth in (DEEPEST + 1, 600, 5000):
-        with pytest.raises(ValueError, match=f"more than {DEEPEST} levels deep"):
-            decode(*nest(depth))
+    numbers, length = nest(MAX_DEPTH)
+    assert context_of(array("q", range(length)), decode_blocks(numbers, length), None).length == length
+    for depth in (MAX_DEPTH + 1, 600, 5000):
+        with pytest.raises(ValueError, match=f"more than {MAX_DEPTH} levels deep"):
+            decode_blocks(*nest(depth))
 
 
 def test_a_context_holds_what_its_last_token_sees() -> None:
@@ -97,7 +96,7 @@ def test_a_context_holds_what_its_last_token_sees() -> None:
     checked = 0
     for seed in SEEDS:
         tree, blocks = trace_of(seed)
-        context = read(array("q", range(tree.length)), blocks, None)
+        context = context_of(array("q", range(tree.length)), blocks, None)
         sees, positions = isolated_sees(tree), isolated_position(tree)
         for each in [context, *sources(context)]:
             last = each.tokens[-1]
@@ -113,27 +112,31 @@ def test_a_context_holds_what_its_last_token_sees() -> None:
 def test_what_a_context_joins_comes_in_an_order_to_write_it_in() -> None:
     for seed in SEEDS:
         tree, blocks = trace_of(seed)
-        written: set[Context] = set()
-        for each in sources(read(array("q", range(tree.length)), blocks, None)):
+        written: set[CacheContext] = set()
+        for each in sources(context_of(array("q", range(tree.length)), blocks, None)):
             assert set(sources(each)) <= written
             written.add(each)
 
 
 def test_what_follows_a_block_is_shared_only_behind_the_same_block() -> None:
     tokens = array("q", range(10, 22))
-    block = Joined(2, (5, 8))
+    block = JoinedBlock(2, (5, 8))
 
     def namespace(
-        tokens: array, blocks: tuple[Joined, ...] = (block,), base: str | None = None
+        tokens: array, blocks: tuple[JoinedBlock, ...] = (block,), base: str | None = None
     ) -> str | None:
-        return read(tokens, blocks, base).namespace
+        return context_of(tokens, blocks, base).namespace
 
     same = namespace(tokens)
     assert same == namespace(tokens[:9]) and same is not None
-    others = [namespace(tokens, base="else"), namespace(tokens, (Joined(2, (4, 8)),)), namespace(tokens, ())]
+    others = [
+        namespace(tokens, base="else"),
+        namespace(tokens, (JoinedBlock(2, (4, 8)),)),
+        namespace(tokens, ()),
+    ]
     others += [
-        namespace(tokens, (Joined(3, (5, 8)),)),
-        namespace(tokens, (Joined(2, (5, 8)), Joined(9, (10,)))),
+        namespace(tokens, (JoinedBlock(3, (5, 8)),)),
+        namespace(tokens, (JoinedBlock(2, (5, 8)), JoinedBlock(9, (10,)))),
     ]
     for changed in range(8):
         altered = array("q", tokens)
@@ -143,8 +146,8 @@ def test_what_follows_a_block_is_shared_only_behind_the_same_block() -> None:
 
 
 def test_siblings_share_their_trunk_and_later_blocks_their_summary() -> None:
-    first, second = Joined(3, (5, 7, 9)), Joined(12, (14, 15))
-    context = read(array("q", range(20)), (first, second), None)
+    first, second = JoinedBlock(3, (5, 7, 9)), JoinedBlock(12, (14, 15))
+    context = context_of(array("q", range(20)), (first, second), None)
     paths = sources(context)
     assert [each.namespace for each in paths[:3]] == [None] * 3
     assert [list(each.tail) for each in paths[:3]] == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [0, 1, 2, 7, 8]]
@@ -165,13 +168,13 @@ def test_many_blocks_are_read_in_linear_pieces() -> None:
             for _ in range(4):
                 start = len(tokens)
                 inner = [start + 2 * i for i in range(1, 9)]
-                inside.append(Joined(start, tuple(inner)))
+                inside.append(JoinedBlock(start, tuple(inner)))
                 tokens += [rng.randrange(9) for _ in range(16)] + [2]
             ends.append(len(tokens))
-        blocks += [Joined(fork, tuple(ends)), *inside]
+        blocks += [JoinedBlock(fork, tuple(ends)), *inside]
         tokens += [3, 4]
-    assert decode(encode(blocks), len(tokens)) == tuple(blocks)
-    context = read(array("q", tokens), blocks, None)
+    assert decode_blocks(encode_blocks(blocks), len(tokens)) == tuple(blocks)
+    context = context_of(array("q", tokens), blocks, None)
     assert len(context.pieces) == len(set(sources(context))) == 4 * 8 * (4 * 8 + 1)
 
 
@@ -187,17 +190,17 @@ def test_many_blocks_are_read_in_linear_pieces() -> None:
 def test_a_client_takes_joins_only_to_the_whole_plugin(state: dict | None, whole: bool) -> None:
     told = {} if state is None else {FIELD: state}
     good = {FIELD: {"protocol": PROTOCOL, "missing": []}}
-    assert understood({"internal_states": [told]}) is whole
-    assert understood({"internal_states": [good, told]}) is whole
-    assert not understood({"internal_states": []})
-    assert not understood({})
+    assert supports_joined_blocks({"internal_states": [told]}) is whole
+    assert supports_joined_blocks({"internal_states": [good, told]}) is whole
+    assert not supports_joined_blocks({"internal_states": []})
+    assert not supports_joined_blocks({})
 
 
 def test_it_is_off_unless_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(env: object) -> None:
         raise AssertionError("switched on")
 
-    monkeypatch.setattr(compatibility, "require_tested", never)
+    monkeypatch.setattr(sglang_plugin, "require_tested", never)
     for plugins in (None, "", "other", "parallel_r1_seeds"):
         monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
         if plugins is not None:
@@ -209,18 +212,18 @@ def test_it_is_off_unless_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_release_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for release in compatibility.TESTED:
-        monkeypatch.setattr(compatibility, "version", lambda name, release=release: release)
-        compatibility.require_tested({})
-    monkeypatch.setattr(compatibility, "version", lambda name: "0.6.0")
+    for release in sglang_plugin.TESTED:
+        monkeypatch.setattr(sglang_plugin, "version", lambda name, release=release: release)
+        sglang_plugin.require_tested({})
+    monkeypatch.setattr(sglang_plugin, "version", lambda name: "0.6.0")
     with pytest.raises(SystemExit, match=r"^parallel_r1: .*0\.6\.0.*PARALLEL_R1_ANY_SGLANG=1") as refused:
-        compatibility.require_tested({})
+        sglang_plugin.require_tested({})
     assert "\n" not in str(refused.value)
-    compatibility.require_tested({"PARALLEL_R1_ANY_SGLANG": "1"})
+    sglang_plugin.require_tested({"PARALLEL_R1_ANY_SGLANG": "1"})
 
 
 def test_importing_it_loads_neither_torch_nor_sglang() -> None:
-    modules = "sglang_plugin, sglang_plugin.contexts, sglang_plugin.versions, joined"
+    modules = "sglang_plugin, sglang_plugin.contexts, joined_blocks"
     imports = "".join(f"import megatron_parallel_r1.rollout.{name.strip()}; " for name in modules.split(","))
     check = "import sys; sys.exit(bool({'torch', 'sglang'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", imports + check]).returncode == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_parallel_r1.rollout.native.sampler import uniforms
+from megatron_parallel_r1.rollout.native.sampler import uniform_draws
 from megatron_parallel_r1.rollout.sglang_seeds import draw
 
 
@@ -13,7 +13,7 @@ def test_a_draw_is_the_native_engines() -> None:
     logprobs_BV = torch.randn(64, 11).log_softmax(-1)
     seeds, positions = torch.arange(64) * 7 - 100, torch.arange(64)
     drawn_B1 = draw(logprobs_BV, seeds, positions)
-    told = uniforms(seeds.numpy().astype("uint64"), positions.numpy() + 1)
+    told = uniform_draws(seeds.numpy().astype("uint64"), positions.numpy() + 1)
     for row, (weights, uniform) in enumerate(zip(logprobs_BV.double().exp(), told, strict=True)):
         cumulative = np.cumsum(weights.numpy())
         assert drawn_B1[row, 0] == int((cumulative <= uniform * cumulative[-1]).sum())

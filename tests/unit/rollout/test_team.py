@@ -10,15 +10,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.limits import check_heads, refuse
-from megatron_parallel_r1.rollout.native.model import Architecture, DecodeModel
-from megatron_parallel_r1.rollout.native.tensor_parallel import CUT, Team, own_part
+from megatron_parallel_r1.rollout.native.limits import check_heads, check_split
+from megatron_parallel_r1.rollout.native.model import DecodeModel
+from megatron_parallel_r1.rollout.native.tensor_parallel import SHARD_DIM, TensorParallelGroup, local_shard
 from tests.unit.rollout.tiny import tiny_qwen3
 
-ARCHITECTURE = Architecture(
-    layers=2, heads=4, kv_heads=2, head_dim=16, norm_eps=1e-6, rope_theta=1e3, tied=False
+SHAPE = ModelConfig(
+    hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=48, vocab=40, rope_theta=1e3, tied=False
 )
 
 
@@ -26,9 +27,9 @@ ARCHITECTURE = Architecture(
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.o_proj.weight"])
 def test_parts_make_the_whole_and_zeros_fill_them(name: str, size: int) -> None:
     whole = torch.randn(5, 5)
-    parts = [own_part(name, whole, Team(rank, size, None)) for rank in range(size)]
+    parts = [local_shard(name, whole, TensorParallelGroup(rank, size, None)) for rank in range(size)]
     assert len({part.shape for part in parts}) == 1
-    dim = CUT[name.split(".")[-2]]
+    dim = SHARD_DIM[name.split(".")[-2]]
     joined, rest = torch.cat(parts, dim).tensor_split([5], dim)
     assert torch.equal(joined, whole) and not rest.any()
 
@@ -36,7 +37,7 @@ def test_parts_make_the_whole_and_zeros_fill_them(name: str, size: int) -> None:
 def test_a_part_is_a_copy() -> None:
     for name in ("lm_head.weight", "model.norm.weight"):
         whole = torch.ones(4, 4)
-        part = own_part(name, whole, Team(1, 2, None))
+        part = local_shard(name, whole, TensorParallelGroup(1, 2, None))
         whole.zero_()
         assert part.eq(1).all()
 
@@ -54,7 +55,7 @@ def test_a_rank_never_holds_the_whole_model() -> None:
             yield name, fresh
             del fresh
 
-    part = DecodeModel(ARCHITECTURE, tensors(), slots=8, team=Team(1, 2, None))
+    part = DecodeModel(SHAPE, tensors(), slots=8, team=TensorParallelGroup(1, 2, None))
     kept = [part.embedding_VE, part.head_VE, *(layer.qkv_AE for layer in part.layers)]
     kept += [
         matrix
@@ -73,11 +74,11 @@ def test_a_team_that_would_cut_a_head_is_refused(size: int, name: str, fits: int
     with pytest.raises(
         UserError, match=f"tensor {size} does not divide .* {name}; set parallel.tensor to {fits}$"
     ):
-        NativeEngine(ARCHITECTURE, Team(0, size, None))
+        NativeEngine(SHAPE, TensorParallelGroup(0, size, None))
 
 
 def test_split_layers_and_rows_are_refused_in_one_line() -> None:
-    refuse(pipeline=1, context=1)
+    check_split(pipeline=1, context=1)
     check_heads(heads=4, kv_heads=2, tensor=2)
     for pipeline, context, said in (
         (2, 1, "pipeline 2"),
@@ -85,7 +86,7 @@ def test_split_layers_and_rows_are_refused_in_one_line() -> None:
         (2, 4, "pipeline 2 and context 4"),
     ):
         with pytest.raises(UserError) as caught:
-            refuse(pipeline, context)
+            check_split(pipeline, context)
         message = str(caught.value)
         assert message.startswith(f"native engine: {said} ") and "\n" not in message
         assert "SGLang" in message and "mode replay" in message and "parallel.pipeline" in message

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.rollout.engine import Sampling
-from megatron_parallel_r1.rollout.native.sampler import draw, uniforms
+from megatron_parallel_r1.rollout.native.sampler import sample_tokens, uniform_draws
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.layout import critical_length
@@ -46,7 +46,7 @@ def check_limits(trace: Trace, thinking: Thinking) -> None:
     assert forced - cut_ends <= trace.tree.forced() <= forced
     assert all(trace.logprobs[index] == 0.0 for index in forced)
     opened = [index for index, token in enumerate(trace.tokens) if token == TAGS.parallel]
-    assert not any(trace.barred[index] for index in opened)
+    assert not any(trace.suppressed[index] for index in opened)
 
 
 @settings(max_examples=60, deadline=None)
@@ -135,10 +135,10 @@ def test_settings_check_themselves(wrong: dict) -> None:
 
 
 def test_uniforms_are_uniform_and_keyed() -> None:
-    drawn = uniforms([7] * 20000, range(20000))
+    drawn = uniform_draws([7] * 20000, range(20000))
     assert abs(drawn.mean() - 0.5) < 0.01 and abs((drawn < 0.1).mean() - 0.1) < 0.01
     assert len(set(drawn)) == 20000
-    assert uniforms([1], [5]) != uniforms([2], [5])
+    assert uniform_draws([1], [5]) != uniform_draws([2], [5])
 
 
 def test_draws_follow_the_distribution_top_k_and_top_p() -> None:
@@ -149,7 +149,9 @@ def test_draws_follow_the_distribution_top_k_and_top_p() -> None:
         allowed_NV[:, list(suppress)] = -torch.inf
         how = Sampling(seed=3, **sampling)
         columns = (np.full(20000, number) for number in (how.temperature, how.top_k, how.top_p))
-        tokens, logprobs = draw(allowed_NV, uniforms([how.seed] * 20000, range(20000)), *columns)
+        tokens, logprobs = sample_tokens(
+            allowed_NV, uniform_draws([how.seed] * 20000, range(20000)), *columns
+        )
         expected_V = (allowed_NV[0] / (how.temperature or 1.0)).log_softmax(-1)
         assert torch.allclose(torch.from_numpy(logprobs), expected_V[tokens].double())
         return torch.bincount(torch.from_numpy(tokens), minlength=4) / 20000

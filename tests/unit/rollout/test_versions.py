@@ -110,7 +110,7 @@ async def logits(engine: NativeEngine) -> torch.Tensor:
 
 def test_an_engine_may_begin_with_an_offer() -> None:
     engine = native_engine(OLD)
-    fresh = NativeEngine(engine._architecture)
+    fresh = NativeEngine(engine._config)
     offer(fresh, OLD, version=0)
     thinking = Thinking(max_path_tokens=10, max_response_tokens=60)
     prompts = random_prompts(6)

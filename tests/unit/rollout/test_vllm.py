@@ -12,21 +12,23 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
-from megatron_parallel_r1.rollout.joined_blocks import Joined
+from megatron_parallel_r1.rollout.joined_blocks import JoinedBlock
 from megatron_parallel_r1.rollout.servers.client import (
-    STARTED,
+    INITIAL_VERSION,
     STOCK_MODES,
-    About,
-    Answered,
-    Asked,
+    GenerateRequest,
+    GenerateResult,
+    ServerInfo,
     Timeouts,
     Unreachable,
 )
-from megatron_parallel_r1.rollout.servers.vllm import VLLM
+from megatron_parallel_r1.rollout.servers.vllm import VllmClient
 
 URL = "http://a:8000"
 GENERATE = "/inference/v1/generate"
-ASKED = Asked((7, 8, 9), Sampling(0.5, seed=(1 << 62) + 3), 4, frozenset({3, 6}), frozenset({0}), "t")
+REQUEST = GenerateRequest(
+    (7, 8, 9), Sampling(0.5, seed=(1 << 62) + 3), 4, frozenset({3, 6}), frozenset({0}), "t"
+)
 
 
 class FakeVLLM:
@@ -56,10 +58,10 @@ class FakeVLLM:
         drawn = [5] * 31 + [5 if self.seeds else len(self.bodies)]
         return httpx.Response(200, json=answer_of(drawn, logprob=-2.5 if self.tempered else -2.0))
 
-    def client(self) -> VLLM:
-        return VLLM(URL + "/", Timeouts(1, 1, 1), httpx.MockTransport(self))
+    def client(self) -> VllmClient:
+        return VllmClient(URL + "/", Timeouts(1, 1, 1), httpx.MockTransport(self))
 
-    def ask(self, asked: Asked = ASKED) -> Answered:
+    def ask(self, asked: GenerateRequest = REQUEST) -> GenerateResult:
         return asyncio.run(self.client().generate(asked))
 
 
@@ -75,8 +77,8 @@ def answer_of(
 def test_all_that_is_asked_is_sent() -> None:
     spans = [{"version": "default", "start": 0, "end": 1}, {"version": "12", "start": 1, "end": 4}]
     server = FakeVLLM(answer_of([11, 12, 13, 6], "stop", weight_versions=spans))
-    versions = (STARTED, 12, 12, 12)
-    assert server.ask() == Answered(Completion((11, 12, 13, 6), (-0.5,) * 4, versions, True), 2)
+    versions = (INITIAL_VERSION, 12, 12, 12)
+    assert server.ask() == GenerateResult(Completion((11, 12, 13, 6), (-0.5,) * 4, versions, True), 2)
     (body,) = server.bodies
     assert body["token_ids"] == [7, 8, 9]
     seed = body["sampling_params"].pop("seed")
@@ -94,8 +96,8 @@ def test_all_that_is_asked_is_sent() -> None:
 
 def test_continuations_of_one_branch_have_seeds_of_their_own() -> None:
     server = FakeVLLM(*[answer_of([11] * 4)] * 4)
-    longer, other = replace(ASKED, tokens=(7, 8, 9, 10)), replace(ASKED, sampling=Sampling(0.5, seed=4))
-    for asked in (ASKED, longer, other, ASKED):
+    longer, other = replace(REQUEST, tokens=(7, 8, 9, 10)), replace(REQUEST, sampling=Sampling(0.5, seed=4))
+    for asked in (REQUEST, longer, other, REQUEST):
         server.ask(asked)
     seeds = [body["sampling_params"]["seed"] for body in server.bodies]
     assert len(set(seeds)) == 3 and seeds[0] == seeds[3]
@@ -104,13 +106,13 @@ def test_continuations_of_one_branch_have_seeds_of_their_own() -> None:
 def test_what_vllm_cannot_give_is_refused_before_it_is_sent() -> None:
     server = FakeVLLM()
     for sampling in (Sampling(top_k=5), Sampling(top_p=0.9)):
-        with pytest.raises(UserError, match=r"http://a:8000: .*behind top-k and top-p.*roll out with SGLang"):
-            server.ask(replace(ASKED, sampling=sampling))
+        with pytest.raises(UserError, match=r"http://a:8000: .*after top-k and top-p.*roll out with SGLang"):
+            server.ask(replace(REQUEST, sampling=sampling))
     with pytest.raises(UserError, match="no mode isolated; use replay"):
-        server.ask(replace(ASKED, joined=(Joined(1, (2,)),)))
+        server.ask(replace(REQUEST, joined=(JoinedBlock(1, (2,)),)))
     assert not server.bodies
     server.answers.append(answer_of([11] * 4))
-    assert server.ask(replace(ASKED, sampling=Sampling(0.0, top_k=5))).completion.tokens == (11,) * 4
+    assert server.ask(replace(REQUEST, sampling=Sampling(0.0, top_k=5))).completion.tokens == (11,) * 4
 
 
 @pytest.mark.parametrize(
@@ -145,19 +147,19 @@ def test_what_the_server_refuses_ends_the_run_in_one_line() -> None:
 
 def test_about() -> None:
     server = FakeVLLM()
-    assert asyncio.run(server.client().about()) == About("m", STOCK_MODES, 5, 64, None, True)
+    assert asyncio.run(server.client().info()) == ServerInfo("m", STOCK_MODES, 5, 64, None, True)
     # Out of its development mode it has no such path.
     server.weight_info = httpx.Response(404, json={"detail": "Not Found"})
-    assert asyncio.run(server.client().about()).version == STARTED
+    assert asyncio.run(server.client().info()).version == INITIAL_VERSION
     server.models = {"data": []}
-    with pytest.raises(Unreachable, match="not what a vLLM server says"):
-        asyncio.run(server.client().about())
+    with pytest.raises(Unreachable, match="no vLLM server answers so"):
+        asyncio.run(server.client().info())
 
 
 def test_the_handshake_sees_seeds_that_are_ignored_and_raw_log_probs() -> None:
-    assert not asyncio.run(FakeVLLM(seeds=False).client().about()).seeded
+    assert not asyncio.run(FakeVLLM(seeds=False).client().info()).seeded
     with pytest.raises(UserError, match="start vLLM with --logprobs-mode processed_logprobs"):
-        asyncio.run(FakeVLLM(tempered=False).client().about())
+        asyncio.run(FakeVLLM(tempered=False).client().info())
 
 
 def test_score() -> None:
@@ -182,7 +184,7 @@ def test_abort_all_names_what_is_under_way() -> None:
         return httpx.Response(200, json=answer_of([11], "abort"))
 
     async def work() -> None:
-        answers = [asyncio.ensure_future(client.generate(ASKED)) for _ in range(2)]
+        answers = [asyncio.ensure_future(client.generate(REQUEST)) for _ in range(2)]
         while len(asked) < 2:
             await asyncio.sleep(0)
         await client.abort_all()
@@ -191,6 +193,6 @@ def test_abort_all_names_what_is_under_way() -> None:
 
     asked: list[str] = []
     aborted = asyncio.Event()
-    client = VLLM(URL, transport=httpx.MockTransport(answer))
+    client = VllmClient(URL, transport=httpx.MockTransport(answer))
     asyncio.run(work())
     assert {*names[0]} == {f"generate-tokens-{name}" for name in asked}

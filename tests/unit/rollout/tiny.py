@@ -8,9 +8,9 @@ import random
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.model import Architecture
-from megatron_parallel_r1.rollout.native.tensor_parallel import Team
+from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.packing import PackedRow
@@ -52,18 +52,10 @@ def tiny_qwen3(
     return model
 
 
-def native_engine(model: Qwen3ForCausalLM, team: Team | None = None, **settings: int) -> NativeEngine:
-    config = model.config
-    architecture = Architecture(
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        norm_eps=config.rms_norm_eps,
-        rope_theta=1000.0,
-        tied=config.tie_word_embeddings,
-    )
-    engine = NativeEngine(architecture, team, **settings)
+def native_engine(
+    model: Qwen3ForCausalLM, team: TensorParallelGroup | None = None, **settings: int
+) -> NativeEngine:
+    engine = NativeEngine(ModelConfig.from_hf(model.config.to_dict()), team, **settings)
     engine.load_weights(model.state_dict().items(), version=0)
     return engine
 
@@ -96,6 +88,6 @@ def transformers_logprobs(model: Qwen3ForCausalLM, packed: PackedRow, traces: li
         position_ids=torch.from_numpy(packed.positions_L).long()[None],
         attention_mask=mask_LL[None, None],
     ).logits[0]
-    barred_L = torch.from_numpy(packed.gather([trace.barred for trace in traces])) > 0
-    logits[barred_L, TAGS.parallel] = -torch.inf
+    suppressed_L = torch.from_numpy(packed.gather([trace.suppressed for trace in traces])) > 0
+    logits[suppressed_L, TAGS.parallel] = -torch.inf
     return logits.log_softmax(-1)

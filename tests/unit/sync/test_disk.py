@@ -15,7 +15,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.weights import random_hf_tensors
 from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.buckets import Bucket
-from megatron_parallel_r1.sync.disk import Disk, check
+from megatron_parallel_r1.sync.disk import DiskTransport, check
 
 SHAPE = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=41)
 
@@ -33,7 +33,7 @@ class Recorder:
         self.loaded[version] = dict(load_hf_folder(folder)[1])
 
 
-def publish(disk: Disk, version: int, *servers: Recorder) -> dict[str, str]:
+def publish(disk: DiskTransport, version: int, *servers: Recorder) -> dict[str, str]:
     tensors = list(random_hf_tensors(disk.shape, version))
     disk.open(servers, {}, version)
     disk.send(Bucket(tensors[:5], last=False))
@@ -44,7 +44,7 @@ def publish(disk: Disk, version: int, *servers: Recorder) -> dict[str, str]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_folder_holds_the_weights_and_is_one_of_hugging_face(tmp_path: Path, tied: bool) -> None:
     shape, server = replace(SHAPE, tied=tied), Recorder()
-    assert not publish(Disk(tmp_path, 2, shape, torch.float32), 7, server)
+    assert not publish(DiskTransport(tmp_path, 2, shape, torch.float32), 7, server)
     expected = dict(random_hf_tensors(shape, 7))
     assert server.loaded[7].keys() == expected.keys()
     assert all(torch.equal(server.loaded[7][name], tensor) for name, tensor in expected.items())
@@ -59,12 +59,12 @@ def test_a_folder_holds_the_weights_and_is_one_of_hugging_face(tmp_path: Path, t
 
 def test_a_tied_output_matrix_is_written_for_whoever_wants_it(tmp_path: Path) -> None:
     server = Recorder(wants_head=True)
-    publish(Disk(tmp_path, 2, SHAPE, torch.float32), 1, server, Recorder("http://b:1"))
+    publish(DiskTransport(tmp_path, 2, SHAPE, torch.float32), 1, server, Recorder("http://b:1"))
     assert torch.equal(server.loaded[1]["lm_head.weight"], server.loaded[1]["model.embed_tokens.weight"])
 
 
 def test_old_versions_go_and_what_is_not_ours_stays(tmp_path: Path) -> None:
-    disk = Disk(tmp_path, 2, SHAPE, torch.float32)
+    disk = DiskTransport(tmp_path, 2, SHAPE, torch.float32)
     (tmp_path / "mine").mkdir()
     for version in (9, 10, 11):
         publish(disk, version)
@@ -75,7 +75,7 @@ def test_old_versions_go_and_what_is_not_ours_stays(tmp_path: Path) -> None:
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
-    publish(Disk(tmp_path, 2, SHAPE, torch.float32), 1)
+    publish(DiskTransport(tmp_path, 2, SHAPE, torch.float32), 1)
     file = tmp_path / "version-1" / "model-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -89,14 +89,14 @@ def test_damage_is_found(tmp_path: Path) -> None:
 
 def test_a_server_that_fails_is_told_of(tmp_path: Path) -> None:
     good, bad = Recorder(), Recorder("http://b:1", fails=True)
-    assert publish(Disk(tmp_path, 2, SHAPE, torch.float32), 1, good, bad) == {
+    assert publish(DiskTransport(tmp_path, 2, SHAPE, torch.float32), 1, good, bad) == {
         "http://b:1": "http://b:1 is gone"
     }
     assert good.loaded.keys() == {1}
 
 
 def test_a_pass_that_broke_off_leaves_no_version(tmp_path: Path) -> None:
-    disk = Disk(tmp_path, 2, SHAPE, torch.float32)
+    disk = DiskTransport(tmp_path, 2, SHAPE, torch.float32)
     disk.open([], {}, 1)
     disk.send(Bucket(list(random_hf_tensors(SHAPE, 1))[:3], last=False))
     assert not (tmp_path / "version-1").exists()

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import Unreachable
+from megatron_parallel_r1.sync.broadcast import BroadcastTransport
 from megatron_parallel_r1.sync.buckets import Bucket
-from megatron_parallel_r1.sync.control import Facts, Meeting
-from megatron_parallel_r1.sync.distributed import Distributed
+from megatron_parallel_r1.sync.control import Rendezvous, WeightsInfo
 from megatron_parallel_r1.sync.settings import Sync
 
 A, B = "http://127.0.0.1:1", "http://127.0.0.1:2"
@@ -35,7 +35,7 @@ class InThread:
         self._groups: dict[str, dist.ProcessGroupGloo] = {}
         self._taken = 0
 
-    def join(self, meeting: Meeting) -> None:
+    def join(self, meeting: Rendezvous) -> None:
         self.joined += 1
         where = (meeting.address, meeting.port, meeting.size)
         try:
@@ -80,8 +80,8 @@ class InThread:
 
 
 @pytest.fixture
-def transport() -> Iterator[Distributed]:
-    transport = Distributed(Sync(timeout_s=PATIENCE.total_seconds()), "gloo")
+def transport() -> Iterator[BroadcastTransport]:
+    transport = BroadcastTransport(Sync(timeout_s=PATIENCE.total_seconds()), "gloo")
     yield transport
     transport.end()
     for thread in threading.enumerate():
@@ -89,8 +89,8 @@ def transport() -> Iterator[Distributed]:
             thread.join()
 
 
-def one_pass(transport: Distributed, version: int, *servers: InThread) -> tuple[dict[str, str], bool]:
-    transport.open(servers, {one.url: Facts(one.version, 1, "float32") for one in servers}, version)
+def one_pass(transport: BroadcastTransport, version: int, *servers: InThread) -> tuple[dict[str, str], bool]:
+    transport.open(servers, {one.url: WeightsInfo(one.version, 1, "float32") for one in servers}, version)
     for number in range(3):
         tensors = [(f"{number}.{name}", torch.full((4, 5), float(version + number))) for name in "ab"]
         transport.send(Bucket(tensors, last=number == 2))
@@ -103,7 +103,7 @@ def holds(server: InThread, version: int) -> bool:
     return server.version == version and {name: one.mean() for name, one in server.held.items()} == wanted
 
 
-def test_one_group_lasts_while_its_servers_do(transport: Distributed) -> None:
+def test_one_group_lasts_while_its_servers_do(transport: BroadcastTransport) -> None:
     one, other = InThread(A), InThread(B)
     for version in (1, 2):
         assert one_pass(transport, version, one, other) == ({}, False)
@@ -111,7 +111,7 @@ def test_one_group_lasts_while_its_servers_do(transport: Distributed) -> None:
     assert one.joined == other.joined == 1
 
 
-def test_servers_join_leave_and_start_anew(transport: Distributed) -> None:
+def test_servers_join_leave_and_start_anew(transport: BroadcastTransport) -> None:
     one, other = InThread(A), InThread(B)
     assert one_pass(transport, 1, one) == ({}, False)
     assert one_pass(transport, 2, one, other) == ({}, False)
@@ -123,7 +123,9 @@ def test_servers_join_leave_and_start_anew(transport: Distributed) -> None:
 
 
 @pytest.mark.parametrize("way", ["die", pytest.param("refuse", marks=pytest.mark.slow)])
-def test_one_that_fails_is_lost_and_the_others_take_all_again(transport: Distributed, way: str) -> None:
+def test_one_that_fails_is_lost_and_the_others_take_all_again(
+    transport: BroadcastTransport, way: str
+) -> None:
     one, other = InThread(A), InThread(B)
     other.fails = (2, getattr(other, way))
     lost, again = one_pass(transport, 1, one, other)
@@ -131,7 +133,7 @@ def test_one_that_fails_is_lost_and_the_others_take_all_again(transport: Distrib
     assert one_pass(transport, 1, one) == ({}, False) and holds(one, 1)
 
 
-def test_one_that_does_not_join_is_lost(transport: Distributed) -> None:
+def test_one_that_does_not_join_is_lost(transport: BroadcastTransport) -> None:
     one, other = InThread(A), InThread(B)
     other.join = lambda meeting: other.refuse()
     lost, again = one_pass(transport, 1, one, other)

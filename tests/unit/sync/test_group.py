@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_parallel_r1.sync.process_group import GroupBroken, SenderGroup, local_address
+from megatron_parallel_r1.sync.broadcast import GroupBroken, SenderGroup, local_address
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -1,7 +1,7 @@
 """Which parameters share a bucket."""
 
 from megatron_parallel_r1.architecture.weight_table import WeightMapping
-from megatron_parallel_r1.sync.buckets import plan
+from megatron_parallel_r1.sync.buckets import plan_buckets
 
 
 def owned(*pairs: tuple[int, int]) -> list[tuple[int, WeightMapping]]:
@@ -10,7 +10,7 @@ def owned(*pairs: tuple[int, int]) -> list[tuple[int, WeightMapping]]:
 
 
 def names(pairs: list[tuple[int, WeightMapping]], bucket_bytes: int) -> list[tuple[int, str]]:
-    buckets = plan(pairs, 2, bucket_bytes)
+    buckets = plan_buckets(pairs, 2, bucket_bytes)
     return [(bucket.owner, " ".join(weight.name for weight in bucket.weights)) for bucket in buckets]
 
 

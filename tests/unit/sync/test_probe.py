@@ -4,20 +4,20 @@ import math
 
 import pytest
 
-from megatron_parallel_r1.sync.probe import Answers, Trained, difference, failure, is_stale, passes
+from megatron_parallel_r1.sync.probe import ServerScores, TrainerScores, difference, failure, is_stale, passes
 
 OLD, NEW, MIXED = [(-1.0, -2.0)], [(-1.5, -2.5)], [(-1.2, -2.2)]
 
 
-def answers(scores, before=None, dtype: str | None = "float32") -> Answers:
-    return Answers("http://a:1", scores, before, dtype)
+def answers(scores, before=None, dtype: str | None = "float32") -> ServerScores:
+    return ServerScores("http://a:1", scores, before, dtype)
 
 
-def trained(before=None, old_head=None) -> Trained:
-    return Trained(NEW, before, old_head, "float32")
+def trained(before=None, old_head=None) -> TrainerScores:
+    return TrainerScores(NEW, before, old_head, "float32")
 
 
-def said(one: Answers, other: Trained) -> str:
+def said(one: ServerScores, other: TrainerScores) -> str:
     assert not passes(one, other, 2e-5)
     return str(failure(one, other, 2e-5, version=8))
 
@@ -48,7 +48,7 @@ def test_the_message_names_server_version_difference_and_tolerance() -> None:
         (answers(MIXED, OLD), trained(OLD, OLD), "neither the version before"),
     ],
 )
-def test_the_cause_is_named(one: Answers, other: Trained, cause: str) -> None:
+def test_the_cause_is_named(one: ServerScores, other: TrainerScores, cause: str) -> None:
     assert cause in said(one, other)
 
 

@@ -10,11 +10,10 @@ import pytest
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.buckets import Bucket
-from megatron_parallel_r1.sync.control import Facts, Row, Scores
-from megatron_parallel_r1.sync.probe import Trained
-from megatron_parallel_r1.sync.sender import Sender
-from megatron_parallel_r1.sync.settings import InFlight, Sync
-from megatron_parallel_r1.sync.transport import Passed
+from megatron_parallel_r1.sync.control import RowScores, TokenRow, WeightsInfo
+from megatron_parallel_r1.sync.probe import TrainerScores
+from megatron_parallel_r1.sync.sender import PassResult, Sender
+from megatron_parallel_r1.sync.settings import InFlightPolicy, Sync
 
 A, B = "http://a:1", "http://b:1"
 SCORES = [(-1.0, -2.0)]
@@ -26,21 +25,21 @@ class Recorder:
     kinds = frozenset({"tensor"})
     wants_head = False
 
-    def __init__(self, url: str, gone_at: str = "", scores: Sequence[Scores] = SCORES) -> None:
+    def __init__(self, url: str, gone_at: str = "", scores: Sequence[RowScores] = SCORES) -> None:
         self.url, self.gone_at, self.scores = url, gone_at, scores
         self.asked: list[str] = []
 
-    def facts(self) -> Facts:
+    def facts(self) -> WeightsInfo:
         self._note("facts")
-        return Facts(None, 1, "float32")
+        return WeightsInfo(None, 1, "float32")
 
-    def pause(self, in_flight: InFlight) -> None:
+    def pause(self, in_flight: InFlightPolicy) -> None:
         self._note("pause")
 
-    def proceed(self) -> None:
+    def continue_generation(self) -> None:
         self._note("proceed")
 
-    def score(self, rows: Sequence[Row]) -> Sequence[Scores]:
+    def score(self, rows: Sequence[TokenRow]) -> Sequence[RowScores]:
         self._note("score")
         return self.scores
 
@@ -59,7 +58,7 @@ class Recorder:
 class Scripted:
     """A transport whose passes end as it is told."""
 
-    def __init__(self, *passes: Passed, breaks: Exception | None = None) -> None:
+    def __init__(self, *passes: PassResult, breaks: Exception | None = None) -> None:
         self.passes, self.breaks = list(passes), breaks
         self.opened: list[list[str]] = []
 
@@ -70,7 +69,7 @@ class Scripted:
         if self.breaks:
             raise self.breaks
 
-    def close(self) -> Passed:
+    def close(self) -> PassResult:
         return self.passes.pop(0)
 
 
@@ -81,8 +80,8 @@ def publish(sender: Sender) -> tuple[float, list[str]]:
         sender.open(1)
         sender.send(Bucket([], last=True))
         again = sender.close()
-    sender.proceed()
-    worst, failed = sender.probe([(1, 2, 3)], Trained(SCORES, None, None, "float32"))
+    sender.continue_generation()
+    worst, failed = sender.probe([(1, 2, 3)], TrainerScores(SCORES, None, None, "float32"))
     return worst, [one.url for one in failed]
 
 
@@ -92,7 +91,7 @@ def of(transport: Scripted, *servers: Recorder) -> Sender:
 
 def test_a_publication_in_order() -> None:
     server = Recorder(A)
-    sender = of(Scripted(Passed({})), server)
+    sender = of(Scripted(PassResult({})), server)
     assert publish(sender) == (0.0, [])
     assert server.asked == ["facts", "pause", "proceed", "score"]
     assert sender.in_step == (A,) and not sender.out
@@ -102,7 +101,7 @@ def test_a_publication_in_order() -> None:
 def test_one_that_is_gone_is_left_out_with_a_line_in_the_log(
     gone_at: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sender = of(Scripted(Passed({})), Recorder(A), Recorder(B, gone_at))
+    sender = of(Scripted(PassResult({})), Recorder(A), Recorder(B, gone_at))
     with caplog.at_level(logging.WARNING):
         assert publish(sender) == (0.0, [])
     assert sender.in_step == (A,) and sender.out == {B: f"{B} is gone"}
@@ -111,7 +110,7 @@ def test_one_that_is_gone_is_left_out_with_a_line_in_the_log(
 
 def test_one_that_is_back_is_in_step_again() -> None:
     back = Recorder(B, "facts")
-    sender = of(Scripted(Passed({}), Passed({})), Recorder(A), back)
+    sender = of(Scripted(PassResult({}), PassResult({})), Recorder(A), back)
     publish(sender)
     back.gone_at = ""
     publish(sender)
@@ -121,27 +120,27 @@ def test_one_that_is_back_is_in_step_again() -> None:
 
 def test_a_server_that_took_a_part_stays_paused() -> None:
     half = Recorder(B)
-    sender = of(Scripted(Passed({B: "load failed"})), Recorder(A), half)
+    sender = of(Scripted(PassResult({B: "load failed"})), Recorder(A), half)
     publish(sender)
     assert sender.in_step == (A,) and half.asked == ["facts", "pause"]
 
 
 def test_those_that_are_left_take_all_again() -> None:
     lost, other = Recorder(B), Recorder(A)
-    sender = of(Scripted(Passed({B: "gone"}, again=True), Passed({})), other, lost)
+    sender = of(Scripted(PassResult({B: "gone"}, again=True), PassResult({})), other, lost)
     publish(sender)
     assert sender.transport.opened == [[A, B], [A]] and sender.in_step == (A,)
 
 
 def test_it_does_not_try_for_ever() -> None:
-    sender = of(Scripted(*[Passed({}, again=True)] * 9), Recorder(A))
+    sender = of(Scripted(*[PassResult({}, again=True)] * 9), Recorder(A))
     with pytest.raises(UserError, match=r"did not reach http://a:1 in 2 passes by sync.transport tensor"):
         publish(sender)
 
 
 def test_the_last_one_gone_is_an_error_that_says_why() -> None:
     with pytest.raises(UserError, match=r"no rollout server is left .* http://a:1 is gone"):
-        publish(of(Scripted(Passed({})), Recorder(A, "pause")))
+        publish(of(Scripted(PassResult({})), Recorder(A, "pause")))
 
 
 def test_an_error_of_the_sender_waits_for_the_end_of_the_pass() -> None:
@@ -163,7 +162,7 @@ def test_a_transport_that_a_server_lacks_is_refused() -> None:
 
 def test_other_log_probs_are_told() -> None:
     other = Recorder(B, scores=[(-1.0, -2.5)])
-    assert publish(of(Scripted(Passed({})), Recorder(A), other)) == (0.5, [B])
+    assert publish(of(Scripted(PassResult({})), Recorder(A), other)) == (0.5, [B])
 
 
 def test_memory_is_given_back_only_by_stopped_servers_and_taken_for_weights_first() -> None:

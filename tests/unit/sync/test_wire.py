@@ -11,7 +11,7 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import Unreachable
-from megatron_parallel_r1.sync.http_client import Wire
+from megatron_parallel_r1.sync.control import HttpClient
 from megatron_parallel_r1.sync.sglang import SglangControl
 from megatron_parallel_r1.sync.vllm import VllmControl
 
@@ -56,7 +56,7 @@ def url() -> Iterator[str]:
 
 
 def test_answers(url: str) -> None:
-    wire = Wire(url + "/", 10)
+    wire = HttpClient(url + "/", 10)
     assert wire.get("/fine") == {"a": 1} and wire.get("/text") == "done"
     with pytest.raises(UserError, match=r"/bad refused: no session is open$"):
         wire.get("/bad")
@@ -69,7 +69,7 @@ def test_answers(url: str) -> None:
 
 def test_nobody_there() -> None:
     with pytest.raises(Unreachable, match=r"http://127.0.0.1:9/fine: "):
-        Wire("http://127.0.0.1:9", 1).get("/fine")
+        HttpClient("http://127.0.0.1:9", 1).get("/fine")
 
 
 def test_facts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,10 @@ TOLERANCE = 2e-5  # float32, logits of some units: a few hundred roundings of 6e
 def micro_batches(trainer: Trainer, traces: list[Trace], mode: Mode, capacity: int) -> list[MicroBatch]:
     rows = [lay_out(t.prompt, t.tokens, t.sampled, t.tree, mode) for t in traces]
     values = {"engine": [t.logprobs for t in traces]}
-    barred = [t.barred for t in traces]
-    return [MicroBatch.of(row, trainer.device, values, barred, TAGS.parallel) for row in pack(rows, capacity)]
+    suppressed = [t.suppressed for t in traces]
+    return [
+        MicroBatch.of(row, trainer.device, values, suppressed, TAGS.parallel) for row in pack(rows, capacity)
+    ]
 
 
 def largest_difference(trainer: Trainer, batches: list[MicroBatch]) -> float:

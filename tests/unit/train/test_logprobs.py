@@ -1,4 +1,4 @@
-"""Log-probs, entropies and barred tokens against log_softmax over all logits, in any chunk."""
+"""Log-probs, entropies and suppressed tokens against log_softmax over all logits, in any chunk."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ N, E, V = 9, 6, 13
 
 
 def drawn(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, a head with two rows that are no tokens, labels and barred tokens."""
+    """Hidden states, a head with two rows that are no tokens, labels and suppressed tokens."""
     generator = torch.Generator().manual_seed(seed)
     hidden_NE = torch.randn(N, E, generator=generator, dtype=torch.float32)
     head_VE = torch.randn(V + 2, E, generator=generator)
     labels_N = torch.randint(V, (N,), generator=generator)
-    barred_N = torch.where(torch.arange(N) % 3 == 0, (labels_N + 1) % V, -1)
-    return hidden_NE.requires_grad_(), head_VE.requires_grad_(), labels_N, barred_N
+    suppressed_N = torch.where(torch.arange(N) % 3 == 0, (labels_N + 1) % V, -1)
+    return hidden_NE.requires_grad_(), head_VE.requires_grad_(), labels_N, suppressed_N
 
 
 def reference(
-    hidden_NE: torch.Tensor, head_VE: torch.Tensor, labels_N: torch.Tensor, barred_N: torch.Tensor
+    hidden_NE: torch.Tensor, head_VE: torch.Tensor, labels_N: torch.Tensor, suppressed_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logits_NV = (hidden_NE @ head_VE[:V].T) / 0.7
-    is_barred_NV = torch.arange(V) == barred_N[:, None]
-    logprobs_NV = logits_NV.masked_fill(is_barred_NV, -1e9).log_softmax(-1)
-    terms_NV = (logprobs_NV.exp() * logprobs_NV).masked_fill(is_barred_NV, 0.0)
+    is_suppressed_NV = torch.arange(V) == suppressed_N[:, None]
+    logprobs_NV = logits_NV.masked_fill(is_suppressed_NV, -1e9).log_softmax(-1)
+    terms_NV = (logprobs_NV.exp() * logprobs_NV).masked_fill(is_suppressed_NV, 0.0)
     return logprobs_NV.gather(1, labels_N[:, None])[:, 0], -terms_NV.sum(-1)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, None])
 def test_values_and_gradients_equal_the_definition(chunk: int | None) -> None:
-    hidden_NE, head_VE, labels_N, barred_N = drawn(3)
+    hidden_NE, head_VE, labels_N, suppressed_N = drawn(3)
     weights_2N = torch.randn(2, N, generator=torch.Generator().manual_seed(4))
-    ours = target_logprobs(hidden_NE, head_VE, LogprobQuery(labels_N, barred_N, 0.7, V, chunk))
-    theirs = reference(hidden_NE, head_VE, labels_N, barred_N)
+    ours = target_logprobs(hidden_NE, head_VE, LogprobQuery(labels_N, suppressed_N, 0.7, V, chunk))
+    theirs = reference(hidden_NE, head_VE, labels_N, suppressed_N)
     # Both outputs' gradients at once, and each alone: the other's is then None.
     for mask in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
         gradients = []
@@ -49,7 +49,7 @@ def test_values_and_gradients_equal_the_definition(chunk: int | None) -> None:
         assert (mine_N - expected_N).abs().max() <= 1e-5
 
 
-def test_a_barred_token_is_out_of_the_distribution() -> None:
+def test_a_suppressed_token_is_out_of_the_distribution() -> None:
     hidden_NE, head_VE = torch.zeros(3, 2), torch.zeros(4, 2, requires_grad=True)
     asked = LogprobQuery(torch.tensor([0, 0, 1]), torch.tensor([2, -1, 0]), 1.0, vocab=4)
     logprobs_N, entropies_N = target_logprobs(hidden_NE + 1, head_VE, asked)

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
 from megatron_parallel_r1.rollout.launcher.run import serve_rollout
-from megatron_parallel_r1.rollout.launcher.settings import Serving
 
 PATHS = ("checkpoint", "python", "log_dir", "urls_file")
 
@@ -16,6 +16,6 @@ if __name__ == "__main__":
     told = json.loads(sys.argv[1])
     settings = {name: Path(value) if name in PATHS else value for name, value in told.items()}
     try:
-        serve_rollout(Serving(**settings), tell=lambda line: print(line, flush=True))
+        serve_rollout(LaunchSettings(**settings), tell=lambda line: print(line, flush=True))
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.launcher.commands import command_of
+from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, build_command
 from megatron_parallel_r1.rollout.launcher.placement import (
-    ports_of,
-    python_of,
-    share_gpus,
-    url_of,
+    assign_gpus,
+    find_python,
+    pick_ports,
+    server_url,
     visible_gpus,
 )
-from megatron_parallel_r1.rollout.launcher.run import children_of
-from megatron_parallel_r1.rollout.launcher.settings import Serving
+from megatron_parallel_r1.rollout.launcher.run import build_servers
 
-SERVING = Serving(Path("model"))
+SERVING = LaunchSettings(Path("model"))
 PYTHON = Path("bin/python")
 
 
@@ -29,7 +28,7 @@ def value(arguments: tuple[str, ...], option: str) -> str:
 
 
 def test_sglang_on_a_cpu_draws_by_seed_through_the_plugin() -> None:
-    command = command_of(SERVING, PYTHON, "cpu", 30001)
+    command = build_command(SERVING, PYTHON, "cpu", 30001)
     assert command.arguments[:3] == ("bin/python", "-m", "sglang.launch_server")
     assert value(command.arguments, "--port") == "30001"
     assert value(command.arguments, "--dtype") == "float32"
@@ -45,7 +44,7 @@ def test_sglang_on_a_cpu_draws_by_seed_through_the_plugin() -> None:
 
 def test_sglang_on_gpus() -> None:
     serving = replace(SERVING, tensor=2, data=2, memory_share=0.5, colocated=True)
-    command = command_of(serving, PYTHON, "cuda", 1, ("4", "5", "6", "7"))
+    command = build_command(serving, PYTHON, "cuda", 1, ("4", "5", "6", "7"))
     assert command.environment["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
     assert value(command.arguments, "--tp-size") == value(command.arguments, "--dp-size") == "2"
     assert value(command.arguments, "--mem-fraction-static") == "0.5"
@@ -65,22 +64,22 @@ def test_sglang_on_gpus() -> None:
 )
 def test_plugins_are_named(isolated: bool, deterministic: bool, plugins: str) -> None:
     serving = replace(SERVING, isolated=isolated, deterministic=deterministic)
-    assert command_of(serving, PYTHON, "cpu", 1).environment["SGLANG_PLUGINS"] == plugins
+    assert build_command(serving, PYTHON, "cpu", 1).environment["SGLANG_PLUGINS"] == plugins
 
 
 def test_vllm_returns_log_probs_of_what_it_draws_from() -> None:
-    command = command_of(replace(SERVING, engine="vllm", options=("--seed", "3")), PYTHON, "cpu", 1)
+    command = build_command(replace(SERVING, engine="vllm", options=("--seed", "3")), PYTHON, "cpu", 1)
     assert value(command.arguments, "--logprobs-mode") == "processed_logprobs"
     assert command.arguments[-2:] == ("--seed", "3")
 
 
 def test_gpus_are_shared_out() -> None:
     serving = replace(SERVING, servers=2, tensor=2)
-    assert share_gpus(serving, ("0", "3", "5", "6", "7")) == ("cuda", [("0", "3"), ("5", "6")])
-    assert share_gpus(serving, ()) == ("cpu", [(), ()])
-    assert share_gpus(replace(serving, device="cpu"), ("0",)) == ("cpu", [(), ()])
+    assert assign_gpus(serving, ("0", "3", "5", "6", "7")) == ("cuda", [("0", "3"), ("5", "6")])
+    assert assign_gpus(serving, ()) == ("cpu", [(), ()])
+    assert assign_gpus(replace(serving, device="cpu"), ("0",)) == ("cpu", [(), ()])
     with pytest.raises(UserError, match=r"2 servers of 2 GPUs need 4, visible are 3; lower --servers"):
-        share_gpus(serving, ("0", "1", "2"))
+        assign_gpus(serving, ("0", "1", "2"))
 
 
 def test_gpus_are_those_that_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +90,7 @@ def test_gpus_are_those_that_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_ports_follow_one_another_or_are_free_ones() -> None:
-    free = ports_of(replace(SERVING, port=0, servers=3))
+    free = pick_ports(replace(SERVING, port=0, servers=3))
     # None that the kernel may give to somebody's connection before the server listens.
     assert len(set(free)) == 3 and max(free) < 32768
     with socket.socket() as listener:
@@ -101,23 +100,23 @@ def test_ports_follow_one_another_or_are_free_ones() -> None:
         with pytest.raises(
             UserError, match=rf"port {port} on 127.0.0.1: Address already in use; give another"
         ):
-            ports_of(replace(SERVING, port=port))
+            pick_ports(replace(SERVING, port=port))
 
 
 def test_others_reach_a_server_that_listens_everywhere_by_name() -> None:
-    assert url_of("0.0.0.0", 5) == f"http://{socket.gethostname()}:5"
-    assert url_of("127.0.0.1", 5) == "http://127.0.0.1:5"
+    assert server_url("0.0.0.0", 5) == f"http://{socket.gethostname()}:5"
+    assert server_url("127.0.0.1", 5) == "http://127.0.0.1:5"
 
 
 def test_refusals_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config.json; give --checkpoint a Hugging Face folder"):
-        children_of(replace(SERVING, checkpoint=tmp_path))
+        build_servers(replace(SERVING, checkpoint=tmp_path))
     (tmp_path / "config.json").write_text("{}")
     serving = replace(SERVING, checkpoint=tmp_path)
     with pytest.raises(UserError, match="isolated: vllm cannot"):
-        children_of(replace(serving, engine="vllm", isolated=True))
+        build_servers(replace(serving, engine="vllm", isolated=True))
     with pytest.raises(UserError, match="no such interpreter"):
-        children_of(replace(serving, python=tmp_path / "python"))
+        build_servers(replace(serving, python=tmp_path / "python"))
 
 
 def test_a_missing_environment_is_made_by_make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -125,4 +124,4 @@ def test_a_missing_environment_is_made_by_make(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(f"{places}.__file__", str(tmp_path / "a" / "b" / "c" / "places.py"))
     monkeypatch.setattr(f"{places}.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run `make engines` in .*, or give --python"):
-        python_of(SERVING)
+        find_python(SERVING)

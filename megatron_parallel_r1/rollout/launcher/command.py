@@ -1,18 +1,66 @@
-"""The command line and environment of one server.
-
-The settings make log-probs what `rollout.base.Completion` says: of softmax((logits + bias) / temperature),
-before top-k and top-p. SGLang's are so by itself; vLLM's are with `--logprobs-mode processed_logprobs` (which
-are taken behind top-k and top-p too: the client asks it for none).
-"""
+"""What `parallel-r1 serve-rollout` is asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from megatron_parallel_r1.rollout.launcher.settings import Device, Serving
 from megatron_parallel_r1.rollout.sglang_plugin import NAME as JOINS
 from megatron_parallel_r1.rollout.sglang_seeds import NAME as SEEDS
+
+EngineName = Literal["sglang", "vllm"]
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSettings:
+    """Servers alike but for their place.
+
+    Attributes:
+        checkpoint: a Hugging Face folder.
+        servers: how many.
+        tensor, data: GPUs of one server: `tensor` x `data`.
+        host: where to listen; 0.0.0.0 is told to others under this machine's name.
+        port: of the first server, the next ones follow; 0: free ones.
+        device: None: the GPUs if there are any.
+        dtype: None: float32 on a CPU, the checkpoint's own on a GPU.
+        memory_share: of a GPU's memory, for weights and cache; None: the engine's own choice.
+        context_tokens: prompt and continuation of one request; None: as the checkpoint says.
+        cache_tokens: of the key/value cache on a CPU.
+        deterministic: a draw depends on its request's seed and its position alone.
+        isolated: SGLang with the plugin that joins isolated paths exactly.
+        colocated: a server can give up its GPU memory while the trainer learns.
+        python: the engine's interpreter; None: that of `make engines`, else this one if it has the engine.
+        log_dir: one log file a server.
+        urls_file: gets the base URLs, one a line, once all are healthy; is gone when the servers are.
+        crashes: so many ends of one server in a row, never healthy in between, are given up on.
+        start_seconds: a server that is not healthy by then has crashed.
+        options: further options for each engine's command line; they win over the usual ones.
+    """
+
+    checkpoint: Path
+    engine: EngineName = "sglang"
+    servers: int = 1
+    tensor: int = 1
+    data: int = 1
+    host: str = "127.0.0.1"
+    port: int = 30000
+    device: Device | None = None
+    dtype: str | None = None
+    memory_share: float | None = None
+    context_tokens: int | None = None
+    cache_tokens: int = 20000
+    deterministic: bool = True
+    isolated: bool = False
+    colocated: bool = False
+    python: Path | None = None
+    log_dir: Path = Path("runs/servers")
+    urls_file: Path | None = None
+    crashes: int = 3
+    start_seconds: float = 1800.0
+    options: tuple[str, ...] = ()
+
 
 CPU_SHARE = 0.9
 # SGLang loads every plugin that it finds unless it is told names.
@@ -20,7 +68,7 @@ NO_PLUGIN = "none"
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class ServerCommand:
     """Attributes:
     arguments: program first.
     environment: to be set on top of this process's own.
@@ -30,9 +78,9 @@ class Command:
     environment: dict[str, str]
 
 
-def command_of(
-    serving: Serving, python: Path, device: Device, port: int, gpus: tuple[str, ...] = ()
-) -> Command:
+def build_command(
+    serving: LaunchSettings, python: Path, device: Device, port: int, gpus: tuple[str, ...] = ()
+) -> ServerCommand:
     """Of one server.
 
     Args:
@@ -51,10 +99,10 @@ def command_of(
         # Engines compile small functions within the first request that needs them. That asks for a C++
         # compiler, and on a busy machine takes longer than a client waits.
         environment["TORCH_COMPILE_DISABLE"] = "1"
-    return Command((str(python), *command.arguments, *where, *serving.options), environment)
+    return ServerCommand((str(python), *command.arguments, *where, *serving.options), environment)
 
 
-def _sglang(serving: Serving, device: Device) -> Command:
+def _sglang(serving: LaunchSettings, device: Device) -> ServerCommand:
     arguments = ["-m", "sglang.launch_server", "--model-path", str(serving.checkpoint)]
     arguments += ["--tp-size", str(serving.tensor), "--dp-size", str(serving.data)]
     arguments += ["--dtype", serving.dtype or ("float32" if device == "cpu" else "auto")]
@@ -80,10 +128,10 @@ def _sglang(serving: Serving, device: Device) -> Command:
         arguments += ["--enable-deterministic-inference"] if serving.deterministic else []
         arguments += ["--enable-memory-saver"] if serving.colocated else []
     environment["SGLANG_PLUGINS"] = ",".join(plugins) or NO_PLUGIN
-    return Command(tuple(arguments), environment)
+    return ServerCommand(tuple(arguments), environment)
 
 
-def _vllm(serving: Serving, device: Device) -> Command:
+def _vllm(serving: LaunchSettings, device: Device) -> ServerCommand:
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(serving.checkpoint)]
     arguments += ["--tensor-parallel-size", str(serving.tensor), "--data-parallel-size", str(serving.data)]
     arguments += ["--dtype", serving.dtype or ("float32" if device == "cpu" else "auto")]
@@ -103,4 +151,4 @@ def _vllm(serving: Serving, device: Device) -> Command:
         arguments += ["--enable-sleep-mode"] if serving.colocated else []
         if serving.deterministic:
             environment["VLLM_BATCH_INVARIANT"] = "1"
-    return Command(tuple(arguments), environment)
+    return ServerCommand(tuple(arguments), environment)
