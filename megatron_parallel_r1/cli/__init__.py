@@ -52,9 +52,6 @@ for _job_command in (cluster.submit, cluster.status, cluster.cancel, cluster.log
 
 def main() -> None:
     """Runs the command line. Expected errors end in one line and an exit code (utils/exit.py)."""
-    # Megatron-Core warns at import about what a CPU lacks; it is true and of no use here.
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # As torchrun does: threads of several small processes on few cores only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

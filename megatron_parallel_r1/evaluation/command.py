@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,8 +88,6 @@ def compare_command(words: Sequence[str] | None = None) -> None:
 
 def explained(command: Callable[[], None]) -> None:
     """Runs a command as `parallel-r1` does: expected errors end in one line and an exit code."""
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with one_line_exit("the same command continues from the records"):

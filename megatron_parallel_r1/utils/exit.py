@@ -18,6 +18,7 @@ from megatron_parallel_r1.errors import (
     Stopped,
     UserError,
 )
+from megatron_parallel_r1.utils.quiet_imports import quiet_imports
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -28,7 +29,7 @@ _OTHERS_WAIT_S = 3.0
 
 @contextmanager
 def one_line_exit(resume: str = "the same command continues where it was") -> Iterator[None]:
-    """Turns expected errors of the block into one line and `SystemExit`.
+    """Turns expected errors of the block into one line and `SystemExit`, and keeps import warnings off stderr.
 
     | error | exit code |
     |---|---|
@@ -40,6 +41,7 @@ def one_line_exit(resume: str = "the same command continues where it was") -> It
     Args:
         resume: what the same command does after Ctrl-C, for the message.
     """
+    quiet_imports()
     try:
         yield
     except PeerLost as error:
