@@ -3,12 +3,15 @@
 # make bench: speed, side by side.
 SHELL := /bin/bash
 PYTHON ?= python3
+# Another Python has another environment: make test PYTHON=python3.13 VENV=.venv-3.13
 VENV := .venv
 BIN := $(VENV)/bin
 # Small tensors on few cores: a second thread in a process only spins.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 CONSTRAINTS ?= constraints.txt
+# What pip is told first, for another build of torch: TORCH="torch --index-url URL"
+TORCH :=
 # A file's tests stay in one process, for they share what is dear to set up.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
@@ -48,13 +51,10 @@ bench: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
-	$(BIN)/shellcheck -x slurm/*.sh
+	$(BIN)/shellcheck -x slurm/*.sh make-venv
 
 $(VENV)/ready: setup.cfg constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c $(CONSTRAINTS) torch
-	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[dev]"
-	touch $@
+	@PYTHON="$(PYTHON)" CONSTRAINTS="$(CONSTRAINTS)" TORCH="$(TORCH)" ./make-venv $(VENV)
 
 clean:
 	rm -rf $(VENV) .venv-sglang .venv-vllm runs .pytest_cache .ruff_cache .hypothesis
