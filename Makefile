@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SHORT := name=tiny_short stages.arithmetic.steps=30 stages.cold_start.steps=20 stages.rl_easy.steps=2 \
 	stages.rl_hard.steps=3 evaluation.problems=64
 
-.PHONY: demo demo-short test test-all engines engines-sglang engines-vllm test-engines bench lint clean
+.PHONY: demo demo-short test test-all test-pythons engines engines-sglang engines-vllm test-engines bench lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/parallel-r1 curriculum recipes/tiny/demo.yaml
@@ -33,6 +33,10 @@ test: $(VENV)/ready
 test-all: $(VENV)/ready
 	$(PYTEST) -m "not engines and not slurm"
 	$(PYTEST) -m "slurm and not engines"
+
+# Installs for each Python of this machine, or for PYTHONS, and tries what is installed; see tests/install/try.
+test-pythons:
+	tests/install/try $(PYTHONS)
 
 # The inference servers' own environments, side by side, for an install keeps one core busy; see engines/build.
 engines:
@@ -51,7 +55,7 @@ bench: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
-	$(BIN)/shellcheck -x slurm/*.sh make-venv
+	$(BIN)/shellcheck -x slurm/*.sh make-venv tests/install/try
 
 $(VENV)/ready: setup.cfg constraints.txt
 	@PYTHON="$(PYTHON)" CONSTRAINTS="$(CONSTRAINTS)" TORCH="$(TORCH)" ./make-venv $(VENV)
