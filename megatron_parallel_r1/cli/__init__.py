@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
-import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 

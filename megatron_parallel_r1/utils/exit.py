@@ -29,7 +29,7 @@ _OTHERS_WAIT_S = 3.0
 
 @contextmanager
 def one_line_exit(resume: str = "the same command continues where it was") -> Iterator[None]:
-    """Turns expected errors of the block into one line and `SystemExit`, and keeps import warnings off stderr.
+    """Turns expected errors of the block into one line and `SystemExit`; also quiets warnings at import.
 
     | error | exit code |
     |---|---|

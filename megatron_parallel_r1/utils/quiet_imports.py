@@ -11,7 +11,7 @@ import warnings
 
 # Logger, and how its message begins.
 LOGGED = {
-    # A CUDA build of torch without a driver, where nvcc is installed; Megatron-Core imports it for its kernels.
+    # A CUDA build of torch without a driver where nvcc is installed; Megatron-Core imports the module.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
     # On macOS, about torchrun's log files.
     "torch.distributed.elastic.multiprocessing.redirects": "NOTE: Redirects are currently not supported",

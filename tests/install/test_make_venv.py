@@ -58,9 +58,7 @@ def test_python_too_new_for_torch(tmp_path: Path) -> None:
 
 
 def test_python_without_venv(tmp_path: Path) -> None:
-    bare = script(
-        tmp_path / "python", f'case "$*" in *ensurepip*) exit 1;; esac; exec {sys.executable} "$@"'
-    )
+    bare = script(tmp_path / "python", f'case "$*" in *ensurepip*) exit 1;; esac; exec {sys.executable} "$@"')
     told = make_venv(tmp_path / "venv", PYTHON=bare)
     assert told.startswith(f"error: PYTHON={bare} has no module venv; install it (Debian, Ubuntu: apt ")
     assert told.count("\n") == 1
