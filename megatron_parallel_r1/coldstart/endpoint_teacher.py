@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from megatron_parallel_r1.coldstart.settings import Api, Endpoint
+from megatron_parallel_r1.coldstart.settings import Api, TeacherEndpoint
 from megatron_parallel_r1.coldstart.teacher import NoAnswer, TeacherAnswer, TeacherFinish, TeacherRequest
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.errors import UserError
@@ -47,7 +47,7 @@ class _Transient(Exception):
 
 
 @asynccontextmanager
-async def open_endpoint(endpoint: Endpoint, concurrency: int) -> AsyncIterator[EndpointTeacher]:
+async def open_endpoint(endpoint: TeacherEndpoint, concurrency: int) -> AsyncIterator[EndpointTeacher]:
     """Opens the teacher and its connections.
 
     Raises:
@@ -70,7 +70,7 @@ class EndpointTeacher:
         key: removed from the endpoint's messages before they are shown.
     """
 
-    def __init__(self, endpoint: Endpoint, client: httpx.AsyncClient, key: str | None = None) -> None:
+    def __init__(self, endpoint: TeacherEndpoint, client: httpx.AsyncClient, key: str | None = None) -> None:
         self._endpoint = endpoint
         self._client = client
         self._key = key

@@ -24,7 +24,7 @@ from megatron_parallel_r1.utils.settings import (
 Api = Literal["chat", "completions"]
 
 
-class Endpoint(Settings):
+class TeacherEndpoint(Settings):
     """A teacher behind an OpenAI-compatible endpoint."""
 
     kind: Literal["endpoint"]
@@ -56,7 +56,7 @@ class Endpoint(Settings):
     """Consecutive requests without an answer, all retries used, that end the run."""
 
     @model_validator(mode="after")
-    def _check_url(self) -> Endpoint:
+    def _check_url(self) -> TeacherEndpoint:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError("url must begin with http:// or https://")
         if "@" in self.url:
@@ -124,7 +124,7 @@ class ColdStart(Settings):
     """Folder for the journal of answers, `traces.parquet` and the report."""
     data: Problems
     """Problems to solve."""
-    teacher: Annotated[Endpoint | OwnEngine, Field(discriminator="kind")]
+    teacher: Annotated[TeacherEndpoint | OwnEngine, Field(discriminator="kind")]
     """Model that writes the traces."""
     template: str = "parallel"
     """Prompt template (`data/prompts.py`)."""

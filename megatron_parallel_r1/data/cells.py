@@ -35,7 +35,7 @@ class BadCell(UnusableRow):
 NumberedRow = tuple[int, Cells | UnusableRow]
 
 
-class Table(Protocol):
+class RowTable(Protocol):
     """Rows in a fixed order, never all in memory: a file, or a data set on the Hub.
 
     Attributes:

@@ -69,26 +69,28 @@ class Contamination:
 def find_contamination(
     training: Iterable[Problem],
     evaluation: Sequence[Problem],
-    words: int = 13,
-    common: int = 10,
-    least_share: float = 0.0,
+    ngram_size: int = 13,
+    max_problems_per_ngram: int = 10,
+    min_overlap: float = 0.0,
 ) -> Contamination:
     """Checks the training problems in one pass and keeps only those that share n-grams.
 
     Args:
         training: the problems of one data set, so that their ids are unique. A problem that repeats, as with
             several worked answers, counts once towards its n-grams; each of its rows may overlap.
-        words: the length of an n-gram.
-        common: n-grams that more different training problems contain are ignored.
-        least_share: the smallest share of the evaluation problem's distinctive n-grams that counts as an
+        ngram_size: the number of words of an n-gram.
+        max_problems_per_ngram: n-grams that more different training problems contain are ignored.
+        min_overlap: the smallest share of the evaluation problem's distinctive n-grams that counts as an
             overlap; at 0 one n-gram is enough. The same text always counts.
 
     Raises:
-        ValueError: `words` or `common` is not positive.
+        ValueError: `ngram_size` or `max_problems_per_ngram` is not positive.
     """
-    if words < 1 or common < 1:
-        raise ValueError(f"runs of {words} words, common beyond {common} problems: both must be positive")
-    evaluation_ngrams = [frozenset(_ngrams(problem.prompt, words)) for problem in evaluation]
+    if ngram_size < 1 or max_problems_per_ngram < 1:
+        raise ValueError(
+            f"ngram_size {ngram_size} and max_problems_per_ngram {max_problems_per_ngram} must be positive"
+        )
+    evaluation_ngrams = [frozenset(_ngrams(problem.prompt, ngram_size)) for problem in evaluation]
     problems_with: dict[Ngram, list[int]] = defaultdict(list)
     texts: dict[str, list[int]] = defaultdict(list)
     for index, problem in enumerate(evaluation):
@@ -102,7 +104,7 @@ def find_contamination(
     suspects: list[tuple[Problem, set[Ngram], list[int]]] = []
     for problem in training:
         training_count += 1
-        ngrams = {ngram for ngram in _ngrams(problem.prompt, words) if ngram in problems_with}
+        ngrams = {ngram for ngram in _ngrams(problem.prompt, ngram_size) if ngram in problems_with}
         text = normalized(problem.prompt)
         same = texts.get(text, [])
         # Several answers to one problem are several rows, which must not make a copied problem look common.
@@ -113,16 +115,19 @@ def find_contamination(
             suspects.append((problem, ngrams, same))
 
     distinctive = [
-        {ngram for ngram in ngrams if occurrences[ngram] <= common} for ngrams in evaluation_ngrams
+        {ngram for ngram in ngrams if occurrences[ngram] <= max_problems_per_ngram}
+        for ngrams in evaluation_ngrams
     ]
     overlaps: list[Overlap] = []
     for problem, ngrams, same in suspects:
         matches = {index for ngram in ngrams for index in problems_with[ngram] if ngram in distinctive[index]}
         for index in sorted(matches.union(same)):
             overlap = _overlap(problem, evaluation[index], ngrams, distinctive[index], index in same)
-            if overlap.same or overlap.share >= least_share:
+            if overlap.same or overlap.share >= min_overlap:
                 overlaps.append(overlap)
-    stock_phrases = [(" ".join(ngram), count) for ngram, count in occurrences.items() if count > common]
+    stock_phrases = [
+        (" ".join(ngram), count) for ngram, count in occurrences.items() if count > max_problems_per_ngram
+    ]
     stock_phrases.sort(key=lambda entry: (-entry[1], entry[0]))
     return Contamination(training_count, len(evaluation), tuple(overlaps), tuple(stock_phrases))
 

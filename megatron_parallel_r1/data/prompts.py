@@ -76,4 +76,6 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[i
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Returns the text of tokens, with tags, without eos."""
     kept = [token for token in tokens if token != tokenizer.eos_token_id]
-    return tokenizer.decode(kept, skip_special_tokens=False) if kept else ""
+    text = tokenizer.decode(kept, skip_special_tokens=False) if kept else ""
+    assert isinstance(text, str), "one sequence decodes to one text"
+    return text

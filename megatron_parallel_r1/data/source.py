@@ -12,7 +12,7 @@ from typing import Generic, Literal, TypeVar, cast
 import numpy as np
 
 from megatron_parallel_r1.data.account import BadRow, RowAccount
-from megatron_parallel_r1.data.cells import Cells, Table, UnusableRow
+from megatron_parallel_r1.data.cells import Cells, RowTable, UnusableRow
 from megatron_parallel_r1.data.problems import Example, Problem
 from megatron_parallel_r1.data.sampler import Int64, RowLocation, StreamedShuffle
 from megatron_parallel_r1.errors import UserError
@@ -38,7 +38,7 @@ class RowSource(Generic[T]):
     """
 
     label: str
-    tables: tuple[Table, ...]
+    tables: tuple[RowTable, ...]
     build: Callable[[Cells, str], T]
     repeats: bool
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_parallel_r1.data.cells import Cells, NumberedRow, Table, UnusableRow
+from megatron_parallel_r1.data.cells import Cells, NumberedRow, RowTable, UnusableRow
 from megatron_parallel_r1.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class HubTable:
             yield from zip(batch, cells, strict=True)
 
 
-_TABLES: dict[str, Callable[[Path], Table]] = {
+_TABLES: dict[str, Callable[[Path], RowTable]] = {
     ".parquet": ParquetTable,
     ".jsonl": JsonlTable,
     ".json": JsonlTable,
@@ -164,7 +164,7 @@ def open_hub(name: str, config: str | None, split: str) -> HubTable:
         ) from error
 
 
-def open_files(path: Path) -> tuple[Table, ...]:
+def open_files(path: Path) -> tuple[RowTable, ...]:
     """Opens a parquet or JSON Lines file, or all such files of a folder, sorted by name.
 
     Raises:

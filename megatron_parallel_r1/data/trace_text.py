@@ -17,7 +17,7 @@ from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tree import Path, Summary, Tree
 
 _TAG = re.compile("(" + "|".join(map(re.escape, TAG_TEXTS)) + ")")
-_TAGS = Tags(*range(len(TAG_TEXTS)), eos=len(TAG_TEXTS))
+_TAGS = Tags(*range(len(TAG_TEXTS) + 1))
 _TEXT = len(TAG_TEXTS) + 1
 _FORCED_GAP = re.compile(
     r"(?<=<Parallel>)\s+(?=<Path>)"

@@ -17,7 +17,7 @@ from megatron_parallel_r1.coldstart.endpoint_teacher import (
     read_reply,
     retry_after_s,
 )
-from megatron_parallel_r1.coldstart.settings import Endpoint
+from megatron_parallel_r1.coldstart.settings import TeacherEndpoint
 from megatron_parallel_r1.coldstart.teacher import NoAnswer, TeacherAnswer, TeacherRequest
 from megatron_parallel_r1.errors import UserError
 from tests.unit.coldstart.fake_teacher import Body, FakeTeacher, Reply, chat, completion, fault
@@ -26,12 +26,12 @@ from tests.unit.coldstart.written_traces import posed
 GOOD = chat("Final Answer: 6")
 
 
-def told(url: str, changes: dict[str, Any] | None = None) -> Endpoint:
+def told(url: str, changes: dict[str, Any] | None = None) -> TeacherEndpoint:
     quick = {"timeout_s": 5.0, "backoff_s": 0.01, "longest_wait_s": 0.05, "retries": 3, "give_up_after": 99}
-    return Endpoint(kind="endpoint", url=url, model="fake", **(quick | (changes or {})))
+    return TeacherEndpoint(kind="endpoint", url=url, model="fake", **(quick | (changes or {})))
 
 
-def ask(endpoint: Endpoint, count: int = 1) -> list[TeacherAnswer | BaseException]:
+def ask(endpoint: TeacherEndpoint, count: int = 1) -> list[TeacherAnswer | BaseException]:
     async def all_of_them() -> list[TeacherAnswer | BaseException]:
         async with open_endpoint(endpoint, concurrency=8) as teacher:
             requests = [TeacherRequest.of(posed(number), 0, "plain", seed=0) for number in range(count)]

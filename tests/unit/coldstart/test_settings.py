@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_parallel_r1.coldstart.settings import ColdStart, Endpoint, OwnEngine, parse_settings
+from megatron_parallel_r1.coldstart.settings import ColdStart, OwnEngine, TeacherEndpoint, parse_settings
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.settings import Thinking
 from tests.unit.coldstart.written_traces import settings_tree
@@ -19,7 +19,7 @@ def tree() -> dict[str, Any]:
 
 def test_both_teachers() -> None:
     told = parse_settings(tree(), "a.yaml")
-    assert isinstance(told, ColdStart) and isinstance(told.teacher, Endpoint)
+    assert isinstance(told, ColdStart) and isinstance(told.teacher, TeacherEndpoint)
     assert told.out == Path("out") and told.balance.ratio is None
     engine = {"kind": "engine", "path": "model", "thinking": {"paths": 3}}
     told = parse_settings(tree() | {"teacher": engine}, "a.yaml")

@@ -50,7 +50,7 @@ def test_the_longest_stretch_in_common_is_shown() -> None:
     (overlap,) = find_contamination(problems("train", trained), problems("eval", asked)).overlaps
     assert overlap.shared == " ".join(f"w{i}" for i in range(20, 36))
     assert overlap.share == (2 + 4) / 28
-    assert not find_contamination(problems("t", trained), problems("e", asked), least_share=0.5).overlaps
+    assert not find_contamination(problems("t", trained), problems("e", asked), min_overlap=0.5).overlaps
 
 
 def test_short_problems_are_found_as_the_same_text_only() -> None:
@@ -68,7 +68,7 @@ def test_runs_that_many_training_problems_hold_are_passed_over() -> None:
     words = words_of(LONG)
     runs = sorted(" ".join(words[start : start + 13]) for start in range(len(words) - 12))
     assert found.stock_phrases == tuple((run, 12) for run in runs)
-    assert len(find_contamination(trained, problems("eval", LONG), common=12).rows()) == 12
+    assert len(find_contamination(trained, problems("eval", LONG), max_problems_per_ngram=12).rows()) == 12
 
 
 def test_several_answers_to_a_problem_do_not_make_it_common() -> None:
@@ -77,13 +77,13 @@ def test_several_answers_to_a_problem_do_not_make_it_common() -> None:
     found = find_contamination(trained, problems("eval", LONG))
     assert found.rows() == {str(row) for row in (*range(20), 21)} and not found.stock_phrases
     assert (found.training_count, {overlap.share for overlap in found.overlaps}) == (22, {1.0})
-    counted = find_contamination(trained, problems("eval", LONG), common=1).stock_phrases
+    counted = find_contamination(trained, problems("eval", LONG), max_problems_per_ngram=1).stock_phrases
     assert {count for _, count in counted} == {2}
 
 
 def test_what_cannot_be_a_run() -> None:
     for words, common in ((0, 1), (13, 0)):
-        with pytest.raises(ValueError, match="both must be positive"):
+        with pytest.raises(ValueError, match="must be positive"):
             find_contamination([], [], words, common)
 
 
