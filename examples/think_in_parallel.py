@@ -1,10 +1,10 @@
-"""Asks a released model one question and lets it think in parallel, in this process.
+"""Poses one question to a released model, which thinks in parallel in this process.
 
     python examples/think_in_parallel.py runs/tiny/release "What is 17 * 3?"
 
-Everything that it needs is in the folder: weights, tokenizer with the tags, and the decoding settings of
-thinking.json. No modeling code is loaded with it, and transformers' `generate` could not do it: at
-`<Parallel>` the context forks into N paths, none of which sees the others, and goes on behind all of them.
+The folder holds all that is needed: weights, tokenizer with the tags, and the decoding settings in
+thinking.json. transformers' `generate` cannot decode it: at `<Parallel>` the context forks into N paths, none
+of which sees the others, and the main chain continues after all of them.
 """
 
 from __future__ import annotations

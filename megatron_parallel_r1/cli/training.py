@@ -95,7 +95,7 @@ def coldstart(
     cold_start_settings = parse_settings(read_tree(settings, overrides or ()), str(settings))
     from megatron_parallel_r1.coldstart.run import cold_start
 
-    outcome = cold_start(cold_start_settings, tell=lambda line: typer.echo(line, err=True))
+    outcome = cold_start(cold_start_settings, log=lambda line: typer.echo(line, err=True))
     kept, passed = outcome.written.traces, outcome.tally.passed
     out = cold_start_settings.out
     typer.echo(f"traces   {out / 'traces.parquet'} ({kept} of {passed} that pass)")

@@ -1,4 +1,4 @@
-"""What `parallel-r1 serve-rollout` is asked for."""
+"""Settings of `parallel-r1 serve-rollout`."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True)
 class LaunchSettings:
-    """Servers alike but for their place.
+    """Rollout servers with the same settings on different ports and GPUs.
 
     Attributes:
         checkpoint: a Hugging Face folder.
-        servers: how many.
-        tensor, data: GPUs of one server: `tensor` x `data`.
-        host: where to listen; 0.0.0.0 is told to others under this machine's name.
-        port: of the first server, the next ones follow; 0: free ones.
-        device: None: the GPUs if there are any.
+        servers: number of servers.
+        tensor, data: parallel sizes of one server, which has `tensor` x `data` GPUs.
+        host: address to listen on; 0.0.0.0 is published under this machine's name.
+        port: that of the first server, the others follow; 0: free ports.
+        device: None: the GPUs, if any.
         dtype: None: float32 on a CPU, the checkpoint's own on a GPU.
-        memory_share: of a GPU's memory, for weights and cache; None: the engine's own choice.
-        context_tokens: prompt and continuation of one request; None: as the checkpoint says.
-        cache_tokens: of the key/value cache on a CPU.
-        deterministic: a draw depends on its request's seed and its position alone.
+        memory_share: share of a GPU's memory for weights and cache; None: the engine's default.
+        context_tokens: most tokens of prompt and response; None: the checkpoint's limit.
+        cache_tokens: size of the KV cache on a CPU.
+        deterministic: a sampled token depends on its request's seed and its position only.
         isolated: SGLang with the plugin that joins isolated paths exactly.
-        colocated: a server can give up its GPU memory while the trainer learns.
-        python: the engine's interpreter; None: that of `make engines`, else this one if it has the engine.
-        log_dir: one log file a server.
-        urls_file: gets the base URLs, one a line, once all are healthy; is gone when the servers are.
-        crashes: so many ends of one server in a row, never healthy in between, are given up on.
-        start_seconds: a server that is not healthy by then has crashed.
-        options: further options for each engine's command line; they win over the usual ones.
+        colocated: a server can release its GPU memory while the trainer learns.
+        python: interpreter of the engine; None: that of `make engines`, else this one if it has the engine.
+        log_dir: folder of the logs, one file per server.
+        urls_file: file for the base URLs, one a line, once all servers are healthy; removed with the servers.
+        crashes: consecutive crashes of one server, never healthy in between, before giving up.
+        start_seconds: time limit for a server to become healthy; later counts as a crash.
+        options: further options of the engine's command line; they override the usual ones.
     """
 
     checkpoint: Path
