@@ -46,7 +46,7 @@ def to_megatron(hf: Path, out: Path) -> None:
 
 def to_hf(like: Path, megatron: Path, out: Path) -> None:
     """Megatron loads the checkpoint, mbridge writes the folder; `like` provides config.json."""
-    from megatron_parallel_r1.conversion.live import load_with_megatron
+    from megatron_parallel_r1.conversion.verify import load_with_megatron
 
     with _bridged(like) as (bridge, model):
         load_with_megatron(model, megatron)

@@ -7,7 +7,7 @@ Killed, the same command goes on. A recipe's model.path may name the result. doc
 
 from __future__ import annotations
 
-from megatron_parallel_r1.conversion.command import explained, hf_to_megatron_command
+from megatron_parallel_r1.conversion.command import hf_to_megatron_command, run_and_exit
 
 if __name__ == "__main__":
-    explained(hf_to_megatron_command)
+    run_and_exit(hf_to_megatron_command)

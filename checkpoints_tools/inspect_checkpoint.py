@@ -7,7 +7,7 @@ docs/checkpoints.md says more.
 
 from __future__ import annotations
 
-from megatron_parallel_r1.conversion.command import explained, inspect_command
+from megatron_parallel_r1.conversion.command import inspect_command, run_and_exit
 
 if __name__ == "__main__":
-    explained(inspect_command)
+    run_and_exit(inspect_command)

@@ -8,7 +8,7 @@ Killed, the same command goes on. docs/checkpoints.md says more.
 
 from __future__ import annotations
 
-from megatron_parallel_r1.conversion.command import explained, megatron_to_hf_command
+from megatron_parallel_r1.conversion.command import megatron_to_hf_command, run_and_exit
 
 if __name__ == "__main__":
-    explained(megatron_to_hf_command)
+    run_and_exit(megatron_to_hf_command)

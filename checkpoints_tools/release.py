@@ -8,7 +8,7 @@ docs/checkpoints.md says more.
 
 from __future__ import annotations
 
-from megatron_parallel_r1.conversion.command import explained, release_command
+from megatron_parallel_r1.conversion.command import release_command, run_and_exit
 
 if __name__ == "__main__":
-    explained(release_command)
+    run_and_exit(release_command)

@@ -7,7 +7,7 @@ Exit code 0: the same; 1: different; 2: one cannot be read. docs/checkpoints.md 
 
 from __future__ import annotations
 
-from megatron_parallel_r1.conversion.command import explained, verify_command
+from megatron_parallel_r1.conversion.command import run_and_exit, verify_command
 
 if __name__ == "__main__":
-    explained(verify_command)
+    run_and_exit(verify_command)

@@ -1,4 +1,4 @@
-"""Files that are read or written past the page cache, where their file system lets them."""
+"""Reads and writes that bypass the page cache (O_DIRECT), where the file system supports it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from types import TracebackType
 
 import numpy as np
 
-# What a file system may want direct reads and writes to begin at and to be a multiple of.
+# The alignment and granularity that a file system may require of direct reads and writes.
 ALIGNED = 4096
 DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def open_direct(file: Path, flags: int) -> int:
-    """A descriptor; through the page cache if the file system has no other way.
+    """Opens a file directly, or through the page cache if the file system has no direct I/O.
 
     Raises:
         OSError: the file cannot be opened at all.
@@ -31,40 +31,40 @@ def open_direct(file: Path, flags: int) -> int:
 
 
 def is_direct(descriptor: int) -> bool:
-    """Whether reads and writes go past the page cache."""
+    """Returns whether reads and writes bypass the page cache."""
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & DIRECT)
 
 
-def give_up(descriptor: int, error: OSError) -> None:
-    """Goes through the page cache from now on, because of what a direct read or write came to.
+def disable_direct(descriptor: int, error: OSError) -> None:
+    """Falls back to the page cache after a direct read or write was refused.
 
     Raises:
-        OSError: `error`, which has another reason.
+        OSError: `error`, if it has another cause.
     """
     if error.errno != errno.EINVAL or not is_direct(descriptor):
         raise error
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~DIRECT)
 
 
-def rounded_up(count: int) -> int:
-    """To a multiple of `ALIGNED`."""
+def round_up(count: int) -> int:
+    """Rounds up to a multiple of `ALIGNED`."""
     return -(-count // ALIGNED) * ALIGNED
 
 
 def aligned_memory(size: int) -> mmap.mmap:
-    """Zeros that begin where a page does. Private: Linux gives shared memory small pages by default."""
+    """Returns page-aligned zeros. Private, because Linux gives shared memory small pages by default."""
     return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 BLOCK = 2**22
-MOST = 2**30  # bytes a call; not every system takes more than 2 GiB
+MAX_READ = 2**30  # bytes per call; not every system takes more than 2 GiB
 
 
 class FileBytes:
     """An open file; a context manager.
 
     Args:
-        once: whether nobody will read the same soon again.
+        once: read directly, because nobody will read the same bytes again soon.
 
     Raises:
         OSError: here and in `read`: the file cannot be read.
@@ -86,29 +86,29 @@ class FileBytes:
         os.close(self._descriptor)
 
     def read(self, begin: int, out_B: np.ndarray) -> int:
-        """Fills `out_B`, uint8, from the file's byte `begin` on; returns how many there were."""
+        """Fills `out_B`, uint8, from the file's byte `begin` on; returns the number of bytes read."""
         if is_direct(self._descriptor):
             try:
                 return self._read_direct(begin, out_B)
             except OSError as error:
-                give_up(self._descriptor, error)
+                disable_direct(self._descriptor, error)
         done = 0
         while done < len(out_B):
-            count = os.preadv(self._descriptor, [out_B[done : done + MOST]], begin + done)
+            count = os.preadv(self._descriptor, [out_B[done : done + MAX_READ]], begin + done)
             if not count:
                 break
             done += count
         return done
 
     def _read_direct(self, begin: int, out_B: np.ndarray) -> int:
-        done, ahead = 0, begin % ALIGNED
+        done, skip = 0, begin % ALIGNED
         while done < len(out_B):
-            room_B = self._block_B[: rounded_up(ahead + len(out_B) - done)]
-            count = os.preadv(self._descriptor, [room_B], begin + done - ahead)
-            some_B = room_B[ahead:count][: len(out_B) - done]
-            if not len(some_B):
+            block_B = self._block_B[: round_up(skip + len(out_B) - done)]
+            count = os.preadv(self._descriptor, [block_B], begin + done - skip)
+            data_B = block_B[skip:count][: len(out_B) - done]
+            if not len(data_B):
                 break
-            out_B[done : done + len(some_B)] = some_B
-            done += len(some_B)
-            ahead = (begin + done) % ALIGNED
+            out_B[done : done + len(data_B)] = data_B
+            done += len(data_B)
+            skip = (begin + done) % ALIGNED
         return done

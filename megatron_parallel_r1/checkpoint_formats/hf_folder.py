@@ -1,6 +1,6 @@
-"""Hugging Face folders: config.json, safetensors and a tokenizer, as every inference engine reads them.
+"""Hugging Face folders: config.json, safetensors and a tokenizer, the form that inference engines read.
 
-Wherever weights are read, a checkpoint of Megatron with a config.json beside it will do as well.
+Wherever weights are read, a distributed checkpoint of Megatron with a config.json works too.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 
 def load_hf_folder(path: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
-    """The architecture and, read one by one as they are asked for, the weights of a folder.
+    """Returns a folder's config and an iterator that reads its weights one by one.
 
-    The weights may also be a distributed checkpoint of Megatron; they come under their Hugging Face names.
+    The weights may also be a distributed checkpoint of Megatron; they have their Hugging Face names.
 
     Raises:
         UserError: a file is missing or damaged, or the architecture is not supported.
@@ -50,31 +50,31 @@ def load_hf_folder(path: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, T
 
 
 def read_config(path: Path | str) -> ModelConfig:
-    """The architecture of a folder.
+    """Reads the config.json of a folder.
 
     Raises:
         UserError: as `load_hf_folder`.
     """
     folder = Path(path)
     try:
-        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(told, dict):
-            raise UserError("config.json is no JSON object; copy it again")
-        return ModelConfig.from_hf(told)
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise UserError("config.json is not a JSON object; copy it again")
+        return ModelConfig.from_hf(fields)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder}: no config.json; give the folder of a Hugging Face model on this machine"
         ) from None
     except OSError as error:
         raise UserError(f"{folder}/config.json: {error.strerror}; make it readable") from None
-    except ValueError as error:  # also what is no UTF-8
-        raise UserError(f"{folder}/config.json is no valid JSON ({error}); copy it again") from None
+    except ValueError as error:  # also for invalid UTF-8
+        raise UserError(f"{folder}/config.json is not valid JSON ({error}); copy it again") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
 
 def hf_sizes(path: Path | str) -> dict[str, tuple[int, ...]]:
-    """Names and sizes of a folder's weights, without reading them.
+    """Returns the names and shapes of a folder's weights, without reading them.
 
     Raises:
         UserError: as `load_hf_folder`.
@@ -92,10 +92,10 @@ def _is_megatron(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a folder's weights: those that its index names, or all.
+    """Returns the files with a folder's weights: those in its index, or all.
 
     Raises:
-        UserError: there are none, or one that the index names is not there.
+        UserError: there are none, or one in the index is missing.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -119,7 +119,7 @@ def _read(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{file} is damaged ({error}); copy it again") from None
@@ -132,23 +132,23 @@ def save_hf_folder(
     tokenizer: PreTrainedTokenizerBase | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a folder that AutoModelForCausalLM, SGLang and vLLM load; a reader never sees half of it.
+    """Writes a folder that AutoModelForCausalLM, SGLang and vLLM load; it appears when it is complete.
 
     Args:
         path: a new folder, or an earlier model, which is replaced.
-        config: the architecture.
+        config: the model's sizes.
         tensors: Hugging Face names and tensors of one dtype.
-        tokenizer: saved beside the model if given; its eos ends generation.
-        extra: further files, name and text.
+        tokenizer: saved with the model; its EOS token ends generation.
+        extra: further files by name.
 
     Raises:
-        UserError: the path holds something that is no model.
+        UserError: the path exists and is not a model.
     """
     folder = Path(path)
     if folder.is_file() or (
         folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists()
     ):
-        raise UserError(f"{folder} exists and is no Hugging Face model; choose another folder")
+        raise UserError(f"{folder} exists and is not a Hugging Face model; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -182,7 +182,7 @@ def _write(
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch.dtype:
-    """Writes files of up to `SHARD_BYTES` with their index, one in memory at a time; returns the dtype."""
+    """Writes files of up to `SHARD_BYTES` and their index, one in memory at a time; returns the dtype."""
     shards: list[Path] = []
     places: dict[str, int] = {}
     held: dict[str, Tensor] = {}
@@ -212,13 +212,13 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch.
 
 
 def shard_names(count: int) -> list[str]:
-    """Of `count` weight files, as transformers names them."""
+    """Returns transformers' names for `count` weight files."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
-    """Says which tensor is in which of several files, and how many bytes they are together."""
-    told = {"metadata": {"total_size": total}, "weight_map": dict(files)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(told, indent=2) + "\n")
+    """Writes the index: the file of each tensor, and the total size in bytes."""
+    index = {"metadata": {"total_size": total}, "weight_map": dict(files)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,10 +1,10 @@
-"""Writing safetensors files; reading tensors, or some of their rows and columns, without mapping them.
+"""Writes safetensors files, and reads whole tensors or some of their rows and columns without mmap.
 
-A mapped file counts towards a process's memory page by page as it is read; these reads leave nothing behind.
+The pages of a mapped file count as the process's memory once they are read; these reads leave none.
 The format: 8 bytes with the length of a JSON header, the header, the tensors' bytes
 (https://github.com/huggingface/safetensors#format).
 
-Shapes: G groups of r rows each, X what a row consists of.
+Shapes: G groups of r rows each, X the dimensions of a row.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,18 +29,18 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
-BLOCK = 2**22  # bytes read at a time where they cannot go straight to their place
+BLOCK = 2**22  # bytes read at once if they cannot be read into their final place
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes a file as safetensors' own `save_file`, with the rights that new files have here.
+    """Writes a file like safetensors' `save_file`, but with the permissions of the umask.
 
-    That one leaves it to its owner alone (0.8.0), whatever the umask.
+    `save_file` (0.8.0) makes it readable by its owner only.
     """
     file.touch()
-    rights = file.stat().st_mode
+    mode = file.stat().st_mode
     save_file(dict(tensors), file, metadata={"format": "pt"})
-    file.chmod(rights)
+    file.chmod(mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class StoredTensor:
     """A tensor in a file, its first byte at `begin`.
 
     Attributes:
-        once: whether nobody will read the same rows soon again; see `FileBytes`.
+        once: whether the rows will not be read again soon (`FileBytes`).
     """
 
     file: Path
@@ -62,7 +63,7 @@ class StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """All of it.
+        """Reads the whole tensor.
 
         Raises:
             UserError: as `read_into`.
@@ -73,26 +74,27 @@ class StoredTensor:
 
     @torch.no_grad()
     def read_into(self, out_GrX: Tensor, row: int = 0, column: int | None = None) -> None:
-        """Fills `out_GrX`, cast to its dtype, with the G * r rows from `row` on.
+        """Reads the G * r rows from `row` on into `out_GrX`, cast to its dtype.
 
         Args:
-            out_GrX: a view of any strides; it wants the rows' columns from `column` on, None: whole rows.
+            out_GrX: a view of any strides.
+            column: first of the columns to read, as many as `out_GrX` has; None: whole rows.
 
         Raises:
             UserError: the file cannot be read, or ends too early.
         """
         width = prod(self.shape[1:]) * self.dtype.itemsize
         groups, rows = out_GrX.shape[:2]
-        # Whoever wants some columns leaves the others to somebody else.
+        # The other columns of the same rows will be read for other shards.
         with self._opened(self.once and column is None) as source:
-            # Where it is one piece of memory of the right dtype, bytes go there; otherwise through a block.
+            # Straight into contiguous memory of the same dtype; otherwise through a block.
             if column is None and out_GrX.dtype == self.dtype and out_GrX.is_contiguous():
                 self._read(source, out_GrX, self.begin + row * width)
                 return
             step_r = rows if groups > 1 else max(1, BLOCK // max(width, 1))
             step_G = max(1, BLOCK // max(width * rows, 1))
-            most = min(step_G, groups) * min(step_r, rows)
-            block = torch.empty((most, *self.shape[1:]), dtype=self.dtype)
+            count = min(step_G, groups) * min(step_r, rows)
+            block = torch.empty((count, *self.shape[1:]), dtype=self.dtype)
             for group in range(0, groups, step_G):
                 for first in range(0, rows, step_r):
                     part = out_GrX[group : group + step_G, first : first + step_r]
@@ -114,29 +116,29 @@ class StoredTensor:
 
 
 def stored_tensors(files: list[Path], once: bool = False) -> dict[str, StoredTensor]:
-    """Everything that is in some files.
+    """Returns all tensors of some files by name.
 
     Args:
         once: as in `StoredTensor`.
 
     Raises:
-        UserError: a file is damaged, a tensor is in two of them, or of a dtype that is not computed with.
+        UserError: a file is damaged, a tensor is in two of them, or its dtype is not supported.
     """
-    found: dict[str, StoredTensor] = {}
+    stored: dict[str, StoredTensor] = {}
     for file in files:
-        for name, told in _header(file).items():
-            if name in found:
-                raise UserError(f"{name} is in {found[name].file.name} and in {file}; delete one of the two")
-            if told["dtype"] not in DTYPES:
+        for name, entry in _header(file).items():
+            if name in stored:
+                raise UserError(f"{name} is in {stored[name].file.name} and in {file}; delete one of the two")
+            if entry["dtype"] not in DTYPES:
                 raise UserError(
-                    f"{file}: {name} is of dtype {told['dtype']}; first cast it to one of {', '.join(DTYPES)}"
+                    f"{file}: {name} is of dtype {entry['dtype']}; cast it to one of {', '.join(DTYPES)}"
                 )
-            dtype = DTYPES[told["dtype"]]
-            found[name] = StoredTensor(file, name, dtype, tuple(told["shape"]), told["begin"], once)
-    return found
+            dtype = DTYPES[entry["dtype"]]
+            stored[name] = StoredTensor(file, name, dtype, tuple(entry["shape"]), entry["begin"], once)
+    return stored
 
 
-def _header(file: Path) -> dict[str, dict]:
+def _header(file: Path) -> dict[str, dict[str, Any]]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -145,11 +147,11 @@ def _header(file: Path) -> dict[str, dict]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        for name, told in header.items():
-            begin, end = told["data_offsets"]
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
             if 8 + length + end > size:
-                raise ValueError(f"it ends before {name} does")
-            told["begin"] = 8 + length + begin
+                raise ValueError(f"it ends within {name}")
+            entry["begin"] = 8 + length + begin
         return header
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); copy it again") from None

@@ -1,8 +1,8 @@
-"""Reading weights out of Megatron's distributed checkpoints ("torch_dist"), without Megatron or its ranks.
+"""Reads weights from Megatron's distributed checkpoints ("torch_dist"), without Megatron or its ranks.
 
-Such a checkpoint holds whole tensors in pieces, whatever the layout was that wrote it. Their names are those
-of Megatron's own modules, but for norms that Transformer Engine fuses into the matrix behind them, and
-experts, which are rows of one tensor of a rank more. Megatron-LM may also stack all layers in that way.
+Such a checkpoint stores whole tensors in shards, independent of the layout that wrote it. Their names are
+those of Megatron's modules, except for norms that Transformer Engine fuses into the next matrix, and experts,
+which are stacked along a new first dimension. Megatron-LM may also stack all layers that way.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import WeightMapping, weight_table
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTensor
-from megatron_parallel_r1.checkpoint_formats.torch_save import OddStrides, find_tensor
+from megatron_parallel_r1.checkpoint_formats.torch_save import NotContiguous, locate_tensor
 from megatron_parallel_r1.errors import UserError
 
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]
 
 TRACKER = "latest_checkpointed_iteration.txt"
-# What else a training run keeps beside its weights.
-_NO_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
+# Prefixes of a training run's other tensors.
+_NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
 
 
 def _empty(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -37,10 +37,10 @@ def _empty(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def checkpoint_key(weight: WeightMapping, has_experts: bool) -> str:
-    """The name of the whole tensor that `weight` is, or of which it is row `weight.expert`.
+    """Returns the name of the tensor that `weight` is, or of which it is row `weight.expert`.
 
     Args:
-        has_experts: whether the model has; the norm before a router is fused into nothing.
+        has_experts: whether the model has experts; the norm before a router is not fused.
     """
     name = weight.name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
     if not has_experts:
@@ -51,7 +51,7 @@ def checkpoint_key(weight: WeightMapping, has_experts: bool) -> str:
 
 
 def _places(weight: WeightMapping, has_experts: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Where a checkpoint may have a weight: the name of a tensor, and which of its rows."""
+    """Yields where a checkpoint may store a weight: the name of a tensor, and the leading indices."""
     expert = () if weight.expert is None else (weight.expert,)
     for name in (checkpoint_key(weight, has_experts), weight.name):
         yield name, expert
@@ -60,29 +60,29 @@ def _places(weight: WeightMapping, has_experts: bool) -> Iterator[tuple[str, tup
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The folder with the pieces: `path` itself, or that which its tracker names; None if neither is."""
+    """Returns the folder with the shards: `path`, or the one its tracker names; None if there is none."""
     if (path / ".metadata").is_file():
         return path
     tracker = path / TRACKER
     if not tracker.is_file():
         return None
-    word = tracker.read_text().strip()
-    folder = path / (f"iter_{int(word):07d}" if word.isdigit() else word)
+    iteration = tracker.read_text().strip()
+    folder = path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
     if not (folder / ".metadata").is_file():
         raise UserError(
-            f"{tracker} names {folder.name}, which holds no distributed checkpoint; copy it again"
+            f"{tracker} names {folder.name}, which is not a distributed checkpoint; copy it again"
         )
     return folder
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Where a tensor of a checkpoint is, in which file, and which rectangle of the whole it is."""
+class StoredShard:
+    """A rectangle of a tensor: its place in a file, and in the whole tensor."""
 
     file: Path
     begin: int
     length: int
-    corner: tuple[int, ...]
+    offset: tuple[int, ...]
     sizes: tuple[int, ...]
 
 
@@ -90,15 +90,15 @@ class MegatronCheckpoint:
     """A distributed checkpoint, its index in memory.
 
     Args:
-        once: whether nobody will read its weights soon again; see `FileBytes`.
+        once: whether its weights will not be read again soon (`FileBytes`).
 
     Attributes:
-        folder: with the pieces.
+        folder: with the shards.
         sizes: of all its tensors.
-        dtypes: likewise.
+        dtypes: of all its tensors.
 
     Raises:
-        UserError: there is none in `path`, or its index is damaged.
+        UserError: there is no checkpoint in `path`, or its index is damaged.
     """
 
     def __init__(self, path: Path, once: bool = False) -> None:
@@ -107,7 +107,7 @@ class MegatronCheckpoint:
         if folder is None:
             raise UserError(
                 f"{path}: no distributed checkpoint of Megatron (.metadata is missing); give its folder. "
-                "A legacy one (mp_rank_…) has first to be saved anew with --ckpt-format torch_dist"
+                "A legacy one (mp_rank_…) must be saved again with --ckpt-format torch_dist"
             )
         self.folder = folder
         try:
@@ -115,79 +115,79 @@ class MegatronCheckpoint:
         except (pickle.UnpicklingError, EOFError, AttributeError, OSError, ImportError) as error:
             raise UserError(f"{folder}/.metadata is damaged ({error}); copy it again") from None
         self._tensors: dict[str, TensorStorageMetadata] = {
-            key: told
-            for key, told in self._metadata.state_dict_metadata.items()
-            if isinstance(told, TensorStorageMetadata)
+            key: metadata
+            for key, metadata in self._metadata.state_dict_metadata.items()
+            if isinstance(metadata, TensorStorageMetadata)
         }
         self.sizes: Mapping[str, tuple[int, ...]] = {key: tuple(t.size) for key, t in self._tensors.items()}
         self.dtypes: Mapping[str, torch.dtype] = {key: t.properties.dtype for key, t in self._tensors.items()}
 
     @property
     def weight_keys(self) -> set[str]:
-        """Those that are weights of a model."""
+        """Names of the tensors that are weights of a model."""
         return {
-            key for key in self.sizes if not key.startswith(_NO_WEIGHTS) and not key.endswith("_extra_state")
+            key for key in self.sizes if not key.startswith(_NOT_WEIGHTS) and not key.endswith("_extra_state")
         }
 
-    def check(self, shape: ModelConfig) -> None:
-        """Holds names and sizes against a model.
+    def check(self, config: ModelConfig) -> None:
+        """Checks names and sizes against a model.
 
         Raises:
             UserError: a tensor is missing, unknown or of another size.
         """
         problems, used = [], set()
-        for weight in weight_table(shape):
-            found = self._located(weight, shape)
-            if found is None:
-                problems.append(f"{checkpoint_key(weight, shape.experts is not None)} is missing")
+        for weight in weight_table(config):
+            location = self._locate(weight, config)
+            if location is None:
+                problems.append(f"{checkpoint_key(weight, config.experts is not None)} is missing")
                 continue
-            key, index = found
+            key, index = location
             used.add(key)
             size = self.sizes[key][len(index) :]
             fits = size == weight.shape
-            if weight.vocabulary:  # filled up by whoever wrote it
+            if weight.vocabulary:  # padded by the writer
                 fits = size[1:] == weight.shape[1:] and size[0] >= weight.shape[0]
             if not fits:
                 problems.append(f"{key} is {self.sizes[key]} instead of {weight.shape}")
         problems += [f"{key} is unknown" for key in self.weight_keys - used]
         if problems:
-            shown = "; ".join(sorted(problems)[:5])
+            first = "; ".join(sorted(problems)[:5])
             more = f"; and {len(problems) - 5} more" if problems[5:] else ""
             raise UserError(
-                f"{self.folder} does not fit the model: {shown}{more}. Give the config.json of this model"
+                f"{self.folder} does not fit the model: {first}{more}. Give the config.json of this model"
             )
 
-    def dtype(self, weight: WeightMapping, shape: ModelConfig) -> torch.dtype:
-        """Of a weight that `check` has found."""
-        return self.dtypes[self._located(weight, shape)[0]]
+    def dtype(self, weight: WeightMapping, config: ModelConfig) -> torch.dtype:
+        """Returns the dtype of a weight; `check` must have passed."""
+        return self.dtypes[self._location(weight, config)[0]]
 
     @torch.no_grad()
     def read(
         self,
         weight: WeightMapping,
-        shape: ModelConfig,
+        config: ModelConfig,
         empty: Empty = _empty,
         start: int = 0,
         stop: int | None = None,
     ) -> Tensor:
-        """The Megatron parameter, its vocabulary cut to the model's.
+        """Reads a Megatron parameter, without the padding of its vocabulary.
 
         Args:
-            empty: gives the memory that it is read into.
-            start, stop: the rows that are wanted; None: to the last.
+            empty: allocates the tensor that it is read into.
+            start, stop: the rows to read; None: to the last.
 
         Raises:
-            UserError: a piece cannot be read, or one is missing.
+            UserError: a shard cannot be read, or one is missing.
         """
-        key, index = self._located(weight, shape)
+        key, index = self._location(weight, config)
         stop = weight.shape[0] if stop is None else stop
         out = empty((stop - start, *weight.shape[1:]), self.dtypes[key])
         filled = 0
-        for piece in self.pieces(key):
-            lead = tuple(zip(piece.corner, piece.sizes, strict=True))[: len(index)]
+        for shard in self.shards(key):
+            lead = tuple(zip(shard.offset, shard.sizes, strict=True))[: len(index)]
             if not all(first <= i < first + size for i, (first, size) in zip(index, lead, strict=True)):
                 continue
-            (top, *left), (rows, *widths) = piece.corner[len(index) :], piece.sizes[len(index) :]
+            (top, *left), (rows, *widths) = shard.offset[len(index) :], shard.sizes[len(index) :]
             first, last = max(start, top), min(stop, top + rows)
             if first >= last:
                 continue
@@ -196,60 +196,68 @@ class MegatronCheckpoint:
             above = 0
             for i, (begin, size) in zip(index, lead, strict=True):
                 above = above * size + i - begin
-            self._read_into(target, key, piece, (rows, *widths), above * rows + first - top)
+            self._read_into(target, key, shard, (rows, *widths), above * rows + first - top)
             filled += target.numel()
         if filled != out.numel():
-            raise UserError(f"{self.folder}: pieces of {key} are missing; copy the checkpoint again")
+            raise UserError(f"{self.folder}: shards of {key} are missing; copy the checkpoint again")
         return out
 
-    def pieces(self, key: str) -> list[Piece]:
-        """Of a tensor."""
-        made = []
+    def shards(self, key: str) -> list[StoredShard]:
+        """Returns the shards of a tensor."""
+        shards = []
         for chunk in self._tensors[key].chunks:
-            told = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-            if getattr(told, "transform_descriptors", None):
+            storage = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            if getattr(storage, "transform_descriptors", None):
                 raise UserError(f"{self.folder}: {key} is stored transformed; save it without extensions")
-            made.append(
-                Piece(
-                    self.folder / told.relative_path,
-                    told.offset,
-                    told.length,
+            shards.append(
+                StoredShard(
+                    self.folder / storage.relative_path,
+                    storage.offset,
+                    storage.length,
                     tuple(chunk.offsets),
                     tuple(chunk.sizes),
                 )
             )
-        return made
+        return shards
 
-    def _read_into(self, target: Tensor, key: str, piece: Piece, sizes: tuple[int, ...], row: int) -> None:
-        """Fills `target` with the rows from `row` on of the tensors of `sizes` that a piece holds."""
+    def _read_into(
+        self, target: Tensor, key: str, shard: StoredShard, sizes: tuple[int, ...], row: int
+    ) -> None:
+        """Fills `target` with the rows from `row` on of the tensors of `sizes` that a shard stores."""
         if not target.numel():
             return
         try:
-            with piece.file.open("rb") as stream:
-                if piece.file.stat().st_size < piece.begin + piece.length:
-                    raise UserError(f"{piece.file} ends within {key}; copy it again")
-                held = find_tensor(stream, piece.begin, piece.length)
+            with shard.file.open("rb") as stream:
+                if shard.file.stat().st_size < shard.begin + shard.length:
+                    raise UserError(f"{shard.file} ends within {key}; copy it again")
+                saved = locate_tensor(stream, shard.begin, shard.length)
         except OSError as error:
-            raise UserError(f"{piece.file} cannot be read ({error.strerror}); copy it again") from None
-        except OddStrides as error:
-            raise UserError(f"{piece.file}: {key} is not contiguous ({error}); save it so") from None
+            raise UserError(f"{shard.file} cannot be read ({error.strerror}); copy it again") from None
+        except NotContiguous as error:
+            raise UserError(f"{shard.file}: {key} is not contiguous ({error}); save a copy") from None
         except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise UserError(f"{piece.file}: {key} is damaged ({error}); copy it again") from None
-        if prod(held.shape) != prod(piece.sizes):
-            raise UserError(f"{piece.file}: {key} is of sizes {held.shape} instead of {piece.sizes}")
+            raise UserError(f"{shard.file}: {key} is damaged ({error}); copy it again") from None
+        if prod(saved.shape) != prod(shard.sizes):
+            raise UserError(f"{shard.file}: {key} is of sizes {saved.shape} instead of {shard.sizes}")
         rows, rest = sizes[0], sizes[1:]
-        count = prod(piece.sizes) // prod(sizes)
-        stored = StoredTensor(piece.file, key, held.dtype, (count * rows, *rest), held.begin, self._once)
+        count = prod(shard.sizes) // prod(sizes)
+        stored = StoredTensor(shard.file, key, saved.dtype, (count * rows, *rest), saved.begin, self._once)
         stored.read_into(target[None], row)
 
-    def _located(self, weight: WeightMapping, shape: ModelConfig) -> tuple[str, tuple[int, ...]] | None:
-        places = _places(weight, shape.experts is not None)
+    def _location(self, weight: WeightMapping, config: ModelConfig) -> tuple[str, tuple[int, ...]]:
+        location = self._locate(weight, config)
+        if location is None:
+            raise UserError(f"{self.folder}: {weight.name} is missing; copy the checkpoint again")
+        return location
+
+    def _locate(self, weight: WeightMapping, config: ModelConfig) -> tuple[str, tuple[int, ...]] | None:
+        places = _places(weight, config.experts is not None)
         return next(((key, index) for key, index in places if key in self.sizes), None)
 
 
-def read_weights(checkpoint: MegatronCheckpoint, shape: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """All weights under their Hugging Face names, one after another."""
-    for weight in weight_table(shape):
+def read_weights(checkpoint: MegatronCheckpoint, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yields all weights under their Hugging Face names."""
+    for weight in weight_table(config):
         yield from zip(
-            (name for name, _ in weight.parts), weight.split([checkpoint.read(weight, shape)]), strict=True
+            (name for name, _ in weight.parts), weight.split([checkpoint.read(weight, config)]), strict=True
         )

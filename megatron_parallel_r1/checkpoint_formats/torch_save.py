@@ -1,7 +1,7 @@
-"""Where torch.save put a tensor's numbers, told without reading them.
+"""Locates a tensor's data in a file that torch.save wrote, without reading it.
 
-The format: a zip file whose records are stored as they are, among them `data.pkl`, which rebuilds the tensor,
-and `data/<key>`, its storage (docs.pytorch.org/docs/stable/notes/serialization.html).
+The format: a zip file with uncompressed records, among them `data.pkl`, which rebuilds the tensor, and
+`data/<key>`, its storage (docs.pytorch.org/docs/stable/notes/serialization.html).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Rebuilt:
-    """The arguments of `torch._utils._rebuild_tensor_v2` that say what a tensor is like."""
+    """The arguments of `torch._utils._rebuild_tensor_v2` that describe a tensor."""
 
     storage: tuple[str, torch.dtype, str, str, int]
     offset: int
@@ -44,11 +44,11 @@ class _Rebuilt:
         return cls(storage, offset, tuple(size), tuple(stride))
 
 
-class _Reader(pickle.Unpickler):
-    """Makes nothing but a description: no class of a file's own choice is ever called."""
+class _DescriptionUnpickler(pickle.Unpickler):
+    """Creates only a description: it never calls a class that the file names."""
 
-    def persistent_load(self, told: Any) -> Any:
-        return told
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -59,11 +59,11 @@ class _Reader(pickle.Unpickler):
             return OrderedDict
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        raise pickle.UnpicklingError(f"it holds a {module}.{name}, no plain tensor")
+        raise pickle.UnpicklingError(f"it contains a {module}.{name}, not a plain tensor")
 
 
 class _Part(io.RawIOBase):
-    """Some bytes of a file, as a file."""
+    """A byte range of a file, as a file."""
 
     def __init__(self, stream: IO[bytes], begin: int, length: int) -> None:
         self._stream, self._begin, self._length, self._at = stream, begin, length, 0
@@ -89,52 +89,53 @@ class _Part(io.RawIOBase):
         return len(data)
 
 
-class OddStrides(Exception):
+class NotContiguous(Exception):
     """The tensor is not contiguous; the message has its strides."""
 
 
-def find_tensor(file: IO[bytes], begin: int, length: int) -> SavedTensor:
-    """
+def locate_tensor(file: IO[bytes], begin: int, length: int) -> SavedTensor:
+    """Locates a tensor.
+
     Args:
-        file: where `length` bytes from `begin` on are what torch.save wrote of one tensor.
+        file: its `length` bytes from `begin` on are torch.save's output for one tensor.
 
     Raises:
-        OddStrides: a reader of bytes alone cannot make the tensor of them.
-        pickle.UnpicklingError: it is something else than a tensor, or damaged.
-        zipfile.BadZipFile: it is damaged.
+        NotContiguous: the tensor is not stored contiguously.
+        pickle.UnpicklingError: the data is not a tensor, or damaged.
+        zipfile.BadZipFile: the data is damaged.
     """
     try:
-        return _found(file, begin, length)
+        return _locate(file, begin, length)
     except (ValueError, KeyError, TypeError, EOFError, IndexError) as error:
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
 
 
-def _found(file: IO[bytes], begin: int, length: int) -> SavedTensor:
+def _locate(file: IO[bytes], begin: int, length: int) -> SavedTensor:
     stream = io.BufferedReader(_Part(file, begin, length))
     with zipfile.ZipFile(stream) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         description = archive.getinfo(name)
-        stream.seek(_place(stream, description))
-        # Not by the archive, which would hold it against a check sum; whoever writes may leave those out.
-        told = _Reader(io.BytesIO(stream.read(description.file_size))).load()
-        if not isinstance(told, _Rebuilt):
-            raise pickle.UnpicklingError(f"it is a {type(told).__name__}, no tensor")
-        _, dtype, key, _, _ = told.storage
+        stream.seek(_data_offset(stream, description))
+        # Not through the archive, which would verify a checksum that the writer may have left out.
+        tensor = _DescriptionUnpickler(io.BytesIO(stream.read(description.file_size))).load()
+        if not isinstance(tensor, _Rebuilt):
+            raise pickle.UnpicklingError(f"it is a {type(tensor).__name__}, not a tensor")
+        _, dtype, key, _, _ = tensor.storage
         record = archive.getinfo(f"{name.removesuffix('data.pkl')}data/{key}")
-        place = _place(stream, record) + told.offset * dtype.itemsize
-    numbers = prod(told.size)
-    if record.file_size < (told.offset + numbers) * dtype.itemsize:
-        raise pickle.UnpicklingError("its numbers are too few")
-    if numbers and not torch.empty_strided(told.size, told.stride, device="meta").is_contiguous():
-        raise OddStrides(f"its strides are {told.stride}")
-    return SavedTensor(dtype, told.size, begin + place)
+        start = _data_offset(stream, record) + tensor.offset * dtype.itemsize
+    elements = prod(tensor.size)
+    if record.file_size < (tensor.offset + elements) * dtype.itemsize:
+        raise pickle.UnpicklingError("its data is too short")
+    if elements and not torch.empty_strided(tensor.size, tensor.stride, device="meta").is_contiguous():
+        raise NotContiguous(f"its strides are {tensor.stride}")
+    return SavedTensor(dtype, tensor.size, begin + start)
 
 
-def _place(stream: IO[bytes], record: zipfile.ZipInfo) -> int:
-    """Where a record's own bytes begin."""
+def _data_offset(stream: IO[bytes], record: zipfile.ZipInfo) -> int:
+    """Returns the offset of a record's data."""
     stream.seek(record.header_offset)
     header = stream.read(LOCAL_HEADER)
     if header[:4] != b"PK\x03\x04" or record.compress_type != zipfile.ZIP_STORED:
-        raise zipfile.BadZipFile(f"{record.filename} is not where it should be, or compressed")
-    names = sum(int.from_bytes(header[place : place + 2], "little") for place in (26, 28))
+        raise zipfile.BadZipFile(f"{record.filename} is misplaced or compressed")
+    names = sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
     return record.header_offset + LOCAL_HEADER + names

@@ -1,2 +1,2 @@
-"""Models on disk from Hugging Face's form to Megatron's and back: streamed in bounded memory, resumable,
-with digests. Release folders are made, and any two folders compared, here too."""
+"""Converts models on disk between Hugging Face's and Megatron's formats: streamed, resumable, with digests.
+Also writes release folders, compares checkpoints and inspects them."""

@@ -1,4 +1,4 @@
-"""A model on disk in either form, read weight by weight under its Hugging Face names."""
+"""A model on disk in either format, read weight by weight under its Hugging Face names."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST
 
 
 @dataclass(frozen=True, slots=True)
-class Slab:
-    """A weight, or rows of one that is a Hugging Face tensor as it is."""
+class WeightSlice:
+    """A weight, or some rows of one that is a single Hugging Face tensor."""
 
     weight: WeightMapping
     start: int
     stop: int
 
     @classmethod
-    def whole(cls, weight: WeightMapping) -> Slab:
+    def whole(cls, weight: WeightMapping) -> WeightSlice:
         return cls(weight, 0, weight.shape[0])
 
     @classmethod
-    def of(cls, weight: WeightMapping, count: int) -> list[Slab]:
-        """All of a weight, of `count` rows each where it can be cut."""
+    def split(cls, weight: WeightMapping, count: int) -> list[WeightSlice]:
+        """Splits a weight into slices of `count` rows, if it can be split."""
         if weight.groups > 1 or len(weight.parts) > 1:
             return [cls.whole(weight)]
         rows = weight.shape[0]
@@ -44,105 +44,105 @@ class Slab:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of what it has of each Hugging Face tensor."""
+        """Shapes of its part of each Hugging Face tensor."""
         if len(self.weight.parts) > 1:
             return [shape for _, shape in self.weight.parts]
         return [(self.stop - self.start, *self.weight.shape[1:])]
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """A checked model.
+class CheckpointSource:
+    """A model whose weights fit its config.json.
 
     Attributes:
-        path: as the user gave it.
-        shape: the architecture.
-        config: its config.json, word by word.
-        like: the folder where that lies, and the tokenizer.
-        stored: of a Hugging Face folder, its tensors; None in the other form.
-        checkpoint: of a Megatron checkpoint; None in the other form.
+        path: the folder that the user gave.
+        config: the model's sizes.
+        config_json: the parsed config.json.
+        like: the folder with config.json and tokenizer.
+        stored: the tensors of a Hugging Face folder; None for Megatron.
+        checkpoint: the Megatron checkpoint; None for Hugging Face.
     """
 
     path: Path
-    shape: ModelConfig
-    config: dict[str, Any]
+    config: ModelConfig
+    config_json: dict[str, Any]
     like: Path
     stored: dict[str, StoredTensor] | None = None
     checkpoint: MegatronCheckpoint | None = None
 
     @property
     def weights_folder(self) -> Path:
-        """Where the weights' files are."""
+        """The folder with the weight files."""
         return self.checkpoint.folder if self.checkpoint else self.path
 
     def dtype(self, weight: WeightMapping) -> torch.dtype:
-        """Of a weight's first part."""
+        """Returns the dtype of a weight's first tensor."""
         if self.checkpoint:
-            return self.checkpoint.dtype(weight, self.shape)
+            return self.checkpoint.dtype(weight, self.config)
         return self.stored[weight.parts[0][0]].dtype
 
-    def bytes_of(self, slab: Slab) -> int:
-        """As it is stored."""
+    def bytes_of(self, part: WeightSlice) -> int:
+        """Returns a slice's size in bytes, in its stored dtype."""
         if self.checkpoint:
-            return sum(map(prod, slab.shapes)) * self.dtype(slab.weight).itemsize
-        dtypes = (self.stored[name].dtype for name, _ in slab.weight.parts)
-        return sum(prod(shape) * dtype.itemsize for shape, dtype in zip(slab.shapes, dtypes, strict=True))
+            return sum(map(prod, part.shapes)) * self.dtype(part.weight).itemsize
+        dtypes = (self.stored[name].dtype for name, _ in part.weight.parts)
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in zip(part.shapes, dtypes, strict=True))
 
-    def parts(self, slab: Slab, memory: bytearray | None = None) -> list[Tensor]:
-        """What a slab has of the Hugging Face tensors that its weight is made of, each [groups, rows of a
-        group, …]: the first two dimensions together are rows.
+    def parts(self, part: WeightSlice, memory: bytearray | None = None) -> list[Tensor]:
+        """Reads a slice's part of each Hugging Face tensor, [groups, rows of a group, …]: the first two
+        dimensions together are rows.
 
         Args:
-            memory: `bytes_of` bytes, that they are read into; None for fresh memory.
+            memory: `bytes_of` bytes to read into; None: new memory.
         """
-        memory = bytearray(self.bytes_of(slab)) if memory is None else memory
+        memory = bytearray(self.bytes_of(part)) if memory is None else memory
         if self.checkpoint:
             empty = partial(tensor_in, memory)
-            read = self.checkpoint.read(slab.weight, self.shape, empty, slab.start, slab.stop)
-            return slab.weight.views(read)
+            whole = self.checkpoint.read(part.weight, self.config, empty, part.start, part.stop)
+            return part.weight.views(whole)
         parts, begin = [], 0
-        for (name, _), shape in zip(slab.weight.parts, slab.shapes, strict=True):
+        for (name, _), shape in zip(part.weight.parts, part.shapes, strict=True):
             stored = self.stored[name]
             out = tensor_in(memoryview(memory)[begin:], shape, stored.dtype)[None]
-            stored.read_into(out, slab.start)
+            stored.read_into(out, part.start)
             parts.append(out)
             begin += out.nbytes
         return parts
 
 
-def open_side(path: Path, like: Path | None = None, once: bool = False) -> Side:
-    """Opens a Hugging Face folder or a Megatron checkpoint, and checks that its weights fit its config.json.
+def open_source(path: Path, like: Path | None = None, once: bool = False) -> CheckpointSource:
+    """Opens a Hugging Face folder or a Megatron checkpoint, and checks its weights against its config.json.
 
     Args:
-        like: the folder with config.json and tokenizer, None: `path` has them.
-        once: whether nobody will read its weights soon again; see `FileBytes`.
+        like: the folder with config.json and tokenizer; None: `path`.
+        once: whether its weights will not be read again soon (`FileBytes`).
 
     Raises:
-        UserError: it is neither, or does not fit.
+        UserError: `path` is neither, or its weights do not fit.
     """
     like = like or path
     is_megatron = not any(path.glob("*.safetensors")) and find_checkpoint(path) is not None
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give that of a Hugging Face model or a Megatron checkpoint")
+        raise UserError(f"{path}: no such folder; give a Hugging Face model or a Megatron checkpoint")
     if is_megatron and not (like / "config.json").is_file():
         raise UserError(
-            f"{like}: no config.json; say with --like which Hugging Face folder has the model's config and "
+            f"{like}: no config.json; give with --like the Hugging Face folder with the model's config and "
             "tokenizer"
         )
-    shape = read_config(like)
-    config = json.loads((like / "config.json").read_text())
+    config = read_config(like)
+    config_json = json.loads((like / "config.json").read_text())
     if is_megatron:
         checkpoint = MegatronCheckpoint(path, once=once)
-        shape = _grown(shape, checkpoint)
-        checkpoint.check(shape)
-        return Side(path, shape, config, like, checkpoint=checkpoint)
+        config = _with_tags(config, checkpoint)
+        checkpoint.check(config)
+        return CheckpointSource(path, config, config_json, like, checkpoint=checkpoint)
     stored = stored_tensors(weight_files(path), once=once)
-    check_fit(shape, {name: tensor.shape for name, tensor in stored.items()})
-    return Side(path, shape, config, like, stored=stored)
+    check_fit(config, {name: tensor.shape for name, tensor in stored.items()})
+    return CheckpointSource(path, config, config_json, like, stored=stored)
 
 
-def _grown(shape: ModelConfig, checkpoint: MegatronCheckpoint) -> ModelConfig:
-    """The shape with the vocabulary of a run's checkpoint: it has rows for the tags and no padding."""
+def _with_tags(config: ModelConfig, checkpoint: MegatronCheckpoint) -> ModelConfig:
+    """Takes the vocabulary of a run's checkpoint, which has rows for the tags and no padding."""
     rows = checkpoint.sizes.get(EMBEDDING, (0,))[0]
-    is_ours = (checkpoint.folder / MANIFEST).is_file()
-    return replace(shape, vocab=rows) if is_ours and rows > shape.vocab else shape
+    is_own = (checkpoint.folder / MANIFEST).is_file()
+    return replace(config, vocab=rows) if is_own and rows > config.vocab else config

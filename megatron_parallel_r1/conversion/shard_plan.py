@@ -1,7 +1,7 @@
-"""Which pieces the ranks of a target layout hold, and which rows and columns each is made of.
+"""Plans the shards of each rank of a target layout, and the rows and columns that each consists of.
 
-Ranks are numbered as Megatron does in its smallest world (order tp-cp-ep-dp-pp): tensor fastest, then expert,
-then pipeline. What several ranks hold alike, the first of them writes. Nothing is read here.
+Ranks are numbered in Megatron's order for its smallest world (tp-cp-ep-dp-pp): tensor fastest, then expert,
+then pipeline. The first of the ranks that replicate a shard writes it. Nothing is read here.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from megatron_parallel_r1.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How many ranks share the layers, the matrices and the experts."""
+    """Sizes of the groups that split the layers, the matrices and the experts."""
 
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
 
-    def check(self, shape: ModelConfig) -> None:
-        """
+    def check(self, config: ModelConfig) -> None:
+        """Checks that the sizes divide the model.
+
         Raises:
-            UserError: something does not divide; it names what, and a size that would do.
+            UserError: one does not; the message names it, and a size that does.
         """
-        counts = [("tensor", "heads", shape.heads), ("tensor", "key/value heads", shape.kv_heads)]
-        experts = shape.experts
-        counts += [("tensor", "feed-forward size", experts.ffn if experts else shape.ffn)]
-        counts += [("pipeline", "layers", shape.layers)]
+        counts = [("tensor", "heads", config.heads), ("tensor", "key/value heads", config.kv_heads)]
+        experts = config.experts
+        counts += [("tensor", "feed-forward size", experts.ffn if experts else config.ffn)]
+        counts += [("pipeline", "layers", config.layers)]
         counts += [("expert", "experts", experts.count if experts else 1)]
         for name, what, count in counts:
             size = getattr(self, name)
@@ -47,8 +48,8 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Rows of a Hugging Face tensor, from `column` on where they are not taken whole."""
+class RowSlice:
+    """Rows of a Hugging Face tensor; with `column`, only the columns from there on."""
 
     name: str
     row: int
@@ -57,80 +58,82 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A rectangle of a whole tensor of the checkpoint.
+class Shard:
+    """A rectangle of a tensor of the checkpoint.
 
     Attributes:
         key: the whole tensor's name.
         whole: its sizes.
-        corner: indices of the piece's first element in it.
-        sizes: of the piece, as many as `whole`.
-        groups: into how many groups the rows of each source are dealt out.
-        sources: in the order in which a group holds them.
+        offset: indices of the shard's first element in it.
+        sizes: of the shard, as many as `whole`.
+        groups: number of row groups that the sources are interleaved in.
+        sources: in their order within a group.
     """
 
     key: str
     whole: tuple[int, ...]
-    corner: tuple[int, ...]
+    offset: tuple[int, ...]
     sizes: tuple[int, ...]
     groups: int
-    sources: tuple[Source, ...]
+    sources: tuple[RowSlice, ...]
 
     @property
-    def numbers(self) -> int:
+    def elements(self) -> int:
         return prod(self.sizes)
 
 
-def pieces_of(shape: ModelConfig, target: Target) -> dict[int, list[Piece]]:
-    """The pieces that each rank writes, in the order of a forward pass."""
-    made: dict[int, list[Piece]] = {}
-    each_layers = shape.layers // target.pipeline
-    each_experts = shape.experts.count // target.expert if shape.experts else 1
-    has_experts = shape.experts is not None
+def shard_plan(config: ModelConfig, target: Target) -> dict[int, list[Shard]]:
+    """Returns the shards that each rank writes, in the order of a forward pass."""
+    shards: dict[int, list[Shard]] = {}
+    layers_per_stage = config.layers // target.pipeline
+    experts_per_rank = config.experts.count // target.expert if config.experts else 1
+    has_experts = config.experts is not None
     head = False
-    for weight in weight_table(shape):
+    for weight in weight_table(config):
         head = head or weight.layer is not None
-        stage = weight.layer // each_layers if weight.layer is not None else (target.pipeline - 1) * head
-        expert = 0 if weight.expert is None else weight.expert // each_experts
+        stage = weight.layer // layers_per_stage if weight.layer is not None else (target.pipeline - 1) * head
+        expert = 0 if weight.expert is None else weight.expert // experts_per_rank
         for rank in range(target.tensor if weight.split_dim is not None else 1):
-            pieces = _of_rank(weight, rank, target.tensor, shape, checkpoint_key(weight, has_experts))
-            made.setdefault(target.rank(rank, stage, expert), []).extend(pieces)
-    return made
+            own = _rank_shards(weight, rank, target.tensor, config, checkpoint_key(weight, has_experts))
+            shards.setdefault(target.rank(rank, stage, expert), []).extend(own)
+    return shards
 
 
-def _of_rank(weight: WeightMapping, rank: int, size: int, shape: ModelConfig, key: str) -> Iterator[Piece]:
+def _rank_shards(
+    weight: WeightMapping, rank: int, size: int, config: ModelConfig, key: str
+) -> Iterator[Shard]:
     lead = () if weight.expert is None else (weight.expert,)
-    whole = (*((shape.experts.count,) if lead else ()), *weight.shape)
+    whole = (*((config.experts.count,) if lead else ()), *weight.shape)
     rest = weight.shape[1:]
 
-    def piece(row: int, rows: int, groups: int, *sources: Source, column: int = 0, width: int = 0) -> Piece:
-        corner, sizes = (row, *(0 for _ in rest)), (rows, *rest)
+    def shard(row: int, rows: int, groups: int, *sources: RowSlice, column: int = 0, width: int = 0) -> Shard:
+        offset, sizes = (row, *(0 for _ in rest)), (rows, *rest)
         if width:
-            corner, sizes = (row, column), (rows, width)
-        return Piece(key, whole, (*lead, *corner), (*(1 for _ in lead), *sizes), groups, sources)
+            offset, sizes = (row, column), (rows, width)
+        return Shard(key, whole, (*lead, *offset), (*(1 for _ in lead), *sizes), groups, sources)
 
     if weight.split_dim is None:
         ((name, (rows, *_)),) = weight.parts
-        yield piece(0, rows, 1, Source(name, 0, rows))
+        yield shard(0, rows, 1, RowSlice(name, 0, rows))
     elif weight.split_dim == 1:
         ((name, (rows, width)),) = weight.parts
         own = width // size
-        source = Source(name, 0, rows, rank * own if size > 1 else None)
-        yield piece(0, rows, 1, source, column=rank * own, width=own)
+        source = RowSlice(name, 0, rows, rank * own if size > 1 else None)
+        yield shard(0, rows, 1, source, column=rank * own, width=own)
     elif weight.vocabulary:
         ((name, (rows, *_)),) = weight.parts
         own = padded_vocab(rows, size) // size
         first, last = min(rank * own, rows), min((rank + 1) * own, rows)
         if last > first:
-            yield piece(first, last - first, 1, Source(name, first, last - first))
+            yield shard(first, last - first, 1, RowSlice(name, first, last - first))
     elif weight.groups > 1:
-        sources = [Source(name, rank * (rows // size), rows // size) for name, (rows, *_) in weight.parts]
+        sources = [RowSlice(name, rank * (rows // size), rows // size) for name, (rows, *_) in weight.parts]
         rows = sum(source.rows for source in sources)
-        yield piece(rank * rows, rows, weight.groups_of(size), *sources)
+        yield shard(rank * rows, rows, weight.groups_of(size), *sources)
     else:
-        # Megatron cuts each part of such a matrix by itself: a rank has a piece of gate, and one of up.
+        # Megatron splits each part of such a matrix separately: a rank has a shard of gate, and one of up.
         above = 0
         for name, (rows, *_) in weight.parts:
             own = rows // size
-            yield piece(above + rank * own, own, 1, Source(name, rank * own, own))
+            yield shard(above + rank * own, own, 1, RowSlice(name, rank * own, own))
             above += rows

@@ -1,4 +1,4 @@
-"""Either form to Hugging Face: a checkpoint into safetensors, weight by weight, in one process."""
+"""Converts a checkpoint of either format to a Hugging Face folder, weight by weight, in one process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch import Tensor
 from megatron_parallel_r1.architecture.weight_table import WeightMapping, weight_table
 from megatron_parallel_r1.checkpoint_formats.hf_folder import SHARD_BYTES, shard_names
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import NAMES
-from megatron_parallel_r1.conversion.checkpoint_source import Side, Slab, open_side
-from megatron_parallel_r1.conversion.hashing_writer import Sink
-from megatron_parallel_r1.conversion.prefetch import Rooms, loaded
+from megatron_parallel_r1.conversion.checkpoint_source import CheckpointSource, WeightSlice, open_source
+from megatron_parallel_r1.conversion.prefetch import MemoryPool, prefetch
 from megatron_parallel_r1.conversion.to_megatron import Advance, copy_companions, source_identity
-from megatron_parallel_r1.conversion.work_folder import Work
+from megatron_parallel_r1.conversion.work_folder import HashingWriter, WorkFolder
 from megatron_parallel_r1.errors import UserError
 
-SLAB_BYTES = 2**25  # read at once where a weight can be cut
+SLICE_BYTES = 2**25  # read at once if a weight can be split
 INDEX = "model.safetensors.index.json"
 
 
@@ -34,22 +33,22 @@ def megatron_to_hf(
     advance: Advance = lambda count: None,
     begin: Advance = lambda total: None,
 ) -> None:
-    """Converts a checkpoint: of `hf_to_megatron`, of a run, or of Megatron-LM.
+    """Converts a checkpoint by `hf_to_megatron`, a run, or Megatron-LM.
 
     Args:
         source: its folder.
-        out, dtype, shard_bytes, replace, advance, begin: as in `write_hf`.
-        like: a folder with the model's config.json and tokenizer; None: `source` has them.
+        out, dtype, shard_bytes, replace, advance, begin: as in `write_hf_folder`.
+        like: a folder with the model's config.json and tokenizer; None: `source`.
 
     Raises:
         UserError: the source cannot be converted, before anything is written; or `out` cannot be written.
     """
-    side = open_side(source, like, once=True)
-    write_hf(side, out, dtype, shard_bytes, replace, {}, advance, begin)
+    checkpoint = open_source(source, like, once=True)
+    write_hf_folder(checkpoint, out, dtype, shard_bytes, replace, {}, advance, begin)
 
 
-def write_hf(
-    side: Side,
+def write_hf_folder(
+    source: CheckpointSource,
     out: Path,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -62,57 +61,57 @@ def write_hf(
 
     Args:
         out: the new folder; it appears when it is complete.
-        dtype: that all weights are cast to, None: as they are.
-        shard_bytes: of one safetensors file at most, unless one weight is larger.
-        replace: whether `out` may be there.
-        extra: further files, and what replaces those that `side.like` has: name and content.
-        begin: is told how many bytes will be written.
-        advance: is told bytes as they are.
+        dtype: to cast all weights to; None: no cast.
+        shard_bytes: most bytes of one safetensors file, unless one weight is larger.
+        replace: whether `out` may exist.
+        extra: further files by name, which take precedence over those in `source.like`.
+        begin: called with the number of bytes that will be written.
+        advance: called with the number of bytes after each write.
 
     Raises:
         UserError: `out` cannot be written.
     """
     if dtype not in (None, *NAMES):
         raise UserError(f"dtype {dtype} is not one of {', '.join(map(str, NAMES))}")
-    weights = weight_table(side.shape)
-    dtypes = {weight.name: dtype or side.dtype(weight) for weight in weights}
+    weights = weight_table(source.config)
+    dtypes = {weight.name: dtype or source.dtype(weight) for weight in weights}
     files = _shards(weights, dtypes, shard_bytes)
     total = sum(_bytes(weight, dtypes) for weight in weights)
     begin(total)
     extra = dict(extra or {})
-    extra.setdefault("config.json", _config(side, set(dtypes.values())))
+    extra.setdefault("config.json", _config(source, set(dtypes.values())))
     identity = {
         "to": "hf",
         "dtype": str(dtype),
         "shard_bytes": shard_bytes,
-        "source": source_identity(side.weights_folder, out),
-        "like": source_identity(side.like, out),
+        "source": source_identity(source.weights_folder, out),
+        "like": source_identity(source.like, out),
         "extra": {name: content.hex() for name, content in extra.items() if len(content) < 2**16},
     }
-    names, rooms = shard_names(len(files)), Rooms()
+    names, pool = shard_names(len(files)), MemoryPool()
 
-    def writer(some: list[WeightMapping]) -> Callable[[Sink], None]:
-        return lambda sink: _write(sink, some, side, dtypes, rooms, advance)
+    def writer(shard: list[WeightMapping]) -> Callable[[HashingWriter], None]:
+        return lambda file: _write(file, shard, source, dtypes, pool, advance)
 
-    with Work(out, identity, replace) as work:
-        work.files([(name, writer(some)) for name, some in zip(names, files, strict=True)])
+    with WorkFolder(out, identity, replace) as work:
+        work.files([(name, writer(shard)) for name, shard in zip(names, files, strict=True)])
         if len(names) > 1:
             places = {
                 part: name
-                for name, some in zip(names, files, strict=True)
-                for weight in some
+                for name, shard in zip(names, files, strict=True)
+                for weight in shard
                 for part, _ in weight.parts
             }
-            told = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
-            work.file(INDEX, lambda sink: sink.write(told.encode() + b"\n"))
+            index = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
+            work.file(INDEX, lambda file: file.write(index.encode() + b"\n"))
         for name, content in extra.items():
-            work.file(name, lambda sink, content=content: sink.write(content))
-        copy_companions(side.like, work, but=tuple(extra))
+            work.file(name, lambda file, content=content: file.write(content))
+        copy_companions(source.like, work, but=tuple(extra))
         work.complete()
 
 
-def _config(side: Side, kinds: set[torch.dtype]) -> bytes:
-    config = side.config | {"vocab_size": side.shape.vocab}
+def _config(source: CheckpointSource, kinds: set[torch.dtype]) -> bytes:
+    config = source.config_json | {"vocab_size": source.config.vocab}
     if len(kinds) == 1:
         name = str(kinds.pop()).removeprefix("torch.")
         config |= {key: name for key in ("torch_dtype", "dtype") if key in config}
@@ -138,14 +137,14 @@ def _shards(
 
 
 def _write(
-    sink: Sink,
+    file: HashingWriter,
     weights: list[WeightMapping],
-    side: Side,
+    source: CheckpointSource,
     dtypes: Mapping[str, torch.dtype],
-    rooms: Rooms,
+    pool: MemoryPool,
     advance: Advance,
 ) -> None:
-    """Writes a safetensors file: its header, then the tensors in the order that the header says."""
+    """Writes a safetensors file: its header, then the tensors in the header's order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for weight in weights:
@@ -158,25 +157,25 @@ def _write(
             }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    sink.write(len(text).to_bytes(8, "little") + text)
+    file.write(len(text).to_bytes(8, "little") + text)
 
-    slabs = [slab for weight in weights for slab in Slab.of(weight, _rows(weight, dtypes))]
-    for slab, parts in loaded(slabs, side.parts, side.bytes_of, rooms):
-        for part in parts:
-            for rows in _in_blocks(part):
-                block = rows.to(dtypes[slab.weight.name]).contiguous()
-                sink.write(block.view(-1).view(torch.uint8).numpy())
+    slices = [part for weight in weights for part in WeightSlice.split(weight, _rows(weight, dtypes))]
+    for part, tensors in prefetch(slices, source.parts, source.bytes_of, pool):
+        for tensor in tensors:
+            for rows in _in_blocks(tensor):
+                block = rows.to(dtypes[part.weight.name]).contiguous()
+                file.write(block.view(-1).view(torch.uint8).numpy())
                 advance(block.nbytes)
-        del parts, part, rows, block
+        del tensors, tensor, rows, block  # their memory is reused
 
 
 def _rows(weight: WeightMapping, dtypes: Mapping[str, torch.dtype]) -> int:
-    """Of a slab of about `SLAB_BYTES`."""
-    return max(1, SLAB_BYTES * weight.shape[0] // max(_bytes(weight, dtypes), 1))
+    """Returns the rows of a slice of about `SLICE_BYTES`."""
+    return max(1, SLICE_BYTES * weight.shape[0] // max(_bytes(weight, dtypes), 1))
 
 
-def _in_blocks(part: Tensor, size: int = 2**24) -> list[Tensor]:
-    """A part's rows in order, in pieces that may be cast or copied one at a time."""
-    dim = 0 if len(part) > 1 else 1
-    each = max(1, size * part.shape[dim] // max(part.nbytes, 1))
-    return list(part.split(each, dim))
+def _in_blocks(tensor: Tensor, size: int = 2**24) -> list[Tensor]:
+    """Splits a tensor's rows in order into blocks of about `size` bytes, to cast or copy one at a time."""
+    dim = 0 if len(tensor) > 1 else 1
+    count = max(1, size * tensor.shape[dim] // max(tensor.nbytes, 1))
+    return list(tensor.split(count, dim))

@@ -1,13 +1,13 @@
-"""Hugging Face to Megatron: safetensors into a distributed checkpoint, piece by piece, in one process.
+"""Converts a Hugging Face folder to a distributed checkpoint of Megatron, shard by shard, in one process.
 
-    <out>/config.json, tokenizer…              as in the source: what a run needs beside the weights
-          latest_checkpointed_iteration.txt    "release", as Megatron-LM calls weights that it did not train
-          release/__<rank>_<n>.distcp          the pieces that a rank of the target layout would save
+    <out>/config.json, tokenizer…              copied from the source
+          latest_checkpointed_iteration.txt    "release", as Megatron-LM names weights alone
+          release/__<rank>_<n>.distcp          the shards that a rank of the target layout would save
                   .metadata, metadata.json, common.pt
           SHA256SUMS
 
-Any layout can load it. Under the target one a rank finds its slices in its own files, and what several ranks
-hold alike in those of the first of them.
+Any layout can load it. Under the target layout a rank finds its shards in its own files, and replicated ones
+in those of the first rank that has them.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ from megatron_parallel_r1.architecture.weight_table import check_fit
 from megatron_parallel_r1.checkpoint_formats.hf_folder import read_config, weight_files
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTensor, stored_tensors
 from megatron_parallel_r1.checkpoint_formats.torch_dist import TRACKER
-from megatron_parallel_r1.conversion.hashing_writer import Sink
-from megatron_parallel_r1.conversion.prefetch import Rooms, loaded, tensor_in
-from megatron_parallel_r1.conversion.shard_plan import Piece, Target, pieces_of
-from megatron_parallel_r1.conversion.work_folder import Work, working_folder
+from megatron_parallel_r1.conversion.prefetch import MemoryPool, prefetch, tensor_in
+from megatron_parallel_r1.conversion.shard_plan import Shard, Target, shard_plan
+from megatron_parallel_r1.conversion.work_folder import HashingWriter, WorkFolder, working_folder
 
 FILE_BYTES = 2**30
 RELEASE = "release"
-# Small files that belong to a model in either form.
+# Small files of a model in either format.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
-_NOT = ("model.safetensors.index.json", TRACKER)
+_EXCLUDED = ("model.safetensors.index.json", TRACKER)
 
 Advance = Callable[[int], None]
 
@@ -63,21 +62,21 @@ def hf_to_megatron(
     Args:
         source: a Hugging Face folder.
         out: the new folder; it appears when it is complete.
-        dtype: that all weights are cast to, None: as they are.
-        replace: whether `out` may be there.
-        begin: is told how many bytes will be written.
-        advance: is told bytes as they are.
+        dtype: to cast all weights to; None: no cast.
+        replace: whether `out` may exist.
+        begin: called with the number of bytes that will be written.
+        advance: called with the number of bytes after each write.
 
     Raises:
         UserError: the source cannot be converted, before anything is written; or `out` cannot be written.
     """
-    shape = read_config(source)
+    config = read_config(source)
     stored = stored_tensors(weight_files(source), once=True)
-    check_fit(shape, {name: tensor.shape for name, tensor in stored.items()})
-    target.check(shape)
-    ranks = pieces_of(shape, target)
-    numbers = {id(p): p.numbers * _dtype(p, stored, dtype).itemsize for ps in ranks.values() for p in ps}
-    begin(sum(numbers.values()))
+    check_fit(config, {name: tensor.shape for name, tensor in stored.items()})
+    target.check(config)
+    ranks = shard_plan(config, target)
+    sizes = {id(s): s.elements * _dtype(s, stored, dtype).itemsize for own in ranks.values() for s in own}
+    begin(sum(sizes.values()))
     identity = {
         "to": "megatron",
         "layout": [target.tensor, target.pipeline, target.expert],
@@ -85,27 +84,27 @@ def hf_to_megatron(
         "source": source_identity(source, out),
     }
     files = [
-        (f"{RELEASE}/__{rank}_{number}.distcp", some)
-        for rank, pieces in sorted(ranks.items())
-        for number, some in enumerate(_files(pieces, numbers))
+        (f"{RELEASE}/__{rank}_{number}.distcp", group)
+        for rank, shards in sorted(ranks.items())
+        for number, group in enumerate(_files(shards, sizes))
     ]
-    rooms = Rooms()
+    pool = MemoryPool()
 
-    def writer(pieces: list[Piece]) -> Callable[[Sink], list[dict[str, Any]]]:
-        return lambda sink: _write(sink, pieces, stored, dtype, rooms, advance)
+    def writer(shards: list[Shard]) -> Callable[[HashingWriter], list[dict[str, Any]]]:
+        return lambda file: _write(file, shards, stored, dtype, pool, advance)
 
-    with Work(out, identity, replace) as work:
-        told = work.files([(name, writer(pieces)) for name, pieces in files])
-        index = [(Path(name).name, pieces) for (name, _), pieces in zip(files, told, strict=True)]
-        work.file(f"{RELEASE}/.metadata", lambda sink: sink.write(_metadata(index)))
-        work.file(f"{RELEASE}/metadata.json", lambda sink: sink.write(_FORMAT))
-        work.file(f"{RELEASE}/common.pt", lambda sink: torch.save(_COMMON, sink))
-        work.file(TRACKER, lambda sink: sink.write(RELEASE.encode()))
+    with WorkFolder(out, identity, replace) as work:
+        entries = work.files([(name, writer(shards)) for name, shards in files])
+        index = [(Path(name).name, some) for (name, _), some in zip(files, entries, strict=True)]
+        work.file(f"{RELEASE}/.metadata", lambda file: file.write(_metadata(index)))
+        work.file(f"{RELEASE}/metadata.json", lambda file: file.write(_FORMAT))
+        work.file(f"{RELEASE}/common.pt", lambda file: torch.save(_COMMON, file))
+        work.file(TRACKER, lambda file: file.write(RELEASE.encode()))
         copy_companions(source, work)
         work.complete()
 
 
-# As Megatron's dist_checkpointing writes them; what the pieces are like is told to whoever loads them.
+# As Megatron's dist_checkpointing writes them; `content_metadata` describes the shards to a loader.
 _FORMAT = json.dumps(
     {
         "sharded_backend": "torch_dist",
@@ -122,12 +121,12 @@ _COMMON = {
 
 
 def source_identity(folder: Path, out: Path) -> list[list[Any]]:
-    """By which a source is told from another, or from what it was before; `out` may grow inside it."""
-    own = (out.resolve(), working_folder(out).resolve())
+    """Identifies a source and its state by its files' sizes and times; `out` may lie inside it."""
+    outputs = (out.resolve(), working_folder(out).resolve())
     files = sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and not any(path.resolve().is_relative_to(one) for one in own)
+        if path.is_file() and not any(path.resolve().is_relative_to(output) for output in outputs)
     )
     return [
         [str(folder.resolve()), str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns]
@@ -136,72 +135,72 @@ def source_identity(folder: Path, out: Path) -> list[list[Any]]:
     ]
 
 
-def copy_companions(source: Path, work: Work, but: Sequence[str] = ()) -> None:
-    """Takes the small files of a model over: its config, its tokenizer, its card."""
+def copy_companions(source: Path, work: WorkFolder, exclude: Sequence[str] = ()) -> None:
+    """Copies the small files of a model: its config, its tokenizer, its card."""
     for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern)}):
-        if file.is_file() and file.name not in (*_NOT, *but):
-            work.file(file.name, lambda sink, file=file: sink.write(file.read_bytes()))
+        if file.is_file() and file.name not in (*_EXCLUDED, *exclude):
+            work.file(file.name, lambda out, file=file: out.write(file.read_bytes()))
 
 
-def _dtype(piece: Piece, stored: Mapping[str, StoredTensor], cast: torch.dtype | None) -> torch.dtype:
-    return cast or stored[piece.sources[0].name].dtype
+def _dtype(shard: Shard, stored: Mapping[str, StoredTensor], cast: torch.dtype | None) -> torch.dtype:
+    return cast or stored[shard.sources[0].name].dtype
 
 
-def _files(pieces: list[Piece], sizes: Mapping[int, int]) -> Iterator[list[Piece]]:
-    """Pieces in files of about `FILE_BYTES`; a larger piece has its own."""
-    some: list[Piece] = []
-    for piece in pieces:
-        if some and sum(sizes[id(one)] for one in some) + sizes[id(piece)] > FILE_BYTES:
-            yield some
-            some = []
-        some.append(piece)
-    yield some
+def _files(shards: list[Shard], sizes: Mapping[int, int]) -> Iterator[list[Shard]]:
+    """Groups shards into files of about `FILE_BYTES`; a larger shard has a file of its own."""
+    group: list[Shard] = []
+    for shard in shards:
+        if group and sum(sizes[id(member)] for member in group) + sizes[id(shard)] > FILE_BYTES:
+            yield group
+            group = []
+        group.append(shard)
+    yield group
 
 
 def _write(
-    sink: Sink,
-    pieces: list[Piece],
+    file: HashingWriter,
+    shards: list[Shard],
     stored: Mapping[str, StoredTensor],
     dtype: torch.dtype | None,
-    rooms: Rooms,
+    pool: MemoryPool,
     advance: Advance,
 ) -> list[dict[str, Any]]:
-    """Writes a file of pieces, each as torch.save does; returns what the checkpoint's index says of them."""
+    """Writes a file of shards, each by torch.save; returns their entries of the checkpoint's index."""
 
-    def read(piece: Piece, memory: bytearray) -> Tensor:
-        out = tensor_in(memory, piece.sizes, _dtype(piece, stored, dtype))
-        _assemble(piece, stored, out)
+    def read(shard: Shard, memory: bytearray) -> Tensor:
+        out = tensor_in(memory, shard.sizes, _dtype(shard, stored, dtype))
+        _assemble(shard, stored, out)
         return out
 
-    def need(piece: Piece) -> int:
-        return piece.numbers * _dtype(piece, stored, dtype).itemsize
+    def need(shard: Shard) -> int:
+        return shard.elements * _dtype(shard, stored, dtype).itemsize
 
-    told = []
-    for piece, tensor in loaded(pieces, read, need, rooms):
-        begin = sink.tell()
+    entries = []
+    for shard, tensor in prefetch(shards, read, need, pool):
+        begin = file.tell()
         with _no_checksums():
-            torch.save(tensor, sink)
+            torch.save(tensor, file)
         advance(tensor.nbytes)
-        told.append(
+        entries.append(
             {
-                "key": piece.key,
+                "key": shard.key,
                 "dtype": str(tensor.dtype).removeprefix("torch."),
-                "whole": piece.whole,
-                "corner": piece.corner,
-                "sizes": piece.sizes,
+                "whole": shard.whole,
+                "corner": shard.offset,
+                "sizes": shard.sizes,
                 "begin": begin,
-                "length": sink.tell() - begin,
+                "length": file.tell() - begin,
             }
         )
         del tensor
-    return told
+    return entries
 
 
 @contextmanager
 def _no_checksums() -> Iterator[None]:
-    """Without the zip format's own CRC, which nobody reads and which takes longer than writing.
+    """Omits the zip format's CRC, which nobody reads and which takes longer than writing.
 
-    torch keeps the setting for each thread.
+    torch's setting is per thread.
     """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -211,27 +210,27 @@ def _no_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def _assemble(piece: Piece, stored: Mapping[str, StoredTensor], out: Tensor) -> None:
-    lead = len(piece.sizes) - len(stored[piece.sources[0].name].shape)
-    grouped = out.flatten(0, lead).unflatten(0, (piece.groups, -1))
+def _assemble(shard: Shard, stored: Mapping[str, StoredTensor], out: Tensor) -> None:
+    lead = len(shard.sizes) - len(stored[shard.sources[0].name].shape)
+    grouped = out.flatten(0, lead).unflatten(0, (shard.groups, -1))
     start = 0
-    for source in piece.sources:
-        rows = source.rows // piece.groups
+    for source in shard.sources:
+        rows = source.rows // shard.groups
         stored[source.name].read_into(grouped[:, start : start + rows], source.row, source.column)
         start += rows
 
 
 def _metadata(index: list[tuple[str, list[dict[str, Any]]]]) -> bytes:
-    """The index of the whole checkpoint, as torch.distributed.checkpoint pickles it."""
+    """Returns the checkpoint's index, pickled as by torch.distributed.checkpoint."""
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    for file, pieces in index:
-        for told in pieces:
-            size, corner = torch.Size(told["whole"]), torch.Size(told["corner"])
-            properties = TensorProperties(dtype=getattr(torch, told["dtype"]))
-            whole = tensors.setdefault(told["key"], TensorStorageMetadata(properties, size, []))
-            whole.chunks.append(ChunkStorageMetadata(corner, torch.Size(told["sizes"])))
-            places[MetadataIndex(told["key"], corner)] = _StorageInfo(file, told["begin"], told["length"])
+    for file, entries in index:
+        for entry in entries:
+            size, offset = torch.Size(entry["whole"]), torch.Size(entry["corner"])
+            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
+            whole = tensors.setdefault(entry["key"], TensorStorageMetadata(properties, size, []))
+            whole.chunks.append(ChunkStorageMetadata(offset, torch.Size(entry["sizes"])))
+            places[MetadataIndex(entry["key"], offset)] = _StorageInfo(file, entry["begin"], entry["length"])
     stream = io.BytesIO()
     pickle.dump(Metadata(state_dict_metadata=tensors, storage_data=places, planner_data={}), stream)
     return stream.getvalue()

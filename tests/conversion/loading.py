@@ -22,8 +22,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder, read_config
-from megatron_parallel_r1.conversion.live import load_with_megatron
 from megatron_parallel_r1.conversion.to_megatron import RELEASE
+from megatron_parallel_r1.conversion.verify import load_with_megatron
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model

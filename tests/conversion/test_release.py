@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
-from megatron_parallel_r1.conversion.command import explained, release_command
+from megatron_parallel_r1.conversion.command import release_command, run_and_exit
 from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
 from megatron_parallel_r1.data.prompts import TEMPLATES, encode_prompt
@@ -54,7 +54,7 @@ EVALUATION = {"stage": "rl", "step": 2, "mode": "isolated", "accuracy": 0.5, "ci
 
 def code_of(*given: object) -> int:
     with pytest.raises(SystemExit) as ended:
-        explained(lambda: release_command([str(word) for word in given]))
+        run_and_exit(lambda: release_command([str(word) for word in given]))
     return ended.value.code
 
 

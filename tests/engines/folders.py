@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
-from megatron_parallel_r1.conversion.release import Given, write_release
+from megatron_parallel_r1.conversion.release import ReleaseInputs, write_release
 from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
 from megatron_parallel_r1.rollout.settings import Thinking
@@ -74,6 +74,6 @@ def write_released(folder: Path, model: Qwen3ForCausalLM) -> Path:
     hf_to_megatron(write_folder(folder / "hf", model), folder / "megatron", Target(2, 2))
     thinking = folder / "thinking.json"
     thinking.write_text(json.dumps(THINKING.model_dump() | {"prompt_template": "w9 {problem}"}))
-    write_release(Given(folder / "megatron", thinking=thinking), folder / "out", shard_bytes=30_000)
+    write_release(ReleaseInputs(folder / "megatron", thinking=thinking), folder / "out", shard_bytes=30_000)
     assert len(list((folder / "out").glob("*.safetensors"))) > 1
     return folder / "out"

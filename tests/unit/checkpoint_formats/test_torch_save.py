@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_parallel_r1.checkpoint_formats.torch_save import OddStrides, find_tensor
+from megatron_parallel_r1.checkpoint_formats.torch_save import NotContiguous, locate_tensor
 
 
 def saved(what: object, before: bytes = b"") -> tuple[io.BytesIO, int, int]:
@@ -25,7 +25,7 @@ def saved(what: object, before: bytes = b"") -> tuple[io.BytesIO, int, int]:
 def test_the_numbers_are_where_it_says(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = torch.randn(shape).to(dtype)
     file, begin, length = saved(tensor, b"x" * 777)
-    found = find_tensor(file, begin, length)
+    found = locate_tensor(file, begin, length)
     assert (found.dtype, found.shape) == (dtype, shape)
     held = bytearray(file.getvalue()[found.begin : found.begin + tensor.nbytes])
     assert torch.equal(torch.frombuffer(held, dtype=dtype).view(shape), tensor)
@@ -35,7 +35,7 @@ def test_a_view_and_a_parameter_are_found() -> None:
     whole = torch.arange(20.0).view(5, 4)
     for tensor in (whole[2:4], torch.nn.Parameter(whole[1:])):
         file, begin, length = saved(tensor)
-        found = find_tensor(file, begin, length)
+        found = locate_tensor(file, begin, length)
         held = bytearray(file.getvalue()[found.begin : found.begin + tensor.nbytes])
         assert torch.equal(torch.frombuffer(held, dtype=torch.float32).view(found.shape), tensor)
 
@@ -46,7 +46,7 @@ def test_without_check_sums() -> None:
         file, begin, length = saved(torch.ones(3))
     finally:
         torch.serialization.set_crc32_options(True)
-    assert find_tensor(file, begin, length).shape == (3,)
+    assert locate_tensor(file, begin, length).shape == (3,)
 
 
 class Runs:
@@ -67,17 +67,17 @@ class Runs:
 def test_others_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: object, said: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(pickle.UnpicklingError, match=said):
-        find_tensor(*saved(what))
+        locate_tensor(*saved(what))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_transposed_tensor_is_refused() -> None:
-    with pytest.raises(OddStrides, match=r"its strides are \(1, 3\)"):
-        find_tensor(*saved(torch.ones(4, 3).t()))
+    with pytest.raises(NotContiguous, match=r"its strides are \(1, 3\)"):
+        locate_tensor(*saved(torch.ones(4, 3).t()))
 
 
 def test_a_cut_file_is_damaged() -> None:
     file, begin, length = saved(torch.ones(300))
     for less in range(1, length, 37):
         with pytest.raises((zipfile.BadZipFile, pickle.UnpicklingError)):
-            find_tensor(io.BytesIO(file.getvalue()[: length - less]), begin, length - less)
+            locate_tensor(io.BytesIO(file.getvalue()[: length - less]), begin, length - less)

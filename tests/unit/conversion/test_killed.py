@@ -16,7 +16,7 @@ from megatron_parallel_r1.conversion import to_megatron
 from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
-from megatron_parallel_r1.conversion.work_folder import AT_ONCE, SUMS, Work
+from megatron_parallel_r1.conversion.work_folder import AT_ONCE, SUMS, WorkFolder
 from megatron_parallel_r1.errors import UserError
 from tests.unit.conversion.folders import assert_equal, tensors_of, write_hf
 
@@ -150,10 +150,10 @@ def test_what_is_there_is_left_alone_unless_told(hf: Path, tmp_path: Path) -> No
 
 def test_two_cannot_write_one_folder(tmp_path: Path) -> None:
     with (
-        Work(tmp_path / "out", {}),
+        WorkFolder(tmp_path / "out", {}),
         pytest.raises(UserError, match="is being written by another process"),
     ):
-        Work(tmp_path / "out", {})
+        WorkFolder(tmp_path / "out", {})
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
@@ -162,12 +162,12 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
     with (
         pytest.raises(UserError, match="could not be written: No space left on device"),
-        Work(tmp_path / "out", {}) as work,
+        WorkFolder(tmp_path / "out", {}) as work,
     ):
         work.file("a", lambda sink: sink.write(b"x"))
         work.file("b", fail)
     assert not (tmp_path / "out").exists()
-    with Work(tmp_path / "out", {}) as work:
+    with WorkFolder(tmp_path / "out", {}) as work:
         assert work.resumed == 1
         work.file("b", lambda sink: sink.write(b"y"))
         work.complete()
@@ -203,7 +203,7 @@ def test_a_journal_that_cannot_be_written_stops_all_and_is_kept(
     names = [f"file {number}" for number in range(12)]
 
     def write_all() -> None:
-        with Work(tmp_path / "out", {}) as work:
+        with WorkFolder(tmp_path / "out", {}) as work:
             work.files([(name, lambda sink: sink.write(b"x")) for name in names])
             work.complete()
 
@@ -220,7 +220,7 @@ def test_a_journal_that_cannot_be_written_stops_all_and_is_kept(
             with pytest.raises(UserError, match="out could not be written: No space left"):
                 write_all()
     assert len(list((tmp_path / ".out.converting").glob("file *"))) < len(names)
-    with Work(tmp_path / "out", {}) as work:
+    with WorkFolder(tmp_path / "out", {}) as work:
         assert work.resumed >= 2
     write_all()
     assert contents(tmp_path / "out").keys() == {*names, SUMS}

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_parallel_r1.conversion.command import (
-    explained,
     hf_to_megatron_command,
     inspect_command,
     megatron_to_hf_command,
+    run_and_exit,
     verify_command,
 )
 from megatron_parallel_r1.conversion.shard_plan import Target
@@ -27,7 +27,7 @@ MOE_UP = "model.layers.3.mlp.experts.7.up_proj.weight"
 
 def code_of(command: Callable[[list[str]], int], *words: object) -> int:
     with pytest.raises(SystemExit) as ended:
-        explained(lambda: command([str(word) for word in words]))
+        run_and_exit(lambda: command([str(word) for word in words]))
     return ended.value.code
 
 

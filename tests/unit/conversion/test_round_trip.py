@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder, read_config
 from megatron_parallel_r1.conversion import to_hf
-from megatron_parallel_r1.conversion.live import load_with_megatron
 from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import RELEASE, hf_to_megatron
+from megatron_parallel_r1.conversion.verify import load_with_megatron
 from megatron_parallel_r1.model import gpt, weights
 from tests.unit.conversion.folders import assert_equal, targets, tensors_of, write_hf
 from tests.unit.model.family_models import VARIANTS
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("world")
 def test_every_tensor_comes_back_bit_equal(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(to_hf, "SLAB_BYTES", 1000)  # a few rows, some in two ranks' pieces
+    monkeypatch.setattr(to_hf, "SLICE_BYTES", 1000)  # a few rows, some in two ranks' pieces
     write_hf(tmp_path / "hf", variant, shards=3)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) >= 3
     expected = tensors_of(tmp_path / "hf")
@@ -113,7 +113,7 @@ def test_rows_that_fill_up_a_vocabulary_are_cut_off(tmp_path: Path) -> None:
     """Megatron-LM pads to a multiple of 128 or so; the config.json knows better."""
     write_hf(tmp_path / "hf", "qwen3")
     padded = gpt.build_model(read_config(tmp_path / "hf"))
-    load = dict(weights.random_hf_tensors(padded.shape, 0)) | tensors_of(tmp_path / "hf")
+    load = dict(weights.random_hf_tensors(padded.architecture, 0)) | tensors_of(tmp_path / "hf")
     weights.load_hf_tensors(padded, load.items())
     state = padded[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
     embedding = state["embedding.word_embeddings.weight"]

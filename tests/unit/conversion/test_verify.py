@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_parallel_r1.conversion.checkpoint_source import open_side
+from megatron_parallel_r1.conversion.checkpoint_source import open_source
 from megatron_parallel_r1.conversion.command import verify_command
 from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
@@ -42,7 +42,7 @@ def test_logits_tell_apart_what_is_not_the_same(tmp_path: Path) -> None:
     tensors["model.layers.3.post_attention_layernorm.weight"][5] += 0.1
     save_file(tensors, file, metadata={"format": "pt"})
     hf_to_megatron(tmp_path / "two", tmp_path / "changed", Target())
-    one, changed = open_side(tmp_path / "one"), open_side(tmp_path / "changed")
+    one, changed = open_source(tmp_path / "one"), open_source(tmp_path / "changed")
     apart, far = compare_logits(one, changed)
     assert list(apart) == ["our model of both", "our model of the first and transformers of the first"]
     assert len(far) == 1 and far[0].startswith("logits of our model of both differ by ")

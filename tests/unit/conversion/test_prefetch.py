@@ -31,8 +31,8 @@ def test_each_is_whole_while_it_is_used_and_few_are_there(sizes: list[int]) -> N
     items = list(enumerate(sizes))
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefetch, "TOGETHER", 80)  # bytes: of numbers of 4, two of 10 are in memory together
-        for item, tensor in prefetch.loaded(items, load, need, prefetch.Rooms()):
+        patch.setattr(prefetch, "MAX_BYTES", 80)  # bytes: of numbers of 4, two of 10 are in memory together
+        for item, tensor in prefetch.prefetch(items, load, need, prefetch.MemoryPool()):
             time.sleep(0.0005)  # Others are being loaded now.
             assert tensor.tolist() == [item[0]] * item[1]
             assert tensor.untyped_storage().nbytes() == need(item)
@@ -50,7 +50,7 @@ def test_an_error_of_the_reader_comes_in_its_turn() -> None:
 
     found = []
     with pytest.raises(OSError, match="no more"):
-        for item, _ in prefetch.loaded([0, 1, 2, 3], load, lambda item: 8, prefetch.Rooms()):
+        for item, _ in prefetch.prefetch([0, 1, 2, 3], load, lambda item: 8, prefetch.MemoryPool()):
             found.append(item)
     assert found == [0, 1]
 
@@ -59,7 +59,7 @@ def test_an_error_of_the_reader_comes_in_its_turn() -> None:
 @given(st.lists(st.lists(st.integers(0, 30), max_size=10), min_size=2, max_size=3), st.booleans())
 def test_several_share_the_memory_and_end(all_sizes: list[list[int]], fails: bool) -> None:
     """Larger ones wait until nobody else has any; one that fails gives back what it had."""
-    rooms, there, most, lock = prefetch.Rooms(), {}, [0], Lock()
+    rooms, there, most, lock = prefetch.MemoryPool(), {}, [0], Lock()
 
     def convert(number: int) -> list[int]:
         def load(size: int, memory: bytearray) -> bytearray:
@@ -69,7 +69,7 @@ def test_several_share_the_memory_and_end(all_sizes: list[list[int]], fails: boo
             return memory
 
         done = []
-        for size, memory in prefetch.loaded(all_sizes[number], load, lambda size: 4 * size, rooms):
+        for size, memory in prefetch.prefetch(all_sizes[number], load, lambda size: 4 * size, rooms):
             if fails and number == 0 and len(done) == 2:
                 return done
             done.append(size)
@@ -78,7 +78,7 @@ def test_several_share_the_memory_and_end(all_sizes: list[list[int]], fails: boo
         return done
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(all_sizes)) as threads:
-        patch.setattr(prefetch, "TOGETHER", 80)
+        patch.setattr(prefetch, "MAX_BYTES", 80)
         done = list(threads.map(convert, range(len(all_sizes)), timeout=30))
     assert done[1:] == all_sizes[1:] and done[0] == (all_sizes[0][:2] if fails else all_sizes[0])
     if not fails:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.checkpoint_formats.direct_io import ALIGNED
-from megatron_parallel_r1.conversion.hashing_writer import BLOCK, BLOCKS, Sink, Stopped
-from tests.unit.model.no_direct import needs_direct, refuse_direct
+from megatron_parallel_r1.conversion.work_folder import BLOCK, BLOCKS, HashingWriter, WriteAborted
+from tests.unit.checkpoint_formats.no_direct import needs_direct, refuse_direct
 
 MEMORY = Path("/dev/shm")
 SIZES = (0, 1, ALIGNED - 1, ALIGNED, BLOCK - 1, BLOCK, BLOCK + 1, BLOCKS * BLOCK + 5)
@@ -27,7 +27,7 @@ def pieces_of(sizes: list[int]) -> list[bytearray]:
 
 def check(path: Path, pieces: list[bytearray]) -> None:
     content = b"".join(pieces)
-    with Sink(path, Event()) as out:
+    with HashingWriter(path, Event()) as out:
         for piece in pieces:
             before = out.tell()
             assert out.write(memoryview(piece)) == len(piece) == out.tell() - before
@@ -66,14 +66,14 @@ def test_a_write_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_is_met() -> None:
-    with pytest.raises(OSError, match="No space left"), Sink(Path("/dev/full"), Event()) as out:
+    with pytest.raises(OSError, match="No space left"), HashingWriter(Path("/dev/full"), Event()) as out:
         for _ in range(2 * BLOCKS):
             out.write(bytes(BLOCK))
 
 
 def test_who_is_told_to_stop_does(tmp_path: Path) -> None:
     stop = Event()
-    with pytest.raises(Stopped), Sink(tmp_path / "file", stop) as out:
+    with pytest.raises(WriteAborted), HashingWriter(tmp_path / "file", stop) as out:
         out.write(b"some")
         stop.set()
         out.write(b"more")

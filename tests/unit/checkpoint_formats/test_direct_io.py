@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.checkpoint_formats.direct_io import ALIGNED, BLOCK, FileBytes
-from tests.unit.model.no_direct import needs_direct, refuse_direct
+from tests.unit.checkpoint_formats.no_direct import needs_direct, refuse_direct
 
 SIZE = 2 * BLOCK + ALIGNED + 321
 
