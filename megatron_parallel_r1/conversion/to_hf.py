@@ -106,7 +106,7 @@ def write_hf_folder(
             work.file(INDEX, lambda file: file.write(index.encode() + b"\n"))
         for name, content in extra.items():
             work.file(name, lambda file, content=content: file.write(content))
-        copy_companions(source.like, work, but=tuple(extra))
+        copy_companions(source.like, work, exclude=tuple(extra))
         work.complete()
 
 
