@@ -10,6 +10,7 @@ Shapes: G groups of r rows each, X the dimensions of a row.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +23,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_parallel_r1.checkpoint_formats.direct_io import FileBytes
 from megatron_parallel_r1.errors import UserError
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
+MAX_READ = 2**30  # bytes per call; not every system takes more than 2 GiB
 BLOCK = 2**22  # bytes read at once if they cannot be read into their final place
 
 
@@ -45,18 +46,13 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file, its first byte at `begin`.
-
-    Attributes:
-        once: whether the rows will not be read again soon (`FileBytes`).
-    """
+    """A tensor in a file, its first byte at `begin`."""
 
     file: Path
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
-    once: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -85,11 +81,10 @@ class StoredTensor:
         """
         width = prod(self.shape[1:]) * self.dtype.itemsize
         groups, rows = out_GrX.shape[:2]
-        # The other columns of the same rows will be read for other shards.
-        with self._opened(self.once and column is None) as source:
+        with self._opened() as descriptor:
             # Straight into contiguous memory of the same dtype; otherwise through a block.
             if column is None and out_GrX.dtype == self.dtype and out_GrX.is_contiguous():
-                self._read(source, out_GrX, self.begin + row * width)
+                self._read(descriptor, out_GrX, self.begin + row * width)
                 return
             step_r = rows if groups > 1 else max(1, BLOCK // max(width, 1))
             step_G = max(1, BLOCK // max(width * rows, 1))
@@ -99,27 +94,32 @@ class StoredTensor:
                 for first in range(0, rows, step_r):
                     part = out_GrX[group : group + step_G, first : first + step_r]
                     held = block[: part.shape[0] * part.shape[1]].unflatten(0, part.shape[:2])
-                    self._read(source, held, self.begin + (row + group * rows + first) * width)
+                    self._read(descriptor, held, self.begin + (row + group * rows + first) * width)
                     part.copy_(held if column is None else held[..., column : column + part.shape[-1]])
 
     @contextmanager
-    def _opened(self, once: bool) -> Iterator[FileBytes]:
+    def _opened(self) -> Iterator[int]:
         try:
-            with FileBytes(self.file, once) as source:
-                yield source
+            descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise UserError(f"{self.file} cannot be read ({error.strerror}); copy it again") from None
 
-    def _read(self, source: FileBytes, out: Tensor, begin: int) -> None:
-        if source.read(begin, out.view(-1).view(torch.uint8).numpy()) < out.nbytes:
-            raise UserError(f"{self.file} ends within {self.name}; copy it again")
+    def _read(self, descriptor: int, out: Tensor, begin: int) -> None:
+        out_B = out.view(-1).view(torch.uint8).numpy()
+        done = 0
+        while done < len(out_B):
+            count = os.preadv(descriptor, [out_B[done : done + MAX_READ]], begin + done)
+            if not count:
+                raise UserError(f"{self.file} ends within {self.name}; copy it again")
+            done += count
 
 
-def stored_tensors(files: list[Path], once: bool = False) -> dict[str, StoredTensor]:
+def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     """Returns all tensors of some files by name.
-
-    Args:
-        once: as in `StoredTensor`.
 
     Raises:
         UserError: a file is damaged, a tensor is in two of them, or its dtype is not supported.
@@ -134,7 +134,7 @@ def stored_tensors(files: list[Path], once: bool = False) -> dict[str, StoredTen
                     f"{file}: {name} is of dtype {entry['dtype']}; cast it to one of {', '.join(DTYPES)}"
                 )
             dtype = DTYPES[entry["dtype"]]
-            stored[name] = StoredTensor(file, name, dtype, tuple(entry["shape"]), entry["begin"], once)
+            stored[name] = StoredTensor(file, name, dtype, tuple(entry["shape"]), entry["begin"])
     return stored
 
 

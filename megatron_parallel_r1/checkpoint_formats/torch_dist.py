@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,15 +25,9 @@ from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTenso
 from megatron_parallel_r1.checkpoint_formats.torch_save import NotContiguous, locate_tensor
 from megatron_parallel_r1.errors import UserError
 
-Empty = Callable[[Sequence[int], torch.dtype], Tensor]
-
 TRACKER = "latest_checkpointed_iteration.txt"
 # Prefixes of a training run's other tensors.
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
-
-
-def _empty(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(tuple(sizes), dtype=dtype)
 
 
 def checkpoint_key(weight: WeightMapping, has_experts: bool) -> str:
@@ -89,9 +83,6 @@ class StoredShard:
 class MegatronCheckpoint:
     """A distributed checkpoint, its index in memory.
 
-    Args:
-        once: whether its weights will not be read again soon (`FileBytes`).
-
     Attributes:
         folder: with the shards.
         sizes: of all its tensors.
@@ -101,8 +92,7 @@ class MegatronCheckpoint:
         UserError: there is no checkpoint in `path`, or its index is damaged.
     """
 
-    def __init__(self, path: Path, once: bool = False) -> None:
-        self._once = once
+    def __init__(self, path: Path) -> None:
         folder = find_checkpoint(path)
         if folder is None:
             raise UserError(
@@ -166,14 +156,12 @@ class MegatronCheckpoint:
         self,
         weight: WeightMapping,
         config: ModelConfig,
-        empty: Empty = _empty,
         start: int = 0,
         stop: int | None = None,
     ) -> Tensor:
         """Reads a Megatron parameter, without the padding of its vocabulary.
 
         Args:
-            empty: allocates the tensor that it is read into.
             start, stop: the rows to read; None: to the last.
 
         Raises:
@@ -181,7 +169,7 @@ class MegatronCheckpoint:
         """
         key, index = self._location(weight, config)
         stop = weight.shape[0] if stop is None else stop
-        out = empty((stop - start, *weight.shape[1:]), self.dtypes[key])
+        out = torch.empty((stop - start, *weight.shape[1:]), dtype=self.dtypes[key])
         filled = 0
         for shard in self.shards(key):
             lead = tuple(zip(shard.offset, shard.sizes, strict=True))[: len(index)]
@@ -241,7 +229,7 @@ class MegatronCheckpoint:
             raise UserError(f"{shard.file}: {key} is of sizes {saved.shape} instead of {shard.sizes}")
         rows, rest = sizes[0], sizes[1:]
         count = prod(shard.sizes) // prod(sizes)
-        stored = StoredTensor(shard.file, key, saved.dtype, (count * rows, *rest), saved.begin, self._once)
+        stored = StoredTensor(shard.file, key, saved.dtype, (count * rows, *rest), saved.begin)
         stored.read_into(target[None], row)
 
     def _location(self, weight: WeightMapping, config: ModelConfig) -> tuple[str, tuple[int, ...]]:

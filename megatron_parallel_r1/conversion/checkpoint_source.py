@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from megatron_parallel_r1.architecture.weight_table import EMBEDDING, WeightMapp
 from megatron_parallel_r1.checkpoint_formats.hf_folder import read_config, weight_files
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTensor, stored_tensors
 from megatron_parallel_r1.checkpoint_formats.torch_dist import MegatronCheckpoint, find_checkpoint
-from megatron_parallel_r1.conversion.prefetch import tensor_in
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST
 
@@ -88,34 +86,26 @@ class CheckpointSource:
         dtypes = (self.stored[name].dtype for name, _ in part.weight.parts)
         return sum(prod(shape) * dtype.itemsize for shape, dtype in zip(part.shapes, dtypes, strict=True))
 
-    def parts(self, part: WeightSlice, memory: bytearray | None = None) -> list[Tensor]:
+    def parts(self, part: WeightSlice) -> list[Tensor]:
         """Reads a slice's part of each Hugging Face tensor, [groups, rows of a group, …]: the first two
         dimensions together are rows.
-
-        Args:
-            memory: `bytes_of` bytes to read into; None: new memory.
         """
-        memory = bytearray(self.bytes_of(part)) if memory is None else memory
         if self.checkpoint:
-            empty = partial(tensor_in, memory)
-            whole = self.checkpoint.read(part.weight, self.config, empty, part.start, part.stop)
-            return part.weight.views(whole)
-        parts, begin = [], 0
+            return part.weight.views(self.checkpoint.read(part.weight, self.config, part.start, part.stop))
+        tensors = []
         for (name, _), shape in zip(part.weight.parts, part.shapes, strict=True):
             stored = self.stored[name]
-            out = tensor_in(memoryview(memory)[begin:], shape, stored.dtype)[None]
-            stored.read_into(out, part.start)
-            parts.append(out)
-            begin += out.nbytes
-        return parts
+            tensor_1rX = torch.empty((1, *shape), dtype=stored.dtype)
+            stored.read_into(tensor_1rX, part.start)
+            tensors.append(tensor_1rX)
+        return tensors
 
 
-def open_source(path: Path, like: Path | None = None, once: bool = False) -> CheckpointSource:
+def open_source(path: Path, like: Path | None = None) -> CheckpointSource:
     """Opens a Hugging Face folder or a Megatron checkpoint, and checks its weights against its config.json.
 
     Args:
         like: the folder with config.json and tokenizer; None: `path`.
-        once: whether its weights will not be read again soon (`FileBytes`).
 
     Raises:
         UserError: `path` is neither, or its weights do not fit.
@@ -132,11 +122,11 @@ def open_source(path: Path, like: Path | None = None, once: bool = False) -> Che
     config = read_config(like)
     config_json = json.loads((like / "config.json").read_text())
     if is_megatron:
-        checkpoint = MegatronCheckpoint(path, once=once)
+        checkpoint = MegatronCheckpoint(path)
         config = _with_tags(config, checkpoint)
         checkpoint.check(config)
         return CheckpointSource(path, config, config_json, like, checkpoint=checkpoint)
-    stored = stored_tensors(weight_files(path), once=once)
+    stored = stored_tensors(weight_files(path))
     check_fit(config, {name: tensor.shape for name, tensor in stored.items()})
     return CheckpointSource(path, config, config_json, like, stored=stored)
 

@@ -75,7 +75,7 @@ def write_release(
             if not source.is_dir():
                 raise UserError(f"{run}: {at.stage.name} is not finished; give a checkpoint and --run {run}")
     like = inputs.like
-    opened = open_source(source, like, once=True)
+    opened = open_source(source, like)
     extra = _tokenizer_files(opened, run)
     more = "\n\n".join(_text(file) for file in inputs.evaluations)
     if recipe is not None and inputs.thinking is None:

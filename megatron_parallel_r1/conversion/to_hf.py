@@ -14,9 +14,9 @@ from megatron_parallel_r1.architecture.weight_table import WeightMapping, weight
 from megatron_parallel_r1.checkpoint_formats.hf_folder import SHARD_BYTES, shard_names
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import NAMES
 from megatron_parallel_r1.conversion.checkpoint_source import CheckpointSource, WeightSlice, open_source
-from megatron_parallel_r1.conversion.prefetch import MemoryPool, prefetch
+from megatron_parallel_r1.conversion.hashing_writer import HashingWriter
 from megatron_parallel_r1.conversion.to_megatron import Advance, copy_companions, source_identity
-from megatron_parallel_r1.conversion.work_folder import HashingWriter, WorkFolder
+from megatron_parallel_r1.conversion.work_folder import MemoryBudget, WorkFolder
 from megatron_parallel_r1.errors import UserError
 
 SLICE_BYTES = 2**25  # read at once if a weight can be split
@@ -43,7 +43,7 @@ def megatron_to_hf(
     Raises:
         UserError: the source cannot be converted, before anything is written; or `out` cannot be written.
     """
-    checkpoint = open_source(source, like, once=True)
+    checkpoint = open_source(source, like)
     write_hf_folder(checkpoint, out, dtype, shard_bytes, replace, {}, advance, begin)
 
 
@@ -88,10 +88,10 @@ def write_hf_folder(
         "like": source_identity(source.like, out),
         "extra": {name: content.hex() for name, content in extra.items() if len(content) < 2**16},
     }
-    names, pool = shard_names(len(files)), MemoryPool()
+    names, budget = shard_names(len(files)), MemoryBudget()
 
     def writer(shard: list[WeightMapping]) -> Callable[[HashingWriter], None]:
-        return lambda file: _write(file, shard, source, dtypes, pool, advance)
+        return lambda file: _write(file, shard, source, dtypes, budget, advance)
 
     with WorkFolder(out, identity, replace) as work:
         work.files([(name, writer(shard)) for name, shard in zip(names, files, strict=True)])
@@ -141,7 +141,7 @@ def _write(
     weights: list[WeightMapping],
     source: CheckpointSource,
     dtypes: Mapping[str, torch.dtype],
-    pool: MemoryPool,
+    budget: MemoryBudget,
     advance: Advance,
 ) -> None:
     """Writes a safetensors file: its header, then the tensors in the header's order."""
@@ -160,13 +160,14 @@ def _write(
     file.write(len(text).to_bytes(8, "little") + text)
 
     slices = [part for weight in weights for part in WeightSlice.split(weight, _rows(weight, dtypes))]
-    for part, tensors in prefetch(slices, source.parts, source.bytes_of, pool):
-        for tensor in tensors:
-            for rows in _in_blocks(tensor):
-                block = rows.to(dtypes[part.weight.name]).contiguous()
-                file.write(block.view(-1).view(torch.uint8).numpy())
-                advance(block.nbytes)
-        del tensors, tensor, rows, block  # their memory is reused
+    for part in slices:
+        with budget.reserve(source.bytes_of(part)):
+            for tensor in source.parts(part):
+                for rows in _in_blocks(tensor):
+                    block = rows.to(dtypes[part.weight.name]).contiguous()
+                    file.write(block.view(-1).view(torch.uint8).numpy())
+                    advance(block.nbytes)
+            del tensor, rows, block  # before another file takes their memory
 
 
 def _rows(weight: WeightMapping, dtypes: Mapping[str, torch.dtype]) -> int:

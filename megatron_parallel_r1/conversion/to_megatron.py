@@ -35,9 +35,9 @@ from megatron_parallel_r1.architecture.weight_table import check_fit
 from megatron_parallel_r1.checkpoint_formats.hf_folder import read_config, weight_files
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTensor, stored_tensors
 from megatron_parallel_r1.checkpoint_formats.torch_dist import TRACKER
-from megatron_parallel_r1.conversion.prefetch import MemoryPool, prefetch, tensor_in
+from megatron_parallel_r1.conversion.hashing_writer import HashingWriter
 from megatron_parallel_r1.conversion.shard_plan import Shard, Target, shard_plan
-from megatron_parallel_r1.conversion.work_folder import HashingWriter, WorkFolder, working_folder
+from megatron_parallel_r1.conversion.work_folder import MemoryBudget, WorkFolder, working_folder
 
 FILE_BYTES = 2**30
 RELEASE = "release"
@@ -71,7 +71,7 @@ def hf_to_megatron(
         UserError: the source cannot be converted, before anything is written; or `out` cannot be written.
     """
     config = read_config(source)
-    stored = stored_tensors(weight_files(source), once=True)
+    stored = stored_tensors(weight_files(source))
     check_fit(config, {name: tensor.shape for name, tensor in stored.items()})
     target.check(config)
     ranks = shard_plan(config, target)
@@ -88,10 +88,10 @@ def hf_to_megatron(
         for rank, shards in sorted(ranks.items())
         for number, group in enumerate(_files(shards, sizes))
     ]
-    pool = MemoryPool()
+    budget = MemoryBudget()
 
     def writer(shards: list[Shard]) -> Callable[[HashingWriter], list[dict[str, Any]]]:
-        return lambda file: _write(file, shards, stored, dtype, pool, advance)
+        return lambda file: _write(file, shards, stored, dtype, budget, advance)
 
     with WorkFolder(out, identity, replace) as work:
         entries = work.files([(name, writer(shards)) for name, shards in files])
@@ -162,29 +162,25 @@ def _write(
     shards: list[Shard],
     stored: Mapping[str, StoredTensor],
     dtype: torch.dtype | None,
-    pool: MemoryPool,
+    budget: MemoryBudget,
     advance: Advance,
 ) -> list[dict[str, Any]]:
     """Writes a file of shards, each by torch.save; returns their entries of the checkpoint's index."""
-
-    def read(shard: Shard, memory: bytearray) -> Tensor:
-        out = tensor_in(memory, shard.sizes, _dtype(shard, stored, dtype))
-        _assemble(shard, stored, out)
-        return out
-
-    def need(shard: Shard) -> int:
-        return shard.elements * _dtype(shard, stored, dtype).itemsize
-
     entries = []
-    for shard, tensor in prefetch(shards, read, need, pool):
-        begin = file.tell()
-        with _no_checksums():
-            torch.save(tensor, file)
-        advance(tensor.nbytes)
+    for shard in shards:
+        shard_dtype = _dtype(shard, stored, dtype)
+        with budget.reserve(shard.elements * shard_dtype.itemsize):
+            tensor = torch.empty(shard.sizes, dtype=shard_dtype)
+            _assemble(shard, stored, tensor)
+            begin = file.tell()
+            with _no_checksums():
+                torch.save(tensor, file)
+            advance(tensor.nbytes)
+            del tensor  # before another file takes its memory
         entries.append(
             {
                 "key": shard.key,
-                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "dtype": str(shard_dtype).removeprefix("torch."),
                 "whole": shard.whole,
                 "corner": shard.offset,
                 "sizes": shard.sizes,
@@ -192,7 +188,6 @@ def _write(
                 "length": file.tell() - begin,
             }
         )
-        del tensor
     return entries
 
 

@@ -7,147 +7,20 @@ their digests; after `SHA256SUMS` (the format of `sha256sum -c`) one rename give
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import mmap
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Lock
+from threading import Condition, Event, Lock
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from megatron_parallel_r1.checkpoint_formats.direct_io import (
-    aligned_memory,
-    disable_direct,
-    open_direct,
-    round_up,
-)
+from megatron_parallel_r1.conversion.hashing_writer import HashingWriter, WriteAborted
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.files import fsync_path, write_atomically
-
-BLOCK = 2**22
-BLOCKS = 5  # in memory: one is filled while the others are hashed and written
-
-
-class WriteAborted(Exception):
-    """The writer of another file has failed."""
-
-
-class HashingWriter:
-    """Writes a new file past the page cache and hashes it meanwhile. A context manager.
-
-    Through the page cache the kernel would copy each byte and find a page for it, on the cores that hash: 1.8
-    times the CPU time (benchmarks/conversion.py). `write`, `tell` and `flush` are all that torch.save needs.
-
-    Args:
-        stop: set when the file is no longer needed.
-
-    Attributes:
-        error: what `write` raised; torch.save raises an error of its own instead.
-    """
-
-    def __init__(self, path: Path, stop: Event) -> None:
-        self.error: Exception | None = None
-        self._stop = stop
-        self._digest = hashlib.sha256()
-        # One thread each: blocks are hashed in order, and a second concurrent write gains nothing.
-        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._in_flight: deque[tuple[mmap.mmap, tuple[Future[Any], ...]]] = deque()
-        self._block = aligned_memory(BLOCK)
-        self._descriptor = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self._begin = self._filled = self._size = 0  # the block's offset in the file, its bytes, all bytes
-
-    def __enter__(self) -> HashingWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for pool in (self._hasher, self._writer):
-            pool.shutdown(cancel_futures=True)
-        os.close(self._descriptor)
-
-    def write(self, data: Any) -> int:
-        """Appends bytes; `data` may be modified afterwards.
-
-        Raises:
-            OSError: these or earlier bytes could not be written.
-            WriteAborted: `stop` is set.
-        """
-        try:
-            self._append(np.frombuffer(data, dtype=np.uint8))
-        except Exception as error:
-            self.error = error
-            raise
-        return memoryview(data).nbytes
-
-    def _append(self, data_B: np.ndarray) -> None:
-        done = 0
-        while done < len(data_B):
-            if self._stop.is_set():
-                raise WriteAborted
-            chunk_B = data_B[done : done + BLOCK - self._filled]
-            # numpy releases the GIL.
-            np.frombuffer(self._block, dtype=np.uint8)[self._filled : self._filled + len(chunk_B)] = chunk_B
-            self._filled += len(chunk_B)
-            done += len(chunk_B)
-            if self._filled == BLOCK:
-                self._submit_block()
-        self._size += len(data_B)
-
-    def tell(self) -> int:
-        return self._size
-
-    def flush(self) -> None:
-        """Does nothing: data is durable only after `finish`."""
-
-    def finish(self) -> str:
-        """Waits until everything is on the disk, and returns the SHA-256.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        if self._filled:
-            self._submit_block()
-        while self._in_flight:
-            self._wait_oldest()
-        os.ftruncate(self._descriptor, self._size)
-        os.fsync(self._descriptor)
-        return self._digest.hexdigest()
-
-    def _submit_block(self) -> None:
-        """Submits the block to be hashed and written, and takes another one."""
-        # After the last block's bytes follow stale ones, which `finish` truncates.
-        whole = round_up(self._filled)
-        hashing = self._hasher.submit(self._digest.update, memoryview(self._block)[: self._filled])
-        writing = self._writer.submit(self._put, memoryview(self._block)[:whole], self._begin)
-        self._in_flight.append((self._block, (hashing, writing)))
-        self._begin += self._filled
-        self._filled = 0
-        self._block = self._wait_oldest() if len(self._in_flight) == BLOCKS else aligned_memory(BLOCK)
-
-    def _wait_oldest(self) -> mmap.mmap:
-        """Waits for the block that was submitted first."""
-        block, calls = self._in_flight.popleft()
-        for call in calls:
-            call.result()
-        return block
-
-    def _put(self, data: memoryview, begin: int) -> None:
-        while data:
-            try:
-                count = os.pwrite(self._descriptor, data, begin)
-            except OSError as error:
-                disable_direct(self._descriptor, error)
-                continue
-            data, begin = data[count:], begin + count
-
 
 SUMS = "SHA256SUMS"
 JOURNAL = "journal.jsonl"
@@ -155,6 +28,30 @@ LOCK = "lock"
 # Files written concurrently: one is read or hashed while the other waits for the disk. A killed conversion
 # repeats at most these.
 AT_ONCE = 2
+# Most bytes of several weights in memory at once; a larger weight is in memory alone. With Python and torch,
+# a conversion needs at most its largest weight and one gigabyte.
+MAX_BYTES = 700_000_000
+
+
+class MemoryBudget:
+    """Bounds the memory of the files that are written at the same time."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._used = 0
+
+    @contextmanager
+    def reserve(self, size: int) -> Iterator[None]:
+        """Waits until `size` bytes fit into `MAX_BYTES`, or nothing else is reserved."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + size <= MAX_BYTES)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
 
 
 def working_folder(final: Path) -> Path:

@@ -59,9 +59,9 @@ class Runs:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ([torch.ones(2)], "a list, no tensor"),
-        (Runs(), "no plain tensor"),
-        (torch.ones(2).to_sparse(), "no plain tensor"),
+        ([torch.ones(2)], "a list, not a tensor"),
+        (Runs(), "not a plain tensor"),
+        (torch.ones(2).to_sparse(), "not a plain tensor"),
     ],
 )
 def test_others_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: object, said: str) -> None:

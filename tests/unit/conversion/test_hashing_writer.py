@@ -1,7 +1,8 @@
-"""A sink leaves what was written and tells its digest, whatever the file system takes."""
+"""A hashing writer stores what was written and returns its digest, whatever the file system supports."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -12,12 +13,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.checkpoint_formats.direct_io import ALIGNED
-from megatron_parallel_r1.conversion.work_folder import BLOCK, BLOCKS, HashingWriter, WriteAborted
-from tests.unit.checkpoint_formats.no_direct import needs_direct, refuse_direct
+from megatron_parallel_r1.conversion.hashing_writer import (
+    ALIGNED,
+    BLOCK,
+    BLOCKS,
+    DIRECT,
+    HashingWriter,
+    WriteAborted,
+    is_direct,
+)
 
+needs_direct = pytest.mark.skipif(not DIRECT, reason="this system has no direct reads and writes")
 MEMORY = Path("/dev/shm")
 SIZES = (0, 1, ALIGNED - 1, ALIGNED, BLOCK - 1, BLOCK, BLOCK + 1, BLOCKS * BLOCK + 5)
+
+
+def refuse_direct(monkeypatch: pytest.MonkeyPatch, call: str) -> list[object]:
+    """Makes `os.open`, or only the writes after it, refuse direct I/O; returns the refused calls."""
+    real, refused = getattr(os, call), []
+
+    def refuse(target: object, *rest: object) -> int:
+        if rest[0] & DIRECT if call == "open" else is_direct(target):
+            refused.append(target)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(target, *rest)
+
+    monkeypatch.setattr(os, call, refuse)
+    return refused
 
 
 def pieces_of(sizes: list[int]) -> list[bytearray]:
@@ -65,13 +87,13 @@ def test_a_write_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_full_disk_is_met() -> None:
+def test_a_full_disk_is_reported() -> None:
     with pytest.raises(OSError, match="No space left"), HashingWriter(Path("/dev/full"), Event()) as out:
         for _ in range(2 * BLOCKS):
             out.write(bytes(BLOCK))
 
 
-def test_who_is_told_to_stop_does(tmp_path: Path) -> None:
+def test_a_stopped_writer_aborts(tmp_path: Path) -> None:
     stop = Event()
     with pytest.raises(WriteAborted), HashingWriter(tmp_path / "file", stop) as out:
         out.write(b"some")

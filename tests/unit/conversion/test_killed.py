@@ -188,7 +188,7 @@ def test_a_disk_that_fills_up_is_one_line(way: str, hf: Path, tmp_path: Path) ->
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))
     try:
-        with pytest.raises(UserError, match="out could not be written: File too large; mend that"):
+        with pytest.raises(UserError, match="out could not be written: File too large; fix that"):
             convert()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

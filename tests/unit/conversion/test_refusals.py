@@ -109,7 +109,7 @@ def test_a_missing_shard_and_a_short_one(tmp_path: Path, capsys: pytest.CaptureF
     whole = second.read_bytes()
     second.write_bytes(whole[:-100])
     assert code_of(hf_to_megatron_command, tmp_path / "hf", tmp_path / "out") == 2
-    assert f"{second.name} is damaged (it ends before" in capsys.readouterr().err
+    assert f"{second.name} is damaged (it ends within" in capsys.readouterr().err
     second.unlink()
     assert code_of(hf_to_megatron_command, tmp_path / "hf", tmp_path / "out") == 2
     assert f"{second.name}, which model.safetensors.index.json names, is missing" in capsys.readouterr().err
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     assert code_of(inspect_command, tmp_path / "megatron", "--check") == 1
-    assert "__0_0.distcp has other bytes than were written" in capsys.readouterr().out
+    assert "__0_0.distcp does not have its recorded digest" in capsys.readouterr().out
     assert code_of(verify_command, tmp_path / "hf", tmp_path / "megatron", "--no-logits") == 1
     assert "differs in 1 of" in capsys.readouterr().out
     file.write_bytes(content[: len(content) // 2])
