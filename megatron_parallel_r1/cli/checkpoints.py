@@ -25,59 +25,59 @@ def register(app: typer.Typer) -> None:
 @convert.command(context_settings=PASS_ON)
 def hf_to_megatron(context: typer.Context) -> None:
     """Convert a Hugging Face folder to a distributed Megatron checkpoint."""
-    from megatron_parallel_r1.conversion.command import explained, hf_to_megatron_command
+    from megatron_parallel_r1.conversion.command import hf_to_megatron_command, run_and_exit
 
     arguments = _arguments(context)
-    explained(lambda: hf_to_megatron_command(arguments))
+    run_and_exit(lambda: hf_to_megatron_command(arguments))
 
 
 @convert.command(context_settings=PASS_ON)
 def megatron_to_hf(context: typer.Context) -> None:
     """Convert a distributed Megatron checkpoint to a Hugging Face folder."""
-    from megatron_parallel_r1.conversion.command import explained, megatron_to_hf_command
+    from megatron_parallel_r1.conversion.command import megatron_to_hf_command, run_and_exit
 
     arguments = _arguments(context)
-    explained(lambda: megatron_to_hf_command(arguments))
+    run_and_exit(lambda: megatron_to_hf_command(arguments))
 
 
 def verify(context: typer.Context) -> None:
     """Check that two checkpoints, in either format, hold the same model."""
-    from megatron_parallel_r1.conversion.command import explained, verify_command
+    from megatron_parallel_r1.conversion.command import run_and_exit, verify_command
 
     arguments = _arguments(context)
-    explained(lambda: verify_command(arguments))
+    run_and_exit(lambda: verify_command(arguments))
 
 
 def release(context: typer.Context) -> None:
     """Write a folder ready to upload: weights, tokenizer, decoding settings, model card."""
-    from megatron_parallel_r1.conversion.command import explained, release_command
+    from megatron_parallel_r1.conversion.command import release_command, run_and_exit
 
     arguments = _arguments(context)
-    explained(lambda: release_command(arguments))
+    run_and_exit(lambda: release_command(arguments))
 
 
 def inspect(context: typer.Context) -> None:
     """Show what a checkpoint holds; with --check, compare its files with their digests."""
-    from megatron_parallel_r1.conversion.command import explained, inspect_command
+    from megatron_parallel_r1.conversion.command import inspect_command, run_and_exit
 
     arguments = _arguments(context)
-    explained(lambda: inspect_command(arguments))
+    run_and_exit(lambda: inspect_command(arguments))
 
 
 def evaluate(context: typer.Context) -> None:
     """Evaluate one checkpoint on benchmarks in one mode."""
-    from megatron_parallel_r1.evaluation.command import explained, run_command
+    from megatron_parallel_r1.evaluation.command import run_and_exit, run_command
 
     arguments = _arguments(context)
-    explained(lambda: run_command(arguments))
+    run_and_exit(lambda: run_command(arguments))
 
 
 def compare(context: typer.Context) -> None:
     """Compare checkpoints, or the stages of a run, on the same problems."""
-    from megatron_parallel_r1.evaluation.command import compare_command, explained
+    from megatron_parallel_r1.evaluation.command import compare_command, run_and_exit
 
     arguments = _arguments(context)
-    explained(lambda: compare_command(arguments))
+    run_and_exit(lambda: compare_command(arguments))
 
 
 def _arguments(context: typer.Context) -> list[str]:
