@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from megatron_parallel_r1.utils.tables import markdown_table
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 
 
@@ -21,10 +23,8 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join(
-            (f"### {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", self.note, "")
-        )
+        table = markdown_table(self.columns, self.rows)
+        return "\n".join((f"### {self.title}", "", table, "", self.note, ""))
 
 
 def add_write_option(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ Writes tables (Markdown and HTML) with paired tests, and a plot over training st
 
 from __future__ import annotations
 
-from megatron_parallel_r1.evaluation.command import compare_command, explained
+from megatron_parallel_r1.evaluation.command import compare_command, run_and_exit
 
 if __name__ == "__main__":
-    explained(compare_command)
+    run_and_exit(compare_command)

@@ -9,7 +9,7 @@ Killed, it goes on where it was; asked again, it answers from its records. docs/
 
 from __future__ import annotations
 
-from megatron_parallel_r1.evaluation.command import explained, run_command
+from megatron_parallel_r1.evaluation.command import run_and_exit, run_command
 
 if __name__ == "__main__":
-    explained(run_command)
+    run_and_exit(run_command)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_parallel_r1.data.prompts import decode
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.decode import prompt_tokens
+from megatron_parallel_r1.evaluation.records import prompt_tokens
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.serve.served_model import ServedModel
 from megatron_parallel_r1.utils.exit import one_line_exit

@@ -78,10 +78,10 @@ def evaluate(
     settings = read_recipe(recipe, overrides or ())
     from megatron_parallel_r1.curriculum.evaluation import evaluate_checkpoint
     from megatron_parallel_r1.curriculum.run import open_console
-    from megatron_parallel_r1.report.tables import eval_table
+    from megatron_parallel_r1.report.evaluation_table import evaluation_table
 
     record = evaluate_checkpoint(settings, checkpoint)
-    open_console().print(eval_table([record]))
+    open_console().print(evaluation_table([record]).terminal())
 
 
 def coldstart(

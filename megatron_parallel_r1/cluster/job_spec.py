@@ -12,7 +12,7 @@ from typing import NoReturn
 from megatron_parallel_r1.config.reader import read_recipe, refuse_single_stage, stage_to_run
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.records import USUAL, records_under
+from megatron_parallel_r1.evaluation.records import DEFAULT_OUT, records_under
 
 KINDS = ("sft", "rl", "curriculum")
 
@@ -71,7 +71,7 @@ def evaluation_records(arguments: Sequence[str]) -> Path:
         UserError: `--out` has no value.
     """
     parser = _Parser("--out FOLDER")
-    parser.add_argument("--out", type=Path, default=USUAL)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     return records_under(parser.parse_known_args(list(arguments))[0].out)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_parallel_r1.coldstart.checks import REASONS, Checked, Rejection, TraceShape
-from megatron_parallel_r1.report.formats import percent
+from megatron_parallel_r1.utils.formats import percent
+from megatron_parallel_r1.utils.tables import markdown_table
 
 EXCERPT_CHARS = 1500
 
@@ -42,7 +43,7 @@ class ColdStartReport:
         lines = [
             "# Cold start",
             "",
-            *_table(
+            markdown_table(
                 ("", "count"),
                 [
                     ("problems", self.problems),
@@ -68,7 +69,7 @@ def tally_lines(tally: Tally) -> list[str]:
     share = tally.passed / tally.answers if tally.answers else None
     rows: list[tuple[object, ...]] = [("passes", "", tally.passed, percent(share))]
     rows += [(reason, kind, count, percent(count / tally.answers)) for reason, kind, count in tally.reasons]
-    lines = ["## Check", "", *_table(("", "kind", "answers", "share"), rows), ""]
+    lines = ["## Check", "", markdown_table(("", "kind", "answers", "share"), rows), ""]
     for example in tally.examples:
         why = ": ".join(part for part in (example.rejection.kind, example.rejection.detail) if part)
         title = f"### {example.rejection.reason}, problem {example.problem}, sample {example.sample}"
@@ -82,17 +83,10 @@ def _shapes(before: ShapeCounts, after: ShapeCounts) -> list[str]:
     kept = dict(after.paths)
     paths = [(count, blocks, kept.get(count, 0)) for count, blocks in before.paths]
     return [
-        *_table(("blocks", "paths of the widest", "traces that pass", "traces written"), cells),
+        markdown_table(("blocks", "paths of the widest", "traces that pass", "traces written"), cells),
         "",
-        *_table(("paths of a block", "blocks that pass", "blocks written"), paths),
+        markdown_table(("paths of a block", "blocks that pass", "blocks written"), paths),
     ]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(head), line(["---"] * len(head)), *map(line, rows)]
 
 
 def _quoted(text: str) -> list[str]:

@@ -18,9 +18,10 @@ from megatron_parallel_r1.config.data import DataSet
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.data.prompts import TEMPLATES
-from megatron_parallel_r1.report.tables import eval_markdown
+from megatron_parallel_r1.report.evaluation_table import evaluation_table
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.run.folder import steps_done
+from megatron_parallel_r1.utils.tables import markdown_table
 
 _BLOCKS = (
     "that thinks in parallel: it opens `<Parallel>` blocks, reads their `<Path>`s in a `<Summary>`, goes on;"
@@ -79,13 +80,13 @@ def run_card(
     past = lineage(recipe, at.stage)
     thinking = recipe.thinking_of(at.stage)
     steps = _steps(recipe, folder, at)
-    stages = "\n".join(
-        f"| {stage.name} | {stage.kind} | {_data(stage)} | {steps[stage.name]} |" for stage in past
+    stages = markdown_table(
+        ("stage", "kind", "data", "steps"),
+        [(stage.name, stage.kind, _data(stage), steps[stage.name]) for stage in past],
+        "lllr",
     )
-    figures = eval_markdown(evaluations) if evaluations else "This run was not evaluated."
-    training = f"""| stage | kind | data | steps |
-|---|---|---|---|
-{stages}
+    figures = evaluation_table(evaluations).markdown() if evaluations else "This run was not evaluated."
+    training = f"""{stages}
 
 Seed {recipe.seed}; the last stage in mode `{thinking.mode}` with {thinking.paths} paths a block.
 {_start(recipe)}
@@ -97,7 +98,7 @@ Seed {recipe.seed}; the last stage in mode `{thinking.mode}` with {thinking.path
 ```
 
 </details>"""
-    evaluation = f"Plain accuracy on held-out problems, ± half the 95 % interval.\n\n{figures}"
+    evaluation = f"Plain accuracy on held-out problems, with its 95 % interval.\n\n{figures}"
     base = recipe.model.path
     facts = {"license": "apache-2.0"} if base is None else {**licence(base), "base_model": base.name}
     return card(recipe.name, shape, thinking, facts, training, _provenance(recipe, past), evaluation)

@@ -17,13 +17,12 @@ from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
 from megatron_parallel_r1.curriculum.model_card import Point, thinking_json
 from megatron_parallel_r1.curriculum.release import write_release
-from megatron_parallel_r1.curriculum.seed_table import across_seeds
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.collectives import barrier
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.report.evaluation_table import accuracy_text, evaluation_table, seed_table
 from megatron_parallel_r1.report.html import build_report
-from megatron_parallel_r1.report.tables import eval_table
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.loop import train_rl
 from megatron_parallel_r1.run.backends import Backends
@@ -38,9 +37,9 @@ from megatron_parallel_r1.utils.rank import is_rank_zero
 
 
 def open_console() -> Console:
-    """A console as wide as the terminal, or 150 columns in a log; quiet on ranks other than zero."""
+    """A console as wide as the terminal, or 160 columns in a log; quiet on ranks other than zero."""
     console = Console(quiet=not is_rank_zero())
-    return console if console.is_terminal else Console(width=150, quiet=console.quiet)
+    return console if console.is_terminal else Console(width=160, quiet=console.quiet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def run(
         folder = recipe.out / recipe.name / f"seed{seed}"
         outcomes.append(_run_seed(single, folder, only, fresh, adapt, console))
     by_seed = {seed: done.evaluations for seed, done in zip(recipe.seeds, outcomes, strict=True)}
-    table = across_seeds(by_seed)
+    table = seed_table(by_seed)
     if is_rank_zero():
         (recipe.out / recipe.name / "seeds.md").write_text(table + "\n")
     console.print(table, highlight=False, markup=False)
@@ -128,7 +127,7 @@ def _run_seed(
         if only is None:
             release = write_release(run, last or run.finished_model(recipe.stages[-1]), evaluations)
         if evaluations:
-            console.print(eval_table(evaluations))
+            console.print(evaluation_table(evaluations).terminal())
         report = build_report(folder) if is_rank_zero() else folder / "report.html"
     return RunResult(folder, report, release, evaluations)
 
@@ -176,6 +175,6 @@ def _workers() -> int:
 
 def _in_words(record: dict[str, Any]) -> str:
     return (
-        f"{record['stage']}  accuracy {record['accuracy']:.1%} ± {record['ci95']:.1%} "
+        f"{record['stage']}  accuracy {accuracy_text(record)} "
         f"on {record['problems']} held-out problems, parallel ratio {record['parallel_ratio']:.1%}"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_parallel_r1.utils.tables import markdown_table
+
 _LISTED_ROWS = 8
 
 
@@ -61,17 +63,16 @@ class RowAccount:
 
 def account_table(accounts: Sequence[RowAccount]) -> str:
     """Formats a Markdown table: rows read, kept, and dropped, with reasons and the first dropped rows."""
-    lines = ["| source | read | kept | dropped | why | rows, from 0 |", "|---|---:|---:|---:|---|---|"]
+    rows: list[tuple[object, ...]] = []
     for account in accounts:
         reasons = [(len(bad), what, _list_rows(bad)) for what, bad in account.dropped().items()]
         reasons.append((account.repeated, "repeats an earlier problem", ""))
         reasons.append((account.disputed, "copies of the problem disagree on the answer", ""))
-        nonzero = [reason for reason in reasons if reason[0]] or [(0, "", "")]
-        for index, (count, why, which) in enumerate(nonzero):
+        for index, reason in enumerate([r for r in reasons if r[0]] or [(0, "", "")]):
             head = (account.source, account.rows, account.kept) if index == 0 else ("", "", "")
-            cells = (*head, count, why, which)
-            lines.append(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+            rows.append((*head, *reason))
+    titles = ("source", "read", "kept", "dropped", "why", "rows, from 0")
+    return markdown_table(titles, rows, "lrrrll") + "\n"
 
 
 def _list_rows(bad: Sequence[BadRow]) -> str:

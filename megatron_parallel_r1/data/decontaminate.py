@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.utils.tables import markdown_table
 
 _WORD = re.compile(r"[^\W_]+")
 _DELIMITERS = re.compile(r"\$|\\[()\[\],;:! ]|\\(?:left|right|displaystyle)(?![a-z])|\s")
@@ -143,17 +144,18 @@ def contamination_table(contamination: Contamination) -> str:
     )
     if not overlaps:
         return summary + "\n"
-    lines = [
-        summary,
-        "",
-        "| training problem | evaluation problem | same text | share | words in common |",
-        "|---|---|---|---:|---|",
+    rows = [
+        (
+            _full_id(overlap.training),
+            _full_id(overlap.evaluation),
+            "yes" if overlap.same else "no",
+            f"{overlap.share:.2f}",
+            " ".join(overlap.shared.split()),
+        )
+        for overlap in sorted(overlaps, key=lambda overlap: (not overlap.same, -overlap.share))
     ]
-    for overlap in sorted(overlaps, key=lambda overlap: (not overlap.same, -overlap.share)):
-        problems = f"{_full_id(overlap.training)} | {_full_id(overlap.evaluation)}"
-        shared = " ".join(overlap.shared.split()).replace("|", r"\|")
-        lines.append(f"| {problems} | {'yes' if overlap.same else 'no'} | {overlap.share:.2f} | {shared} |")
-    return "\n".join(lines) + "\n"
+    titles = ("training problem", "evaluation problem", "same text", "share", "words in common")
+    return f"{summary}\n\n{markdown_table(titles, rows, 'lllrl')}\n"
 
 
 def words_of(text: str) -> list[str]:

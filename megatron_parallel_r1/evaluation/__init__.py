@@ -1,3 +1,2 @@
-"""Evaluation of a checkpoint, in the decoding loop that trained it: benchmarks, records, statistics, tables.
-
-`curriculum/` evaluates within a run; this room evaluates any released folder, and compares several."""
+"""Evaluation with the decoding loop of the training: held-out problems within a run, and benchmarks of any
+checkpoint with cached responses, paired tests and tables."""

@@ -1,4 +1,4 @@
-"""Final answers of plain texts, for evaluation harnesses that see what a server wrote and no tokens."""
+"""Final answers of plain texts, for evaluation harnesses that see a server's text and no tokens."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _TEXT = len(TAG_TEXTS) + 1
 
 
 def main_text(response: str) -> str:
-    """What a response says outside its blocks and summaries, read by the project's one parser."""
+    """The text of a response outside its blocks and summaries."""
     pieces = [piece for piece in _TAG.split(response) if piece]
     tree = parse([TAG_TEXTS.index(piece) if piece in TAG_TEXTS else _TEXT for piece in pieces], _TAGS)
     return "\n".join("".join(pieces[start:stop]) for start, stop in tree.main_spans())
 
 
 def final_answer(response: str) -> str | None:
-    """The answer as training and evaluation read it; one inside a path or a summary is none."""
+    """The final answer of the main text; answers inside a path or a summary do not count."""
     return extract_answer(main_text(response))
 
 
 def is_right(answer: str | None, published: object) -> bool:
-    """Whether an answer is that of a published row, for the answer columns of the built-in benchmarks.
+    """Whether an answer equals that of a data set's row.
 
     Args:
-        published: a number or a text; GSM8K's worked answer counts from behind its `####`.
+        published: a number or a text; of GSM8K's worked answer the part after `####` counts.
     """
     text = str(published)
     _, mark, value = text.rpartition("####")

@@ -1,6 +1,6 @@
-"""Benchmarks by name, from the Hub, from a folder of local copies, or made in process.
+"""Benchmarks by name: from the Hub, from a folder of local copies, or generated in process.
 
-A new one whose schema `data/schemas.py` knows is one more line.
+A new one in a schema of `data/schemas.py` needs one line in `PUBLISHED`.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ _ENDINGS = (".parquet", ".jsonl", ".json")
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """Where a benchmark lives on the Hub, and the split that is evaluated on; None: the schema's."""
+class HubBenchmark:
+    """A data set on the Hub, and the split to evaluate on; None: the schema's default."""
 
     name: str
     split: str | None = None
 
 
 PUBLISHED = {
-    "aime24": Published("HuggingFaceH4/aime_2024"),
-    "aime25": Published("math-ai/aime25"),
-    "amc23": Published("math-ai/amc23"),
-    "math500": Published("HuggingFaceH4/MATH-500"),
-    "gsm8k": Published("openai/gsm8k", "test"),
+    "aime24": HubBenchmark("HuggingFaceH4/aime_2024"),
+    "aime25": HubBenchmark("math-ai/aime25"),
+    "amc23": HubBenchmark("math-ai/amc23"),
+    "math500": HubBenchmark("HuggingFaceH4/MATH-500"),
+    "gsm8k": HubBenchmark("openai/gsm8k", "test"),
 }
 EMBEDDED = ("embedded_easy", "embedded_hard")
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Problems under the name that tables show, and where they came from."""
+    """Problems, the name of the benchmark in tables, and the source of the problems."""
 
     name: str
     problems: tuple[Problem, ...]
@@ -48,42 +48,42 @@ class Benchmark:
 def read_benchmarks(
     names: Sequence[str], data: Path | None = None, limit: int | None = None
 ) -> tuple[Benchmark, ...]:
-    """Reads every benchmark; a bad row is an error, since a score over fewer problems is another score.
+    """Reads benchmarks; a bad row is an error, because a score over fewer problems is another score.
 
     Args:
         names: each `aime24`, or `aime24=FILE` for a copy of its own.
-        data: a folder of copies, named as the benchmark or as the data set on the Hub: `aime24.parquet`.
-            What it lacks is an error, not a download.
-        limit: only the first so many problems of each.
+        data: a folder of copies, named after the benchmark or the data set on the Hub: `aime24.parquet`.
+            A missing copy is an error, not a download.
+        limit: read only the first `limit` problems of each.
 
     Raises:
         UserError: a name is unknown or given twice, or a file is missing or unusable.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: give 1 or more")
-    found = tuple(_read(name, data, limit) for name in names)
-    if not found:
+    benchmarks = tuple(_read(name, data, limit) for name in names)
+    if not benchmarks:
         raise UserError(f"no benchmark given; name one or more of {', '.join((*PUBLISHED, *EMBEDDED))}")
-    known = [benchmark.name for benchmark in found]
-    if twice := next((name for name in known if known.count(name) > 1), None):
+    read = [benchmark.name for benchmark in benchmarks]
+    if twice := next((name for name in read if read.count(name) > 1), None):
         raise UserError(f"benchmark {twice} is given twice; leave one out")
-    return found
+    return benchmarks
 
 
-def _read(asked: str, data: Path | None, limit: int | None) -> Benchmark:
-    name, own, file = asked.partition("=")
+def _read(word: str, data: Path | None, limit: int | None) -> Benchmark:
+    name, own, file = word.partition("=")
     if name in EMBEDDED and not own:
         kind = "easy" if name == "embedded_easy" else "hard"
-        return Benchmark(name, evaluation_problems(kind, limit or EMBEDDED_PROBLEMS), "made in process")
+        return Benchmark(name, evaluation_problems(kind, limit or EMBEDDED_PROBLEMS), "generated in process")
     if name not in PUBLISHED:
-        raise UserError(f"benchmark {asked!r}: unknown, use one of {', '.join((*PUBLISHED, *EMBEDDED))}")
+        raise UserError(f"benchmark {word!r}: unknown, use one of {', '.join((*PUBLISHED, *EMBEDDED))}")
     published = PUBLISHED[name]
     path = Path(file) if own else _copy(name, published, data)
     reading = read_problems(published.name, path, split=published.split, limit=limit)
     return Benchmark(name, reading.items, str(path or f"{published.name} on the Hub"))
 
 
-def _copy(name: str, published: Published, data: Path | None) -> Path | None:
+def _copy(name: str, published: HubBenchmark, data: Path | None) -> Path | None:
     if data is None:
         return None
     stems = (name, published.name.rpartition("/")[2])

@@ -1,7 +1,6 @@
-"""Checkpoints to evaluate: a release, a stage's model, any Hugging Face folder; and the stages of a run.
+"""Checkpoints to evaluate: a release, a stage's model, any Hugging Face folder, or the stages of a run.
 
-How a checkpoint decodes is read from its `thinking.json`; where a stage of an older run has none, from the
-run's recipe.
+The decoding settings are in a checkpoint's `thinking.json`; for stages of older runs, in the run's recipe.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1 << 24
-# What decides a response, given the decoding settings.
+# The files that decide a response, for given decoding settings.
 _CONTENT = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -36,25 +35,25 @@ class Checkpoint:
     """A model on disk.
 
     Attributes:
-        name: in tables.
+        name: shown in tables.
         folder: a Hugging Face folder.
-        decoding: as it was trained.
-        told: where `decoding` was read; None: nowhere, it is the default.
-        step: training steps behind it, None where unknown.
+        decoding: settings of its training.
+        source: the file with `decoding`; None: there is none, it is the default.
+        step: its training steps, None where unknown.
     """
 
     name: str
     folder: Path
     decoding: Decoding
-    told: Path | None
+    source: Path | None
     step: int | None = None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, which may also be a run's folder (its release) or a stage's (its model).
+    """Opens `folder`, which may also be a run's folder (its release) or a stage's (its model).
 
     Raises:
-        UserError: there is none, or its thinking.json cannot be used.
+        UserError: it holds no model, or its thinking.json is invalid.
     """
     for inner in ("release", "model"):
         if not (folder / "config.json").is_file() and (folder / inner / "config.json").is_file():
@@ -62,10 +61,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; give the folder of a released or a Hugging Face model")
     real = folder.resolve()
-    told = real / "thinking.json"
-    if told.is_file():
+    settings = real / "thinking.json"
+    if settings.is_file():
         name = real.parent.name if real.name in ("release", "model") else real.name
-        return Checkpoint(name, folder, stored_decoding(told), told, _stored_step(told))
+        return Checkpoint(name, folder, stored_decoding(settings), settings, _stored_step(settings))
     run = real.parent.parent
     if real.name == "model" and (run / "stages.json").is_file():
         for checkpoint in stages_of(run):
@@ -78,37 +77,38 @@ def stages_of(run: Path) -> list[Checkpoint]:
     """The finished stages of a run folder, in order; `step` counts from the weights that the run began with.
 
     Raises:
-        UserError: it is no run folder, its recipe cannot be read, or no stage is done.
+        UserError: it is not a run folder, its recipe cannot be read, or no stage is done.
     """
-    written = run / "config.yaml"
-    if not written.is_file():
+    config = run / "config.yaml"
+    if not config.is_file():
         raise UserError(
             f"{run}: no run folder (config.yaml is missing); give one, or checkpoints by --checkpoint"
         )
-    recipe = read_run_recipe(written)
-    made = read_run(run).last_steps
-    behind: dict[str, int] = {}
-    found = []
+    recipe = read_run_recipe(config)
+    last_steps = read_run(run).last_steps
+    total: dict[str, int] = {}
+    checkpoints = []
     for stage in recipe.stages:
         before = recipe.start_of(stage)
-        behind[stage.name] = (behind[before] if before else 0) + made.get(stage.name, stage.steps)
+        total[stage.name] = (total[before] if before else 0) + last_steps.get(stage.name, stage.steps)
         folder = run / stage.name / "model"
         if (folder / "config.json").is_file():
-            decoding, told = Decoding(recipe.thinking_of(stage), TEMPLATES[recipe.prompt_template]), written
+            decoding, source = Decoding(recipe.thinking_of(stage), TEMPLATES[recipe.prompt_template]), config
             if (folder / "thinking.json").is_file():
-                decoding, told = stored_decoding(folder / "thinking.json"), folder / "thinking.json"
-            found.append(Checkpoint(stage.name, folder, decoding, told, behind[stage.name]))
-    if not found:
+                source = folder / "thinking.json"
+                decoding = stored_decoding(source)
+            checkpoints.append(Checkpoint(stage.name, folder, decoding, source, total[stage.name]))
+    if not checkpoints:
         raise UserError(f"{run}: no stage of this run is done (no <stage>/model)")
-    return found
+    return checkpoints
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of what the model is: its weights, its shape and its tokenizer, not of the folder's name."""
+    """A hash of the model's weights, config and tokenizer, independent of the folder's name."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted({file for pattern in _CONTENT for file in folder.glob(pattern)}):
         if file.name == "chat_template.jinja" and file.read_text(encoding="utf-8") == CHAT_TEMPLATE:
-            continue  # A release says what a tokenizer without a template does.
+            continue  # A release writes this default; a tokenizer without a template behaves the same.
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as data:
             while chunk := data.read(_CHUNK):
@@ -117,21 +117,21 @@ def fingerprint(folder: Path) -> str:
 
 
 def stored_decoding(file: Path) -> Decoding:
-    """What a thinking.json says.
+    """Reads the decoding settings of a thinking.json.
 
     Raises:
-        UserError: it cannot be used.
+        UserError: it is invalid.
     """
-    told = _read(file)
+    values = _read(file)
     known = Thinking.model_fields
     try:
-        thinking = Thinking.model_validate({k: v for k, v in told.items() if k in known})
+        thinking = Thinking.model_validate({k: v for k, v in values.items() if k in known})
     except ValidationError as error:
         raise UserError(f"{file}: {first_problem(error, Thinking)}") from None
-    template = told.get("prompt_template", TEMPLATES.get(str(told.get("prompt"))))
+    template = values.get("prompt_template", TEMPLATES.get(str(values.get("prompt"))))
     if not isinstance(template, str) or "{problem}" not in template:
         raise UserError(
-            f"{file}: prompt_template must be a text with {{problem}} in it; mend it, or copy it again"
+            f"{file}: prompt_template must be a text with {{problem}} in it; correct it or copy it again"
         )
     return Decoding(thinking, template)
 
@@ -151,15 +151,15 @@ def read_tags(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Tags:
 def _stored_step(file: Path) -> int | None:
     step = _read(file).get("step")
     if step is not None and (type(step) is not int or step < 0):
-        raise UserError(f"{file}: step must be a number of training steps; mend it, or copy it again")
+        raise UserError(f"{file}: step must be a number of training steps; correct it or copy it again")
     return step
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        told: Any = json.loads(file.read_text(encoding="utf-8"))
+        values: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file}: no valid JSON ({error}); copy it again") from None
-    if not isinstance(told, dict):
-        raise UserError(f"{file}: a JSON object was expected; copy it again")
-    return told
+        raise UserError(f"{file}: not valid JSON ({error}); copy it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a JSON object; copy it again")
+    return values

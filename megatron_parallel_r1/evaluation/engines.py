@@ -1,7 +1,6 @@
 """Engines by name, each opened for one checkpoint.
 
-A new engine is a context manager that yields an `Opened`, and one line in `ENGINES`; what decodes with it
-knows only `rollout/engine.py`'s protocol.
+A new engine is a context manager that yields an `OpenedEngine`, and a line in `ENGINES`.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.utils.rank import world_size
 
-# How long servers may take to answer at all, in seconds.
+# Longest time until a server responds, in seconds.
 PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """What to open.
+class EngineSpec:
+    """Which checkpoint to open, and how.
 
     Attributes:
         folder: of the checkpoint, in Hugging Face form.
-        seed: of this process's random states.
+        seed: of this process's random number generators.
         tensor: processes that share one copy of the model (native).
         servers: base addresses (server engines).
     """
@@ -40,12 +39,12 @@ class EngineRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """An engine with the checkpoint's weights, and this process's part of the work.
+class OpenedEngine:
+    """An engine with the checkpoint's weights, and this process's share of the work.
 
     Attributes:
-        copy, copies: which copy of the model this process works with, and how many share the work.
-        is_replica_leader: whether this process keeps the records of its copy.
+        copy, copies: index of this process's copy of the model, and number of copies.
+        is_replica_leader: whether this process writes the records of its copy.
     """
 
     engine: Engine[Any]
@@ -54,14 +53,14 @@ class Opened:
     is_replica_leader: bool = True
 
 
-EngineOpener = Callable[[EngineRequest], AbstractContextManager[Opened]]
+EngineOpener = Callable[[EngineSpec], AbstractContextManager[OpenedEngine]]
 
 
 def engine_opener(name: str) -> EngineOpener:
-    """The way to open an engine.
+    """Returns the function that opens an engine.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no engine has that name.
     """
     if name not in ENGINES:
         raise UserError(f"engine {name!r}: not built in, use one of {', '.join(ENGINES)}")
@@ -69,8 +68,8 @@ def engine_opener(name: str) -> EngineOpener:
 
 
 @contextmanager
-def _native(asked: EngineRequest) -> Iterator[Opened]:
-    """In this process, or in all processes of a launch; they leave together, all records written."""
+def _native(spec: EngineSpec) -> Iterator[OpenedEngine]:
+    """Decodes in this process, or in all processes of a launch, which exit together."""
     from megatron.core import parallel_state
 
     from megatron_parallel_r1.architecture.weight_table import check_fit
@@ -82,19 +81,19 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
     from megatron_parallel_r1.run.context import native_engine
     from megatron_parallel_r1.utils.rank import world_size
 
-    if asked.servers:
-        raise UserError("engine native: decodes in this process and takes no --server; leave it out")
-    shape, tensors = load_hf_folder(asked.folder)
-    check_fit(shape, hf_sizes(asked.folder))
+    if spec.servers:
+        raise UserError("engine native: decodes in this process and takes no --server; remove it")
+    shape, tensors = load_hf_folder(spec.folder)
+    check_fit(shape, hf_sizes(spec.folder))
     try:
-        parallel = ParallelConfig(tensor=asked.tensor)
+        parallel = ParallelConfig(tensor=spec.tensor)
     except ValueError as error:
         raise UserError(f"--tensor: {error}") from None
     check_parallel(shape, parallel, world_size())
-    with process.running(asked.seed, parallel):
+    with process.running(spec.seed, parallel):
         engine = native_engine(shape)
         engine.load_weights(tensors, version=0)
-        yield Opened(
+        yield OpenedEngine(
             engine,
             copy=parallel_state.get_data_parallel_rank(),
             copies=parallel_state.get_data_parallel_world_size(),
@@ -104,22 +103,22 @@ def _native(asked: EngineRequest) -> Iterator[Opened]:
 
 
 @contextmanager
-def _served(engine: str, asked: EngineRequest) -> Iterator[Opened]:
-    """On rollout servers of the checkpoint, which share the work among themselves."""
+def _served(engine: str, spec: EngineSpec) -> Iterator[OpenedEngine]:
+    """Decodes on rollout servers of the checkpoint; the router balances the load."""
     from megatron_parallel_r1.rollout.servers.client import Timeouts
     from megatron_parallel_r1.rollout.servers.engine import ServerEngine, check_checkpoint, connect_pool
     from megatron_parallel_r1.rollout.servers.pool import PoolSettings
 
-    if not asked.servers:
+    if not spec.servers:
         raise UserError(
             f"engine {engine}: give --server URL of each, as `parallel-r1 serve-rollout --engine {engine} "
-            f"--checkpoint {asked.folder}` prints them"
+            f"--checkpoint {spec.folder}` prints them"
         )
     if world_size() > 1:
-        raise UserError(f"engine {engine}: one process asks all servers; start it without torchrun")
-    pool = connect_pool(engine, asked.servers, Timeouts(), PoolSettings(patience_s=PATIENCE_S))
-    check_checkpoint(pool, asked.folder)
-    yield Opened(ServerEngine(pool))
+        raise UserError(f"engine {engine}: one process uses all servers; start it without torchrun")
+    pool = connect_pool(engine, spec.servers, Timeouts(), PoolSettings(patience_s=PATIENCE_S))
+    check_checkpoint(pool, spec.folder)
+    yield OpenedEngine(ServerEngine(pool))
 
 
 ENGINES: Mapping[str, EngineOpener] = MappingProxyType(

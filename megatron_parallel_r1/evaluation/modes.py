@@ -1,8 +1,8 @@
-"""Evaluation modes, and what each makes of the settings that a checkpoint carries.
+"""Evaluation modes and the decoding settings of each.
 
 parallel      as stored: the decoding of the training
 sequential    no blocks, and a prompt that does not ask for any
-majority@k    sequential k times, and a vote
+majority@k    k sequential responses and a vote
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from megatron_parallel_r1.utils.settings import first_problem
 
 
 @dataclass(frozen=True, slots=True)
-class Mode:
+class EvaluationMode:
     """`votes` is k of majority@k, 1 for the others."""
 
     kind: Literal["parallel", "sequential", "majority"]
     votes: int = 1
 
     @classmethod
-    def of(cls, text: str) -> Mode:
+    def of(cls, text: str) -> EvaluationMode:
         """Reads `parallel`, `sequential` or `majority@8`.
 
         Raises:
-            UserError: it is none of them.
+            UserError: it is not a mode.
         """
         if text == "parallel":
             return cls("parallel")
         if text == "sequential":
             return cls("sequential")
-        found = re.fullmatch(r"majority@(\d{1,4})", text)
-        if not found or int(found[1]) < 2:
+        match = re.fullmatch(r"majority@(\d{1,4})", text)
+        if not match or int(match[1]) < 2:
             raise UserError(f"mode {text!r}: unknown, use parallel, sequential or majority@k with k >= 2")
-        return cls("majority", int(found[1]))
+        return cls("majority", int(match[1]))
 
     def __str__(self) -> str:
         return f"majority@{self.votes}" if self.kind == "majority" else self.kind
@@ -51,7 +51,7 @@ class Mode:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How a response is drawn: settings of the loop, and the prompt around `{problem}`."""
+    """Settings of the decoding loop, and the prompt template with `{problem}` in it."""
 
     thinking: Thinking
     template: str
@@ -62,19 +62,19 @@ class Decoding:
 
 
 def decoding_of(
-    mode: Mode, stored: Decoding, settings: Sequence[str] = (), prompt: str | None = None
+    mode: EvaluationMode, stored: Decoding, settings: Sequence[str] = (), prompt: str | None = None
 ) -> Decoding:
-    """What `mode` makes of a checkpoint's own decoding.
+    """The decoding of a checkpoint in `mode`.
 
-    In sequential modes a stored prompt that names the tags gives way to the template `sequential`; one that
-    does not is kept. So are the limits: nobody waits longer for a chain than for a parallel trace.
+    Sequential modes replace a stored prompt that names the tags by the template `sequential`, and keep any
+    other. They keep the limits, so that a chain takes no longer than a parallel trace.
 
     Args:
-        settings: `key=value`, keys of `Thinking`; these win.
-        prompt: a template's name, or a text with `{problem}`; this wins.
+        settings: `key=value` with keys of `Thinking`; override the stored settings.
+        prompt: a template's name, or a text with `{problem}`; overrides the stored prompt.
 
     Raises:
-        UserError: a setting or the prompt is none, or a checkpoint without blocks is to think in parallel.
+        UserError: a setting or the prompt is invalid, or the settings contradict the mode.
     """
     thinking, template = stored.thinking, stored.template
     if mode.kind != "parallel":
@@ -88,7 +88,7 @@ def decoding_of(
             "or give one with --set mode=isolated"
         )
     if mode.kind != "parallel" and thinking.mode != "sequential":
-        raise UserError(f"--set mode={thinking.mode}: --mode {mode} has no blocks; leave one of the two out")
+        raise UserError(f"--set mode={thinking.mode}: --mode {mode} has no blocks; remove one of the two")
     return Decoding(thinking, template if prompt is None else _template(prompt))
 
 
@@ -101,7 +101,7 @@ def _with(thinking: Thinking, settings: Sequence[str]) -> Thinking:
         try:
             merged[key] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(f"--set {setting!r}: the value is no valid YAML") from None
+            raise UserError(f"--set {setting!r}: the value is not valid YAML") from None
     try:
         return Thinking.model_validate(merged)
     except ValidationError as error:

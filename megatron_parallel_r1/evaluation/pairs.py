@@ -1,7 +1,7 @@
-"""Which results are held against each other, and what the paired tests say.
+"""Chooses the results to compare and runs the paired tests.
 
 Over training: each checkpoint against the first one, in the same mode. Between modes: each mode against the
-first one, of the same checkpoint. Both on the same problems of one benchmark.
+first one, of the same checkpoint. Both on the problems of one benchmark.
 """
 
 from __future__ import annotations
@@ -9,37 +9,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_parallel_r1.evaluation.runs import Result
+from megatron_parallel_r1.evaluation.evaluator import BenchmarkResult
 from megatron_parallel_r1.evaluation.statistics import Comparison, compare, holm
-from megatron_parallel_r1.evaluation.summary import Summary
+from megatron_parallel_r1.evaluation.summary import EvaluationSummary
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """`after` against `before`; `adjusted` is Holm's p over all pairs of the comparison."""
+class PairedTest:
+    """`after` against `before`; `adjusted` is Holm's p-value over all pairs of the comparison."""
 
-    before: Summary
-    after: Summary
-    found: Comparison
+    before: EvaluationSummary
+    after: EvaluationSummary
+    comparison: Comparison
     adjusted: float
 
 
-def pairs_of(results: Sequence[Result], seed: int = 0) -> list[Pair]:
+def paired_tests(results: Sequence[BenchmarkResult], seed: int = 0) -> list[PairedTest]:
     """All pairs, by benchmark; results of one name and mode come in the order of checkpoints."""
-    chosen: list[tuple[Result, Result]] = []
+    chosen: list[tuple[BenchmarkResult, BenchmarkResult]] = []
     for index, after in enumerate(results):
         earlier = results[:index]
-        same_mode = [r for r in earlier if _alike(r, after, "benchmark", "mode")]
-        same_model = [r for r in earlier if _alike(r, after, "benchmark", "checkpoint", "step")]
+        same_mode = [r for r in earlier if _agree(r, after, "benchmark", "mode")]
+        same_model = [r for r in earlier if _agree(r, after, "benchmark", "checkpoint", "step")]
         chosen += [(group[0], after) for group in (same_mode, same_model) if group]
     tested = [(before, after, compare(before.scores, after.scores, seed)) for before, after in chosen]
-    common = [(before, after, found) for before, after, found in tested if found is not None]
-    adjusted = holm([found.p for _, _, found in common])
+    common = [(before, after, comparison) for before, after, comparison in tested if comparison is not None]
+    adjusted = holm([comparison.p for _, _, comparison in common])
     return [
-        Pair(before.summary, after.summary, found, p)
-        for (before, after, found), p in zip(common, adjusted, strict=True)
+        PairedTest(before.summary, after.summary, comparison, p)
+        for (before, after, comparison), p in zip(common, adjusted, strict=True)
     ]
 
 
-def _alike(one: Result, other: Result, *names: str) -> bool:
-    return all(getattr(one.summary, name) == getattr(other.summary, name) for name in names)
+def _agree(a: BenchmarkResult, b: BenchmarkResult, *names: str) -> bool:
+    return all(getattr(a.summary, name) == getattr(b.summary, name) for name in names)

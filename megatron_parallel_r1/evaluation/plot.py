@@ -11,17 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from megatron_parallel_r1.evaluation.summary import Summary
+from megatron_parallel_r1.evaluation.summary import EvaluationSummary
 
-# Okabe and Ito's colours, told apart by those who see red and green alike, each with a marker of its own.
+# Okabe and Ito's colours, which are safe for colour-blind readers, each with its own marker.
 STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "D"), ("#cc79a7", "^"), ("#000000", "v"))
-_DODGE = 0.008  # of the axis's width, so that intervals of several modes do not lie on each other
+_DODGE = 0.008  # shift in axis widths, so that intervals of several modes do not overlap
 
 
-def draw_plot(summaries: Sequence[Summary]) -> Figure:
-    """One panel a benchmark: the score of each mode with its interval; dotted: its parallel ratio.
+def draw_plot(summaries: Sequence[EvaluationSummary]) -> Figure:
+    """One panel for each benchmark: the score of each mode with its interval; dotted: its parallel ratio.
 
-    Checkpoints stand at their training steps; if one's steps are unknown or those of another, in their order.
+    The x axis is training steps; checkpoints whose steps are unknown or equal are placed in their order.
     """
     names = list(dict.fromkeys(summary.benchmark for summary in summaries))
     columns = min(3, len(names))
@@ -41,15 +41,15 @@ def save_plot(figure: Figure, file: Path) -> None:
 
 
 def svg_of(figure: Figure) -> str:
-    """The drawing as an SVG document, the same from run to run."""
+    """The figure as an SVG document, the same in every run."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "evaluation"}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
 
 
-def places(summaries: Sequence[Summary]) -> tuple[dict[tuple[str, int | None], float], bool]:
-    """Where each checkpoint stands on the axis, and whether that is its training steps."""
+def places(summaries: Sequence[EvaluationSummary]) -> tuple[dict[tuple[str, int | None], float], bool]:
+    """The position of each checkpoint on the axis, and whether positions are training steps."""
     ordered = list(dict.fromkeys((summary.checkpoint, summary.step) for summary in summaries))
     steps = {step for _, step in ordered}
     if None not in steps and len(steps) == len(ordered):
@@ -57,20 +57,24 @@ def places(summaries: Sequence[Summary]) -> tuple[dict[tuple[str, int | None], f
     return {key: float(index) for index, key in enumerate(ordered)}, False
 
 
-def _panel(axes: Axes, name: str, summaries: Sequence[Summary]) -> None:
+def _panel(axes: Axes, name: str, summaries: Sequence[EvaluationSummary]) -> None:
     x_of, by_steps = places(summaries)
     width = (max(x_of.values()) - min(x_of.values())) or 1.0
     modes = list(dict.fromkeys(summary.mode for summary in summaries))
     for index, mode in enumerate(modes):
         colour, marker = STYLES[index % len(STYLES)]
         shift = _DODGE * width * (index - (len(modes) - 1) / 2)
-        mine = sorted((s for s in summaries if s.mode == mode), key=lambda s: x_of[s.checkpoint, s.step])
-        x = [x_of[s.checkpoint, s.step] + shift for s in mine]
-        y = [s.score.value for s in mine]
-        reach = [[s.score.value - s.score.low for s in mine], [s.score.high - s.score.value for s in mine]]
+        chosen = sorted((s for s in summaries if s.mode == mode), key=lambda s: x_of[s.checkpoint, s.step])
+        x = [x_of[s.checkpoint, s.step] + shift for s in chosen]
+        scores = [s.score for s in chosen]
+        y = [s.value for s in scores]
+        reach = [
+            [s.score.value - s.score.low for s in chosen],
+            [s.score.high - s.score.value for s in chosen],
+        ]
         axes.errorbar(x, y, yerr=reach, color=colour, marker=marker, markersize=5, capsize=3, label=mode)
-        if any(s.parallel_ratio for s in mine):
-            ratios = [s.parallel_ratio for s in mine]
+        if any(s.parallel_ratio for s in chosen):
+            ratios = [s.parallel_ratio for s in chosen]
             axes.plot(x, ratios, color=colour, linestyle=":", linewidth=1.2, label=f"{mode}: with blocks")
     axes.set_title(name.replace("$", r"\$"), fontsize=10)
     axes.set_ylim(-0.02, 1.02)
@@ -83,5 +87,5 @@ def _panel(axes: Axes, name: str, summaries: Sequence[Summary]) -> None:
 
 
 def _label(name: str, step: int | None, by_steps: bool) -> str:
-    shown = name.replace("$", r"\$")
-    return f"{step:,}\n{shown}" if by_steps else shown
+    label = name.replace("$", r"\$")
+    return f"{step:,}\n{label}" if by_steps else label

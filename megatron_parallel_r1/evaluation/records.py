@@ -1,7 +1,8 @@
-"""What was drawn, one JSON line a response: the cache of every evaluation and the ground of every table.
+"""Response records, one JSON line each: the cache of every evaluation and the source of every table.
 
-A record's key is a hash of all that decides it (weights, decoding, engine, question, sample, seed), so it is
-found by whoever asks for the same again, and by nobody else. A killed run leaves whole lines and goes on.
+A record's key is a hash of everything that decides the response (weights, decoding, engine, problem, sample,
+seed), so that a repeated evaluation finds it and no other one does. A killed run leaves whole lines and
+resumes.
 """
 
 from __future__ import annotations
@@ -13,21 +14,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.data.prompts import decode, encode_prompt
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rewards.base import Judged
+from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.metrics import judge_traces
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.jsonl import JsonlWriter, read_jsonl
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_OUT = Path("runs/eval")
+RECORDS = "copy*.jsonl"
+
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class SampleRequest:
     """A response to draw: one sample of one problem.
 
     Attributes:
-        identity: of the problem, by content: question and right answers.
+        identity: hash of the problem's text and right answers.
     """
 
     key: str
@@ -39,18 +48,18 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """A judged response.
+class ResponseRecord:
+    """A verified response.
 
     Attributes:
         problem: its id within the benchmark.
-        identity: of the problem, the same in every run that asked it.
+        identity: of the problem, the same in every run.
         answer: the final answer as written, None for none.
         reason: which step of the verifier decided `correct`.
         finish: `eos`, or `length` where a limit cut it.
         tokens, critical_tokens: of the whole response, forced tags included, and of its longest chain (of a
             block only the longest path).
-        first_block: place of the first block, 0 at the response's begin and 1 at its end; None without one.
+        first_block: relative position of the first block, 0 at the start and 1 at the end; None without one.
         first_block_token: its index.
         response: the text, tags included.
     """
@@ -76,37 +85,46 @@ class Record:
     response: str
 
 
-def attempts(
+def sample_requests(
     benchmark: str, problems: Sequence[Problem], samples: int, seed: int, setup: Sequence[Any]
-) -> list[Attempt]:
+) -> list[SampleRequest]:
     """`samples` responses to each problem, problem by problem.
 
-    A response's seed follows from `seed`, question and sample alone: two checkpoints are compared on the same
-    draws, and more samples or problems leave those that are there as they are.
+    The seed of a response depends only on `seed`, the problem and the sample: two checkpoints are compared on
+    the same draws, and more samples or problems do not change the existing ones.
 
     Args:
-        setup: plain JSON values that decide a response beside the question: weights, decoding, engine.
+        setup: plain JSON values that decide a response beside the problem: weights, decoding, engine.
     """
-    found = []
+    requests = []
     for problem in problems:
         identity = _hash(problem.prompt, list(problem.answers))
         for sample in range(samples):
             drawn = int(_hash("seed", seed, problem.prompt, sample), 16) >> 1
             key = _hash(list(setup), problem.prompt, list(problem.answers), sample, drawn)
-            found.append(Attempt(key, benchmark, problem, identity, sample, drawn))
-    return found
+            requests.append(SampleRequest(key, benchmark, problem, identity, sample, drawn))
+    return requests
 
 
-def record_of(attempt: Attempt, trace: Trace, judged: Judged, response: str) -> Record:
-    """What is kept of a response."""
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, template: str, question: str) -> tuple[int, ...]:
+    """The prompt of a question; `template` is a text with `{problem}`."""
+    # The template `plain` adds nothing to a prompt that is already complete.
+    return tuple(encode_prompt(tokenizer, "plain", template.replace("{problem}", question)))
+
+
+def response_record(
+    request: SampleRequest, trace: Trace, tokenizer: PreTrainedTokenizerBase, verifier: Verifier
+) -> ResponseRecord:
+    """Verifies a response and records it."""
+    (judged,) = judge_traces([trace], [request.problem], tokenizer, verifier)
     first = trace.tree.blocks[0].start if trace.tree.blocks else None
-    return Record(
-        key=attempt.key,
-        benchmark=attempt.benchmark,
-        problem=attempt.problem.id,
-        identity=attempt.identity,
-        sample=attempt.sample,
-        seed=attempt.seed,
+    return ResponseRecord(
+        key=request.key,
+        benchmark=request.benchmark,
+        problem=request.problem.id,
+        identity=request.identity,
+        sample=request.sample,
+        seed=request.seed,
         answer=judged.extracted,
         references=judged.references,
         correct=judged.correct,
@@ -119,42 +137,42 @@ def record_of(attempt: Attempt, trace: Trace, judged: Judged, response: str) -> 
         paths=judged.format.paths,
         first_block=None if first is None else first / len(trace.tokens),
         first_block_token=first,
-        response=response,
+        response=decode(tokenizer, trace.tokens),
     )
 
 
 class RecordFolder:
-    """The records of one setup (weights, decoding, engine): `records/<setup>/*.jsonl`, a file a writer.
+    """The records of one setup (weights, decoding, engine): `records/<setup>/*.jsonl`, a file per model copy.
 
     Args:
         folder: of all evaluations.
-        setup: as given to `attempts`; kept beside the records for whoever reads them.
+        setup: as in `sample_requests`; written to `setup.json` beside the records.
     """
 
     def __init__(self, folder: Path, setup: Sequence[Any]) -> None:
         self.folder = records_under(folder) / _hash(list(setup))[:12]
         self._setup = setup
 
-    def read(self) -> dict[str, Record]:
-        """All records by key; of two with one key the last read.
+    def read(self) -> dict[str, ResponseRecord]:
+        """All records by key; the last of two with one key.
 
         Raises:
-            UserError: a line other than a torn last one is no record.
+            UserError: a line other than a torn last one is not a record.
         """
-        found: dict[str, Record] = {}
+        records: dict[str, ResponseRecord] = {}
         for file in sorted(self.folder.glob("*.jsonl")):
-            for line, told in enumerate(read_jsonl(file), 1):
-                record = _read(told)
-                if record is None:
-                    raise UserError(f"{file}, record {line}: not a record of this version; delete the file")
-                found[record.key] = record
-        return found
+            for number, values in enumerate(read_jsonl(file), 1):
+                if values.keys() != {field.name for field in fields(ResponseRecord)}:
+                    raise UserError(f"{file}, record {number}: not a record of this version; delete the file")
+                record = ResponseRecord(**{**values, "references": tuple(values["references"])})
+                records[record.key] = record
+        return records
 
     def writer(self, copy: int) -> RecordWriter:
-        """Appends what this copy of the model draws.
+        """Appends the records of one copy of the model.
 
         Raises:
-            UserError: here, and at each record: it cannot be written.
+            UserError: the folder, or later a record, cannot be written.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -166,13 +184,13 @@ class RecordFolder:
 
 
 class RecordWriter:
-    """Keeps each record as soon as it is there; use it as a context manager."""
+    """Appends each record at once; a context manager."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lines = JsonlWriter(path)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: ResponseRecord) -> None:
         with writing(self._path):
             self._lines.write(asdict(record))
 
@@ -183,48 +201,38 @@ class RecordWriter:
         self._lines.close()
 
 
-def _read(told: dict[str, Any]) -> Record | None:
-    if told.keys() != {field.name for field in fields(Record)}:
-        return None
-    return Record(**{**told, "references": tuple(told["references"])})
-
-
-def _hash(*parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).digest().hex()
-
-
-USUAL = Path("runs/eval")
-RECORDS = "copy*.jsonl"
-
-
 def records_under(out: Path) -> Path:
     """The folder of all records."""
     return out / "records"
 
 
 def check_out(folder: Path) -> None:
-    """Whether `folder` can be written, or made: known before a model is loaded, and nothing is made yet.
+    """Checks, before a model is loaded and without creating anything, that `folder` can be written.
 
     Raises:
         UserError: it cannot.
     """
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    if not there.is_dir():
-        raise UserError(f"--out {folder}: {there} is no folder; give another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out {folder}: {there} may not be written; give another")
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not existing.is_dir():
+        raise UserError(f"--out {folder}: {existing} is no folder; give another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: {existing} may not be written; give another")
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Around what writes there.
+    """Turns errors of writing into one line.
 
     Raises:
-        UserError: it cannot be written, or the disk is full.
+        UserError: the folder cannot be written, or the disk is full.
     """
     try:
         yield
     except OSError as error:
         where, why = error.filename or folder, error.strerror or error
-        raise UserError(f"{where}: {why}; mend that and start again, or give another --out") from None
+        raise UserError(f"{where}: {why}; free some space or give another --out, then start again") from None
+
+
+def _hash(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).digest().hex()

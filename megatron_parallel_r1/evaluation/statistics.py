@@ -1,6 +1,6 @@
-"""What a sample of problems says about a model, and about the difference between two.
+"""Scores over problems: intervals, pass@k, and the paired test of two runs.
 
-Problems are what is resampled and what is paired: the samples of one problem are not independent evidence.
+Problems are resampled and paired, because the samples of one problem are not independent of each other.
 
 Shapes: P problems, R resamples, U reachable sums.
 """
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb, gcd, lcm
+from math import comb, gcd, lcm, sqrt
 
 import numpy as np
 
 RESAMPLES = 10_000
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 _CHUNK = 2_000_000  # numbers drawn at once
 
 
@@ -27,11 +28,11 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """Of each problem `right_P[p]` of `of` trials; the problems in a fixed order.
+class ProblemScores:
+    """Right trials of each problem: `right_P[p]` of `of`, with the problems in a fixed order.
 
     Attributes:
-        problems: what each is known by, the same in every run that asked it.
+        problems: identities, the same in every run on the same problem.
     """
 
     problems: tuple[str, ...]
@@ -46,20 +47,52 @@ class Scores:
     def means_P(self) -> np.ndarray:
         return np.array(self.right_P) / self.of
 
+    @property
+    def interval(self) -> Interval:
+        """The mean over problems with its 95 % interval."""
+        return score_interval(self.means_P, self.of)
+
+
+def score_interval(values_P: Sequence[float] | np.ndarray, trials: int = 1) -> Interval:
+    """The mean of scores in 0..1 with its 95 % Wilson score interval (Wilson, 1927).
+
+    The effective sample size is P p (1 - p) / s², with s² the variance between problems (the design effect of
+    Kish, 1965), bounded by P, where the trials of a problem are all alike, and by P * `trials`, where all
+    trials are independent. With one trial a problem this is the ordinary Wilson interval. Unlike a normal or
+    a bootstrap interval it has a width at 0 % and 100 % and keeps its coverage for few problems.
+
+    Args:
+        trials: independent trials that each value is the mean of.
+    """
+    values_P = np.asarray(values_P, float)
+    count = len(values_P)
+    assert count, "no problem to score"
+    mean = float(values_P.mean())
+    effective = float(count)
+    if count > 1 and 0 < mean < 1:
+        variance = float(values_P.var(ddof=1))
+        limit = float(count * trials)
+        effective = min(max(count * mean * (1 - mean) / variance, effective), limit) if variance else limit
+    shrink = 1 + Z95**2 / effective
+    centre = (mean + Z95**2 / (2 * effective)) / shrink
+    half = Z95 * sqrt(mean * (1 - mean) / effective + Z95**2 / (4 * effective**2)) / shrink
+    return Interval(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k).
+    """The chance that k of n samples, c of them right, include a right one: 1 - C(n-c, k) / C(n, k).
 
-    Unbiased (arXiv 2107.03374, eq. 1), here in exact integers up to the last division.
+    Unbiased (arXiv 2107.03374, eq. 1), in exact integers up to the last division.
     """
     assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
     return 1 - comb(n - c, k) / comb(n, k)
 
 
 def bootstrap(values_P: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """The mean over problems with the percentile interval of resampled means (Efron and Tibshirani, 1993).
+    """The mean over problems with its 95 % percentile bootstrap interval (Efron and Tibshirani, 1993).
 
-    With few problems, such as AIME's 30, it is a little too narrow; where all score alike it has no width.
+    For differences, which are not in 0..1. A little too narrow for few problems; no width where all values
+    are alike.
     """
     values_P = np.asarray(values_P, float)
     count = len(values_P)
@@ -78,12 +111,12 @@ def bootstrap(values_P: Sequence[float] | np.ndarray, seed: int = 0, resamples: 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Run b against run a on the problems that both were asked.
+    """Run b against run a on the problems of both.
 
     Attributes:
-        problems: how many those are.
+        problems: number of common problems.
         difference: mean of b - mean of a, with its paired bootstrap interval.
-        p: two-sided, of `sign_flip`.
+        p: two-sided p-value of `sign_flip`.
     """
 
     problems: int
@@ -91,8 +124,8 @@ class Comparison:
     p: float
 
 
-def compare(a: Scores, b: Scores, seed: int = 0) -> Comparison | None:
-    """None where no problem is common."""
+def compare(a: ProblemScores, b: ProblemScores, seed: int = 0) -> Comparison | None:
+    """Compares two runs; None if they have no problem in common."""
     place = {problem: index for index, problem in enumerate(a.problems)}
     pairs = [(place[problem], index) for index, problem in enumerate(b.problems) if problem in place]
     if not pairs:
@@ -106,9 +139,9 @@ def compare(a: Scores, b: Scores, seed: int = 0) -> Comparison | None:
 def sign_flip(differences_P: Sequence[int]) -> float:
     """Two-sided p-value of the sign-flip permutation test: P(|Σ ±d_p| >= |Σ d_p|) under fair signs.
 
-    The null says that the two runs are exchangeable on each problem (Fisher, 1935, ch. 21). It is exact: the
-    distribution of the sum is built up by convolution, no permutation is drawn. With one trial a problem the
-    differences are -1, 0 and 1, and this is the exact McNemar test.
+    The null hypothesis is that the two runs are exchangeable on each problem (Fisher, 1935, ch. 21). The
+    p-value is exact: the distribution of the sum is built by convolution, not by drawing permutations. With
+    one trial a problem the differences are -1, 0 and 1, and this is the exact McNemar test.
     """
     observed = sum(differences_P)
     sizes = [abs(difference) for difference in differences_P if difference]
@@ -130,7 +163,7 @@ def sign_flip(differences_P: Sequence[int]) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """P-values of several tests, adjusted so that p bounds the chance of any false finding (Holm, 1979)."""
+    """P-values of several tests, adjusted to bound the chance of any false finding (Holm, 1979)."""
     order = sorted(range(len(values)), key=lambda index: values[index])
     adjusted, highest = [0.0] * len(values), 0.0
     for rank, index in enumerate(order):

@@ -1,7 +1,4 @@
-"""Records of one benchmark, in figures.
-
-Shapes: P problems, each with S samples.
-"""
+"""Figures of one checkpoint on one benchmark, computed from its response records."""
 
 from __future__ import annotations
 
@@ -10,16 +7,16 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from megatron_parallel_r1.evaluation.modes import Mode
-from megatron_parallel_r1.evaluation.records import Record
-from megatron_parallel_r1.evaluation.statistics import Interval, Scores, bootstrap, pass_at_k
+from megatron_parallel_r1.evaluation.modes import EvaluationMode
+from megatron_parallel_r1.evaluation.records import ResponseRecord
+from megatron_parallel_r1.evaluation.statistics import Interval, ProblemScores, pass_at_k, score_interval
 from megatron_parallel_r1.evaluation.votes import Ballot, right_votes
 from megatron_parallel_r1.rewards.verifier import Verifier
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """How many of `of` responses are right; `value` is None where there are none."""
+class RightShare:
+    """Number of right responses among `of`; `value` is None where there are none."""
 
     right: int
     of: int
@@ -30,19 +27,19 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class EvaluationSummary:
     """One checkpoint on one benchmark in one mode.
 
     Attributes:
-        step: training steps behind the checkpoint, None where unknown.
+        step: training steps of the checkpoint, None where unknown.
         score: the headline: mean@S, in majority@k the share of right votes.
         passes: pass@k by k: 1, 2, 4, … and S.
-        votes, majority: k and maj@k; k is S but in mode majority@k.
+        votes, majority: k and maj@k; k is S except in mode majority@k.
         parallel_ratio: share of responses with a block.
         well_formed: share of blocks that the policy closed in good form.
         tokens, critical_tokens: mean of a response, and of its longest chain.
-        saved: share of all tokens that nobody waits for, since they lie beside the longest chain.
-        first_block: mean place of the first block, 0..1, and `first_block_token` its mean index.
+        saved: share of all tokens that are not on the critical path.
+        first_block: mean relative position of the first block, 0..1; `first_block_token` its mean index.
         with_blocks, without_blocks: right responses among those that use blocks, and among the others.
         truncated, unanswered: shares of responses cut by a limit, and without a final answer.
     """
@@ -67,8 +64,8 @@ class Summary:
     saved: float
     first_block: float | None
     first_block_token: float | None
-    with_blocks: Share
-    without_blocks: Share
+    with_blocks: RightShare
+    without_blocks: RightShare
     truncated: float
     unanswered: float
 
@@ -81,42 +78,38 @@ def summarise(
     checkpoint: str,
     step: int | None,
     benchmark: str,
-    mode: Mode,
-    records: Sequence[Sequence[Record]],
+    mode: EvaluationMode,
+    records: Sequence[Sequence[ResponseRecord]],
     verifier: Verifier,
-    seed: int = 0,
-) -> tuple[Summary, Scores]:
-    """Figures and, for paired tests, the headline score of each problem.
+) -> tuple[EvaluationSummary, ProblemScores]:
+    """Figures, and the headline score of each problem for paired tests.
 
     Args:
-        records: of each problem its samples, in order, equally many.
-        seed: of the bootstrap.
+        records: [P][S], the samples of each problem in order, the same number for all.
     """
     count = len(records[0])
     problems = tuple(samples[0].identity for samples in records)
-    mean = Scores(problems, tuple(sum(r.correct for r in samples) for samples in records), count)
+    mean = ProblemScores(problems, tuple(sum(r.correct for r in samples) for samples in records), count)
     ballots = [[Ballot(r.answer, r.correct) for r in samples] for samples in records]
     votes = mode.votes if mode.kind == "majority" else count
-    majority = Scores(problems, *right_votes(ballots, votes, verifier))
-    score = majority if mode.kind == "majority" else mean
+    majority = ProblemScores(problems, *right_votes(ballots, votes, verifier))
+    scores = majority if mode.kind == "majority" else mean
     flat = [record for samples in records for record in samples]
     blocks = sum(record.blocks for record in flat)
     tokens = sum(record.tokens for record in flat)
     critical = sum(record.critical_tokens for record in flat)
-    summary = Summary(
+    summary = EvaluationSummary(
         checkpoint=checkpoint,
         step=step,
         benchmark=benchmark,
         mode=str(mode),
         problems=len(records),
         samples=count,
-        score=bootstrap(score.means_P, seed),
-        mean=bootstrap(mean.means_P, seed),
-        passes={
-            k: bootstrap([pass_at_k(count, right, k) for right in mean.right_P], seed) for k in _ks(count)
-        },
+        score=scores.interval,
+        mean=mean.interval,
+        passes={k: _pass_interval(mean, k) for k in _ks(count)},
         votes=votes,
-        majority=bootstrap(majority.means_P, seed),
+        majority=majority.interval,
         parallel_ratio=fmean(record.blocks > 0 for record in flat),
         blocks_per_response=blocks / len(flat),
         well_formed=sum(record.well_formed_blocks for record in flat) / blocks if blocks else None,
@@ -131,21 +124,28 @@ def summarise(
         truncated=fmean(record.finish == "length" for record in flat),
         unanswered=fmean(record.answer is None for record in flat),
     )
-    return summary, score
+    return summary, scores
 
 
-def in_order(found: Mapping[str, Record], keys: Sequence[str], samples: int) -> list[list[Record]]:
-    """The records of `keys`, `samples` to a problem."""
-    records = [found[key] for key in keys]
-    return [records[start : start + samples] for start in range(0, len(records), samples)]
+def in_order(
+    records: Mapping[str, ResponseRecord], keys: Sequence[str], samples: int
+) -> list[list[ResponseRecord]]:
+    """The records of `keys`, grouped by `samples` to a problem."""
+    flat = [records[key] for key in keys]
+    return [flat[start : start + samples] for start in range(0, len(flat), samples)]
+
+
+def _pass_interval(scores: ProblemScores, k: int) -> Interval:
+    passes_P = [pass_at_k(scores.of, right, k) for right in scores.right_P]
+    return score_interval(passes_P, scores.of // k)
 
 
 def _ks(samples: int) -> list[int]:
     return sorted({*(2**power for power in range(samples.bit_length())), samples})
 
 
-def _share(records: Sequence[Record]) -> Share:
-    return Share(sum(record.correct for record in records), len(records))
+def _share(records: Sequence[ResponseRecord]) -> RightShare:
+    return RightShare(sum(record.correct for record in records), len(records))
 
 
 def _mean(values: Sequence[float]) -> float | None:

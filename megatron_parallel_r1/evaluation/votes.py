@@ -1,8 +1,7 @@
-"""The majority of several answers to one question (self-consistency, arXiv 2203.11171).
+"""Majority votes over several answers to one problem (self-consistency, arXiv 2203.11171).
 
-Equal answers vote together, equal as the rewards' verifier sees it. Who gives no answer has no vote. Of
-equally frequent answers the one given first wins: samples are exchangeable, so that is a fair draw without a
-seed.
+Answers that the rewards' verifier holds equal vote together; a response without an answer has no vote. Of
+equally frequent answers the first wins: samples are exchangeable, so that is a fair draw without a seed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from itertools import combinations
 
 from megatron_parallel_r1.rewards.verifier import Verifier
 
-Pair = tuple[str, str]
+AnswerPair = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,59 +26,59 @@ class Ballot:
 def right_votes(
     problems: Sequence[Sequence[Ballot]], votes: int, verifier: Verifier
 ) -> tuple[tuple[int, ...], int]:
-    """How many votes of each problem elect a right answer, and how many votes each problem has.
+    """The number of votes of each problem that elect a right answer, and the number of votes per problem.
 
     Args:
-        problems: the ballots of each, in the order of samples, equally many.
-        votes: ballots that one vote counts: samples 0..votes-1, the next `votes`, and so on.
+        problems: the ballots of each, in the order of samples, the same number for all.
+        votes: ballots in one vote: samples 0..votes-1, the next `votes`, and so on.
     """
     equal = _equalities(problems, verifier)
-    of = len(problems[0]) // votes
+    count = len(problems[0]) // votes
     right = tuple(
-        sum(_elected_right(ballots[start : start + votes], equal) for start in range(0, of * votes, votes))
+        sum(_elects_right(ballots[start : start + votes], equal) for start in range(0, count * votes, votes))
         for ballots in problems
     )
-    return right, of
+    return right, count
 
 
-def elect(ballots: Sequence[Ballot], equal: Mapping[Pair, bool]) -> int | None:
-    """The index of the first ballot for the answer that wins; None where nobody gave an answer.
+def elect(ballots: Sequence[Ballot], equal: Mapping[AnswerPair, bool]) -> int | None:
+    """The index of the first ballot for the winning answer; None if no ballot has an answer.
 
     Args:
-        equal: of answers in the order in which they were first given.
+        equal: whether two answers are equal, by their sorted pair.
     """
     tallies: dict[int, int] = {}
     for index, ballot in enumerate(ballots):
         if ballot.answer is None:
             continue
-        first = next((other for other in tallies if _together(ballots[other], ballot, equal)), index)
+        first = next((other for other in tallies if _same_vote(ballots[other], ballot, equal)), index)
         tallies[first] = tallies.get(first, 0) + 1
-    # `max` takes the first of equals, and a dict keeps the order in which answers came up.
+    # `max` returns the first of equals, and a dict keeps the order of insertion.
     return max(tallies, key=tallies.__getitem__) if tallies else None
 
 
-def _elected_right(ballots: Sequence[Ballot], equal: Mapping[Pair, bool]) -> bool:
+def _elects_right(ballots: Sequence[Ballot], equal: Mapping[AnswerPair, bool]) -> bool:
     winner = elect(ballots, equal)
     return winner is not None and ballots[winner].correct
 
 
-def _together(one: Ballot, other: Ballot, equal: Mapping[Pair, bool]) -> bool:
-    """A right and a wrong answer never are: the verifier told them apart by the reference."""
-    if one.correct != other.correct:
+def _same_vote(a: Ballot, b: Ballot, equal: Mapping[AnswerPair, bool]) -> bool:
+    """A right and a wrong answer are never equal: the verifier compared both with the reference."""
+    if a.correct != b.correct:
         return False
-    return one.answer == other.answer or equal[_ordered(one.answer or "", other.answer or "")]
+    return a.answer == b.answer or equal[_sorted_pair(a.answer or "", b.answer or "")]
 
 
-def _equalities(problems: Sequence[Sequence[Ballot]], verifier: Verifier) -> dict[Pair, bool]:
-    """The verdict on every pair that a vote may ask about, all in one go."""
-    pairs: dict[Pair, None] = {}
+def _equalities(problems: Sequence[Sequence[Ballot]], verifier: Verifier) -> dict[AnswerPair, bool]:
+    """The verdict on every pair of answers that may meet in a vote, in one batch."""
+    pairs: dict[AnswerPair, None] = {}
     for ballots in problems:
         for side in (True, False):
-            given = dict.fromkeys(b.answer for b in ballots if b.answer is not None and b.correct is side)
-            pairs.update(dict.fromkeys(_ordered(one, other) for one, other in combinations(given, 2)))
-    verdicts = verifier.check_many(pairs)
+            answers = dict.fromkeys(b.answer for b in ballots if b.answer is not None and b.correct is side)
+            pairs.update(dict.fromkeys(_sorted_pair(a, b) for a, b in combinations(answers, 2)))
+    verdicts = verifier.check_many(list(pairs))
     return {pair: verdict.correct for pair, verdict in zip(pairs, verdicts, strict=True)}
 
 
-def _ordered(one: str, other: str) -> Pair:
-    return (one, other) if one <= other else (other, one)
+def _sorted_pair(a: str, b: str) -> AnswerPair:
+    return (a, b) if a <= b else (b, a)

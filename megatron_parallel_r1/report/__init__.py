@@ -1,2 +1,2 @@
-"""What a person sees of a run: metrics on disk, live progress, the evaluation table, `report.html`.
-It reads and writes the files of a run folder and knows no model and no engine."""
+"""Metrics files, live progress, evaluation tables and `report.html` of a run; knows run folders, but no model
+and no engine."""

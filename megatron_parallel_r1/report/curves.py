@@ -1,6 +1,6 @@
-"""Draws a panel as inline SVG whose colours are the page's CSS variables.
+"""Draws panels as inline SVG with the page's CSS variables as colours.
 
-Matplotlib writes colours as hex; each role has its own odd hex, which the page's variable then replaces.
+Matplotlib writes colours as hex; each role has a unique hex value, which is then replaced by its variable.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from megatron_parallel_r1.report.formats import number, percent
 from megatron_parallel_r1.report.panels import PANELS, Line, Panel
-from megatron_parallel_r1.report.run_folder import Run
-from megatron_parallel_r1.report.series import EvalPoint, Series, Span, eval_points, series, spans
+from megatron_parallel_r1.report.run_folder import RunLog
+from megatron_parallel_r1.report.series import EvalPoint, Series, StageSpan, eval_points, series, spans
+from megatron_parallel_r1.utils.formats import number, percent
 
 HEX = {
     "ink": "#0a0b01",
@@ -33,8 +33,8 @@ HEX = {
 WIDTH, HEIGHT = 336, 204  # points, which are the units of the viewBox
 LEFT, RIGHT, BOTTOM, TOP = 50, 8, 34, 18
 FONT = 9.5
-EXACT = 2e-5  # what two float32 computations of one log-probability may differ by
-FLOOR = 1e-9  # stands for 0 on a logarithmic axis
+EXACT = 2e-5  # largest difference of two float32 computations of a log-prob
+FLOOR = 1e-9  # replaces 0 on a logarithmic axis
 RC = {
     "svg.fonttype": "none",
     "font.size": FONT,
@@ -59,12 +59,12 @@ class Curve:
     """A drawn panel.
 
     Attributes:
-        panel: what it shows.
+        panel: its definition.
         svg: an `<svg>` element.
-        summary: first and last value in words, for those who do not see the drawing.
-        points: JSON `[[x, y, label], ...]` in units of the viewBox, for reading values off.
-        has_evals: evaluations stand beside the curve.
-        smoothed: a moving average lies over the steps.
+        summary: first and last value in words, for screen readers.
+        points: JSON `[[x, y, label], ...]` in units of the viewBox, for tooltips.
+        has_evals: whether evaluations are drawn beside the curve.
+        smoothed: whether a moving average is drawn over the steps.
     """
 
     panel: Panel
@@ -75,30 +75,30 @@ class Curve:
     smoothed: bool
 
 
-def draw_curves(run: Run) -> list[Curve]:
-    """All panels for which the run has numbers."""
+def draw_curves(run: RunLog) -> list[Curve]:
+    """All panels with data in the run."""
     with matplotlib.rc_context(RC):
         drawn = [_draw(run, panel, spans(run, panel)) for panel in PANELS]
     return [curve for curve in drawn if curve is not None]
 
 
-def _draw(run: Run, panel: Panel, shown: tuple[Span, ...]) -> Curve | None:
-    found = [(span, line, series(run, span, line)) for line in panel.lines for span in shown]
-    lines = [(span, line, data) for span, line, data in found if data is not None]
+def _draw(run: RunLog, panel: Panel, stages: tuple[StageSpan, ...]) -> Curve | None:
+    candidates = [(span, line, series(run, span, line)) for line in panel.lines for span in stages]
+    lines = [(span, line, data) for span, line, data in candidates if data is not None]
     if not lines:
         return None
-    evals = eval_points(run, panel, shown)
+    evals = eval_points(run, panel, stages)
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)
     box = (LEFT, BOTTOM, WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP)
     axes = figure.add_axes([box[0] / WIDTH, box[1] / HEIGHT, box[2] / WIDTH, box[3] / HEIGHT])
-    _set_axes(axes, panel, shown)
+    _set_axes(axes, panel, stages)
     for _, line, data in lines:
         _plot(axes, panel, line, data)
     if evals:
         _plot_evals(axes, evals)
     if panel.scale == "log":
         _mark_exact(axes)
-    _mark_stages(axes, shown)
+    _mark_stages(axes, stages)
     svg = _svg(figure, panel)
     return Curve(
         panel,
@@ -110,12 +110,12 @@ def _draw(run: Run, panel: Panel, shown: tuple[Span, ...]) -> Curve | None:
     )
 
 
-def _set_axes(axes: Axes, panel: Panel, shown: tuple[Span, ...]) -> None:
+def _set_axes(axes: Axes, panel: Panel, stages: tuple[StageSpan, ...]) -> None:
     axes.grid(True, axis="y")
     axes.tick_params(length=2.5, pad=2.5)
     axes.set_ylabel(panel.unit, labelpad=3)
-    axes.set_xlabel("step, stages joined" if len(shown) > 1 else "step", labelpad=2)
-    last = max(1, shown[-1].stop)
+    axes.set_xlabel("step, stages joined" if len(stages) > 1 else "step", labelpad=2)
+    last = max(1, stages[-1].stop)
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if panel.scale == "share":
@@ -156,7 +156,7 @@ def _plot_evals(axes: Axes, evals: Sequence[EvalPoint]) -> None:
     axes.errorbar(
         [point.x for point in evals],
         [point.y for point in evals],
-        yerr=[point.ci95 for point in evals],
+        yerr=[[p.y - p.low for p in evals], [p.high - p.y for p in evals]],
         fmt="D",
         color=HEX["eval"],
         markersize=6,
@@ -177,9 +177,9 @@ def _mark_exact(axes: Axes) -> None:
     axes.text(1, EXACT * 1.2, "exact in float32", transform=right, ha="right", va="bottom", size=8)
 
 
-def _mark_stages(axes: Axes, shown: tuple[Span, ...]) -> None:
-    width = max(1, shown[-1].stop)
-    for span in shown:
+def _mark_stages(axes: Axes, stages: tuple[StageSpan, ...]) -> None:
+    width = max(1, stages[-1].stop)
+    for span in stages:
         if span.start:
             axes.axvline(span.start, color=HEX["ink"], linewidth=0.8, alpha=0.6)
         room = int((span.stop - span.start) / width * (WIDTH - LEFT - RIGHT) / (0.56 * FONT))
@@ -190,7 +190,7 @@ def _mark_stages(axes: Axes, shown: tuple[Span, ...]) -> None:
 
 
 def _svg(figure: Figure, panel: Panel) -> str:
-    # The salt keeps ids of several drawings on one page apart, and the same from run to run.
+    # The salt keeps the ids of several drawings on a page distinct, and the same in every run.
     with matplotlib.rc_context({"svg.hashsalt": panel.title}):
         file = io.StringIO()
         nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
@@ -212,7 +212,7 @@ def _slug(panel: Panel) -> str:
 def _points(
     axes: Axes,
     panel: Panel,
-    lines: Sequence[tuple[Span, Line, Series]],
+    lines: Sequence[tuple[StageSpan, Line, Series]],
     evals: Sequence[EvalPoint],
 ) -> list[list[float | str]]:
     points: list[list[float | str]] = []
@@ -239,7 +239,7 @@ def _read(panel: Panel, value: float) -> str:
     return percent(value) if panel.scale == "share" else number(value)
 
 
-def _in_words(panel: Panel, lines: Sequence[tuple[Span, Line, Series]]) -> str:
+def _in_words(panel: Panel, lines: Sequence[tuple[StageSpan, Line, Series]]) -> str:
     words = []
     for line in panel.lines:
         values = [y for _, other, data in lines if other is line for y in data.y_N if np.isfinite(y)]

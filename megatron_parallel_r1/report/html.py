@@ -1,7 +1,7 @@
-"""Builds `report.html`: one file that needs no network, for a person who was not there.
+"""Builds `report.html`, one file without external resources.
 
-Everything that a model or a user wrote is escaped by the templates. Should one ever slip through, the
-page's content policy still runs no script but its own, which it names by hash, and loads nothing.
+The templates escape everything that a model or a user wrote. As a second line of defence the page's content
+policy allows only its own script, by hash, and loads nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from megatron_parallel_r1.report import formats
 from megatron_parallel_r1.report.curves import draw_curves
-from megatron_parallel_r1.report.run_folder import Run, read_run
+from megatron_parallel_r1.report.evaluation_table import COLUMNS, accuracy_interval, accuracy_text
+from megatron_parallel_r1.report.run_folder import RunLog, read_run
 from megatron_parallel_r1.report.showcase import choose_traces
-from megatron_parallel_r1.report.tables import COLUMNS
+from megatron_parallel_r1.utils import formats
 from megatron_parallel_r1.utils.files import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A figure of the headline, with where it came from."""
+    """A figure of the headline, with a note on its origin."""
 
     name: str
     value: str
@@ -36,10 +36,10 @@ class Tile:
 def build_report(run_folder: Path) -> Path:
     """Writes `run_folder/report.html` and returns its path.
 
-    What the run lacks (evaluations, curves, traces, the recipe) is left out with a line that says so.
+    Replaces what the run lacks (evaluations, curves, traces, the recipe) by a line that says so.
 
     Raises:
-        UserError: the folder is absent, holds no run, or one of its files is malformed.
+        UserError: the folder does not exist, holds no run, or one of its files is malformed.
     """
     run = read_run(run_folder)
     template = _environment().get_template("report.html.j2")
@@ -49,6 +49,7 @@ def build_report(run_folder: Path) -> Path:
         facts=_facts(run),
         tiles=_tiles(run),
         columns=COLUMNS,
+        accuracy_interval=accuracy_interval,
         curves=draw_curves(run),
         traces=choose_traces(run),
         script=script,
@@ -72,7 +73,7 @@ def _environment() -> Environment:
 
 
 def _script() -> Markup:
-    """The page's script, exactly as it stands between its tags."""
+    """The page's script, exactly as between its tags."""
     text = (Path(__file__).parent / "templates" / "report.js").read_text(encoding="utf-8")
     return Markup(text)
 
@@ -81,8 +82,8 @@ def _hash(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _facts(run: Run) -> list[str]:
-    """The run in a line."""
+def _facts(run: RunLog) -> list[str]:
+    """Stages, steps, tokens and time."""
     facts = []
     if run.stages:
         names = " → ".join(stage.name for stage in run.stages)
@@ -97,13 +98,13 @@ def _facts(run: Run) -> list[str]:
     return facts
 
 
-def _tiles(run: Run) -> list[Tile]:
-    """The headline: what the last evaluation found, against the one before RL; and the exactness."""
+def _tiles(run: RunLog) -> list[Tile]:
+    """The headline: the last evaluation against the one before RL, and the exactness."""
     tiles = []
     if run.evals:
         last, base = run.evals[-1], _base(run)
         if last.get("accuracy") is not None:
-            value = formats.accuracy(last["accuracy"], last.get("ci95"))
+            value = accuracy_text(last)
             tiles.append(Tile("accuracy, held-out", value, _before(base, "accuracy")))
         if last.get("parallel_ratio") is not None:
             value = formats.percent(last["parallel_ratio"])
@@ -122,8 +123,8 @@ def _tiles(run: Run) -> list[Tile]:
     return tiles
 
 
-def _base(run: Run) -> dict[str, Any] | None:
-    """The evaluation to compare the last one with: after the last SFT stage, else the first; same mode."""
+def _base(run: RunLog) -> dict[str, Any] | None:
+    """The evaluation to compare the last one with: that of the last SFT stage, else the first; same mode."""
     last = run.evals[-1]
     alike = [r for r in run.evals if r.get("mode") == last.get("mode") and r is not last]
     kinds = {stage.name: stage.kind for stage in run.stages}
@@ -137,6 +138,6 @@ def _before(base: dict[str, Any] | None, key: str) -> str:
     return f"{formats.percent(base[key])} after {base['stage']}"
 
 
-def _values(run: Run, key: str) -> Sequence[float]:
+def _values(run: RunLog, key: str) -> Sequence[float]:
     rows = [row for stage in run.stages for row in stage.metrics]
     return [row[key] for row in rows if row.get(key) is not None]

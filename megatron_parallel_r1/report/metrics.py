@@ -1,6 +1,6 @@
-"""Metrics of a stage: `metrics.jsonl`, and the same numbers for TensorBoard.
+"""Writes the metrics of a stage to `metrics.jsonl` and TensorBoard.
 
-The schemas of the records are in `docs/architecture.md`; every record names its stage, kind and step.
+The schemas of the records are in `docs/architecture.md`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ NOT_SCALARS = ("step", "steps")
 
 
 class MetricsWriter:
-    """Writes one record a step to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`.
+    """Writes a record per step to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`.
 
-    Only one process of a job may hold it.
+    Only one process of a job may use it.
 
     Args:
         folder: of the stage, `runs/<name>/<stage>`.
-        resume_step: the last step that the run builds on; what was logged beyond it is dropped. 0 for a
-            fresh run.
+        resume_step: the step of the checkpoint that the run resumes from, whose later records are dropped;
+            0 for a new run.
     """
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
@@ -35,7 +35,7 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes a step's record: "step", "kind" and any numbers; NaN is kept as null."""
+        """Writes a step's record: "step", "kind" and any numbers; NaN becomes null."""
         plain = jsonable(record)
         self._lines.write(plain)
         for name, value in plain.items():

@@ -1,7 +1,7 @@
-"""Which curves the report draws: one panel a question, all in one palette.
+"""The panels of the report.
 
 A colour is a role, not a value: the page gives each role a light and a dark colour (Okabe and Ito's
-palette, which people with colour-blindness tell apart), and the SVG only names it.
+colour-blind-safe palette), and the SVG only names it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Role = Literal["first", "second"]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A metric as a curve; many steps in one pixel are shown by their mean or their maximum."""
+    """A metric as a curve; steps within one pixel are reduced to their mean or maximum."""
 
     key: str
     label: str
@@ -27,12 +27,12 @@ class Panel:
     """One small chart.
 
     Attributes:
-        title: its question's answer in a word or two.
-        hint: what the number means.
-        kind: the stages that it spans, "sft" or "rl".
+        title: one or two words.
+        hint: meaning of the number.
+        kind: of its stages, "sft" or "rl".
         unit: label of the y axis.
         scale: "share" is fixed to 0..100 %.
-        eval_key: metric of the evaluation records to set beside the curve.
+        eval_key: metric of the evaluation records to draw beside the curve.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Live progress of one stage: a bar on a terminal, a plain line every few seconds in a log."""
+"""Live progress of a stage: a bar on a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron_parallel_r1.report.formats import duration, number, percent
+from megatron_parallel_r1.utils.formats import duration, number, percent
 
-SHOWN: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+METRICS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("loss", "loss", number),
     ("reward", "reward", number),
     ("accuracy", "accuracy", percent),
@@ -27,15 +27,14 @@ RECENT_STEPS = 20
 
 
 class StageProgress:
-    """Shows a stage's step, numbers and time left; use it as a context manager around the steps.
+    """Shows a stage's step, metrics and time left; a context manager around the steps.
 
     Args:
         stage: its name.
-        steps: where it ends.
-        done: steps that a resumed stage has behind it.
-        later_s: estimated seconds of the stages after this one, for the overall time left; None shows
-            the stage's alone.
-        console: where to draw; its kind (terminal or not) decides between bar and lines.
+        steps: its last step.
+        done: steps that a resumed stage has already done.
+        later_s: estimated seconds of the later stages, for the overall time left; None: show the stage's.
+        console: a terminal gets a bar, anything else lines.
         every_s: seconds between two lines of a log.
         clock: seconds, monotonic.
     """
@@ -71,11 +70,11 @@ class StageProgress:
         return (now - began) / (last - first) * (self._steps - last)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows a step that is done; `metrics` is its record, of which it picks what it knows."""
+        """Shows a completed step with those numbers of its record `metrics` that are in `METRICS`."""
         self._step = step
         self._recent.append((step, self._clock()))
         self._numbers = "  ".join(
-            f"{label} {form(metrics[key])}" for key, label, form in SHOWN if key in metrics
+            f"{label} {form(metrics[key])}" for key, label, form in METRICS if key in metrics
         )
         if step >= self._steps or self._clock() - self._drawn_at >= self._pause_s:
             self._drawn_at = self._clock()

@@ -1,4 +1,4 @@
-"""Reads a run folder: stages in order, their metrics and traces, evaluations, the recipe."""
+"""Reads a run folder: stages in order, their metrics and traces, evaluations and the recipe."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.report.tables import latest_evals
-from megatron_parallel_r1.utils.jsonl import read_jsonl
-
-Record = dict[str, Any]
+from megatron_parallel_r1.report.evaluation_table import latest_evals
+from megatron_parallel_r1.utils.jsonl import JsonRecord, read_jsonl
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """One stage; `metrics` by ascending step."""
+class StageLog:
+    """One stage's files; `metrics` by ascending step."""
 
     name: str
-    metrics: tuple[Record, ...]
-    traces: tuple[Record, ...]
+    metrics: tuple[JsonRecord, ...]
+    traces: tuple[JsonRecord, ...]
 
     @property
     def kind(self) -> str:
@@ -32,17 +29,17 @@ class Stage:
         return self.metrics[-1]["step"] if self.metrics else 0
 
     def sum(self, *names: str) -> float:
-        """Of some metrics over all steps, nulls as 0."""
+        """The sum of some metrics over all steps, nulls as 0."""
         return sum(row.get(name) or 0 for row in self.metrics for name in names)
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """A run as it lies on disk; what is absent is empty."""
+class RunLog:
+    """A run's files; absent ones are empty."""
 
     name: str
-    stages: tuple[Stage, ...]
-    evals: tuple[Record, ...]
+    stages: tuple[StageLog, ...]
+    evals: tuple[JsonRecord, ...]
     config: str
 
     @property
@@ -50,11 +47,11 @@ class Run:
         return {stage.name: stage.last_step for stage in self.stages}
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunLog:
     """Reads `folder`.
 
     Raises:
-        UserError: it is absent, holds no run, or one of its files is malformed.
+        UserError: it does not exist, holds no run, or one of its files is malformed.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder; give the folder that holds the run's stages")
@@ -64,10 +61,10 @@ def read_run(folder: Path) -> Run:
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     if not (stages or evals or text):
         raise UserError(f"{folder}: no run in this folder (no <stage>/metrics.jsonl, no eval.jsonl)")
-    return Run(folder.resolve().name, stages, evals, text)
+    return RunLog(folder.resolve().name, stages, evals, text)
 
 
-def _read_stage(folder: Path) -> Stage:
+def _read_stage(folder: Path) -> StageLog:
     metrics = _read_if_there(folder / "metrics.jsonl", "kind", "step")
     traces = [
         trace
@@ -75,10 +72,10 @@ def _read_stage(folder: Path) -> Stage:
         for trace in _read_if_there(folder / name, "step", "text_parts")
     ]
     by_step = {row["step"]: row for row in metrics}
-    return Stage(folder.name, tuple(by_step[step] for step in sorted(by_step)), tuple(traces))
+    return StageLog(folder.name, tuple(by_step[step] for step in sorted(by_step)), tuple(traces))
 
 
-def _read_if_there(path: Path, *keys: str) -> Sequence[Record]:
+def _read_if_there(path: Path, *keys: str) -> Sequence[JsonRecord]:
     records = read_jsonl(path, missing_ok=True)
     for number, record in enumerate(records, 1):
         missing = [key for key in keys if key not in record]
@@ -88,7 +85,7 @@ def _read_if_there(path: Path, *keys: str) -> Sequence[Record]:
 
 
 def _stage_names(folder: Path) -> list[str]:
-    """Stages with something to show: as `stages.json` lists them, the others by age of their files."""
+    """Stages with metrics or traces: in the order of `stages.json`, then others by age of their files."""
     listed = folder / "stages.json"
     names: list[str] = []
     if listed.is_file():
@@ -97,7 +94,7 @@ def _stage_names(folder: Path) -> list[str]:
         except ValueError as error:
             raise UserError(f"{listed}: not JSON ({error})") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{listed}: a list of stage names was expected")
+            raise UserError(f"{listed}: expected a list of stage names")
     ages = {
         file.parent.name: file.stat().st_mtime
         for pattern in ("*/traces.jsonl", "*/eval_traces.jsonl", "*/metrics.jsonl")

@@ -1,4 +1,4 @@
-"""The numbers behind a curve: stages joined on one axis, thinned to what a small chart can show.
+"""The data of a curve: stages joined on one axis, thinned to the resolution of a small chart.
 
 Shapes: N points of one stage.
 """
@@ -10,16 +10,17 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_parallel_r1.report.evaluation_table import accuracy_interval
 from megatron_parallel_r1.report.panels import Line, Panel
-from megatron_parallel_r1.report.run_folder import Run
+from megatron_parallel_r1.report.run_folder import RunLog
 
 MOST_POINTS = 240
 SMOOTH_FROM = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """A stage's place on the axis: its step s lies at `start + s`."""
+class StageSpan:
+    """A stage's range of the axis: its step s is at `start + s`."""
 
     stage: str
     start: int
@@ -28,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One metric over one stage; `x_N` is on the joined axis, NaN marks a null."""
+    """One metric over one stage; `x_N` is on the joined axis, NaN stands for null."""
 
     x_N: np.ndarray
     y_N: np.ndarray
@@ -37,28 +38,29 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class EvalPoint:
-    """An evaluation on the joined axis; `ci95` is the half width of its interval, 0 if unknown."""
+    """An evaluation on the joined axis; `low` and `high` bound its interval and equal `y` where unknown."""
 
     x: int
     y: float
-    ci95: float
+    low: float
+    high: float
     label: str
 
 
-def spans(run: Run, panel: Panel) -> tuple[Span, ...]:
-    """The stages that a panel shows, end to end: those of its kind that logged one of its metrics."""
-    found: list[Span] = []
+def spans(run: RunLog, panel: Panel) -> tuple[StageSpan, ...]:
+    """The stages of a panel, end to end: those of its kind that logged one of its metrics."""
+    joined: list[StageSpan] = []
     start = 0
     for stage in run.stages:
         keys = {line.key for line in panel.lines}
         if stage.kind == panel.kind and any(keys & row.keys() for row in stage.metrics):
-            found.append(Span(stage.name, start, start + stage.last_step))
+            joined.append(StageSpan(stage.name, start, start + stage.last_step))
             start += stage.last_step
-    return tuple(found)
+    return tuple(joined)
 
 
-def series(run: Run, span: Span, line: Line) -> Series | None:
-    """A stage's curve; None where all of it is null."""
+def series(run: RunLog, span: StageSpan, line: Line) -> Series | None:
+    """A stage's curve; None if all of it is null."""
     stage = next(stage for stage in run.stages if stage.name == span.stage)
     rows = [row for row in stage.metrics if line.key in row]
     x_N = np.array([span.start + row["step"] for row in rows], dtype=float)
@@ -70,30 +72,30 @@ def series(run: Run, span: Span, line: Line) -> Series | None:
     return Series(x_N, y_N, smooth_N)
 
 
-def eval_points(run: Run, panel: Panel, shown: tuple[Span, ...]) -> tuple[EvalPoint, ...]:
-    """Evaluations that belong on a panel's axis, in the mode of the run's last evaluation.
+def eval_points(run: RunLog, panel: Panel, stages: tuple[StageSpan, ...]) -> tuple[EvalPoint, ...]:
+    """Evaluations on a panel's axis, in the mode of the run's last evaluation.
 
-    One made after an earlier stage (after SFT, on a panel of RL) stands where the next shown stage
-    begins; of several at one place the last counts.
+    An evaluation after an earlier stage (after SFT, on a panel of RL) is drawn where the panel's next stage
+    begins; the last of several at one place counts.
     """
     if panel.eval_key is None or not run.evals:
         return ()
     mode = run.evals[-1].get("mode")
     points: dict[int, EvalPoint] = {}
     for record in run.evals:
-        x = _place(run, shown, record["stage"], record["step"])
+        x = _place(run, stages, record["stage"], record["step"])
         y = record.get(panel.eval_key)
         if x is not None and y is not None and record.get("mode") == mode:
-            half_width = (record.get("ci95") or 0.0) if panel.eval_key == "accuracy" else 0.0
-            points[x] = EvalPoint(x, y, half_width, f"{record['stage']}, step {record['step']}")
+            bounds = accuracy_interval(record) if panel.eval_key == "accuracy" else None
+            points[x] = EvalPoint(x, y, *(bounds or (y, y)), f"{record['stage']}, step {record['step']}")
     return tuple(points[x] for x in sorted(points))
 
 
-def _place(run: Run, shown: tuple[Span, ...], stage: str, step: int) -> int | None:
+def _place(run: RunLog, stages: tuple[StageSpan, ...], stage: str, step: int) -> int | None:
     order = list(run.last_steps)
     if stage not in order:
         return None
-    for span in shown:
+    for span in stages:
         if span.stage == stage:
             return span.start + step
         if order.index(span.stage) > order.index(stage):
@@ -120,9 +122,9 @@ def _over(y_N: np.ndarray, reduce: Literal["mean", "max"]) -> float:
 
 
 def _smooth(y_N: np.ndarray) -> np.ndarray:
-    """Centred moving average over a twelfth of the points, nulls left out.
+    """Centred moving average over a twelfth of the points, without nulls.
 
-    Towards both ends its reach halves: a steep start keeps its height, a noisy end is not taken at its word.
+    The window halves towards both ends: a steep start keeps its height, a noisy end is still smoothed.
     """
     widest, last = max(2, len(y_N) // 24), len(y_N) - 1
     reaches = [max(widest // 2, min(widest, i, last - i)) for i in range(len(y_N))]

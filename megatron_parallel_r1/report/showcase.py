@@ -1,4 +1,4 @@
-"""Chooses the traces that a report shows: spread over the steps, right and wrong alike, within a budget."""
+"""Chooses the traces of a report: spread over the steps, right and wrong in turn, within a size limit."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 from markupsafe import escape
 
-from megatron_parallel_r1.report.run_folder import Run
+from megatron_parallel_r1.report.run_folder import RunLog
+from megatron_parallel_r1.utils.jsonl import JsonRecord
 
-Record = dict[str, Any]
-STEPS_A_STAGE = 8
-TRACES_A_STEP = 6
-MOST_BYTES = 2_500_000
+STEPS_PER_STAGE = 8
+TRACES_PER_STEP = 6
+MAX_BYTES = 2_500_000
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """A trace of the viewer; `verdict` is "right", "wrong" or "unknown"."""
+class ShownTrace:
+    """A trace of the report; `verdict` is "right", "wrong" or "unknown"."""
 
     stage: str
-    record: Record
+    record: JsonRecord
     verdict: str
     blocks: int
 
 
 @dataclass(frozen=True, slots=True)
 class Showcase:
-    """The chosen traces by stage and step, and how many the run sampled."""
+    """The chosen traces by stage and step, and the number available."""
 
-    shown: tuple[Shown, ...]
+    shown: tuple[ShownTrace, ...]
     available: int
 
     @property
@@ -40,11 +39,11 @@ class Showcase:
         return tuple(dict.fromkeys(trace.stage for trace in self.shown))
 
 
-def choose_traces(run: Run) -> Showcase:
-    """Up to `STEPS_A_STAGE` steps of a stage, first and last among them, at most `TRACES_A_STEP` each."""
+def choose_traces(run: RunLog) -> Showcase:
+    """Up to `STEPS_PER_STAGE` steps of a stage, first and last among them, at most `TRACES_PER_STEP` each."""
     chosen = [_choose(stage.name, stage.traces) for stage in run.stages]
     kept: set[int] = set()
-    left = MOST_BYTES
+    left = MAX_BYTES
     for trace in (t for turn in zip_longest(*chosen) for t in turn if t is not None):
         size = len(escape(json.dumps(trace.record, ensure_ascii=False)).encode("utf-8", errors="replace"))
         if size <= left:
@@ -56,22 +55,22 @@ def choose_traces(run: Run) -> Showcase:
     return Showcase(tuple(shown), sum(len(stage.traces) for stage in run.stages))
 
 
-def _choose(stage: str, traces: Sequence[Record]) -> list[Shown]:
-    """Of one stage, the last step first, since a tight budget should keep what the run came to."""
-    by_step: dict[int, list[Record]] = {}
+def _choose(stage: str, traces: Sequence[JsonRecord]) -> list[ShownTrace]:
+    """Traces of one stage, the last step first, so that a tight limit keeps the final ones."""
+    by_step: dict[int, list[JsonRecord]] = {}
     for record in traces:
         by_step.setdefault(record["step"], []).append(record)
     steps = sorted(by_step)
-    count = min(len(steps), STEPS_A_STAGE)
+    count = min(len(steps), STEPS_PER_STAGE)
     picked = {steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)}
     picked |= set(steps[-1:])
-    found: list[Shown] = []
+    shown: list[ShownTrace] = []
     for step in sorted(picked, reverse=True):
-        found += [_shown(stage, record) for record in _mixed(by_step[step])[:TRACES_A_STEP]]
-    return found
+        shown += [_shown(stage, record) for record in _mixed(by_step[step])[:TRACES_PER_STEP]]
+    return shown
 
 
-def _mixed(records: Iterable[Record]) -> list[Record]:
+def _mixed(records: Iterable[JsonRecord]) -> list[JsonRecord]:
     """Right and wrong in turn; with blocks before without."""
     ranked = sorted(records, key=lambda record: _count_blocks(record) == 0)
     right = [record for record in ranked if record.get("correct")]
@@ -79,10 +78,10 @@ def _mixed(records: Iterable[Record]) -> list[Record]:
     return [record for pair in zip_longest(right, wrong) for record in pair if record is not None]
 
 
-def _shown(stage: str, record: Record) -> Shown:
+def _shown(stage: str, record: JsonRecord) -> ShownTrace:
     verdict = {True: "right", False: "wrong"}.get(record.get("correct"), "unknown")
-    return Shown(stage, record, verdict, _count_blocks(record))
+    return ShownTrace(stage, record, verdict, _count_blocks(record))
 
 
-def _count_blocks(record: Record) -> int:
+def _count_blocks(record: JsonRecord) -> int:
     return sum(part.get("kind") == "block" for part in record["text_parts"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_parallel_r1.report.trace_record import trace_record
+from megatron_parallel_r1.report.traces import trace_record
 from megatron_parallel_r1.rl.rollout_batch import Rollouts
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.utils.rank import is_rank_zero

@@ -22,6 +22,7 @@ loss, and after `max_blocks` the trace goes on to its answer instead of ending.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -302,16 +303,22 @@ async def roll_out(
     seeds: Sequence[int],
     concurrent: int = 256,
     paths: Sequence[int] | None = None,
+    on_trace: Callable[[int, Trace], None] | None = None,
 ) -> list[Trace]:
-    """One trace for each (prompt, seed), in order; equal prompts are written once and shared.
+    """One trace for each (prompt, seed), in order.
+
+    Equal prompts are written once and shared; a prompt is closed after its last trace.
 
     Args:
         concurrent: traces in flight at most.
         paths: of each trace; None: as the settings say.
+        on_trace: called with the index and the trace as soon as it is complete, in another thread, while the
+            others go on.
     """
     engine = thinker.engine
     slots = asyncio.Semaphore(concurrent)
     opened: dict[tuple[int, ...], asyncio.Task[Any]] = {}
+    left = Counter(map(tuple, prompts))
 
     async def write_prompt(prompt: tuple[int, ...]) -> Any:
         context = engine.open()
@@ -324,7 +331,14 @@ async def roll_out(
             if prompt not in opened:
                 opened[prompt] = asyncio.ensure_future(write_prompt(prompt))
             context = await opened[prompt]
-            return await thinker.trace(prompt, context, seeds[index], paths[index] if paths else None)
+            trace = await thinker.trace(prompt, context, seeds[index], paths[index] if paths else None)
+            left[prompt] -= 1
+            if not left[prompt]:
+                del opened[prompt]
+                engine.close(context)
+        if on_trace is not None:
+            await asyncio.to_thread(on_trace, index, trace)
+        return trace
 
     try:
         return list(await asyncio.gather(*(one(index) for index in range(len(prompts)))))

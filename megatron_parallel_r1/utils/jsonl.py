@@ -17,6 +17,8 @@ from typing import Any
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.files import write_atomically
 
+JsonRecord = dict[str, Any]
+
 
 class JsonlWriter:
     """Appends records to a file; creates the file and its folder, and drops a torn last line.

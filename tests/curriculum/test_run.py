@@ -156,7 +156,7 @@ def test_eval_and_report_on_a_finished_run(whole: Path) -> None:
     shown = run(whole.parent, "eval", str(RECIPE)).stdout
     assert "release" in shown and "isolated" in shown
     last = json.loads((whole / "eval.jsonl").read_text().splitlines()[-1])
-    for figure in (f"{100 * last['accuracy']:.1f} ±", f"{last['length']:.1f}"):
+    for figure in (f"{100 * last['accuracy']:.1f} [", f"{last['length']:.1f}"):
         assert figure in shown, shown
     done = subprocess.run(
         [sys.executable, "-m", "megatron_parallel_r1.cli", "report", str(whole)],

@@ -28,7 +28,7 @@ from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGr
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 # Bytes of keys and values that are gathered at once; on a CPU they are still in its cache when they are read.
-MOST_BYTES = {"cpu": 2**19, "cuda": 2**28}
+MAX_BYTES = {"cpu": 2**19, "cuda": 2**28}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class DecodeModel:
     @property
     def most_cells(self) -> int:
         """Pairs of row and slot whose keys and values are gathered at once."""
-        return MOST_BYTES[self.device.type] // (self._width * self.embedding_VE.element_size())
+        return MAX_BYTES[self.device.type] // (self._width * self.embedding_VE.element_size())
 
     def grow(self, slots: int) -> None:
         """Makes room for `slots` slots; what is cached stays.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_parallel_r1.evaluation.records import Record
+from megatron_parallel_r1.evaluation.records import ResponseRecord
 
 
 def record(
     problem: str = "0", sample: int = 0, correct: bool = True, blocks: int = 0, **other: object
-) -> Record:
+) -> ResponseRecord:
     """A response of 10 tokens; of those with blocks 6 are critical and the first block stands at token 2."""
-    told = {
+    values = {
         "key": f"{problem}/{sample}",
         "benchmark": "made",
         "problem": problem,
@@ -30,4 +30,4 @@ def record(
         "first_block_token": 2 if blocks else None,
         "response": "Final Answer: 1 🧮\n",
     }
-    return Record(**{**told, **other})
+    return ResponseRecord(**{**values, **other})

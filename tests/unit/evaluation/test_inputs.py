@@ -11,9 +11,9 @@ import pytest
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import read_benchmarks
 from megatron_parallel_r1.evaluation.checkpoints import fingerprint, open_checkpoint, stages_of
-from megatron_parallel_r1.evaluation.engines import EngineRequest, engine_opener
-from megatron_parallel_r1.evaluation.modes import Mode
-from megatron_parallel_r1.evaluation.runs import Plan
+from megatron_parallel_r1.evaluation.engines import EngineSpec, engine_opener
+from megatron_parallel_r1.evaluation.evaluator import EvaluationPlan
+from megatron_parallel_r1.evaluation.modes import EvaluationMode
 from megatron_parallel_r1.rollout.settings import Thinking
 
 RECIPE = Path(__file__).parents[2] / "curriculum" / "mini.yaml"
@@ -66,19 +66,19 @@ def release(folder: Path, **thinking: object) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
-    told = {
+    values = {
         **Thinking(mode="replay", paths=3).model_dump(),
         "prompt": "plain",
         "prompt_template": "{problem}!",
     }
-    (folder / "thinking.json").write_text(json.dumps({**told, **thinking}))
+    (folder / "thinking.json").write_text(json.dumps({**values, **thinking}))
     return folder
 
 
 def test_a_release_tells_how_it_decodes(tmp_path: Path) -> None:
     folder = release(tmp_path / "tiny/release", later_addition=[1])
     found = open_checkpoint(folder)
-    assert (found.name, found.told, found.step) == ("tiny", folder.resolve() / "thinking.json", None)
+    assert (found.name, found.source, found.step) == ("tiny", folder.resolve() / "thinking.json", None)
     assert found.decoding.thinking == Thinking(mode="replay", paths=3)
     assert found.decoding.template == "{problem}!"
     assert open_checkpoint(tmp_path / "tiny").folder == folder
@@ -108,7 +108,7 @@ def test_a_folder_that_does_not_gets_the_defaults(tmp_path: Path) -> None:
     folder = release(tmp_path / "qwen")
     (folder / "thinking.json").unlink()
     found = open_checkpoint(folder)
-    assert found.told is None and found.decoding.thinking == Thinking()
+    assert found.source is None and found.decoding.thinking == Thinking()
     assert "<Parallel>" in found.decoding.template
 
 
@@ -132,7 +132,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config.json; give the folder"):
         open_checkpoint(tmp_path)
     (release(tmp_path / "x") / "thinking.json").write_text("{")
-    with pytest.raises(UserError, match="no valid JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         open_checkpoint(tmp_path / "x")
 
 
@@ -155,10 +155,10 @@ def test_engines_that_are_not_built_in(name: str) -> None:
 @pytest.mark.parametrize("name", ["sglang", "vllm"])
 def test_server_engines_need_servers_and_one_process(name: str, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match=f"engine {name}: give --server URL"):
-        engine_opener(name)(EngineRequest(tmp_path)).__enter__()
+        engine_opener(name)(EngineSpec(tmp_path)).__enter__()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start it without torchrun"):
-        engine_opener(name)(EngineRequest(tmp_path, servers=("http://127.0.0.1:1",))).__enter__()
+        engine_opener(name)(EngineSpec(tmp_path, servers=("http://127.0.0.1:1",))).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_server_engines_need_servers_and_one_process(name: str, tmp_path: Path, 
     [(None, "parallel", 1), (16, "parallel", 16), (None, "majority@8", 8), (16, "majority@8", 16)],
 )
 def test_samples_of_a_mode(samples: int | None, mode: str, found: int) -> None:
-    assert Plan(Path("out"), samples=samples).samples_in(Mode.of(mode)) == found
+    assert EvaluationPlan(Path("out"), samples=samples).samples_in(EvaluationMode.of(mode)) == found
 
 
 @pytest.mark.parametrize(
@@ -174,4 +174,4 @@ def test_samples_of_a_mode(samples: int | None, mode: str, found: int) -> None:
 )
 def test_samples_that_make_no_vote(samples: int, mode: str) -> None:
     with pytest.raises(UserError, match=f"--samples {samples}: mode {mode} needs"):
-        Plan(Path("out"), samples=samples).samples_in(Mode.of(mode))
+        EvaluationPlan(Path("out"), samples=samples).samples_in(EvaluationMode.of(mode))

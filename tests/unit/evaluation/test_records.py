@@ -9,7 +9,7 @@ import pytest
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.records import RecordFolder, attempts
+from megatron_parallel_r1.evaluation.records import RecordFolder, sample_requests
 from tests.unit.evaluation.made import record
 
 PROBLEMS = [Problem(str(i), f"{i} + 1 = ?", (str(i + 1),), "made") for i in range(3)]
@@ -19,7 +19,7 @@ SETUP = ["weights", {"mode": "isolated", "paths": 2}, "native"]
 def keys(
     problems: list[Problem] = PROBLEMS, samples: int = 2, seed: int = 0, setup: list = SETUP
 ) -> list[str]:
-    return [attempt.key for attempt in attempts("made", problems, samples, seed, setup)]
+    return [attempt.key for attempt in sample_requests("made", problems, samples, seed, setup)]
 
 
 def test_a_key_changes_with_all_that_decides_a_response_and_nothing_else() -> None:
@@ -40,14 +40,14 @@ def test_a_key_changes_with_all_that_decides_a_response_and_nothing_else() -> No
 
 
 def test_more_samples_and_other_problems_leave_what_is_there() -> None:
-    more = attempts("made", PROBLEMS[1:], 5, 0, SETUP)
-    before = {attempt.key: attempt.seed for attempt in attempts("made", PROBLEMS, 2, 0, SETUP)}
+    more = sample_requests("made", PROBLEMS[1:], 5, 0, SETUP)
+    before = {attempt.key: attempt.seed for attempt in sample_requests("made", PROBLEMS, 2, 0, SETUP)}
     assert {a.key: a.seed for a in more if a.sample < 2} == dict(list(before.items())[2:])
     assert len({attempt.seed for attempt in more}) == 10
 
 
 def test_two_checkpoints_meet_the_same_draws() -> None:
-    ours, theirs = (attempts("made", PROBLEMS, 2, 0, [weights]) for weights in ("a", "b"))
+    ours, theirs = (sample_requests("made", PROBLEMS, 2, 0, [weights]) for weights in ("a", "b"))
     assert [a.seed for a in ours] == [a.seed for a in theirs]
     assert all(0 <= a.seed < 1 << 63 for a in ours)
 

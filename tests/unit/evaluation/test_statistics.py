@@ -11,13 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.evaluation.statistics import Scores, bootstrap, compare, holm, pass_at_k, sign_flip
+from megatron_parallel_r1.evaluation.statistics import (
+    ProblemScores,
+    bootstrap,
+    compare,
+    holm,
+    pass_at_k,
+    score_interval,
+    sign_flip,
+)
 
 ROUNDING = 1e-12  # a handful of float64 operations on numbers up to 1
 
 
-def scores(*right: int, of: int = 1, names: str = "abcdefghij") -> Scores:
-    return Scores(tuple(names[: len(right)]), right, of)
+def scores(*right: int, of: int = 1, names: str = "abcdefghij") -> ProblemScores:
+    return ProblemScores(tuple(names[: len(right)]), right, of)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +48,54 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(case: tuple[int, int
     assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=ROUNDING)
     assert pass_at_k(n, c, 1) == pytest.approx(c / n, abs=ROUNDING)
     assert pass_at_k(n, c, n) == float(c > 0)
+
+
+@pytest.mark.parametrize(
+    ("right", "problems", "low", "high"),
+    [
+        (0, 30, 0.0, 0.1135),  # z² / (n + z²) = 3.8415 / 33.8415
+        (30, 30, 0.8865, 1.0),
+        (0, 1, 0.0, 0.7935),
+        (81, 263, 0.2553, 0.3662),  # Newcombe, Statistics in Medicine 17 (1998), table I
+        (15, 148, 0.0624, 0.1605),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_one_trial_a_problem_gives_the_wilson_interval(
+    right: int, problems: int, low: float, high: float
+) -> None:
+    found = score_interval([1.0] * right + [0.0] * (problems - right))
+    assert (found.value, found.low, found.high) == pytest.approx((right / problems, low, high), abs=5e-5)
+
+
+def test_several_trials_narrow_the_interval_as_far_as_they_are_independent() -> None:
+    alike = score_interval([0.0, 1.0] * 20, trials=4)
+    assert alike == score_interval([0.0, 1.0] * 20, trials=1), "the samples of a problem say the same"
+    independent = score_interval([0.5] * 40, trials=4)
+    assert independent == score_interval([0.0, 1.0] * 80, trials=1), "160 trials that differ within problems"
+    assert score_interval([0.25, 0.75] * 20, trials=4).high < alike.high
+
+
+@pytest.mark.parametrize(("problems", "trials"), [(10, 1), (30, 1), (30, 8), (200, 4)])
+@pytest.mark.parametrize("difficulty", [0.02, 0.5, 0.95])
+def test_score_intervals_cover_the_mean(problems: int, trials: int, difficulty: float) -> None:
+    """1,000 sets of problems whose chances of a right answer follow a Beta distribution.
+
+    Of a few scores near 0 or 1 the coverage of any interval oscillates around the nominal one; that of the
+    bootstrap is 39 % for the ten problems here.
+    """
+    rng = np.random.default_rng(7)
+    chances = rng.beta(2 * difficulty, 2 * (1 - difficulty), (1000, problems))
+    right = rng.binomial(trials, chances)
+    intervals = [score_interval(values / trials, trials) for values in right]
+    held = sum(i.low <= difficulty <= i.high for i in intervals) / 1000
+    assert held >= (0.92 if problems > 100 else 0.9)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12))
+def test_score_intervals_have_a_width_and_stay_in_range(right: list[int]) -> None:
+    found = score_interval(np.array(right) / 4, trials=4)
+    assert 0 <= found.low <= found.value <= found.high <= 1 and found.high - found.low > 0.01
 
 
 def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
@@ -114,13 +170,13 @@ def test_sign_flip_of_many_problems_stays_exact_and_fast() -> None:
 
 def test_compare_uses_common_problems_and_a_common_denominator() -> None:
     before = scores(1, 0, 2, 2, of=2, names="abcd")
-    after = Scores(("d", "c", "b", "z"), (0, 4, 3, 4), of=4)
+    after = ProblemScores(("d", "c", "b", "z"), (0, 4, 3, 4), of=4)
     found = compare(before, after)
     assert found is not None and found.problems == 3
     # d: 0/4 - 2/2, c: 4/4 - 2/2, b: 3/4 - 0/2.
     assert found.difference.value == pytest.approx((-1 + 0 + 0.75) / 3, abs=ROUNDING)
     assert found.p == pytest.approx(1.0, abs=ROUNDING)  # |-4 + 3| is the least that ±4 ±3 can be
-    assert compare(before, Scores(("z",), (1,), 1)) is None
+    assert compare(before, ProblemScores(("z",), (1,), 1)) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=10))

@@ -7,33 +7,35 @@ import re
 
 import pytest
 
-from megatron_parallel_r1.evaluation.modes import Mode
-from megatron_parallel_r1.evaluation.pairs import pairs_of
+from megatron_parallel_r1.evaluation.evaluator import BenchmarkResult
+from megatron_parallel_r1.evaluation.modes import EvaluationMode
+from megatron_parallel_r1.evaluation.pairs import paired_tests
 from megatron_parallel_r1.evaluation.plot import draw_plot, places, svg_of
-from megatron_parallel_r1.evaluation.records import Record
-from megatron_parallel_r1.evaluation.runs import Result
-from megatron_parallel_r1.evaluation.summary import Share, Summary, in_order, summarise
-from megatron_parallel_r1.evaluation.table import html_page, markdown_page, tables_of
+from megatron_parallel_r1.evaluation.records import ResponseRecord
+from megatron_parallel_r1.evaluation.summary import EvaluationSummary, RightShare, in_order, summarise
+from megatron_parallel_r1.evaluation.tables import evaluation_tables, html_page, markdown_page
 from megatron_parallel_r1.rewards.verifier import Verifier
 from tests.unit.evaluation.made import record
 
 ROUNDING = 1e-12
 
 
-def problem(name: str, right: int, blocks: int = 0, samples: int = 4) -> list[Record]:
+def problem(name: str, right: int, blocks: int = 0, samples: int = 4) -> list[ResponseRecord]:
     """The first `right` samples are right, and the first `blocks` have a block."""
     return [record_of(name, i, i < right, int(i < blocks)) for i in range(samples)]
 
 
-def record_of(name: str, sample: int, correct: bool, blocks: int) -> Record:
+def record_of(name: str, sample: int, correct: bool, blocks: int) -> ResponseRecord:
     return record(name, sample, correct, blocks, answer="1" if correct else None)
 
 
 def result(
-    *problems: list[Record], checkpoint: str = "one", step: int | None = 10, mode: str = "parallel"
-) -> Result:
+    *problems: list[ResponseRecord], checkpoint: str = "one", step: int | None = 10, mode: str = "parallel"
+) -> BenchmarkResult:
     with Verifier() as verifier:
-        return Result(*summarise(checkpoint, step, "made", Mode.of(mode), problems, verifier))
+        return BenchmarkResult(
+            *summarise(checkpoint, step, "made", EvaluationMode.of(mode), problems, verifier)
+        )
 
 
 def test_figures_by_hand() -> None:
@@ -53,7 +55,7 @@ def test_figures_by_hand() -> None:
     assert (s.tokens, s.critical_tokens) == (10, (6 * 6 + 6 * 10) / 12)
     assert s.saved == pytest.approx(1 - 96 / 120, abs=ROUNDING)
     assert (s.first_block, s.first_block_token) == (pytest.approx(0.2, abs=ROUNDING), 2)
-    assert (s.with_blocks, s.without_blocks) == (Share(1 + 2, 6), Share(1, 6))
+    assert (s.with_blocks, s.without_blocks) == (RightShare(1 + 2, 6), RightShare(1, 6))
     assert (s.truncated, s.unanswered) == (0, 8 / 12)
     assert (found.scores.right_P, found.scores.of) == ((1, 3, 0), 4)
 
@@ -77,7 +79,7 @@ def test_records_in_the_order_of_problems() -> None:
     assert in_order(found, [one.key for one in flat], 4) == [flat[:4], flat[4:]]
 
 
-def four_results() -> list[Result]:
+def four_results() -> list[BenchmarkResult]:
     better = [problem(name, 4, blocks=4) for name in "abcdefgh"]
     worse = [problem(name, 0, blocks=1) for name in "abcdefgh"]
     return [
@@ -89,7 +91,7 @@ def four_results() -> list[Result]:
 
 
 def test_pairs_over_training_and_between_modes() -> None:
-    pairs = pairs_of(four_results())
+    pairs = paired_tests(four_results())
     named = [
         (f"{p.before.checkpoint}/{p.before.mode}", f"{p.after.checkpoint}/{p.after.mode}") for p in pairs
     ]
@@ -99,14 +101,14 @@ def test_pairs_over_training_and_between_modes() -> None:
         ("begin/sequential", "end/sequential"),
         ("end/parallel", "end/sequential"),
     ]
-    assert [p.found.p for p in pairs] == [1.0, 2 / 2**8, 1.0, 2 / 2**8]
-    assert [p.found.difference.value for p in pairs] == [0, 1, 0, -1]
+    assert [p.comparison.p for p in pairs] == [1.0, 2 / 2**8, 1.0, 2 / 2**8]
+    assert [p.comparison.difference.value for p in pairs] == [0, 1, 0, -1]
     assert pairs[1].adjusted == 4 * 2 / 2**8
 
 
 def test_tables_say_the_same_in_markdown_and_html() -> None:
     results = four_results()
-    tables = tables_of([r.summary for r in results], pairs_of(results))
+    tables = evaluation_tables([r.summary for r in results], paired_tests(results))
     markdown, html = markdown_page(tables), html_page(tables)
     assert [table.title for table in tables] == ["Accuracy", "Thinking in parallel", "Paired tests"]
     assert "| begin, parallel | end, parallel | 8 | +100.0 [+100.0, +100.0] | 0.0078 | 0.031 |" in markdown
@@ -119,17 +121,17 @@ def test_tables_say_the_same_in_markdown_and_html() -> None:
 
 def test_names_are_escaped() -> None:
     results = [result(problem("a", 1), checkpoint="<b>|x</b>")]
-    tables = tables_of([r.summary for r in results])
+    tables = evaluation_tables([r.summary for r in results])
     assert "<b>" not in html_page(tables) and "&lt;b&gt;|x" in html_page(tables)
     assert r"<b>\|x</b>" in markdown_page(tables)
 
 
 def test_summaries_are_plain_json() -> None:
-    told = json.loads(json.dumps(result(problem("a", 1)).summary.record()))
-    assert told["score"]["value"] == 0.25 and told["passes"]["4"]["value"] == 1.0
+    values = json.loads(json.dumps(result(problem("a", 1)).summary.record()))
+    assert values["score"]["value"] == 0.25 and values["passes"]["4"]["value"] == 1.0
 
 
-def summaries() -> list[Summary]:
+def summaries() -> list[EvaluationSummary]:
     return [r.summary for r in four_results()]
 
 

@@ -14,7 +14,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.report.html import build_report
 from megatron_parallel_r1.report.panels import PANELS
 from megatron_parallel_r1.report.run_folder import read_run
-from megatron_parallel_r1.report.showcase import MOST_BYTES, choose_traces
+from megatron_parallel_r1.report.showcase import MAX_BYTES, choose_traces
 from tests.unit.report.synthetic import CONFIG, HOSTILE, STAGES, write_lines, write_run
 
 LOADS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background")
@@ -99,7 +99,7 @@ def test_table_tiles_and_facts(page: Page) -> None:
     text = " ".join("".join(page.words).split())
     assert "arithmetic → cold_start → rl_easy → rl_hard" in text and "610 steps" in text
     assert text.index("Evaluation") < text.index("Training") < text.index("Traces")
-    assert text.count("64.2 ± 4.2 %") == 2 and "39.1 % after cold_start" in text
+    assert text.count("64.2 [60.0, 68.4] %") == 2 and "39.1 % after cold_start" in text
     assert len(page.all("tr")) == 1 + 4
 
 
@@ -126,7 +126,7 @@ def test_the_same_run_gives_the_same_file_of_a_moderate_size(tmp_path: Path) -> 
 def test_long_traces_stay_within_the_budget(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "tiny")
     record = {"step": 1, "problem": "p", "correct": True}
-    long = record | {"text_parts": [{"kind": "text", "text": "<b>&é" * (MOST_BYTES // 90)}]}
+    long = record | {"text_parts": [{"kind": "text", "text": "<b>&é" * (MAX_BYTES // 90)}]}
     write_lines(folder / "rl_hard" / "traces.jsonl", [long | {"step": step} for step in range(12)])
     chosen = choose_traces(read_run(folder))
     assert 0 < sum(trace.stage == "rl_hard" for trace in chosen.shown) < 8
@@ -168,5 +168,5 @@ def test_stages_come_as_listed_else_by_age(tmp_path: Path) -> None:
     (folder / "stages.json").write_text(json.dumps(["not_yet_run", *list(STAGES)[:3]]))
     assert [stage.name for stage in read_run(folder).stages] == list(STAGES)
     (folder / "stages.json").write_text("{}")
-    with pytest.raises(UserError, match=r"stages\.json: a list of stage names"):
+    with pytest.raises(UserError, match=r"stages\.json: expected a list of stage names"):
         read_run(folder)

@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 
 from megatron_parallel_r1.report.panels import PANELS, Line, Panel
-from megatron_parallel_r1.report.run_folder import Run, Stage
-from megatron_parallel_r1.report.series import MOST_POINTS, Span, eval_points, series, spans
+from megatron_parallel_r1.report.run_folder import RunLog, StageLog
+from megatron_parallel_r1.report.series import MOST_POINTS, StageSpan, eval_points, series, spans
 
 ACCURACY = next(panel for panel in PANELS if panel.title == "Accuracy")
 
 
-def _stage(name: str, kind: str, values: list[float | None], key: str = "accuracy") -> Stage:
+def _stage(name: str, kind: str, values: list[float | None], key: str = "accuracy") -> StageLog:
     rows = [{"kind": kind, "step": step, key: value} for step, value in enumerate(values, 1)]
-    return Stage(name, tuple(rows), ())
+    return StageLog(name, tuple(rows), ())
 
 
-def _run(*stages: Stage, evals: tuple[dict[str, Any], ...] = ()) -> Run:
-    return Run("r", stages, evals, "")
+def _run(*stages: StageLog, evals: tuple[dict[str, Any], ...] = ()) -> RunLog:
+    return RunLog("r", stages, evals, "")
 
 
 def test_stages_of_a_kind_lie_end_to_end() -> None:
@@ -27,7 +27,7 @@ def test_stages_of_a_kind_lie_end_to_end() -> None:
         _stage("a", "sft", [1.0] * 9, "loss"), _stage("b", "rl", [0.1] * 4), _stage("c", "rl", [0.2] * 3)
     )
     shown = spans(run, ACCURACY)
-    assert shown == (Span("b", 0, 4), Span("c", 4, 7))
+    assert shown == (StageSpan("b", 0, 4), StageSpan("c", 4, 7))
     data = series(run, shown[1], ACCURACY.lines[0])
     assert data is not None and data.x_N.tolist() == [5, 6, 7]
 

@@ -7,28 +7,36 @@ import io
 import pytest
 from rich.console import Console
 
-from megatron_parallel_r1.report import formats
-from megatron_parallel_r1.report.tables import eval_markdown, eval_table, latest_evals
+from megatron_parallel_r1.report.evaluation_table import evaluation_table, latest_evals
+from megatron_parallel_r1.utils import formats
 from tests.unit.report.synthetic import evals
 
 
 def test_markdown_has_a_row_for_each_evaluation() -> None:
-    lines = eval_markdown(evals()).splitlines()
+    lines = evaluation_table(evals()).markdown().splitlines()
     assert len(lines) == 2 + 4
     assert {line.count("|") for line in lines} == {11}
     assert lines[-1] == (
-        "| rl_hard | 120 | isolated | 64.2 ± 4.2 % | 93.4 % | 99.1 % | 1.42 | 92.4 | 29.3 | 512 |"
+        "| rl_hard | 120 | isolated | 64.2 [60.0, 68.4] % | 93.4 % | 99.1 % | 1.42 | 92.4 | 29.3 | 512 |"
     )
 
 
 def test_what_is_unknown_is_a_dash_and_a_bar_does_not_break_the_row() -> None:
-    row = eval_markdown([{"stage": "a|b", "step": 3}]).splitlines()[-1]
+    row = evaluation_table([{"stage": "a|b", "step": 3}]).markdown().splitlines()[-1]
     assert row == "| a\\|b | 3 | – | – | – | – | – | – | – | – |"
 
 
 def test_without_blocks_no_share_of_them_is_well_formed() -> None:
-    row = eval_markdown(evals()[:1]).splitlines()[-1]
-    assert row.startswith("| arithmetic | 250 | sequential | 8.3 ± 2.4 % | 0.0 % | – | 0.00 |")
+    row = evaluation_table(evals()[:1]).markdown().splitlines()[-1]
+    assert row.startswith("| arithmetic | 250 | sequential | 8.3 [5.9, 10.7] % | 0.0 % | – | 0.00 |")
+
+
+def test_an_interval_need_not_be_symmetric() -> None:
+    bounds = {"accuracy": 0.0, "ci95": 0.057, "ci95_low": 0.0, "ci95_high": 0.114}
+    row = evaluation_table([evals()[0] | bounds]).markdown().splitlines()[-1]
+    assert "| 0.0 [0.0, 11.4] % |" in row
+    old = {"accuracy": 0.01, "ci95": 0.02}
+    assert "| 1.0 [0.0, 3.0] % |" in evaluation_table([evals()[0] | old]).markdown()
 
 
 def test_the_last_of_several_evaluations_of_one_step_counts() -> None:
@@ -38,10 +46,10 @@ def test_the_last_of_several_evaluations_of_one_step_counts() -> None:
 
 
 def test_terminal_table_shows_markup_as_text() -> None:
-    console = Console(file=io.StringIO(), width=140)
-    console.print(eval_table([evals()[-1] | {"stage": "[bold]x[/bold]"}]))
+    console = Console(file=io.StringIO(), width=160)
+    console.print(evaluation_table([evals()[-1] | {"stage": "[bold]x[/bold]"}]).terminal())
     text = console.file.getvalue()
-    assert "[bold]x[/bold]" in text and "64.2 ± 4.2 %" in text
+    assert "[bold]x[/bold]" in text and "64.2 [60.0, 68.4] %" in text
 
 
 @pytest.mark.parametrize(

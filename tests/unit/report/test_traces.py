@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.report.parts import trace_parts
+from megatron_parallel_r1.report.traces import trace_parts
 from megatron_parallel_r1.thought.parser import parse
 from tests.reference.traces import TAGS, random_trace
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them; None is a dash."""
+"""Numbers as people read them; None becomes a dash."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ def percent(share: float | None, digits: int = 1) -> str:
     return NONE if share is None else f"{100 * share:.{digits}f} %"
 
 
-def accuracy(share: float | None, half_width: float | None) -> str:
-    """An accuracy with the half width of its 95 % interval: `61.3 ± 2.1 %`."""
-    if share is None or half_width is None:
-        return percent(share)
-    return f"{100 * share:.1f} ± {100 * half_width:.1f} %"
+def interval(value: float, low: float, high: float, signed: bool = False) -> str:
+    """A share with its interval, in percent: `61.3 [58.9, 63.6]`; `signed` is for differences."""
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, thousands set apart: `0.0213`, `2.41`, `1,240`, `3.2e-6`."""
+    """Three significant digits with thousands separators: `0.0213`, `2.41`, `1,240`, `3.2e-6`."""
     if value is None:
         return NONE
     size = abs(value)
@@ -31,7 +30,7 @@ def number(value: float | None) -> str:
 
 
 def fixed(value: float | None, digits: int) -> str:
-    """A column's numbers with the same digits: `61.0`."""
+    """A fixed number of decimals, for the numbers of one column: `61.0`."""
     return NONE if value is None else f"{value:,.{digits}f}"
 
 

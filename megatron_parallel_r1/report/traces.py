@@ -1,6 +1,6 @@
-"""A trace in reading order: text, and blocks whose paths stand side by side.
+"""Converts traces to `traces.jsonl` records in reading order: text, and blocks with their paths side by side.
 
-The parts are what `traces.jsonl` holds under "text_parts" and what the viewer of `report.html` shows.
+The viewer of `report.html` reads the parts under "text_parts".
 """
 
 from __future__ import annotations
@@ -9,44 +9,50 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_parallel_r1.data.embedded.traces import stated_result
+from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.rewards.base import Judged
+from megatron_parallel_r1.rewards.verification import extract_answer
+from megatron_parallel_r1.rewards.verifier import equivalent
+from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.thought.tree import Block, Path, Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Judge = Callable[[str], tuple[str | None, bool | None]]
+PathJudge = Callable[[str], tuple[str | None, bool | None]]
 
 
 def trace_parts(
     tokens: Sequence[int],
     tree: Tree,
     tokenizer: PreTrainedTokenizerBase,
-    judge: Judge,
+    judge: PathJudge,
     sampled: Sequence[bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """Spells a trace out.
+    """The parts of a trace.
 
     Args:
-        tokens: the flat response; eos tokens are left out.
+        tokens: the flat response; eos tokens are skipped.
         tree: its parse.
         tokenizer: decodes the text between the tags.
-        judge: a path's text -> the result that it states, and whether that is right; None: unknown.
-        sampled: which tokens the policy drew; marks the paths that the engine closed.
+        judge: a path's text -> its stated result, and whether that is right; None: unknown.
+        sampled: which tokens the policy sampled; marks the paths that the engine closed.
 
     Returns:
         `{"kind": "text", "text"}` or `{"kind": "block", "paths", "summary", "summary_closed",
         "well_formed", "stray"}`; a path is `{"text", "closed", "forced", "answer", "correct"}`, and a
-        path with blocks of its own also has its "parts". `stray` is text that a malformed block holds
-        outside its paths. A block that the engine had to close somewhere is not well formed.
+        path with blocks of its own also has its "parts". `stray` is text of a malformed block
+        outside its paths. A block that the engine closed somewhere is not well formed.
     """
-    return list(_Speller(tokens, tokenizer, judge, sampled).parts(0, tree.length, tree.blocks))
+    return list(_PartsBuilder(tokens, tokenizer, judge, sampled).parts(0, tree.length, tree.blocks))
 
 
 @dataclass(frozen=True, slots=True)
-class _Speller:
+class _PartsBuilder:
     tokens: Sequence[int]
     tokenizer: PreTrainedTokenizerBase
-    judge: Judge
+    judge: PathJudge
     sampled: Sequence[bool] | None
 
     def parts(self, start: int, stop: int, blocks: Sequence[Block]) -> Iterator[dict[str, Any]]:
@@ -99,7 +105,33 @@ class _Speller:
 
 
 def _stop(block: Block, length: int) -> int:
-    """Where the text after a block begins."""
+    """Index of the first token after a block."""
     if block.summary is not None:
         return block.summary.stop
     return length if block.end is None else block.end + 1
+
+
+def trace_record(
+    trace: Trace,
+    problem: Problem,
+    judged: Judged,
+    reward: float | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """A record of `traces.jsonl`, without stage and step."""
+
+    def judge_path(text: str) -> tuple[str | None, bool | None]:
+        stated = extract_answer(text) or stated_result(text)
+        if stated is None:
+            return None, None
+        return stated, any(equivalent(stated, answer) for answer in problem.answers)
+
+    return {
+        "problem": problem.prompt,
+        "answer": " or ".join(problem.answers),
+        "extracted": judged.extracted,
+        "correct": judged.correct,
+        "reward": reward,
+        "finish": trace.finish,
+        "text_parts": trace_parts(trace.tokens, trace.tree, tokenizer, judge_path, trace.sampled),
+    }

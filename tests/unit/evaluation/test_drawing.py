@@ -1,4 +1,4 @@
-"""Drawing one by one gives the traces that training's `roll_out` gives, and lets go of every prompt."""
+"""`roll_out` delivers each trace when it is complete and closes every prompt; records of traces."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import pytest
 
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.evaluation.decode import draw, judged_record, prompt_tokens
-from megatron_parallel_r1.evaluation.records import Attempt
+from megatron_parallel_r1.evaluation.records import SampleRequest, prompt_tokens, response_record
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.rollout.thinking import Thinker
+from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags
@@ -26,33 +25,35 @@ PROBLEM = Problem("p", "1 + 1 = ?", ("2",), "made")
 
 
 @pytest.mark.parametrize("concurrent", [1, 5, 100])
-def test_it_draws_what_training_draws(concurrent: int) -> None:
+def test_each_trace_is_delivered_once_in_another_thread(concurrent: int) -> None:
     engine = native_engine(tiny_qwen3())
-    prompts = [tuple(prompt) for prompt in random_prompts(4) for _ in range(3)]
-    asked = [Attempt(str(i), "made", PROBLEM, "p", i, 100 + i) for i in range(len(prompts))]
-    found: dict[str, Trace] = {}
+    prompts = [list(prompt) for prompt in random_prompts(4) for _ in range(3)]
+    seeds = [100 + index for index in range(len(prompts))]
+    delivered: dict[int, Trace] = {}
     threads: set[int] = set()
 
-    def keep(attempt: Attempt, trace: Trace) -> None:
+    def keep(index: int, trace: Trace) -> None:
         threads.add(threading.get_ident())
-        found[attempt.key] = trace
+        assert index not in delivered
+        delivered[index] = trace
 
-    asyncio.run(draw(Thinker(engine, TAGS, THINKING), asked, prompts, concurrent, keep))
-    theirs = traces_of(engine, THINKING, [list(p) for p in prompts], [a.seed for a in asked])
-    assert [found[a.key].tokens for a in asked] == [trace.tokens for trace in theirs]
-    assert any(trace.tree.blocks for trace in theirs)
+    thinker = Thinker(engine, TAGS, THINKING)
+    traces = asyncio.run(roll_out(thinker, prompts, seeds, concurrent, on_trace=keep))
+    assert [delivered[index] for index in range(len(prompts))] == traces
+    plain = traces_of(engine, THINKING, prompts, seeds)
+    assert [trace.tokens for trace in traces] == [trace.tokens for trace in plain]
+    assert any(trace.tree.blocks for trace in traces)
     assert engine._table.used == 0
     assert threading.get_ident() not in threads
 
 
-def test_an_error_of_the_keeper_ends_the_draw() -> None:
-    def keep(attempt: Attempt, trace: Trace) -> None:
+def test_an_error_of_the_keeper_ends_the_rollout() -> None:
+    def keep(index: int, trace: Trace) -> None:
         raise OSError("disk full")
 
     thinker = Thinker(native_engine(tiny_qwen3()), TAGS, THINKING)
-    asked = [Attempt("0", "made", PROBLEM, "p", 0, 1)]
     with pytest.raises(OSError, match="disk full"):
-        asyncio.run(draw(thinker, asked, [(8, 9)], 4, keep))
+        asyncio.run(roll_out(thinker, [(8, 9)], [1], 4, on_trace=keep))
 
 
 def test_the_template_is_a_text() -> None:
@@ -75,11 +76,11 @@ def test_a_record_of_a_trace_by_hand() -> None:
         (1,), tokens, (True,) * len(tokens), (False,) * len(tokens), (0.0,) * len(tokens), "eos", tree
     )
     with Verifier() as verifier:
-        found = judged_record(Attempt("k", "made", PROBLEM, "i", 3, 9), trace, tokenizer, verifier)
-    assert (found.key, found.problem, found.identity, found.sample, found.seed) == ("k", "p", "i", 3, 9)
-    assert (found.answer, found.correct, found.references) == ("2", True, ("2",))
+        record = response_record(SampleRequest("k", "made", PROBLEM, "i", 3, 9), trace, tokenizer, verifier)
+    assert (record.key, record.problem, record.identity, record.sample, record.seed) == ("k", "p", "i", 3, 9)
+    assert (record.answer, record.correct, record.references) == ("2", True, ("2",))
     # Of the paths' 4 and 6 tokens the 6 are critical.
-    assert (found.tokens, found.critical_tokens) == (20, 16)
-    assert (found.blocks, found.paths, found.well_formed_blocks) == (1, 2, 1)
-    assert (found.first_block_token, found.first_block) == (1, 1 / 20)
-    assert found.response == text
+    assert (record.tokens, record.critical_tokens) == (20, 16)
+    assert (record.blocks, record.paths, record.well_formed_blocks) == (1, 2, 1)
+    assert (record.first_block_token, record.first_block) == (1, 1 / 20)
+    assert record.response == text
