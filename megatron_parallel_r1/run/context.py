@@ -1,4 +1,4 @@
-"""The context of a run: its folder, tokenizer and model, and the weights that each stage starts from."""
+"""The run context: folder, tokenizer, model configuration, and the weights that each stage starts from."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What all stages of a run share.
+    """State that all stages of a run share.
 
     Attributes:
-        folder: of the run.
-        shape: of the model, its vocabulary at least the tokenizer's.
-        new_ids: tags that `model.path` did not know; their embeddings start fresh.
+        folder: the run folder.
+        shape: the model configuration; its vocabulary is at least as large as the tokenizer's.
+        new_ids: ids of tags that the tokenizer of `model.path` lacks; their embeddings are initialized anew.
     """
 
     recipe: Recipe
@@ -60,22 +60,22 @@ class RunContext:
 
     @classmethod
     def set_up(cls, recipe: Recipe, folder: Path, resume: bool) -> RunContext:
-        """Loads tokenizer and model configuration and checks that they fit; writes nothing.
+        """Loads the tokenizer and the model configuration and checks that they match; writes nothing.
 
         Args:
-            resume: take the tokenizer from the run's folder.
+            resume: load the tokenizer from the run folder.
 
         Raises:
-            UserError: the model or the tokenizer cannot be read, or they do not fit.
+            UserError: the model or the tokenizer cannot be read, or they do not match.
         """
-        kept = open_tokenizer(folder / "tokenizer") if resume else None
-        bare = load_tokenizer(recipe) if recipe.model.path or kept is None else kept
-        known = bare.get_vocab() if bare is not kept else {}
-        tokenizer = kept or bare
+        saved = open_tokenizer(folder / "tokenizer") if resume else None
+        untagged = load_tokenizer(recipe) if recipe.model.path or saved is None else saved
+        known = untagged.get_vocab() if untagged is not saved else {}
+        tokenizer = saved or untagged
         try:
             tags = Tags.of(tokenizer) if resume else add_tags(tokenizer)
         except ValueError as error:
-            raise UserError(f"tokenizer: {error}; use one that has it") from None
+            raise UserError(f"tokenizer: {error}; use a tokenizer that has it") from None
         vocabulary = tokenizer.get_vocab()
         new_ids = tuple(vocabulary[text] for text in TAG_TEXTS if text not in known)
         if recipe.model.shape is not None:
@@ -88,10 +88,10 @@ class RunContext:
         return cls(recipe, folder, tokenizer, tags, shape, new_ids)
 
     def check_starts(self, names: Collection[str]) -> None:
-        """Checks that each stage to run will find the stage that it starts from.
+        """Checks that the stage before each stage in `names` is finished or in `names` too.
 
         Raises:
-            UserError: one is neither done nor to be run.
+            UserError: it is neither.
         """
         for stage in self.recipe.stages:
             before = self.recipe.start_of(stage)
@@ -104,7 +104,7 @@ class RunContext:
         """Checks that `world` ranks can run the stages under the recipe's parallel layout.
 
         Raises:
-            UserError: a size does not divide, or the native engine cannot decode a model that is split so.
+            UserError: a size is not divisible, or the native engine cannot decode under that layout.
         """
         parallel = self.recipe.parallel
         check_parallel(self.shape, parallel, world, self.recipe.max_tokens_per_micro_batch)
@@ -122,10 +122,10 @@ class RunContext:
             limits.check_split(parallel.pipeline, parallel.context)
         ahead = [s.name for s in self.recipe.stages if isinstance(s, RlStage) and s.max_off_policy_steps]
         if ahead and parallel.tensor > 1 and torch.cuda.is_available():
-            # Two threads would give one GPU collectives of two groups, in an order that ranks may not share.
+            # Two threads would launch collectives of two groups on one GPU, in no common order of the ranks.
             raise UserError(
                 f"stage {ahead[0]}: max_off_policy_steps with the native engine over tensor "
-                f"{parallel.tensor} could wait for ever on GPUs; set parallel.tensor to 1 or "
+                f"{parallel.tensor} can deadlock on GPUs; set parallel.tensor to 1 or "
                 "max_off_policy_steps to 0"
             )
 
@@ -137,11 +137,11 @@ class RunContext:
         return self.folder / name
 
     def seed_of(self, *words: str) -> int:
-        """A seed for one purpose of this run, different for each purpose."""
+        """Derives the run's seed for one purpose, such as `(stage, "rollout")`."""
         return derive_seed(self.recipe.seed, *words)
 
     def trainer(self, stage: Stage) -> Trainer:
-        """A trainer with the weights that the stage starts from, and a fresh optimizer."""
+        """Builds a trainer with the stage's starting weights and a fresh optimizer."""
         optimizer = stage.optimizer
         adam = Adam(
             optimizer.lr,
@@ -154,21 +154,21 @@ class RunContext:
         return Trainer(self.model(stage), adam, self.recipe.thinking_of(stage).temperature or 1.0)
 
     def model(self, stage: Stage, folder: Path | None = None) -> Model:
-        """A model with the weights that the stage starts from, or those of a Hugging Face folder."""
+        """Builds a model with the stage's starting weights, or with those of a Hugging Face folder."""
         model = build_model(self.shape, self.dtype, self.recipe.parallel, self.recipe.model.made_of)
         load_hf_tensors(model, load_hf_folder(folder)[1] if folder else self._start_tensors(stage))
         return model
 
     def finished_model(self, stage: Stage) -> Model:
-        """The model at the end of a stage."""
+        """Loads the model that a finished stage saved."""
         return self.model(stage, self.stage_folder(stage.name) / "model")
 
     def reference_folder(self, stage: RlStage, step: int) -> Path:
-        """Where the reference with the weights of a step is kept while the stage runs."""
+        """The folder of the reference policy that was copied after `step`; deleted when the stage ends."""
         return self.stage_folder(stage.name) / "reference" / f"step_{step:06d}"
 
     def prompt_tokens(self, problem: Problem) -> int:
-        """Tokens of a problem's prompt."""
+        """Number of tokens of a problem's prompt."""
         return len(encode_prompt(self.tokenizer, self.recipe.prompt_template, problem.prompt))
 
     def _start_tensors(self, stage: Stage) -> Iterable[tuple[str, Tensor]]:
@@ -182,9 +182,9 @@ class RunContext:
         return ((name, self._with_tags(name, tensor)) for name, tensor in released)
 
     def _with_tags(self, name: str, tensor: Tensor) -> Tensor:
-        """Adds rows to an embedding for the tags, each its own.
+        """Adds distinct embedding rows for the tags.
 
-        Rows of tags that a tokenizer has but that were never trained can be equal; they count as missing.
+        Tags that the tokenizer has but that were never trained can have equal rows; these are replaced too.
         """
         if name not in EMBEDDINGS:
             return tensor
@@ -202,11 +202,11 @@ class RunContext:
 def native_engine(
     shape: ModelConfig, group: dist.ProcessGroup | None = None, compiled: bool = False
 ) -> NativeEngine:
-    """An engine of the model's shape, without weights, shared by this process's tensor group.
+    """Creates a native engine for a model configuration, without weights, over the tensor-parallel group.
 
     Args:
-        group: that group once more, for an engine of a second thread.
-        compiled: as the engine takes it.
+        group: another process group of the same ranks, for an engine in a second thread.
+        compiled: run the layers through torch.compile (`NativeEngine`).
     """
     team = TensorParallelGroup.of(group or parallel_state.get_tensor_model_parallel_group())
     return NativeEngine(shape, team, compiled=compiled)

@@ -1,4 +1,4 @@
-"""Opens what a recipe names: tokenizer, problems and worked examples."""
+"""Loads the tokenizer and the data sets that a recipe names."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ T = TypeVar("T", Problem, Example)
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Reads every data set that the recipe names, so that a bad one stops the run before it begins.
+    """Reads every data set of the recipe, so that a bad one stops the run before it starts.
 
     Raises:
-        UserError: a file is missing, a row is unusable and none may be skipped, a stage has nothing to train
-            on, or an evaluation problem is trained on.
+        UserError: a file is missing, a row is unusable and may not be skipped, a stage has no data left to
+            train on, or an evaluation problem is also a training problem.
     """
     trained_on = {stage.name: _prompts(recipe, stage) for stage in recipe.stages}
     for stage in recipe.stages:
@@ -92,7 +92,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def contamination_report(recipe: Recipe) -> str:
-    """Markdown: what each stage's data set has in common with the problems held out; empty without any."""
+    """Markdown report of each data set's overlap with held-out problems; empty without decontamination."""
     parts = [
         f"## {stage.name}\n\n{contamination_table(_contamination(recipe, stage))}"
         for stage in recipe.stages
@@ -108,11 +108,11 @@ def example_rows(
     to_row: Callable[[Example], Row],
     cache: RowCache,
 ) -> ProblemStream[Row]:
-    """Worked examples without end, laid out; those of a data set that is in memory come from `cache`.
+    """An endless stream of laid-out worked examples; rows of an in-memory data set come from `cache`.
 
     Raises:
-        UserError: a row of a data set is unusable, its response malformed included, and none may be skipped;
-            all are longer than the recipe allows.
+        UserError: a row is unusable (a malformed response, for one) and may not be skipped, or all examples
+            exceed `max_example_tokens`.
     """
     most = recipe.max_example_tokens
     match stage.data:
@@ -142,13 +142,13 @@ def example_rows(
 def problem_stream(
     recipe: Recipe, stage: RlStage, seed: int, prompt_tokens: Callable[[Problem], int]
 ) -> ProblemStream[Problem]:
-    """Problems to train on, without end.
+    """An endless stream of training problems.
 
     Args:
-        prompt_tokens: how many a problem's prompt has.
+        prompt_tokens: returns the number of tokens of a problem's prompt.
 
     Raises:
-        UserError: all prompts are longer than the recipe allows.
+        UserError: all prompts exceed `max_prompt_tokens`.
     """
     match stage.data:
         case EmbeddedProblems(kind=kind):
@@ -161,7 +161,7 @@ def problem_stream(
 
 
 def evaluation_problems(source: ProblemSource, count: int) -> tuple[Problem, ...]:
-    """Problems to evaluate on: the embedded curriculum's held-out ones, or a data set's first `count`."""
+    """Evaluation problems: held-out ones of the embedded curriculum, or the first `count` of a data set."""
     match source:
         case EmbeddedProblems(kind=kind):
             return generate.evaluation_problems(kind, count)
@@ -170,7 +170,7 @@ def evaluation_problems(source: ProblemSource, count: int) -> tuple[Problem, ...
 
 
 def _prompts(recipe: Recipe, stage: SftStage | RlStage) -> set[str]:
-    """The prompts of a stage's data set; the embedded curriculum holds its own out by construction."""
+    """The prompts of a stage's data set; empty for embedded data, whose held-out problems are disjoint."""
     if not isinstance(stage.data, DataSet):
         return set()
     if isinstance(stage, SftStage):
@@ -179,13 +179,13 @@ def _prompts(recipe: Recipe, stage: SftStage | RlStage) -> set[str]:
 
 
 def _problems(recipe: Recipe, stage: RlStage) -> LoadedDataset[Problem] | StreamedDataset[Problem]:
-    """A stage's problems, without those that decontamination drops."""
+    """A stage's problems after decontamination."""
     assert isinstance(stage.data, DataSet)
     return _decontaminated(_read_problems(stage.data), recipe, stage)
 
 
 def _examples(recipe: Recipe, stage: SftStage) -> LoadedDataset[Example] | StreamedDataset[Example]:
-    """A stage's worked examples, without those that decontamination drops."""
+    """A stage's worked examples after decontamination."""
     assert isinstance(stage.data, DataSet)
     return _decontaminated(_read_examples(stage.data), recipe, stage)
 
@@ -260,7 +260,7 @@ def _read_options(source: DataSet) -> dict[str, Any]:
 
 
 def _texts(source: DataSet, template: str) -> list[str]:
-    """All that a model trained on the data set reads and writes."""
+    """The prompts and responses of a data set, to train a tokenizer on."""
     if schema_of(source.name, source.columns).response is None:
         return [render(template, problem.prompt) for problem in _read_problems(source).in_order()]
     examples = _read_examples(source).in_order()
@@ -268,7 +268,7 @@ def _texts(source: DataSet, template: str) -> list[str]:
 
 
 def _report(account: RowAccount) -> None:
-    """Says on standard error what was left out and why, if anything was."""
+    """Prints the skipped rows and the reasons to standard error, if there are any."""
     if account.kept < account.rows:
         print(account_table([account]), end="", file=sys.stderr)
 
@@ -280,13 +280,13 @@ def drop_long(
     stage: str,
     setting: str,
 ) -> LoadedDataset[T] | StreamedDataset[T]:
-    """Drops items of more than `most` tokens and counts them; reads all of them once.
+    """Drops items of more than `most` tokens and reports their number; reads all items once.
 
     Args:
         stage, setting: the stage, and the recipe key of `most`, for messages.
 
     Raises:
-        UserError: all are longer.
+        UserError: no item is left.
     """
     count, long = 0, set()
     for item in items.in_order():

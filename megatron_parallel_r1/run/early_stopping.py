@@ -1,4 +1,4 @@
-"""Early stopping: ends a stage whose metric no longer improves."""
+"""Early stopping: ends a stage when a metric no longer improves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from megatron_parallel_r1.utils.settings import Settings, Steps, StepsOrZero
 
-# Metrics that can be watched, by kind of stage.
+# Metrics that early stopping can watch, by kind of stage.
 WATCHABLE = {
     "sft": ("loss", "entropy", "grad_norm"),
     "rl": (
@@ -24,7 +24,7 @@ class EarlyStopping(Settings):
     """Ends a stage when the mean of `metric` over the last `window` steps is no better than before."""
 
     metric: str = "reward"
-    """Metric of the step's record that is watched."""
+    """Metric of the step's record to watch."""
     mode: Literal["max", "min"] = "max"
     """Whether the metric should rise (`max`) or fall (`min`)."""
     window: Steps = 20
@@ -35,10 +35,10 @@ class EarlyStopping(Settings):
     """Steps that a stage runs in any case."""
 
     def reached(self, values: Sequence[float]) -> bool:
-        """Whether the stage ends.
+        """Returns whether the stage should end.
 
         Args:
-            values: the metric of each step so far.
+            values: the metric at each step so far.
         """
         if len(values) < max(2 * self.window, self.min_steps):
             return False

@@ -1,10 +1,10 @@
-"""The folder of a run: made once, for one recipe.
+"""The run folder, which belongs to one recipe.
 
 <out>/<name>/config.yaml   the recipe, defaults included     stages.json   names of the stages, in order
-             seeds.json    of every draw                     eval.jsonl    one record an evaluation
+             seeds.json    all seeds                         eval.jsonl    one record per evaluation
              tokenizer/    with the tags
              <stage>/      metrics.jsonl, tensorboard/, traces.jsonl, eval_traces.jsonl,
-                           checkpoints/ until it is done, then model/
+                           checkpoints/ while it runs, model/ once it is finished
              release/      the released checkpoint           report.html
 """
 
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 
 
 def is_resumable(recipe: Recipe, folder: Path, fresh: bool, adapt: bool = False) -> bool:
-    """Whether a run goes on with what the folder holds; otherwise it begins, and that is cleared away.
+    """Returns whether the run resumes from the folder; otherwise it starts over and clears the folder.
 
-    A folder in which nothing has been trained yet takes any recipe, and further stages may be appended to
-    what has been.
+    A folder in which nothing has been trained yet accepts any recipe. Stages may be appended to the recipe of
+    a folder in which something has.
 
     Args:
-        fresh: begin anew whatever is there.
-        adapt: stages that are not done may differ, say in the rate that they go on with.
+        fresh: start over in any case.
+        adapt: accept changed settings, such as a lower learning rate, of stages that are not finished.
 
     Raises:
-        UserError: the folder is none of a run, or what it holds was trained by another recipe.
+        UserError: the folder is not a run folder, or another recipe trained what it holds.
     """
     if not folder.exists():
         return False
     written = folder / "config.yaml"
     if not folder.is_dir() or not (written.is_file() and (folder / "stages.json").is_file()):
-        raise UserError(f"{folder} exists and is no run folder; it is left alone, choose another name or out")
+        raise UserError(f"{folder} exists but is not a run folder; choose another name or out")
     if fresh or not any((*folder.glob("*/model"), *folder.glob("*/checkpoints/step_*"))):
         return False
     then = with_new_keys(yaml.safe_load(written.read_text()), str(written))
@@ -58,20 +58,20 @@ def is_resumable(recipe: Recipe, folder: Path, fresh: bool, adapt: bool = False)
     difference = _difference(then, now)
     if difference:
         raise UserError(
-            f"{folder} was begun with another recipe ({difference}); "
-            "start anew with --fresh, choose another name, or change unfinished stages with --adapt"
+            f"{folder} was started with another recipe ({difference}); "
+            "start over with --fresh, choose another name, or change unfinished stages with --adapt"
         )
     return True
 
 
 def open_run_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
-    """Makes the run's folder and keeps the recipe in it.
+    """Creates the run folder and writes the recipe, the stage names and all seeds to it.
 
     Args:
-        resume: keep what is there; otherwise it is deleted.
+        resume: keep what the folder holds; otherwise it is deleted.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
     try:
         if folder.exists() and not resume:
@@ -87,8 +87,8 @@ def open_run_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
 def all_seeds(recipe: Recipe) -> dict[str, Any]:
     """Returns every seed of a run.
 
-    The n-th trace of a step has the n-th seed of the series that `rollout` and the step give
-    (rl/rollout_batch.py).
+    The n-th trace of a step takes the n-th seed of the series of `rollout` and the step
+    (`utils/seeding.seed_series`).
     """
     return {
         "recipe": recipe.seed,
@@ -103,7 +103,7 @@ def all_seeds(recipe: Recipe) -> dict[str, Any]:
 
 
 def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves a run's tokenizer, whole or not at all."""
+    """Saves the run's tokenizer atomically."""
     work = folder / ".tokenizer"
     shutil.rmtree(work, ignore_errors=True)
     tokenizer.save_pretrained(work)
@@ -111,30 +111,31 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def steps_done(folder: Path, stage: Stage) -> int:
-    """The last step that a stage has taken, 0 if none; it may have ended before its `steps`."""
+    """The last step of a stage so far, 0 if none; early stopping can end it before its `steps`."""
     records = read_jsonl(folder / stage.name / "metrics.jsonl", missing_ok=True)
     return max((record["step"] for record in records), default=0)
 
 
 def past_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """What was evaluated so far."""
+    """The evaluation records so far."""
     return read_jsonl(folder / "eval.jsonl", missing_ok=True)
 
 
-# What can change without changing what was trained.
+# Settings that do not affect the trained weights.
 HARMLESS = frozenset(
     ["out", "keep_traces", "save_every", "keep_last", "parallel", "rollout", "collective_timeout_s", "wandb"]
 )
 
 
 def _difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first key at which two recipes differ in earnest, None if none."""
+    """Describes the first relevant key at which two recipes differ; None if they agree."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(key for key in old if key not in new)]:
             if key in HARMLESS:
                 continue
-            if found := _difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key)):
-                return found
+            path = f"{where}.{key}" if where else str(key)
+            if difference := _difference(old.get(key), new.get(key), path):
+                return difference
         return None
     if isinstance(old, list) and isinstance(new, list):
         if len(old) != len(new) and (where != "stages" or len(new) < len(old)):

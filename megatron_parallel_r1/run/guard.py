@@ -1,4 +1,4 @@
-"""Guards a stage's steps: skips those that are not finite, keeps their batch, warns of collapse, gives up."""
+"""Guards a stage's steps: skips those that are not finite, saves their batch, warns of collapse."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from megatron_parallel_r1.train.trainer import NotFinite
 from megatron_parallel_r1.utils.jsonl import JsonlWriter
 from megatron_parallel_r1.utils.rank import is_rank_zero
 
-# Steps whose mean a collapse is measured by.
+# Steps of a mean when looking for a collapse.
 WINDOW = 10
-# Entropy in nats below which a policy has next to nothing left to explore.
+# Entropy in nats below which a policy hardly explores.
 LEAST_ENTROPY = 0.01
 # The metrics of a step whose updates were skipped.
 SKIPPED: dict[str, Any] = {"loss": None, "grad_norm": None}
 
 
 class Batch(Protocol):
-    """What a step trains on."""
+    """The data of a step."""
 
     def records(self) -> Sequence[Mapping[str, Any]]:
-        """The batch JSON-ready, to look at later."""
+        """The batch, JSON-ready, for inspection."""
         ...
 
 
@@ -35,11 +35,11 @@ class Guard:
     """Watches the steps of one stage.
 
     Args:
-        folder: of the stage; skipped batches go to `bad_steps.jsonl` in it.
-        done: steps that the stage has behind it.
+        folder: the stage's folder; skipped batches go to `bad_steps.jsonl` in it.
+        done: last finished step; batches of later steps are dropped from that file.
 
     Attributes:
-        bad_in_a_row: skipped steps since the last good one; nothing is saved between them.
+        bad_in_a_row: steps skipped since the last finite one; no checkpoint is saved meanwhile.
     """
 
     def __init__(self, stage: SftStage | RlStage, folder: Path, done: int) -> None:
@@ -52,20 +52,20 @@ class Guard:
             JsonlWriter(self._path, through=done).close()
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, JSON-ready."""
+        """The state for `restore`, JSON-ready."""
         return {"seen": self._seen, "warned": sorted(self._warned)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on as a guard would after `state`."""
+        """Restores the state that `state` returned."""
         self._seen = {name: list(values) for name, values in state["seen"].items()}
         self._warned = set(state["warned"])
 
     @contextmanager
     def skip_if_not_finite(self, step: int, batch: Batch) -> Iterator[None]:
-        """Leaves the block at an update that would spoil the weights; updates before it stay made.
+        """Suppresses `NotFinite` from the block; updates that the step made before it stay in effect.
 
         Raises:
-            UserError: too many steps in a row were not finite.
+            UserError: too many consecutive steps were not finite.
         """
         try:
             yield
@@ -75,7 +75,7 @@ class Guard:
             self.bad_in_a_row = 0
 
     def watch(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Warns once if reward or entropy collapses."""
+        """Warns once each if the reward or the entropy collapses."""
         for name, seen in self._seen.items():
             if metrics.get(name) is not None:
                 seen.append(metrics[name])
@@ -117,10 +117,10 @@ class Guard:
 
 
 def has_collapsed(values: Sequence[float]) -> bool:
-    """Whether the mean of the last WINDOW values is nearer to the first such mean than to the best, or below
-    the first.
+    """Returns whether the mean of the last WINDOW values lost more than half of the best gain over the first
+    such mean, or fell below the first.
 
-    Only differences of a tenth of the values' scale count, or noise would be a gain or a fall.
+    Differences below a tenth of the values' scale are noise and do not count.
     """
     if len(values) < 3 * WINDOW:
         return False

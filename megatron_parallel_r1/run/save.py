@@ -1,4 +1,4 @@
-"""Saves models, written by rank zero for all."""
+"""Saves a model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megatron_parallel_r1.utils.rank import is_rank_zero
 
 
 def save_model(run: RunContext, model: Model, folder: Path, extra: Mapping[str, str] | None = None) -> None:
-    """Writes a Hugging Face folder; every process calls it, since each has a part of the weights.
+    """Writes a Hugging Face folder from rank zero; every rank calls it, since each holds part of the weights.
 
     Args:
-        extra: further files, name and text.
+        extra: further text files, by name.
 
     Raises:
-        UserError: it cannot be written; on every process.
+        UserError: it cannot be written; on every rank.
     """
     tensors = hf_tensors(model)
     problem: UserError | None = None
@@ -34,8 +34,8 @@ def save_model(run: RunContext, model: Model, folder: Path, extra: Mapping[str, 
             problem = error
         except (OSError, SafetensorError) as error:
             problem = UserError(
-                f"{folder} could not be written ({error}); fix that and start again: the run resumes from "
-                "its last checkpoint"
+                f"{folder} could not be written ({error}); fix that and run the command again: it resumes "
+                "from the last checkpoint"
             )
     for _ in tensors:  # every rank iterates, since each tensor is gathered when it is read
         continue

@@ -1,4 +1,4 @@
-"""What a stage writes and shows step by step; the first process of a run does it for all."""
+"""Logs the steps of a stage: metrics, sampled traces, progress; on rank zero only."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from megatron_parallel_r1.utils.rank import is_rank_zero
 
 
 class StageLog:
-    """Metrics, kept traces and progress of one stage, used as a context manager around its steps.
+    """The log of one stage, a context manager around its steps.
 
     Args:
-        folder: of the stage.
-        done: steps that it has behind it; what was written beyond them is dropped.
+        folder: the stage's folder.
+        done: last finished step; records of later steps are dropped.
     """
 
     def __init__(self, recipe: Recipe, stage: SftStage | RlStage, folder: Path, done: int) -> None:
@@ -36,11 +36,11 @@ class StageLog:
             self._wandb = self._open.enter_context(open_wandb(recipe, stage.name, folder))
             self._progress = StageProgress(stage.name, stage.steps, done=done)
 
-    def step(self, step: int, measured: dict[str, Any], traces: Sequence[dict[str, Any]] = ()) -> None:
-        """Takes a step that is done, and those of its traces that are kept for the report."""
+    def step(self, step: int, metrics: dict[str, Any], traces: Sequence[dict[str, Any]] = ()) -> None:
+        """Logs the metrics of a finished step and the trace records to keep for the report."""
         if not self._writes:
             return
-        record = self._heading | {"step": step, "steps": self._steps} | measured
+        record = self._heading | {"step": step, "steps": self._steps} | metrics
         self._metrics.write(record)
         self._wandb.log(record)
         for trace in traces:

@@ -1,4 +1,4 @@
-"""The loop around a stage's steps: resumes it, logs, saves checkpoints, ends or stops it."""
+"""The loop around a stage's steps: resumes, logs, saves checkpoints, stops."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ SCORES: dict[str, tuple[str, Literal["min", "max"]]] = {"sft": ("loss", "min"), 
 
 
 class Stateful(Protocol):
-    """What a checkpoint keeps beside the trainer."""
+    """State that a checkpoint saves along with the trainer."""
 
     def state(self) -> Any:
-        """JSON-ready."""
+        """The state, JSON-ready."""
         ...
 
 
 class Restorable(Protocol):
-    """What goes on from a state."""
+    """Resumes from a saved state."""
 
     def restore(self, state: Any) -> None: ...
 
 
 class StageLoop:
-    """Restores the trainer from the last checkpoint and goes on after it.
+    """Restores the trainer from the last checkpoint and continues after it.
 
         with StageLoop(run, stage, trainer, watchdog) as loop:
             loop.restore("stream", stream)
@@ -48,8 +48,8 @@ class StageLoop:
                 loop.end(step, metrics)
 
     Attributes:
-        done: steps that the stage has behind it when it resumes.
-        guard: skips steps that would spoil the weights.
+        done: last finished step, 0 if the stage begins.
+        guard: skips steps whose loss or gradient is not finite.
     """
 
     def __init__(
@@ -78,19 +78,19 @@ class StageLoop:
         self._ended = self.done >= stage.steps or self._may_end()
 
     def restored(self, name: str) -> Any:
-        """What the last checkpoint kept under a name; None if there is none."""
+        """The state that the last checkpoint saved under `name`; None without a checkpoint."""
         return self._restored.get(name)
 
     def restore(self, name: str, part: Restorable) -> None:
-        """Brings a part to its state in the last checkpoint, if there is one."""
+        """Restores a part from the last checkpoint, if there is one."""
         if name in self._restored:
             part.restore(self._restored[name])
 
     def steps(self, stateful: Mapping[str, Stateful]) -> Iterator[tuple[int, float]]:
-        """Yields each further step and its learning rate.
+        """Yields each remaining step and its learning rate.
 
         Args:
-            stateful: what checkpoints keep beside the trainer, read in this order.
+            stateful: parts whose state each checkpoint saves, read in this order.
 
         Raises:
             Stopped: a rank received a stop signal. The last step is saved, unless it was skipped.
@@ -105,7 +105,7 @@ class StageLoop:
             yield step, self._schedule.at(step, self._stage.steps)
 
     def end(self, step: int, metrics: dict[str, Any], traces: Sequence[dict[str, Any]] = ()) -> None:
-        """Logs a step, saves a checkpoint if one is due, and sees whether the stage ends here."""
+        """Logs a step, saves a checkpoint if one is due, and decides whether the stage ends here."""
         stage = self._stage
         metrics = metrics | {"skipped": int(self.guard.bad_in_a_row > 0)}
         self._log.step(step, metrics, traces)
@@ -118,22 +118,22 @@ class StageLoop:
         self._checkpoints.poll()
         if self.guard.bad_in_a_row and self._ended:
             raise UserError(
-                f"stage {stage.name}, step {step}: its last step was skipped, its weights may be spoilt; "
+                f"stage {stage.name}, step {step}: its last step was skipped, its weights may be unusable; "
                 "lower its optimizer.lr and resume from its last checkpoint with --adapt"
             )
         is_due = self._keeps_last if self._ended else step % stage.save_every == 0
-        # Between skipped steps the weights may be the cause.
+        # While steps are being skipped, the weights themselves may be the cause: save none of them.
         if is_due and not self.guard.bad_in_a_row:
             self._save(step)
 
     def _carry_over(self, run: RunContext, before: str) -> None:
-        """Takes weights and optimizer from the end of the stage before."""
+        """Loads weights and optimizer state from the end of the previous stage."""
         stage = next(other for other in run.recipe.stages if other.name == before)
         folder = checkpoint_folder(run.stage_folder(before))
         end = steps_done(run.folder, stage)
         if Checkpoints(folder).restore(self._trainer)[0] != end:
             raise UserError(
-                f"stage {self._stage.name}: carry_optimizer, but {folder} has no whole checkpoint of step "
+                f"stage {self._stage.name}: carry_optimizer, but {folder} has no intact checkpoint of step "
                 f"{end}; run {before} again, or start with a fresh optimizer"
             )
 
@@ -141,9 +141,9 @@ class StageLoop:
         return self._stage.early_stopping is not None and self._stage.early_stopping.reached(self._watched)
 
     def _stop_after(self, step: int) -> NoReturn:
-        """Saves the step, unless it was skipped or is saved already, and stops the stage.
+        """Stops the stage after saving the step, unless it was skipped or is saved already.
 
-        The checkpoint is an extra one, so it takes no part in which is the best.
+        This extra checkpoint has no score, so it cannot be the best.
         """
         if step > self._saved and not self.guard.bad_in_a_row:
             self._save(step, is_due=False)

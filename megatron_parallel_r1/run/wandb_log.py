@@ -1,4 +1,4 @@
-"""The metrics of a stage on Weights & Biases, if the recipe asks for it."""
+"""Logs the metrics of a stage to Weights & Biases, if the recipe enables it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
 
 
-class Board(Protocol):
-    def log(self, record: Mapping[str, Any]) -> None: ...
+class WandbLog:
+    """Logs step records to a Weights & Biases run; with None for a run, does nothing."""
 
-
-class _Nowhere:
-    def log(self, record: Mapping[str, Any]) -> None:
-        return None
-
-
-class _Wandb:
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Any | None) -> None:
         self._run = run
 
     def log(self, record: Mapping[str, Any]) -> None:
+        """Logs the numbers of a step's record as `<kind>/<metric>`."""
+        if self._run is None:
+            return
         numbers = {
             f"{record['kind']}/{name}": value
             for name, value in record.items()
@@ -35,10 +31,10 @@ class _Wandb:
 
 
 def check_wandb(recipe: Recipe) -> None:
-    """Whether what the recipe asks for is installed.
+    """Checks that wandb is installed if the recipe enables it.
 
     Raises:
-        UserError: it is not.
+        UserError: it is missing.
     """
     if recipe.wandb is None:
         return
@@ -46,37 +42,37 @@ def check_wandb(recipe: Recipe) -> None:
         import wandb  # noqa: F401
     except ImportError:
         raise UserError(
-            "wandb: the recipe asks for it, but it is not installed; `pip install wandb`, or leave it out"
+            "wandb: the recipe enables it, but it is not installed; `pip install wandb`, or remove the key"
         ) from None
 
 
 @contextmanager
-def open_wandb(recipe: Recipe, stage: str, folder: Path) -> Iterator[Board]:
-    """Where a stage's records go beside its files; a stage that goes on continues the run that it began.
+def open_wandb(recipe: Recipe, stage: str, folder: Path) -> Iterator[WandbLog]:
+    """Opens the Weights & Biases run of a stage; a resumed stage continues its run.
 
     Args:
-        folder: of the stage; what is logged offline lies in it.
+        folder: the stage's folder, where offline runs are written.
     """
     if recipe.wandb is None:
-        yield _Nowhere()
+        yield WandbLog(None)
         return
     import wandb
 
-    # Of the folder too: a run begun anew elsewhere is another one.
-    told = hashlib.sha256(f"{folder.resolve()}/{recipe.seed}".encode()).hexdigest()[:16]
+    # The folder is part of it, so that the same recipe in another folder is another run.
+    run_id = hashlib.sha256(f"{folder.resolve()}/{recipe.seed}".encode()).hexdigest()[:16]
     run = wandb.init(
         project=recipe.wandb.project,
         entity=recipe.wandb.entity,
         mode=recipe.wandb.mode,
         name=f"{recipe.name}/{stage}",
         group=recipe.name,
-        id=told,
+        id=run_id,
         resume="allow" if recipe.wandb.mode == "online" else None,
         dir=str(folder),
         settings=wandb.Settings(silent=True),
         config=recipe.model_dump(mode="json"),
     )
     try:
-        yield _Wandb(run)
+        yield WandbLog(run)
     finally:
         run.finish()

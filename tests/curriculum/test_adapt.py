@@ -25,20 +25,20 @@ def recipe_with(out: Path, *words: str):
 
 
 def test_a_lower_rate_after_bad_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_parallel_r1.curriculum import stages
+    from megatron_parallel_r1.sft import loop
     from megatron_parallel_r1.train.trainer import NotFinite
 
-    real = stages.sft_step
+    real = loop.sft_step
     calls = 0
 
-    def fails_from_the_fourth(*told):
+    def fails_from_the_fourth(*args):
         nonlocal calls
         calls += 1
         if calls > 3:
             raise NotFinite("the loss is nan")
-        return real(*told)
+        return real(*args)
 
-    monkeypatch.setattr(stages, "sft_step", fails_from_the_fourth)
+    monkeypatch.setattr(loop, "sft_step", fails_from_the_fourth)
     every_step = "stages.cold_start.save_every=1"
     with pytest.raises(UserError, match="3 times in a row"):
         run(recipe_with(tmp_path, every_step))
@@ -46,7 +46,7 @@ def test_a_lower_rate_after_bad_steps(tmp_path: Path, monkeypatch: pytest.Monkey
     # Nothing was saved between bad steps; the last good one may still have been on its way.
     saved = sorted(int(path.name[5:]) for path in checkpoint_folder(folder).glob("step_*"))
     assert saved and saved[-1] in (2, 3), saved
-    monkeypatch.setattr(stages, "sft_step", real)
+    monkeypatch.setattr(loop, "sft_step", real)
     lower = "stages.cold_start.optimizer.lr=1.0e-3"
     with pytest.raises(
         UserError, match=r"stages\.0\.optimizer\.lr: .* change unfinished stages with --adapt"
@@ -60,13 +60,13 @@ def test_a_lower_rate_after_bad_steps(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_stage_does_not_end_on_a_bad_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_parallel_r1.curriculum import stages
+    from megatron_parallel_r1.sft import loop
     from megatron_parallel_r1.train.trainer import NotFinite
 
-    def fails(*told):
+    def fails(*args):
         raise NotFinite("the loss is nan")
 
-    monkeypatch.setattr(stages, "sft_step", fails)
-    with pytest.raises(UserError, match=r"step 2: its last step was left out"):
+    monkeypatch.setattr(loop, "sft_step", fails)
+    with pytest.raises(UserError, match=r"step 2: its last step was skipped"):
         run(recipe_with(tmp_path, "stages.cold_start.steps=2"))
     assert not (tmp_path / "mini/cold_start/model").exists()

@@ -139,7 +139,7 @@ def test_a_folder_of_another_recipe_or_of_no_run_is_left_alone(capsys, monkeypat
     assert "stages.1.steps: 8 then, 9 now" in shown
     (folder / "config.yaml").unlink()
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}", "--fresh")
-    assert "is no run folder" in shown and (folder / "cold_start").is_dir()
+    assert "is not a run folder" in shown and (folder / "cold_start").is_dir()
 
 
 def test_under_torchrun_one_process_speaks_for_all(tmp_path: Path) -> None:

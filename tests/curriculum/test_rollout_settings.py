@@ -76,5 +76,5 @@ def test_who_decodes_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "run" / "cold_start" / "model").mkdir(parents=True)
     for words in (["rollout.engine=sglang", "rollout.servers=2"], []):
         assert is_resumable(read_recipe(Path(RECIPE), words), tmp_path / "run", fresh=False)
-    with pytest.raises(UserError, match="begun with another recipe"):
+    with pytest.raises(UserError, match="started with another recipe"):
         is_resumable(read_recipe(Path(RECIPE), ["seed=77"]), tmp_path / "run", fresh=False)

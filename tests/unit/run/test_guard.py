@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.run.early_stopping import Plateau
+from megatron_parallel_r1.run.early_stopping import EarlyStopping
 from megatron_parallel_r1.run.guard import WINDOW, Guard, has_collapsed
 from megatron_parallel_r1.train.trainer import NotFinite
 
@@ -117,12 +117,12 @@ def test_a_fall_is_more_than_half_of_a_clear_gain_or_clearly_below_the_start(
         ({}, [0.0, 0.0, 1.0, 1.0], False),
         ({}, [1.0, 1.0, 1.0, 1.0], True),
         ({}, [1.0, 1.0, 1.0], False),
-        ({"least_gain": 0.5}, [1.0, 1.0, 1.4, 1.4], True),
-        ({"best": "min"}, [2.0, 2.0, 1.0, 1.0], False),
-        ({"best": "min"}, [1.0, 1.0, 2.0, 2.0], True),
-        ({"least_steps": 6}, [1.0] * 5, False),
-        ({"least_steps": 6}, [1.0] * 6, True),
+        ({"min_delta": 0.5}, [1.0, 1.0, 1.4, 1.4], True),
+        ({"mode": "min"}, [2.0, 2.0, 1.0, 1.0], False),
+        ({"mode": "min"}, [1.0, 1.0, 2.0, 2.0], True),
+        ({"min_steps": 6}, [1.0] * 5, False),
+        ({"min_steps": 6}, [1.0] * 6, True),
     ],
 )
 def test_a_plateau_by_hand(settings: dict[str, Any], values: list[float], reached: bool) -> None:
-    assert Plateau(window=2, **settings).reached(values) is reached
+    assert EarlyStopping(window=2, **settings).reached(values) is reached
