@@ -1,2 +1,2 @@
-"""Trains the model: one SFT step, one GRPO step, their losses, checkpoints and evaluation.
-The steps read like the algorithm; what is Megatron's (schedules, optimizer) lives in `trainer.py`."""
+"""One optimizer step on packed rows: partition, micro-batches, log-probs, update; and its checkpoints.
+`trainer.py` alone deals with Megatron's schedules and optimizer."""

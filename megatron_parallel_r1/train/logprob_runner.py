@@ -23,9 +23,9 @@ class LogprobRunner:
     """Computes log-probs under a model's current weights.
 
     Args:
-        model: its weights set.
-        temperature: by which logits are divided, as the rollout's.
-        head_VE: this rank's rows of another output matrix, used instead of the model's own.
+        model: with its weights loaded.
+        temperature: divisor of the logits; the rollout's.
+        head_VE: this rank's rows of an output matrix to use instead of the model's.
     """
 
     def __init__(self, model: Model, temperature: float = 1.0, head_VE: torch.Tensor | None = None) -> None:
@@ -36,7 +36,7 @@ class LogprobRunner:
 
     @property
     def partition(self) -> BatchPartition:
-        """The part of a batch that `partition_rows` gives to this rank."""
+        """This rank's place in the partition of a batch."""
         return BatchPartition.of(self.model.config)
 
     @property
@@ -44,15 +44,12 @@ class LogprobRunner:
         return next(self.model.parameters()).device
 
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """Log-probs of the targets of each micro-batch, float32 [N].
-
-        On the last pipeline stage; on others an empty list.
-        """
+        """Log-probs of each micro-batch's targets, float32 [N]; empty except on the last pipeline stage."""
         with torch.no_grad():
             return [logprobs_N for logprobs_N, _ in self._run(batches, self._scores, forward_only=True)]
 
     def _run(self, batches: Sequence[MicroBatch], head: Callable[..., Any], forward_only: bool) -> list[Any]:
-        """Runs Megatron's schedule; returns what `head` returned for each micro-batch, on the last stage."""
+        """Runs Megatron's schedule; returns the outputs of `head` per micro-batch, on the last stage."""
 
         def forward(batches: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
@@ -66,7 +63,7 @@ class LogprobRunner:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._stages,
             num_microbatches=len(batches),
-            # Of the whole row; Megatron divides by the context size.
+            # The length of the whole row: Megatron divides by the context size.
             seq_length=max(batch.tokens_1L.shape[1] for batch in batches) * self.partition.context_size,
             micro_batch_size=1,
             forward_only=forward_only,

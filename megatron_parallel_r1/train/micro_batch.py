@@ -1,4 +1,4 @@
-"""What one forward pass takes: a packed row as tensors, with what the loss needs of each target.
+"""The input of one forward pass: a packed row as tensors, and the values of its targets for the loss.
 
 Shapes: L tokens of the row, N targets (tokens with loss), K rows of the layout.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megatron_parallel_r1.thought.packing import PackedRow
 from megatron_parallel_r1.train.segments import Segments
 
-# A value for each response token of a trace.
+# One value per response token of a trace.
 PerToken = Sequence[float] | NDArray[np.float64]
 
 
@@ -25,12 +25,12 @@ class MicroBatch:
     """A packed row on the training device.
 
     Attributes:
-        at_N: the index of the row that predicts each target.
-        labels_N: the target's token id.
+        at_N: index in the row of the token that predicts each target.
+        labels_N: token id of each target.
         suppressed_N: the token that could not be drawn in its place, -1 where every token could.
         segments: the trace that each target belongs to, as an index into `row.members`.
         values: named float32 vectors over the targets, such as advantages.
-        row: what the tensors were made of.
+        row: the packed row that the tensors were built from.
     """
 
     tokens_1L: torch.Tensor
@@ -52,17 +52,17 @@ class MicroBatch:
         suppressed: Sequence[Sequence[bool]] | None = None,
         suppressed_token: int = -1,
     ) -> MicroBatch:
-        """Puts a row and what belongs to its targets on a device.
+        """Copies a row and the values of its targets to a device.
 
         Args:
-            values: for each name, per-token values of all traces given to `pack`.
+            values: by name, per-token values of all traces of the batch.
             suppressed: of all those traces, where `suppressed_token` could not be drawn.
         """
         at_N = np.flatnonzero(row.labels_L >= 0)
         suppressed_L = np.zeros(len(row)) if suppressed is None else row.gather(suppressed)
 
         def tensor(array: NDArray) -> torch.Tensor:
-            return _sent(array, device)
+            return _to_device(array, device)
 
         batch = cls(
             tokens_1L=tensor(row.tokens_L.astype(np.int64))[None],
@@ -84,19 +84,19 @@ class MicroBatch:
         return batch
 
     def spread(self, name: str, per_trace: Sequence[PerToken]) -> None:
-        """Takes values of the targets.
+        """Sets a named value of the targets.
 
         Args:
-            per_trace: one for each response token of all traces given to `pack`.
+            per_trace: a value per response token of every trace of the batch.
         """
         values_N = self.row.gather(per_trace)[self.row.labels_L >= 0]
-        self.values[name] = _sent(values_N, self.at_N.device)
+        self.values[name] = _to_device(values_N, self.at_N.device)
 
 
-def _sent(array: NDArray, device: torch.device) -> torch.Tensor:
-    """A GPU's copy comes from pinned memory, so that the host does not wait for what the GPU still computes.
+def _to_device(array: NDArray, device: torch.device) -> torch.Tensor:
+    """Copies to a device, from pinned memory to a GPU, so that the host does not wait for the GPU.
 
-    torch's own allocator of pinned memory keeps the block until it has been read.
+    torch's allocator of pinned memory keeps the block until it has been read.
     """
     here = torch.from_numpy(np.ascontiguousarray(array))
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)

@@ -1,8 +1,8 @@
-"""Which packed rows of a batch this process trains, and which part of each.
+"""Partitions a batch over ranks: which packed rows a rank trains, and which part of each.
 
-The batch is dealt to the data-parallel processes by length, so that none waits long for another; each packs
-its share. Results do not depend on the deal: loss and gradient are sums over tokens, divided by the number
-of tokens of the whole batch.
+Rows are partitioned over the data-parallel ranks by length, so that none waits long for another; each rank
+packs its share. Results do not depend on the partition: loss and gradient are sums over tokens, divided by
+the number of tokens of the whole batch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from megatron_parallel_r1.thought.packing import (
 
 @dataclass(frozen=True, slots=True)
 class BatchPartition:
-    """This process's place among those that share a batch.
+    """This rank's place among those that share a batch.
 
     Attributes:
-        data, data_size: its data-parallel rank, and how many there are.
-        context, context_size: its rank among the processes that share each row.
-        multiple: rows are filled up to a multiple of so many tokens, which can be split evenly.
+        data, data_size: data-parallel rank and size.
+        context, context_size: context-parallel rank and size, for the ranks that share each row.
+        multiple: rows are padded to a multiple of this many tokens, so that they split evenly.
         rounds: the number of micro-batches is a multiple of this; interleaved stages take turns in groups.
-            With 2 or more all rows have one length, since such stages do not tell each other of it.
+            With 2 or more, all rows have equal length, since such stages do not exchange it.
     """
 
     data: int = 0
@@ -67,20 +67,20 @@ class BatchPartition:
 def partition_rows(
     rows: Sequence[Row], capacity: int, place: BatchPartition, members: Sequence[int] | None = None
 ) -> list[PackedRow]:
-    """This process's packed rows; every process gets as many, empty ones of fillers if need be.
+    """Returns this rank's packed rows. Every rank gets equally many; the rest are filler rows.
 
     Args:
-        rows: all of the batch, the same on every process.
+        rows: rows of the whole batch, the same on every rank.
         capacity: tokens of a packed row, a multiple of `place.multiple`.
-        members: indices of the rows to share out; None: all.
+        members: indices of the rows to partition; None: all.
     """
     members = range(len(rows)) if members is None else members
     hands = balanced_partition([len(rows[member]) for member in members], place.data_size)
     packed = [first_fit(rows, capacity, [members[index] for index in hand]) for hand in hands]
     count = max(map(len, packed))
     count += -count % place.rounds
-    mine = packed[place.data] + [[]] * (count - len(packed[place.data]))
-    whole = [pad(concatenate(rows, chosen), place.multiple) for chosen in mine]
+    own = packed[place.data] + [[]] * (count - len(packed[place.data]))
+    whole = [pad(concatenate(rows, chosen), place.multiple) for chosen in own]
     if place.rounds > 1:
         whole = [pad(row, max(map(len, whole))) for row in whole]
     return [context_shard(row, place.context, place.context_size) for row in whole]

@@ -1,10 +1,10 @@
-"""Log-probs of targets and entropies from hidden states, over a vocabulary that the tensor group shares.
+"""Log-probs of targets and entropies from hidden states, with the vocabulary sharded over the tensor group.
 
-Logits are made for the targets alone, a chunk of them at a time, and made again in backward, so that memory
-grows neither with the length of a row times the vocabulary nor with the number of targets times it. No
-process ever holds logits of another one's part of the vocabulary: the group exchanges sums of [N].
+Logits are computed for the targets alone, in chunks, and recomputed in backward, so memory grows neither with
+row length x vocabulary nor with targets x vocabulary. No rank holds logits of another rank's part of the
+vocabulary: the group exchanges sums of [N].
 
-Shapes: N targets, C of a chunk, E hidden size, V this process's part of the vocabulary.
+Shapes: N targets, C targets of a chunk, E hidden size, V this rank's part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-# Logits that exist at a time: 64 MiB in float32, on a CPU what its caches hold.
+# Logits of a chunk: 64 MiB in float32; on a CPU as many as its caches hold.
 CHUNK_LOGITS, CPU_CHUNK_LOGITS = 2**24, 2**20
-# Of a token that cannot be drawn. Finite, so that its share 0 x logit of an entropy stays 0.
+# Logit of a token that cannot be drawn; finite, so that its share 0 x logit of an entropy stays 0.
 NEVER = -1e30
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobQuery:
-    """What is asked of the distribution behind each hidden state.
+    """The log-probs to compute from each hidden state.
 
     Attributes:
-        labels_N: ids, in the whole vocabulary, whose log-probs are wanted.
+        labels_N: ids of the targets in the whole vocabulary.
         suppressed_N: the token that could not be drawn there, -1 where every token could.
-        temperature: by which logits are divided.
-        vocab: real size of the vocabulary; further rows of the head are no tokens.
-        chunk: targets whose logits exist at a time; None: as many as CHUNK_LOGITS allow.
+        temperature: divisor of the logits.
+        vocab: size of the vocabulary; further rows of the head are padding.
+        chunk: targets per chunk; None: as many as CHUNK_LOGITS allow.
     """
 
     labels_N: Tensor
@@ -46,9 +46,9 @@ class LogprobQuery:
 def target_logprobs(hidden_NE: Tensor, head_VE: Tensor, query: LogprobQuery) -> tuple[Tensor, Tensor]:
     """Natural log-prob of each label, and the entropy in nats of the distribution that it is drawn from.
 
-    Both float32 [N] and differentiable. The gradient of `hidden_NE` is this process's share: it is to be
-    summed over the tensor group (`PathGPT.whole_hidden` does). The softmax is in float32, the product with
-    the head in the model's dtype, as in inference engines.
+    Both float32 [N] and differentiable. The gradient of `hidden_NE` is this rank's share, to be summed over
+    the tensor group (by `PathGPT.whole_hidden`). The softmax is in float32, the product with the head in the
+    model's dtype, as in inference engines.
     """
     return _TargetLogprobs.apply(hidden_NE, head_VE, query)
 
@@ -61,7 +61,7 @@ class _TargetLogprobs(torch.autograd.Function):
         )
         for part, logits_CV, here_C, column_C in _chunks(hidden_NE, head_VE, query):
             highest_C = _over_group(logits_CV.amax(-1), dist.ReduceOp.MAX)
-            # Below the highest logit from here on: large logits would cost digits of their differences.
+            # Subtract the highest logit: large logits would cost digits of their differences.
             below_CV = logits_CV.sub_(highest_C[:, None])
             weights_CV = below_CV.exp()
             chosen_C = below_CV.gather(1, column_C[:, None])[:, 0] * here_C
@@ -106,8 +106,8 @@ class _TargetLogprobs(torch.autograd.Function):
 def _chunks(
     hidden_NE: Tensor, head_VE: Tensor, query: LogprobQuery
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """A chunk's place, its logits [C, V] in float32, which are the caller's to write over, whether its labels
-    are among this process's rows of the head, and their columns (0 where they are not)."""
+    """Yields each chunk's slice; its logits [C, V] in float32, which the caller may overwrite; whether its
+    labels are among this rank's rows of the head; and their columns there, 0 if they are not."""
     rows = len(head_VE)
     first = parallel_state.get_tensor_model_parallel_rank() * rows
     most = CPU_CHUNK_LOGITS if hidden_NE.device.type == "cpu" else CHUNK_LOGITS

@@ -18,26 +18,26 @@ from megatron_parallel_r1.model.optimizer import Adam, wrap_for_training
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.micro_batch import MicroBatch
 
-# From log-probs and entropies of the targets and their micro-batch: the loss summed over targets, and sums to
-# report.
+# Takes log-probs and entropies of the targets and their micro-batch; returns the loss summed over targets,
+# and sums to report.
 Loss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class NotFinite(ArithmeticError):
-    """An update that would have left weights of no use, and was not made."""
+    """The loss or gradient of an update is not finite; the update was not made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one optimizer step did.
+    """The result of one optimizer step.
 
     Attributes:
         loss, entropy: means over all targets (entropy in nats).
-        grad_norm: of the whole gradient before clipping.
-        targets: tokens with loss, over all processes.
-        means: of what the loss reported, per target.
-        logprobs: of the targets before the update, one vector a micro-batch of this process; on the last
-            pipeline stage only.
+        grad_norm: norm of the whole gradient before clipping.
+        targets: number of targets over all ranks.
+        means: means per target of the sums that the loss reported.
+        logprobs: log-probs before the update, one vector per micro-batch of this rank; on the last pipeline
+            stage only.
     """
 
     loss: float
@@ -50,14 +50,14 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class LrSchedule:
-    """Learning rate over the steps of a stage: linear warm-up, then constant or down to `final` x peak."""
+    """Learning rate over a stage: linear warm-up, then linear from `peak` to `final` x `peak`."""
 
     peak: float
     warmup: int = 0
     final: float = 1.0
 
     def at(self, step: int, steps: int) -> float:
-        """Of step 1..steps."""
+        """The learning rate of a step in 1..steps."""
         if step <= self.warmup:
             return self.peak * step / self.warmup
         passed = (step - self.warmup) / max(1, steps - self.warmup)
@@ -65,12 +65,12 @@ class LrSchedule:
 
 
 class Trainer(LogprobRunner):
-    """A scorer that learns.
+    """Trains a model and computes log-probs under its current weights.
 
     Args:
-        model: its weights set.
-        adam: the optimizer's settings; the rate of each step is given with it.
-        temperature: by which logits are divided, as the rollout's.
+        model: with its weights loaded.
+        adam: settings of the optimizer; each update gets its own learning rate.
+        temperature: divisor of the logits; the rollout's.
     """
 
     def __init__(self, model: Model, adam: Adam, temperature: float = 1.0) -> None:
@@ -79,10 +79,10 @@ class Trainer(LogprobRunner):
         self._stages = list(self.wrapped)
 
     def update(self, batches: Sequence[MicroBatch], loss: Loss, lr: float) -> Update:
-        """One optimizer step on the mean loss over all targets of `batches`.
+        """Makes one optimizer step on the mean loss over all targets of `batches`.
 
         Raises:
-            NotFinite: loss or gradient is not; weights and optimizer are as they were before.
+            NotFinite: loss or gradient is not finite; weights and optimizer are unchanged.
         """
         for stage in self.wrapped:
             stage.zero_grad_buffer()
@@ -93,7 +93,7 @@ class Trainer(LogprobRunner):
         means = {name: value / max(1.0, targets) for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
             raise NotFinite(f"the loss is {means['loss']}")
-        # Before the step, which would spread it over all weights.
+        # Check before the step, which would spread it over all weights.
         self.optimizer.prepare_grads()
         if not math.isfinite(norm := float(self.optimizer.get_grad_norm())):
             raise NotFinite(f"the gradient norm is {norm}")
@@ -112,7 +112,7 @@ class Trainer(LogprobRunner):
     def _with_loss(
         self, loss: Loss, batch: MicroBatch, hidden_T1E: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """Loss sum, number of targets (Megatron divides the gradient by their total), and the report."""
+        """The loss sum, the number of targets (Megatron divides the gradient by its total), the report."""
         logprobs_N, entropies_N = self._scores(batch, hidden_T1E)
         loss_sum, sums = loss(logprobs_N, entropies_N, batch)
         targets = torch.tensor(len(logprobs_N), dtype=torch.int32, device=logprobs_N.device)

@@ -1,2 +1,2 @@
-"""A training state on disk: written in the background, complete or absent, checked when it is read.
-One that was saved under any parallel layout is loaded under any other."""
+"""Training checkpoints: written in the background and atomically, verified when read.
+A checkpoint saved under any parallel layout loads under any other."""

@@ -1,11 +1,10 @@
 """Checkpoints of a stage: model, optimizer and the loop's state, in Megatron's distributed format.
 
-A checkpoint is written beside its final name and renamed when all of it is on the disk, so a folder named
-`step_…` was complete once; whether it still is, its manifest tells. One can be loaded under any parallel
-layout, with or without a distributed optimizer.
+A checkpoint is written under another name and renamed when all of it is on disk, so a folder named `step_…`
+was complete once; its manifest shows whether it still is. It loads under any parallel layout, with or without
+a distributed optimizer.
 
-No random state is kept, since training draws from none: every draw is a function of the recipe's seed and the
-step, and so is the learning rate.
+No random state is saved: every draw, and the learning rate, is a function of the recipe's seed and the step.
 """
 
 from __future__ import annotations
@@ -30,50 +29,50 @@ from megatron_parallel_r1.distributed.collectives import all_gather_objects, all
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.checkpoints.fp8_state import FILE as EXTRA
 from megatron_parallel_r1.train.checkpoints.fp8_state import extra_states, set_extra_states
-from megatron_parallel_r1.train.checkpoints.manifest import Damaged, Manifest, fault, read_manifest
+from megatron_parallel_r1.train.checkpoints.manifest import Damaged, Manifest, file_fault, read_manifest
 from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
-from megatron_parallel_r1.train.checkpoints.writer import WriteFailed, Writing
+from megatron_parallel_r1.train.checkpoints.writer import CheckpointWriter, WriteFailed
 from megatron_parallel_r1.train.trainer import Trainer
 from megatron_parallel_r1.utils.files import fsync_path
 
-# Names of folders on their way in and out; what a killed run leaves of them is of no use.
+# Prefixes of folders being written or deleted; the leftovers of a killed run are deleted.
 WRITING, DELETING = ".writing_", ".deleting_"
 
 
 @dataclass(frozen=True, slots=True)
 class _Underway:
-    writing: Writing
+    writing: CheckpointWriter
     work: Path
     final: Path
     device: torch.device
 
 
 class Checkpoints:
-    """The checkpoints in one folder, which all processes see. All of them make every call, at the same place.
+    """The checkpoints in one folder, which all ranks see. Every method is a collective over all ranks.
 
     Args:
-        folder: made when the first is saved.
-        keep_last: how many to keep.
-        keep_best: besides these, the one with the lowest or highest score, the later of equals; None: no one.
+        folder: created with the first checkpoint.
+        keep_last: number of checkpoints to keep.
+        keep_best: also keep the one with the lowest or highest score, the later of equals; None: do not.
     """
 
     def __init__(
         self, folder: Path, keep_last: int = 2, keep_best: Literal["min", "max"] | None = None
     ) -> None:
         if keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last}; a run goes on from its last checkpoint")
+            raise ValueError(f"keep_last is {keep_last}; keep at least 1, from which the run resumes")
         self._folder = folder
         self._keep_last = keep_last
         self._keep_best = keep_best
         self._underway: _Underway | None = None
 
     def save(self, trainer: Trainer, step: int, state: dict[str, Any], score: float | None = None) -> None:
-        """Begins to keep weights, optimizer and `state` (JSON) as they are now, after `step`.
+        """Starts saving the current weights, optimizer and `state` (JSON), after `step`.
 
-        It is there once a later `poll` or `settle` has found it written; an earlier one is settled first.
+        The checkpoint exists once a later `poll` or `settle` completes it; an earlier one is settled first.
 
         Raises:
-            UserError: as `settle`.
+            UserError: see `settle`.
         """
         self.settle()
         parts = live_parts(trainer)
@@ -87,23 +86,23 @@ class Checkpoints:
                 f"checkpoint {final} cannot be written: {error.strerror}; make room, or choose another out"
             ) from None
         self._underway = _Underway(
-            Writing(work, parts, extra_states(trainer.model), about), work, final, trainer.device
+            CheckpointWriter(work, parts, extra_states(trainer.model), about), work, final, trainer.device
         )
 
     def poll(self) -> None:
-        """Completes what was begun if it is written everywhere by now; free where nothing is under way.
+        """Completes the pending checkpoint if all ranks have written it; does nothing without one.
 
         Raises:
-            UserError: as `settle`.
+            UserError: see `settle`.
         """
         if self._underway and all_ranks_true(self._underway.writing.is_written, self._underway.device):
             self.settle()
 
     def settle(self) -> None:
-        """Waits until what was begun is complete.
+        """Waits for the pending checkpoint and completes it.
 
         Raises:
-            UserError: it could not be written. What was written of it is gone; earlier ones are untouched.
+            UserError: it could not be written. Its files are deleted; earlier checkpoints are untouched.
         """
         if self._underway is None:
             return
@@ -114,17 +113,17 @@ class Checkpoints:
         except (WriteFailed, OSError) as error:
             run_on_rank_zero(lambda: shutil.rmtree(underway.work, ignore_errors=True))
             raise UserError(
-                f"checkpoint {underway.final} could not be written: {error}; mend that and start again, the "
-                "run goes on from the checkpoint before it"
+                f"checkpoint {underway.final} could not be written: {error}; fix that and run the command "
+                "again: it resumes from the previous checkpoint"
             ) from None
 
     def restore(self, trainer: Trainer) -> tuple[int, dict[str, Any]]:
-        """Brings the trainer to the last whole checkpoint; its step and state, or 0 and {} if there is none.
+        """Restores the trainer from the last intact checkpoint; returns its step and state, or 0 and {}.
 
-        Damaged ones after it are named on standard error and set aside as `damaged_…`.
+        Damaged ones after it are reported on standard error and renamed to `damaged_…`.
 
         Raises:
-            UserError: all are damaged, or the last whole one is of another model.
+            UserError: all are damaged, or the last intact one is of another model.
         """
         self.settle()
         found = run_on_rank_zero(self._open)
@@ -138,29 +137,29 @@ class Checkpoints:
             run_on_rank_zero(partial(self._set_aside, rejected, manifest.step))
             return manifest.step, manifest.state
         if rejected:
-            told = "; ".join(f"{folder.name}: {why}" for folder, why in rejected)
+            reasons = "; ".join(f"{folder.name}: {why}" for folder, why in rejected)
             raise UserError(
-                f"{self._folder}: no checkpoint is whole ({told}); put an undamaged copy in its place, or "
-                "delete the folder to begin the stage anew"
+                f"{self._folder}: no checkpoint is intact ({reasons}); replace one by an undamaged copy, or "
+                "delete the folder to start the stage over"
             )
         return 0, {}
 
     def _verified(self, folder: Path) -> tuple[Manifest, list[str]]:
-        """A checkpoint's manifest and what is wrong with its files, of which each process reads its share."""
+        """Reads a checkpoint's manifest and checks its files, split over ranks; returns it and the faults."""
         try:
             manifest = run_on_rank_zero(lambda: read_manifest(folder))
         except Damaged as damage:
             return Manifest(0, 0, None, {}, {}), [str(damage)]
         share = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
-        found = (fault(folder / name, manifest.files[name]) for name in share)
+        found = (file_fault(folder / name, manifest.files[name]) for name in share)
         return manifest, sorted(
             why for some in all_gather_objects([why for why in found if why]) for why in some
         )
 
-    # What follows is done by the first process alone.
+    # The rest runs on rank zero alone.
 
     def _open(self) -> list[Path]:
-        """All checkpoints, oldest first; what was left half done is cleared away."""
+        """Deletes the leftovers of a killed run; returns all checkpoints, oldest first."""
         for left in (*self._folder.glob(f"{WRITING}*"), *self._folder.glob(f"{DELETING}*")):
             shutil.rmtree(left, ignore_errors=True)
         return self._complete()
@@ -175,7 +174,7 @@ class Checkpoints:
         return work
 
     def _instate(self, work: Path, final: Path) -> None:
-        """Gives a complete checkpoint its name, and deletes those that need not be kept any more."""
+        """Renames a complete checkpoint to its final name, and deletes those no longer to keep."""
         if final.exists():
             self._delete(final)
         work.rename(final)
@@ -198,7 +197,7 @@ class Checkpoints:
         return [complete[max(scored)[1]]] if scored else []
 
     def _delete(self, folder: Path) -> None:
-        """At once in name, so that a run killed here leaves no half checkpoint that looks like one."""
+        """Renames before it deletes, so that a run killed here leaves no partial checkpoint."""
         doomed = folder.rename(self._folder / f"{DELETING}{secrets.token_hex(8)}")
         shutil.rmtree(doomed, ignore_errors=True)
 
@@ -208,7 +207,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             print(
-                f"checkpoint {folder.name} is damaged: {why}; going on from step {step}, it is now {aside}",
+                f"checkpoint {folder.name} is damaged: {why}; resuming from step {step}, it is now {aside}",
                 file=sys.stderr,
             )
 
@@ -222,14 +221,14 @@ def _score(folder: Path) -> float | None:
 
 
 def _load(trainer: Trainer, folder: Path, manifest: Manifest) -> None:
-    """Reads a verified checkpoint right into the trainer's memory.
+    """Loads a verified checkpoint directly into the trainer's memory.
 
     Raises:
-        UserError: it holds other tensors than the trainer has.
+        UserError: its tensors are not those of the trainer.
     """
     parts = live_parts(trainer)
-    mine = {part.key: tuple(part.global_shape) for part in parts}
-    wanted = {key: shape for some in all_gather_objects(mine) for key, shape in some.items()}
+    own = {part.key: tuple(part.global_shape) for part in parts}
+    wanted = {key: shape for some in all_gather_objects(own) for key, shape in some.items()}
     held = {
         key: tuple(tensor.global_shape)
         for key, tensor in dist_checkpointing.serialization.load_tensors_metadata(str(folder)).items()
@@ -245,9 +244,9 @@ def _load(trainer: Trainer, folder: Path, manifest: Manifest) -> None:
         raise UserError(
             f"checkpoint {folder} is of another model: {min(problems)}"
             + (f", and {len(problems) - 1} more" if problems[1:] else "")
-            + "; go on with the recipe that made it, or begin anew in another folder"
+            + "; resume with the recipe that made it, or start over in another folder"
         )
     dist_checkpointing.load({str(number): part for number, part in enumerate(parts)}, str(folder))
-    if EXTRA in manifest.files:  # So its digest was checked.
+    if EXTRA in manifest.files:  # whose digest was therefore checked
         set_extra_states(trainer.model, load_file(folder / EXTRA))
     set_steps_taken(trainer.optimizer, manifest.optimizer_steps)

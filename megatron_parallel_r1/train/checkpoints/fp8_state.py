@@ -1,8 +1,8 @@
-"""What layers remember from step to step beside parameters: the histories of FP8's delayed scaling.
+"""Layer state besides parameters: the histories of FP8's delayed scaling.
 
-Transformer Engine hands them out as a module's extra state, bytes that only it reads; Megatron says which
-process saves which, and under what name. All processes of a pipeline stage have the same, since the largest
-numbers are reduced over them, so a run may go on under another layout.
+Transformer Engine exposes them as a module's extra state, opaque bytes; Megatron determines which rank saves
+which, and the names. All ranks of a pipeline stage hold the same, since the largest numbers are reduced over
+them, so a run may resume under another layout.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from contextlib import contextmanager
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
 from torch import Tensor
-from torch.nn import Module
 
-from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.model.gpt import Model, PathGPT
 
 FILE = "extra_states.safetensors"
 # Without it Transformer Engine reads no extra state of delayed scaling, which is a pickle.
@@ -23,7 +22,7 @@ TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def extra_states(model: Model) -> dict[str, Tensor]:
-    """Copies (uint8) of those that this process saves; layers that have nothing to remember are left out."""
+    """Copies (uint8) of the extra states that this rank saves; layers without any are omitted."""
     return {
         entry.unique_key: entry.data.to("cpu", copy=True)
         for stage in model
@@ -33,11 +32,11 @@ def extra_states(model: Model) -> dict[str, Tensor]:
 
 
 def set_extra_states(model: Model, states: Mapping[str, Tensor]) -> None:
-    """Gives each layer of this process what was kept of it.
+    """Restores the extra state of each layer of this rank.
 
     Args:
-        states: of all layers. Their bytes are run as a program (a pickle): take them only from a checkpoint
-            whose digests have been checked.
+        states: extra states of all layers. They are pickles, which can run code: take them only from a
+            checkpoint whose digests have been checked.
     """
     with _trusted():
         for stage in model:
@@ -48,8 +47,8 @@ def set_extra_states(model: Model, states: Mapping[str, Tensor]) -> None:
                 stage.load_state_dict(own, strict=False)
 
 
-def _described(stage: Module) -> Iterator[tuple[str, ShardedObject]]:
-    """Under the names that the stage's `load_state_dict` knows."""
+def _described(stage: PathGPT) -> Iterator[tuple[str, ShardedObject]]:
+    """Extra states by the names of the stage's `load_state_dict`."""
     described = stage.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     yield from ((name, entry) for name, entry in described.items() if isinstance(entry, ShardedObject))
 

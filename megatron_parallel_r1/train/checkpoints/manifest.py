@@ -1,4 +1,4 @@
-"""What a complete checkpoint consists of, so that damage to it is found and named.
+"""The manifest of a checkpoint: its files and their digests, so that damage is found and named.
 
 step_000040/manifest.json      the step, the loop's state, the score; size and SHA-256 of every other file
             manifest.sha256    of manifest.json, as `sha256sum -c` reads it
@@ -19,12 +19,12 @@ CHUNK = 2**22  # bytes read at a time
 
 
 class Damaged(Exception):
-    """A checkpoint is not what was written; the message names the file and what is wrong with it."""
+    """A checkpoint differs from what was written; the message names the file and the fault."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stamp:
-    """By which a file is known: its size in bytes, and its SHA-256 in hex."""
+class FileDigest:
+    """A file's size in bytes and its SHA-256 in hex."""
 
     size: int
     sha256: str
@@ -32,39 +32,40 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """
+    """Contents of `manifest.json`.
+
     Attributes:
-        step: of the loop, after which it was made.
-        optimizer_steps: that Adam had taken.
-        score: by which the best is kept, None if it was not evaluated.
-        state: the loop's own, JSON.
-        files: stamps of all files but the manifest's own two.
+        step: the loop's last finished step.
+        optimizer_steps: steps that Adam has made.
+        score: ranks checkpoints for `keep_best`; None without one.
+        state: the loop's state, JSON.
+        files: digests of all files except the manifest's own two.
     """
 
     step: int
     optimizer_steps: int
     score: float | None
     state: dict[str, Any]
-    files: dict[str, Stamp]
+    files: dict[str, FileDigest]
 
 
-def stamp(file: Path) -> Stamp:
-    """Of a file as it is now."""
+def file_digest(file: Path) -> FileDigest:
+    """Computes the digest of a file."""
     digest, size = hashlib.sha256(), 0
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
             size += len(chunk)
-    return Stamp(size, digest.hexdigest())
+    return FileDigest(size, digest.hexdigest())
 
 
-def fault(file: Path, expected: Stamp) -> str | None:
-    """What is wrong with a file, None if nothing."""
+def file_fault(file: Path, expected: FileDigest) -> str | None:
+    """Compares a file with its digest; describes the fault, None if it has none."""
     try:
         size = file.stat().st_size
         if size != expected.size:
             return f"{file.name} is {size} bytes instead of {expected.size}"
-        if stamp(file) != expected:
+        if file_digest(file) != expected:
             return f"{file.name} has other bytes than were written"
     except FileNotFoundError:
         return f"{file.name} is missing"
@@ -74,7 +75,7 @@ def fault(file: Path, expected: Stamp) -> str | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Completes a checkpoint; its files and their names are on the disk when this returns."""
+    """Completes a checkpoint; its files and their names are on disk when this returns."""
     text = json.dumps(asdict(manifest), indent=1).encode()
     for name, content in ((MANIFEST, text), (SEAL, _seal(text))):
         (folder / name).write_bytes(content)
@@ -83,9 +84,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """
+    """Reads the manifest of a checkpoint and verifies its digest.
+
     Raises:
-        Damaged: there is none, or it is not as it was written.
+        Damaged: it is missing, or differs from what was written.
     """
     try:
         text, seal = ((folder / name).read_bytes() for name in (MANIFEST, SEAL))
@@ -96,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
     if seal != _seal(text):
         raise Damaged(f"{MANIFEST} and its digest in {SEAL} do not agree")
     written = json.loads(text)
-    return Manifest(**written | {"files": {name: Stamp(**f) for name, f in written["files"].items()}})
+    return Manifest(**written | {"files": {name: FileDigest(**f) for name, f in written["files"].items()}})
 
 
 def _seal(text: bytes) -> bytes:

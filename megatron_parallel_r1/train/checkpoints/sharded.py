@@ -1,10 +1,10 @@
-"""Where each number of a training state lies: in which tensor of a checkpoint, and in which memory here.
+"""Maps a rank's training state to the tensors of a checkpoint.
 
-A checkpoint holds whole tensors, named and shaped without regard to how the model was split. Each process
-says of every piece of its memory which rectangle of which tensor it is; that is all that saving and loading
-under different layouts need. Names are those of Megatron's own checkpoints: the parameter's, with its layer's
-number in the whole model, and `optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.` before it. They do not tell
-a distributed optimizer from a plain one.
+A checkpoint holds whole tensors whose names and shapes do not depend on the parallel layout. Each rank
+describes every piece of its memory as a rectangle of such a tensor; saving and loading under different
+layouts need no more. Names are those of Megatron's checkpoints: the parameter's, with its layer's number in
+the whole model, prefixed by `optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.` for optimizer state. They are
+the same for a distributed optimizer and a plain one.
 
 Shapes: N elements in a row of memory.
 """
@@ -29,17 +29,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """A rectangle of a whole tensor that this process holds as consecutive elements of a parameter.
+class TensorBlock:
+    """A rectangle of a whole tensor that this rank holds as consecutive elements of a parameter.
 
     Attributes:
-        key: the whole tensor's name.
-        whole: its sizes, one or two; before them, of experts, their number.
+        key: name of the whole tensor.
+        whole: its shape, one or two sizes, preceded by the number of experts for expert weights.
         corner: indices in it of the block's first element.
-        rows, width: of the block; a vector is one row.
-        origin: the block's first element within the flattened parameter.
-        replica: (pipeline, tensor, data) number among the processes that hold the same; all 0 saves it.
-        leading: how many of its indices, an expert's, are the same all over the block.
+        rows, width: shape of the block; a vector is one row.
+        origin: offset of the block's first element in the flattened parameter.
+        replica: (pipeline, tensor, data) number among the ranks that hold the same block; all 0 saves it.
+        leading: number of leading indices, an expert's, that are constant over the block.
     """
 
     key: str
@@ -52,9 +52,9 @@ class Block:
     leading: int = 0
 
     @classmethod
-    def of(cls, described: ShardedTensor, parameter: Parameter, vocabulary: int) -> Block:
-        """From Megatron's description of it. A block of an embedding ends where the vocabulary does: the rows
-        after it, which make it divisible, are zero and stay so."""
+    def of(cls, described: ShardedTensor, parameter: Parameter, vocabulary: int) -> TensorBlock:
+        """From Megatron's description. A block of an embedding ends with the vocabulary: the padding rows
+        after it are zero and stay so."""
         whole, (*rows, width) = described.global_shape, described.local_shape
         rows = rows[0] if rows else 1
         if described.allow_shape_mismatch:
@@ -74,13 +74,13 @@ class Block:
     def parts(
         self, memory_N: Tensor, start: int = 0, name: str = "", replica: tuple[int, int, int] | None = None
     ) -> Iterator[ShardedTensor]:
-        """What of the block lies in `memory_N`, as rectangles whose data are views of it.
+        """The block's elements in `memory_N`, as rectangles whose data are views of it.
 
         Args:
-            memory_N: elements of the parameter, or of something of its shape, from its element `start` on. If
-                they begin or end within a row of the block, that row is a rectangle of its own.
-            name: comes before the key.
-            replica: in place of the block's.
+            memory_N: elements of the parameter, or of a tensor of its shape, from element `start` on. If they
+                begin or end within a row of the block, that row is a rectangle of its own.
+            name: prefix of the key.
+            replica: replaces the block's.
         """
         dims = len(self.whole) - self.leading
         lead, first = self.corner[: self.leading], self.corner[self.leading]
@@ -110,7 +110,7 @@ class Block:
 
 
 def live_parts(trainer: Trainer) -> list[ShardedTensor]:
-    """Everything of a trainer that a checkpoint holds; `data` of a part is the memory that is trained."""
+    """Everything of a trainer that a checkpoint holds; the `data` of a part is the live memory."""
     begin_state(trainer.optimizer)
     parts: list[ShardedTensor] = []
     for parameter, block in _blocks(trainer.model):
@@ -124,7 +124,7 @@ def live_parts(trainer: Trainer) -> list[ShardedTensor]:
 
 
 def begin_state(optimizer: MegatronOptimizer) -> None:
-    """Gives Adam its zero moments now; by itself it would make them in its first step."""
+    """Creates Adam's zero moments, which it would otherwise create in its first step."""
     for inner, parameter in _trained(optimizer):
         state = inner.optimizer.state[parameter]
         if not state:
@@ -134,7 +134,7 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
 
 
 def steps_taken(optimizer: MegatronOptimizer) -> int:
-    """Steps that Adam's bias correction counts, 0 where this process trains nothing; after `begin_state`."""
+    """Steps counted by Adam's bias correction, 0 if this rank trains nothing; call `begin_state` first."""
     counts = {
         int(inner.optimizer.state[parameter]["step"])
         if _counts_each(inner)
@@ -145,7 +145,7 @@ def steps_taken(optimizer: MegatronOptimizer) -> int:
 
 
 def set_steps_taken(optimizer: MegatronOptimizer, steps: int) -> None:
-    """What `steps_taken` returns from now on."""
+    """Sets the count that `steps_taken` returns."""
     for inner, parameter in _trained(optimizer):
         if _counts_each(inner):
             inner.optimizer.state[parameter]["step"].fill_(steps)
@@ -159,38 +159,40 @@ def _inner(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _trained(optimizer: MegatronOptimizer) -> Iterator[tuple[MegatronOptimizer, Tensor]]:
-    """Each tensor that an Adam steps on, with the Megatron optimizer around that Adam."""
+    """Yields each tensor that an Adam updates, with the Megatron optimizer around that Adam."""
     for inner in _inner(optimizer):
         for group in inner.optimizer.param_groups:
             yield from ((inner, parameter) for parameter in group["params"])
 
 
 def _counts_each(inner: MegatronOptimizer) -> bool:
-    """Whether Adam counts the steps of each tensor, as torch's does; fused ones count those of a group."""
+    """Whether Adam counts steps per tensor, as torch's does; fused ones count per group."""
     return isinstance(inner.optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
-def _blocks(model: Model) -> Iterator[tuple[Parameter, Block]]:
-    """This process's parameters and the blocks in them; SwiGLU's first matrix holds two."""
+def _blocks(model: Model) -> Iterator[tuple[Parameter, TensorBlock]]:
+    """Yields this rank's parameters and their blocks; SwiGLU's first matrix holds two."""
     for stage in model:
-        # Homogeneous layers would be rows of one tensor of another rank.
+        # Homogeneous layers would be stacked in one tensor with a further dimension.
         for entry in stage.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():
             if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
                 blocks = [entry] if isinstance(entry, ShardedTensor) else entry.build()
                 for block in blocks:
-                    yield entry.data, Block.of(block, entry.data, model.architecture.vocab)
+                    yield entry.data, TensorBlock.of(block, entry.data, model.architecture.vocab)
 
 
-def _own_state(inner: MegatronOptimizer, parameter: Parameter, block: Block) -> Iterator[ShardedTensor]:
-    """Of a plain optimizer, which has state for whole parameters on each data-parallel process."""
+def _own_state(inner: MegatronOptimizer, parameter: Parameter, block: TensorBlock) -> Iterator[ShardedTensor]:
+    """State of a plain optimizer, which holds whole parameters on each data-parallel rank."""
     main = getattr(parameter, "main_param", parameter)
     if main in inner.optimizer.state:
         for name, memory_N in _state(inner, main, parameter.dtype):
             yield from block.parts(memory_N, name=name)
 
 
-def _shared_state(inner: DistributedOptimizer, parameter: Parameter, block: Block) -> Iterator[ShardedTensor]:
-    """Of a distributed optimizer, where a data-parallel process has its own range of elements."""
+def _shared_state(
+    inner: DistributedOptimizer, parameter: Parameter, block: TensorBlock
+) -> Iterator[ShardedTensor]:
+    """State of a distributed optimizer, where each data-parallel rank has its own range of elements."""
     if parameter in inner.model_param_group_index_map:
         group, index = inner.model_param_group_index_map[parameter]
         main = inner.optimizer.param_groups[group]["params"][index]
@@ -200,7 +202,7 @@ def _shared_state(inner: DistributedOptimizer, parameter: Parameter, block: Bloc
 
 
 def _state(inner: MegatronOptimizer, main: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Adam's memory for a tensor that it steps on, and that tensor if it is not the parameter itself."""
+    """Adam's moments for a tensor that it updates, and that tensor if it is not the parameter itself."""
     if main.dtype != dtype:
         yield "optimizer.state.fp32_param.", _flat(main)
     for name in MOMENTS:

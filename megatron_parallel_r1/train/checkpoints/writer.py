@@ -1,4 +1,4 @@
-"""One checkpoint on its way to the disk, while training goes on."""
+"""Writes a checkpoint in the background while training continues."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import save_tensors
 from megatron_parallel_r1.distributed.collectives import all_gather_objects, gather_objects, run_on_rank_zero
 from megatron_parallel_r1.train.checkpoints.fp8_state import FILE as EXTRA
-from megatron_parallel_r1.train.checkpoints.manifest import Manifest, Stamp, stamp, write_manifest
+from megatron_parallel_r1.train.checkpoints.manifest import FileDigest, Manifest, file_digest, write_manifest
 from megatron_parallel_r1.utils.files import fsync_path
 
 
 class WriteFailed(Exception):
-    """A checkpoint could not be written; the message says which process met what."""
+    """A checkpoint could not be written; the message names the error and the rank."""
 
 
-class Writing:
-    """A copy of the training state, taken at once, that a thread writes into a folder.
+class CheckpointWriter:
+    """Copies the training state at once and writes it to a folder in a thread.
 
     The thread calls Megatron's write function. Megatron itself calls it in a forked process, which would
-    outlive a run that is killed, and find its folder gone when the run is back; and a fork of a process with
-    threads may hang. Writing and hashing leave the interpreter free for the training.
+    outlive a killed run and find its folder gone when the run is back; and forking a process with threads may
+    hang. Writing and hashing release the GIL.
 
     Args:
-        folder: exists, is empty, and is seen by all processes.
-        parts: of this process; they may change as soon as this returns.
-        extra: extra states of this process's layers, copies.
-        about: the manifest but for its files.
+        folder: an existing, empty folder that all ranks see.
+        parts: parts of this rank; they may change as soon as this returns.
+        extra: copies of the extra states of this rank's layers.
+        about: the manifest without its files.
 
-    All processes make one at the same time.
+    All ranks construct it at the same time.
     """
 
     def __init__(
@@ -54,27 +54,27 @@ class Writing:
             for part in parts
             if is_main_replica(part.replica_id)
         ]
-        # Megatron's queue lives in a server process, for writers in other processes.
+        # Replaces Megatron's queue, which lives in a server process for writers in other processes.
         filesystem_async._results_queue = queue.Queue()
         self._plan = _Plan("torch_dist", 1, thread_count=1)
         self._plan.async_save({str(number): copy for number, copy in enumerate(copies)}, str(folder))
-        self._stamps: dict[str, Stamp] = {}
+        self._digests: dict[str, FileDigest] = {}
         self._results: list[Any] = []
         self._error: str | None = None
-        # No daemon: a process that ends in between waits for it, where torch would abort under its feet.
+        # No daemon: an exiting process waits for it, where torch would otherwise abort the process.
         self._thread = threading.Thread(target=self._write, name=f"write {folder.name}")
         self._thread.start()
 
     @property
     def is_written(self) -> bool:
-        """Whether this process's files are on the disk, or cannot be."""
+        """Whether this rank's files are on disk, or have failed."""
         return not self._thread.is_alive()
 
     def complete(self) -> None:
-        """Waits for the files of all processes and writes the manifest; all processes call it together.
+        """Waits for the files of all ranks and writes the manifest; all ranks call it together.
 
         Raises:
-            WriteFailed: on all processes, if one could not write.
+            WriteFailed: on all ranks, if a rank could not write.
         """
         self._thread.join()
         errors = [
@@ -82,8 +82,8 @@ class Writing:
         ]
         if errors:
             raise WriteFailed(errors[0])
-        told = gather_objects((self._stamps, self._results, self._extra))
-        run_on_rank_zero(lambda: self._finish(told))
+        ranks = gather_objects((self._digests, self._results, self._extra))
+        run_on_rank_zero(lambda: self._finish(ranks))
 
     def _write(self) -> None:
         writer = self._plan.writer
@@ -98,37 +98,37 @@ class Writing:
                 if isinstance(outcome, Exception):
                     raise outcome
                 self._results += outcome
-                # Megatron's fsync comes before the last bytes have left the stream's buffer; this one after.
+                # Megatron's fsync comes before the last bytes have left the stream's buffer, this one after.
                 fsync_path(Path(bucket[0]))
-                self._stamps[bucket[1]] = stamp(Path(bucket[0]))
+                self._digests[bucket[1]] = file_digest(Path(bucket[0]))
         except Exception as error:
             self._error = _reason(error)
         finally:
             writer.write_buckets = []
 
-    def _finish(self, told: list[tuple[dict[str, Stamp], list[Any], dict[str, torch.Tensor]]]) -> None:
-        """What the first process adds: where each tensor is, the extra states, and the manifest."""
-        stamps = {name: stamp for some, _, _ in told for name, stamp in some.items()}
+    def _finish(self, ranks: list[tuple[dict[str, FileDigest], list[Any], dict[str, torch.Tensor]]]) -> None:
+        """Adds rank zero's files: the index of tensors, the extra states, and the manifest."""
+        digests = {name: digest for some, _, _ in ranks for name, digest in some.items()}
         try:
-            self._plan.writer.finish(self._plan.metadata, [results for _, results, _ in told])
-            if extra := {name: state for _, _, some in told for name, state in some.items()}:
+            self._plan.writer.finish(self._plan.metadata, [results for _, results, _ in ranks])
+            if extra := {name: state for _, _, some in ranks for name, state in some.items()}:
                 save_tensors(extra, self._folder / EXTRA)
             torch.save({"optimizer_steps": self._about.optimizer_steps}, self._folder / COMMON_STATE_FNAME)
             save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
-            for file in [file for file in self._folder.iterdir() if file.name not in stamps]:
+            for file in [file for file in self._folder.iterdir() if file.name not in digests]:
                 fsync_path(file)
-                stamps[file.name] = stamp(file)
-            write_manifest(self._folder, replace(self._about, files=stamps))
+                digests[file.name] = file_digest(file)
+            write_manifest(self._folder, replace(self._about, files=digests))
         except Exception as error:
             raise WriteFailed(f"{_reason(error)} (process 0)") from None
 
 
 class _Plan(TorchDistSaveShardedStrategy):
-    """Megatron's strategy, of which only the plan is wanted: who writes what into which file.
+    """Megatron's save strategy, used for its plan alone: which rank writes what into which file.
 
     Attributes:
-        writer: with this process's buckets, one a file.
-        metadata: of the whole checkpoint; on the first process.
+        writer: holds this rank's buckets, one per file.
+        metadata: of the whole checkpoint; on rank zero.
     """
 
     writer: filesystem_async.FileSystemWriterAsync
@@ -140,7 +140,7 @@ class _Plan(TorchDistSaveShardedStrategy):
 
 
 def _reason(error: BaseException) -> str:
-    """An error in a line; torch wraps that of the operating system in one of its own."""
+    """Describes an error in one line; torch wraps operating system errors in its own."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -24,7 +24,7 @@ from megatron_parallel_r1.model.weights import load_hf_tensors
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
-from megatron_parallel_r1.train.checkpoints.writer import Writing
+from megatron_parallel_r1.train.checkpoints.writer import CheckpointWriter
 from megatron_parallel_r1.train.micro_batch import MicroBatch
 from megatron_parallel_r1.train.trainer import Trainer
 from tests.unit.model.family_models import family_model
@@ -132,13 +132,13 @@ def test_steps_taken_while_it_is_written_change_nothing_of_it(
 ) -> None:
     checkpoints, trainer, may_write = Checkpoints(tmp_path), trainer_of(), threading.Event()
     train(trainer, 1)
-    write = Writing._write
+    write = CheckpointWriter._write
 
-    def held_up(writing: Writing) -> None:
+    def held_up(writing: CheckpointWriter) -> None:
         assert may_write.wait(60)
         write(writing)
 
-    monkeypatch.setattr(Writing, "_write", held_up)
+    monkeypatch.setattr(CheckpointWriter, "_write", held_up)
     expected = memory(trainer)
     state = {"drawn": [1]}
     checkpoints.save(trainer, 1, state)
@@ -273,7 +273,7 @@ def test_what_is_wrong_is_said_exactly(two, trainer_of) -> None:
             checkpoints.restore(trainer_of())
         assert f"step_000001: __0_0.distcp is 512 bytes instead of {size}" in str(raised.value)
         assert "step_000002: __0_0.distcp has other bytes than were written, and 1 more" in str(raised.value)
-        assert "no checkpoint is whole" in str(raised.value) and "\n" not in str(raised.value)
+        assert "no checkpoint is intact" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_damaged_one_is_written_anew_when_its_step_comes_again(two, trainer_of, train: Train) -> None:

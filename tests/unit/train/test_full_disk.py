@@ -24,8 +24,8 @@ def check(found: dict[str, object], folder: Path, reason: str) -> None:
     saved = found["saved"]
     failed = folder / f"step_{saved + 1:06d}"
     assert found["error"] == (
-        f"checkpoint {failed} could not be written: {reason} (process 0); mend that and start again, "
-        "the run goes on from the checkpoint before it"
+        f"checkpoint {failed} could not be written: {reason} (process 0); fix that and run the command "
+        "again: it resumes from the previous checkpoint"
     )
     assert found["left"] == [f"step_{step:06d}" for step in range(1, saved + 1)]
     assert found["restored"] == saved and found["same"]

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from megatron_parallel_r1.train.checkpoints.sharded import Block
+from megatron_parallel_r1.train.checkpoints.sharded import TensorBlock
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -28,7 +28,7 @@ def test_ranges_tile_the_tensor(seed: int) -> None:
         # A parameter in which something else comes before and after the block.
         own_N = torch.cat([own.flatten(), torch.full((padding * width,), -2)])
         memory_N = torch.cat([torch.full((before,), -3), own_N, torch.full((draw.randint(0, 4),), -3)])
-        block = Block("weight", whole, corner, len(own), width, before, (0, 0, 0))
+        block = TensorBlock("weight", whole, corner, len(own), width, before, (0, 0, 0))
         cuts = sorted(draw.randint(0, len(memory_N)) for _ in range(draw.randint(0, 3)))
         for start, stop in zip([0, *cuts], [*cuts, len(memory_N)], strict=True):
             parts = list(block.parts(memory_N[start:stop], start, "name."))
@@ -45,7 +45,7 @@ def test_ranges_tile_the_tensor(seed: int) -> None:
 
 def test_a_vector_is_cut_like_a_row() -> None:
     memory_N = torch.arange(10)
-    block = Block("norm", (10,), (0,), 1, 10, 0, (0, 1, 2))
+    block = TensorBlock("norm", (10,), (0,), 1, 10, 0, (0, 1, 2))
     (part,) = block.parts(memory_N[3:7], 3, replica=(0, 1, 0))
     assert (part.global_offset, part.local_shape, part.replica_id) == ((3,), (4,), (0, 1, 0))
     assert part.data.tolist() == [3, 4, 5, 6]
