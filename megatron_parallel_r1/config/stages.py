@@ -11,8 +11,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
 from megatron_parallel_r1.rewards.schedule import CONSTANT_ONE, Constant, Linear, Window
-from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
-from megatron_parallel_r1.rl.objective.settings import Objective
+from megatron_parallel_r1.rl.objective.settings import DynamicSampling, Objective
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.run.early_stopping import WATCHABLE, EarlyStopping
 from megatron_parallel_r1.utils.settings import Count, CountOrZero, Settings, Share, Steps, StepsOrZero

@@ -1,14 +1,14 @@
-"""The learner: traces and rewards become advantages, a loss, and optimizer steps.
+"""The learner: turns traces and rewards into advantages, a loss and optimizer steps.
 
     traces -> packed rows -> old and reference log-probs -> penalties -> advantages -> weights -> updates
 
-Every sampled token is trained under the layout of the mode that it was sampled in, so that the engine's
-log-probs and the trainer's are the same numbers; every step measures by how much they differ.
+Every token is trained under the layout of the mode that it was sampled in, so the engine's log-probs equal
+the trainer's up to rounding; every step measures the difference.
 
 Departs from the paper: the ratio's denominator is the trainer's own log-prob at the start of the step. A step
 with one update computes that log-prob anyway and needs no separate pass.
 
-Shapes: R traces of a step, P prompts, G traces of each; N targets of a micro-batch.
+Shapes: R traces of a step; N targets of a micro-batch.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ from megatron_parallel_r1.utils.timers import Timers
 
 @dataclass(frozen=True, slots=True)
 class BatchConfig:
-    """How often the traces of a step are trained, and in what portions.
+    """How a step's traces are split into updates and micro-batches.
 
     Attributes:
-        samples: traces of a group.
-        epochs, mini_batches: the traces are gone through `epochs` times, in `mini_batches` updates each.
-        micro_tokens: tokens of a packed row at most.
-        max_response_tokens: of the longest response, for an over-long penalty.
+        samples: traces per group.
+        epochs: passes over the traces.
+        mini_batches: updates per pass.
+        micro_tokens: largest number of tokens of a packed row.
+        max_response_tokens: limit of the over-long penalty.
     """
 
     samples: int
@@ -64,11 +65,11 @@ class BatchConfig:
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """The part of a step's traces that one update trains.
+    """The traces of one update.
 
     Attributes:
-        traces: their indices, the same on every rank.
-        micro_batches: this rank's packed rows of them.
+        traces: indices into the step's traces, the same on every rank.
+        micro_batches: this rank's packed rows.
     """
 
     traces: np.ndarray
@@ -77,10 +78,10 @@ class MiniBatch:
 
 @dataclass(frozen=True, slots=True)
 class PolicyBatch:
-    """The traces of a step, ready to be trained.
+    """The traces of a step, packed, with the log-probs from before the step.
 
     Attributes:
-        penalties: float64 [R] each, added to the rewards; the names are those of the metrics.
+        penalties: float64 [R] each, added to the rewards; keyed by metric name.
     """
 
     traces: Sequence[Trace]
@@ -88,18 +89,17 @@ class PolicyBatch:
     penalties: dict[str, Float64]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """All of this rank."""
+        """All micro-batches of this rank."""
         return (micro_batch for mini in self.mini_batches for micro_batch in mini.micro_batches)
 
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Trains a policy towards an objective.
+    """Trains a policy on an objective.
 
     Attributes:
-        reference: the policy of a KL term, where the objective has one.
-        timers: `logprobs` and `update` take the seconds of the forward passes before the step and of the
-            updates.
+        reference: the reference policy, if the objective has a KL term.
+        timers: `logprobs` times the forward passes before the updates, `update` the updates.
     """
 
     trainer: Trainer
@@ -112,7 +112,11 @@ class Learner:
 
     @classmethod
     def of(cls, run: RunContext, stage: RlStage, trainer: Trainer, timers: Timers, done: int) -> Learner:
-        """The learner of a stage that has `done` steps behind it."""
+        """Builds the learner of a stage.
+
+        Args:
+            done: last finished step.
+        """
         thinking = run.recipe.thinking_of(stage)
         return cls(
             trainer,
@@ -134,7 +138,7 @@ class Learner:
         """Packs traces into micro-batches and computes the log-probs and penalties that the step needs.
 
         Args:
-            traces: whole groups, one after the other, the same on every rank.
+            traces: consecutive whole groups, the same on every rank.
         """
         mini_batches = self._pack(traces)
         with self.timers.of("logprobs"):
@@ -142,7 +146,7 @@ class Learner:
         return PolicyBatch(traces, mini_batches, self._penalties(traces, mini_batches))
 
     def advantages(self, batch: PolicyBatch, rewards: Sequence[float]) -> Float64:
-        """The advantages of the traces, float64 [R], from their rewards with penalties added."""
+        """Computes the advantages of the traces, float64 [R], from rewards plus penalties."""
         totals_R = np.asarray(rewards) + sum(batch.penalties.values())
         return ADVANTAGES[self.objective.advantage](totals_R.reshape(-1, self.batch.samples)).ravel()
 
@@ -153,16 +157,16 @@ class Learner:
         lr: float,
         path_verdicts: Sequence[PathVerdicts] | None = None,
     ) -> dict[str, float]:
-        """Makes all updates of a step: the policy loss of each mini-batch, its gradient, an optimizer step.
+        """Makes all updates of a step: for each mini-batch, policy loss, gradient and optimizer step.
 
         Args:
-            path_verdicts: of each trace, for per-path credit.
+            path_verdicts: verdicts of each trace's paths, for per-path credit.
 
         Returns:
             Metrics of the step.
 
         Raises:
-            NotFinite: loss or gradient of an update is not; that one and those after it were not made.
+            NotFinite: the loss or gradient of an update is not finite; it and later updates are not made.
         """
         self._spread_targets(batch, advantages_R, path_verdicts)
 
@@ -182,7 +186,7 @@ class Learner:
         return self._metrics(updates) | penalties | self._mismatch(batch, updates)
 
     def _pack(self, traces: Sequence[Trace]) -> list[MiniBatch]:
-        """Groups stay whole, so that the advantages of each mini-batch balance."""
+        """Packs the mini-batches. Groups stay whole, so that the advantages of each mini-batch sum to 0."""
         rows = [lay_out(t.prompt, t.tokens, t.sampled, t.tree, self.mode) for t in traces]
         groups = np.arange(len(traces)).reshape(-1, self.batch.samples)
         count = min(self.batch.mini_batches, len(groups))
@@ -199,12 +203,12 @@ class Learner:
         return mini_batches
 
     def _compute_logprobs(self, mini_batches: Sequence[MiniBatch]) -> None:
-        """Gives micro-batches the log-probs from before the step, and the reference's, where needed."""
-        one_update = self.batch.epochs * len(mini_batches) == 1
-        if not one_update or self.objective.kl_in == "reward":
+        """Adds the log-probs of the old and the reference policy to micro-batches, where needed."""
+        is_single_update = self.batch.epochs * len(mini_batches) == 1
+        if not is_single_update or self.objective.kl_in == "reward":
             for mini_batch in mini_batches:
                 old = self.trainer.logprobs(mini_batch.micro_batches)
-                # Only the last pipeline stage has them, and only it needs them.
+                # Only the last pipeline stage has log-probs and needs them.
                 for micro_batch, old_N in zip(mini_batch.micro_batches, old, strict=False):
                     micro_batch.values["old"] = old_N
         if self.reference is not None:
@@ -228,7 +232,7 @@ class Learner:
         return penalties
 
     def _kl_penalties(self, count: int, micro_batches: Sequence[MicroBatch]) -> Float64:
-        """Sums over ranks what each last pipeline stage has of the traces; the same on every rank."""
+        """KL penalties of all traces, float64 [R], summed over ranks; equal on all ranks."""
         sums_R = torch.zeros(count, dtype=torch.float64, device=self.trainer.device)
         for micro_batch in micro_batches:
             if "reference" in micro_batch.values:
@@ -239,7 +243,7 @@ class Learner:
                     self.objective.kl_coefficient,
                     micro_batch.segments,
                 )
-        # Ranks of a tensor or context group have the same totals; one of them counts.
+        # Ranks of a tensor or context group hold the same totals: count one of them.
         others = (
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_context_parallel_rank(),
@@ -253,7 +257,7 @@ class Learner:
     def _spread_targets(
         self, batch: PolicyBatch, advantages_R: Float64, path_verdicts: Sequence[PathVerdicts] | None
     ) -> None:
-        """Gives every target its advantage and its weight in the loss."""
+        """Adds each target's advantage and its weight in the loss to the micro-batches."""
         objective, traces = self.objective, batch.traces
         if objective.path_credit:
             assert path_verdicts is not None, "per-path credit needs each path's verdict"
@@ -277,7 +281,7 @@ class Learner:
                 micro_batch.spread("weight", weights)
 
     def _metrics(self, updates: Sequence[Update]) -> dict[str, float]:
-        """Means over the updates; shares of the targets that carry weight."""
+        """Means over the updates; shares are of the targets with a weight."""
         trained = fmean(update.means["trained"] for update in updates)
 
         def share(name: str) -> float:
@@ -305,7 +309,7 @@ class Learner:
         return metrics
 
     def _mismatch(self, batch: PolicyBatch, updates: Sequence[Update]) -> dict[str, float]:
-        """How far the engine's log-probs are from the trainer's before the step, over all ranks."""
+        """Compares the engine's log-probs with the trainer's before the step, over all ranks."""
         micro_batches = list(batch.micro_batches())
         old = [m.values["old"] for m in micro_batches if "old" in m.values] or updates[0].logprobs
         pairs = [(old_N, m.values["engine"]) for old_N, m in zip(old, micro_batches, strict=False)]

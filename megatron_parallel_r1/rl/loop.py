@@ -2,7 +2,7 @@
 
 GRPO (arXiv 2402.03300) and its family on responses that think in parallel (arXiv 2509.07980).
 
-Shapes: R responses of a step, in whole groups that answer one prompt each.
+Shapes: R responses of a step, in groups that answer one prompt each.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.learner import Learner
+from megatron_parallel_r1.rl.metrics import sample_traces
 from megatron_parallel_r1.rl.reference import update_reference
 from megatron_parallel_r1.rl.rollout_batch import drop_stale
 from megatron_parallel_r1.rl.rollout_queue import open_queue
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
-from megatron_parallel_r1.rl.trace_samples import sample_traces
 from megatron_parallel_r1.run.backends import Backends
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.datasets import problem_stream
@@ -30,7 +30,7 @@ from megatron_parallel_r1.utils.timers import Timers
 def train_rl(
     run: RunContext, stage: RlStage, verifier: Verifier, backends: Backends, watchdog: Watchdog
 ) -> Trainer:
-    """Trains a reinforcement-learning stage and returns its trainer."""
+    """Trains an RL stage and returns its trainer."""
     trainer, timers = run.trainer(stage), Timers()
     problems = problem_stream(run.recipe, stage, run.seed_of(stage.name, "data"), run.prompt_tokens)
     with (
@@ -62,5 +62,5 @@ def train_rl(
                     update_reference(run, stage, learner.reference, trainer.model, step)
                 rollout_metrics = worker.metrics(batch, step)
                 metrics = rollout_metrics | metrics | {"lr": lr} | timers.take() | backend.metrics()
-                loop.end(step, metrics, sample_traces(run, batch.all, stage.keep_traces))
+                loop.end(step, metrics, sample_traces(batch.all, stage.keep_traces, run.tokenizer))
     return trainer

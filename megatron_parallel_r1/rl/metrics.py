@@ -1,20 +1,22 @@
-"""Verifies traces against their problems, and measures accuracy and the shape of traces."""
+"""Verifies traces, computes the metrics of a step, and selects the traces that the report shows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import decode
+from megatron_parallel_r1.report.traces import trace_record
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.verification import ResponseToJudge, judge
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.path_results import mean, path_lengths
-from megatron_parallel_r1.rl.rollout_batch import stale_groups, staleness
+from megatron_parallel_r1.rl.rollout_batch import Rollouts, stale_groups, staleness
 from megatron_parallel_r1.thought.layout import critical_length
 from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +28,7 @@ def judge_traces(
     tokenizer: PreTrainedTokenizerBase,
     verifier: Verifier,
 ) -> list[Judged]:
-    """Judges each trace by the final answer of its main text and by its form."""
+    """Verifies the final answer of each trace's main text, and its format."""
     attempts = [
         ResponseToJudge(main_text(trace, tokenizer), trace.tree, problem.answers, trace.sampled, trace.tokens)
         for trace, problem in zip(traces, problems, strict=True)
@@ -41,7 +43,7 @@ def main_text(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def group_metrics(judged: Sequence[Judged], size: int) -> dict[str, float]:
-    """Of groups of `size` traces: the share with a right one (pass@size), and with nothing but right ones."""
+    """Shares of the groups of `size` traces with a correct trace (pass@size), and with only correct ones."""
     groups = [judged[start : start + size] for start in range(0, len(judged), size)]
     return {
         "group_pass": fmean(any(j.correct for j in group) for group in groups),
@@ -50,13 +52,13 @@ def group_metrics(judged: Sequence[Judged], size: int) -> dict[str, float]:
 
 
 def trace_metrics(traces: Sequence[Trace], judged: Sequence[Judged]) -> dict[str, float | None]:
-    """Means over traces; those of blocks are None where no trace has one.
+    """Means over traces; those over blocks are None if no trace has a block.
 
-    `first_block` is the place of a trace's first block, 0 at its begin and 1 at its end: it tells exploration
-    from verification. `well_formed` is the share of blocks that the policy itself closed in good form.
-    `path_length` is in tokens between the path's tags, `path_difference` as in `rewards/path_diversity.py`.
-    `unanswered` is the share without a final answer, `unverified` that of answers that cost a verification
-    process its life or were never looked at; they count as wrong.
+    `first_block` is the relative position of a trace's first block, 0 at its start and 1 at its end: early
+    blocks explore, late ones verify. `well_formed` is the share of blocks that the policy closed itself and
+    well-formed. `path_length` counts the tokens between a path's tags; `path_difference` is defined in
+    `rewards/path_diversity.py`. `unanswered` is the share of traces without a final answer, `unverified` that
+    of traces whose verification timed out, crashed or was given up; both count as wrong.
     """
     blocks = sum(j.format.blocks for j in judged)
     places = [t.tree.blocks[0].start / len(t.tokens) for t in traces if t.tree.blocks]
@@ -78,10 +80,34 @@ def trace_metrics(traces: Sequence[Trace], judged: Sequence[Judged]) -> dict[str
 
 
 def staleness_metrics(traces: Sequence[Trace], step: int, most: int, size: int) -> dict[str, float]:
-    """Mean and largest staleness of all traces of a step, in updates, and how many groups were too old."""
+    """Mean and largest staleness of a step's traces, in updates, and the number of groups above `most`."""
     ages = [staleness(trace, step) for trace in traces]
     return {
         "staleness": fmean(ages),
         "staleness_max": max(ages),
         "groups_stale": sum(stale_groups(traces, step, most, size)),
     }
+
+
+def sample_traces(
+    rollouts: Rollouts, count: int, tokenizer: PreTrainedTokenizerBase
+) -> Sequence[dict[str, Any]]:
+    """Records of `count` traces of different problems, alternately correct and wrong while both last.
+
+    Returns:
+        Nothing on ranks other than zero, which writes them.
+    """
+    if not is_rank_zero():
+        return ()
+    total = len(rollouts.traces)
+    ranked = sorted(range(total), key=lambda i: (i * 7919 % total, i))
+    right = [i for i in ranked if rollouts.judged[i].correct]
+    wrong = [i for i in ranked if not rollouts.judged[i].correct]
+    pairs = [i for pair in zip(right, wrong, strict=False) for i in pair]
+    chosen = [*pairs, *right[len(wrong) :], *wrong[len(right) :]][:count]
+    return [
+        trace_record(
+            rollouts.traces[i], rollouts.problems[i], rollouts.judged[i], rollouts.rewards[i], tokenizer
+        )
+        for i in chosen
+    ]

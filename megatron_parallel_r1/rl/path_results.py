@@ -1,4 +1,4 @@
-"""Inside parallel blocks: how long paths are, and whether summaries say what their paths found."""
+"""Results inside parallel blocks: path lengths, agreement of summaries with paths, verdicts of paths."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from megatron_parallel_r1.thought.tree import Block, Tree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Stated = Callable[[str], str | None]
-"""The result that the text of a path or a summary states; None: none."""
+ReadResult = Callable[[str], str | None]
+"""Reads the result off the text of a path or a summary; None if it states none."""
+
+PathVerdicts = list[list[bool | None]]
+"""For each block of a trace and each of its paths, whether its own answer is right; None if it has none."""
 
 _NUMBER = re.compile(
     r"(?:(?<![\w.)}])-)?"
@@ -31,9 +34,9 @@ _NUMBER = re.compile(
 
 
 def stated_value(text: str) -> str | None:
-    r"""A `\boxed{…}` or `Final Answer: …` of the text, else the last number in it; None without one.
+    r"""The `\boxed{…}` or `Final Answer: …` of a text, else its last number; None if it has neither.
 
-    In `half of 50 is 25 points` that is `25`: prose ends in what it found.
+    For example `25` in `half of 50 is 25 points`: prose ends in its result.
     """
     if answer := extract_answer(text):
         return answer
@@ -42,7 +45,7 @@ def stated_value(text: str) -> str | None:
 
 
 def path_lengths(tree: Tree) -> Iterator[int]:
-    """Tokens between the tags of each path, at any depth."""
+    """Number of tokens between the tags of each path, nested ones included."""
     for _, block in tree.all_blocks():
         for path in block.paths:
             start, stop = content_span(path)
@@ -50,70 +53,60 @@ def path_lengths(tree: Tree) -> Iterator[int]:
 
 
 def summary_metrics(
-    traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, stated: Stated = stated_value
+    traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, read_result: ReadResult = stated_value
 ) -> dict[str, float | None]:
-    """Whether summaries say what their paths found.
+    """Agreement of summaries with the results of their paths.
 
-    Over blocks of two paths or more whose summary states a result, as a path of theirs does:
-    `summary_agreement` is the share of those whose summary states the result of one path at least,
-    `summary_majority` that of the most frequent one among the paths that state any; of equally frequent ones
-    either counts. Results are equal as answers are, as far as that is told without algebra.
-
-    Args:
-        stated: reads the result off a text.
+    Over blocks with two or more paths in which the summary and at least one path state a result:
+    `summary_agreement` is the share whose summary states the result of some path, `summary_majority` the
+    share whose summary states the most frequent result of the paths; ties count. Results are compared like
+    answers, but without algebra.
 
     Returns:
-        None for both where there is no such block.
+        None for both if there is no such block.
     """
-    ranks = [
-        rank
+    supports = [
+        support
         for trace in traces
         for _, block in trace.tree.all_blocks()
-        if (rank := _rank(block, trace, tokenizer, stated)) is not None
+        if (support := _summary_support(block, trace, tokenizer, read_result)) is not None
     ]
     return {
-        "summary_agreement": mean(agreeing > 0 for agreeing, _ in ranks),
-        "summary_majority": mean(agreeing == most for agreeing, most in ranks),
+        "summary_agreement": mean(agreeing > 0 for agreeing, _ in supports),
+        "summary_majority": mean(agreeing == most for agreeing, most in supports),
     }
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """None where there are no values."""
+    """The mean, or None without values."""
     values = list(values)
     return fmean(values) if values else None
 
 
-def _rank(
-    block: Block, trace: Trace, tokenizer: PreTrainedTokenizerBase, stated: Stated
+def _summary_support(
+    block: Block, trace: Trace, tokenizer: PreTrainedTokenizerBase, read_result: ReadResult
 ) -> tuple[int, int] | None:
-    """How many paths state what the summary does, and how many state what most of them do."""
+    """Counts the paths that state the summary's result, and those that state the most frequent result."""
     if block.summary is None or len(block.paths) < 2:
         return None
 
     def read(start: int, stop: int) -> str | None:
-        return stated(decode(tokenizer, trace.tokens[start:stop]))
+        return read_result(decode(tokenizer, trace.tokens[start:stop]))
 
-    summed = read(block.summary.start + 1, block.summary.stop - block.summary.closed)
-    found = [value for value in (read(*content_span(path)) for path in block.paths) if value is not None]
-    if summed is None or not found:
+    summary = read(block.summary.start + 1, block.summary.stop - block.summary.closed)
+    results = [value for value in (read(*content_span(path)) for path in block.paths) if value is not None]
+    if summary is None or not results:
         return None
-    return _supporters(summed, found), max(_supporters(value, found) for value in found)
+    return _count_equal(summary, results), max(_count_equal(value, results) for value in results)
 
 
-def _supporters(value: str, found: Sequence[str]) -> int:
-    return sum(_same(value, other) for other in found)
+def _count_equal(value: str, results: Sequence[str]) -> int:
+    return sum(_are_equal(value, other) for other in results)
 
 
-def _same(one: str, other: str) -> bool:
-    verdict = decide_without_algebra(one, other)
+def _are_equal(first: str, second: str) -> bool:
+    verdict = decide_without_algebra(first, second)
     return verdict is not None and verdict.correct
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# For each block of a trace and each of its paths, whether its own answer is right; None where it has none.
-PathVerdicts = list[list[bool | None]]
 
 
 def judge_paths(
@@ -121,24 +114,25 @@ def judge_paths(
     problems: Sequence[Problem],
     tokenizer: PreTrainedTokenizerBase,
     verifier: Verifier,
-    stated: Stated,
+    read_result: ReadResult,
 ) -> list[PathVerdicts]:
-    """For each trace, of each block of `tree.all_blocks()` and each of its paths, whether what it states is
-    right; None where it states nothing. All copies of the model share the work.
+    """Verifies the result that each path states, in the order of `tree.all_blocks()`.
+
+    Replicas share the work; every rank gets all verdicts.
     """
-    mine = replica_slice(list(zip(traces, problems, strict=True)))
+    own = replica_slice(list(zip(traces, problems, strict=True)))
     if not is_replica_leader():
         return gather_from_replicas(lambda: [])
-    found = [_stated(trace, tokenizer, stated) for trace, _ in mine]
+    results = [_path_results(trace, tokenizer, read_result) for trace, _ in own]
     pairs = [
         (answer, reference)
-        for (_, problem), blocks in zip(mine, found, strict=True)
+        for (_, problem), blocks in zip(own, results, strict=True)
         for answer in (answer for block in blocks for answer in block if answer is not None)
         for reference in problem.answers
     ]
     verdicts = iter(verifier.check_many(pairs))
     judged: list[PathVerdicts] = []
-    for (_, problem), blocks in zip(mine, found, strict=True):
+    for (_, problem), blocks in zip(own, results, strict=True):
         judged.append(
             [
                 [
@@ -151,8 +145,10 @@ def judge_paths(
     return gather_from_replicas(lambda: judged)
 
 
-def _stated(trace: Trace, tokenizer: PreTrainedTokenizerBase, stated: Stated) -> list[list[str | None]]:
+def _path_results(
+    trace: Trace, tokenizer: PreTrainedTokenizerBase, read_result: ReadResult
+) -> list[list[str | None]]:
     return [
-        [stated(decode(tokenizer, trace.tokens[slice(*content_span(path))])) for path in block.paths]
+        [read_result(decode(tokenizer, trace.tokens[slice(*content_span(path))])) for path in block.paths]
         for _, block in trace.tree.all_blocks()
     ]

@@ -1,7 +1,7 @@
-"""Batches that are rolled out and not yet trained, as JSON for a checkpoint; they come back bit for bit.
+"""Pending batches (rolled out, not yet trained) as JSON for a checkpoint; they are restored bit for bit.
 
-What a trace has for each token is a column over all traces of the batch: numbers, compressed, in base64. A
-trace of 32k tokens would be a JSON list of 160k members otherwise.
+Each per-token value of the traces is one column over all traces of a batch, compressed, in base64: as a JSON
+list, a trace of 32k tokens would have 160k members.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts
 from megatron_parallel_r1.thought.trace import Finish, Trace
 from megatron_parallel_r1.thought.tree import Tree
 
-# Of a trace, one value a token.
+# Per-token values of a trace, and their dtypes.
 COLUMNS = {"tokens": "<i4", "sampled": "|b1", "suppressed": "|b1", "logprobs": "<f8", "versions": "<i4"}
 PROBLEMS, TREES = TypeAdapter(list[Problem]), TypeAdapter(list[Tree])
 JUDGED, SCORES = TypeAdapter(list[Judged]), TypeAdapter(list[Score])
@@ -29,33 +29,33 @@ FINISHES = TypeAdapter(list[Finish])
 
 
 def to_json(batch: RolloutBatch) -> dict[str, Any]:
-    """A batch of a step; `from_json` gives an equal one."""
-    every = batch.all
-    problems = list(dict.fromkeys(every.problems))
+    """Serializes the batch of a step; `from_json` restores an equal one."""
+    rollouts = batch.all
+    problems = list(dict.fromkeys(rollouts.problems))
     numbers = {problem: number for number, problem in enumerate(problems)}
-    # What is kept are some of all the traces, the very objects.
-    places = {id(trace): place for place, trace in enumerate(every.traces)}
+    # The trained traces are objects of `batch.all`.
+    places = {id(trace): place for place, trace in enumerate(rollouts.traces)}
     return {
         "problems": PROBLEMS.dump_python(problems, mode="json"),
-        "problem": [numbers[problem] for problem in every.problems],
-        "traces": _traces_to_json(every.traces),
-        "judged": JUDGED.dump_python(every.judged, mode="json"),
-        "scores": SCORES.dump_python(every.scores, mode="json"),
+        "problem": [numbers[problem] for problem in rollouts.problems],
+        "traces": _traces_to_json(rollouts.traces),
+        "judged": JUDGED.dump_python(rollouts.judged, mode="json"),
+        "scores": SCORES.dump_python(rollouts.scores, mode="json"),
         "kept": [places[id(trace)] for trace in batch.trained.traces],
         "rounds": batch.rounds,
     }
 
 
 def from_json(written: dict[str, Any]) -> RolloutBatch:
-    """What `to_json` was given."""
+    """Restores the batch that `to_json` serialized."""
     problems = PROBLEMS.validate_python(written["problems"])
-    every = Rollouts(
+    rollouts = Rollouts(
         [problems[number] for number in written["problem"]],
         _traces_from_json(written["traces"]),
         JUDGED.validate_python(written["judged"]),
         SCORES.validate_python(written["scores"]),
     )
-    return RolloutBatch(every, every.groups(written["kept"], 1), written["rounds"])
+    return RolloutBatch(rollouts, rollouts.groups(written["kept"], 1), written["rounds"])
 
 
 def _traces_to_json(traces: Sequence[Trace]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The reference policy of a KL term: frozen, or replaced by the trained policy every few steps."""
+"""The reference policy of the KL term: frozen, or updated from the trained policy every few steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_parallel_r1.utils.rank import is_rank_zero
 
 
 class Reference:
-    """A second model with the trained one's architecture and split.
+    """A second model with the architecture and parallel layout of the trained one.
 
     Args:
-        model: with the weights that the stage began with.
-        temperature: as the trainer's.
-        every: takes the trained weights after every so many steps; 0: never.
+        model: holds the reference weights.
+        temperature: the trainer's.
+        every: steps between copies of the trained weights; 0: never.
     """
 
     def __init__(self, model: Model, temperature: float, every: int = 0) -> None:
@@ -31,28 +31,28 @@ class Reference:
         self._every = every
 
     def score(self, batches: Sequence[MicroBatch]) -> None:
-        """Gives each micro-batch the value `reference`, on the last pipeline stage."""
+        """Adds its log-probs to each micro-batch as `reference`, on the last pipeline stage."""
         for batch, logprobs_N in zip(batches, self._runner.logprobs(batches), strict=False):
             batch.values["reference"] = logprobs_N
 
     def version(self, step: int) -> int:
-        """The step whose weights it has after `step`; 0: those that the stage began with."""
+        """The step whose weights it holds after `step`; 0: the stage's starting weights."""
         return version_at(step, self._every)
 
     @torch.no_grad()
     def copy_from(self, trained: Model) -> None:
-        """Takes the trained weights."""
+        """Copies the trained weights."""
         for own, new in zip(self.model.parameters(), trained.parameters(), strict=True):
             own.copy_(new)
 
 
 def version_at(step: int, every: int) -> int:
-    """The last multiple of `every` up to `step`; 0 if it is 0."""
+    """The last multiple of `every` up to `step`; 0 if `every` is 0."""
     return step - step % every if every else 0
 
 
 def make_reference(run: RunContext, stage: RlStage, done: int) -> Reference:
-    """The reference of a stage as it was after step `done`."""
+    """Builds the reference that the stage had after step `done`."""
     version = version_at(done, stage.reference_every)
     folder = run.reference_folder(stage, version) if version else None
     temperature = run.recipe.thinking_of(stage).temperature or 1.0
@@ -62,9 +62,9 @@ def make_reference(run: RunContext, stage: RlStage, done: int) -> Reference:
 def update_reference(
     run: RunContext, stage: RlStage, reference: Reference | None, trained: Model, step: int
 ) -> None:
-    """Copies the trained weights into the reference if it is due, and saves them for a run that resumes.
+    """Copies the trained weights into the reference when due, and saves them for a run that resumes.
 
-    Deletes those that no checkpoint needs any more.
+    Deletes saved weights that no checkpoint needs any more.
     """
     if reference is None or not step or reference.version(step) != step:
         return

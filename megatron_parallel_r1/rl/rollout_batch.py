@@ -1,4 +1,4 @@
-"""The responses of one step: groups that answer one prompt each, sampled, verified and scored."""
+"""The responses of one step: sampled, verified and scored, in groups that answer one prompt each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megatron_parallel_r1.rewards.base import Judged, Score
 from megatron_parallel_r1.thought.trace import Trace
 
 T = TypeVar("T")
-# What a bad step's record keeps of each trace, to make its updates again.
+# Fields of a trace that the record of a skipped step keeps, enough to repeat its updates.
 KEPT = ("prompt", "tokens", "sampled", "suppressed", "logprobs", "versions", "finish")
 
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """Equally long lists; the traces of a group are neighbours."""
+    """Parallel lists over responses; the responses of a group are adjacent."""
 
     problems: list[Problem]
     traces: list[Trace]
@@ -40,7 +40,7 @@ class Rollouts:
         )
 
     def groups(self, numbers: Sequence[int], size: int) -> Rollouts:
-        """Some of the groups of `size` traces."""
+        """Selects groups of `size` traces by number."""
         at = [index for group in numbers for index in range(group * size, (group + 1) * size)]
 
         def pick(items: list[T]) -> list[T]:
@@ -55,8 +55,8 @@ class RolloutBatch:
 
     Attributes:
         all: every response.
-        trained: those that are trained; without dynamic sampling the same.
-        rounds: of dynamic sampling.
+        trained: the responses to train on; all of them without dynamic sampling.
+        rounds: rounds of dynamic sampling.
     """
 
     all: Rollouts
@@ -64,18 +64,18 @@ class RolloutBatch:
     rounds: int
 
     def records(self) -> list[dict[str, Any]]:
-        """All that the step's updates are made of, JSON-ready."""
+        """Everything needed to repeat the step's updates, JSON-ready."""
         pairs = zip(self.trained.traces, self.trained.rewards, strict=True)
         return [{name: getattr(trace, name) for name in KEPT} | {"reward": reward} for trace, reward in pairs]
 
 
 def staleness(trace: Trace, step: int) -> int:
-    """Updates between the weights that drew the trace and those that `step` trains."""
+    """Number of updates between the weights that sampled the trace and those that `step` trains."""
     return step - 1 - trace.version
 
 
 def stale_groups(traces: Sequence[Trace], step: int, most: int, size: int) -> list[bool]:
-    """For each group of `size` traces, whether one of them is more than `most` updates old."""
+    """Returns for each group of `size` traces whether one of them is more than `most` updates old."""
     old = [staleness(trace, step) > most for trace in traces]
     return [any(old[start : start + size]) for start in range(0, len(old), size)]
 

@@ -1,4 +1,4 @@
-"""Feeds the RL loop with batches: rolled out in step with training, or ahead of it in a second thread.
+"""Supplies the RL loop with batches, rolled out synchronously or ahead of training in a second thread.
 
 With `max_off_policy_steps` k, batch b, which step b trains (from 1), is rolled out by the weights after step
 b - 1 - k, or by the first ones. At k = 1:
@@ -10,9 +10,9 @@ b - 1 - k, or by the first ones. At k = 1:
 
 What is rolled out depends on the seed and k, not on which thread was faster.
 
-`partial_rollout` gives that up: a batch that is under way goes on with newer weights as soon as there are
-some, so that long traces are less stale at their end. Which token meets which version is then a matter of
-time, and no two runs are the same to the bit. In both cases no token is more than k updates old.
+`partial_rollout` gives that up: a batch under way continues with newer weights as soon as they are published,
+so that long traces are less stale at their end. Which token is sampled by which version then depends on
+timing, and no two runs are bit-identical. In both cases no token is more than k updates old.
 
 Servers take weights from the training thread without a copy (not `Engine.runs_on_all_ranks`): it waits for
 the batches of the previous weights, then brings the new ones. `partial_rollout` does not wait.
@@ -35,26 +35,25 @@ from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.utils.timers import Timers
 
 WeightTensors = Iterable[tuple[str, torch.Tensor]]
-# Seconds that the end of a `with` block waits for the second thread, which a verdict or a collective may hold
-# up.
+# Seconds that the end of a `with` block waits for the second thread, which may be in a collective.
 JOIN_TIMEOUT_S = 30.0
 
 
 class RolloutQueue(Protocol):
-    """What the RL loop sees: at each step it updates the weights, then takes the batch."""
+    """The loop's view: at each step it updates the weights, then takes a batch."""
 
     def update_weights(self, tensors: WeightTensors, version: int) -> None:
-        """Publishes the weights after step `version`; they may change when this has returned."""
+        """Publishes the weights after step `version`; the tensors may change once this returns."""
         ...
 
     def next_batch(self, step: int) -> RolloutBatch:
-        """The batch of the next step. Raises whatever went wrong while it was made."""
+        """Returns the batch of the next step, or raises the error that its rollout raised."""
         ...
 
     def state(self) -> list[dict[str, Any]]:
         """All pending batches of the published weights, JSON-ready, for a checkpoint.
 
-        When this returns nothing is being rolled out until the next weights are published.
+        No rollout is under way when this returns, until the next weights are published.
         """
         ...
 
@@ -68,11 +67,11 @@ class RolloutQueue(Protocol):
 def open_queue(
     worker: RolloutWorker, stage: RlStage, done: int, pending: Sequence[dict[str, Any]] | None
 ) -> RolloutQueue:
-    """The queue that a stage asks for.
+    """Opens the synchronous or asynchronous queue of a stage.
 
     Args:
-        done: the last step that was trained.
-        pending: as `RolloutQueue.state` gave it after step `done`.
+        done: last finished step.
+        pending: `RolloutQueue.state()` after step `done`.
     """
     engine = worker.thinker.engine
     if stage.max_off_policy_steps == 0:
@@ -90,11 +89,11 @@ def open_queue(
 
 
 class SyncRollouts:
-    """Rolls each batch out when it is taken, with the weights just published.
+    """Rolls out each batch when the loop takes it, with the weights just published.
 
     Args:
         make_batch: rolls out the batch of a step with the weights that the engine holds.
-        timers: `sync` and `wait` take the seconds of weight updates and of rollouts.
+        timers: `sync` times weight updates, `wait` rollouts.
     """
 
     def __init__(
@@ -125,23 +124,24 @@ class SyncRollouts:
 
 
 class AsyncRollouts:
-    """Rolls batches out in a second thread, which lives as long as the `with` block.
+    """Rolls out batches in a second thread, which lives as long as the `with` block.
 
-    Copies weights when they are published and keeps them until their first batch begins: at most
-    `max_off_policy_steps` + 1 copies, each as large as the whole model, on its device.
+    Copies published weights and keeps them until their first batch begins: at most `max_off_policy_steps` + 1
+    copies, each the size of the model, on its device.
 
-    A block that ends without an error first waits for the batches under way, since other ranks make them too;
-    one that ends by an error breaks them off.
+    On a normal exit the block waits for the batches under way, since the other ranks take part in them; on an
+    error it interrupts them.
 
     Args:
         make_batch: rolls out the batch of a step with the weights that the engine holds; its collectives are
             on groups that no other thread uses.
-        engine: of this object alone; it cannot be used after the block.
-        timers: `sync` and `wait` take the seconds of weight updates and of waiting for a batch.
+        engine: used by this object alone, and not after the block.
+        timers: `sync` times weight updates, `wait` the wait for a batch.
         max_off_policy_steps: at least 1.
-        partial_rollout: a batch under way takes newer weights.
-        done, steps: the last step that was trained, and the last one of the stage.
-        pending: as `state` gave it after step `done`; empty at step 0.
+        partial_rollout: batches under way take newer weights.
+        done: last finished step.
+        steps: last step of the stage.
+        pending: `state()` after step `done`; empty at step 0.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class AsyncRollouts:
         self._closing = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        # A thread begins on the first GPU. All share its default stream, which keeps copies in order.
+        # New threads start on GPU 0: select this one. Its default stream is shared, which orders the copies.
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
 
@@ -180,7 +180,7 @@ class AsyncRollouts:
             if not self._engine.runs_on_all_ranks:
                 self._send_weights(tensors, version)
                 return
-            # All ranks that share a split model must iterate, even where nobody needs the copies.
+            # All ranks of a sharded model must iterate, even if no batch needs the copies.
             copies = [(name, tensor.detach().clone()) for name, tensor in tensors]
             with self._changed:
                 if self._partial_rollout:
@@ -216,14 +216,14 @@ class AsyncRollouts:
                 self._thread.join()
         finally:
             self._engine.interrupt()
-            # Not for ever: a collective whose other side is gone ends with the process.
+            # With a time-out: a collective whose peer is gone ends only with the process.
             self._thread.join(JOIN_TIMEOUT_S)
 
     def _begins_a_batch(self, version: int) -> bool:
         return version == self._done or version < self._steps - self._max_off_policy_steps
 
     def _send_weights(self, tensors: WeightTensors, version: int) -> None:
-        """Has the engine take weights in the training thread."""
+        """Sends weights to servers from the training thread."""
         if self._partial_rollout:
             self._engine.offer_weights(tensors, version)
         elif self._begins_a_batch(version):
@@ -235,7 +235,7 @@ class AsyncRollouts:
             self._changed.notify_all()
 
     def _pending(self) -> list[RolloutBatch]:
-        """Waits for all batches that the published weights make, and returns those that were not taken."""
+        """Waits for all batches of the published weights and returns those not taken yet."""
         made = self._published + 1 + self._max_off_policy_steps if self._published >= 0 else 0
         through = min(max(made, self._first - 1), self._steps)
         steps = range(self._taken + 1, through + 1)
@@ -258,13 +258,13 @@ class AsyncRollouts:
                 with self._changed:
                     self._ready[step] = batch
                     self._changed.notify_all()
-        except BaseException as error:  # whatever it is, the main thread waits for the batch
+        except BaseException as error:  # of any kind: the main thread is waiting for the batch
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
     def _load_weights(self, version: int) -> bool:
-        """Waits until the engine holds that version or was offered it; False if the queue closes first."""
+        """Waits until `version` is published, then loads it; returns False if the queue closes first."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._published >= version)
             if self._published < version:

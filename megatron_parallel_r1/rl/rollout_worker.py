@@ -1,4 +1,4 @@
-"""Rollouts: prompts become responses, verdicts and rewards.
+"""The rollout worker: turns problems into responses, verdicts and rewards.
 
 problems -> prompts -> traces -> verdicts -> rewards -> RolloutBatch
 """
@@ -25,10 +25,10 @@ from megatron_parallel_r1.rewards.base import Judged, Reward, reward_metrics
 from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.metrics import group_metrics, judge_traces, staleness_metrics, trace_metrics
-from megatron_parallel_r1.rl.objective.filtering import informative
+from megatron_parallel_r1.rl.objective.advantage import informative
 from megatron_parallel_r1.rl.path_results import (
     PathVerdicts,
-    Stated,
+    ReadResult,
     judge_paths,
     stated_value,
     summary_metrics,
@@ -47,15 +47,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RolloutWorker:
-    """Makes the batches of a stage.
+    """Generates, verifies and scores the batches of a stage.
 
     Attributes:
-        seed: with the step it fixes all draws of a batch.
+        seed: determines, with the step, all draws of a batch.
         reward: a pure function of a judged trace and the step, counted from 0.
-        template: of the prompt.
+        template: name of the prompt template.
         read_result: reads the result off the text of a path or a summary.
-        timers: `draw` and `verify` take the seconds of sampling and of verification.
-        world: all ranks, for the thread that rolls out ahead of training; None: the default group.
+        timers: `draw` times sampling, `verify` verification.
+        world: process group of all ranks for a second thread; None: the default group.
     """
 
     stage: RlStage
@@ -66,7 +66,7 @@ class RolloutWorker:
     seed: int
     reward: Reward
     template: str
-    read_result: Stated
+    read_result: ReadResult
     timers: Timers
     world: dist.ProcessGroup | None = None
 
@@ -81,7 +81,7 @@ class RolloutWorker:
         timers: Timers,
         world: dist.ProcessGroup | None,
     ) -> RolloutWorker:
-        """The worker of a stage of a run."""
+        """Builds the rollout worker of a stage."""
         return cls(
             stage,
             problems,
@@ -97,14 +97,14 @@ class RolloutWorker:
         )
 
     def next_batch(self, step: int) -> RolloutBatch:
-        """Samples, verifies and scores the responses of a step with the weights that the engine holds.
+        """Samples, verifies and scores the responses of a step with the engine's current weights.
 
-        `samples_per_prompt` responses to each of `prompts_per_step` prompts, and to more if dynamic sampling
-        wants them. If even its last round leaves too few groups with rewards that differ, the batch is
-        smaller; if it leaves none, all groups are trained, with advantages of 0.
+        Samples `samples_per_prompt` responses to each of `prompts_per_step` prompts. Dynamic sampling
+        replaces groups of equal rewards: if too few groups differ after its last round, the batch is smaller;
+        if none do, all groups are trained, with advantages of 0.
 
         Args:
-            step: of the stage, from 1; rewards count from 0.
+            step: step of the stage, from 1; rewards count from 0.
         """
         prompts, samples, dynamic = (
             self.stage.prompts_per_step,
@@ -128,7 +128,7 @@ class RolloutWorker:
         return RolloutBatch(everything, trained if len(trained) else everything, rounds)
 
     def judge_paths(self, batch: RolloutBatch) -> list[PathVerdicts]:
-        """Verifies what each path of the trained traces found by itself, for per-path credit."""
+        """Verifies the result of each path of the trained traces, for per-path credit."""
         trained = batch.trained
         with self.timers.of("verify"):
             return judge_paths(
@@ -136,7 +136,7 @@ class RolloutWorker:
             )
 
     def metrics(self, batch: RolloutBatch, step: int) -> dict[str, Any]:
-        """Rewards and the shape of all traces of a step, trained or not."""
+        """Metrics over all traces of a step, trained or not: rewards, accuracy, paths, staleness."""
         everything, samples = batch.all, self.stage.samples_per_prompt
         return {
             **reward_metrics(everything.scores),
@@ -152,11 +152,11 @@ class RolloutWorker:
         }
 
     def _generate(self, step: int, count: int, first_response: int) -> Rollouts:
-        """A group of responses to each of the next `count` problems.
+        """Generates a group of responses to each of the next `count` problems.
 
         Args:
-            first_response: responses that the step has already; the n-th of a step has the same draws in any
-                batch.
+            first_response: number of responses that the step has already; the n-th response of a step has the
+                n-th seed.
         """
         problems = [p for p in self.problems.next_batch(count) for _ in range(self.stage.samples_per_prompt)]
         total = first_response + len(problems)
@@ -186,13 +186,13 @@ def sample_and_verify(
     world: dist.ProcessGroup | None = None,
     timers: Timers | None = None,
 ) -> tuple[list[Trace], list[Judged]]:
-    """One response to each problem, verified. Each replica works on its share; all ranks get all, in order.
+    """Samples and verifies a response to each problem; replicas share the work, every rank gets all.
 
     Args:
-        seeds: of each problem's response, so that its draws do not depend on which replica makes them.
-        concurrent: responses in flight at most, of one replica.
-        world: all ranks, if not by the default group; a second thread needs its own.
-        timers: adds the seconds of `draw` and `verify`.
+        seeds: a seed per response, so that its draws do not depend on the replica.
+        concurrent: largest number of responses in flight per replica.
+        world: process group of all ranks, which a second thread needs; None: the default group.
+        timers: `draw` times sampling, `verify` verification.
     """
     own_problems, own_seeds = replica_slice(problems), replica_slice(seeds)
     timers = timers or Timers()
@@ -203,7 +203,7 @@ def sample_and_verify(
         prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in own_problems]
         with timers.of("draw"):
             traces = asyncio.run(roll_out(thinker, prompts, own_seeds, concurrent))
-        # One verdict for all ranks of a replica: a time-out could give each another one.
+        # The leader verifies for all ranks of its replica: with time-outs, verdicts could differ.
         with timers.of("verify"):
             judged = judge_traces(traces, own_problems, tokenizer, verifier) if is_replica_leader() else []
         return list(zip(traces, judged, strict=False))

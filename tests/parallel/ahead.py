@@ -31,7 +31,7 @@ from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.distributed.replicas import background_groups
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rl.objective.filtering import DynamicSampling
+from megatron_parallel_r1.rl.objective.settings import DynamicSampling
 from megatron_parallel_r1.rl.rollout_queue import open_queue
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup

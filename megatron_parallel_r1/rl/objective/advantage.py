@@ -1,4 +1,4 @@
-"""Advantages of traces from their rewards.
+"""Advantages of traces from their rewards, and which groups have any.
 
 Shapes: P prompts, G traces of each.
 """
@@ -20,7 +20,7 @@ def group_advantages(rewards_PG: Float64, eps: float = 1e-6) -> Float64:
     """Each reward against its group: (r - mean) / (std + eps), GRPO (arXiv 2402.03300, section 4.1.2).
 
     The standard deviation is the sample's (divided by G - 1), as in the reference implementations. A group of
-    equal rewards teaches nothing: its advantages are 0.
+    equal rewards has advantages of 0.
     """
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdims=True)
     if rewards_PG.shape[1] < 2:
@@ -31,8 +31,8 @@ def group_advantages(rewards_PG: Float64, eps: float = 1e-6) -> Float64:
 def dr_grpo_advantages(rewards_PG: Float64) -> Float64:
     """r - mean, Dr. GRPO (arXiv 2503.20783, section 3.2).
 
-    Without the division by the standard deviation, which weighs up problems that are nearly always or nearly
-    never solved.
+    Omits the division by the standard deviation, which gives more weight to problems that are nearly always
+    or nearly never solved.
     """
     return rewards_PG - rewards_PG.mean(1, keepdims=True)
 
@@ -50,13 +50,24 @@ def rloo_advantages(rewards_PG: Float64) -> Float64:
     return rewards_PG - others_PG
 
 
+def informative(rewards_PG: Float64) -> NDArray[np.bool_]:
+    """Returns for each prompt whether its rewards differ; DAPO (arXiv 2503.14476, eq. 11) keeps only these.
+
+    If all rewards are equal, every advantage is 0: the group costs compute and dilutes the gradient.
+
+    Args:
+        rewards_PG: before penalties that differ from trace to trace anyway, such as a KL penalty.
+    """
+    return rewards_PG.max(1) > rewards_PG.min(1)
+
+
 ADVANTAGES: dict[Advantage, Callable[[Float64], Float64]] = {
     "grpo": group_advantages,
     "dr_grpo": dr_grpo_advantages,
     "rloo": rloo_advantages,
 }
 
-# As the accuracy reward of Parallel-R1 (arXiv 2509.07980): +1 for a right answer, -1 for a wrong one.
+# The accuracy reward of Parallel-R1 (arXiv 2509.07980): +1 for a right answer, -1 for a wrong one.
 RIGHT, WRONG = 1.0, -1.0
 
 
@@ -65,20 +76,19 @@ def path_advantages(
 ) -> Float64:
     """The advantage of each token of a trace, float64 [L]. An option of this project, not of the paper.
 
-    Tokens of a path whose answer is known take their advantage from a comparison with the siblings whose
-    answers are known too, by the same estimator that compares traces. All other tokens keep the trace's:
-    the main chain, summaries, a path without an answer, one without a sibling to compare with. Siblings
-    that are all right, or all wrong, teach nothing about each other: their advantage is 0. A nested block's
-    paths are compared among themselves.
+    Tokens of a path with an answer take the advantage of that answer among the siblings' answers, by the
+    estimator that compares traces. All other tokens keep the trace's advantage: the main chain, summaries,
+    paths without an answer or without a sibling that has one. Siblings that are all right, or all wrong,
+    have advantage 0. Paths of a nested block are compared among themselves.
 
     Args:
         correct: for each block of `tree.all_blocks()` and each of its paths, whether its own answer is
-            right; None where it gives none.
-        advantage: of the trace.
+            right; None if it gives none.
+        advantage: the trace's advantage.
         kind: the estimator.
     """
     advantages_L = np.full(tree.length, advantage)
-    # Outer blocks come first, so that the inner ones have the last word on their own tokens.
+    # Outer blocks come first, so that inner ones overwrite the advantages of their own tokens.
     for (_, block), verdicts in zip(tree.all_blocks(), correct, strict=True):
         judged = [
             (path, RIGHT if verdict else WRONG)

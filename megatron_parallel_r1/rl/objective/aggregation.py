@@ -1,9 +1,9 @@
-"""How much each target weighs in the loss.
+"""The weight of each target in the loss.
 
-A loss is a sum over targets, and the trainer divides its gradient by the number of all targets of the
-update, over all processes. Every other mean is the same sum with weights. They depend on the whole update,
-so they are computed before it is packed, and the result is the same however rows are split over
-micro-batches and processes.
+The loss is a weighted sum over targets, and the trainer divides its gradient by the number of all targets of
+the update over all ranks. The weights turn that into any other mean. They depend on the whole update, so
+they are computed before packing, and the result does not depend on how rows are split over micro-batches and
+ranks.
 
 Shapes: T traces of the update.
 """
@@ -22,19 +22,19 @@ def target_weights(
     constant_length: int | None = None,
     kept_T: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float64]:
-    """The weight of every target of each trace. With M targets in all, and l(t) the loss of one:
+    """The weight of each trace's targets, float64 [T]. With M targets in all, and l the loss of a target:
 
         token     sum of all l / M            -> 1                    DAPO (arXiv 2503.14476, eq. 12)
         sequence  mean over traces of mean l  -> M / (T n_i)          GRPO (arXiv 2402.03300, eq. 3)
         constant  sum of all l / (T constant) -> M / (T constant)     Dr. GRPO (arXiv 2503.20783, section 3.2)
 
-    A trace that is not kept weighs 0, and T and the token-level divisor count the kept ones only, while M,
-    the trainer's divisor, counts all.
+    A trace that is not kept has weight 0. T and the token-level divisor count kept traces only, while M, the
+    trainer's divisor, counts all.
 
     Args:
-        targets_T: tokens with loss of each trace of the update, n_i.
-        constant_length: tokens, for `constant`.
-        kept_T: traces that carry loss; None: all.
+        targets_T: number of targets of each trace of the update, n_i.
+        constant_length: divisor of `constant`, in tokens.
+        kept_T: which traces carry loss; None: all.
     """
     kept_T = (targets_T > 0) & (True if kept_T is None else kept_T)
     everything, traces = targets_T.sum(), kept_T.sum()

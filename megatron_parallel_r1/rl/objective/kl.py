@@ -15,20 +15,20 @@ from megatron_parallel_r1.train.segments import Segments
 
 
 def kl_estimates(logprobs_N: torch.Tensor, reference_N: torch.Tensor, kind: Kl) -> torch.Tensor:
-    """Of each target, from d = log p - log p_ref.
+    """KL estimate of each target [N], from d = log p - log p_ref.
 
-    - `k1`: d. Unbiased, of either sign. Its gradient is that of log p, whose mean over what the policy
-      samples is 0: in a loss it regularises nothing, it belongs in the reward.
+    - `k1`: d. Unbiased, of either sign. Its gradient is that of log p, whose mean over the policy's samples
+      is 0: in a loss it regularises nothing; it belongs in the reward.
     - `k2`: d² / 2. Biased, but its gradient d ∇log p is on average that of KL(policy || reference).
     - `k3`: exp(-d) - 1 + d, GRPO (arXiv 2402.03300, eq. 4). Unbiased and never negative; its gradient is on
       average that of KL(reference || policy).
 
-    The means are over samples of the policy itself: after the first update of a step they hold approximately.
+    These hold for samples of the policy itself: after the first update of a step, approximately.
 
     Args:
         reference_N: log-probs under the reference's weights, without gradient.
     """
-    assert kind != "none", "there is no estimate to make"
+    assert kind != "none", "kl is none: there is nothing to estimate"
     apart_N = logprobs_N - reference_N
     if kind == "k1":
         return apart_N
@@ -38,13 +38,13 @@ def kl_estimates(logprobs_N: torch.Tensor, reference_N: torch.Tensor, kind: Kl) 
 
 
 def kl_penalties(
-    old_N: torch.Tensor, reference_N: torch.Tensor, kind: Kl, coefficient: float, members: Segments
+    old_N: torch.Tensor, reference_N: torch.Tensor, kind: Kl, coefficient: float, segments: Segments
 ) -> torch.Tensor:
-    """What to add to each trace's reward, float64 [T]: minus coefficient x the sum over its targets.
+    """The KL penalty on each trace's reward, float64 [T]: minus coefficient x the sum over its targets.
 
     With k1: r - β log(p / p_ref) of the whole trace, as in RLOO (arXiv 2402.14740).
 
     Args:
-        old_N: log-probs under the weights that sampled.
+        old_N: log-probs under the sampling weights.
     """
-    return -coefficient * members.totals(kl_estimates(old_N, reference_N, kind).detach())
+    return -coefficient * segments.totals(kl_estimates(old_N, reference_N, kind).detach())

@@ -1,6 +1,6 @@
-"""The loss of GRPO and its family, a sum over targets; the trainer divides by those of the whole update.
+"""The loss of GRPO and its family: a sum over targets, divided by the trainer by the update's targets.
 
-So a target weighs the same however the update is packed or split (aggregation.py).
+So the weight of a target does not depend on packing or splitting (aggregation.py).
 
 Shapes: N targets of a micro-batch.
 """
@@ -23,35 +23,35 @@ def policy_loss(
     entropies_N: torch.Tensor,
     values: Mapping[str, torch.Tensor],
     objective: Objective,
-    members: Segments | None = None,
+    segments: Segments | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of GRPO and its family, summed over targets: weight x (-gain + KL term - entropy bonus).
 
     Args:
         logprobs_N: under the weights being trained.
-        entropies_N: of the distributions that the targets were drawn from, nats; differentiable if there is
-            an entropy bonus.
+        entropies_N: entropies in nats of the distributions that the targets were drawn from; differentiable
+            if there is an entropy bonus.
         values: float32 [N] each, without gradient. Always `advantage` and `weight`
-            (aggregation.target_weights). `old`: log-probs under the weights that began the step; absent
-            where these are the weights being trained. `engine`: as sampled, for a correction. `reference`:
-            for a KL term in the loss.
-        members: whose the targets are; not needed where ratio and correction are of a token.
+            (aggregation.target_weights). `old`: log-probs under the weights at the start of the step; absent
+            if these are the weights being trained. `engine`: the engine's log-probs, for a correction.
+            `reference`: the reference's log-probs, for a KL term in the loss.
+        segments: the trace of each target; not needed if ratio and correction are per token.
 
     Returns:
-        The loss, and sums over the targets whose weight is not 0: how many they are (`trained`), where a
-        bound held (`clipped_low`, `clipped_high`, `clipped_dual`), the k3 estimate of KL(policy that began
-        the step || policy) (`kl_old`), the KL estimate in the loss (`kl`), and of the correction the
-        importance weights, their squares, and how many of them were cut (`correction`, `correction_square`,
+        The loss, and sums over the targets whose weight is not 0: their number (`trained`), the number that
+        hit a bound (`clipped_low`, `clipped_high`, `clipped_dual`), the k3 estimate of KL(policy at the start
+        of the step || policy) (`kl_old`), the KL estimate in the loss (`kl`), and for the correction the
+        importance weights, their squares, and the number that were cut (`correction`, `correction_square`,
         `corrected`).
     """
     old_N = values.get("old", logprobs_N.detach())
-    ratio_N = ratios(logprobs_N, old_N, objective.ratio, members)
+    ratio_N = ratios(logprobs_N, old_N, objective.ratio, segments)
     gain_N, reports = _gain(objective, logprobs_N, ratio_N, values["advantage"])
     # In float64: a small step is far below the rounding of exp(d) - 1 - d in float32.
     reports["kl_old"] = kl_estimates(old_N.double(), logprobs_N.detach().double(), "k3")
 
     if objective.correction != "none":
-        engine_N = engine_ratios(old_N, values["engine"], objective.correction_level, members)
+        engine_N = engine_ratios(old_N, values["engine"], objective.correction_level, segments)
         correction_N, cut_N = _bounded(objective, engine_N)
         gain_N = correction_N * gain_N
         reports |= {

@@ -1,4 +1,4 @@
-"""How far the engine's log-probs are from the trainer's: 0 but for rounding where rollout and training agree.
+"""The difference between the engine's and the trainer's log-probs: rounding alone if both agree.
 
 Shapes: N targets.
 """
@@ -16,13 +16,13 @@ from megatron_parallel_r1.rl.objective.surrogate import bounded_exp
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Over all sampled tokens of a step; nats.
+    """Differences over all sampled tokens of a step, in nats.
 
     Attributes:
         max, mean: of |trainer - engine|.
         k3: mean of r - 1 - log r with r = p_trainer / p_engine, an estimate of KL(engine || trainer)
             (Schulman, "Approximating KL divergence", 2020).
-        effective: effective sample size of the weights r as a share of the tokens, 1 where both agree.
+        effective: effective sample size of the weights r as a share of the tokens; 1 if both agree.
     """
 
     max: float
@@ -32,7 +32,7 @@ class Mismatch:
 
     @classmethod
     def of(cls, sums: Mapping[str, float], largest: float) -> Mismatch:
-        """From `mismatch_sums` of all tokens, and the largest |trainer - engine|. No tokens: no mismatch."""
+        """From `mismatch_sums` of all tokens and the largest |trainer - engine|; 0 without tokens."""
         tokens = sums["tokens"]
         if not tokens:
             return cls(max=0.0, mean=0.0, k3=0.0, effective=1.0)
@@ -45,7 +45,7 @@ class Mismatch:
 
 
 def mismatch_sums(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sums over targets, float64 scalars, which micro-batches and ranks add up by name (`sum_metrics`).
+    """Sums over targets, float64 scalars, to be added by name over micro-batches and ranks (`sum_metrics`).
 
     Returns:
         The number of targets (`tokens`), |trainer - engine| (`apart`), k3, the ratio and its square.
@@ -63,12 +63,12 @@ def mismatch_sums(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, 
 
 
 def largest_apart(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> float:
-    """The largest |trainer - engine|, 0 without targets; ranks take the maximum (`all_reduce_max`)."""
+    """The largest |trainer - engine|, 0 without targets; reduced over ranks by `all_reduce_max`."""
     return _apart(trainer_N, engine_N).abs().max().item() if len(trainer_N) else 0.0
 
 
 def mismatch(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> Mismatch:
-    """Compares log-probs of the same tokens under the same weights, all of them on this process."""
+    """Compares log-probs of the same tokens under the same weights, all on this rank."""
     sums = {name: value.item() for name, value in mismatch_sums(trainer_N, engine_N).items()}
     return Mismatch.of(sums, largest_apart(trainer_N, engine_N))
 

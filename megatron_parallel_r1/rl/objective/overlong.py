@@ -1,4 +1,4 @@
-"""Traces that are too long: a soft penalty before the limit, or no loss beyond it.
+"""Over-long traces: a soft penalty before the limit, or no loss for truncated traces.
 
 Shapes: T traces.
 """
@@ -16,16 +16,16 @@ from megatron_parallel_r1.thought.trace import Trace
 def overlong_penalties(
     lengths_T: NDArray[np.int64], limit: int, cache: int, penalty: float = 1.0
 ) -> NDArray[np.float64]:
-    """What to add to each trace's reward: soft over-long punishment, DAPO (arXiv 2503.14476, eq. 13).
+    """Penalty on each trace's reward [T]: soft over-long punishment, DAPO (arXiv 2503.14476, eq. 13).
 
         0                                 up to limit - cache tokens
         (limit - cache - length) / cache  beyond, down to -1 at the limit
         -1                                above the limit
 
     Args:
-        limit: tokens, the paper's L_max: no response is longer.
-        cache: tokens, 1..limit: the stretch before the limit in which the penalty grows.
-        penalty: by which all is multiplied; the paper's is 1.
+        limit: longest response in tokens, the paper's L_max.
+        cache: tokens before the limit over which the penalty grows, 1..limit.
+        penalty: factor; the paper's is 1.
 
     Raises:
         ValueError: the cache is not within 1..limit.
@@ -38,7 +38,7 @@ def overlong_penalties(
 
 
 def complete(traces: Sequence[Trace]) -> NDArray[np.bool_]:
-    """Which traces the policy itself ended.
+    """Returns for each trace whether the policy ended it, not a limit.
 
     Over-long filtering trains on these only (DAPO, arXiv 2503.14476, section 3.4). The others still count
     in their group's mean and standard deviation: they are masked in the loss, not dropped.

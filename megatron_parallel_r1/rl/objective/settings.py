@@ -1,7 +1,7 @@
 """Settings of GRPO and its family, with the names and defaults of their papers.
 
-The formula of each choice is in the file of its name: advantage, aggregation, ratios, surrogate, kl,
-correction, overlong, credit. `loss.policy_loss` combines them.
+The formula of each choice is in the file of its name: advantage, aggregation, surrogate, kl, correction,
+overlong. `loss.policy_loss` combines them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_parallel_r1.utils.settings import Settings, Tokens, TokensOrZero
+from megatron_parallel_r1.utils.settings import Count, Settings, Tokens, TokensOrZero
 
 Advantage = Literal["grpo", "dr_grpo", "rloo"]
 Aggregation = Literal["token", "sequence", "constant"]
@@ -80,8 +80,17 @@ class Objective(Settings):
         # Written so that NaN fails.
         if self.correction == "mask" and not 0 <= self.correction_low < self.correction_cap:
             raise ValueError("correction_low must be >= 0 and below correction_cap")
-        # A whole trace's ratio has one gradient for all its tokens, in which advantages of single paths would
-        # only be averaged; CISPO takes no gradient from the ratio.
+        # A trace-level ratio has one gradient for all tokens, in which per-path advantages would only be
+        # averaged; CISPO takes no gradient from the ratio.
         if self.path_credit and self.ratio == "sequence" and self.surrogate != "cispo":
             raise ValueError("path_credit needs ratio token or sequence_token")
         return self
+
+
+class DynamicSampling(Settings):
+    """Dynamic sampling, DAPO (arXiv 2503.14476, section 3.2): train only groups whose rewards differ."""
+
+    max_rounds: Count = 3
+    """Rounds of further problems that replace the other groups; 1 only drops them."""
+    oversampling: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Problems of a round, as a multiple of those that are missing."""

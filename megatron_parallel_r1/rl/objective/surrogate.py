@@ -1,6 +1,6 @@
-"""What a target gains by its ratio and advantage, within bounds. The loss is minus the gain.
+"""The policy gain of a target from its ratio and advantage, bounded. The loss is minus the gain.
 
-Each function also says where a bound held, by name, as boolean vectors over the targets.
+Each surrogate also returns which targets hit a bound, as named boolean vectors.
 
 Shapes: N targets.
 """
@@ -18,11 +18,11 @@ def ppo(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """min(r A, clip(r, 1 - low, 1 + high) A), PPO (arXiv 1707.06347, eq. 7).
 
-    Low and high apart: DAPO's clip-higher (arXiv 2503.14476, eq. 10).
+    Separate low and high: DAPO's clip-higher (arXiv 2503.14476, eq. 10).
 
-    Where the bound holds there is no gradient: for A > 0 above 1 + high, for A < 0 below 1 - low. A ratio
-    that has gone astray the other way keeps its gradient, and for A < 0 it has no limit. Dual clip sets one
-    (arXiv 1912.09729): there the gain is at least `dual` x A.
+    Beyond the bound there is no gradient: for A > 0 above 1 + high, for A < 0 below 1 - low. A ratio that
+    moved in the other direction keeps its gradient, without limit for A < 0. Dual clip sets a limit there
+    (arXiv 1912.09729): the gain is at least `dual` x A.
 
     Args:
         dual: > 1; None: no limit.
@@ -42,8 +42,8 @@ def cispo(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """sg(clip(r, 1 - low, 1 + high)) A log p, CISPO (arXiv 2506.13585, eq. 4 and 5); sg: no gradient.
 
-    The weight is bounded and not the update, so that every target keeps a gradient, also a rare token whose
-    ratio runs away. The paper bounds above only: low = 1.
+    Bounds the weight instead of the update, so every target keeps a gradient, even a rare token with an
+    extreme ratio. The paper bounds above only: low = 1.
     """
     detached_N = ratio_N.detach()
     held = {"clipped_low": detached_N < 1 - low, "clipped_high": detached_N > 1 + high}
@@ -55,29 +55,29 @@ LARGEST_LOG = 20.0
 
 
 def bounded_exp(logs: torch.Tensor) -> torch.Tensor:
-    """exp, flat outside -20..20."""
+    """exp(x) with x clamped to -20..20."""
     return logs.clamp(-LARGEST_LOG, LARGEST_LOG).exp()
 
 
 def ratios(
-    logprobs_N: torch.Tensor, old_N: torch.Tensor, level: Ratio, members: Segments | None = None
+    logprobs_N: torch.Tensor, old_N: torch.Tensor, level: Ratio, segments: Segments | None = None
 ) -> torch.Tensor:
-    """The ratio that each target's gain is computed with.
+    """The ratio of each target [N].
 
-    - `token`: p / p_old of the token, GRPO (arXiv 2402.03300, eq. 3).
+    - `token`: the token's p / p_old, GRPO (arXiv 2402.03300, eq. 3).
     - `sequence`: its geometric mean over the targets of the trace, the same for all of them, GSPO (arXiv
       2507.18071, eq. 7). The gradient goes through the mean.
     - `sequence_token`: that value, with the gradient of the token's own log-prob, GSPO-token (eq. 14
       there); for advantages that differ within a trace.
 
     Args:
-        old_N: log-probs under the weights that began the step, without gradient.
-        members: whose the targets are; not needed at token level.
+        old_N: log-probs under the weights at the start of the step, without gradient.
+        segments: the trace of each target; not needed at token level.
     """
     logs_N = logprobs_N - old_N
     if level == "token":
         return bounded_exp(logs_N)
-    assert members is not None, f"ratio {level} needs to know whose the targets are"
+    assert segments is not None, f"ratio {level} needs the trace of each target"
     if level == "sequence":
-        return bounded_exp(members.means(logs_N))
-    return bounded_exp(members.means(logs_N.detach()) + logprobs_N - logprobs_N.detach())
+        return bounded_exp(segments.means(logs_N))
+    return bounded_exp(segments.means(logs_N.detach()) + logprobs_N - logprobs_N.detach())

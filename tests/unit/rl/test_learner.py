@@ -52,7 +52,7 @@ def values_of(learner: Learner, traces: Sequence[Trace], rewards: Sequence[float
 
     def spy(batches, loss, lr):
         for batch in batches:
-            seen.append(batch.values | {"trace": torch.tensor(batch.row.members)[batch.segments.member_N]})
+            seen.append(batch.values | {"trace": torch.tensor(batch.row.members)[batch.segments.segment_N]})
         return update(batches, loss, lr)
 
     learner.trainer.update = spy  # type: ignore[method-assign]

@@ -11,10 +11,10 @@ from megatron_parallel_r1.rl.objective.advantage import (
     ADVANTAGES,
     dr_grpo_advantages,
     group_advantages,
+    informative,
     path_advantages,
     rloo_advantages,
 )
-from megatron_parallel_r1.rl.objective.filtering import informative
 from megatron_parallel_r1.rl.objective.overlong import complete, overlong_penalties
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.trace import Trace
