@@ -15,7 +15,13 @@ from megatron_parallel_r1.conversion.checkpoint_source import open_source
 from megatron_parallel_r1.conversion.to_megatron import Advance
 from megatron_parallel_r1.conversion.work_folder import SUMS
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST, Damaged, fault, read_manifest, stamp
+from megatron_parallel_r1.train.checkpoints.manifest import (
+    MANIFEST,
+    Damaged,
+    file_digest,
+    file_fault,
+    read_manifest,
+)
 
 StoredTensors = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -113,7 +119,7 @@ def _by_manifest(checkpoint: Path, advance: Advance) -> list[str]:
         return [str(damage)]
     faults = []
     for name, expected in sorted(manifest.files.items()):
-        if why := fault(checkpoint / name, expected):
+        if why := file_fault(checkpoint / name, expected):
             faults.append(why)
         advance(expected.size)
     return faults
@@ -127,7 +133,7 @@ def _by_sums(path: Path, advance: Advance) -> list[str]:
         if not file.is_file():
             faults.append(f"{name} is missing")
             continue
-        if stamp(file).sha256 != digest:
+        if file_digest(file).sha256 != digest:
             faults.append(f"{name} does not have its recorded digest")
         advance(file.stat().st_size)
     return faults

@@ -1,4 +1,4 @@
-"""Writes a release folder from any checkpoint, like `curriculum/release.py` at the end of a run."""
+"""Writes a release folder from any checkpoint, like `curriculum/run.py` at the end of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.conversion.checkpoint_source import CheckpointSource, open_source
 from megatron_parallel_r1.conversion.to_hf import write_hf_folder
 from megatron_parallel_r1.conversion.to_megatron import Advance
-from megatron_parallel_r1.curriculum.model_card import Point, card, licence, lineage, run_card, thinking_json
+from megatron_parallel_r1.curriculum.model_card import (
+    ReleasePoint,
+    card,
+    licence,
+    lineage,
+    run_card,
+    thinking_json,
+)
 from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE
 from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.errors import UserError
@@ -105,7 +112,7 @@ def _recipe(run: Path) -> Recipe:
         raise UserError(f"{run}: no config.yaml; give a run folder") from None
 
 
-def _point(recipe: Recipe, run: Path, inputs: ReleaseInputs) -> Point:
+def _point(recipe: Recipe, run: Path, inputs: ReleaseInputs) -> ReleasePoint:
     """Returns the stage, and the step in it, that is released.
 
     Raises:
@@ -129,13 +136,13 @@ def _point(recipe: Recipe, run: Path, inputs: ReleaseInputs) -> Point:
         )
         raise UserError(f"{problem}; give --stage, one of {', '.join(stages)}")
     step = re.fullmatch(r"step_(\d+)", source.name)
-    return Point(stages[name], int(step[1]) if step else None)
+    return ReleasePoint(stages[name], int(step[1]) if step else None)
 
 
-def _evaluations(recipe: Recipe, run: Path, at: Point) -> list[dict[str, Any]]:
+def _evaluations(recipe: Recipe, run: Path, at: ReleasePoint) -> list[dict[str, Any]]:
     """Returns the evaluations of the stages and steps that trained the weights; all for a whole run."""
     records = past_evaluations(run)
-    if at == Point(recipe.stages[-1]):
+    if at == ReleasePoint(recipe.stages[-1]):
         return records
     last_step = {stage.name: math.inf for stage in lineage(recipe, at.stage)}
     if at.step is not None:

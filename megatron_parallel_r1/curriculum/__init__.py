@@ -1,2 +1,2 @@
-"""Runs a recipe: its stages one after the other, resumed where they stopped, then evaluated and released.
-Here the rooms meet; each file is one part of a run."""
+"""Runs a recipe: trains its stages in order, resumes where they stopped, evaluates and releases.
+The only room that imports all others."""

@@ -1,4 +1,4 @@
-"""What a release says of itself: how to decode it, how it was trained, on what, and how well it does."""
+"""The model card and `thinking.json` of a release: training, data, evaluation, decoding settings."""
 
 from __future__ import annotations
 
@@ -35,32 +35,31 @@ _HABIT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """Of a run: behind which step of which stage its weights are kept.
+class ReleasePoint:
+    """The stage and step of a run whose weights are released.
 
     Attributes:
-        step: None: the stage's last one.
+        step: a step of the stage; None: its last.
     """
 
     stage: SftStage | RlStage
     step: int | None = None
 
 
-def thinking_json(recipe: Recipe, folder: Path, at: Point) -> str:
-    """The decoding settings and prompt of a stage, and how far the weights are trained: `step` counts from
-    those that the run began with.
+def thinking_json(recipe: Recipe, folder: Path, at: ReleasePoint) -> str:
+    """The decoding settings and prompt of a stage, and the number of steps since the run's initial weights.
 
     Args:
-        folder: of the run.
-        at: whose weights they are.
+        folder: the run folder.
+        at: stage and step of the weights.
     """
-    told = recipe.thinking_of(at.stage).model_dump() | {
+    settings = recipe.thinking_of(at.stage).model_dump() | {
         "prompt": recipe.prompt_template,
         "prompt_template": TEMPLATES[recipe.prompt_template],
         "stage": at.stage.name,
         "step": sum(_steps(recipe, folder, at).values()),
     }
-    return json.dumps(told, indent=2) + "\n"
+    return json.dumps(settings, indent=2) + "\n"
 
 
 def run_card(
@@ -68,14 +67,14 @@ def run_card(
     folder: Path,
     shape: ModelConfig,
     evaluations: Sequence[dict[str, Any]],
-    at: Point,
+    at: ReleasePoint,
 ) -> str:
     """The model card of a run.
 
     Args:
-        folder: of the run.
-        evaluations: its records.
-        at: what is released.
+        folder: the run folder.
+        evaluations: evaluation records of the run.
+        at: stage and step of the weights.
     """
     past = lineage(recipe, at.stage)
     thinking = recipe.thinking_of(at.stage)
@@ -116,7 +115,7 @@ def card(
     """A model card.
 
     Args:
-        facts: for its head, such as the licence.
+        facts: metadata for the YAML header, such as the licence.
         training, data, evaluation: sections in Markdown.
     """
     head = yaml.safe_dump({"library_name": "transformers", **facts}, sort_keys=False).strip()
@@ -150,17 +149,18 @@ Trained with megatron_parallel_r1 after Parallel-R1 (arXiv 2509.07980).
 
 
 def licence(folder: Path) -> dict[str, str]:
-    """What the card of a model says of its licence, as the Hub reads it; `unknown` if nothing."""
+    """The licence metadata in the model card of a folder, as the Hub reads it; `unknown` without any."""
     try:
-        told = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
-        found = {key: str(told[key]) for key in ("license", "license_name", "license_link") if key in told}
+        header = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+        keys = ("license", "license_name", "license_link")
+        metadata = {key: str(header[key]) for key in keys if key in header}
     except (OSError, ValueError, IndexError, TypeError, yaml.YAMLError):
-        found = {}
-    return {"license": "unknown", **found}
+        metadata = {}
+    return {"license": "unknown", **metadata}
 
 
 def lineage(recipe: Recipe, last: SftStage | RlStage) -> list[SftStage | RlStage]:
-    """The stages that weights went through up to `last`, the first one first."""
+    """The stages that trained the weights of `last`, in order."""
     by_name = {stage.name: stage for stage in recipe.stages}
     chain = [last]
     while (before := recipe.start_of(chain[0])) is not None:
@@ -168,8 +168,8 @@ def lineage(recipe: Recipe, last: SftStage | RlStage) -> list[SftStage | RlStage
     return chain
 
 
-def _steps(recipe: Recipe, folder: Path, at: Point) -> dict[str, int]:
-    """Of each stage that the weights went through, by name, how many it took with them."""
+def _steps(recipe: Recipe, folder: Path, at: ReleasePoint) -> dict[str, int]:
+    """Steps of each stage that trained the weights, by stage name."""
     steps = {stage.name: steps_done(folder, stage) for stage in lineage(recipe, at.stage)}
     return steps if at.step is None else steps | {at.stage.name: at.step}
 
@@ -181,7 +181,7 @@ def _start(recipe: Recipe) -> str:
 
 
 def _provenance(recipe: Recipe, past: Sequence[SftStage | RlStage]) -> str:
-    """Where each set of data comes from, and what was kept out of it."""
+    """The origin of each data set, and what was excluded from it."""
     lines: Mapping[str, None] = dict.fromkeys(f"- {_origin(data)}" for data in [stage.data for stage in past])
     if recipe.evaluation is not None:
         lines = {**lines, f"- held out, for evaluation: {_origin(recipe.evaluation.data)}": None}

@@ -1,11 +1,11 @@
-"""A run from its recipe to the report. Started again, it goes on where it was."""
+"""Runs a recipe: stages, evaluation, release, report. An interrupted run resumes."""
 
 from __future__ import annotations
 
 import gc
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from rich.console import Console
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
-from megatron_parallel_r1.curriculum.model_card import Point, thinking_json
-from megatron_parallel_r1.curriculum.release import write_release
+from megatron_parallel_r1.curriculum.model_card import ReleasePoint, run_card, thinking_json
+from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.collectives import barrier
 from megatron_parallel_r1.distributed.watchdog import Watchdog
@@ -44,7 +44,7 @@ def open_console() -> Console:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """Where a run left its results; `release` is None for a run of single stages."""
+    """Paths and evaluations of a finished run; `release` is None for a run of selected stages."""
 
     folder: Path
     report: Path
@@ -59,15 +59,15 @@ def run(
     adapt: bool = False,
     console: Console | None = None,
 ) -> list[RunResult]:
-    """Runs a recipe, once for each of its seeds; those side by side go to `<out>/<name>/seeds.md`.
+    """Runs a recipe, once for each of its seeds, and compares the seeds in `<out>/<name>/seeds.md`.
 
     Args:
-        only: names of the stages to run; None: all of them, and the release.
-        fresh: delete what an earlier run left in the folder.
-        adapt: go on though stages that are not done are set otherwise than when the run began.
+        only: names of the stages to run; None: all stages and the release.
+        fresh: delete the folder's contents and start over.
+        adapt: resume although settings of unfinished stages have changed.
 
     Raises:
-        UserError: a file or setting is wrong; what earlier stages made stays.
+        UserError: a file or setting is wrong; finished stages stay.
     """
     console = console or open_console()
     if recipe.seeds is None:
@@ -101,13 +101,13 @@ def _run_seed(
     run = RunContext.set_up(recipe, folder, resume)
     run.check_starts(names)
     run.check_split(names, process.world_size())
-    split, patience = recipe.parallel, recipe.collective_timeout_s
+    timeout_s = recipe.collective_timeout_s
     with (
-        process.running(recipe.seed, split, patience) as watchdog,
+        process.running(recipe.seed, recipe.parallel, timeout_s) as watchdog,
         Verifier(workers=_workers()) as verifier,
         Backends(run) as backends,
     ):
-        # Every process has looked at the folder by now; the first one may change it.
+        # Every rank has read the folder by now; rank zero may change it.
         if is_rank_zero():
             open_run_folder(recipe, folder, resume)
             if not resume:
@@ -118,14 +118,14 @@ def _run_seed(
         last: Model | None = None
         for stage in recipe.stages:
             if stage.name in names:
-                # Its optimizer and gradients go with it: their memory is the next stage's.
+                # Frees its optimizer and gradients for the next stage.
                 last = None
                 gc.collect()
                 last = _run_stage(run, stage, verifier, backends, console, watchdog)
         evaluations = past_evaluations(folder)
         release = None
         if only is None:
-            release = write_release(run, last or run.finished_model(recipe.stages[-1]), evaluations)
+            release = _write_release(run, last or run.finished_model(recipe.stages[-1]), evaluations)
         if evaluations:
             console.print(evaluation_table(evaluations).terminal())
         report = build_report(folder) if is_rank_zero() else folder / "report.html"
@@ -140,7 +140,7 @@ def _run_stage(
     console: Console,
     watchdog: Watchdog,
 ) -> Model | None:
-    """Trains a stage, keeps its model, evaluates it; whatever is already done is not done again."""
+    """Trains a stage, saves its model and evaluates it; skips what is already done."""
     folder = run.stage_folder(stage.name)
     model: Model | None = None
     if not (folder / "model").is_dir():
@@ -150,10 +150,10 @@ def _run_stage(
         else:
             model = train_rl(run, stage, verifier, backends, watchdog).model
         watchdog.set_location(f"stage {stage.name}, its end")
-        told = {"thinking.json": thinking_json(run.recipe, run.folder, Point(stage))}
-        save_model(run, model, folder / "model", told)
+        settings = thinking_json(run.recipe, run.folder, ReleasePoint(stage))
+        save_model(run, model, folder / "model", {"thinking.json": settings})
     else:
-        console.print(f"{stage.name}  done before", highlight=False)
+        console.print(f"{stage.name}  already done", highlight=False)
     if is_rank_zero() and not run.recipe.keeps_checkpoints(stage):
         shutil.rmtree(checkpoint_folder(folder), ignore_errors=True)
     if is_rank_zero():
@@ -168,9 +168,27 @@ def _run_stage(
 
 
 def _workers() -> int:
-    """Processes that judge answers, of each training process: the cores that are left, eight at most."""
-    mine = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(8, max(1, mine - 1))
+    """Verifier processes per training process: one per remaining core, at most eight."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, max(1, cores - 1))
+
+
+def _write_release(run: RunContext, model: Model, evaluations: Sequence[dict[str, Any]]) -> Path:
+    """Writes `<run>/release`, a Hugging Face checkpoint, and returns its path.
+
+    Adds `thinking.json`, the decoding settings and prompt of the training, and `README.md`, the model card
+    with this run's results. `parallel-r1 release` does the same for any checkpoint of a run.
+    """
+    release = run.folder / "release"
+    end = ReleasePoint(run.recipe.stages[-1])
+    extra = {
+        "thinking.json": thinking_json(run.recipe, run.folder, end),
+        "README.md": run_card(run.recipe, run.folder, run.shape, evaluations, end),
+    }
+    if run.tokenizer.chat_template is None:
+        extra["chat_template.jinja"] = CHAT_TEMPLATE
+    save_model(run, model, release, extra)
+    return release
 
 
 def _in_words(record: dict[str, Any]) -> str:

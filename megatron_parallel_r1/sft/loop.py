@@ -1,7 +1,7 @@
 """The SFT loop: worked examples -> packed rows -> loss -> new weights.
 
-Examples are trained under the layout that their rollout will have. Only tokens that the policy will have to
-draw carry loss; the tags that an engine forces do not.
+Examples are trained under the layout of their later rollout. Only tokens that the policy will sample carry
+loss; tags that an engine forces do not.
 """
 
 from __future__ import annotations
@@ -81,17 +81,17 @@ class SftBatch:
         return sum(len(row) for row in self.rows)
 
     def records(self) -> list[dict[str, Any]]:
-        """The batch JSON-ready, to look at later."""
+        """The batch, JSON-ready, for inspection."""
         return [{"tokens": row.tokens_L.tolist(), "source": row.source_L.tolist()} for row in self.rows]
 
 
 def example_row(
     example: Example, tokenizer: PreTrainedTokenizerBase, tags: Tags, template: str, mode: Mode
 ) -> Row:
-    """Lays an example out.
+    """Tokenizes an example and computes its layout.
 
     Raises:
-        UserError: its response is no well-formed trace.
+        UserError: its response is not a well-formed trace.
     """
     problem = example.problem
     tokens = encode_response(tokenizer, example.response)
@@ -107,16 +107,16 @@ def example_row(
 
 
 def sft_loss(logprobs_N: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood, summed over targets; the trainer divides by those of the whole update."""
+    """Negative log-likelihood, summed over targets; the trainer divides by the targets of the update."""
     return -logprobs_N.sum()
 
 
 def sft_step(trainer: Trainer, rows: Sequence[Row], micro_tokens: int, lr: float) -> Update:
-    """One optimizer step on the mean negative log-likelihood of the rows' targets.
+    """Makes one optimizer step on the mean negative log-likelihood of the rows' targets.
 
     Args:
-        rows: of the whole batch, the same on every rank.
-        micro_tokens: tokens of a packed row at most.
+        rows: rows of the whole batch, the same on every rank.
+        micro_tokens: largest number of tokens of a packed row.
     """
     packed = partition_rows(rows, micro_tokens, trainer.partition)
     micro_batches = [MicroBatch.of(row, trainer.device) for row in packed]

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 class Timers:
     """Sums seconds by name until they are taken; all threads add to the same sums.
 
-    A second thread that rolls out ahead works while the training thread does: then the phases of a step sum
-        to more than its time, and those of the rollout belong to whichever batch was under way.
+    With a rollout thread, the phases of a step overlap: they sum to more than its time, and rollout phases
+    are those of the batch that was under way.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Timers:
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Adds the time of the block, also if it raises."""
+        """Adds the time of the block, even if it raises."""
         began = time.monotonic()
         try:
             yield

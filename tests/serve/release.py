@@ -44,7 +44,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_release(folder: Path, thinking: Thinking = THINKING, template: str = "w9 {problem}") -> Path:
-    """Writes the folder as `curriculum/release.py` does, and returns it.
+    """Writes the folder as `curriculum/run.py` does, and returns it.
 
     In float64: a row's rounding depends on what else is in its batch, and in float32 that now and
     then moves a draw to the next token, so that a request among others would not be as if alone.
