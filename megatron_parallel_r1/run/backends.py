@@ -37,22 +37,22 @@ from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
 
 
 class Backend(Protocol):
-    """An engine and its life beside the trainer."""
+    """A rollout engine and its lifecycle."""
 
     @property
     def engine(self) -> Engine[Any]: ...
 
     def sleep(self) -> None:
-        """May release memory: nothing is rolled out until the next weights come."""
+        """Lets the engine release memory until the next weight update."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Metrics since the last call; every rank calls it."""
+        """Returns the metrics since the last call; every rank calls it."""
         ...
 
 
 class NativeBackend:
-    """The engine in the training processes."""
+    """The native engine, inside the training processes."""
 
     def __init__(self, run: RunContext, tensor_group: dist.ProcessGroup | None) -> None:
         self.engine = native_engine(run.shape, tensor_group, run.recipe.rollout.compiled)
@@ -65,7 +65,7 @@ class NativeBackend:
 
 
 class ServerBackend:
-    """Rollout servers that take the trainer's weights when they are published."""
+    """Rollout servers to which the trainer's weights are published."""
 
     def __init__(self, pool: ServerPool, publisher: Publisher, rollout: Rollout) -> None:
         self.engine = ServerEngine(pool, self._publish)
@@ -80,7 +80,7 @@ class ServerBackend:
             self._asleep = True
 
     def end(self) -> None:
-        """Wakes the servers with the last weights: whoever uses them next expects them awake."""
+        """Wakes sleeping servers with the last weights, so that they are ready for other uses."""
         if self._asleep:
             self._publish((), self.engine.version + 1)
         self._publisher.end()
@@ -101,7 +101,7 @@ class ServerBackend:
         }
 
     def _publish(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """The publisher reads the weights from the model, so `tensors` is not iterated."""
+        """Publishes the model's weights, which the publisher reads itself: `tensors` is not iterated."""
         if self._asleep:
             self._publisher.resume()
             self._asleep = False
@@ -116,7 +116,7 @@ class ServerBackend:
 
 
 class Backends:
-    """Opens the backend that a recipe names; servers that the run starts itself last as long as this."""
+    """Opens the backend of a recipe, and owns the servers that the run starts itself."""
 
     def __init__(self, run: RunContext) -> None:
         self._run = run
@@ -135,46 +135,50 @@ class Backends:
     def open(
         self, model: Model, thinking: Thinking, tensor_group: dist.ProcessGroup | None = None
     ) -> Iterator[Backend]:
-        """Opens a backend that has no weights of the model yet.
+        """Opens a backend, which has no weights of the model yet.
 
         Args:
-            tensor_group: a second tensor group of the same ranks, for an engine of a second thread.
+            tensor_group: another group of the tensor-parallel ranks, for an engine in a second thread.
 
         Raises:
-            UserError: no server answers, none decodes in `thinking.mode`, or one cannot take weights.
+            UserError: no server responds, none decodes in `thinking.mode`, or one cannot receive weights.
         """
         rollout = self._run.recipe.rollout
         if rollout.engine == "native":
             yield NativeBackend(self._run, tensor_group)
             return
-        urls = rollout.urls or (self._started(model, thinking) if rollout.servers else ())
+        urls = rollout.urls or (self._start_servers(model, thinking) if rollout.servers else ())
         pool = _shared_pool(rollout, urls, thinking)
         for url, info in pool.infos.items():
             check_copies(url, info.copies, rollout.sync.transport)
         controls = [_control(rollout, url) for url in pool.infos]
         publisher = Publisher(
-            controls, model, rollout.sync, probe_texts(self._run.shape.vocab), _Expected(model, self._run)
+            controls,
+            model,
+            rollout.sync,
+            probe_texts(self._run.shape.vocab),
+            _TrainerLogprobs(model, self._run),
         )
         backend = ServerBackend(pool, publisher, rollout)
         try:
             yield backend
         except BaseException:
-            # Other ranks may be gone: do nothing that waits for them.
+            # Other ranks may be gone: avoid collectives.
             for control in controls:
                 control.close()
             raise
         backend.end()
 
-    def _started(self, model: Model, thinking: Thinking) -> tuple[str, ...]:
-        """Starts this run's servers with the current weights; the next ones soon follow."""
+    def _start_servers(self, model: Model, thinking: Thinking) -> tuple[str, ...]:
+        """Starts this run's servers with the current weights, and returns their URLs."""
         folder = self._run.folder / "servers" / "model"
         if not folder.is_dir():
             save_model(self._run, model, folder)
         return run_on_rank_zero(lambda: self._own.urls(folder, thinking.mode == "isolated"))
 
 
-class _Expected:
-    """The trainer's log-probs for the probe."""
+class _TrainerLogprobs:
+    """Computes the trainer's log-probs of probe rows."""
 
     def __init__(self, model: Model, run: RunContext) -> None:
         self._model, self._capacity = model, run.recipe.max_tokens_per_micro_batch
@@ -186,10 +190,10 @@ class _Expected:
 
 @contextmanager
 def engine_of_checkpoint(recipe: Recipe, folder: Path, thinking: Thinking) -> Iterator[Engine[Any]]:
-    """Opens the recipe's engine with the weights of a folder; servers that already run must hold these.
+    """Opens the recipe's engine with the weights of a folder; servers that already run must hold them.
 
     Raises:
-        UserError: the folder is no checkpoint, or the engine cannot decode it as `thinking` says.
+        UserError: the folder is not a checkpoint, or the engine cannot decode in `thinking.mode`.
     """
     rollout = recipe.rollout
     if rollout.engine == "native":
@@ -209,7 +213,7 @@ def engine_of_checkpoint(recipe: Recipe, folder: Path, thinking: Thinking) -> It
 
 
 def _shared_pool(rollout: Rollout, urls: Sequence[str], thinking: Thinking) -> ServerPool:
-    """Opens this process's pool of the servers and checks that they decode in the wanted mode."""
+    """Connects this rank to the servers and checks that they decode in `thinking.mode`."""
     settings = PoolSettings(concurrent=rollout.max_concurrent_requests, patience_s=rollout.patience_s)
     timeouts = Timeouts(answer_s=rollout.request_timeout_s)
     pool = connect_pool(rollout.engine, urls, timeouts, settings, rollout.urls_file)

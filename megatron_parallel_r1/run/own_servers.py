@@ -1,4 +1,4 @@
-"""Rollout servers that a run starts beside its first process, and ends when it ends."""
+"""Rollout servers that a run starts on the node of rank zero, and stops when it ends."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supe
 
 
 class OwnServers:
-    """None runs until `urls` is called; all have ended when the `with` block has. For the first process.
+    """Starts rollout servers at the first call of `urls`, stops them at the end of the `with` block.
+
+    For rank zero.
 
     Args:
-        asked: how many, and of which engine.
-        logs: folder of their logs.
-        tell: is given a line about each that becomes healthy or crashes.
+        rollout: the engine and the number of servers.
+        logs: folder of the server logs.
+        report: called with a line when a server becomes healthy or crashes.
     """
 
-    def __init__(self, asked: Rollout, logs: Path, tell: Callable[[str], None]) -> None:
-        self._asked = asked
+    def __init__(self, rollout: Rollout, logs: Path, report: Callable[[str], None]) -> None:
+        self._rollout = rollout
         self._logs = logs
-        self._tell = tell
+        self._report = report
         self._urls: tuple[str, ...] = ()
         self._thread: threading.Thread | None = None
         self._ending, self._settled = threading.Event(), threading.Event()
         self._error: UserError | None = None
 
     def urls(self, checkpoint: Path, isolated: bool) -> tuple[str, ...]:
-        """Their base addresses; the first call starts them and waits until they are healthy.
+        """Returns the base URLs; the first call starts the servers and waits until they are healthy.
 
         Args:
-            checkpoint: a Hugging Face folder to start with; later weights are published.
-            isolated: with the plugin that joins isolated paths.
+            checkpoint: a Hugging Face folder with the initial weights; later weights are published.
+            isolated: load the plugin that joins isolated paths.
 
         Raises:
             UserError: they cannot be started.
@@ -46,18 +48,18 @@ class OwnServers:
             children = build_servers(
                 LaunchSettings(
                     checkpoint=checkpoint,
-                    engine="vllm" if self._asked.engine == "vllm" else "sglang",
-                    servers=self._asked.servers,
-                    tensor=self._asked.tensor,
+                    engine="vllm" if self._rollout.engine == "vllm" else "sglang",
+                    servers=self._rollout.servers,
+                    tensor=self._rollout.tensor,
                     port=0,
-                    memory_share=self._asked.memory_share,
+                    memory_share=self._rollout.memory_share,
                     isolated=isolated,
-                    colocated=self._asked.colocated,
+                    colocated=self._rollout.colocated,
                     log_dir=self._logs,
                 )
             )
             self._urls = tuple(child.url for child in children)
-            # All of a server's life is in one thread: the kernel ends it with the thread that started it.
+            # One thread starts and watches the servers: the kernel kills them when that thread ends.
             self._thread = threading.Thread(target=self._keep, args=(children,), name="servers", daemon=True)
             self._thread.start()
         self._settled.wait()
@@ -78,14 +80,14 @@ class OwnServers:
     def _keep(self, children: list[ServerProcess]) -> None:
         settings = LaunchSettings(checkpoint=self._logs)
         try:
-            with Supervisor(children, settings.crashes, settings.start_seconds, self._tell) as supervisor:
+            with Supervisor(children, settings.crashes, settings.start_seconds, self._report) as supervisor:
                 while not self._ending.is_set():
                     supervisor.look()
                     if supervisor.healthy:
                         self._settled.set()
         except UserError as error:
-            # If it comes late, the pool says that no server is left.
+            # Once `urls` has returned, the pool reports that no server is left.
             self._error = error
-            self._tell(str(error))
+            self._report(str(error))
         finally:
             self._settled.set()
