@@ -25,7 +25,7 @@ from megatron_parallel_r1.rewards.normalize import clean
 from megatron_parallel_r1.rewards.verifier_worker import VerifierWorker
 
 LOG = logging.getLogger(__name__)
-AnswerPair = tuple[str, str]
+AnswerAndReference = tuple[str, str]
 # The wall-clock limit in multiples of the processor-time limit, for a worker that is starved or sleeps.
 WALL_CLOCK_FACTOR = 10
 
@@ -57,7 +57,7 @@ class _PendingPair:
         deadline: when it times out in any case.
     """
 
-    pair: AnswerPair
+    pair: AnswerAndReference
     used: float
     check_at: float
     deadline: float
@@ -127,8 +127,8 @@ class Verifier:
     ) -> None:
         self.close()
 
-    def _solve(self, pairs: Sequence[AnswerPair]) -> dict[AnswerPair, Verdict]:
-        solved: dict[AnswerPair, Verdict] = {}
+    def _solve(self, pairs: Sequence[AnswerAndReference]) -> dict[AnswerAndReference, Verdict]:
+        solved: dict[AnswerAndReference, Verdict] = {}
         todo = deque(pairs)
         idle = self._workers[: len(pairs)]
         busy: dict[VerifierWorker, _PendingPair] = {}

@@ -41,4 +41,5 @@ class Tags:
             raise ValueError(f"the tokenizer has no token for {', '.join(missing)}")
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos token")
-        return cls(*(vocabulary[text] for text in TAG_TEXTS), tokenizer.eos_token_id)
+        ids = [*(vocabulary[text] for text in TAG_TEXTS), tokenizer.eos_token_id]
+        return cls(*ids)
