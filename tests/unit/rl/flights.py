@@ -27,8 +27,8 @@ class FakeEngine:
 
     modes = frozenset({"sequential"})
 
-    def __init__(self, together: bool) -> None:
-        self.runs_on_all_ranks = together
+    def __init__(self, runs_on_all_ranks: bool) -> None:
+        self.runs_on_all_ranks = runs_on_all_ranks
         self.version = -1
         self.weight = 0.0
 
@@ -49,7 +49,7 @@ class Flight:
     Attributes:
         jitter: seeds pauses of some milliseconds in both threads; None: none.
         events: what happened, in order.
-        together: the engine decodes in the trainer's processes; else it is fed by the training thread.
+        runs_on_all_ranks: the engine runs in the trainer's processes; else the training thread feeds it.
         taken: the batches that were trained.
     """
 
@@ -57,7 +57,7 @@ class Flight:
     steps: int = 6
     jitter: int | None = None
     done: int = 0
-    together: bool = True
+    runs_on_all_ranks: bool = True
     saved: dict[str, Any] = field(default_factory=dict)
     weight: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 

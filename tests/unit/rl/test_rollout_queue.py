@@ -46,7 +46,7 @@ def alive() -> list[str]:
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("k", [0, 1, 2, 3, 9])
 def test_each_batch_is_rolled_out_by_the_weights_that_k_says(k: int, together: bool) -> None:
-    flight = Flight(k, jitter=k, together=together)
+    flight = Flight(k, jitter=k, runs_on_all_ranks=together)
     flight.run()
     assert list(flight.taken) == [1, 2, 3, 4, 5, 6]
     for step, batch in flight.taken.items():
@@ -104,11 +104,13 @@ def test_a_batch_is_rolled_out_while_another_trains() -> None:
 )
 @pytest.mark.parametrize("together", [True, False])
 def test_a_run_goes_on_bit_for_bit(k: int, save_after: int, together: bool) -> None:
-    whole, first = Flight(k), Flight(k, jitter=4, together=together)
+    whole, first = Flight(k), Flight(k, jitter=4, runs_on_all_ranks=together)
     whole.run()
     state = json.loads(json.dumps(first.run(save_after)))
     assert len(state["in_flight"]) == min(k, 6 - save_after)
-    second = Flight(k, jitter=5, done=save_after, together=together, saved=state, weight=first.weight.clone())
+    second = Flight(
+        k, jitter=5, done=save_after, runs_on_all_ranks=together, saved=state, weight=first.weight.clone()
+    )
     second.run()
     assert first.taken | second.taken == whole.taken
     assert torch.equal(second.weight, whole.weight)
