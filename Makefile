@@ -55,6 +55,8 @@ bench: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck -x slurm/*.sh make-venv tests/install/try
 
 $(VENV)/ready: setup.cfg constraints.txt
