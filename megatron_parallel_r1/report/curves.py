@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -35,7 +36,7 @@ LEFT, RIGHT, BOTTOM, TOP = 50, 8, 34, 18
 FONT = 9.5
 EXACT = 2e-5  # largest difference of two float32 computations of a log-prob
 FLOOR = 1e-9  # replaces 0 on a logarithmic axis
-RC = {
+RC: dict[Any, object] = {  # the stub allows only literal keys
     "svg.fonttype": "none",
     "font.size": FONT,
     "axes.linewidth": 0.8,
@@ -90,7 +91,7 @@ def _draw(run: RunLog, panel: Panel, stages: tuple[StageSpan, ...]) -> Curve | N
     evals = eval_points(run, panel, stages)
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)
     box = (LEFT, BOTTOM, WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP)
-    axes = figure.add_axes([box[0] / WIDTH, box[1] / HEIGHT, box[2] / WIDTH, box[3] / HEIGHT])
+    axes = figure.add_axes((box[0] / WIDTH, box[1] / HEIGHT, box[2] / WIDTH, box[3] / HEIGHT))
     _set_axes(axes, panel, stages)
     for _, line, data in lines:
         _plot(axes, panel, line, data)

@@ -129,7 +129,7 @@ def _base(run: RunLog) -> dict[str, Any] | None:
     alike = [r for r in run.evals if r.get("mode") == last.get("mode") and r is not last]
     kinds = {stage.name: stage.kind for stage in run.stages}
     after_sft = [record for record in alike if kinds.get(record["stage"]) == "sft"]
-    return (after_sft[-1:] or alike[:1] or [None])[0]
+    return next(iter(after_sft[-1:] or alike[:1]), None)
 
 
 def _before(base: dict[str, Any] | None, key: str) -> str:

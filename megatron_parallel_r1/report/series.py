@@ -87,7 +87,8 @@ def eval_points(run: RunLog, panel: Panel, stages: tuple[StageSpan, ...]) -> tup
         y = record.get(panel.eval_key)
         if x is not None and y is not None and record.get("mode") == mode:
             bounds = accuracy_interval(record) if panel.eval_key == "accuracy" else None
-            points[x] = EvalPoint(x, y, *(bounds or (y, y)), f"{record['stage']}, step {record['step']}")
+            low, high = bounds or (y, y)
+            points[x] = EvalPoint(x, y, low, high, f"{record['stage']}, step {record['step']}")
     return tuple(points[x] for x in sorted(points))
 
 

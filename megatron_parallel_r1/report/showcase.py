@@ -79,7 +79,8 @@ def _mixed(records: Iterable[JsonRecord]) -> list[JsonRecord]:
 
 
 def _shown(stage: str, record: JsonRecord) -> ShownTrace:
-    verdict = {True: "right", False: "wrong"}.get(record.get("correct"), "unknown")
+    correct = record.get("correct")
+    verdict = "unknown" if correct is None else "right" if correct else "wrong"
     return ShownTrace(stage, record, verdict, _count_blocks(record))
 
 

@@ -157,6 +157,7 @@ def test_server_engines_need_servers_and_one_process(name: str, tmp_path: Path, 
     with pytest.raises(UserError, match=f"engine {name}: give --server URL"):
         engine_opener(name)(EngineSpec(tmp_path)).__enter__()
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="start it without torchrun"):
         engine_opener(name)(EngineSpec(tmp_path, servers=("http://127.0.0.1:1",))).__enter__()
 
