@@ -58,7 +58,7 @@ class RopeScaling:
         for field, value in rope.items():
             if field not in known and value is not None and (field, value) != ("partial_rotary_factor", 1.0):
                 raise UserError(f"config.json: {field} = {value!r} of rope_type {kind!r} is not supported")
-        values = {
+        values: dict[str, Any] = {
             name: default if rope.get(name) is None else rope[name]
             for name, default in {"factor": None, **KINDS[kind]}.items()
         }

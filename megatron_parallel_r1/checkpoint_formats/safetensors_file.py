@@ -112,7 +112,7 @@ class StoredTensor:
         out_B = out.view(-1).view(torch.uint8).numpy()
         done = 0
         while done < len(out_B):
-            count = os.preadv(descriptor, [out_B[done : done + MAX_READ]], begin + done)
+            count = os.preadv(descriptor, [out_B.data[done : done + MAX_READ]], begin + done)
             if not count:
                 raise UserError(f"{self.file} ends within {self.name}; copy it again")
             done += count

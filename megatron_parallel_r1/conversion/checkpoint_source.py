@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class CheckpointSource:
         config: the model's sizes.
         config_json: the parsed config.json.
         like: the folder with config.json and tokenizer.
-        stored: the tensors of a Hugging Face folder; None for Megatron.
+        stored: the tensors of a Hugging Face folder; empty for Megatron.
         checkpoint: the Megatron checkpoint; None for Hugging Face.
     """
 
@@ -65,7 +66,7 @@ class CheckpointSource:
     config: ModelConfig
     config_json: dict[str, Any]
     like: Path
-    stored: dict[str, StoredTensor] | None = None
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
     checkpoint: MegatronCheckpoint | None = None
 
     @property

@@ -19,6 +19,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -36,7 +37,7 @@ class ConversionBar:
     """The progress bar of a conversion."""
 
     progress: Progress
-    task: int
+    task: TaskID
 
     def begin(self, total: int) -> None:
         self.progress.update(self.task, total=total)

@@ -71,12 +71,13 @@ def write_release(
         UserError: a part is missing or does not fit, before anything is written; or `out` cannot be written.
     """
     run, source = inputs.run, inputs.source
-    recipe = at = None
+    trained: tuple[Recipe, Path, ReleasePoint] | None = None
     if run is None and (source / "stages.json").is_file():
         run = source
     if run is not None:
         recipe = _recipe(run)
         at = _point(recipe, run, inputs)
+        trained = (recipe, run, at)
         if source == run:
             source = run / at.stage.name / "model"
             if not source.is_dir():
@@ -85,14 +86,15 @@ def write_release(
     opened = open_source(source, like)
     extra = _tokenizer_files(opened, run)
     more = "\n\n".join(_text(file) for file in inputs.evaluations)
-    if recipe is not None and inputs.thinking is None:
-        extra["thinking.json"] = thinking_json(recipe, run, at).encode()
+    if trained is not None and inputs.thinking is None:
+        extra["thinking.json"] = thinking_json(*trained).encode()
     else:
         file = inputs.thinking or opened.like / "thinking.json"
         if not file.is_file():
             raise UserError(f"{file} is missing; give --thinking, or --run")
         extra["thinking.json"] = file.read_bytes()
-    if recipe is not None:
+    if trained is not None:
+        recipe, run, at = trained
         text = run_card(recipe, run, opened.config, _evaluations(recipe, run, at), at)
         text += f"\n{more}\n" if more else ""
     else:
@@ -122,6 +124,7 @@ def _point(recipe: Recipe, run: Path, inputs: ReleaseInputs) -> ReleasePoint:
     last = recipe.stages[-1]
     source, folder = inputs.source.resolve(), run.resolve()
     inside = source.relative_to(folder).parts if source.is_relative_to(folder) else ()
+    name: str | None
     if inputs.stage is not None:
         name = inputs.stage
     elif source == folder or inside == ("release",):

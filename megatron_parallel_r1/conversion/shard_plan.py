@@ -103,7 +103,8 @@ def _rank_shards(
     weight: WeightMapping, rank: int, size: int, config: ModelConfig, key: str
 ) -> Iterator[Shard]:
     lead = () if weight.expert is None else (weight.expert,)
-    whole = (*((config.experts.count,) if lead else ()), *weight.shape)
+    experts = (config.experts.count,) if config.experts and lead else ()
+    whole = (*experts, *weight.shape)
     rest = weight.shape[1:]
 
     def shard(row: int, rows: int, groups: int, *sources: RowSlice, column: int = 0, width: int = 0) -> Shard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def write_hf_folder(
             index = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
             work.file(INDEX, lambda file: file.write(index.encode() + b"\n"))
         for name, content in extra.items():
-            work.file(name, lambda file, content=content: file.write(content))
+            work.file(name, partial(HashingWriter.write, data=content))
         copy_companions(source.like, work, exclude=tuple(extra))
         work.complete()
 

@@ -17,8 +17,9 @@ import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def hf_to_megatron(
         index = [(Path(name).name, some) for (name, _), some in zip(files, entries, strict=True)]
         work.file(f"{RELEASE}/.metadata", lambda file: file.write(_metadata(index)))
         work.file(f"{RELEASE}/metadata.json", lambda file: file.write(_FORMAT))
-        work.file(f"{RELEASE}/common.pt", lambda file: torch.save(_COMMON, file))
+        work.file(f"{RELEASE}/common.pt", lambda file: torch.save(_COMMON, cast(IO[bytes], file)))
         work.file(TRACKER, lambda file: file.write(RELEASE.encode()))
         copy_companions(source, work)
         work.complete()
@@ -139,7 +140,11 @@ def copy_companions(source: Path, work: WorkFolder, exclude: Sequence[str] = ())
     """Copies the small files of a model: its config, its tokenizer, its card."""
     for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern)}):
         if file.is_file() and file.name not in (*_EXCLUDED, *exclude):
-            work.file(file.name, lambda out, file=file: out.write(file.read_bytes()))
+            work.file(file.name, partial(_copy, file))
+
+
+def _copy(source: Path, out: HashingWriter) -> int:
+    return out.write(source.read_bytes())
 
 
 def _dtype(shard: Shard, stored: Mapping[str, StoredTensor], cast: torch.dtype | None) -> torch.dtype:
@@ -174,7 +179,7 @@ def _write(
             _assemble(shard, stored, tensor)
             begin = file.tell()
             with _no_checksums():
-                torch.save(tensor, file)
+                torch.save(tensor, cast(IO[bytes], file))
             advance(tensor.nbytes)
             del tensor  # before another file takes its memory
         entries.append(
@@ -227,5 +232,5 @@ def _metadata(index: list[tuple[str, list[dict[str, Any]]]]) -> bytes:
             whole.chunks.append(ChunkStorageMetadata(offset, torch.Size(entry["sizes"])))
             places[MetadataIndex(entry["key"], offset)] = _StorageInfo(file, entry["begin"], entry["length"])
     stream = io.BytesIO()
-    pickle.dump(Metadata(state_dict_metadata=tensors, storage_data=places, planner_data={}), stream)
+    pickle.dump(Metadata(state_dict_metadata=dict(tensors), storage_data=places, planner_data={}), stream)
     return stream.getvalue()

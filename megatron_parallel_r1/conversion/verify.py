@@ -66,7 +66,7 @@ def compare_logits(first: CheckpointSource, second: CheckpointSource) -> tuple[d
         first_LV = _own_logits(first, tokens_1L)
         gaps = {"our model of both": _largest(first_LV - _own_logits(second, tokens_1L))}
     for name, source in (("first", first), ("second", second)):
-        if source.stored is not None:
+        if source.stored:
             gaps[f"our model of the first and transformers of the {name}"] = _largest(
                 first_LV - _transformers_logits(source, tokens_1L)
             )

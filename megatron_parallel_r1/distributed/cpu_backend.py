@@ -69,25 +69,30 @@ def _no_op(*args: object, **kwargs: object) -> None:
     return None
 
 
+def _replace(owner: object, name: str, value: object) -> None:
+    """Sets an attribute whose declared type the replacement does not have."""
+    setattr(owner, name, value)
+
+
 def patch_megatron() -> None:
     """Lets Megatron-Core run on the CPU; a no-op where CUDA is available. May be called twice."""
     if torch.cuda.is_available() or isinstance(schedules.torch, _CpuTorch):
         return
     # Where Megatron allocates weights, gradient buffers and receive buffers.
-    torch.cuda.current_device = _cpu_device
+    _replace(torch.cuda, "current_device", _cpu_device)
     # Called around communication, timers and checkpoints; CPU work is never pending.
     torch.cuda.synchronize = _no_op
     # The states that activation checkpointing and sequence-parallel regions fork and restore.
-    torch.cuda.manual_seed = torch.manual_seed
+    _replace(torch.cuda, "manual_seed", torch.manual_seed)
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = _get_rng_state
     tensor_parallel_random._set_cuda_rng_state = _set_rng_state
     # A step's token count, the loss scale and the norm buffers are created with device="cuda".
     for module in (schedules, optimizer, clip_grads, utils):
         module.torch = _CpuTorch()
     # Pipeline stages with tied embeddings pass their copies of the weight through it.
-    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+    _replace(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
     # The optimizers distinguish parameters by type name and reject any that is not torch.cuda.*.
-    torch.Tensor.type = _cuda_type_name
+    _replace(torch.Tensor, "type", _cuda_type_name)
     # The counts of tokens per expert are copied to the CPU on their own stream.
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = torch.device("cpu")
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_on_cpu

@@ -55,7 +55,7 @@ def start(
         backend = "nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     watchdog = Watchdog(rank(), world_size(), heartbeat_s)
-    store = dist.HashStore()
+    store: dist.Store = dist.HashStore()
     if world_size() > 1:
         # torchrun hosts a store of its own; under srun or by hand rank 0 does.
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -138,7 +138,7 @@ def _connect(own_rank: int, is_host: bool, host: str, join_s: float) -> tuple[di
     try:
         launch = _launch_store(address, port, world_size(), is_host, timeout)
         session = f"attempt{attempt}/session{launch.add(f'attempt{attempt}/starts/{own_rank}', 1)}"
-        store, second = (dist.PrefixStore(session, connection) for connection in (launch, launch.clone()))
+        store, second = (dist.PrefixStore(session, connection) for connection in (launch, _clone(launch)))
     except dist.DistError as error:
         reason = f"rank {own_rank}: {host} was not reached at {address}:{port} within {join_s:g} s"
         raise PeerLost(f"{reason} ({first_line(error)})") from error
@@ -170,6 +170,11 @@ def _launch_store(address: str, port: int, size: int, is_host: bool, timeout: ti
         wait_for_workers=False,
         multi_tenant=True,
     )
+
+
+def _clone(store: dist.TCPStore) -> dist.Store:
+    """Opens a second connection; torch's stubs lack `clone`."""
+    return store.clone()  # type: ignore[attr-defined]
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - torch declares none
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         """Normalizes the last dimension of a tensor of any shape; keeps shape and dtype."""

@@ -47,12 +47,12 @@ def hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
         holders = [set() for _ in range(pipeline.size())]
         dist.all_gather_object(holders, set(own), group=pipeline)
     for weight in weight_table(model.architecture):
-        shard = own[weight.name].detach() if weight.name in own else None
+        owner = next(rank for rank, names in enumerate(holders) if weight.name in names)
+        if pipeline.size() == 1 or pipeline.rank() == owner:
+            shard = own[weight.name].detach()
+        else:
+            shard = next(model.parameters()).new_empty(weight.shard_shape(tensor_group.size()))
         if pipeline.size() > 1:
-            owner = next(rank for rank, names in enumerate(holders) if weight.name in names)
-            if pipeline.rank() != owner:
-                like = next(model.parameters())
-                shard = like.new_empty(weight.shard_shape(tensor_group.size()))
             dist.broadcast(shard, dist.get_global_rank(pipeline, owner), group=pipeline)
         shards = [shard]
         if tensor_group.size() > 1 and weight.split_dim is not None:

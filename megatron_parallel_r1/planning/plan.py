@@ -151,6 +151,7 @@ def _shape(recipe: Recipe) -> tuple[ModelConfig, list[str]]:
         shape, read = published_config(source.path)
         note = f"{source.path} does not exist: using the sizes of the published {source.path.name}"
         return shape, [] if read else [note]
+    assert source.shape is not None  # the recipe has a path or a shape
     if isinstance(recipe.tokenizer, BpeTokenizer):
         vocab = recipe.tokenizer.vocab_size + len(TAG_TEXTS)
         return source.shape.config(vocab), ["few texts may give the tokenizer a smaller vocabulary"]
@@ -229,6 +230,7 @@ class _Planner:
     def _evaluation(self, thinking: Thinking) -> MemoryUse:
         """The stage's idle trainer remains in memory beside the engine of the evaluation."""
         evaluation = self.recipe.evaluation
+        assert evaluation is not None  # a stage with `evaluate` has one
         slots = self._slots(
             evaluation.problems, evaluation.samples_per_problem, evaluation.max_concurrent_rollouts, thinking
         )
@@ -298,17 +300,18 @@ def _warnings(planned: StagePlan, recipe: Recipe, shape: ModelConfig, data: int,
     stage, need = planned.stage, planned.memories[planned.fullest].total
     if need > gpu:
         lower = "max_tokens_per_micro_batch"
-        if planned.slots is not None:
+        if planned.slots is not None and isinstance(stage, RlStage):
             lower = f"its max_concurrent_rollouts ({stage.max_concurrent_rollouts}) or {lower}"
         yield (
             f"stage {stage.name}: about {need / GIB:.0f} GiB are needed, a GPU has {gpu / GIB:.0f}; "
             f"lower {lower}, recompute more, or split over more processes"
         )
-    if planned.evaluation is not None and (need := planned.evaluation.total) > gpu:
+    evaluation = recipe.evaluation
+    if planned.evaluation and evaluation and (need := planned.evaluation.total) > gpu:
         yield (
             f"stage {stage.name}: its evaluation needs about {need / GIB:.0f} GiB, a GPU has "
             f"{gpu / GIB:.0f}; lower "
-            f"evaluation.max_concurrent_rollouts ({recipe.evaluation.max_concurrent_rollouts})"
+            f"evaluation.max_concurrent_rollouts ({evaluation.max_concurrent_rollouts})"
         )
     if planned.row > recipe.max_tokens_per_micro_batch:
         yield (

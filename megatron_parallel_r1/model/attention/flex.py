@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def flex_attention(
     if torch.is_grad_enabled() and not query_QHD.is_cuda and any(part.requires_grad for part in parts):
         raise UserError("model.attention: flex has no backward on a CPU; set it to auto, or tiled")
     mask = MASKS.get(layout_KQ, len(key_LGD), lambda: block_mask(layout_KQ, len(key_LGD)))
-    attend = _compiled() if compiled else flex.flex_attention
+    attend: Callable[..., Tensor] = _compiled() if compiled else cast(Any, flex.flex_attention)
     query_1HQD, key_1GLD, value_1GLD = (part.transpose(0, 1)[None] for part in parts)
     with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
         out_1HQD = attend(query_1HQD, key_1GLD, value_1GLD, block_mask=mask, scale=scale, enable_gqa=True)
