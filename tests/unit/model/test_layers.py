@@ -50,7 +50,9 @@ def test_what_cannot_run_is_told_in_one_line() -> None:
     assert told == "model.fp8: blockwise: compute capability 9.0 or higher required; set it to none"
     for kernel in ("flex", "triton"):
         assert f"{kernel} needs a CUDA device" in refusal(Layers(attention=kernel), LayerSupport(CPU))
-    assert "none of auto, sdpa, tiled, flex, triton" in refusal(Layers(attention="dense"), LayerSupport(CUDA))
+    assert "not one of auto, sdpa, tiled, flex, triton" in refusal(
+        Layers(attention="dense"), LayerSupport(CUDA)
+    )
 
 
 def test_what_can_run_passes() -> None:

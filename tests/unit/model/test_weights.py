@@ -122,10 +122,10 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     for broken in (b"{", b'{"model_type": "\xff"}'):
         config.write_bytes(broken)
-        with pytest.raises(UserError, match="no valid JSON"):
+        with pytest.raises(UserError, match="is not valid JSON"):
             load_hf_folder(tmp_path)
     config.write_text("[1]")
-    with pytest.raises(UserError, match="no JSON object"):
+    with pytest.raises(UserError, match="is not a JSON object"):
         load_hf_folder(tmp_path)
     with pytest.raises(UserError, match=r"no config\.json; give the folder"):
         load_hf_folder(config)
@@ -139,6 +139,6 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
 
 def test_saving_spares_a_folder_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no Hugging Face model"):
+    with pytest.raises(UserError, match="is not a Hugging Face model"):
         save_hf_folder(tmp_path, tiny(), weights.random_hf_tensors(tiny(), 0))
     assert (tmp_path / "notes.txt").read_text() == "mine"
