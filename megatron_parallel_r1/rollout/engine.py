@@ -1,7 +1,7 @@
-"""What the parallel-thinking loop asks of an engine.
+"""The engine interface that the parallel-thinking loop uses.
 
-A context is what the next token sees: an engine's own handle on a written prefix. The loop speaks of
-contexts in the words of the method: write forced tokens, sample until a stop token, fork, join.
+A context is an engine's handle on a written prefix: everything that the next token sees. The loop writes
+forced tokens to it, samples until a stop token, forks it and joins its forks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Context = TypeVar("Context")
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a token is drawn. temperature 0 takes the likeliest; top_k 0 and top_p 1 keep all.
+    """Sampling parameters. Temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
 
     `seed` fixes the draw at each position, whatever else is in the batch.
     """
@@ -32,14 +32,14 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What one `sample` call drew.
+    """The result of one `sample` call.
 
     Attributes:
-        tokens: at least one; a stop token, if met, is the last.
-        logprobs: natural log-probability of each under softmax(logits / temperature) over all tokens but
-            the suppressed ones, before top-k and top-p (temperature 0 counts as 1).
-        versions: of the weights that drew each.
-        stopped: the last token is a stop token; else the limit was reached.
+        tokens: at least one; a stop token, if drawn, is the last.
+        logprobs: natural log-probability of each token under softmax(logits / temperature) over all tokens
+            except suppressed ones, before top-k and top-p (temperature 0 counts as 1).
+        versions: of the weights that drew each token.
+        stopped: the last token is a stop token; otherwise the limit was reached.
     """
 
     tokens: tuple[int, ...]
@@ -49,11 +49,11 @@ class Completion:
 
 
 class Interrupted(Exception):
-    """What an engine was asked for will not come: somebody called `interrupt`."""
+    """The engine was interrupted (`Engine.interrupt`)."""
 
 
 class Engine(Protocol, Generic[Context]):
-    """Draws tokens. Calls on one context come one at a time; many contexts run at once."""
+    """Draws tokens. Call it once at a time per context; many contexts run at once."""
 
     @property
     def modes(self) -> frozenset[Mode]:
@@ -62,33 +62,33 @@ class Engine(Protocol, Generic[Context]):
 
     @property
     def version(self) -> int:
-        """Of the weights it holds."""
+        """Of the weights that it holds."""
         ...
 
     @property
     def runs_on_all_ranks(self) -> bool:
-        """Whether all processes of a copy of the model make each call together; else its first one alone."""
+        """Whether all ranks of a model replica make each call; otherwise only its first rank does."""
         ...
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Takes new weights under their Hugging Face names; no context may be open."""
+        """Loads weights under their Hugging Face names; no context may be open."""
         ...
 
     def offer_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Has new weights taken between two passes, contexts open or not; any thread may call it.
+        """Offers weights to load between two passes, even with open contexts; any thread may call it.
 
-        What the open contexts have in the cache stays as the old weights made it, as in inference servers
-        that update without a flush. What is drawn after that comes from a mixture that no single version
-        would give: the mismatch metrics show it, truncated importance sampling bounds it. A token's version
-        is that of the pass that made its distribution.
+        The KV cache of open contexts stays as the old weights computed it, as in inference servers that
+        update without a flush. Later tokens come from a mixture that no single version would give: the
+        mismatch metrics show it, truncated importance sampling bounds it. A token's version is that of the
+        pass that computed its distribution.
 
         Args:
-            tensors: not to be changed any more by the caller.
+            tensors: must not change any more.
         """
         ...
 
     def interrupt(self) -> None:
-        """Ends what is under way or asked later with `Interrupted`; any thread may call it."""
+        """Ends calls under way, and all later ones, with `Interrupted`; any thread may call it."""
         ...
 
     def open(self) -> Context:
@@ -96,7 +96,7 @@ class Engine(Protocol, Generic[Context]):
         ...
 
     async def write(self, context: Context, tokens: Sequence[int]) -> None:
-        """Appends forced tokens. Afterwards all of the context is in the cache, ready to fork or join."""
+        """Appends forced tokens. Afterwards the whole context is in the cache, ready to fork or join."""
         ...
 
     async def sample(
@@ -107,28 +107,28 @@ class Engine(Protocol, Generic[Context]):
         stop: frozenset[int],
         suppress: frozenset[int],
     ) -> Completion:
-        """Draws tokens until one of `stop` or `limit` of them; never one of `suppress`.
+        """Draws tokens up to one of `stop`, at most `limit`, and never one of `suppress`.
 
-        The last token may not be in the cache yet; `write(context, ())` brings it there.
+        The last token may not be in the cache yet; `write(context, ())` puts it there.
         """
         ...
 
     def fork(self, context: Context) -> Context:
-        """A second context with the same past, which it shares. The past must be written."""
+        """A second context that shares the same prefix, which must be written."""
         ...
 
     def join(self, trunk: Context, paths: Sequence[Context]) -> Context:
-        """What follows isolated paths: sees trunk and all paths as they were written, and goes on behind
-        the furthest position. The paths are written forks of `trunk`, which was not extended since."""
+        """The context after isolated paths: it sees the trunk and all paths as they were written, and
+        continues after the highest position. The paths are written forks of `trunk`, unchanged since."""
         ...
 
     def close(self, context: Context) -> None:
-        """Lets go of the context; what no other context shares is freed."""
+        """Closes the context and frees what no other context shares."""
         ...
 
 
 class EngineWrapper(Generic[Context]):
-    """The half of an `Engine` that is alike in all wrappers; contexts are theirs to handle."""
+    """Forwards everything but contexts to an engine; subclasses handle contexts."""
 
     def __init__(self, engine: Engine[Context]) -> None:
         self._engine = engine

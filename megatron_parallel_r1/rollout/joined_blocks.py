@@ -1,7 +1,7 @@
-"""Closed isolated blocks of a token list, and how a client and our SGLang plugin speak about them.
+"""Closed isolated blocks of a token list, and their format between a client and our SGLang plugin.
 
-In a request to `POST /generate` the blocks are one flat list of integers under a key that only the plugin
-reads; a server without the plugin would ignore it, so a client first asks `GET /server_info`:
+`POST /generate` carries the blocks as one flat list of integers, under a key that only the plugin reads. A
+server without the plugin ignores it, so a client first checks `GET /server_info`:
 
     sampling_params.custom_params = {"parallel_r1": [n, fork, end_1 .. end_n,  n, fork, end_1 .. end_n, ...]}
     server_info["internal_states"][i]["parallel_r1"] = {"protocol": 1, "missing": [], "counters": {...}, ...}
@@ -17,8 +17,8 @@ from typing import Any
 
 FIELD = "parallel_r1"
 PROTOCOL = 1
-# Levels of blocks in blocks. Each is a call within a call, here and in the plugin, and no trace is near it:
-# past Python's own limit the scheduler of a server would end.
+# Levels of nested blocks. Each level is a recursive call, here and in the plugin; past Python's own limit a
+# server's scheduler would end. No trace comes near it.
 MAX_DEPTH = 64
 
 
@@ -28,8 +28,8 @@ class JoinedBlock:
 
     Attributes:
         fork: index of the first token of the first path.
-        ends: index behind the last token of each path, rising; the first path begins at `fork`, each other
-            one where the path before it ends.
+        ends: index after the last token of each path, increasing; the first path begins at `fork`, every
+            other path where the previous one ends.
     """
 
     fork: int
@@ -37,12 +37,12 @@ class JoinedBlock:
 
     @property
     def stop(self) -> int:
-        """Index behind the last path."""
+        """Index after the last path."""
         return self.ends[-1]
 
     @property
     def paths(self) -> tuple[tuple[int, int], ...]:
-        """Of each path its first index and the one behind its last."""
+        """Each path's first index and the index after its last."""
         return tuple(zip((self.fork, *self.ends[:-1]), self.ends, strict=True))
 
 
@@ -76,40 +76,41 @@ def decode_blocks(numbers: object, length: int) -> tuple[JoinedBlock, ...]:
 
 
 def check_blocks(blocks: Sequence[JoinedBlock], start: int, stop: int, depth: int = 0) -> None:
-    """Whether a text [start, stop) can have these closed blocks, nested ones included, in order of forks.
+    """Checks that a text [start, stop) can have these closed blocks, nested ones included, in order of forks.
 
-    Each has a token before it and one behind it (its own tags) in the text or path that it lies in, and no
-    path is empty.
+    Each block has a token before and after it (its own tags) in its text or path, and no path is empty.
 
     Args:
-        depth: how many blocks the text itself lies in.
+        depth: number of blocks around the text.
 
     Raises:
         ValueError: it cannot.
     """
     if blocks and depth == MAX_DEPTH:
-        raise ValueError(f"{FIELD}: blocks lie more than {MAX_DEPTH} levels deep")
+        raise ValueError(f"{FIELD}: blocks are nested more than {MAX_DEPTH} levels deep")
     while blocks:
         block, count = blocks[0], count_nested(blocks)
         inside = blocks[1 : 1 + count]
-        rising = all(lo < hi for lo, hi in block.paths)
-        if not (rising and start < block.fork and block.stop < stop):
-            raise ValueError(f"{FIELD}: {block} has no room between {start} and {stop}, or an empty path")
+        increasing = all(lo < hi for lo, hi in block.paths)
+        if not (increasing and start < block.fork and block.stop < stop):
+            raise ValueError(
+                f"{FIELD}: {block} does not fit between {start} and {stop}, or has an empty path"
+            )
         if any(other.fork < block.fork for other in inside):
-            raise ValueError(f"{FIELD}: a block comes before the one at {block.fork}, out of order")
+            raise ValueError(f"{FIELD}: blocks are out of order: one comes before the block at {block.fork}")
         for lo, hi in block.paths:
             check_blocks([other for other in inside if lo <= other.fork < hi], lo, hi, depth + 1)
         start, blocks = block.stop, blocks[1 + count :]
 
 
 def count_nested(blocks: Sequence[JoinedBlock]) -> int:
-    """How many blocks directly behind the first one lie inside it."""
+    """How many blocks right after the first one lie inside it."""
     return next((i for i, other in enumerate(blocks[1:]) if other.fork >= blocks[0].stop), len(blocks) - 1)
 
 
 def supports_joined_blocks(server_info: Mapping[str, Any]) -> bool:
-    """Whether the server of this `GET /server_info` takes joined blocks: each of its schedulers has the whole
-    plugin and speaks this file's protocol."""
+    """Whether a server with this `GET /server_info` takes joined blocks: each of its schedulers runs the
+    complete plugin with this file's protocol."""
     states = [state.get(FIELD, {}) for state in server_info.get("internal_states", [])]
     return bool(states) and all(
         state.get("protocol") == PROTOCOL and not state.get("missing") for state in states

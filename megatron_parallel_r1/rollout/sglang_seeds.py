@@ -1,7 +1,7 @@
-"""Draws fixed by `sampling_seed` in an SGLang server on a CPU: a plugin of its group `sglang.srt.plugins`.
+"""Seeded draws in an SGLang server on a CPU: a plugin of its group `sglang.srt.plugins`.
 
-SGLang heeds a request's seed only with `--enable-deterministic-inference`, whose kernels need a GPU; there,
-use that. The plugin hands the seeds to the sampler without it, and draws by seed and position as the native
+SGLang uses a request's seed only with `--enable-deterministic-inference`, whose kernels need a GPU; there,
+use that. The plugin passes the seeds to the sampler without it, and draws by seed and position as the native
 engine does. Importing this module loads neither torch nor SGLang.
 
 Shapes: B requests of a batch, V vocabulary.
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "parallel_r1_seeds"
-# What SGLang gives a request that names no seed, under its own flag.
+# SGLang's own default under that flag.
 NO_SEED = 42
 
 
 def register() -> None:
-    """What SGLang calls in each of its processes; does nothing unless `SGLANG_PLUGINS` names the plugin."""
+    """Called by SGLang in each of its processes; does nothing unless `SGLANG_PLUGINS` names the plugin."""
     if NAME not in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -39,8 +39,8 @@ def seed_batch(info: Any, cls: type, batch: Any, vocab_size: int) -> None:
     import torch
 
     seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
-    told = [NO_SEED if seed is None else seed for seed in seeds]
-    info.sampling_seed = torch.tensor(told, dtype=torch.int64, device=info.device)
+    values = [NO_SEED if seed is None else seed for seed in seeds]
+    info.sampling_seed = torch.tensor(values, dtype=torch.int64, device=info.device)
 
 
 def draw(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -49,18 +49,18 @@ def draw(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) ->
     Args:
         logprobs: [B, V], up to a constant a row; -inf is never drawn.
         seed: int64 [B].
-        positions: [B], of the last token that each draw follows.
+        positions: [B], of the last token before each draw.
     """
     import torch
 
     from megatron_parallel_r1.rollout.native.sampler import uniform_draws
 
     cumulative_BV = logprobs.double().exp().cumsum(-1)
-    # splitmix64 works modulo 2**64, where a negative seed is one as good as any other.
+    # splitmix64 works modulo 2**64, so a negative seed is as good as any.
     seeds_B = seed.cpu().numpy().astype("uint64")
     uniform_B = torch.from_numpy(uniform_draws(seeds_B, positions.cpu().numpy() + 1)).to(logprobs.device)
     target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
     drawn_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    # Rounding can bring the target up to the sum itself, behind the last index of positive weight.
+    # Rounding can raise the target to the sum itself, after the last index of positive weight.
     last_B1 = torch.searchsorted(cumulative_BV, cumulative_BV[:, -1:].contiguous())
     return torch.minimum(drawn_B1, last_B1)

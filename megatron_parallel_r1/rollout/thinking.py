@@ -1,22 +1,22 @@
-"""The parallel-thinking loop: how one trace is written, with any engine.
+"""The parallel-thinking loop: writes one trace with any engine.
 
-    chain:  sample until <Parallel>, eos, the chain's own end, or a limit; at <Parallel> a block, then on
-    block:  N forks each write <Path> and a chain of their own; </Path> is forced where one was cut;
+    chain:  sample until <Parallel>, eos, the chain's own end, or a limit; at <Parallel> write a block, repeat
+    block:  N forks each write <Path> and a chain of their own; force </Path> where one was cut;
             join, force </Parallel> <Summary>, sample the summary
 
-What differs between modes is only what the paths and the summary see:
-- `isolated`: paths are forks, and the join sees their caches as they are.
-- `replay`: paths are forks, and what follows sees the flat text: path 1's own context, in which the other
-  paths are written once more. Exact with any engine that continues a token list.
-- `causal`: one path after the other in a single context.
+Modes differ only in what the paths and the summary see:
+- `isolated`: paths are forks, and the join sees their caches.
+- `replay`: paths are forks, and the summary sees the flat text: path 1's own context, to which the other
+  paths are written again. Exact with any engine that continues a token list.
+- `causal`: one path after another in a single context.
 - `sequential`: `<Parallel>` is suppressed.
 
-Where `<Parallel>` cannot be drawn (no block left, or none would fit), it is taken out of the distribution,
-for the trainer too. Suppressed in the rollout alone, it collapsed the embedded curriculum's training: a wrong
-trace lowers what was drawn in the tag's stead, which raises the tag, which leaves less to draw from.
+Where `<Parallel>` cannot be drawn (no block left, or none would fit), it is removed from the distribution, in
+training too. Suppressed in the rollout alone, it collapsed the training of the embedded curriculum: a wrong
+trace lowers what was drawn in the tag's place, which raises the tag, which leaves less to draw from.
 
-Departs from the paper's released loop: sampled end tokens stay in the trace as sampled, forced tags carry no
-loss, and after `max_blocks` the trace goes on to its answer instead of ending.
+Differences from the paper's released loop: sampled end tokens stay in the trace as sampled, forced tags carry
+no loss, and after `max_blocks` the trace continues to its answer instead of ending.
 """
 
 from __future__ import annotations
@@ -43,8 +43,63 @@ NOTHING: frozenset[int] = frozenset()
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class TokenBudget:
+    """Tokens left for a chain: in the flat text, and on the critical path."""
+
+    flat: int
+    critical: int
+
+    @property
+    def smallest(self) -> int:
+        return min(self.flat, self.critical)
+
+    def minus(self, flat: int, critical: int) -> TokenBudget:
+        return TokenBudget(self.flat - flat, self.critical - critical)
+
+
+@dataclass(slots=True)
+class Draft:
+    """A chain's flat tokens and their columns; `critical` counts the tokens on its critical path."""
+
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    suppressed: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    critical: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add_forced(self, tokens: Sequence[int], version: int) -> None:
+        self.tokens += tokens
+        self.sampled += [False] * len(tokens)
+        self.suppressed += [False] * len(tokens)
+        self.logprobs += [0.0] * len(tokens)
+        self.versions += [version] * len(tokens)
+        self.critical += len(tokens)
+
+    def add_sampled(self, completion: Completion, suppressed: bool) -> None:
+        self.tokens += completion.tokens
+        self.sampled += [True] * len(completion.tokens)
+        self.suppressed += [suppressed] * len(completion.tokens)
+        self.logprobs += completion.logprobs
+        self.versions += completion.versions
+        self.critical += len(completion.tokens)
+
+    def add_siblings(self, paths: Sequence[Draft]) -> None:
+        for path in paths:
+            self.tokens += path.tokens
+            self.sampled += path.sampled
+            self.suppressed += path.suppressed
+            self.logprobs += path.logprobs
+            self.versions += path.versions
+        self.critical += max(path.critical for path in paths)
+
+
 class Thinker(Generic[Context]):
-    """Writes traces with one engine under one set of settings.
+    """Writes traces with one engine and one set of settings.
 
     Raises:
         ValueError: the engine is not exact in `settings.mode`.
@@ -73,17 +128,17 @@ class Thinker(Generic[Context]):
             prompt: token ids, already written in `opened`.
             opened: a context of the caller; a fork of it is used.
             seed: fixes every draw of this trace.
-            paths: sibling paths of its blocks, 1..8; None: as the settings say.
+            paths: sibling paths of its blocks, 1..8; None: as in the settings.
             observe: called with each token of the trace, forced ones included, in order within a branch. The
                 engine then draws one token a call. Draws depend on seed and position: the trace is the same.
         """
         settings = self.settings if paths is None else self.settings.replace(paths=paths)
-        room = Room(
+        budget = TokenBudget(
             settings.max_response_tokens, settings.max_critical_tokens or settings.max_response_tokens
         )
         writing = _Writing(self.engine, self.tags, settings, seed, observe)
         try:
-            draft, end, _ = await writing.chain(writing.fork(opened), Draft(), room, depth=0)
+            draft, end, _ = await writing.chain(writing.fork(opened), Draft(), budget, depth=0)
         finally:
             writing.close_all()
         return Trace(
@@ -125,31 +180,31 @@ class _Writing(Generic[Context]):
             self._close(context)
 
     async def chain(
-        self, context: Context, draft: Draft, room: Room, depth: int, branch: Branch = ()
+        self, context: Context, draft: Draft, budget: TokenBudget, depth: int, branch: Branch = ()
     ) -> tuple[Draft, End, Context]:
         """Samples the main chain (depth 0) or the inside of a path, blocks included.
 
         Args:
-            context: holds all of the past; this call owns it.
+            context: holds the whole prefix; this call owns it.
             draft: of this chain; a path's begins with `<Path>`.
-            room: for all of `draft`.
-            branch: block and path numbers down to this chain; they tell its draws from its siblings'.
+            budget: for all of `draft`.
+            branch: block and path numbers down to this chain; part of the seed of its draws.
         """
         tags, blocks = self.tags, 0
         ends = frozenset({tags.eos, tags.path_end}) if depth else frozenset({tags.eos})
         while True:
-            left = room.without(len(draft), draft.critical)
-            if left.least < 1:
+            left = budget.minus(len(draft), draft.critical)
+            if left.smallest < 1:
                 return draft, "length", context
-            # Only up to where a block no longer fits: `<Parallel>`, once drawn, always has its room.
-            before_block = left.without(*self._least_block(depth)).least
+            # Stop where a block no longer fits: once drawn, `<Parallel>` always has room for one.
+            before_block = left.minus(*self._smallest_block(depth)).smallest
             may_open = (
                 self.settings.mode != "sequential"
                 and blocks < self.settings.max_blocks
                 and depth < self.settings.max_depth
                 and before_block >= 1
             )
-            limit = before_block if may_open else left.least
+            limit = before_block if may_open else left.smallest
             stop = ends | {tags.parallel} if may_open else ends
             suppress = NOTHING if may_open else frozenset({tags.parallel})
             drawn = await self._sample(context, limit, stop, suppress, branch)
@@ -161,28 +216,28 @@ class _Writing(Generic[Context]):
             if drawn.tokens[-1] == tags.path_end:
                 return draft, "closed", context
             blocks += 1
-            end, context = await self._block(context, draft, room, depth, (*branch, blocks))
+            end, context = await self._block(context, draft, budget, depth, (*branch, blocks))
             if end != "closed":
                 return draft, end, context
 
     async def _block(
-        self, trunk: Context, draft: Draft, room: Room, depth: int, branch: Branch
+        self, trunk: Context, draft: Draft, budget: TokenBudget, depth: int, branch: Branch
     ) -> tuple[End, Context]:
         """Writes the rest of a block whose `<Parallel>` was just drawn, and its summary."""
         engine, tags = self.engine, self.tags
         await engine.write(trunk, ())
-        share = self._share(room.without(len(draft), draft.critical), depth)
+        path_budget = self._path_budget(budget.minus(len(draft), draft.critical), depth)
         if self.settings.mode == "causal":
             paths = []
             for index in range(self.settings.paths):
-                written = await self._path(trunk, share, depth + 1, (*branch, index))
+                written = await self._path(trunk, path_budget, depth + 1, (*branch, index))
                 paths.append(written)
                 trunk = written[1]
             context = trunk
         else:
-            paths = await _together(
+            paths = await _gather(
                 [
-                    self._path(self.fork(trunk), share, depth + 1, (*branch, index))
+                    self._path(self.fork(trunk), path_budget, depth + 1, (*branch, index))
                     for index in range(self.settings.paths)
                 ]
             )
@@ -191,21 +246,23 @@ class _Writing(Generic[Context]):
         await engine.write(context, (tags.parallel_end, tags.summary))
         draft.add_forced((tags.parallel_end, tags.summary), engine.version)
         self._show(branch, (tags.parallel_end, tags.summary))
-        end = await self._summary(context, draft, room, depth, branch)
+        end = await self._summary(context, draft, budget, depth, branch)
         if end != "closed" and depth:
-            # The path around it goes on to its own forced end; the text must say where the summary ended.
+            # The enclosing path continues to its own forced end; the text must mark where the summary ended.
             draft.add_forced((tags.summary_end,), engine.version)
             await engine.write(context, (tags.summary_end,))
             self._show(branch, (tags.summary_end,))
         return end, context
 
-    async def _path(self, context: Context, share: Room, depth: int, branch: Branch) -> tuple[Draft, Context]:
-        """One `<Path> … </Path>` in `context`, which comes back written."""
+    async def _path(
+        self, context: Context, budget: TokenBudget, depth: int, branch: Branch
+    ) -> tuple[Draft, Context]:
+        """Writes one `<Path> … </Path>` to `context`, and returns the context written."""
         draft = Draft()
         draft.add_forced((self.tags.path,), self.engine.version)
         await self.engine.write(context, (self.tags.path,))
         self._show(branch, (self.tags.path,))
-        draft, end, context = await self.chain(context, draft, share, depth, branch)
+        draft, end, context = await self.chain(context, draft, budget, depth, branch)
         closing = () if end == "closed" else (self.tags.path_end,)
         draft.add_forced(closing, self.engine.version)
         await self.engine.write(context, closing)
@@ -224,8 +281,10 @@ class _Writing(Generic[Context]):
             self._close(context)
         return joined
 
-    async def _summary(self, context: Context, draft: Draft, room: Room, depth: int, branch: Branch) -> End:
-        limit = room.without(len(draft), draft.critical).least - (depth > 0)
+    async def _summary(
+        self, context: Context, draft: Draft, budget: TokenBudget, depth: int, branch: Branch
+    ) -> End:
+        limit = budget.minus(len(draft), draft.critical).smallest - (depth > 0)
         if limit < 1:
             return "length"
         stop = frozenset({self.tags.eos, self.tags.summary_end})
@@ -235,21 +294,21 @@ class _Writing(Generic[Context]):
             return "length"
         return "eos" if drawn.tokens[-1] == self.tags.eos else "closed"
 
-    def _least_block(self, depth: int) -> tuple[int, int]:
-        """Flat and critical tokens behind `<Parallel>` of a block whose paths draw one token each.
+    def _smallest_block(self, depth: int) -> tuple[int, int]:
+        """Flat and critical tokens after `<Parallel>` of a block whose paths draw one token each.
 
-        A path has `<Path>`, what it draws, and maybe a forced `</Path>`; the block ends with two tags, a
+        A path has `<Path>`, its drawn tokens, and maybe a forced `</Path>`; the block ends with two tags, a
         nested one maybe with a forced `</Summary>` too.
         """
         ending = 2 + (depth > 0) + self.settings.reserve_tokens
         return 3 * self.settings.paths + ending, 3 + ending
 
-    def _share(self, left: Room, depth: int) -> Room:
-        """Of each path of a block that begins now: `<Path>` and what the path may draw."""
-        flat, critical = self._least_block(depth)
-        spare = left.without(flat, critical)
-        most = min(1 + spare.flat // self.settings.paths, 1 + spare.critical, self.settings.max_path_tokens)
-        return Room(1 + most, 1 + most)
+    def _path_budget(self, left: TokenBudget, depth: int) -> TokenBudget:
+        """The budget of each path of a block that begins now: `<Path>` and what the path may draw."""
+        flat, critical = self._smallest_block(depth)
+        spare = left.minus(flat, critical)
+        drawn = min(1 + spare.flat // self.settings.paths, 1 + spare.critical, self.settings.max_path_tokens)
+        return TokenBudget(1 + drawn, 1 + drawn)
 
     async def _sample(
         self, context: Context, limit: int, stop: frozenset[int], suppress: frozenset[int], branch: Branch
@@ -285,8 +344,8 @@ class _Writing(Generic[Context]):
         self.engine.close(context)
 
 
-async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, in order. After an error none of the others goes on with a context that will be closed."""
+async def _gather(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order. An error cancels the other coroutines before their contexts are closed."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
     try:
         return await asyncio.gather(*tasks)
@@ -310,10 +369,10 @@ async def roll_out(
     Equal prompts are written once and shared; a prompt is closed after its last trace.
 
     Args:
-        concurrent: traces in flight at most.
-        paths: of each trace; None: as the settings say.
-        on_trace: called with the index and the trace as soon as it is complete, in another thread, while the
-            others go on.
+        concurrent: maximum traces in flight.
+        paths: sibling paths of each trace's blocks; None: as in the settings.
+        on_trace: called in another thread with the index and the trace as soon as it is complete, while the
+            others continue.
     """
     engine = thinker.engine
     slots = asyncio.Semaphore(concurrent)
@@ -325,7 +384,7 @@ async def roll_out(
         await engine.write(context, prompt)
         return context
 
-    async def one(index: int) -> Trace:
+    async def roll_out_one(index: int) -> Trace:
         prompt = tuple(prompts[index])
         async with slots:
             if prompt not in opened:
@@ -341,62 +400,7 @@ async def roll_out(
         return trace
 
     try:
-        return list(await asyncio.gather(*(one(index) for index in range(len(prompts)))))
+        return list(await asyncio.gather(*(roll_out_one(index) for index in range(len(prompts)))))
     finally:
         for writing in opened.values():
             engine.close(await writing)
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Tokens that a chain may still hold: of the flat text, and on the critical path."""
-
-    flat: int
-    critical: int
-
-    @property
-    def least(self) -> int:
-        return min(self.flat, self.critical)
-
-    def without(self, flat: int, critical: int) -> Room:
-        return Room(self.flat - flat, self.critical - critical)
-
-
-@dataclass(slots=True)
-class Draft:
-    """Flat tokens with what is known of each; `critical` counts those on the critical path."""
-
-    tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
-    suppressed: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    critical: int = 0
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def add_forced(self, tokens: Sequence[int], version: int) -> None:
-        self.tokens += tokens
-        self.sampled += [False] * len(tokens)
-        self.suppressed += [False] * len(tokens)
-        self.logprobs += [0.0] * len(tokens)
-        self.versions += [version] * len(tokens)
-        self.critical += len(tokens)
-
-    def add_sampled(self, completion: Completion, suppressed: bool) -> None:
-        self.tokens += completion.tokens
-        self.sampled += [True] * len(completion.tokens)
-        self.suppressed += [suppressed] * len(completion.tokens)
-        self.logprobs += completion.logprobs
-        self.versions += completion.versions
-        self.critical += len(completion.tokens)
-
-    def add_siblings(self, paths: Sequence[Draft]) -> None:
-        for path in paths:
-            self.tokens += path.tokens
-            self.sampled += path.sampled
-            self.suppressed += path.suppressed
-            self.logprobs += path.logprobs
-            self.versions += path.versions
-        self.critical += max(path.critical for path in paths)

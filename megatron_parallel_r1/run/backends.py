@@ -112,7 +112,7 @@ class ServerBackend:
             self._publisher.add(_control(self._rollout, url))
         self._known = urls
         self._published = self._publisher.publish(version)
-        self._pool.set_version(version, self._published.in_step)
+        self._pool.set_version(version, self._published.up_to_date)
 
 
 class Backends:

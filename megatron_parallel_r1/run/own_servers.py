@@ -82,7 +82,7 @@ class OwnServers:
         try:
             with Supervisor(children, settings.crashes, settings.start_seconds, self._report) as supervisor:
                 while not self._ending.is_set():
-                    supervisor.look()
+                    supervisor.poll()
                     if supervisor.healthy:
                         self._settled.set()
         except UserError as error:

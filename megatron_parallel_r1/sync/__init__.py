@@ -1,3 +1,3 @@
-"""Brings a trainer's weights to rollout servers: gathered from its shards a bucket at a time, sent by
-broadcast, shared memory or disk, and proved by a probe. The trainer's processes meet in `Publisher.publish`;
-what a kind of server can do is its `Control`."""
+"""Brings a trainer's weights to rollout servers: gathered from its shards one bucket at a time, sent by
+broadcast, shared memory or disk, and verified by a probe. `Publisher.publish` is the entry point, called by
+all ranks."""

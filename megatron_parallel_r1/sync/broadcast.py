@@ -1,4 +1,10 @@
-"""Weights by broadcast: the sender and all processes of all servers are one process group."""
+"""Sends weights by broadcast: the sender and all processes of all servers form one process group.
+
+torch.distributed only knows groups of one launch: its public calls split the world that the processes of a
+launch share. SGLang's side creates the group with `_new_process_group_helper` over a store of its own
+(`init_custom_process_group` in sglang/srt/utils/common.py); here the same backend joins it over the same
+store, under the same prefixes, without registering it in torch's tables or touching Megatron's groups.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from itertools import accumulate
-from typing import cast
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -26,11 +32,11 @@ from megatron_parallel_r1.sync.settings import Sync
 class BroadcastTransport:
     """See `Transport`. The group lasts as long as its servers do.
 
-    One that was started anew is known by its version, which is not that of the last broadcast. If a server
-    goes away in a pass, the group is broken for all; the next pass makes another one without it.
+    A restarted server is recognized by its version, which is not that of the last broadcast. If a server dies
+    during a pass, the group is broken for all; the next pass creates another one without it.
 
     Args:
-        settings: their transport is `distributed`.
+        settings: with transport `distributed`.
         backend: nccl or gloo.
     """
 
@@ -45,16 +51,16 @@ class BroadcastTransport:
         self._lost: dict[str, str] = {}
         self._broken = False
 
-    def open(self, servers: Sequence[ServerControl], facts: Mapping[str, WeightsInfo], version: int) -> None:
+    def open(self, servers: Sequence[ServerControl], infos: Mapping[str, WeightsInfo], version: int) -> None:
         self._servers = [cast(LiveServerControl, server) for server in servers]
         self._version, self._lost, self._broken = version, {}, False
-        members = {server.url: facts[server.url].processes for server in servers}
-        as_left = self._held is not None and all(facts[url].version == self._held for url in members)
-        if self._group is None or members != self._members or not as_left:
+        members = {server.url: infos[server.url].processes for server in servers}
+        unchanged = self._held is not None and all(infos[url].version == self._held for url in members)
+        if self._group is None or members != self._members or not unchanged:
             self._regroup(members)
         self._held = None
         if not self._broken:
-            _, self._lost = map_servers(self._servers, lambda server: server.begin())
+            _, self._lost = map_servers(self._servers, lambda server: server.begin_update())
             self._broken = bool(self._lost)
 
     def send(self, bucket: Bucket) -> None:
@@ -67,7 +73,7 @@ class BroadcastTransport:
         version = self._version if bucket.last else None
         with ThreadPoolExecutor(len(self._servers)) as pool:
             calls = {
-                server.url: pool.submit(server.take_broadcast, names, dtypes, shapes, group.name, version)
+                server.url: pool.submit(server.receive_broadcast, names, dtypes, shapes, group.name, version)
                 for server in self._servers
             }
             try:
@@ -78,18 +84,22 @@ class BroadcastTransport:
             except GroupBroken:
                 suspects = failed_urls(calls)
                 self._disband()
-        self._blame(calls, suspects)
+        self._record_lost(calls, suspects)
 
     def close(self) -> PassResult:
         if not self._broken:
-            _, self._lost = map_servers(self._servers, lambda server: server.end())
+            _, self._lost = map_servers(self._servers, lambda server: server.end_update())
             self._held = self._version
         return PassResult(self._lost, self._broken)
 
     def end(self) -> None:
         self._disband()
         for name in self._disbanded:
-            map_servers(self._servers, lambda server, name=name: server.leave(name))
+
+            def leave(server: LiveServerControl, name: str = name) -> None:
+                server.leave_group(name)
+
+            map_servers(self._servers, leave)
         self._disbanded.clear()
 
     def _regroup(self, members: dict[str, int]) -> None:
@@ -104,92 +114,102 @@ class BroadcastTransport:
         )
         ranks = dict(zip(members, accumulate(members.values(), initial=1), strict=False))
 
-        def meeting(url: str) -> Rendezvous:
+        def rendezvous(url: str) -> Rendezvous:
             return Rendezvous(group.address, group.port, group.name, group.backend, group.size, ranks[url])
 
         with ThreadPoolExecutor(len(self._servers)) as pool:
-            calls = {server.url: pool.submit(server.join, meeting(server.url)) for server in self._servers}
+            calls = {
+                server.url: pool.submit(server.join_group, rendezvous(server.url)) for server in self._servers
+            }
             try:
-                group.meet(lambda: bool(failed_urls(calls)))
+                group.connect(lambda: bool(failed_urls(calls)))
                 self._group, self._members = group, members
                 suspects = set(calls)
             except GroupBroken:
                 suspects = failed_urls(calls)
-        self._blame(calls, suspects)
+        self._record_lost(calls, suspects)
 
-    def _blame(self, calls: dict[str, Future[None]], suspects: set[str]) -> None:
-        """Sets what was lost by calls that are to do something together.
+    def _record_lost(self, calls: dict[str, Future[None]], suspects: set[str]) -> None:
+        """Records the servers to blame for failures of a collective operation.
 
-        A server that is there tells that it failed also where that is the fault of one that went away.
+        A live server also reports a failure that a dead one caused.
 
         Args:
-            suspects: those whose failure does not follow from that of the group.
+            suspects: servers whose failure does not merely follow from the group's.
         """
         _, reasons = collect_results(calls)
-        away = {url for url in reasons if isinstance(calls[url].exception(), Unreachable)}
-        self._lost |= {url: why for url, why in reasons.items() if url in (away or suspects)}
+        unreachable = {url for url in reasons if isinstance(calls[url].exception(), Unreachable)}
+        self._lost |= {url: why for url, why in reasons.items() if url in (unreachable or suspects)}
         self._broken = self._group is None or bool(reasons)
 
     def _disband(self) -> None:
         group, self._group, self._members = self._group, None, {}
         if group is not None:
             self._disbanded.append(group.name)
-            # gloo ends a broadcast under way only when its time is over, and waits for that.
-            threading.Thread(target=group.close, daemon=True, name="weight sync group's end").start()
+            # gloo aborts a running broadcast only at its timeout, and waits for it.
+            threading.Thread(target=group.close, daemon=True, name="weight sync close").start()
 
 
 POLL_S = 0.0005
 
 
 class GroupBroken(Exception):
-    """The group can carry nothing any more."""
+    """The group cannot communicate any more."""
+
+
+class _Backend(Protocol):
+    def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> dist.Work: ...
+
+    def abort(self) -> None: ...
 
 
 class SenderGroup:
-    """The sender's end. Servers are told `address` and `port`, then `meet` waits for them.
+    """The sender's end, rank 0. Servers get `address` and `port`; `connect` waits for them.
 
     Args:
         name: the same on all sides.
         size: processes, the sender included.
         backend: nccl or gloo.
         address: of this machine, as the servers reach it.
-        timeout_s: of the meeting, and of each broadcast.
+        timeout_s: of connecting, and of each broadcast.
     """
 
     def __init__(self, name: str, size: int, backend: str, address: str, timeout_s: float) -> None:
         self.name, self.size, self.backend, self.address = name, size, backend, address
         self.timeout = timedelta(seconds=timeout_s)
-        # Its end ends whoever still waits in it, so that nobody waits for one that will not come.
+        # Closing the store ends every wait in it, so that nobody waits for a dead process.
         self._host: dist.TCPStore | None = dist.TCPStore(
             address, 0, size, is_master=True, timeout=self.timeout, wait_for_workers=False
         )
         self.port = self._host.port
-        self._group: dist.ProcessGroupGloo | None = None
-        self._met = threading.Event()
+        self._group: _Backend | None = None
+        self._connected = threading.Event()
 
-    def meet(self, given_up: Callable[[], bool]) -> None:
-        """Waits until all processes have come.
+    def connect(self, given_up: Callable[[], bool]) -> None:
+        """Waits until all processes have joined.
 
         Args:
-            given_up: asked now and then, whether somebody will not come.
+            given_up: polled; returns whether some process will not join.
 
         Raises:
-            GroupBroken: they do not come, or not in time.
+            GroupBroken: a process does not join, or not in time.
         """
         errors: list[Exception] = []
-        thread = threading.Thread(target=self._meet, args=(errors,), daemon=True, name="weight sync meeting")
+        thread = threading.Thread(
+            target=self._join, args=(errors,), daemon=True, name="weight sync rendezvous"
+        )
         thread.start()
-        while not self._met.wait(POLL_S):
+        while not self._connected.wait(POLL_S):
             if given_up():
                 self.close()
                 raise GroupBroken("a server did not join")
         if errors:
             self.close()
             raise GroupBroken(
-                f"the servers did not meet the sender at {self.address}:{self.port} ({errors[0]})"
+                f"the servers did not join the sender at {self.address}:{self.port} ({errors[0]})"
             )
 
-    def _meet(self, errors: list[Exception]) -> None:
+    def _join(self, errors: list[Exception]) -> None:
         try:
             store: dist.Store = dist.TCPStore(
                 self.address, self.port, self.size, is_master=False, timeout=self.timeout
@@ -197,41 +217,42 @@ class SenderGroup:
             device = "cuda" if self.backend == "nccl" else "cpu"
             for prefix in (self.name, f"{self.name}/", f"{device}/"):
                 store = dist.PrefixStore(prefix, store)
-            kind = dist.ProcessGroupNCCL if self.backend == "nccl" else dist.ProcessGroupGloo
-            self._group = kind(store, 0, self.size, self.timeout)
-        except Exception as error:  # whatever it is, `meet` tells it
+            backend = dist.ProcessGroupNCCL if self.backend == "nccl" else dist.ProcessGroupGloo
+            # torch's stubs lack what both have: a constructor with a timeout, and `broadcast`.
+            self._group = cast(Callable[..., _Backend], backend)(store, 0, self.size, self.timeout)
+        except Exception as error:  # `connect` raises it
             errors.append(error)
-        self._met.set()
+        self._connected.set()
 
     def broadcast(self, tensors: list[Tensor], given_up: Callable[[], bool]) -> None:
-        """Sends tensors to all other processes, one after another; they may be changed when it returns.
+        """Sends tensors to all other processes, one after another; they may be changed afterwards.
 
         Raises:
-            GroupBroken: somebody is gone, or `given_up` says so.
+            GroupBroken: a process died, or `given_up` returns true.
         """
         if self._group is None:
-            raise GroupBroken("the group is gone")
+            raise GroupBroken("the group is closed")
         options = dist.BroadcastOptions()
         options.rootRank = 0
         try:
             for work in [self._group.broadcast([tensor], options) for tensor in tensors]:
                 while not work.is_completed():
                     if given_up():
-                        raise GroupBroken("a server broke off")
+                        raise GroupBroken("a server failed")
                     time.sleep(POLL_S)
                 work.wait()
         except RuntimeError as error:
             raise GroupBroken(str(error).splitlines()[0]) from error
 
     def close(self) -> None:
-        """Lets go of the connections: whoever still waits for this end gets an error."""
+        """Closes the connections; processes that still wait for this one get an error."""
         if self._group is not None:
             self._group.abort()
         self._group = self._host = None
 
 
 def local_address(url: str) -> str:
-    """This machine's address on the way to a server. Sends nothing."""
+    """This machine's address on the route to a server. Sends nothing."""
     parts = urlsplit(url)
     found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)
     family, kind, protocol, _name, address = found[0]

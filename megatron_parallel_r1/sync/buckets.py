@@ -1,7 +1,7 @@
-"""A split model's weights under their Hugging Face names, brought together on one process a bucket at a time.
+"""Gathers a split model's weights, under their Hugging Face names, on the sender, one bucket at a time.
 
-The sender is the first process of the first copy of the model. The tensor group of a stage brings the parts
-of one parameter together on its first process, and those of later stages hand whole tensors to the sender.
+The sender is the first rank of the first replica. Each stage's tensor group gathers the shards of one
+parameter on its first rank, and later stages send whole tensors to the sender.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Bucket:
 
     Attributes:
         tensors: names and contiguous tensors; some share memory with the model. Emptied when the next bucket
-            is asked for.
-        last: whether no other one follows.
+            is requested.
+        last: whether this is the last bucket.
     """
 
     tensors: list[tuple[str, Tensor]]
@@ -39,31 +39,31 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class BucketPlan:
-    """What a bucket will hold: neighbours in the table that one pipeline process owns."""
+    """The content of a bucket: consecutive parameters that one pipeline rank owns."""
 
     owner: int
     weights: tuple[WeightMapping, ...]
 
 
-def in_first_copy() -> bool:
-    """Whether this process's part of the model is sent; the other copies hold the same."""
+def in_first_replica() -> bool:
+    """Whether this rank's shard is sent; the other replicas hold the same."""
     return not (parallel_state.get_data_parallel_rank() or parallel_state.get_context_parallel_rank())
 
 
 def is_sender() -> bool:
-    """Whether this process speaks to the servers; it is the first of the world."""
+    """Whether this rank speaks to the servers: the first of the world."""
     return dist.get_rank() == 0
 
 
 def plan_buckets(
     owned: Sequence[tuple[int, WeightMapping]], itemsize: int, bucket_bytes: int
 ) -> list[BucketPlan]:
-    """Parameters in buckets, stage by stage.
+    """Groups parameters into buckets, stage by stage.
 
     Args:
-        owned: each parameter with the pipeline process that sends it.
-        itemsize: bytes of a number.
-        bucket_bytes: what a bucket may hold; a larger parameter has one for itself.
+        owned: each parameter with the pipeline rank that sends it.
+        itemsize: bytes per element.
+        bucket_bytes: maximum size of a bucket; a larger parameter has one for itself.
     """
     buckets: list[BucketPlan] = []
     left = 0
@@ -79,14 +79,14 @@ def plan_buckets(
 
 @torch.no_grad()
 def gather_buckets(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
-    """The model's weights on the sender; on every other process nothing, but all must iterate to the end.
+    """Yields the model's weights on the sender, and nothing on other ranks; all must iterate to the end.
 
-    Beside its shards a process holds at most one bucket and the parts of one parameter.
+    Beside its shards a rank holds at most one bucket and the shards of one parameter.
 
     Args:
         bucket_bytes: see `plan_buckets`.
     """
-    if not in_first_copy():
+    if not in_first_replica():
         return
     own = own_parameters(model)
     tensor = parallel_state.get_tensor_model_parallel_group()
@@ -97,19 +97,19 @@ def gather_buckets(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
         tensors: list[tuple[str, Tensor]] = []
         if planned.owner == pipeline.rank():
             for weight in planned.weights:
-                tensors += _joined(weight, own[weight.name].detach(), tensor)
+                tensors += _gather_shards(weight, own[weight.name].detach(), tensor)
         if planned.owner != 0 and tensor.rank() == 0:
-            _carry(planned, tensors, like, pipeline)
+            _send_to_rank_zero(planned, tensors, like, pipeline)
         if is_sender():
             yield Bucket(tensors, number == len(buckets))
-        # Whoever took the bucket may still hold it, and would while the next one grows.
+        # The consumer may still hold the bucket while the next one is filled.
         tensors.clear()
 
 
 def _owners(
     model: Model, own: dict[str, torch.nn.Parameter], pipeline: dist.ProcessGroup
 ) -> list[tuple[int, WeightMapping]]:
-    """Of a tied embedding, which the last stage has too, the first stage is the owner."""
+    """Each parameter with its first holder: of a tied embedding, on two stages, the first stage."""
     holders: list[set[str]] = [set(own)]
     if pipeline.size() > 1:
         holders = [set() for _ in range(pipeline.size())]
@@ -120,8 +120,10 @@ def _owners(
     ]
 
 
-def _joined(weight: WeightMapping, shard: Tensor, group: dist.ProcessGroup) -> list[tuple[str, Tensor]]:
-    """One parameter's tensors on the first process of a tensor group, on the others none."""
+def _gather_shards(
+    weight: WeightMapping, shard: Tensor, group: dist.ProcessGroup
+) -> list[tuple[str, Tensor]]:
+    """One parameter's tensors on the first rank of a tensor group, nothing on the others."""
     first = group.rank() == 0
     shards = [shard]
     if group.size() > 1 and weight.split_dim is not None:
@@ -136,10 +138,10 @@ def _joined(weight: WeightMapping, shard: Tensor, group: dist.ProcessGroup) -> l
     return [(name, part.contiguous()) for name, part in zip(names, weight.split(shards), strict=True)]
 
 
-def _carry(
+def _send_to_rank_zero(
     planned: BucketPlan, tensors: list[tuple[str, Tensor]], like: Tensor, pipeline: dist.ProcessGroup
 ) -> None:
-    """From the owner to the sender."""
+    """Sends a bucket from its owner to the sender, which appends it to `tensors`."""
     owner, sender = (dist.get_global_rank(pipeline, rank) for rank in (planned.owner, 0))
     if dist.get_rank() == owner:
         for _name, tensor in tensors:

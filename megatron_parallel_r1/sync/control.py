@@ -1,4 +1,4 @@
-"""What a rollout server lets its trainer do, apart from drawing tokens."""
+"""The control interface of a rollout server: weights, pauses and memory; and HTTP for its implementations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MemoryPart = Literal["weights", "kv_cache"]
 
 @dataclass(frozen=True, slots=True)
 class WeightsInfo:
-    """What a server says of itself.
+    """What a server reports about its weights.
 
     Attributes:
-        version: of its weights as the last update named it; None: it was started and never updated.
-        processes: that take part in a broadcast of weights.
-        dtype: of its weights, as `float32`; None: it does not say.
+        version: as the last update named it; None: never updated since its start.
+        processes: number of its processes in a broadcast of weights.
+        dtype: such as `float32`; None: not reported.
     """
 
     version: int | None
@@ -36,7 +36,7 @@ class WeightsInfo:
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where a process group comes together.
+    """Where a server joins a process group.
 
     Attributes:
         address, port: of the store.
@@ -57,8 +57,8 @@ class Rendezvous:
 class ServerControl(Protocol):
     """One server's control endpoints. Calls on several servers may overlap.
 
-    Every method raises `rollout.server.Unreachable` if there is no answer in time or the server failed, and
-    UserError if it refuses.
+    Every method raises `Unreachable` if there is no answer in time or the server failed, and UserError if it
+    refuses.
     """
 
     @property
@@ -68,7 +68,7 @@ class ServerControl(Protocol):
 
     @property
     def kinds(self) -> frozenset[TransportKind]:
-        """The transports by which it takes weights; all but `disk` only if it is a `LiveServerControl`."""
+        """Transports by which it takes weights; all but `disk` only if it is a `LiveServerControl`."""
         ...
 
     @property
@@ -76,7 +76,7 @@ class ServerControl(Protocol):
         """Whether it needs `lm_head.weight` even of a model that ties it to the embedding."""
         ...
 
-    def facts(self) -> WeightsInfo: ...
+    def info(self) -> WeightsInfo: ...
 
     def pause(self, in_flight: InFlightPolicy) -> None:
         """Stops computing, then returns; later requests wait for `continue_generation`."""
@@ -86,67 +86,67 @@ class ServerControl(Protocol):
         """Ends a pause."""
         ...
 
-    def load(self, folder: Path, version: int) -> None:
-        """Takes all weights of a folder, and forgets what the old ones left in the cache."""
+    def load_folder(self, folder: Path, version: int) -> None:
+        """Loads all weights of a folder, and flushes the cache."""
         ...
 
     def score(self, rows: Sequence[TokenRow]) -> list[RowScores]:
-        """Natural log-probs at temperature 1 of each row's tokens but the first."""
+        """Natural log-probs at temperature 1 of each row's tokens except the first."""
         ...
 
     def release_memory(self) -> None:
-        """Gives the memory of weights and cache back until `resume_memory`; the server is paused."""
+        """Frees the memory of weights and cache until `resume_memory`; the server must be paused."""
         ...
 
     def resume_memory(self, part: MemoryPart) -> None:
-        """Takes memory again, the weights' first; what they are is undefined then, and the cache is empty."""
+        """Allocates memory again, the weights' first; they are undefined then, and the cache is empty."""
         ...
 
     def close(self) -> None:
-        """Gives its connections back."""
+        """Closes its connections."""
         ...
 
 
 class LiveServerControl(ServerControl, Protocol):
     """A server that takes weights without a file."""
 
-    def join(self, meeting: Rendezvous) -> None:
-        """Joins a process group; returns when all of its processes have come."""
+    def join_group(self, rendezvous: Rendezvous) -> None:
+        """Joins a process group; returns once all of its processes have joined."""
         ...
 
-    def leave(self, name: str) -> None:
-        """Leaves a process group, if it is in it."""
+    def leave_group(self, name: str) -> None:
+        """Leaves a process group, if it is a member."""
         ...
 
-    def begin(self) -> None:
-        """Before the first of `take_broadcast` or `take_tensors`; ends an update that broke off."""
+    def begin_update(self) -> None:
+        """Call before the first `receive_broadcast` or `receive_shared`; ends an interrupted update."""
         ...
 
-    def take_broadcast(
+    def receive_broadcast(
         self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, version: int | None
     ) -> None:
-        """Takes tensors that the sender broadcasts one by one.
+        """Receives tensors that the sender broadcasts one by one.
 
         Args:
-            version: of all weights once these are taken, and the cache is flushed; None: more will come.
+            version: of all weights after this bucket, which flushes the cache; None: more buckets follow.
         """
         ...
 
-    def take_tensors(self, payloads: Sequence[str], version: int | None) -> None:
-        """Takes tensors that lie in shared memory.
+    def receive_shared(self, payloads: Sequence[str], version: int | None) -> None:
+        """Copies tensors from shared memory.
 
         Args:
-            payloads: for each of the server's processes.
-            version: as in `take_broadcast`.
+            payloads: one for each of the server's processes.
+            version: as in `receive_broadcast`.
         """
         ...
 
-    def end(self) -> None:
-        """After the last of them."""
+    def end_update(self) -> None:
+        """Call after the last bucket."""
         ...
 
 
-# A step may take `timeout_s`; what the server says when it did not end comes later.
+# An operation may take `timeout_s`; the server's own timeout error comes a little later.
 GRACE_S = 30.0
 QUICK_S = 20.0
 
@@ -156,51 +156,51 @@ class HttpClient:
 
     Args:
         url: base address.
-        timeout_s: how long an answer may take, but of `quick` questions, which need no work.
+        timeout_s: of an answer, except to `quick` requests, which need no work.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
-        # A proxy of the environment is for the world outside, not for servers of the cluster.
+        # Proxies of the environment are for the outside world, not for servers of the cluster.
         limits = httpx.Limits(keepalive_expiry=KEEPALIVE_S)
         self._client = httpx.Client(base_url=self.url, limits=limits, trust_env=False)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, quick: bool = False) -> Any:
-        """The answer's JSON, or its text if it is none."""
-        return self._ask("POST", path, body or {}, quick)
+        """The answer's JSON, or its text if it is not JSON."""
+        return self._request("POST", path, body or {}, quick)
 
     def get(self, path: str, quick: bool = False) -> Any:
-        return self._ask("GET", path, None, quick)
+        return self._request("GET", path, None, quick)
 
     def close(self) -> None:
         self._client.close()
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, quick: bool) -> Any:
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None, quick: bool) -> Any:
         timeout = httpx.Timeout(QUICK_S if quick else self.timeout_s + GRACE_S, connect=QUICK_S)
         try:
-            reply = self._client.request(method, path, json=body, timeout=timeout)
+            response = self._client.request(method, path, json=body, timeout=timeout)
         except httpx.HTTPError as error:
             raise Unreachable(f"{self.url}{path}: {error or type(error).__name__}") from error
-        if reply.status_code >= 500:
-            # What broke inside may work on another server, or after a restart.
-            raise Unreachable(f"{self.url}{path}: {reply.status_code} {_said(reply)}")
-        if reply.status_code >= 400:
-            raise UserError(f"{self.url}{path} refused: {_said(reply)}")
+        if response.status_code >= 500:
+            # It may work on another server, or after a restart.
+            raise Unreachable(f"{self.url}{path}: {response.status_code} {_error_text(response)}")
+        if response.status_code >= 400:
+            raise UserError(f"{self.url}{path} refused: {_error_text(response)}")
         try:
-            return reply.json()
+            return response.json()
         except json.JSONDecodeError:
-            return reply.text
+            return response.text
 
 
-def _said(reply: httpx.Response) -> str:
+def _error_text(response: httpx.Response) -> str:
     """An error's text in one line."""
     try:
-        told = reply.json()
+        error = response.json()
     except json.JSONDecodeError:
-        told = reply.text
-    if isinstance(told, dict):
-        told = told.get("message") or told.get("error") or told.get("detail") or told
-    if isinstance(told, dict):
-        told = told.get("message") or told
-    return " ".join(str(told).split())[:300]
+        error = response.text
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("error") or error.get("detail") or error
+    if isinstance(error, dict):
+        error = error.get("message") or error
+    return " ".join(str(error).split())[:300]

@@ -1,7 +1,7 @@
-"""Weights by a folder that the trainer and all servers see.
+"""Sends weights through a folder that the trainer and all servers see.
 
-A version is a Hugging Face folder `version-N`, its weights one safetensors file a bucket, and in it a
-`manifest.json` with each file's SHA-256. It appears whole or not at all.
+A version is a Hugging Face folder `version-N`, with one safetensors file per bucket and a `manifest.json` of
+each file's SHA-256. It appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ READ_BYTES = 2**24
 
 
 class DiskTransport:
-    """See `Transport`. The host has a second copy of a bucket while it is written.
+    """See `Transport`. Host memory holds a second copy of a bucket while it is written.
 
     Args:
-        root: where the folders of versions are.
-        keep: how many of them stay; servers may read the last ones again.
+        root: parent folder of the versions.
+        keep: number of versions that stay; servers may read the last ones again.
         shape, dtype: of the model.
     """
 
@@ -44,31 +44,31 @@ class DiskTransport:
         self._servers: list[ServerControl] = []
         self._version = 0
         self._sums: dict[str, str] = {}
-        self._places: dict[str, str] = {}
+        self._weight_map: dict[str, str] = {}
 
-    def open(self, servers: Sequence[ServerControl], facts: Mapping[str, WeightsInfo], version: int) -> None:
+    def open(self, servers: Sequence[ServerControl], infos: Mapping[str, WeightsInfo], version: int) -> None:
         self._servers, self._version = list(servers), version
-        self._sums, self._places = {}, {}
+        self._sums, self._weight_map = {}, {}
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
 
     def send(self, bucket: Bucket) -> None:
         self._write(bucket.tensors)
-        # Engines that tie the two look at the embedding alone, and one that does not is given both.
+        # Engines that tie the two read the embedding alone; one that does not gets both.
         if self.shape.tied and any(server.wants_head for server in self._servers):
             self._write([(HEAD, tensor) for name, tensor in bucket.tensors if name == EMBEDDING])
 
     def close(self) -> PassResult:
-        index = {"metadata": {}, "weight_map": self._places}
+        index = {"metadata": {}, "weight_map": self._weight_map}
         self._put("model.safetensors.index.json", _json(index))
         self._put("config.json", _json(self.shape.to_hf(self.dtype)))
         (self._work / MANIFEST).write_bytes(_json({"version": self._version, "sha256": self._sums}))
-        check(self._work)
+        verify_manifest(self._work)
         folder = self.root.resolve() / f"version-{self._version}"
         shutil.rmtree(folder, ignore_errors=True)
         self._work.rename(folder)
         version = self._version
-        _, lost = map_servers(self._servers, lambda server: server.load(folder, version))
+        _, lost = map_servers(self._servers, lambda server: server.load_folder(folder, version))
         self._prune()
         return PassResult(lost)
 
@@ -84,7 +84,7 @@ class DiskTransport:
             return
         file = f"model-{len(self._sums) + 1:05}.safetensors"
         self._put(file, save({name: tensor.cpu() for name, tensor in tensors}, metadata={"format": "pt"}))
-        self._places |= {name: file for name, _tensor in tensors}
+        self._weight_map |= {name: file for name, _tensor in tensors}
 
     def _put(self, file: str, content: bytes) -> None:
         self._sums[file] = hashlib.sha256(content).hexdigest()
@@ -94,38 +94,38 @@ class DiskTransport:
             os.fsync(target.fileno())
 
     def _prune(self) -> None:
-        ours = [
-            (int(found[1]), path) for path in self.root.iterdir() if (found := _VERSION.fullmatch(path.name))
+        versions = [
+            (int(match[1]), path) for path in self.root.iterdir() if (match := _VERSION.fullmatch(path.name))
         ]
-        older = sorted(number for number, _path in ours if number != self._version)
-        gone = set(older[: max(0, len(older) + 1 - self.keep)])
-        for number, path in ours:
-            if number in gone:
+        others = sorted(number for number, _path in versions if number != self._version)
+        expired = set(others[: max(0, len(others) + 1 - self.keep)])
+        for number, path in versions:
+            if number in expired:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 _VERSION = re.compile(r"version-(\d+)")
 
 
-def check(folder: Path) -> None:
-    """Holds a folder's files against its manifest.
+def verify_manifest(folder: Path) -> None:
+    """Verifies a folder's files against its manifest.
 
     Raises:
-        UserError: one is missing or is not what was written.
+        UserError: a file is missing or differs from what was written.
     """
-    for file, wanted in json.loads((folder / MANIFEST).read_text())["sha256"].items():
-        found = hashlib.sha256()
+    for file, expected in json.loads((folder / MANIFEST).read_text())["sha256"].items():
+        digest = hashlib.sha256()
         try:
             with open(folder / file, "rb") as source:
                 while part := source.read(READ_BYTES):
-                    found.update(part)
+                    digest.update(part)
         except FileNotFoundError:
             raise UserError(
-                f"{folder / file} is gone; is something else cleaning up {folder.parent}?"
+                f"{folder / file} is missing; is something else cleaning up {folder.parent}?"
             ) from None
-        if found.hexdigest() != wanted:
+        if digest.hexdigest() != expected:
             raise UserError(
-                f"{folder / file} is not what was written to it; check the disk, or choose another folder"
+                f"{folder / file} differs from what was written; check the disk, or choose another folder"
             )
 
 

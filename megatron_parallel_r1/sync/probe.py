@@ -1,4 +1,4 @@
-"""Proves that a server computes with the trainer's weights: the same tokens have the same log-probs."""
+"""Verifies that a server computes with the trainer's weights: the same tokens have the same log-probs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.sync.control import RowScores, TokenRow
 
-# The trainer's log-probs of rows, as `Control.score` gives a server's. All processes call it together, and
-# what it gives on the first one counts. A head, if there is one, takes the place of the model's.
+# The trainer's log-probs of rows, as `ServerControl.score` returns a server's. All ranks call it; the result
+# on rank 0 counts. A head replaces the model's.
 ProbeScorer = Callable[[Sequence[TokenRow], "OutputHead | None"], Sequence[RowScores]]
 
-# Weights that changed move some log-prob by more than its last digits; float32 has about 1e-6 at 10.
+# Changed weights move some log-prob by more than its last digits; float32 resolves about 1e-6 at 10.
 MOVED = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """An output matrix to compute with instead of the model's own.
+    """An output matrix that replaces the model's own.
 
     Attributes:
-        rows_VE: those of this process; None where it has none.
+        rows_VE: this rank's rows; None if it has none.
     """
 
     rows_VE: Tensor | None
@@ -37,8 +37,8 @@ class ServerScores:
     Attributes:
         url: the server.
         scores: now.
-        before: those that it gave after the update before; None: there was none.
-        dtype: of its weights, if it says so.
+        before: after the previous update; None: there was none.
+        dtype: of its weights, if reported.
     """
 
     url: str
@@ -53,8 +53,8 @@ class TrainerScores:
 
     Attributes:
         scores: under its weights.
-        before: under those of the version before, if there was one.
-        old_head: under its weights but the output matrix of the version before; None: not asked.
+        before: under the previous version's weights, if there was one.
+        old_head: under its weights with the previous version's output matrix; None: not computed.
         dtype: of its weights.
     """
 
@@ -64,18 +64,20 @@ class TrainerScores:
     dtype: str
 
 
-def difference(found: Sequence[RowScores], wanted: Sequence[RowScores]) -> float:
-    """The largest in nats; infinite where one is no number or they are not of one length."""
-    if [len(row) for row in found] != [len(row) for row in wanted]:
+def difference(actual: Sequence[RowScores], expected: Sequence[RowScores]) -> float:
+    """The largest difference in nats; infinite if one is NaN or the lengths differ."""
+    if [len(row) for row in actual] != [len(row) for row in expected]:
         return math.inf
-    apart = [
-        abs(a - b) for one, other in zip(found, wanted, strict=True) for a, b in zip(one, other, strict=True)
+    differences = [
+        abs(a - b)
+        for actual_row, expected_row in zip(actual, expected, strict=True)
+        for a, b in zip(actual_row, expected_row, strict=True)
     ]
-    return max((math.inf if math.isnan(one) else one for one in apart), default=0.0)
+    return max((math.inf if math.isnan(value) else value for value in differences), default=0.0)
 
 
 def is_stale(answers: ServerScores, trained: TrainerScores) -> bool:
-    """Whether the server answers to the bit as before the update, and the trainer does not."""
+    """Whether the server's scores are bit-identical to those before the update, and the trainer's are not."""
     if answers.before is None or trained.before is None:
         return False
     return (
@@ -88,24 +90,24 @@ def passes(answers: ServerScores, trained: TrainerScores, tolerance: float) -> b
 
 
 def failure(answers: ServerScores, trained: TrainerScores, tolerance: float, version: int) -> UserError:
-    """What to say of a server that does not pass."""
-    apart = difference(answers.scores, trained.scores)
+    """The error of a server that does not pass."""
+    largest = difference(answers.scores, trained.scores)
     return UserError(
         f"{answers.url}: after the sync to version {version} its log-probs differ from the trainer's by "
-        f"up to {apart:.3g} nats (sync.tolerance {tolerance:g}): {_cause(answers, trained, tolerance)}"
+        f"up to {largest:.3g} nats (sync.tolerance {tolerance:g}): {_cause(answers, trained, tolerance)}"
     )
 
 
 def _cause(answers: ServerScores, trained: TrainerScores, tolerance: float) -> str:
     if is_stale(answers, trained) or _fits(answers.scores, trained.before, tolerance):
         return (
-            "it still computes with the weights of the version before (stale weights); start it anew, or set "
-            "sync.transport to another one"
+            "it still computes with the previous version's weights (stale weights); restart it, or set "
+            "another sync.transport"
         )
     if _fits(answers.scores, trained.old_head, tolerance):
         return (
-            "all but its output matrix is new: it ties lm_head to the embedding and kept the old one; send "
-            "lm_head.weight too"
+            "all its weights are new except the output matrix: it ties lm_head to the embedding and kept "
+            "the old one; send lm_head.weight too"
         )
     if answers.dtype is not None and answers.dtype != trained.dtype:
         return (
@@ -113,10 +115,10 @@ def _cause(answers: ServerScores, trained: TrainerScores, tolerance: float) -> s
             f"{trained.dtype}, or raise sync.tolerance"
         )
     return (
-        "neither the version before nor its output matrix explains it; see that the server was started with "
-        "this model's config.json and without quantization"
+        "neither the previous version nor its output matrix explains it; check that the server was started "
+        "with this model's config.json and without quantization"
     )
 
 
-def _fits(found: Sequence[RowScores], wanted: Sequence[RowScores] | None, tolerance: float) -> bool:
-    return wanted is not None and difference(found, wanted) <= tolerance
+def _fits(actual: Sequence[RowScores], expected: Sequence[RowScores] | None, tolerance: float) -> bool:
+    return expected is not None and difference(actual, expected) <= tolerance

@@ -1,10 +1,10 @@
-"""Publishes a trainer's weights to rollout servers, and goes on only if they compute with them.
+"""Publishes a trainer's weights to rollout servers, and continues only if they compute with them.
 
-A publication: the servers are paused; all weights pass by, bucket by bucket; the servers take the new
-version's number and go on; and the probe holds their log-probs against the trainer's. All processes of the
-trainer take part; the first of them speaks to the servers, and what goes wrong there is raised on all.
+A publication pauses the servers, sends all weights bucket by bucket, sets the new version, resumes the
+servers, and compares their log-probs with the trainer's (the probe). All ranks of the trainer take part; rank
+0 speaks to the servers, and its errors are raised on all ranks.
 
-Where trainer and servers share GPUs: `release` before training, `resume` and `publish` after it.
+If trainer and servers share GPUs, call `release` before training, `resume` and `publish` after it.
 """
 
 from __future__ import annotations
@@ -32,34 +32,33 @@ from megatron_parallel_r1.sync.shared_memory import SharedMemoryTransport
 
 @dataclass(frozen=True, slots=True)
 class PublishResult:
-    """What became of a publication.
+    """The result of a publication.
 
     Attributes:
-        version: that the servers in step hold.
-        in_step: their URLs; only they may be asked for tokens.
-        out: why each other server is out of step, by URL. It is tried again in the next publication.
+        version: of the weights.
+        up_to_date: URLs of the servers that hold them; only these may serve requests.
+        failed: why each other server does not, by URL. The next publication tries it again.
         difference: the largest between their log-probs and the trainer's, in nats.
         bytes: of the weights.
-        seconds: from the pause until the servers went on.
+        seconds: from the pause until the servers resumed.
     """
 
     version: int
-    in_step: tuple[str, ...]
-    out: dict[str, str]
+    up_to_date: tuple[str, ...]
+    failed: dict[str, str]
     difference: float
     bytes: int
     seconds: float
 
 
 class Publisher:
-    """See the module. Each method is called by all processes together.
+    """See the module. All ranks call each method.
 
     Args:
-        servers: those that take weights; only the first process's count.
+        servers: those that take weights; only rank 0's count.
         model: whose weights are published.
-        settings: how.
-        rows: token ids of the probe, at least 2 a row.
-        expected: the trainer's log-probs of them.
+        rows: token ids of the probe, at least 2 per row.
+        expected: computes the trainer's log-probs of them.
     """
 
     def __init__(
@@ -78,24 +77,24 @@ class Publisher:
         self._sender = Sender(servers, _transport(model, settings), settings) if is_sender() else None
 
     def publish(self, version: int) -> PublishResult:
-        """Brings the model's weights, as they are now, to all servers.
+        """Sends the model's current weights to all servers.
 
         Args:
-            version: their number, not that of the publication before.
+            version: their number, other than that of the previous publication.
 
         Raises:
             ServersLost: no server is left.
-            UserError: one computes with other weights than the trainer.
+            UserError: a server computes with other weights than the trainer.
         """
         trained = TrainerScores(self._expected(self.rows, None), self._before, None, _name(self._dtype))
         started = time.perf_counter()
-        wants_head = run_on_rank_zero(lambda: self._speaker.pause())
+        wants_head = run_on_rank_zero(lambda: self._rank_zero_sender.pause())
         size = self._pass(version)
-        while run_on_rank_zero(lambda: self._speaker.close()):
+        while run_on_rank_zero(lambda: self._rank_zero_sender.close()):
             size = self._pass(version)
-        run_on_rank_zero(lambda: self._speaker.continue_generation())
+        run_on_rank_zero(lambda: self._rank_zero_sender.continue_generation())
         seconds = time.perf_counter() - started
-        worst, failed = run_on_rank_zero(lambda: self._speaker.probe(self.rows, trained))
+        worst, failed = run_on_rank_zero(lambda: self._rank_zero_sender.probe(self.rows, trained))
         if failed:
             if self._old_head is not None:
                 trained = replace(trained, old_head=self._expected(self.rows, self._old_head))
@@ -104,49 +103,54 @@ class Publisher:
         self._old_head = self._head() if wants_head and self.model.architecture.tied else None
         return run_on_rank_zero(
             lambda: PublishResult(
-                version, self._speaker.in_step, dict(self._speaker.out), worst, size, seconds
+                version,
+                self._rank_zero_sender.up_to_date,
+                dict(self._rank_zero_sender.failed),
+                worst,
+                size,
+                seconds,
             )
         )
 
     def release(self) -> None:
-        """Has the servers end what is under way and give their memory back: now the trainer may take it."""
-        run_on_rank_zero(lambda: self._speaker.release_memory())
+        """Pauses the servers and frees their memory for the trainer."""
+        run_on_rank_zero(lambda: self._rank_zero_sender.release_memory())
 
     def resume(self) -> None:
-        """Gives the memory back to the servers. They stay paused, with no weights, until `publish`."""
-        run_on_rank_zero(lambda: self._speaker.resume_memory())
+        """Allocates the servers' memory again. They stay paused, without weights, until `publish`."""
+        run_on_rank_zero(lambda: self._rank_zero_sender.resume_memory())
 
     def add(self, server: ServerControl) -> None:
-        """From the next publication on; another one of the same URL goes."""
+        """Adds a server from the next publication on, in place of any with the same URL."""
         if self._sender is not None:
             self._sender.servers[server.url] = server
 
     def remove(self, url: str) -> None:
-        """From now on, if it is known."""
+        """Removes a server, if it is known."""
         if self._sender is not None:
             self._sender.servers.pop(url, None)
 
     def end(self) -> None:
-        """Leaves the servers."""
-        run_on_rank_zero(lambda: self._speaker.end())
+        """Disconnects from the servers."""
+        run_on_rank_zero(lambda: self._rank_zero_sender.end())
 
     @property
-    def _speaker(self) -> Sender:
+    def _rank_zero_sender(self) -> Sender:
         if self._sender is None:
-            raise RuntimeError("only the first process speaks to servers")
+            raise RuntimeError("only rank 0 speaks to servers")
         return self._sender
 
     def _pass(self, version: int) -> int:
-        """Sends all weights once; their bytes, on the first process."""
-        run_on_rank_zero(lambda: self._speaker.open(version))
+        """Sends all weights once; returns their size in bytes, on rank 0."""
+        run_on_rank_zero(lambda: self._rank_zero_sender.open(version))
         size = 0
         for bucket in gather_buckets(self.model, self.settings.bucket_bytes):
             size += bucket.bytes
-            self._speaker.send(bucket)
+            self._rank_zero_sender.send(bucket)
         return size
 
     def _head(self) -> OutputHead:
-        """This process's part of the output matrix, copied out of the device's memory."""
+        """This rank's rows of the output matrix, copied to host memory."""
         rows_VE = own_parameters(self.model).get(EMBEDDING)
         return OutputHead(None if rows_VE is None else rows_VE.detach().cpu().clone())
 
@@ -159,7 +163,7 @@ def _transport(model: Model, settings: Sync) -> Transport:
     if settings.transport == "tensor":
         return SharedMemoryTransport()
     if settings.transport == "disk":
-        assert settings.folder is not None  # Sync has seen to it.
+        assert settings.folder is not None  # `Sync` checks it.
         return DiskTransport(settings.folder, settings.keep, model.architecture, weights.dtype)
     return BroadcastTransport(settings, settings.backend or ("nccl" if weights.is_cuda else "gloo"))
 

@@ -1,4 +1,4 @@
-"""The one process that speaks to the servers: which of them are in step, and the steps of a publication."""
+"""The rank that speaks to the servers: which of them are up to date, and the steps of a publication."""
 
 from __future__ import annotations
 
@@ -11,63 +11,61 @@ from typing import Protocol, TypeVar
 from megatron_parallel_r1.errors import ServersLost, UserError
 from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.buckets import Bucket
-from megatron_parallel_r1.sync.control import MemoryPart, RowScores, ServerControl, TokenRow, WeightsInfo
+from megatron_parallel_r1.sync.control import RowScores, ServerControl, TokenRow, WeightsInfo
 from megatron_parallel_r1.sync.probe import ServerScores, TrainerScores, difference, passes
 from megatron_parallel_r1.sync.settings import Sync
 
 LOG = logging.getLogger(__name__)
 R = TypeVar("R")
-PARTS: tuple[MemoryPart, ...] = ("weights", "kv_cache")
 
 
 class Sender:
-    """The servers and what they hold. Only the first process has one.
+    """The servers and what they hold. Only rank 0 has one.
 
     Args:
         servers: all that take weights.
         transport: of the settings' kind.
-        settings: of the sync.
     """
 
     def __init__(self, servers: Sequence[ServerControl], transport: Transport, settings: Sync) -> None:
         self.servers = {server.url: server for server in servers}
         self.transport, self.settings = transport, settings
-        self.out: dict[str, str] = {}
-        self._taking: list[ServerControl] = []
-        self._facts: dict[str, WeightsInfo] = {}
-        self._answers: dict[str, Sequence[RowScores]] = {}
+        self.failed: dict[str, str] = {}
+        self._active: list[ServerControl] = []
+        self._infos: dict[str, WeightsInfo] = {}
+        self._scores: dict[str, Sequence[RowScores]] = {}
         self._broken: Exception | None = None
         self._passes = 0
 
     @property
-    def in_step(self) -> tuple[str, ...]:
-        """Servers that hold the last version, all of it."""
-        return tuple(server.url for server in self._taking)
+    def up_to_date(self) -> tuple[str, ...]:
+        """Servers that hold the whole last version."""
+        return tuple(server.url for server in self._active)
 
     def pause(self) -> bool:
-        """Finds the servers that answer, and stops them; whether some want the output matrix for itself."""
-        self.out, self._passes = {}, 0
-        self._taking = list(self.servers.values())
-        if wrong := [server.url for server in self._taking if self.settings.transport not in server.kinds]:
+        """Pauses the servers that answer; returns whether some need the output matrix under its own name."""
+        self.failed, self._passes = {}, 0
+        self._active = list(self.servers.values())
+        if wrong := [server.url for server in self._active if self.settings.transport not in server.kinds]:
             raise UserError(
                 f"{wrong[0]} takes no weights by sync.transport {self.settings.transport}; "
                 f"set it to one of {', '.join(sorted(self.servers[wrong[0]].kinds))}"
             )
-        self._facts = self._try(lambda server: server.facts())
+        self._infos = self._try(lambda server: server.info())
         self._try(lambda server: server.pause(self.settings.in_flight))
-        return any(server.wants_head for server in self._taking)
+        return any(server.wants_head for server in self._active)
 
     def open(self, version: int) -> None:
         """Begins a pass over all weights."""
         self._broken = None
         self._passes += 1
         if self._passes > 1:
-            # A group that broke has members that others lost; who is gone does not answer.
-            self._facts = self._try(lambda server: server.facts())
-        self.transport.open(self._taking, self._facts, version)
+            # A broken group has members that others lost; a dead server does not answer.
+            self._infos = self._try(lambda server: server.info())
+        self.transport.open(self._active, self._infos, version)
 
     def send(self, bucket: Bucket) -> None:
-        """Does not raise: the other processes would wait with the next bucket. `close` does."""
+        """Does not raise, for the other ranks would wait with the next bucket; `close` raises instead."""
         try:
             if self._broken is None:
                 self.transport.send(bucket)
@@ -75,43 +73,43 @@ class Sender:
             self._broken = error
 
     def close(self) -> bool:
-        """Ends the pass; whether another one is needed."""
+        """Ends the pass; returns whether another one is needed."""
         if self._broken is not None:
             raise self._broken
-        passed = self.transport.close()
-        self._drop(dict(passed.lost))
-        if passed.again and self._passes > len(self.servers):
+        result = self.transport.close()
+        self._drop(dict(result.lost))
+        if result.again and self._passes > len(self.servers):
             raise UserError(
-                f"weights did not reach {', '.join(self.in_step)} in {self._passes} passes by sync.transport "
-                f"{self.settings.transport}; see the servers' logs, or set another transport"
+                f"weights did not reach {', '.join(self.up_to_date)} in {self._passes} passes by "
+                f"sync.transport {self.settings.transport}; see the servers' logs, or set another transport"
             )
-        return passed.again
+        return result.again
 
     def continue_generation(self) -> None:
-        """Lets the servers in step go on. The others stay paused: what they hold is no version."""
+        """Resumes the servers that are up to date. The others stay paused: they hold no complete version."""
         self._try(lambda server: server.continue_generation())
 
     def probe(self, rows: Sequence[TokenRow], trained: TrainerScores) -> tuple[float, list[ServerScores]]:
-        """The largest difference over all servers, and the answers that do not pass."""
+        """The largest difference over all servers, and the scores that do not pass."""
         scores = self._try(lambda server: server.score(rows))
         answers = [
-            ServerScores(url, found, self._answers.get(url), self._facts[url].dtype)
-            for url, found in scores.items()
+            ServerScores(url, rows_scores, self._scores.get(url), self._infos[url].dtype)
+            for url, rows_scores in scores.items()
         ]
-        self._answers = dict(scores)
-        worst = max(difference(one.scores, trained.scores) for one in answers)
-        return worst, [one for one in answers if not passes(one, trained, self.settings.tolerance)]
+        self._scores = dict(scores)
+        worst = max(difference(answer.scores, trained.scores) for answer in answers)
+        return worst, [a for a in answers if not passes(a, trained, self.settings.tolerance)]
 
     def release_memory(self) -> None:
-        """Stops the servers, which give their memory back."""
-        self._taking = list(self.servers.values())
+        """Pauses the servers and frees their memory."""
+        self._active = list(self.servers.values())
         self._try(lambda server: server.pause(self.settings.in_flight))
         self._try(lambda server: server.release_memory())
 
     def resume_memory(self) -> None:
-        """They take it again, and wait for weights."""
-        for part in PARTS:
-            self._try(lambda server, part=part: server.resume_memory(part))
+        """Allocates their memory again; they wait for weights."""
+        self._try(lambda server: server.resume_memory("weights"))
+        self._try(lambda server: server.resume_memory("kv_cache"))
 
     def end(self) -> None:
         self.transport.end()
@@ -119,31 +117,30 @@ class Sender:
             server.close()
 
     def _try(self, work: Callable[[ServerControl], R]) -> dict[str, R]:
-        came, failed = map_servers(self._taking, work)
-        self._drop(failed)
-        return came
+        results, failures = map_servers(self._active, work)
+        self._drop(failures)
+        return results
 
     def _drop(self, reasons: dict[str, str]) -> None:
-        """Takes servers out of step.
+        """Removes servers from those up to date.
 
         Raises:
             ServersLost: none is left.
         """
         for url, why in reasons.items():
-            LOG.warning("%s is out of step and gets no requests until it takes a whole update: %s", url, why)
-        self.out |= reasons
-        self._taking = [server for server in self._taking if server.url not in reasons]
-        if not self._taking:
-            url, why = next(reversed(self.out.items()))
-            raise ServersLost(f"no rollout server is left that takes weights; the last one: {why}")
+            LOG.warning("%s is out of date and gets no requests until it takes a whole update: %s", url, why)
+        self.failed |= reasons
+        self._active = [server for server in self._active if server.url not in reasons]
+        if not self._active:
+            url, why = next(reversed(self.failed.items()))
+            raise ServersLost(f"no rollout server is left that takes weights; the last failed with: {why}")
 
 
 C = TypeVar("C", bound=ServerControl)
-R = TypeVar("R")
 
 
 def map_servers(servers: Sequence[C], work: Callable[[C], R]) -> tuple[dict[str, R], dict[str, str]]:
-    """What came back, and why nothing did, by URL."""
+    """Calls `work` on all servers in parallel; returns results and reasons of failure, by URL."""
     if not servers:
         return {}, {}
     with ThreadPoolExecutor(len(servers)) as pool:
@@ -152,28 +149,28 @@ def map_servers(servers: Sequence[C], work: Callable[[C], R]) -> tuple[dict[str,
 
 def collect_results(calls: dict[str, Future[R]]) -> tuple[dict[str, R], dict[str, str]]:
     """As `map_servers`, of calls under way."""
-    came: dict[str, R] = {}
-    failed: dict[str, str] = {}
+    results: dict[str, R] = {}
+    failures: dict[str, str] = {}
     for url, call in calls.items():
         try:
-            came[url] = call.result()
+            results[url] = call.result()
         except (UserError, Unreachable) as error:
-            failed[url] = str(error)
-    return came, failed
+            failures[url] = str(error)
+    return results, failures
 
 
 def failed_urls(calls: dict[str, Future[R]]) -> set[str]:
-    """URLs of calls under way that have failed by now."""
+    """URLs of calls that have failed so far."""
     return {url for url, call in calls.items() if call.done() and call.exception() is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """How a pass went.
+    """The result of a pass.
 
     Attributes:
-        lost: why a server did not take all, by URL.
-        again: whether the servers that are left need a new pass.
+        lost: why a server did not take all weights, by URL.
+        again: whether the remaining servers need another pass.
     """
 
     lost: Mapping[str, str]
@@ -181,16 +178,16 @@ class PassResult:
 
 
 class Transport(Protocol):
-    """One way to the servers; the sender alone has it. A pass is `open`, `send` of every bucket, `close`.
+    """A way to the servers, on rank 0 only. A pass is `open`, `send` of every bucket, `close`.
 
-    What one server does wrong does not raise; `close` tells it.
+    A failure of one server does not raise; `close` returns it.
     """
 
-    def open(self, servers: Sequence[ServerControl], facts: Mapping[str, WeightsInfo], version: int) -> None:
+    def open(self, servers: Sequence[ServerControl], infos: Mapping[str, WeightsInfo], version: int) -> None:
         """Begins a pass.
 
         Args:
-            facts: of each server, by URL, as it gave them just now.
+            infos: of each server, by URL, just read.
         """
         ...
 
@@ -199,5 +196,5 @@ class Transport(Protocol):
     def close(self) -> PassResult: ...
 
     def end(self) -> None:
-        """Lets go of what lasts from one pass to the next."""
+        """Frees what lasts from one pass to the next."""
         ...

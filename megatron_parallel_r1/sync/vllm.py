@@ -1,9 +1,8 @@
-"""Control of a vLLM server (0.32), started with VLLM_SERVER_DEV_MODE=1.
+"""Controls a vLLM server (0.32), started with VLLM_SERVER_DEV_MODE=1.
 
-`vllm/entrypoints/rl/online/api_router.py` and `serve/dev/` have the endpoints. On a CPU vLLM multiplies by a
-packed copy of the output matrix, and `reload_weights` packs it anew only if `lm_head.weight` is among the
-tensors: with the embedding alone, as a tied model's folder has it, it goes on with the old one and says
-nothing.
+Its endpoints are in `vllm/entrypoints/rl/online/api_router.py` and `serve/dev/`. On a CPU vLLM multiplies by
+a packed copy of the output matrix, and `reload_weights` repacks it only if `lm_head.weight` is among the
+tensors: with the embedding alone, as in a tied model's folder, it silently keeps the old one.
 """
 
 from __future__ import annotations
@@ -22,30 +21,30 @@ PAUSES: dict[InFlightPolicy, str] = {"finish": "wait", "retract": "keep", "abort
 
 
 class VllmControl:
-    """See `Control`.
+    """See `ServerControl`.
 
     Args:
         url: base address.
-        timeout_s: how long one answer may take.
+        timeout_s: of one answer.
     """
 
     kinds: frozenset[TransportKind] = frozenset({"disk"})
     wants_head = True
 
     def __init__(self, url: str, timeout_s: float = 600.0) -> None:
-        self._wire = HttpClient(url, timeout_s)
+        self._http = HttpClient(url, timeout_s)
         self._model = ""
 
     @property
     def url(self) -> str:
-        return self._wire.url
+        return self._http.url
 
-    def facts(self) -> WeightsInfo:
+    def info(self) -> WeightsInfo:
         try:
-            version = str(self._wire.get("/weight_info", quick=True)["weight_version"])
-            processes = int(self._wire.get("/get_world_size", quick=True)["world_size"])
-            # It looks into the whole environment first, which takes seconds.
-            config = str(self._wire.get("/server_info")["vllm_config"])
+            version = str(self._http.get("/weight_info", quick=True)["weight_version"])
+            processes = int(self._http.get("/get_world_size", quick=True)["world_size"])
+            # It inspects the whole environment first, which takes seconds.
+            config = str(self._http.get("/server_info")["vllm_config"])
         except UserError as error:
             raise UserError(f"{error}; start vLLM with VLLM_SERVER_DEV_MODE=1") from None
         except (KeyError, TypeError, ValueError) as error:
@@ -54,60 +53,60 @@ class VllmControl:
         return WeightsInfo(int(version) if version.isdecimal() else None, processes, dtype and dtype[1])
 
     def pause(self, in_flight: InFlightPolicy) -> None:
-        self._wire.post(f"/pause?mode={PAUSES[in_flight]}")
+        self._http.post(f"/pause?mode={PAUSES[in_flight]}")
 
     def continue_generation(self) -> None:
-        self._wire.post("/resume")
+        self._http.post("/resume")
 
-    def load(self, folder: Path, version: int) -> None:
-        self._wire.post(
+    def load_folder(self, folder: Path, version: int) -> None:
+        self._http.post(
             "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         )
         self._flush()
-        self._wire.post("/update_weight_version", {"new_version": str(version)})
+        self._http.post("/update_weight_version", {"new_version": str(version)})
 
     def score(self, rows: Sequence[TokenRow]) -> list[RowScores]:
-        # It draws one token at least.
-        asked = {
+        # It draws at least one token.
+        request = {
             "prompt": [list(row) for row in rows],
             "max_tokens": 1,
             "temperature": 1.0,
             "prompt_logprobs": 0,
         }
-        told = self._wire.post("/v1/completions", {"model": self._name(), **asked})
+        answer = self._http.post("/v1/completions", {"model": self._name(), **request})
         try:
             return [
                 _read(choice["prompt_logprobs"], row)
-                for choice, row in zip(told["choices"], rows, strict=True)
+                for choice, row in zip(answer["choices"], rows, strict=True)
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise Unreachable(f"{self.url}/v1/completions: an answer without log-probs ({error!r})") from None
 
     def release_memory(self) -> None:
-        self._wire.post("/sleep?level=2")
+        self._http.post("/sleep?level=2")
 
     def resume_memory(self, part: MemoryPart) -> None:
-        self._wire.post(f"/wake_up?tags={part}")
+        self._http.post(f"/wake_up?tags={part}")
 
     def close(self) -> None:
-        self._wire.close()
+        self._http.close()
 
     def _flush(self) -> None:
-        told = self._wire.post("/reset_prefix_cache?reset_running_requests=true")
-        if not (isinstance(told, dict) and told.get("success")):
-            raise Unreachable(f"{self.url}/reset_prefix_cache: the cache was not flushed ({told})")
+        answer = self._http.post("/reset_prefix_cache?reset_running_requests=true")
+        if not (isinstance(answer, dict) and answer.get("success")):
+            raise Unreachable(f"{self.url}/reset_prefix_cache: the cache was not flushed ({answer})")
 
     def _name(self) -> str:
         if not self._model:
-            told = self._wire.get("/v1/models", quick=True)
+            answer = self._http.get("/v1/models", quick=True)
             try:
-                self._model = str(told["data"][0]["id"])
+                self._model = str(answer["data"][0]["id"])
             except (KeyError, TypeError, IndexError):
-                raise Unreachable(f"{self.url}/v1/models: no model ({told})") from None
+                raise Unreachable(f"{self.url}/v1/models: no model ({answer})") from None
         return self._model
 
 
 def _read(positions: Sequence[Any], row: TokenRow) -> RowScores:
-    """The log-probs that vLLM gives for each position by token id; the first has none."""
+    """Reads vLLM's log-probs, by token id for each position; the first has none."""
     following = zip(positions[1:], row[1:], strict=True)
     return tuple(float(position[str(token)]["logprob"]) for position, token in following)

@@ -121,7 +121,7 @@ def test_a_sweep_over_seeds_joins_its_processes_once_a_seed(tmp_path: Path) -> N
             "2",
             "max_tokens_per_micro_batch: 510 is no multiple of 4",
         ),
-        (("parallel.pipeline=2",), "2", "native engine: pipeline 2 is not for it"),
+        (("parallel.pipeline=2",), "2", "native engine: pipeline 2 is not supported"),
         (("parallel.tensor=1", "parallel.sequence=true"), "1", "sequence needs a tensor size of 2"),
         (("parallel.tesnor=2",), "1", "parallel.tesnor: unknown key"),
     ],

@@ -67,7 +67,7 @@ def test_servers_of_several_copies_are_refused_when_the_run_meets_them(
     words = [f"out={tmp_path}", "thinking.mode=replay", "stages.cold_start.steps=2"]
     words += ["rollout.engine=sglang", f"rollout.urls=[{URL}]", "rollout.patience_s=1"]
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
-    assert f"{URL} has 2 copies of the model" in shown and "start more servers in place of --dp" in shown
+    assert f"{URL} has 2 copies of the model" in shown and "start more servers instead of --dp" in shown
 
 
 def test_who_decodes_may_change_when_a_run_goes_on(tmp_path: Path) -> None:

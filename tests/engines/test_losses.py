@@ -111,7 +111,7 @@ def test_two_take_weights_and_one_that_dies_under_them_is_left_out(
         draw(model, version)
         published = publisher.publish(version)
         print(f"untied, two servers, {kind}: largest difference {published.difference:.1e}")
-        assert set(published.in_step) == {staying.url, victim.url}
+        assert set(published.up_to_date) == {staying.url, victim.url}
         assert published.difference <= EXACT
         if kind != "distributed":
             publisher.end()
@@ -130,11 +130,11 @@ def test_two_take_weights_and_one_that_dies_under_them_is_left_out(
     publisher._sender.transport.send = killing
     draw(model, 70)
     published = publisher.publish(70)
-    assert len(sent) > 3 and published.in_step == (staying.url,) and list(published.out) == [victim.url]
-    assert published.difference <= EXACT and SglangControl(staying.url).facts().version == 70
+    assert len(sent) > 3 and published.up_to_date == (staying.url,) and list(published.failed) == [victim.url]
+    assert published.difference <= EXACT and SglangControl(staying.url).info().version == 70
     publisher.remove(victim.url)
     draw(model, 71)
-    assert publisher.publish(71).in_step == (staying.url,)
+    assert publisher.publish(71).up_to_date == (staying.url,)
     publisher.end()
 
 

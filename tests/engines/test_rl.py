@@ -177,7 +177,7 @@ def test_one_of_two_servers_killed_costs_no_trace(cold_start: Path, servers: Ser
     assert found.mismatch <= EXACT
     assert sum(step["servers_lost"] for step in found.steps) >= 1
     assert found.steps[0]["servers_up"] == 2
-    assert servers.supervisor.next_line(60) == "server 1 ended with status 137; starting it again"
+    assert servers.supervisor.next_line(60) == "server 1 ended with status 137; restarting it"
     assert servers.supervisor.next_healthy(START_SECONDS)[:2] == (1, servers.urls[1])
 
 

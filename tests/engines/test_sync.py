@@ -78,8 +78,10 @@ def test_a_split_model_reaches_the_server_by_each_transport(server: str, tmp_pat
     for kind, one in zip([kind for kind in KINDS for _ in range(2)], found, strict=True):
         print(f"TP2 x PP2, {kind}: largest difference {one['difference']:.1e}")
     assert [one["version"] for one in found] == list(range(1, 7))
-    assert all(one["in_step"] == [server] and not one["out"] and one["difference"] <= EXACT for one in found)
-    assert SglangControl(server).facts().version == 6
+    assert all(
+        one["up_to_date"] == [server] and not one["failed"] and one["difference"] <= EXACT for one in found
+    )
+    assert SglangControl(server).info().version == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,7 +95,7 @@ def test_two_updates_are_exact_and_differ(
             draw(model, version)
             assert publisher.publish(version).difference <= EXACT
             scores.append(control.score(ROWS))
-            assert control.facts().version == version
+            assert control.info().version == version
     # That exactness says something: the versions are nats apart.
     assert difference(*scores) > 0.5
     if kind == "disk":
@@ -122,7 +124,7 @@ def test_what_becomes_of_requests_under_way(
             draw(model, old + 1)
             published = publisher.publish(old + 1)
             control.request.join(300)
-        assert published.in_step == (server,) and published.difference <= EXACT
+        assert published.up_to_date == (server,) and published.difference <= EXACT
         told = control.answers[-1]
         about, count = told["meta_info"], len(told["output_ids"])
         spans = [(int(span["version"]), span["end"] - span["start"]) for span in about["weight_versions"]]
@@ -154,7 +156,7 @@ def test_a_server_with_other_weights_is_not_gone_on_with(server: str, model: Mod
         publisher.publish(51)
         publisher._sender.transport = Deaf(publisher._sender.transport)
         draw(model, 52)
-        with pytest.raises(UserError, match=rf"{server}: .*version 52 .* weights of the version before"):
+        with pytest.raises(UserError, match=rf"{server}: .*version 52 .* previous version's weights"):
             publisher.publish(52)
 
 
@@ -164,7 +166,7 @@ class Deaf:
     def __init__(self, real) -> None:
         self._real = real
 
-    def open(self, servers, facts, version) -> None: ...
+    def open(self, servers, infos, version) -> None: ...
 
     def send(self, bucket) -> None: ...
 

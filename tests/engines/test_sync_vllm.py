@@ -76,7 +76,7 @@ def test_two_updates_of_tied_weights_are_exact(server: str, model: Model, tmp_pa
         draw(model, version)
         published = publisher.publish(version)
         print(f"vLLM, disk, tied: {published.difference:.1e}")
-        assert published.difference <= EXACT and control.facts().version == version
+        assert published.difference <= EXACT and control.info().version == version
     publisher.end()
 
 
@@ -112,7 +112,7 @@ def test_what_becomes_of_requests_under_way(
         control = AskedControl(server)
         publisher = publisher_to(control, model, tmp_path, in_flight)
         draw(model, old + 1)
-        assert publisher.publish(old + 1).in_step == (server,)
+        assert publisher.publish(old + 1).up_to_date == (server,)
         control.request.join(300)
         choices = [answer["choices"][0] for answer in control.answers]
         reason = choices[-1]["finish_reason"]

@@ -61,5 +61,5 @@ def test_a_team_decodes_what_one_process_does(launched, processes: int, case: st
     counts["weights"] = [0] * size
     for found in ranks:
         for cause, requests in counts.items():
-            said = f"parted ways (requests: {', '.join(map(str, requests))})"
+            said = f"diverged (requests: {', '.join(map(str, requests))})"
             assert said in found["parted"][cause], (cause, found["parted"][cause])

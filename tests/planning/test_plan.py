@@ -198,7 +198,7 @@ def test_a_pipeline_in_words() -> None:
     assert made.stages[1].micro_batches == 512
     text = plan_text(made)
     assert "pipeline rank 0: layers 0..8, 18..26" in text
-    assert "a run would end with: native engine: pipeline 2 and context 2 is not for it" in text
+    assert "a run would end with: native engine: pipeline 2 and context 2 is not supported" in text
 
 
 def test_what_does_not_fit_is_said() -> None:

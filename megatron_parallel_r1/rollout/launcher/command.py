@@ -1,4 +1,9 @@
-"""Settings of `parallel-r1 serve-rollout`."""
+"""Settings of rollout servers, and the command line and environment of one server.
+
+The command makes log-probs as `rollout.engine.Completion` defines them: of softmax((logits + bias) /
+temperature), before top-k and top-p. SGLang's are so by default; vLLM's are with `--logprobs-mode
+processed_logprobs` (which takes them after top-k and top-p: the client sends neither).
+"""
 
 from __future__ import annotations
 
@@ -63,7 +68,7 @@ class LaunchSettings:
 
 
 CPU_SHARE = 0.9
-# SGLang loads every plugin that it finds unless it is told names.
+# SGLang loads every plugin that it finds unless names are set.
 NO_PLUGIN = "none"
 
 
@@ -71,7 +76,7 @@ NO_PLUGIN = "none"
 class ServerCommand:
     """Attributes:
     arguments: program first.
-    environment: to be set on top of this process's own.
+    environment: added to this process's own.
     """
 
     arguments: tuple[str, ...]
@@ -79,76 +84,76 @@ class ServerCommand:
 
 
 def build_command(
-    serving: LaunchSettings, python: Path, device: Device, port: int, gpus: tuple[str, ...] = ()
+    settings: LaunchSettings, python: Path, device: Device, port: int, gpus: tuple[str, ...] = ()
 ) -> ServerCommand:
-    """Of one server.
+    """The command of one server.
 
     Args:
-        python: that of the engine's environment.
-        gpus: as CUDA_VISIBLE_DEVICES names them; on a CPU none.
+        python: of the engine's environment.
+        gpus: as CUDA_VISIBLE_DEVICES names them; none on a CPU.
     """
-    make = {"sglang": _sglang, "vllm": _vllm}[serving.engine]
-    command = make(serving, device)
-    where = ("--host", serving.host, "--port", str(port))
+    builders = {"sglang": _sglang, "vllm": _vllm}
+    command = builders[settings.engine](settings, device)
+    listen = ("--host", settings.host, "--port", str(port))
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | command.environment
     if device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     else:
-        # Several servers on few cores: a second thread of one only takes another's core.
+        # With several servers on few cores, a second thread only takes another server's core.
         environment["OMP_NUM_THREADS"] = "1"
-        # Engines compile small functions within the first request that needs them. That asks for a C++
+        # Engines compile small functions during the first request that needs them. That requires a C++
         # compiler, and on a busy machine takes longer than a client waits.
         environment["TORCH_COMPILE_DISABLE"] = "1"
-    return ServerCommand((str(python), *command.arguments, *where, *serving.options), environment)
+    return ServerCommand((str(python), *command.arguments, *listen, *settings.options), environment)
 
 
-def _sglang(serving: LaunchSettings, device: Device) -> ServerCommand:
-    arguments = ["-m", "sglang.launch_server", "--model-path", str(serving.checkpoint)]
-    arguments += ["--tp-size", str(serving.tensor), "--dp-size", str(serving.data)]
-    arguments += ["--dtype", serving.dtype or ("float32" if device == "cpu" else "auto")]
-    if serving.context_tokens is not None:
-        arguments += ["--context-length", str(serving.context_tokens)]
-    plugins = [JOINS] if serving.isolated else []
+def _sglang(settings: LaunchSettings, device: Device) -> ServerCommand:
+    arguments = ["-m", "sglang.launch_server", "--model-path", str(settings.checkpoint)]
+    arguments += ["--tp-size", str(settings.tensor), "--dp-size", str(settings.data)]
+    arguments += ["--dtype", settings.dtype or ("float32" if device == "cpu" else "auto")]
+    if settings.context_tokens is not None:
+        arguments += ["--context-length", str(settings.context_tokens)]
+    plugins = [JOINS] if settings.isolated else []
     environment: dict[str, str] = {}
     if device == "cpu":
         arguments += ["--device", "cpu", "--attention-backend", "torch_native"]
         arguments += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
         arguments += ["--disable-overlap-schedule", "--disable-cuda-graph", "--skip-server-warmup"]
-        arguments += ["--max-total-tokens", str(serving.cache_tokens)]
-        # The tokens bound the cache. The share must leave room for what other processes take while a server
-        # starts: it counts that as its own, and ends where the sum is above the share.
-        arguments += ["--mem-fraction-static", str(serving.memory_share or CPU_SHARE)]
-        # It looks for requests all the time otherwise, and takes a core from a trainer beside it.
+        arguments += ["--max-total-tokens", str(settings.cache_tokens)]
+        # The tokens bound the cache. The share must leave room for memory that other processes take while a
+        # server starts: SGLang counts it as its own, and exits if the sum exceeds the share.
+        arguments += ["--mem-fraction-static", str(settings.memory_share or CPU_SHARE)]
+        # Otherwise it polls for requests, and takes a core from a trainer beside it.
         arguments += ["--sleep-on-idle"]
         environment["SGLANG_USE_CPU_ENGINE"] = "0"
-        plugins += [SEEDS] if serving.deterministic else []
+        plugins += [SEEDS] if settings.deterministic else []
     else:
-        if serving.memory_share is not None:
-            arguments += ["--mem-fraction-static", str(serving.memory_share)]
-        arguments += ["--enable-deterministic-inference"] if serving.deterministic else []
-        arguments += ["--enable-memory-saver"] if serving.colocated else []
+        if settings.memory_share is not None:
+            arguments += ["--mem-fraction-static", str(settings.memory_share)]
+        arguments += ["--enable-deterministic-inference"] if settings.deterministic else []
+        arguments += ["--enable-memory-saver"] if settings.colocated else []
     environment["SGLANG_PLUGINS"] = ",".join(plugins) or NO_PLUGIN
     return ServerCommand(tuple(arguments), environment)
 
 
-def _vllm(serving: LaunchSettings, device: Device) -> ServerCommand:
-    arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(serving.checkpoint)]
-    arguments += ["--tensor-parallel-size", str(serving.tensor), "--data-parallel-size", str(serving.data)]
-    arguments += ["--dtype", serving.dtype or ("float32" if device == "cpu" else "auto")]
+def _vllm(settings: LaunchSettings, device: Device) -> ServerCommand:
+    arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(settings.checkpoint)]
+    arguments += ["--tensor-parallel-size", str(settings.tensor), "--data-parallel-size", str(settings.data)]
+    arguments += ["--dtype", settings.dtype or ("float32" if device == "cpu" else "auto")]
     arguments += ["--logprobs-mode", "processed_logprobs", "--enable-prompt-tokens-details"]
-    # Opens the endpoint that takes token ids and any logit bias.
+    # Enables the endpoint that takes token ids and any logit bias.
     arguments += ["--enable-scale-out"]
-    if serving.context_tokens is not None:
-        arguments += ["--max-model-len", str(serving.context_tokens)]
-    # The calls that update weights and flush the cache.
+    if settings.context_tokens is not None:
+        arguments += ["--max-model-len", str(settings.context_tokens)]
+    # Enables the endpoints that update weights and flush the cache.
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
     if device == "cpu":
         arguments += ["--enforce-eager", "--block-size", "32"]
         environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
     else:
-        if serving.memory_share is not None:
-            arguments += ["--gpu-memory-utilization", str(serving.memory_share)]
-        arguments += ["--enable-sleep-mode"] if serving.colocated else []
-        if serving.deterministic:
+        if settings.memory_share is not None:
+            arguments += ["--gpu-memory-utilization", str(settings.memory_share)]
+        arguments += ["--enable-sleep-mode"] if settings.colocated else []
+        if settings.deterministic:
             environment["VLLM_BATCH_INVARIANT"] = "1"
     return ServerCommand(tuple(arguments), environment)

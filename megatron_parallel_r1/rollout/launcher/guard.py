@@ -1,10 +1,10 @@
-"""A server's parent: ends with all that the server started, whoever dies first.
+"""The parent of a server: ends every process that the server started, whichever dies first.
 
     python -m megatron_parallel_r1.rollout.launcher.guard SUPERVISOR_PID COMMAND...
 
 A server starts processes of its own and may be killed before it ends them, and so may the supervisor. This
-process outlives both: the kernel tells it when its supervisor is gone (PR_SET_PDEATHSIG), and hands it what a
-killed server leaves behind (PR_SET_CHILD_SUBREAPER). Linux only; it loads nothing heavy.
+process outlives both: the kernel signals it when its supervisor dies (PR_SET_PDEATHSIG), and makes it the
+parent of processes that a killed server leaves (PR_SET_CHILD_SUBREAPER). Linux only; imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import psutil
 # <sys/prctl.h>
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-# To finish what is under way; a rollout in flight is lost anyway.
+# For a clean exit; a rollout in flight is lost anyway.
 GRACE_SECONDS = 10
 
 
-class _Told(Exception):
-    """To end, by the supervisor or by its death."""
+class _Terminated(Exception):
+    """SIGTERM, sent by the supervisor or at its death."""
 
 
 def main(supervisor: int, command: list[str]) -> int:
@@ -36,17 +36,17 @@ def main(supervisor: int, command: list[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     server = None
     try:
-        # A trainer under torchrun holds it, and what is started inherits that.
+        # A trainer under torchrun blocks it, and child processes inherit that.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != supervisor:
             return 128 + signal.SIGTERM
-        # One thread runs here, so that code may run between fork and exec.
+        # This process has one thread, so code may run between fork and exec.
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
         status = server.wait()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return 128 - status if status < 0 else status
-    except _Told:
+    except _Terminated:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if server is not None:
             server.terminate()
@@ -58,14 +58,14 @@ def main(supervisor: int, command: list[str]) -> int:
 
 
 def adopt_orphans() -> None:
-    """What descends from this process comes to it when its own parent has died."""
+    """Makes this process the parent of descendants whose own parent has died."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_descendants(keep: frozenset[int] = frozenset()) -> None:
-    """Kills all that descends from this process but the children in `keep` and what descends from them.
+    """Kills all descendants of this process except the children in `keep` and their descendants.
 
-    Each round reaps one that was killed; orphans come up as children, so the last round leaves none.
+    Each round reaps one killed child; orphans become children, so the last round leaves none.
     """
     while children := [child for child in psutil.Process().children() if child.pid not in keep]:
         for child in children:
@@ -84,7 +84,7 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Told
+    raise _Terminated
 
 
 def _die_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""Where servers run: the engine's interpreter, their GPUs, their ports."""
+"""Chooses where servers run: the engine's interpreter, GPUs and ports."""
 
 from __future__ import annotations
 
@@ -14,39 +14,40 @@ from pathlib import Path
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import Device, LaunchSettings
 
-# Linux gives those from 32768 on (net.ipv4.ip_local_port_range).
+# Linux assigns ephemeral ports from 32768 on (net.ipv4.ip_local_port_range).
 FREE_PORTS = range(20000, 32000)
 TRIES = 50
 
 
-def find_python(serving: LaunchSettings) -> Path:
+def find_python(settings: LaunchSettings) -> Path:
     """The interpreter that has the engine.
 
     Raises:
         UserError: there is none.
     """
-    if serving.python is not None:
-        if not os.access(serving.python, os.X_OK):
+    if settings.python is not None:
+        if not os.access(settings.python, os.X_OK):
             raise UserError(
-                f"{serving.python}: no such interpreter; give --python one that has {serving.engine}"
+                f"{settings.python}: no such interpreter; give --python one that has {settings.engine}"
             )
-        return serving.python
+        return settings.python
     checkout = Path(__file__).resolve().parents[3]
-    made = checkout / f".venv-{serving.engine}"
-    if (made / "ready").exists():
-        return made / "bin" / "python"
-    if importlib.util.find_spec(serving.engine) is not None:
+    environment = checkout / f".venv-{settings.engine}"
+    if (environment / "ready").exists():
+        return environment / "bin" / "python"
+    if importlib.util.find_spec(settings.engine) is not None:
         return Path(sys.executable)
     raise UserError(
-        f"no environment with {serving.engine} ({made}): run `make engines` in {checkout}, or give --python"
+        f"no environment with {settings.engine} ({environment}): run `make engines` in {checkout}, or give "
+        "--python"
     )
 
 
 def visible_gpus() -> tuple[str, ...]:
     """As CUDA_VISIBLE_DEVICES names them; none if there is no GPU."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        return tuple(name.strip() for name in told.split(",") if name.strip() not in ("", "-1"))
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices is not None:
+        return tuple(name.strip() for name in devices.split(",") if name.strip() not in ("", "-1"))
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     except FileNotFoundError:
@@ -55,37 +56,37 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(str(index) for index in range(sum(line.startswith("GPU ") for line in lines)))
 
 
-def assign_gpus(serving: LaunchSettings, visible: tuple[str, ...]) -> tuple[Device, list[tuple[str, ...]]]:
+def assign_gpus(settings: LaunchSettings, visible: tuple[str, ...]) -> tuple[Device, list[tuple[str, ...]]]:
     """The device, and the GPUs of each server.
 
     Raises:
         UserError: there are too few.
     """
-    device = serving.device or ("cuda" if visible else "cpu")
+    device = settings.device or ("cuda" if visible else "cpu")
     if device == "cpu":
-        return device, [()] * serving.servers
-    each = serving.tensor * serving.data
-    if serving.servers * each > len(visible):
+        return device, [()] * settings.servers
+    gpus = settings.tensor * settings.data
+    if settings.servers * gpus > len(visible):
         raise UserError(
-            f"{serving.servers} servers of {each} GPUs need {serving.servers * each}, visible are "
-            f"{len(visible)}; lower --servers, --tp or --dp, or give --device cpu"
+            f"{settings.servers} servers of {gpus} GPUs need {settings.servers * gpus}, and "
+            f"{len(visible)} are visible; lower --servers, --tp or --dp, or give --device cpu"
         )
-    return device, [visible[index * each : (index + 1) * each] for index in range(serving.servers)]
+    return device, [visible[index * gpus : (index + 1) * gpus] for index in range(settings.servers)]
 
 
-def pick_ports(serving: LaunchSettings) -> list[int]:
-    """One for each server, all of them free now.
+def pick_ports(settings: LaunchSettings) -> list[int]:
+    """One free port for each server.
 
     Raises:
-        UserError: one is taken.
+        UserError: a given port is taken.
     """
-    wanted = [serving.port + index if serving.port else 0 for index in range(serving.servers)]
-    listeners = [socket.socket() for _ in wanted]
+    requested = [settings.port + index if settings.port else 0 for index in range(settings.servers)]
+    listeners = [socket.socket() for _ in requested]
     try:
-        # All are held until the last is known, or two servers could get the same free one.
+        # All stay bound until the last is known, or two servers could get the same free port.
         return [
-            _bind(listener, serving.host, port) if port else _bind_free(listener, serving.host)
-            for listener, port in zip(listeners, wanted, strict=True)
+            _bind(listener, settings.host, port) if port else _bind_free(listener, settings.host)
+            for listener, port in zip(listeners, requested, strict=True)
         ]
     finally:
         for listener in listeners:
@@ -93,9 +94,9 @@ def pick_ports(serving: LaunchSettings) -> list[int]:
 
 
 def _bind_free(listener: socket.socket, host: str) -> int:
-    """A port below those that the kernel gives to whoever asks for any: a server binds its own only when its
-    model is loaded, and by then such a one may be the near end of somebody's connection."""
-    # Not of the stream that a run draws from.
+    """A port below the ephemeral range: a server binds its port only once its model is loaded, and by then an
+    ephemeral port may be in use by some connection."""
+    # Not from the random stream of a run.
     for port in random.SystemRandom().sample(FREE_PORTS, TRIES):
         with suppress(UserError):
             return _bind(listener, host, port)
@@ -103,11 +104,11 @@ def _bind_free(listener: socket.socket, host: str) -> int:
 
 
 def _bind(listener: socket.socket, host: str, port: int) -> int:
-    # As servers do: a port whose last connections only linger is free.
+    # As servers do: a port with only lingering connections is free.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        # Two sockets may be bound to one address so; not two that listen.
+        # With this option two sockets may bind one address, but not both listen.
         listener.listen()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -118,5 +119,5 @@ def _bind(listener: socket.socket, host: str, port: int) -> int:
 
 
 def server_url(host: str, port: int) -> str:
-    """How others reach a server that listens there."""
+    """The address at which others reach a server."""
     return f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"

@@ -1,4 +1,4 @@
-"""`parallel-r1 serve-rollout`: rollout servers of a checkpoint, until it is told to end."""
+"""`parallel-r1 serve-rollout`: runs rollout servers of a checkpoint until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -20,75 +20,77 @@ from megatron_parallel_r1.rollout.launcher.placement import (
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supervisor
 from megatron_parallel_r1.utils.files import write_atomically
 
-ENDING = frozenset({signal.SIGTERM, signal.SIGINT})
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
-def serve_rollout(serving: LaunchSettings, tell: Callable[[str], None]) -> None:
+def serve_rollout(settings: LaunchSettings, tell: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then ends all servers and returns. For the main thread.
 
     Args:
-        tell: is given a line about each server that becomes healthy or crashes.
+        tell: receives a line about each server that becomes healthy or crashes.
 
     Raises:
-        UserError: what is asked cannot be started, or one server only crashes.
+        UserError: the servers cannot be started, or one crashes repeatedly.
     """
-    children = build_servers(serving)
-    _remove(serving.urls_file)
+    children = build_servers(settings)
+    _remove(settings.urls_file)
     written = False
-    with _told_to_end() as ending:
+    with _until_signal() as stopped:
         try:
-            with Supervisor(children, serving.crashes, serving.start_seconds, tell, alone=True) as supervisor:
-                while not ending():
-                    supervisor.look()
+            with Supervisor(
+                children, settings.crashes, settings.start_seconds, tell, alone=True
+            ) as supervisor:
+                while not stopped():
+                    supervisor.poll()
                     if supervisor.healthy and not written:
-                        _write(serving.urls_file, [child.url for child in children])
+                        _write(settings.urls_file, [child.url for child in children])
                         written = True
         finally:
-            _remove(serving.urls_file)
+            _remove(settings.urls_file)
 
 
-def build_servers(serving: LaunchSettings) -> list[ServerProcess]:
-    """The servers, not started.
+def build_servers(settings: LaunchSettings) -> list[ServerProcess]:
+    """The servers, not started yet.
 
     Raises:
-        UserError: what is asked cannot be started.
+        UserError: they cannot be started.
     """
-    if not (serving.checkpoint / "config.json").is_file():
-        raise UserError(f"{serving.checkpoint}: no config.json; give --checkpoint a Hugging Face folder")
-    if serving.isolated and serving.engine != "sglang":
+    if not (settings.checkpoint / "config.json").is_file():
+        raise UserError(f"{settings.checkpoint}: no config.json; give --checkpoint a Hugging Face folder")
+    if settings.isolated and settings.engine != "sglang":
         raise UserError(
-            f"isolated: {serving.engine} cannot join isolated paths exactly; give --engine sglang"
+            f"isolated: {settings.engine} cannot join isolated paths exactly; give --engine sglang"
         )
-    python = find_python(serving)
-    device, gpus = assign_gpus(serving, visible_gpus())
+    python = find_python(settings)
+    device, gpus = assign_gpus(settings, visible_gpus())
     return [
         ServerProcess(
-            build_command(serving, python, device, port, gpus[index]),
-            server_url(serving.host, port),
-            serving.log_dir / f"server-{index}.log",
+            build_command(settings, python, device, port, gpus[index]),
+            server_url(settings.host, port),
+            settings.log_dir / f"server-{index}.log",
         )
-        for index, port in enumerate(pick_ports(serving))
+        for index, port in enumerate(pick_ports(settings))
     ]
 
 
 @contextmanager
-def _told_to_end() -> Iterator[Callable[[], bool]]:
-    """Whether a signal that asks for it came; a second one does not hasten the end."""
-    came: list[int] = []
+def _until_signal() -> Iterator[Callable[[], bool]]:
+    """Yields whether a stop signal has arrived; a second one does not hasten the end."""
+    received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
 
-    before = {number: signal.signal(number, note) for number in ENDING}
+    before = {number: signal.signal(number, record) for number in STOP_SIGNALS}
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _write(file: Path | None, urls: Sequence[str]) -> None:
-    """Whole or not at all: others, also on other nodes, read it as soon as it is there."""
+    """Writes the file atomically: other nodes read it as soon as it exists."""
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)

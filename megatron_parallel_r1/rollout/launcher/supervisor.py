@@ -1,4 +1,4 @@
-"""One server and what became of it."""
+"""Server processes, and the supervisor that waits until they are healthy and restarts crashed ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_parallel_r1.rollout.launcher.command import ServerCommand
 from megatron_parallel_r1.rollout.launcher.guard import GRACE_SECONDS, adopt_orphans, end_descendants
 
 GUARD = "megatron_parallel_r1.rollout.launcher.guard"
-# What torchrun tells a trainer of its own process group; an engine would take it for its own.
+# Variables by which torchrun describes a trainer's process group; an engine would take it for its own.
 LAUNCHER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
 
 
@@ -28,15 +28,15 @@ def _without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class ServerProcess:
-    """A server under a guard, in a process group of their own. Not for several threads: the kernel ties a
-    guard to the thread that starts it."""
+    """A server under a guard, in their own process group. Use it in one thread: the kernel ties a guard to
+    the thread that starts it."""
 
     def __init__(self, command: ServerCommand, url: str, log: Path) -> None:
         """Starts nothing yet.
 
         Args:
-            url: base address at which the command makes it listen.
-            log: its output is appended here.
+            url: base address of the server that the command starts.
+            log: file to append its output to.
         """
         self.url = url
         self.log = log
@@ -45,7 +45,7 @@ class ServerProcess:
         self._started = 0.0
 
     def start(self) -> None:
-        """Starts it, or starts it again after its end."""
+        """Starts or restarts it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         guarded = (sys.executable, "-m", GUARD, str(os.getpid()), *self._command.arguments)
         with open(self.log, "ab") as log:
@@ -78,7 +78,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the server itself; None when it has ended."""
+        """Of the server itself; None once it has ended."""
         assert self._guard is not None, "not started"
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self._guard.pid).children():
@@ -87,32 +87,32 @@ class ServerProcess:
 
     def healthy(self) -> bool:
         """Whether it answers."""
-        # No proxy, for it is near; no certificates, for to read them takes fifty times what a question does.
+        # Local: no proxy; no certificates, whose loading takes fifty times as long as the request.
         try:
-            answer = httpx.get(f"{self.url}/health", timeout=5, trust_env=False, verify=False)
+            response = httpx.get(f"{self.url}/health", timeout=5, trust_env=False, verify=False)
         except httpx.HTTPError:
             return False
-        return answer.status_code == 200
+        return response.status_code == 200
 
-    def tell_to_end(self) -> None:
-        """Returns at once; `end` waits."""
+    def terminate(self) -> None:
+        """Asks it to end and returns at once; `end` waits."""
         if self._guard is not None and self._guard.poll() is None:
             self._guard.terminate()
 
     def end(self) -> None:
-        """Ends it with all that it started."""
+        """Ends it with all processes that it started."""
         if self._guard is None:
             return
-        self.tell_to_end()
+        self.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._guard.wait(GRACE_SECONDS + 10)
-        # A guard that was killed itself leaves the group to us.
+        # A guard that was killed itself leaves its process group.
         with suppress(ProcessLookupError):
             os.killpg(self._guard.pid, signal.SIGKILL)
         self._guard.wait()
 
     def last_lines(self, count: int) -> list[str]:
-        """Of its log, without empty ones."""
+        """The last lines of its log that are not empty."""
         lines = self.log.read_text(errors="replace").splitlines()
         return [line for line in lines if line.strip()][-count:]
 
@@ -121,11 +121,11 @@ POLL_SECONDS = 0.2
 
 
 class Supervisor:
-    """Of children that it starts and ends: a context manager."""
+    """Starts server processes, watches them and ends them: a context manager."""
 
     def __init__(
         self,
-        children: Sequence[ServerProcess],
+        servers: Sequence[ServerProcess],
         crashes: int,
         start_seconds: float,
         tell: Callable[[str], None],
@@ -134,64 +134,64 @@ class Supervisor:
         """Starts nothing yet; `crashes` and `start_seconds` as in settings.Serving.
 
         Args:
-            tell: is given a line about each thing that happens.
+            tell: receives a line about each event.
             alone: this process has no other children, so that it may end whatever a killed guard leaves.
         """
-        self._children = children
+        self._servers = servers
         self._crashes = crashes
         self._start_seconds = start_seconds
         self._tell = tell
         self._alone = alone
-        self._healthy = [False] * len(children)
-        self._failed = [0] * len(children)
+        self._healthy = [False] * len(servers)
+        self._crash_counts = [0] * len(servers)
 
     def __enter__(self) -> Supervisor:
         if self._alone:
             adopt_orphans()
-        for child in self._children:
-            child.start()
+        for server in self._servers:
+            server.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in self._children:
-            child.tell_to_end()
-        for child in self._children:
-            child.end()
+        for server in self._servers:
+            server.terminate()
+        for server in self._servers:
+            server.end()
 
     @property
     def healthy(self) -> bool:
-        """Whether all are, as of the last `look`."""
+        """Whether all were at the last `poll`."""
         return all(self._healthy)
 
-    def look(self) -> None:
-        """Looks at each once, and does what is needed.
+    def poll(self) -> None:
+        """Checks each server once and restarts crashed ones.
 
         Raises:
             UserError: one crashed too often.
         """
-        for index, child in enumerate(self._children):
-            if child.status is not None:
-                self._crashed(index, f"ended with status {child.status}")
-            elif not self._healthy[index] and child.healthy():
+        for index, server in enumerate(self._servers):
+            if server.status is not None:
+                self._on_crash(index, f"ended with status {server.status}")
+            elif not self._healthy[index] and server.healthy():
                 self._healthy[index] = True
-                self._failed[index] = 0
-                self._tell(f"server {index}  {child.url}  pid {child.pid}  log {child.log}")
-            elif not self._healthy[index] and child.age > self._start_seconds:
-                self._crashed(index, f"is not healthy after {self._start_seconds:g} s")
+                self._crash_counts[index] = 0
+                self._tell(f"server {index}  {server.url}  pid {server.pid}  log {server.log}")
+            elif not self._healthy[index] and server.age > self._start_seconds:
+                self._on_crash(index, f"is not healthy after {self._start_seconds:g} s")
         time.sleep(POLL_SECONDS)
 
-    def _crashed(self, index: int, how: str) -> None:
-        child = self._children[index]
-        child.end()
+    def _on_crash(self, index: int, reason: str) -> None:
+        server = self._servers[index]
+        server.end()
         if self._alone:
-            end_descendants(keep=frozenset(other.guard_pid for other in self._children if other is not child))
+            end_descendants(keep=frozenset(other.guard_pid for other in self._servers if other is not server))
         self._healthy[index] = False
-        self._failed[index] += 1
-        if self._failed[index] >= self._crashes:
-            last = " ".join(child.last_lines(1))
+        self._crash_counts[index] += 1
+        if self._crash_counts[index] >= self._crashes:
+            last = " ".join(server.last_lines(1))
             raise UserError(
-                f"server {index} {how}, {self._failed[index]} times without being healthy in between; "
-                f"look into {child.log}, which ends: {last}"
+                f"server {index} {reason}, {self._crash_counts[index]} times without being healthy in "
+                f"between; see {server.log}, which ends with: {last}"
             )
-        self._tell(f"server {index} {how}; starting it again")
-        child.start()
+        self._tell(f"server {index} {reason}; restarting it")
+        server.start()

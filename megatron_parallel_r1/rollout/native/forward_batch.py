@@ -1,4 +1,4 @@
-"""What goes through the model in one pass: rows, each one token of some context.
+"""The rows of one forward pass, each one token of some context.
 
 Shapes: N rows, T longest context.
 """
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
-# Rows that are attended together, first and behind the last, and the longest length among them.
+# Rows attended together: start, stop, and the longest length among them.
 Group = tuple[int, int, int]
 
 
@@ -21,8 +21,8 @@ class ForwardBatch:
     """
     Attributes:
         tokens_N, positions_N: of each row.
-        slots_N: where its key and value are written.
-        seen_NT: slots that it sees, its own last; padded with any slot number.
+        slots_N: cache slots that the rows' keys and values are written to.
+        seen_NT: slots that each row sees, its own last; padded with any slot number.
         lengths_N: how many of those count.
     """
 
@@ -36,18 +36,18 @@ class ForwardBatch:
         return len(self.tokens_N)
 
     def longest_first(self) -> tuple[ForwardBatch, Numbers]:
-        """The same rows by falling length, and the new place of each."""
+        """The same rows by decreasing length, and the new index of each."""
         order_N = np.argsort(-self.lengths_N, kind="stable")
         places_N = np.empty_like(order_N)
         places_N[order_N] = np.arange(len(order_N))
         return ForwardBatch(*(getattr(self, field.name)[order_N] for field in fields(self))), places_N
 
-    def groups(self, most_cells: int) -> list[Group]:
-        """Cuts rows of falling length into such of similar length, each at most `most_cells` (row, slot)
-        pairs; a row that is longer stands alone."""
+    def groups(self, max_cells: int) -> list[Group]:
+        """Cuts rows of decreasing length into groups of similar length, each at most `max_cells` (row, slot)
+        pairs; a longer row stands alone."""
         lengths, start, groups = self.lengths_N.tolist(), 0, []
         while start < len(lengths):
-            stop = min(start + max(1, most_cells // lengths[start]), len(lengths))
+            stop = min(start + max(1, max_cells // lengths[start]), len(lengths))
             groups.append((start, stop, lengths[start]))
             start = stop
         return groups
@@ -55,13 +55,13 @@ class ForwardBatch:
 
 @dataclass(slots=True)
 class NativeContext:
-    """A row of the slot table. While a `sample` call is under way, draws.py keeps what moves.
+    """A row of the page table. During a `sample` call `running_batch.py` keeps its moving parts.
 
     Attributes:
         position: of the next token.
-        pending: tokens that are part of the context but not in the cache yet.
-        logits_V: for the next token, until one is drawn; of a team, rank 0 alone has all of them.
-        version: of the weights that made `logits_V`.
+        pending: tokens that belong to the context but are not in the cache yet.
+        logits_V: for the next token, until one is drawn; in a tensor-parallel group only rank 0 has all.
+        version: of the weights that computed `logits_V`.
     """
 
     row: int

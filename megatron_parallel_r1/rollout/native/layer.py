@@ -1,4 +1,4 @@
-"""A layer's weights, fused for decoding, and what it computes before and after its attention.
+"""A layer's weights, fused for decoding, and its computation before and after attention.
 
 Shapes: as in model.py; A the queries', keys' and values' features, X a token's key and value.
 """
@@ -32,7 +32,7 @@ def attention_inputs(
     heads: int,
     norm_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries [N, H, D], and what the cache keeps of each row [N, X]."""
+    """Queries [N, H, D], and each row's key and value for the cache [N, X]."""
     head_dim = cos_N1D.shape[-1]
     normed_NE = rms_norm(hidden_NE, layer.attention_norm_E, norm_eps)
     qkv_NJD = F.linear(normed_NE, layer.qkv_AE, layer.qkv_bias_A).unflatten(-1, (-1, head_dim))
@@ -45,12 +45,12 @@ def attention_inputs(
 
 
 def feed_forward(layer: LayerWeights, hidden_NE: torch.Tensor, norm_eps: float) -> torch.Tensor:
-    """What the second half adds to each row; in a team, this process's share of it."""
+    """What the MLP half adds to each row; in a tensor-parallel group, this rank's share of it."""
     return layer.mlp(rms_norm(hidden_NE, layer.mlp_norm_E, norm_eps))
 
 
 def fuse_layer(by_name: dict[str, torch.Tensor], prefix: str, config: ModelConfig) -> LayerWeights:
-    """Takes a layer's weights out of `by_name`: fused and unfused, only one layer's exist at once."""
+    """Removes a layer's weights from `by_name` and fuses them: only one layer exists twice at a time."""
 
     def weight(name: str) -> torch.Tensor:
         return by_name.pop(f"{prefix}{name}.weight")
@@ -68,6 +68,7 @@ def fuse_layer(by_name: dict[str, torch.Tensor], prefix: str, config: ModelConfi
         norms = [norm_D.expand(count, -1) for norm_D, count in heads]
     has_bias = f"{prefix}self_attn.q_proj.bias" in by_name
     biases = [by_name.pop(f"{prefix}self_attn.{part}_proj.bias") for part in "qkv"] if has_bias else []
+    feed_forward: DenseMlp | ExpertMlp
     if config.experts:
         router_XE = weight("mlp.gate")
         experts = [mlp(f"mlp.experts.{index}") for index in range(len(router_XE))]
@@ -97,7 +98,7 @@ def _rotate(x_NHD: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor) -
 
 @dataclass(frozen=True, slots=True)
 class DenseMlp:
-    """One for all tokens; in a team each process has its own features, and their sum is the whole."""
+    """One MLP for all tokens; each rank of a group has its own features, and the ranks' sum is the result."""
 
     gate_up_FE: torch.Tensor
     down_EF: torch.Tensor
@@ -109,10 +110,10 @@ class DenseMlp:
 
 @dataclass(frozen=True, slots=True)
 class ExpertMlp:
-    """The likeliest `per_token` of a router's choices, weighted; no expert turns a token away.
+    """The router's top `per_token` experts of each token, weighted; no token is dropped.
 
-    As in transformers' Qwen3MoeTopKRouter: a float32 softmax over all experts, of which the chosen ones'
-    weights are scaled to sum to 1 if `renormalized`.
+    As in transformers' Qwen3MoeTopKRouter: a float32 softmax over all experts; the chosen ones' weights are
+    scaled to sum to 1 if `renormalized`.
     """
 
     router_XE: torch.Tensor
@@ -129,6 +130,6 @@ class ExpertMlp:
         out_NE = torch.zeros_like(hidden_NE)
         for expert in chosen_NC.unique().tolist():
             rows_M, places_M = (chosen_NC == expert).nonzero(as_tuple=True)
-            made_ME = self.experts[expert](hidden_NE[rows_M])
-            out_NE.index_add_(0, rows_M, made_ME * weights_NC[rows_M, places_M, None])
+            output_ME = self.experts[expert](hidden_NE[rows_M])
+            out_NE.index_add_(0, rows_M, output_ME * weights_NC[rows_M, places_M, None])
         return out_NE

@@ -1,4 +1,4 @@
-"""Which splits of a model the native engine can decode. Imports no torch: a recipe is checked with it."""
+"""Which splits of a model the native engine can decode. Imports no torch: recipes are checked with it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def check_split(pipeline: int, context: int) -> None:
     over = " and ".join(f"{name} {size}" for name, size in sizes if size > 1)
     if over:
         raise UserError(
-            f"native engine: {over} is not for it: it splits layers over a tensor group, and decodes all of "
-            "them in each process; use rollout servers (SGLang; or mode replay with any server engine), "
-            "or set parallel.pipeline and parallel.context to 1"
+            f"native engine: {over} is not supported: every process decodes all layers, split over a tensor "
+            "group only; use rollout servers (SGLang; or mode replay with any server engine), or set "
+            "parallel.pipeline and parallel.context to 1"
         )
 
 
 def check_heads(heads: int, kv_heads: int, tensor: int) -> None:
-    """Whether `tensor` processes can share attention's heads.
+    """Checks that `tensor` processes can share attention's heads.
 
     Raises:
         UserError: a head would be cut.

@@ -1,12 +1,12 @@
-"""A decoder's forward pass: rows of tokens, each with its own list of cache slots.
+"""A decoder's forward pass over rows of tokens, each with its own list of cache slots.
 
 Takes weights under their Hugging Face names, as a server does, and fuses them once per update. Prefill and
-decode are the same pass: a row is one token, wherever in whichever context it stands. In a team each process
+decode are the same pass: a row is one token at any place of any context. In a tensor-parallel group each rank
 computes its own heads, features and logits of every row; their sums are the whole model's.
 
 Shapes: N rows, T longest context, E hidden size, H query heads, K key/value heads, G = H / K, D head size,
 J = H + K, F feed-forward size, V vocabulary, S slots, C slots that are gathered at once; H, K, F and a
-weight's V count this process's own.
+weight's V count this rank's own.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGr
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-# Bytes of keys and values that are gathered at once; on a CPU they are still in its cache when they are read.
+# Bytes of keys and values gathered at once; on a CPU they are still in its cache when they are read.
 MAX_BYTES = {"cpu": 2**19, "cuda": 2**28}
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Rows from `start` to before `stop`, which are attended together; the same in every layer.
+    """Rows [start, stop), attended together; the same in every layer.
 
     Attributes:
-        slots: that they see, row after row, each filled up to the longest.
-        bias_N11T: 0 where a slot is the row's own, -inf where it fills up.
+        slots: that they see, row after row, each padded to the longest.
+        bias_N11T: 0 where the row sees the slot, -inf in the padding.
     """
 
     start: int
@@ -47,15 +47,15 @@ class _Seen:
 
 
 class DecodeModel:
-    """The weights, the cache tensors, and the pass over them; in a team this process's part of all three.
+    """The weights, the KV cache, and the pass over them; in a tensor-parallel group this rank's shard.
 
     Args:
         config: of the whole model.
         tensors: whole, under their Hugging Face names; no two need to exist at once.
         slots: of the cache.
-        team: the processes that share the model.
-        compiled: layers go through torch.compile, but for their attention and for experts, whose choice makes
-            shapes depend on numbers.
+        group: the ranks that share the model.
+        compiled: layers go through torch.compile, except attention and experts, whose choice makes shapes
+            depend on values.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class DecodeModel:
         config: ModelConfig,
         tensors: Iterable[tuple[str, torch.Tensor]],
         slots: int,
-        team: TensorParallelGroup,
+        group: TensorParallelGroup,
         compiled: bool = False,
     ) -> None:
-        self.config = local_config(config, team.size)
-        self.team = team
+        self.config = local_config(config, group.size)
+        self.group = group
         self._inputs = _compiled(attention_inputs) if compiled else attention_inputs
         self._feed_forward = feed_forward
         if compiled and not config.experts:
@@ -76,8 +76,8 @@ class DecodeModel:
         for name, tensor in tensors:
             if name == EMBEDDING:
                 self.vocabulary = len(tensor)
-            # Copies: the trainer goes on to change its own tensors in place.
-            by_name[name] = local_shard(name, tensor, team)
+            # Copies: the trainer changes its own tensors in place.
+            by_name[name] = local_shard(name, tensor, group)
         prefix = "model.layers."
         self.embedding_VE = by_name[EMBEDDING]
         self.head_VE = self.embedding_VE if config.tied else by_name[HEAD]
@@ -94,19 +94,19 @@ class DecodeModel:
         return self.embedding_VE.device
 
     @property
-    def most_cells(self) -> int:
-        """Pairs of row and slot whose keys and values are gathered at once."""
+    def max_cells(self) -> int:
+        """(row, slot) pairs whose keys and values are gathered at once."""
         return MAX_BYTES[self.device.type] // (self._width * self.embedding_VE.element_size())
 
     def grow(self, slots: int) -> None:
-        """Makes room for `slots` slots; what is cached stays.
+        """Makes room for `slots` slots and keeps the cached ones.
 
         Raises:
-            RuntimeError: memory ends on the way. The cache has the size that it had.
+            RuntimeError: out of memory. The cache keeps its old size.
         """
         held, layers = len(self.cache_LSX[0]), range(len(self.cache_LSX))
         try:
-            # One after the other: all new ones beside all old ones would take half as much memory again.
+            # One layer at a time: all new ones beside all old ones would take half as much memory again.
             for index in layers:
                 self.cache_LSX[index] = torch.cat([self.cache_LSX[index], self._empty_cache(slots - held)])
         except RuntimeError:
@@ -115,12 +115,18 @@ class DecodeModel:
                     self.cache_LSX[index] = _first(held, self.cache_LSX[index])
             raise
 
-    def pass_of(self, rows: ForwardBatch, wanted: Numbers) -> torch.Tensor:
-        """Writes each row's key and value into its slot; the logits [C, V], float32, of the `wanted` rows."""
-        rows, places_N = rows.longest_first()
-        columns = (rows.tokens_N, rows.positions_N, rows.slots_N, rows.seen_NT, rows.lengths_N)
-        arguments = (torch.from_numpy(column).to(self.device) for column in (*columns, places_N[wanted]))
-        return self.forward(*arguments, rows.groups(self.most_cells))
+    def logits(self, batch: ForwardBatch, wanted: Numbers) -> torch.Tensor:
+        """Writes each row's key and value into its slot; logits [C, V], float32, of the `wanted` rows."""
+        batch, places_N = batch.longest_first()
+        return self.forward(
+            self._tensor(batch.tokens_N),
+            self._tensor(batch.positions_N),
+            self._tensor(batch.slots_N),
+            self._tensor(batch.seen_NT),
+            self._tensor(batch.lengths_N),
+            self._tensor(places_N[wanted]),
+            batch.groups(self.max_cells),
+        )
 
     @torch.inference_mode()
     def forward(
@@ -133,17 +139,17 @@ class DecodeModel:
         wanted: torch.Tensor,
         groups: Sequence[Group],
     ) -> torch.Tensor:
-        """The pass itself, which asks the host for no number on a GPU; see `ForwardBatch` for its arguments.
+        """The pass itself, without a host synchronization on a GPU; see `ForwardBatch` for its arguments.
 
-        Of a team only rank 0 gets the whole vocabulary's logits, the others those of their own part.
+        In a tensor-parallel group rank 0 gets the whole vocabulary's logits, other ranks their shard's.
         """
         config = self.config
         cos_N1D, sin_N1D = self._rotation(positions_N)
         hidden_NE = self._embed(tokens_N)
         bias_N11T = _bias(lengths_N, seen_NT.shape[1], hidden_NE.dtype)
         seen = [
-            _Seen(start, stop, seen_NT[start:stop, :most].flatten(), bias_N11T[start:stop, ..., :most])
-            for start, stop, most in groups
+            _Seen(start, stop, seen_NT[start:stop, :length].flatten(), bias_N11T[start:stop, ..., :length])
+            for start, stop, length in groups
         ]
         gathered_CX = self.cache_LSX[0].new_empty(max(len(group.slots) for group in seen), self._width)
         for layer, cache_SX in zip(self.layers, self.cache_LSX, strict=True):
@@ -152,20 +158,20 @@ class DecodeModel:
             )
             cache_SX.index_copy_(0, slots_N, key_value_NX)
             attended_NX = self._attend(query_NHD, cache_SX, seen, gathered_CX)
-            hidden_NE = hidden_NE + self.team.sum(F.linear(attended_NX, layer.output_EA))
-            hidden_NE = hidden_NE + self.team.sum(self._feed_forward(layer, hidden_NE, config.rms_eps))
+            hidden_NE = hidden_NE + self.group.sum(F.linear(attended_NX, layer.output_EA))
+            hidden_NE = hidden_NE + self.group.sum(self._feed_forward(layer, hidden_NE, config.rms_eps))
         last_NE = rms_norm(hidden_NE[wanted], self.norm_E, config.rms_eps)
-        logits_NV = self.team.gather_columns(F.linear(last_NE, self.head_VE))
+        logits_NV = self.group.gather_columns(F.linear(last_NE, self.head_VE))
         return logits_NV[:, : self.vocabulary].float()
 
     def _embed(self, tokens_N: torch.Tensor) -> torch.Tensor:
-        """Each token's row of the embedding, which one process of the team has."""
-        if self.team.size == 1:
+        """Each token's row of the embedding, which one rank of the group holds."""
+        if self.group.size == 1:
             return F.embedding(tokens_N, self.embedding_VE)
-        rows_N = tokens_N - self.team.rank * len(self.embedding_VE)
+        rows_N = tokens_N - self.group.rank * len(self.embedding_VE)
         elsewhere_N = (rows_N < 0) | (rows_N >= len(self.embedding_VE))
-        found_NE = F.embedding(rows_N.masked_fill(elsewhere_N, 0), self.embedding_VE)
-        return self.team.sum(found_NE.masked_fill(elsewhere_N[:, None], 0.0))
+        local_NE = F.embedding(rows_N.masked_fill(elsewhere_N, 0), self.embedding_VE)
+        return self.group.sum(local_NE.masked_fill(elsewhere_N[:, None], 0.0))
 
     def _attend(
         self,
@@ -174,7 +180,7 @@ class DecodeModel:
         seen: Sequence[_Seen],
         gathered_CX: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention of each row over its own slots, [N, H x D]; `gathered_CX` is written over."""
+        """Attention of each row over its own slots, [N, H x D]; `gathered_CX` is scratch space."""
         config = self.config
         query_NKGD = query_NHD.unflatten(1, (config.kv_heads, -1))
         out_NKGD = torch.empty_like(query_NKGD)
@@ -194,12 +200,15 @@ class DecodeModel:
         factor = self.rope_factor
         return (angles_N1D.cos() * factor).to(dtype), (angles_N1D.sin() * factor).to(dtype)
 
+    def _tensor(self, numbers: Numbers) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(self.device)
+
     def _empty_cache(self, slots: int) -> torch.Tensor:
         return self.embedding_VE.new_zeros(slots, self._width)
 
     @property
     def _width(self) -> int:
-        """Numbers of one token's key and value in one layer."""
+        """Elements of one token's key and value in one layer."""
         return 2 * self.config.kv_heads * self.config.head_dim
 
 
@@ -214,20 +223,20 @@ def local_config(config: ModelConfig, size: int) -> ModelConfig:
 
 
 @cache
-def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-    """One for all models of the process: layers of one shape, old weights or new, share what was compiled."""
-    return torch.compile(part, dynamic=True)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One per function and process: layers of one shape share the compiled code, with old or new weights."""
+    return torch.compile(function, dynamic=True)
 
 
 def _first(slots: int, cache_SX: torch.Tensor) -> torch.Tensor:
-    """The first slots of a layer's cache: a copy, or all of its memory while there is none for a copy."""
+    """The first slots of a layer's cache: a copy, or a view of it all if there is no memory for a copy."""
     try:
         return cache_SX[:slots].clone()
     except RuntimeError:
         return cache_SX[:slots]
 
 
-def _bias(lengths_N: torch.Tensor, most: int, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a slot is the row's own, -inf where it fills up; [N, 1, 1, T]."""
-    unseen_NT = torch.arange(most, device=lengths_N.device) >= lengths_N[:, None]
+def _bias(lengths_N: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """0 where the row sees the slot, -inf in the padding; [N, 1, 1, T]."""
+    unseen_NT = torch.arange(length, device=lengths_N.device) >= lengths_N[:, None]
     return torch.zeros_like(unseen_NT, dtype=dtype).masked_fill_(unseen_NT, float("-inf"))[:, None, None]

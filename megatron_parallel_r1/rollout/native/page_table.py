@@ -1,9 +1,9 @@
-"""Which cache slots each context sees: a table of slot numbers, shared by reference counts.
+"""Maps each context to its cache slots, shared by reference counts; a page holds one token.
 
 A slot holds the key and value of one token in every layer. A fork copies slot numbers, never keys; a join
-lays the paths' slot numbers behind the trunk's.
+appends the paths' slot numbers to the trunk's.
 
-Shapes: C contexts, T tokens of the longest context, S slots, N slots that are given at once.
+Shapes: C contexts, T tokens of the longest context, S slots, N slots allocated at once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class PageTable:
         self.slots_CT = np.zeros((contexts, tokens), np.int64)
         self.lengths_C = np.zeros(contexts, np.int64)
         self._free_rows = list(range(contexts))
-        self._owners_S = np.zeros(slots, np.int32)
+        self._references_S = np.zeros(slots, np.int32)
         self._free_slots_S = np.arange(slots, dtype=np.int64)
         self._free_count = slots
 
     @property
     def slot_count(self) -> int:
-        return len(self._owners_S)
+        return len(self._references_S)
 
     @property
     def used(self) -> int:
@@ -35,7 +35,7 @@ class PageTable:
         return self.slot_count - self._free_count
 
     def slots_with(self, count: int) -> int:
-        """Slots of the table once so many more are given."""
+        """Size of the table after `count` more slots are allocated."""
         slots = self.slot_count
         while slots - self.used < count:
             slots *= 2
@@ -52,42 +52,42 @@ class PageTable:
         self.lengths_C[row] = 0
         return row
 
-    def extend(self, rows_N: NDArray[np.int64], places_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Gives contexts fresh slots, one for each entry, and returns their numbers.
+    def extend(self, rows_N: NDArray[np.int64], indices_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Allocates one slot per entry and returns their numbers.
 
         Args:
-            rows_N: contexts; one that gets several comes as often.
-            places_N: where in its context each slot stands: right behind those that are there, in order.
+            rows_N: contexts; one that gets several slots occurs that often.
+            indices_N: where in its context each slot stands: after the existing ones, in order.
         """
         count = len(rows_N)
         while self._free_count < count:
             self._grow_slots()
         self._free_count -= count
-        fresh_N = self._free_slots_S[self._free_count : self._free_count + count].copy()
-        self._owners_S[fresh_N] = 1
-        self._reach(int(places_N.max()) + 1)
-        self.slots_CT[rows_N, places_N] = fresh_N
-        np.maximum.at(self.lengths_C, rows_N, places_N + 1)
-        return fresh_N
+        new_N = self._free_slots_S[self._free_count : self._free_count + count].copy()
+        self._references_S[new_N] = 1
+        self._reserve(int(indices_N.max()) + 1)
+        self.slots_CT[rows_N, indices_N] = new_N
+        np.maximum.at(self.lengths_C, rows_N, indices_N + 1)
+        return new_N
 
     def fork(self, row: int) -> int:
         """A context that sees the same slots."""
         return self.join(row, ())
 
     def join(self, trunk: int, paths: Sequence[int]) -> int:
-        """A context that sees the trunk's slots, then of each path those behind the trunk."""
+        """A context that sees the trunk's slots, then each path's slots after the trunk."""
         joined = self.open()
         shared = self.lengths_C[trunk]
         for row, start in ((trunk, 0), *((path, shared) for path in paths)):
             seen = self.slots_CT[row, start : self.lengths_C[row]].copy()
-            self._owners_S[seen] += 1
+            self._references_S[seen] += 1
             self._append(joined, seen)
         return joined
 
     def close(self, row: int) -> None:
         seen = self.slots_CT[row, : self.lengths_C[row]]
-        self._owners_S[seen] -= 1
-        freed = seen[self._owners_S[seen] == 0]
+        self._references_S[seen] -= 1
+        freed = seen[self._references_S[seen] == 0]
         self._free_slots_S[self._free_count : self._free_count + len(freed)] = freed
         self._free_count += len(freed)
         self.lengths_C[row] = 0
@@ -95,19 +95,19 @@ class PageTable:
 
     def _append(self, row: int, slots: NDArray[np.int64]) -> None:
         start = self.lengths_C[row]
-        self._reach(start + len(slots))
+        self._reserve(start + len(slots))
         self.slots_CT[row, start : start + len(slots)] = slots
         self.lengths_C[row] += len(slots)
 
-    def _reach(self, tokens: int) -> None:
-        """Makes room for contexts of so many tokens."""
+    def _reserve(self, tokens: int) -> None:
+        """Makes room for contexts of `tokens` tokens."""
         while tokens > self.slots_CT.shape[1]:
             self.slots_CT = np.concatenate([self.slots_CT, np.zeros_like(self.slots_CT)], axis=1)
 
     def _grow_slots(self) -> None:
         old = self.slot_count
-        fresh = np.arange(old, 2 * old, dtype=np.int64)
-        free = np.concatenate([self._free_slots_S[: self._free_count], fresh])
+        new = np.arange(old, 2 * old, dtype=np.int64)
+        free = np.concatenate([self._free_slots_S[: self._free_count], new])
         self._free_slots_S = np.concatenate([free, np.zeros(2 * old - len(free), np.int64)])
         self._free_count += old
-        self._owners_S = np.concatenate([self._owners_S, np.zeros_like(self._owners_S)])
+        self._references_S = np.concatenate([self._references_S, np.zeros_like(self._references_S)])

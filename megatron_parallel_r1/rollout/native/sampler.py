@@ -1,4 +1,4 @@
-"""Draws one token a row. A row's draw depends on its logits, seed and position alone, not on the batch.
+"""Draws one token per row. A draw depends on the row's logits, seed and position alone, not on the batch.
 
 Shapes: N rows, V vocabulary.
 """
@@ -17,10 +17,10 @@ def sample_tokens(
     top_k_N: NDArray[np.int64],
     top_p_N: NDArray[np.float64],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Tokens and their log-probs (rollout.base.Completion says of which distribution).
+    """Tokens and their log-probs (of the distribution that `rollout.engine.Completion` defines).
 
     Args:
-        logits_NV: float32, those of suppressed tokens -inf.
+        logits_NV: float32; -inf for suppressed tokens.
         uniform_N: from [0, 1); the same number draws the same token.
     """
     is_greedy_N = temperature_N == 0
@@ -52,7 +52,7 @@ def uniform_draws(seeds: ArrayLike, positions: ArrayLike) -> NDArray[np.float64]
 
 
 def _top(weights_NV: torch.Tensor, top_k_N: NDArray[np.int64], top_p_N: NDArray[np.float64]) -> torch.Tensor:
-    """Zeroes what top-k (0: all) and then top-p (on what top-k left) drop; ties at the edge stay in order."""
+    """Zeroes the weights that top-k (0: all) and then top-p drop; ties at the edge stay in order."""
     vocabulary = weights_NV.shape[1]
     if ((top_k_N == 0) | (top_k_N >= vocabulary)).all() and (top_p_N == 1.0).all():
         return weights_NV
@@ -62,7 +62,7 @@ def _top(weights_NV: torch.Tensor, top_k_N: NDArray[np.int64], top_p_N: NDArray[
     ranks_V = torch.arange(vocabulary, device=weights_NV.device)
     sorted_NV = sorted_NV * (ranks_V < top_k_N1)
     share_NV = sorted_NV / sorted_NV.sum(-1, keepdim=True)
-    # The likeliest token that crosses top-p stays in, hence the share before each token.
+    # The token that crosses top-p stays in, hence the share before each token.
     kept_NV = (share_NV.cumsum(-1) - share_NV < top_p_N1) | (top_p_N1 >= 1)
     return torch.zeros_like(weights_NV).scatter(1, order_NV, sorted_NV * kept_NV)
 

@@ -1,6 +1,6 @@
-"""The processes that share one engine: each holds a part of every weight, and all decode the same rows.
+"""The ranks that share one engine: each holds a shard of every weight, and all decode the same rows.
 
-They run the same loop over the same requests, in lockstep, and meet in every pass. Alone, nobody is asked.
+They run the same loop over the same requests, in lockstep, and communicate in every pass.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class TensorParallelGroup:
-    """This process's place in its team.
+    """This process's place in its tensor-parallel group.
 
     Attributes:
         rank: of this process, 0..size-1.
-        size: processes in the team.
-        group: of those; None for a process alone.
+        size: processes in the group.
+        group: torch's; None for a process alone.
     """
 
     rank: int
@@ -44,34 +44,34 @@ class TensorParallelGroup:
         return part
 
     def gather_columns(self, part_NX: torch.Tensor) -> torch.Tensor:
-        """On rank 0 all ranks' columns side by side, in order of rank; elsewhere the rank's own."""
+        """On rank 0 all ranks' columns side by side, in order of rank; on other ranks their own."""
         if self.size == 1:
             return part_NX
         parts = [torch.empty_like(part_NX) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(part_NX, parts, dst=self._first(), group=self.group)
         return torch.cat(parts, dim=-1) if parts else part_NX
 
-    def broadcast(self, told_XN: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.float64]:
-        """Rank 0's numbers (integers up to 2**53 stay exact), on every rank.
+    def broadcast(self, values_XN: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.float64]:
+        """Rank 0's numbers on every rank (integers up to 2**53 stay exact).
 
         Args:
-            told_XN: what rank 0 says; other ranks' is not read.
-            shape: of `told_XN` there.
+            values_XN: read on rank 0 only.
+            shape: of `values_XN` there.
         """
         numbers = torch.empty(shape, dtype=torch.float64, device=self._device())
         if self.rank == 0:
-            numbers.copy_(torch.from_numpy(told_XN))
+            numbers.copy_(torch.from_numpy(values_XN))
         dist.broadcast(numbers, src=self._first(), group=self.group)
         return numbers.cpu().numpy()
 
-    def agree(self, count: int, work: object, version: int = -1) -> int:
-        """Returns the least of all ranks' versions, if all are about to do the same work.
+    def assert_in_step(self, count: int, work: object, version: int = -1) -> int:
+        """Checks that all ranks are about to do the same work; returns the lowest of their versions.
 
-        Without it, ranks that ever parted ways would wait for each other, or add up unrelated rows.
+        Without it, ranks that diverged would wait for each other, or add up unrelated rows.
 
         Args:
             count: of requests; for the message.
-            work: anything whose `repr` tells it from other work.
+            work: anything whose `repr` identifies the work.
             version: of the newest weights that this rank has.
 
         Raises:
@@ -79,17 +79,17 @@ class TensorParallelGroup:
         """
         if self.size == 1:
             return version
-        mine = torch.tensor([count, zlib.crc32(repr(work).encode()), version], device=self._device())
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine, group=self.group)
-        said = torch.stack(everyone).tolist()
-        if any(one[:2] != said[0][:2] for one in said):
-            counts = ", ".join(str(count) for count, _, _ in said)
+        own = torch.tensor([count, zlib.crc32(repr(work).encode()), version], device=self._device())
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(gathered, own, group=self.group)
+        states = torch.stack(gathered).tolist()
+        if any(state[:2] != states[0][:2] for state in states):
+            counts = ", ".join(str(count) for count, _, _ in states)
             raise RuntimeError(
-                f"native engine: the {self.size} processes of a tensor group parted ways (requests: "
-                f"{counts}); prompts, settings and weights must be the same on all of them"
+                f"native engine: the {self.size} processes of a tensor group diverged (requests: {counts}); "
+                "prompts, settings and weights must be the same on all of them"
             )
-        return min(version for _, _, version in said)
+        return min(version for _, _, version in states)
 
     def _first(self) -> int:
         assert self.group is not None
@@ -99,7 +99,8 @@ class TensorParallelGroup:
         return torch.device("cuda" if "nccl" in dist.get_backend(self.group) else "cpu")
 
 
-# The dimension that is cut: rows where a weight makes heads, features or logits; columns where it reads them.
+# The dimension that is split: rows where a weight produces heads, features or logits; columns where it reads
+# them.
 SHARD_DIM = {
     "embed_tokens": 0,
     "lm_head": 0,
@@ -113,20 +114,20 @@ SHARD_DIM = {
 }
 
 
-def local_shard(name: str, tensor: torch.Tensor, team: TensorParallelGroup) -> torch.Tensor:
-    """A copy of this rank's part of the tensor of that Hugging Face name; all of it where nothing is cut.
+def local_shard(name: str, tensor: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
+    """A copy of this rank's shard of the tensor with that Hugging Face name; all of it if it is not split.
 
-    Parts have one size. Where it does not divide the tensor's, zeros fill the last: features that are always
-    0, and logits that whoever gathers them cuts off. Heads must divide (limits.py).
+    Shards have equal sizes. Where they do not divide the tensor's, zeros fill the last: features that are
+    always 0, and logits that `gather_columns`' caller drops. Heads must divide (limits.py).
     """
-    cut = SHARD_DIM.get(name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2])
-    if cut is None or team.size == 1:
+    dim = SHARD_DIM.get(name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2])
+    if dim is None or group.size == 1:
         return tensor.detach().clone()
-    whole = tensor.shape[cut]
+    whole = tensor.shape[dim]
     shape = list(tensor.shape)
-    shape[cut] = -(-whole // team.size)
-    start = min(team.rank * shape[cut], whole)
-    count = min(shape[cut], whole - start)
-    part = tensor.new_zeros(shape)
-    part.narrow(cut, 0, count).copy_(tensor.detach().narrow(cut, start, count))
-    return part
+    shape[dim] = -(-whole // group.size)
+    start = min(group.rank * shape[dim], whole)
+    count = min(shape[dim], whole - start)
+    shard = tensor.new_zeros(shape)
+    shard.narrow(dim, 0, count).copy_(tensor.detach().narrow(dim, start, count))
+    return shard

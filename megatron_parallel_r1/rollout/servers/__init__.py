@@ -1,1 +1,1 @@
-"""Clients of rollout servers, and the pool that routes requests over them."""
+"""Clients of rollout servers, and the pool that routes requests to them."""

@@ -85,7 +85,9 @@ class SglangClient:
         return await self._http.answers("/health")
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        tokens, logprobs, versions = [], [], []
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        versions: list[int] = []
         cached = None
         while True:
             left = request.limit - len(tokens)

@@ -1,16 +1,15 @@
 """Exact path isolation in a stock SGLang server: a plugin of its group `sglang.srt.plugins`.
 
-A request names the closed blocks of its prompt (rollout/joined_blocks.py). The plugin has it attend to the
-keys and values that the paths wrote, each where it was written, and go on behind the longest one:
+A request names the closed blocks of its prompt (rollout/joined_blocks.py). It then attends to the keys and
+values that the paths wrote, at the positions they were written at, and continues after the longest path:
 
-- contexts.py   what a token sees, as chains of SGLang's prefix cache
-- request.py    a request's blocks, read and checked
-- cache.py      matching, locking and keeping such a request's cache
-- admission.py  writes what a join needs and the cache lacks, before the join is let in
-- writers.py    the internal requests that do so
-- positions.py  rotary positions
-- limits.py     what is refused at start      versions.py  releases that it is tested with
-- handshake.py  what a client is told         hooks.py     where all this takes hold of SGLang
+- contexts.py       what a token sees, as chains of SGLang's prefix cache
+- requests.py       reads and checks a request's blocks; internal requests that write missing cache
+- cache.py          matches, locks and stores such a request's cache
+- admission.py      writes what a join needs and the cache lacks, before admitting the join
+- positions.py      rotary positions
+- compatibility.py  settings refused at start
+- hooks.py          every place where the plugin hooks into SGLang, and its report to clients
 
 Importing this package loads neither torch nor SGLang.
 """
@@ -27,13 +26,13 @@ ANY_VERSION = "PARALLEL_R1_ANY_SGLANG"
 
 
 def register() -> None:
-    """What SGLang calls in each of its processes, before the engine is made.
+    """Called by SGLang in each of its processes, before the engine is created.
 
     Does nothing unless `SGLANG_PLUGINS` names the plugin: installing the package changes no server.
-    SGLang only logs an exception here and starts without the plugin, so what is refused ends the process.
+    SGLang only logs an exception here and starts without the plugin, so a refusal ends the process.
 
     Raises:
-        SystemExit: this release of SGLang is not one that the plugin is tested with.
+        SystemExit: the plugin is not tested with this release of SGLang.
     """
     if NAME not in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
         return
@@ -44,14 +43,14 @@ def register() -> None:
 
 
 def require_tested(env: Mapping[str, str]) -> None:
-    """Refuses an SGLang that the hooks were not tested with.
+    """Refuses a release of SGLang that the hooks were not tested with.
 
     Raises:
-        SystemExit: so it is, and `env` does not set PARALLEL_R1_ANY_SGLANG=1.
+        SystemExit: it is untested, and `env` does not set PARALLEL_R1_ANY_SGLANG=1.
     """
-    found = version("sglang")
-    if found not in TESTED and env.get(ANY_VERSION) != "1":
+    release = version("sglang")
+    if release not in TESTED and env.get(ANY_VERSION) != "1":
         raise SystemExit(
-            f"parallel_r1: tested with SGLang {', '.join(TESTED)}, this is {found}: install a tested one, or "
-            f"set {ANY_VERSION}=1 and check log-probs against the trainer's"
+            f"parallel_r1: tested with SGLang {', '.join(TESTED)}, this is {release}: install a tested one, "
+            f"or set {ANY_VERSION}=1 and check log-probs against the trainer's"
         )

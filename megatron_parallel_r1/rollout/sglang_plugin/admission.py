@@ -1,18 +1,18 @@
-"""How a join gets into a batch: once all that it joins is in the cache.
+"""Admits a join to a batch once everything that it joins is in the cache.
 
-What is missing is written first, by internal requests (writers.py) that are let in in the join's stead. The
-ends of paths, which nobody computed yet, take one extra pass of a token or two each. A path that the cache
-lost is rebuilt whole, and there the danger is live-lock: in a pool too small for all, one trace's
-rebuilding evicts another's. So
+Missing parts are written first, by internal requests (`requests.writer`) that are admitted in place of the
+join. The ends of paths, not computed yet, take one extra pass of one or two tokens each. A path that the
+cache lost is rebuilt whole, with a danger of live-lock: in a pool too small for all, rebuilding one trace
+evicts another. Therefore
 
-- one join at a time rebuilds, and it heads the queue until it is let in;
-- what it has so far is pinned: no eviction takes it;
-- its pins go when the running requests are short of memory (they end and free theirs), when it is aborted
-  and when the cache is flushed.
+- one join at a time rebuilds, at the head of the queue until it is admitted;
+- what it has so far is pinned against eviction;
+- its pins are dropped when the running requests are short of memory (they end and free theirs), when it is
+  aborted and when the cache is flushed.
 
-A join is never longer than the pool, so the one that heads the queue always gets in, and each draws tokens
-that count. While some other prompt is being written chunk by chunk nobody is pinned: it was let in for the
-memory as it was then.
+A join is never longer than the pool, so the one at the head of the queue is always admitted, and each draws
+tokens that count. While another prompt is being prefilled in chunks, nothing is pinned: it was admitted for
+the memory of that time.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from megatron_parallel_r1.rollout.sglang_plugin.requests import Join, is_writer,
 
 logger = logging.getLogger(__name__)
 
-# The most that a path can end with unseen by the server: `</Parallel>` `<Summary>` `</Summary>` `</Path>`,
-# all forced, behind a block that left no room for a summary.
-NEVER_WRITTEN = 4
+# The longest end of a path that the server has not seen: `</Parallel>` `<Summary>` `</Summary>` `</Path>`,
+# all forced, after a block that left no room for a summary.
+MAX_UNWRITTEN_END = 4
 STATE = "parallel_r1"
 
 
 @dataclass(slots=True)
 class Counters:
     """Since the server started: requests with blocks; ends of paths written and their tokens; joins that
-    lost some of their cache, the paths rebuilt for them and the tokens computed again; pins given up for
-    want of memory."""
+    lost some of their cache, the paths rebuilt for them and the tokens computed again; pins dropped for
+    lack of memory."""
 
     joins: int = 0
     ends: int = 0
@@ -54,7 +54,7 @@ class Counters:
 
 @dataclass(slots=True)
 class PluginState:
-    """What the plugin knows in one scheduler; an attribute of its prefix cache.
+    """The plugin's state in one scheduler; an attribute of its prefix cache.
 
     Attributes:
         first: the join that rebuilds.
@@ -78,14 +78,14 @@ class PluginState:
         self.pins = []
 
     def pin(self, req: Req, join: Join) -> None:
-        """Locks all that is here of what `req` joins, and lets go of what it had locked before."""
+        """Locks all cached parts of what `req` joins, then releases its previous locks."""
         whole, _ = find(self.cache, join.context, req.cache_salt)
         held = [self.cache.lock(node) for node in whole.values()]
         self.unpin()
         self.pins = held
 
-    def leave(self, req: Req) -> None:
-        """`req` is in a batch, or gone."""
+    def forget(self, req: Req) -> None:
+        """Forgets `req`, which is in a batch or gone."""
         if req in self.waiting:
             self.waiting.remove(req)
         if req is self.first:
@@ -93,7 +93,12 @@ class PluginState:
             self.first = None
 
 
-def state_of(cache: Any) -> PluginState | None:
+def state_of(cache: Any) -> PluginState:
+    return getattr(cache, STATE)
+
+
+def state_or_none(cache: Any) -> PluginState | None:
+    """None: another cache of SGLang's, or before the plugin has started."""
     return getattr(cache, STATE, None)
 
 
@@ -104,17 +109,18 @@ def admit(
     has_chunked_req: bool,
     truncation_align_size: int | None,
 ) -> AddReqResult:
-    """AROUND `PrefillAdder.add_one_req`. CONTINUE without `req` in the batch: it stays in the queue."""
+    """AROUND `PrefillAdder.add_one_req`. Returning CONTINUE without `req` in the batch leaves it in the
+    queue."""
     join, state = joined(req), state_of(adder.tree_cache)
     if join is None or is_writer(req):
         return original(adder, req, has_chunked_req, truncation_align_size)
     if not join.missing:
         result = original(adder, req, has_chunked_req, truncation_align_size)
         if req.lock is not None:
-            state.leave(req)
+            state.forget(req)
             state.counters.joins += not req.retracted_stain
         return result
-    if any(not made.finished() for made in join.writers) or not _turn(state, req, join):
+    if any(not internal.finished() for internal in join.writers) or not _may_write(state, req, join):
         return AddReqResult.CONTINUE
     if req is state.first:
         state.pin(req, join)
@@ -124,12 +130,12 @@ def admit(
     return _write(original, adder, state, req, join, has_chunked_req, truncation_align_size)
 
 
-def _turn(state: PluginState, req: Req, join: Join) -> bool:
-    """Whether `req` may write what it misses now."""
+def _may_write(state: PluginState, req: Req, join: Join) -> bool:
+    """Whether `req` may write its missing parts now."""
     chunked = state.scheduler.chunked_req
     if chunked is not None and not is_writer(chunked):
         return False
-    if req is state.first or all(count <= NEVER_WRITTEN for _, count in join.missing):
+    if req is state.first or all(count <= MAX_UNWRITTEN_END for _, count in join.missing):
         return True
     if state.first is not None:
         return False
@@ -148,9 +154,9 @@ def _write(
     has_chunked_req: bool,
     truncation_align_size: int | None,
 ) -> AddReqResult:
-    """Lets in a writer for each context that `req` misses, as far as they fit.
+    """Admits a writer for each context that `req` misses, as far as they fit.
 
-    Of contexts that miss the same tokens (a trunk that was lost) one goes first, and the others find them.
+    Of contexts that miss the same tokens (a lost trunk) one goes first, and the others then find them.
     """
     join.writers = []
     result = AddReqResult.CONTINUE
@@ -162,13 +168,13 @@ def _write(
         if not _has_row(adder, state):
             break
         begun.add(lacks)
-        made = writer(req, context, f"writes-{len(context.before)}-{len(join.writers)}", state.scheduler)
-        made.init_next_round_input(adder.tree_cache)
+        internal = writer(req, context, f"writes-{len(context.before)}-{len(join.writers)}", state.scheduler)
+        internal.init_next_round_input(adder.tree_cache)
         chunked = has_chunked_req or adder.new_chunked_req is not None
-        result = original(adder, made, chunked, truncation_align_size)
-        if made.lock is None:
+        result = original(adder, internal, chunked, truncation_align_size)
+        if internal.lock is None:
             break
-        join.writers.append(made)
+        join.writers.append(internal)
         _count(state, req, count)
         if result is not AddReqResult.CONTINUE:
             break
@@ -178,7 +184,7 @@ def _write(
 
 
 def _has_row(adder: PrefillAdder, state: PluginState) -> bool:
-    """Whether one more request of the batch would have a row, as the scheduler itself asks for each."""
+    """Whether one more request fits in the batch, as the scheduler checks for each."""
     held = sum(other.kv.holds_kv for other in adder.can_run_list)
     rows = state.scheduler.get_num_allocatable_reqs(
         len(adder.running_batch.reqs), running_batch=adder.running_batch, num_held_rows=held
@@ -188,7 +194,7 @@ def _has_row(adder: PrefillAdder, state: PluginState) -> bool:
 
 def _count(state: PluginState, req: Req, tokens: int) -> None:
     counters = state.counters
-    if tokens <= NEVER_WRITTEN:
+    if tokens <= MAX_UNWRITTEN_END:
         counters.ends += 1
         counters.end_tokens += tokens
         return
@@ -198,39 +204,42 @@ def _count(state: PluginState, req: Req, tokens: int) -> None:
 
 
 def keep_pinned(result: None, cache: Any, req: Req, **named: Any) -> None:
-    """AFTER `UnifiedRadixCache.checkpoint_into_tree`: what was written for the first join stays."""
-    join, state = of(req), state_of(cache)
-    if join is not None and join.served is not None and join.served is state.first and req.finished():
+    """AFTER `UnifiedRadixCache.checkpoint_into_tree`: pins what was written for the first join."""
+    join, state = of(req), state_or_none(cache)
+    if state is None or join is None or join.served is None:
+        return
+    if join.served is state.first and req.finished():
         state.pins.append(cache.lock(req.last_node))
 
 
-def look_after(scheduler: Any, *args: Any, **named: Any) -> None:
-    """BEFORE `Scheduler.get_new_batch_prefill`: forgets joins that left the queue and writers that are
-    gone."""
+def forget_ended(scheduler: Any, *args: Any, **named: Any) -> None:
+    """BEFORE `Scheduler.get_new_batch_prefill`: forgets joins that left the queue and writers that
+    ended."""
     state = state_of(scheduler.tree_cache)
     if state.first is None and not state.waiting:
         return
     queued = set(scheduler.waiting_queue)
     alive = queued | scheduler.collect_inflight_reqs() | {scheduler.chunked_req}
     for req in {state.first, *state.waiting} - queued - {None}:
-        state.leave(req)
+        state.forget(req)
     for req in state.waiting:
         join = of(req)
-        join.writers = [made for made in join.writers if made in alive]
+        assert join is not None  # Only joins wait.
+        join.writers = [internal for internal in join.writers if internal in alive]
 
 
 def head_queue(result: None, policy: Any, waiting_queue: list[Req], *args: Any, **named: Any) -> None:
-    """AFTER `SchedulePolicy.calc_priority`: behind another that waits for memory, the first join would wait
-    for ever, and that one for its pins."""
-    state = state_of(policy.tree_cache)
+    """AFTER `SchedulePolicy.calc_priority`: after another request that waits for memory, the first join would
+    wait forever, and that request for its pins."""
+    state = state_or_none(policy.tree_cache)
     if state is not None and state.first in waiting_queue:
         waiting_queue.remove(state.first)
         waiting_queue.insert(0, state.first)
 
 
 def drop_pins(batch: ScheduleBatch, *args: Any, **named: Any) -> None:
-    """BEFORE `ScheduleBatch.retract_decode`: SGLang retracts for want of memory, and aborts the last
-    request that is left; it does not know of memory that nobody runs on."""
+    """BEFORE `ScheduleBatch.retract_decode`: SGLang retracts when memory runs out, and aborts the last
+    request; it does not know of memory held without a running request."""
     state = state_of(batch.tree_cache)
     if state.pins and not batch.check_decode_mem():
         state.counters.pins_dropped += len(state.pins)
@@ -239,6 +248,6 @@ def drop_pins(batch: ScheduleBatch, *args: Any, **named: Any) -> None:
 
 def forget_pins(cache: Any, *args: Any, **named: Any) -> None:
     """BEFORE `UnifiedRadixCache.reset`: the nodes are gone with their locks."""
-    state = state_of(cache)
+    state = state_or_none(cache)
     if state is not None:
         state.pins = []

@@ -1,9 +1,9 @@
-"""The prefix cache under a joined context: match, lock, read out and keep.
+"""The prefix cache of a joined context: matches, locks, reads and stores it.
 
-A joined request's `last_node` is a `Joint`: the node of its own chain as SGLang knows it, which carries the
-nodes of all other chains. A node that is split keeps its id with its lower part, so ids stay true while
-locked. SGLang's bookkeeping is untouched: the tree owns a request's row up to `cache_protected_len`, here
-including all that was joined, and the request what follows.
+A joined request's `last_node` is a `Joint`: the node of its own chain, as SGLang expects, which carries the
+nodes of all other chains. A split node keeps its id with its lower part, so ids stay valid while locked.
+SGLang's bookkeeping is unchanged: the tree owns a request's row up to `cache_protected_len`, here including
+everything joined, and the request owns the rest.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Joint(int):
 def find(
     cache: UnifiedRadixCache, context: CacheContext, salt: str | None
 ) -> tuple[dict[CacheContext, int], tuple[tuple[CacheContext, int], ...]]:
-    """What the cache holds of the contexts that `context` joins.
+    """Looks up the contexts that `context` joins.
 
     Returns:
-        node of each that is whole; and those that are not but could be written now, with the number of tokens
-        that each lacks.
+        The node of each whole context; and the others that could be written now, with their number of missing
+        tokens.
     """
     whole: dict[CacheContext, int] = {}
     missing: list[tuple[CacheContext, int]] = []
@@ -68,7 +68,7 @@ def match(
     cow_mamba: bool = False,
     max_prefix_len: int | None = None,
 ) -> MatchResult:
-    """AROUND `match_kv_cache`: a joined request has what it joins and what its own chain has, or nothing."""
+    """AROUND `match_kv_cache`: a joined request matches what it joins and its own chain, or nothing."""
     join = joined(req)
     if join is None:
         return original(req, tree_cache, token_ids, cow_mamba=cow_mamba, max_prefix_len=max_prefix_len)
@@ -91,7 +91,7 @@ def match(
 def lock(
     original: Callable[..., Any], cache: UnifiedRadixCache, node_id: int, *args: Any, **named: Any
 ) -> Any:
-    """AROUND `UnifiedRadixCache.lock`: a joint's lock is one on each chain."""
+    """AROUND `UnifiedRadixCache.lock`: locking a joint locks each chain."""
     if not isinstance(node_id, Joint):
         return original(cache, node_id, *args, **named)
     nodes = [node for node, _, _ in node_id.before]
@@ -118,7 +118,7 @@ def slots(original: Callable[..., torch.Tensor], cache: UnifiedRadixCache, req: 
 def keep(
     original: Callable[..., None], cache: UnifiedRadixCache, req: Req, *, up_to: int, **named: Any
 ) -> None:
-    """AROUND `UnifiedRadixCache.checkpoint_into_tree`: of a joined request the tree takes its own chain."""
+    """AROUND `UnifiedRadixCache.checkpoint_into_tree`: the tree stores a joined request's own chain."""
     join = joined(req)
     if join is None:
         return original(cache, req, up_to=up_to, **named)
@@ -135,7 +135,7 @@ def keep(
             priority=req.priority or 0,
         )
     )
-    # Where the tree already had a token, its slot stays and the request's was freed.
+    # Where the tree already held a token, its slot stays and the request's was freed.
     owned = cache.path_device_indices(inserted.last_device_node)
     assert len(owned) == up_to - start >= protected - start >= 0
     cache.req_to_token_pool.write((req.kv.req_pool_idx, slice(protected, up_to)), owned[protected - start :])

@@ -1,4 +1,4 @@
-"""What the plugin refuses at start: settings under which a join would not be exact, or was never tried."""
+"""Refuses, at start, settings under which a join would not be exact or was never tested."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 def refused(scheduler: Any) -> list[str]:
-    """What of this scheduler's settings the plugin cannot serve, each as what to do about it."""
+    """The settings of this scheduler that the plugin cannot serve, each as what to do instead."""
     cache, parallel = scheduler.tree_cache, get_parallel()
     runner = scheduler.tp_worker.model_runner
     unified = isinstance(cache, UnifiedRadixCache) and not cache.disable
     wrong = {
-        # Where nobody names a backend, on Blackwell, deterministic inference takes FlashInfer.
+        # Without a named backend, deterministic inference takes FlashInfer on Blackwell.
         "leave the radix cache on, of the default kind (deterministic inference turns it off under "
         "FlashInfer: set --attention-backend triton)": not unified,
         "set --page-size 1": scheduler.page_size != 1,
@@ -42,10 +42,10 @@ def refused(scheduler: Any) -> list[str]:
 
 
 def start(result: None, scheduler: Any, *args: Any, **named: Any) -> None:
-    """AFTER `Scheduler.__init__`: refuses, or has the plugin's state made.
+    """AFTER `Scheduler.__init__`: creates the plugin's state.
 
     Raises:
-        SystemExit: refused; SGLang's parent process then ends too.
+        SystemExit: the settings are refused; SGLang's parent process then ends too.
     """
     wrong = refused(scheduler)
     if wrong:

@@ -1,21 +1,20 @@
-"""What a token of a trace with isolated blocks sees, as chains of SGLang's prefix cache.
+"""Describes what a token of a trace with isolated blocks sees, as chains of SGLang's prefix cache.
 
 The cache is a tree of token lists, under namespaces that do not touch. A chain is one list in one namespace.
 The text before the first block and each of its paths are ordinary chains of the request's own namespace:
 
     base:       trunk path_1        trunk path_2        trunk path_3
 
-What follows a block has seen all its paths, so the same tokens in another trace have other keys and values:
-it is a chain of a namespace that is a digest of what was joined, and begins with `</Parallel>`. Only that
-tail is stored there, so no slot has two owners. The paths of the next block branch off that chain, and so
-on:
+The text after a block has seen all its paths, so the same tokens in another trace have other keys and values:
+it is a chain in a namespace of its own, a digest of what was joined, and begins with `</Parallel>`. Only that
+tail is stored there, so no slot has two owners. The paths of the next block branch off that chain, and so on:
 
     digest:     tail path_1         tail path_2
     digest':    tail'
 
-The slots that the next token attends to are then those of the first path's chain whole, of each other path's
-from the fork on, and the tail's. A path may itself hold closed blocks: its slots lie in several chains too.
-Contexts are built by the engine protocol's own words (rollout/engine.py): write, fork (a value: just use it
+The next token attends to the slots of the first path's whole chain, of each other path's chain from the fork
+on, and of the tail. A path may itself hold closed blocks: its slots then lie in several chains too. Contexts
+are built by the operations of the engine protocol (rollout/engine.py): write, fork (a value: just use it
 twice) and join.
 """
 
@@ -33,7 +32,7 @@ Tokens = array  # of type code "q", as SGLang has them
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CacheContext:
-    """Tokens written one behind the other, with closed blocks among them.
+    """Written tokens, with closed blocks among them.
 
     Attributes:
         namespace: of its chain; None is SGLang's own default.
@@ -55,12 +54,12 @@ class CacheContext:
 
     @property
     def length(self) -> int:
-        """Of all slots."""
+        """Number of slots."""
         return len(self.before) + len(self.tail)
 
     @property
     def saved(self) -> int:
-        """How far positions lag behind slots: of each block all but the longest path."""
+        """Slots minus positions: the tokens of all but the longest path of each block."""
         return self.length - self.position
 
 
@@ -74,10 +73,10 @@ class ChainSpan:
 
 
 def context_of(tokens: Tokens, blocks: Sequence[JoinedBlock], namespace: str | None) -> CacheContext:
-    """The context behind `tokens`.
+    """The context after `tokens`.
 
     Args:
-        blocks: all closed ones, checked (`joined.check`), in order of forks.
+        blocks: all closed ones, checked (`joined_blocks.check_blocks`), in order of forks.
         namespace: of a request without blocks.
     """
     return _read(CacheContext(namespace, array("q"), array("q"), 0, ()), tokens, 0, len(tokens), blocks)
@@ -86,7 +85,7 @@ def context_of(tokens: Tokens, blocks: Sequence[JoinedBlock], namespace: str | N
 def _read(
     context: CacheContext, tokens: Tokens, start: int, stop: int, blocks: Sequence[JoinedBlock]
 ) -> CacheContext:
-    """Writes tokens[start:stop) with the blocks in it behind `context`."""
+    """Appends tokens[start:stop), with the blocks in it, to `context`."""
     while blocks:
         block, count = blocks[0], count_nested(blocks)
         trunk = _write(context, tokens[start : block.fork])
@@ -108,7 +107,7 @@ def _join(trunk: CacheContext, paths: Sequence[CacheContext]) -> CacheContext:
     pieces = _slots(paths[0])
     before = paths[0].tokens
     for path in paths[1:]:
-        pieces += _behind(_slots(path), trunk.length)
+        pieces += _after(_slots(path), trunk.length)
         before += path.tokens[trunk.length :]
     return CacheContext(
         namespace=_digest(trunk, paths),
@@ -123,8 +122,8 @@ def _slots(context: CacheContext) -> list[ChainSpan]:
     return [*context.pieces, ChainSpan(context, 0, len(context.tail))]
 
 
-def _behind(pieces: Sequence[ChainSpan], count: int) -> list[ChainSpan]:
-    """What is left without the first `count` slots."""
+def _after(pieces: Sequence[ChainSpan], count: int) -> list[ChainSpan]:
+    """The spans without the first `count` slots."""
     left = []
     for piece in pieces:
         cut = min(count, piece.hi - piece.lo)
@@ -135,7 +134,7 @@ def _behind(pieces: Sequence[ChainSpan], count: int) -> list[ChainSpan]:
 
 
 def _digest(trunk: CacheContext, paths: Sequence[CacheContext]) -> str:
-    """Names what was joined: where, and each path by the place of its last token in the cache."""
+    """Identifies what was joined: where, and each path by the place of its last token in the cache."""
     digest = blake2b(repr((len(trunk.tail), len(paths))).encode(), digest_size=16)
     for path in paths:
         digest.update(repr((path.namespace, len(path.tail))).encode())

@@ -1,4 +1,4 @@
-"""Where the plugin takes hold of SGLang: the whole list."""
+"""All hooks of the plugin into SGLang, and its report in the server information."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_parallel_r1.rollout.sglang_plugin import (
     positions,
     requests,
 )
-from megatron_parallel_r1.rollout.sglang_plugin.admission import state_of
+from megatron_parallel_r1.rollout.sglang_plugin.admission import state_or_none
 
 SRT = "sglang.srt."
 SCHEDULER = SRT + "managers.scheduler.Scheduler."
@@ -35,7 +35,7 @@ class Hook:
 
 def report_state(result: Any, scheduler: Any, *args: Any, **named: Any) -> None:
     """AFTER `Scheduler.get_internal_state`."""
-    state = state_of(scheduler.tree_cache)
+    state = state_or_none(scheduler.tree_cache)
     result.internal_state[FIELD] = {
         "protocol": PROTOCOL,
         "tested": list(TESTED),
@@ -50,7 +50,7 @@ HOOKS = (
     Hook(SCHEDULER + "__init__", compatibility.start, HookType.AFTER),
     Hook(SCHEDULER + "_create_generation_req", requests.read_blocks, HookType.AFTER),
     Hook(SCHEDULER + "_add_request_to_queue", requests.refuse_unsupported, HookType.BEFORE),
-    Hook(SCHEDULER + "get_new_batch_prefill", admission.look_after, HookType.BEFORE),
+    Hook(SCHEDULER + "get_new_batch_prefill", admission.forget_ended, HookType.BEFORE),
     Hook(SCHEDULER + "send_abort_output", requests.hide_abort, HookType.AROUND),
     Hook(SCHEDULER + "get_internal_state", report_state, HookType.AFTER),
     Hook(
@@ -81,7 +81,7 @@ def register_hooks() -> None:
 
 
 def missing_hooks() -> list[str]:
-    """Targets that SGLang has not wrapped (it only logs why), among them those that a release lacks."""
+    """Targets that SGLang has not wrapped (it only logs why), including those that a release lacks."""
     targets = dict.fromkeys(hook.target for hook in HOOKS)
     return [target for target in targets if not _is_wrapped(target)]
 

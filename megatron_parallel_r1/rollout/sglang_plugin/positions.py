@@ -1,9 +1,9 @@
 """Rotary positions of requests with blocks.
 
-SGLang numbers what it computes by slots. All that a joined request computes lies behind its last block, so
-its positions are those minus one constant (`request.saved`), kept in a table on the device by the request's
-row: a batch takes them by the `req_pool_indices` that it has there anyway, and a captured graph's replay
-copies them in with its other inputs.
+SGLang numbers positions by slots. A joined request only computes tokens after its last block, so its
+positions are the slot numbers minus one constant (`requests.saved`), kept in a device table by the request's
+row: a batch reads them by its `req_pool_indices`, and the replay of a captured graph copies them with its
+other inputs.
 
 Shapes: P rows of the pool, B requests of a batch, T tokens of a pass.
 """
@@ -29,8 +29,8 @@ def make_table(pool: Any) -> None:
 
 
 def note_saved(result: None, batch: ScheduleBatch) -> None:
-    """AFTER `ScheduleBatch.prepare_for_extend`: each request that gets a row sets its entry, ordinary ones
-    to 0."""
+    """AFTER `ScheduleBatch.prepare_for_extend`: each request that gets a row sets its entry, ordinary
+    requests to 0."""
     saved_B = torch.tensor([saved(req) for req in batch.reqs], dtype=torch.int64)
     saved_P = getattr(batch.req_to_token_pool, TABLE)
     saved_P[batch.req_pool_indices] = saved_B.to(saved_P.device, non_blocking=True)
@@ -39,7 +39,7 @@ def note_saved(result: None, batch: ScheduleBatch) -> None:
 def shift(
     result: ForwardBatch, cls: type, batch: ScheduleBatch, model_runner: Any, *args: Any, **named: Any
 ) -> None:
-    """AFTER `ForwardBatch.init_new`: a new tensor of positions, for the old one may be shared."""
+    """AFTER `ForwardBatch.init_new`: creates a new tensor of positions, for the old one may be shared."""
     if result.forward_mode.is_idle() or not any(saved(req) for req in batch.reqs):
         return
     saved_B = getattr(model_runner.req_to_token_pool, TABLE)[result.req_pool_indices]
@@ -55,9 +55,9 @@ def shift(
 def sample(
     original: Callable[..., torch.Tensor], runner: Any, logits: Any, batch: ForwardBatch
 ) -> torch.Tensor:
-    """AROUND `ModelRunner.sample`: a seeded draw is keyed by position. In a decode SGLang takes the batch's,
-    which are rotary; in a prefill the last slot's number, which is brought to the same measure here, so that
-    a retracted request draws again what it drew. The native engine keys its draws so too."""
+    """AROUND `ModelRunner.sample`: seeded draws are keyed by position. In a decode SGLang uses the batch's
+    rotary positions; in a prefill the last slot's number, which is converted here, so that a retracted
+    request draws the same tokens again. The native engine keys its draws the same way."""
     saved_B = getattr(batch, TABLE, None)
     if saved_B is None:
         return original(runner, logits, batch)

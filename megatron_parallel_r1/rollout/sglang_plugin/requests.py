@@ -1,4 +1,5 @@
-"""A request's joined blocks: read from its sampling parameters, checked, and kept on the request."""
+"""Reads a request's joined blocks from its sampling parameters, checks them, and keeps them on the
+request."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ ATTRIBUTE = "parallel_r1"
 
 @dataclass(slots=True, eq=False)
 class Join:
-    """What the plugin keeps on a request.
+    """The plugin's data on a request.
 
     Attributes:
-        context: behind its prompt.
-        missing: contexts that it needs and the last match did not find whole, with how many tokens each
-            lacks; of those that are not here yet only the ones whose own prerequisites are.
+        context: after its prompt.
+        missing: contexts that it needs and the last match did not find whole, with the number of missing
+            tokens; only those whose own prerequisites are cached.
         writers: internal requests under way that write them.
-        served: set on an internal request: whom it writes for.
+        served: set on an internal request: the request that it writes for.
     """
 
     context: CacheContext
@@ -50,7 +51,7 @@ def joined(req: Req) -> Join | None:
 
 
 def saved(req: Req) -> int:
-    """How far the request's positions lag behind its slots; the same for all that it computes."""
+    """The request's slots minus positions; the same for all tokens that it computes."""
     join = of(req)
     return join.context.saved if join is not None else 0
 
@@ -58,8 +59,8 @@ def saved(req: Req) -> int:
 def read_blocks(
     req: Req, scheduler: Any, recv_req: TokenizedGenerateReqInput, *args: Any, **named: Any
 ) -> None:
-    """AFTER `Scheduler._create_generation_req`: reads the blocks; what it cannot read is answered with 400,
-    for an exception here would end the scheduler."""
+    """AFTER `Scheduler._create_generation_req`: reads the blocks; answers 400 if they are invalid, for an
+    exception here would end the scheduler."""
     params = recv_req.sampling_params.custom_params or {}
     if FIELD not in params:
         return
@@ -75,7 +76,7 @@ def read_blocks(
 
 
 def refuse_unsupported(scheduler: Any, req: Req, *args: Any, **named: Any) -> None:
-    """BEFORE `Scheduler._add_request_to_queue`, where a request is settled: what a join cannot be."""
+    """BEFORE `Scheduler._add_request_to_queue`, where a request is final: refuses what a join cannot be."""
     join = joined(req)
     if join is None or join.served is not None or req.to_finish is not None:
         return
@@ -100,13 +101,13 @@ def refuse_unsupported(scheduler: Any, req: Req, *args: Any, **named: Any) -> No
 
 
 def writer(req: Req, context: CacheContext, name: str, scheduler: Any) -> Req:
-    """A request that has `context` in the cache once it is done, as `req` would have written it.
+    """An internal request that writes `context` to the cache as `req` would.
 
-    Its rid begins with that of `req`, so that aborting one aborts both.
+    Its rid begins with that of `req`, so aborting one aborts both.
     """
     params = copy(req.sampling_params)
     params.max_new_tokens, params.min_new_tokens = 1, 0
-    made = Req(
+    internal = Req(
         rid=f"{req.rid}-{name}",
         origin_input_text="",
         origin_input_ids=context.tokens,
@@ -119,12 +120,12 @@ def writer(req: Req, context: CacheContext, name: str, scheduler: Any) -> Req:
         disagg_mode=scheduler.disaggregation_mode,
         http_worker_ipc=req.http_worker_ipc,
     )
-    made.tokenizer = req.tokenizer
-    made.extra_key = context.namespace
-    made.logprob_start_len = -1
-    made.time_stats.set_wait_queue_entry_time()
-    mark(made, Join(context, served=req))
-    return made
+    internal.tokenizer = req.tokenizer
+    internal.extra_key = context.namespace
+    internal.logprob_start_len = -1
+    internal.time_stats.set_wait_queue_entry_time()
+    mark(internal, Join(context, served=req))
+    return internal
 
 
 def is_writer(req: Req) -> bool:
@@ -135,7 +136,7 @@ def is_writer(req: Req) -> bool:
 def hide_output(
     streamer: Any, reqs: list[Req], *args: Any, **named: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """BEFORE `SchedulerOutputStreamer.stream_output`: nobody asked for what a writer draws."""
+    """BEFORE `SchedulerOutputStreamer.stream_output`: drops the output of writers."""
     return (streamer, [req for req in reqs if not is_writer(req)], *args), named
 
 

@@ -38,12 +38,12 @@ def test_a_cache_that_grows_on_the_way_is_followed() -> None:
 def test_each_size_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, int]] = []
 
-    class Counted(graphs._Shape):
-        def __init__(self, model: graphs.Passes, rows: int, length: int) -> None:
+    class Counted(graphs._GraphBuffers):
+        def __init__(self, model: graphs.DecodeModel, rows: int, length: int) -> None:
             made.append((rows, length))
             super().__init__(model, rows, length)
 
-    monkeypatch.setattr(graphs, "_Shape", Counted)
+    monkeypatch.setattr(graphs, "_GraphBuffers", Counted)
     traces(True)
     assert len(made) == len(set(made)) >= 3
     assert {rows for rows, _ in made} <= {8, 16, 32, 64, 128} and {length for _, length in made} == {128}
@@ -51,4 +51,4 @@ def test_each_size_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("count", "filled"), [(1, 8), (8, 8), (9, 16), (64, 64), (65, 128)])
 def test_sizes_are_powers_of_two(count: int, filled: int) -> None:
-    assert graphs._filled(count, 8) == filled
+    assert graphs._padded(count, 8) == filled

@@ -15,7 +15,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.weights import random_hf_tensors
 from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.buckets import Bucket
-from megatron_parallel_r1.sync.disk import DiskTransport, check
+from megatron_parallel_r1.sync.disk import DiskTransport, verify_manifest
 
 SHAPE = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=41)
 
@@ -27,7 +27,7 @@ class Recorder:
         self.url, self.wants_head, self.fails = url, wants_head, fails
         self.loaded: dict[int, dict[str, torch.Tensor]] = {}
 
-    def load(self, folder: Path, version: int) -> None:
+    def load_folder(self, folder: Path, version: int) -> None:
         if self.fails:
             raise Unreachable(f"{self.url} is gone")
         self.loaded[version] = dict(load_hf_folder(folder)[1])
@@ -80,11 +80,11 @@ def test_damage_is_found(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"model-00001.safetensors is not what was written"):
-        check(tmp_path / "version-1")
+    with pytest.raises(UserError, match=r"model-00001.safetensors differs from what was written"):
+        verify_manifest(tmp_path / "version-1")
     file.unlink()
-    with pytest.raises(UserError, match=r"model-00001.safetensors is gone"):
-        check(tmp_path / "version-1")
+    with pytest.raises(UserError, match=r"model-00001.safetensors is missing"):
+        verify_manifest(tmp_path / "version-1")
 
 
 def test_a_server_that_fails_is_told_of(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The sender's process group meets processes that are no part of its launch."""
+"""The sender's process group connects to processes outside its launch."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_all_get_what_is_sent_until_one_is_gone() -> None:
     group = SenderGroup("weights", 3, "gloo", "127.0.0.1", timeout_s=120)
     staying, leaving = peer(group, 1, times=99), peer(group, 2, times=2)
     try:
-        group.meet(never)
+        group.connect(never)
         group.broadcast([torch.ones(1000), torch.full((1000,), 2.0)], never)
         assert leaving.wait(300) == 0 and leaving.stdout.read().split() == ["1000.0", "2000.0"]
         with pytest.raises(GroupBroken):
             for _ in range(9):
                 group.broadcast([torch.ones(1000)], never)
         group.close()
-        with pytest.raises(GroupBroken, match=r"the group is gone"):
+        with pytest.raises(GroupBroken, match=r"the group is closed"):
             group.broadcast([torch.ones(1000)], never)
         # It waited for the next one, and is told that none comes.
         assert staying.wait(300) != 0
@@ -50,13 +50,13 @@ def test_nobody_waits_for_one_that_will_not_come() -> None:
     group = SenderGroup("weights", 2, "gloo", "127.0.0.1", timeout_s=120)
     asked = iter([False, False, True])
     with pytest.raises(GroupBroken, match=r"a server did not join"):
-        group.meet(lambda: next(asked))
+        group.connect(lambda: next(asked))
 
 
 def test_those_that_do_not_come_in_time_are_an_error() -> None:
     group = SenderGroup("weights", 2, "gloo", "127.0.0.1", timeout_s=0.2)
-    with pytest.raises(GroupBroken, match=r"the servers did not meet the sender at 127.0.0.1"):
-        group.meet(never)
+    with pytest.raises(GroupBroken, match=r"the servers did not join the sender at 127.0.0.1"):
+        group.connect(never)
 
 
 def test_the_address_is_that_of_the_way_to_the_server() -> None:

@@ -45,7 +45,7 @@ def test_the_message_names_server_version_difference_and_tolerance() -> None:
         (answers(OLD), trained(OLD), "stale weights"),
         (answers(MIXED, OLD), trained(OLD, MIXED), "kept the old one; send lm_head.weight"),
         (answers(MIXED, OLD, "bfloat16"), trained(OLD), "computes in bfloat16 and the trainer in float32"),
-        (answers(MIXED, OLD), trained(OLD, OLD), "neither the version before"),
+        (answers(MIXED, OLD), trained(OLD, OLD), "neither the previous version"),
     ],
 )
 def test_the_cause_is_named(one: ServerScores, other: TrainerScores, cause: str) -> None:

@@ -25,19 +25,19 @@ class Recorder:
     kinds = frozenset({"tensor"})
     wants_head = False
 
-    def __init__(self, url: str, gone_at: str = "", scores: Sequence[RowScores] = SCORES) -> None:
-        self.url, self.gone_at, self.scores = url, gone_at, scores
-        self.asked: list[str] = []
+    def __init__(self, url: str, fails_at: str = "", scores: Sequence[RowScores] = SCORES) -> None:
+        self.url, self.fails_at, self.scores = url, fails_at, scores
+        self.calls: list[str] = []
 
-    def facts(self) -> WeightsInfo:
-        self._note("facts")
+    def info(self) -> WeightsInfo:
+        self._note("info")
         return WeightsInfo(None, 1, "float32")
 
     def pause(self, in_flight: InFlightPolicy) -> None:
         self._note("pause")
 
     def continue_generation(self) -> None:
-        self._note("proceed")
+        self._note("continue_generation")
 
     def score(self, rows: Sequence[TokenRow]) -> Sequence[RowScores]:
         self._note("score")
@@ -50,8 +50,8 @@ class Recorder:
         self._note(part)
 
     def _note(self, what: str) -> None:
-        self.asked.append(what)
-        if what == self.gone_at:
+        self.calls.append(what)
+        if what == self.fails_at:
             raise Unreachable(f"{self.url} is gone")
 
 
@@ -62,7 +62,7 @@ class Scripted:
         self.passes, self.breaks = list(passes), breaks
         self.opened: list[list[str]] = []
 
-    def open(self, servers, facts, version: int) -> None:
+    def open(self, servers, infos, version: int) -> None:
         self.opened.append([server.url for server in servers])
 
     def send(self, bucket: Bucket) -> None:
@@ -93,28 +93,28 @@ def test_a_publication_in_order() -> None:
     server = Recorder(A)
     sender = of(Scripted(PassResult({})), server)
     assert publish(sender) == (0.0, [])
-    assert server.asked == ["facts", "pause", "proceed", "score"]
-    assert sender.in_step == (A,) and not sender.out
+    assert server.calls == ["info", "pause", "continue_generation", "score"]
+    assert sender.up_to_date == (A,) and not sender.failed
 
 
-@pytest.mark.parametrize("gone_at", ["facts", "pause", "proceed", "score"])
+@pytest.mark.parametrize("fails_at", ["info", "pause", "continue_generation", "score"])
 def test_one_that_is_gone_is_left_out_with_a_line_in_the_log(
-    gone_at: str, caplog: pytest.LogCaptureFixture
+    fails_at: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sender = of(Scripted(PassResult({})), Recorder(A), Recorder(B, gone_at))
+    sender = of(Scripted(PassResult({})), Recorder(A), Recorder(B, fails_at))
     with caplog.at_level(logging.WARNING):
         assert publish(sender) == (0.0, [])
-    assert sender.in_step == (A,) and sender.out == {B: f"{B} is gone"}
-    assert f"{B} is out of step" in caplog.text
+    assert sender.up_to_date == (A,) and sender.failed == {B: f"{B} is gone"}
+    assert f"{B} is out of date" in caplog.text
 
 
 def test_one_that_is_back_is_in_step_again() -> None:
-    back = Recorder(B, "facts")
+    back = Recorder(B, "info")
     sender = of(Scripted(PassResult({}), PassResult({})), Recorder(A), back)
     publish(sender)
-    back.gone_at = ""
+    back.fails_at = ""
     publish(sender)
-    assert sender.in_step == (A, B) and not sender.out
+    assert sender.up_to_date == (A, B) and not sender.failed
     assert sender.transport.opened == [[A], [A, B]]
 
 
@@ -122,14 +122,14 @@ def test_a_server_that_took_a_part_stays_paused() -> None:
     half = Recorder(B)
     sender = of(Scripted(PassResult({B: "load failed"})), Recorder(A), half)
     publish(sender)
-    assert sender.in_step == (A,) and half.asked == ["facts", "pause"]
+    assert sender.up_to_date == (A,) and half.calls == ["info", "pause"]
 
 
 def test_those_that_are_left_take_all_again() -> None:
     lost, other = Recorder(B), Recorder(A)
     sender = of(Scripted(PassResult({B: "gone"}, again=True), PassResult({})), other, lost)
     publish(sender)
-    assert sender.transport.opened == [[A, B], [A]] and sender.in_step == (A,)
+    assert sender.transport.opened == [[A, B], [A]] and sender.up_to_date == (A,)
 
 
 def test_it_does_not_try_for_ever() -> None:
@@ -170,4 +170,4 @@ def test_memory_is_given_back_only_by_stopped_servers_and_taken_for_weights_firs
     sender = of(Scripted(), server)
     sender.release_memory()
     sender.resume_memory()
-    assert server.asked == ["pause", "release", "weights", "kv_cache"]
+    assert server.calls == ["pause", "release", "weights", "kv_cache"]

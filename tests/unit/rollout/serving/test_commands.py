@@ -78,7 +78,7 @@ def test_gpus_are_shared_out() -> None:
     assert assign_gpus(serving, ("0", "3", "5", "6", "7")) == ("cuda", [("0", "3"), ("5", "6")])
     assert assign_gpus(serving, ()) == ("cpu", [(), ()])
     assert assign_gpus(replace(serving, device="cpu"), ("0",)) == ("cpu", [(), ()])
-    with pytest.raises(UserError, match=r"2 servers of 2 GPUs need 4, visible are 3; lower --servers"):
+    with pytest.raises(UserError, match=r"2 servers of 2 GPUs need 4, and 3 are visible; lower --servers"):
         assign_gpus(serving, ("0", "1", "2"))
 
 

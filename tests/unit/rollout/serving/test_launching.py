@@ -44,7 +44,7 @@ def test_a_killed_server_comes_back_at_its_address(settings: dict[str, object]) 
         old = psutil.Process(pid).children(recursive=True)
         assert len(old) == 1
         os.kill(pid, signal.SIGKILL)
-        assert it.next_line(SECONDS) == f"server {index} ended with status 137; starting it again"
+        assert it.next_line(SECONDS) == f"server {index} ended with status 137; restarting it"
         assert_gone(old)
         again = it.next_healthy(SECONDS)
         assert again[:2] == (index, url) and again[2] != pid
@@ -112,11 +112,11 @@ def test_a_server_that_only_crashes_is_given_up_on(
 ) -> None:
     monkeypatch.setenv("FAKE_CRASH", "1")
     with launched(**settings | {"servers": 1, "crashes": 2}) as it:
-        assert it.next_line(SECONDS) == "server 0 ended with status 1; starting it again"
+        assert it.next_line(SECONDS) == "server 0 ended with status 1; restarting it"
         error = it.next_line(SECONDS)
         assert error is not None and error.startswith(
-            "error: server 0 ended with status 1, 2 times without being healthy in between; look into"
+            "error: server 0 ended with status 1, 2 times without being healthy in between; see"
         )
-        assert error.endswith("which ends: FakeServer has no weights")
+        assert error.endswith("which ends with: FakeServer has no weights")
         assert it.process.wait(SECONDS) == 1
         assert not Path(str(settings["urls_file"])).exists()

@@ -35,24 +35,26 @@ class InThread:
         self._groups: dict[str, dist.ProcessGroupGloo] = {}
         self._taken = 0
 
-    def join(self, meeting: Rendezvous) -> None:
+    def join_group(self, rendezvous: Rendezvous) -> None:
         self.joined += 1
-        where = (meeting.address, meeting.port, meeting.size)
+        where = (rendezvous.address, rendezvous.port, rendezvous.size)
         try:
             store: dist.Store = dist.TCPStore(*where, is_master=False, timeout=PATIENCE)
-            for prefix in (meeting.name, f"{meeting.name}/", "cpu/"):
+            for prefix in (rendezvous.name, f"{rendezvous.name}/", "cpu/"):
                 store = dist.PrefixStore(prefix, store)
-            self._groups[meeting.name] = dist.ProcessGroupGloo(store, meeting.first, meeting.size, PATIENCE)
+            self._groups[rendezvous.name] = dist.ProcessGroupGloo(
+                store, rendezvous.first, rendezvous.size, PATIENCE
+            )
         except RuntimeError as error:
             raise UserError(f"{self.url}: failed to make the group: {error}") from error
 
-    def leave(self, name: str) -> None:
+    def leave_group(self, name: str) -> None:
         self._groups.pop(name, None)
 
-    def begin(self) -> None:
+    def begin_update(self) -> None:
         self._taken = 0
 
-    def take_broadcast(
+    def receive_broadcast(
         self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, version: int | None
     ) -> None:
         self._taken += 1
@@ -69,7 +71,7 @@ class InThread:
             self.held[name] = tensor
         self.version = self.version if version is None else version
 
-    def end(self) -> None: ...
+    def end_update(self) -> None: ...
 
     def die(self) -> None:
         self._groups.clear()
@@ -135,7 +137,7 @@ def test_one_that_fails_is_lost_and_the_others_take_all_again(
 
 def test_one_that_does_not_join_is_lost(transport: BroadcastTransport) -> None:
     one, other = InThread(A), InThread(B)
-    other.join = lambda meeting: other.refuse()
+    other.join_group = lambda rendezvous: other.refuse()
     lost, again = one_pass(transport, 1, one, other)
     assert again and list(lost) == [B]
     assert one_pass(transport, 1, one) == ({}, False) and holds(one, 1)

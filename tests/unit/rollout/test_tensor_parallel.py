@@ -18,7 +18,7 @@ from megatron_parallel_r1.rollout.native.model import DecodeModel
 from megatron_parallel_r1.rollout.native.tensor_parallel import SHARD_DIM, TensorParallelGroup, local_shard
 from tests.unit.rollout.tiny import tiny_qwen3
 
-SHAPE = ModelConfig(
+CONFIG = ModelConfig(
     hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=48, vocab=40, rope_theta=1e3, tied=False
 )
 
@@ -55,7 +55,7 @@ def test_a_rank_never_holds_the_whole_model() -> None:
             yield name, fresh
             del fresh
 
-    part = DecodeModel(SHAPE, tensors(), slots=8, team=TensorParallelGroup(1, 2, None))
+    part = DecodeModel(CONFIG, tensors(), slots=8, group=TensorParallelGroup(1, 2, None))
     kept = [part.embedding_VE, part.head_VE, *(layer.qkv_AE for layer in part.layers)]
     kept += [
         matrix
@@ -74,7 +74,7 @@ def test_a_team_that_would_cut_a_head_is_refused(size: int, name: str, fits: int
     with pytest.raises(
         UserError, match=f"tensor {size} does not divide .* {name}; set parallel.tensor to {fits}$"
     ):
-        NativeEngine(SHAPE, TensorParallelGroup(0, size, None))
+        NativeEngine(CONFIG, TensorParallelGroup(0, size, None))
 
 
 def test_split_layers_and_rows_are_refused_in_one_line() -> None:

@@ -1,4 +1,4 @@
-"""The calls kept as columns do what a list of calls, one object each, does; and a cancelled call leaves."""
+"""Calls kept as columns do what a list of calls, one object each, does; a cancelled call leaves."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Plain:
         return Completion(tuple(self.tokens), tuple(self.logprobs), tuple(self.versions), stopped)
 
 
-def a_call(data: st.DataObject, loop: asyncio.AbstractEventLoop, row: int) -> SampleCall:
+def make_call(data: st.DataObject, loop: asyncio.AbstractEventLoop, row: int) -> SampleCall:
     pending = [data.draw(st.integers(0, 9))] if data.draw(st.booleans()) else []
     context = NativeContext(row, data.draw(st.integers(0, 50)), pending)
     limit, stop, suppress = (
@@ -54,38 +54,38 @@ def a_call(data: st.DataObject, loop: asyncio.AbstractEventLoop, row: int) -> Sa
 @given(st.data())
 def test_columns_are_the_calls(data: st.DataObject) -> None:
     loop = asyncio.new_event_loop()
-    draws, plain, rows = RunningBatch(), [], 0
+    batch, plain, rows = RunningBatch(), [], 0
     for step in range(data.draw(st.integers(1, 60))):
-        newcomers = [a_call(data, loop, rows + index) for index in range(data.draw(st.integers(0, 3)))]
+        newcomers = [make_call(data, loop, rows + index) for index in range(data.draw(st.integers(0, 3)))]
         rows += len(newcomers)
-        draws.admit(newcomers)
-        plain += [Plain(one, bool(one.context.pending), one.context.position) for one in newcomers]
+        batch.admit(newcomers)
+        plain += [Plain(call, bool(call.context.pending), call.context.position) for call in newcomers]
         if plain and data.draw(st.integers(0, 9)) == 0:
             plain.pop(data.draw(st.integers(0, len(plain) - 1))).call.done.cancel()
-            draws.forget_cancelled()
-        waiting = draws.waiting()[: data.draw(st.integers(0, 8))]
-        draws.advance(waiting)
-        chosen = np.concatenate([waiting, draws.without_token()])
+            batch.remove_cancelled()
+        waiting = batch.waiting()[: data.draw(st.integers(0, 8))]
+        batch.advance(waiting)
+        chosen = np.concatenate([waiting, batch.without_token()])
         for index in waiting:
             plain[index].position += 1
         if not len(chosen):
             continue
         suppressed = sorted((i, token) for i, n in enumerate(chosen) for token in plain[n].call.suppress)
-        assert sorted(zip(*map(np.ndarray.tolist, draws.suppressed(chosen)), strict=True)) == suppressed
+        assert sorted(zip(*map(np.ndarray.tolist, batch.suppressed(chosen)), strict=True)) == suppressed
         tokens = np.array([data.draw(st.integers(0, 9)) for _ in chosen])
         logprobs = -np.arange(len(chosen)) - step / 7
-        told = draws.record(chosen, tokens, logprobs, np.full(len(chosen), step))
+        completions = batch.record(chosen, tokens, logprobs, np.full(len(chosen), step))
         expected = {}
         for index, token, logprob in zip(chosen.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
             if completion := plain[index].takes(token, logprob, step):
                 expected[plain[index].call] = (completion, plain[index])
-        assert {call: completion for call, completion in told} == {c: e[0] for c, e in expected.items()}
+        assert dict(completions) == {call: pair[0] for call, pair in expected.items()}
         for call, (completion, one) in expected.items():
             assert call.context.position == one.position and call.context.pending == [completion.tokens[-1]]
             plain.remove(one)
-        assert draws.columns_N["row"].tolist() == [one.call.context.row for one in plain]
-        assert draws.columns_N["position"].tolist() == [one.position for one in plain]
-    assert {call.context.row for call in draws.calls} == {one.call.context.row for one in plain}
+        assert batch.columns_N["row"].tolist() == [one.call.context.row for one in plain]
+        assert batch.columns_N["position"].tolist() == [one.position for one in plain]
+    assert {call.context.row for call in batch.calls} == {one.call.context.row for one in plain}
     loop.close()
 
 

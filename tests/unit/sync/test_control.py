@@ -72,22 +72,22 @@ def test_nobody_there() -> None:
         HttpClient("http://127.0.0.1:9", 1).get("/fine")
 
 
-def test_facts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = SglangControl(url).facts()
-    assert (facts.version, facts.processes, facts.dtype) == (None, 2, "bfloat16")
+def test_info(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = SglangControl(url).info()
+    assert (info.version, info.processes, info.dtype) == (None, 2, "bfloat16")
     monkeypatch.setitem(ANSWERS, "/model_info", (200, {"weight_version": "12"}))
     monkeypatch.setitem(ANSWERS, "/server_info", (200, SGLANG | {"dtype": "auto"}))
-    facts = SglangControl(url).facts()
-    assert (facts.version, facts.dtype) == (12, None)
+    info = SglangControl(url).info()
+    assert (info.version, info.dtype) == (12, None)
     monkeypatch.setitem(ANSWERS, "/server_info", (200, SGLANG | {"pp_size": 2}))
-    with pytest.raises(UserError, match=r"a server cut in layers"):
-        SglangControl(url).facts()
+    with pytest.raises(UserError, match=r"a server with pipeline parallelism"):
+        SglangControl(url).info()
     monkeypatch.setitem(ANSWERS, "/server_info", (200, SGLANG | {"dp_size": 2}))
-    with pytest.raises(UserError, match=r"has 2 copies .* start more servers in place of --dp, or set it to"):
-        SglangControl(url).facts()
-    assert SglangControl(url, transport="disk").facts().processes == 2
+    with pytest.raises(UserError, match=r"has 2 copies .* start more servers instead of --dp, or set it to"):
+        SglangControl(url).info()
+    assert SglangControl(url, transport="disk").info().processes == 2
     monkeypatch.setitem(ANSWERS, "/server_info", (200, {"vllm_config": ""}))
     with pytest.raises(UserError, match=r"no SGLang server"):
-        SglangControl(url).facts()
+        SglangControl(url).info()
     with pytest.raises(UserError, match=r"start vLLM with VLLM_SERVER_DEV_MODE=1"):
-        VllmControl(url).facts()
+        VllmControl(url).info()
