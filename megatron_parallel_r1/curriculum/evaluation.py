@@ -35,16 +35,17 @@ def evaluate_stage(
     run: RunContext, stage: Stage, model: Model, verifier: Verifier, backends: Backends
 ) -> dict[str, Any]:
     """Evaluates a finished stage; writes the record to `eval.jsonl`, a few traces to `eval_traces.jsonl`."""
-    recipe = run.recipe
+    recipe, settings = run.recipe, run.recipe.evaluation
+    assert settings is not None, "a recipe without `evaluation` evaluates no stage"
     step = steps_done(run.folder, stage)
-    problems = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems)
+    problems = evaluation_problems(settings.data, settings.problems)
     seed = run.seed_of("evaluation")
     thinking = recipe.thinking_of(stage)
     with backends.open(model, thinking) as backend:
         backend.engine.load_weights(hf_tensors(model), version=step)
         thinker = Thinker(backend.engine, run.tags, thinking)
         result = evaluate_held_out(
-            thinker, problems, run.tokenizer, verifier, recipe.prompt_template, recipe.evaluation, seed
+            thinker, problems, run.tokenizer, verifier, recipe.prompt_template, settings, seed
         )
     record = {"stage": stage.name, "step": step, **result.record}
     if not is_rank_zero():
@@ -52,7 +53,7 @@ def evaluate_stage(
     # Rewritten: an evaluation that was killed before it wrote its record may have left some.
     with JsonlWriter(run.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as traces:
         for index in range(0, len(result.traces), max(1, len(result.traces) // TRACES_IN_REPORT)):
-            problem = problems[index // recipe.evaluation.samples_per_problem]
+            problem = problems[index // settings.samples_per_problem]
             line = trace_record(result.traces[index], problem, result.judged[index], None, run.tokenizer)
             traces.write({"stage": stage.name, "step": step, **line})
     with JsonlWriter(run.folder / "eval.jsonl") as lines:

@@ -10,7 +10,7 @@ from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 
 _TAG = re.compile("(" + "|".join(map(re.escape, TAG_TEXTS)) + ")")
-_TAGS = Tags(*range(len(TAG_TEXTS)), eos=len(TAG_TEXTS))
+_TAGS = Tags(0, 1, 2, 3, 4, 5, eos=6)  # in the order of TAG_TEXTS
 _TEXT = len(TAG_TEXTS) + 1
 
 

@@ -5,10 +5,11 @@ A new one in a schema of `data/schemas.py` needs one line in `PUBLISHED`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_parallel_r1.data.embedded.congruence import Difficulty
 from megatron_parallel_r1.data.embedded.generate import evaluation_problems
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.readers import read_problems
@@ -33,7 +34,7 @@ PUBLISHED = {
     "math500": HubBenchmark("HuggingFaceH4/MATH-500"),
     "gsm8k": HubBenchmark("openai/gsm8k", "test"),
 }
-EMBEDDED = ("embedded_easy", "embedded_hard")
+EMBEDDED: Mapping[str, Difficulty] = {"embedded_easy": "easy", "embedded_hard": "hard"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,8 @@ def read_benchmarks(
 def _read(word: str, data: Path | None, limit: int | None) -> Benchmark:
     name, own, file = word.partition("=")
     if name in EMBEDDED and not own:
-        kind = "easy" if name == "embedded_easy" else "hard"
-        return Benchmark(name, evaluation_problems(kind, limit or EMBEDDED_PROBLEMS), "generated in process")
+        problems = evaluation_problems(EMBEDDED[name], limit or EMBEDDED_PROBLEMS)
+        return Benchmark(name, problems, "generated in process")
     if name not in PUBLISHED:
         raise UserError(f"benchmark {word!r}: unknown, use one of {', '.join((*PUBLISHED, *EMBEDDED))}")
     published = PUBLISHED[name]

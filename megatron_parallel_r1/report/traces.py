@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.data.prompts import decode
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import equivalent
@@ -100,8 +101,7 @@ class _PartsBuilder:
         }
 
     def _text(self, start: int, stop: int) -> str:
-        kept = [int(t) for t in self.tokens[start:stop] if t != self.tokenizer.eos_token_id]
-        return self.tokenizer.decode(kept, skip_special_tokens=False) if kept else ""
+        return decode(self.tokenizer, [int(token) for token in self.tokens[start:stop]])
 
 
 def _stop(block: Block, length: int) -> int:

@@ -55,7 +55,11 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
     async def complete(http: HttpRequest, endpoint: Endpoint) -> Response:
         check_client(http)
         content = await read_body(http, limits)
-        request = read_request(content, ChatRequest if endpoint == "chat" else CompletionRequest)
+        request: ChatRequest | CompletionRequest
+        if endpoint == "chat":
+            request = read_request(content, ChatRequest)
+        else:
+            request = read_request(content, CompletionRequest)
         wanted = engine_request(served, limits, request)
         body = ResponseBody(endpoint, served.name, wanted)
         session = Session(served, thread, admission, limits, wanted)

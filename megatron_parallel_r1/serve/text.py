@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_parallel_r1.data.prompts import decode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -44,7 +46,7 @@ class Detokenizer:
         return self._text([*self._emitted, *self._pending])[len(before) :]
 
     def _text(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False) if tokens else ""
+        return decode(self._tokenizer, tokens)
 
 
 class StopCutter:
