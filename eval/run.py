@@ -1,10 +1,10 @@
-"""Evaluates a checkpoint in parallel mode, sequentially or by majority, and writes a table with intervals.
+"""Evaluates a checkpoint in parallel, sequential or majority mode and writes tables with intervals.
 
     python eval/run.py --checkpoint runs/tiny/release --benchmarks embedded_hard --mode parallel
     python eval/run.py --checkpoint X --benchmarks aime24,aime25,amc23,math500 --mode majority@16 --data DIR
     torchrun --nproc-per-node 8 eval/run.py …          # copies of the model share the work
 
-Killed, it goes on where it was; asked again, it answers from its records. docs/evaluation.md says more.
+A killed evaluation resumes, a repeated one reads its records; see docs/evaluation.md.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from megatron_parallel_r1.report.panels import PANELS, Line, Panel
-from megatron_parallel_r1.report.run_folder import RunLog
+from megatron_parallel_r1.report.run_folder import RunFiles
 from megatron_parallel_r1.report.series import EvalPoint, Series, StageSpan, eval_points, series, spans
 from megatron_parallel_r1.utils.formats import number, percent
 
@@ -76,14 +76,14 @@ class Curve:
     smoothed: bool
 
 
-def draw_curves(run: RunLog) -> list[Curve]:
+def draw_curves(run: RunFiles) -> list[Curve]:
     """All panels with data in the run."""
     with matplotlib.rc_context(RC):
         drawn = [_draw(run, panel, spans(run, panel)) for panel in PANELS]
     return [curve for curve in drawn if curve is not None]
 
 
-def _draw(run: RunLog, panel: Panel, stages: tuple[StageSpan, ...]) -> Curve | None:
+def _draw(run: RunFiles, panel: Panel, stages: tuple[StageSpan, ...]) -> Curve | None:
     candidates = [(span, line, series(run, span, line)) for line in panel.lines for span in stages]
     lines = [(span, line, data) for span, line, data in candidates if data is not None]
     if not lines:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from megatron_parallel_r1.report.curves import draw_curves
 from megatron_parallel_r1.report.evaluation_table import COLUMNS, accuracy_interval, accuracy_text
-from megatron_parallel_r1.report.run_folder import RunLog, read_run
+from megatron_parallel_r1.report.run_folder import RunFiles, read_run
 from megatron_parallel_r1.report.showcase import choose_traces
 from megatron_parallel_r1.utils import formats
 from megatron_parallel_r1.utils.files import write_atomically
@@ -82,7 +82,7 @@ def _hash(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _facts(run: RunLog) -> list[str]:
+def _facts(run: RunFiles) -> list[str]:
     """Stages, steps, tokens and time."""
     facts = []
     if run.stages:
@@ -98,7 +98,7 @@ def _facts(run: RunLog) -> list[str]:
     return facts
 
 
-def _tiles(run: RunLog) -> list[Tile]:
+def _tiles(run: RunFiles) -> list[Tile]:
     """The headline: the last evaluation against the one before RL, and the exactness."""
     tiles = []
     if run.evals:
@@ -123,7 +123,7 @@ def _tiles(run: RunLog) -> list[Tile]:
     return tiles
 
 
-def _base(run: RunLog) -> dict[str, Any] | None:
+def _base(run: RunFiles) -> dict[str, Any] | None:
     """The evaluation to compare the last one with: that of the last SFT stage, else the first; same mode."""
     last = run.evals[-1]
     alike = [r for r in run.evals if r.get("mode") == last.get("mode") and r is not last]
@@ -138,6 +138,6 @@ def _before(base: dict[str, Any] | None, key: str) -> str:
     return f"{formats.percent(base[key])} after {base['stage']}"
 
 
-def _values(run: RunLog, key: str) -> Sequence[float]:
+def _values(run: RunFiles, key: str) -> Sequence[float]:
     rows = [row for stage in run.stages for row in stage.metrics]
     return [row[key] for row in rows if row.get(key) is not None]

@@ -13,7 +13,7 @@ from megatron_parallel_r1.utils.jsonl import JsonRecord, read_jsonl
 
 
 @dataclass(frozen=True, slots=True)
-class StageLog:
+class StageFiles:
     """One stage's files; `metrics` by ascending step."""
 
     name: str
@@ -34,11 +34,11 @@ class StageLog:
 
 
 @dataclass(frozen=True, slots=True)
-class RunLog:
+class RunFiles:
     """A run's files; absent ones are empty."""
 
     name: str
-    stages: tuple[StageLog, ...]
+    stages: tuple[StageFiles, ...]
     evals: tuple[JsonRecord, ...]
     config: str
 
@@ -47,7 +47,7 @@ class RunLog:
         return {stage.name: stage.last_step for stage in self.stages}
 
 
-def read_run(folder: Path) -> RunLog:
+def read_run(folder: Path) -> RunFiles:
     """Reads `folder`.
 
     Raises:
@@ -61,10 +61,10 @@ def read_run(folder: Path) -> RunLog:
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     if not (stages or evals or text):
         raise UserError(f"{folder}: no run in this folder (no <stage>/metrics.jsonl, no eval.jsonl)")
-    return RunLog(folder.resolve().name, stages, evals, text)
+    return RunFiles(folder.resolve().name, stages, evals, text)
 
 
-def _read_stage(folder: Path) -> StageLog:
+def _read_stage(folder: Path) -> StageFiles:
     metrics = _read_if_there(folder / "metrics.jsonl", "kind", "step")
     traces = [
         trace
@@ -72,7 +72,7 @@ def _read_stage(folder: Path) -> StageLog:
         for trace in _read_if_there(folder / name, "step", "text_parts")
     ]
     by_step = {row["step"]: row for row in metrics}
-    return StageLog(folder.name, tuple(by_step[step] for step in sorted(by_step)), tuple(traces))
+    return StageFiles(folder.name, tuple(by_step[step] for step in sorted(by_step)), tuple(traces))
 
 
 def _read_if_there(path: Path, *keys: str) -> Sequence[JsonRecord]:

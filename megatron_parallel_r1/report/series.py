@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_parallel_r1.report.evaluation_table import accuracy_interval
 from megatron_parallel_r1.report.panels import Line, Panel
-from megatron_parallel_r1.report.run_folder import RunLog
+from megatron_parallel_r1.report.run_folder import RunFiles
 
 MOST_POINTS = 240
 SMOOTH_FROM = 24
@@ -47,7 +47,7 @@ class EvalPoint:
     label: str
 
 
-def spans(run: RunLog, panel: Panel) -> tuple[StageSpan, ...]:
+def spans(run: RunFiles, panel: Panel) -> tuple[StageSpan, ...]:
     """The stages of a panel, end to end: those of its kind that logged one of its metrics."""
     joined: list[StageSpan] = []
     start = 0
@@ -59,7 +59,7 @@ def spans(run: RunLog, panel: Panel) -> tuple[StageSpan, ...]:
     return tuple(joined)
 
 
-def series(run: RunLog, span: StageSpan, line: Line) -> Series | None:
+def series(run: RunFiles, span: StageSpan, line: Line) -> Series | None:
     """A stage's curve; None if all of it is null."""
     stage = next(stage for stage in run.stages if stage.name == span.stage)
     rows = [row for row in stage.metrics if line.key in row]
@@ -72,7 +72,7 @@ def series(run: RunLog, span: StageSpan, line: Line) -> Series | None:
     return Series(x_N, y_N, smooth_N)
 
 
-def eval_points(run: RunLog, panel: Panel, stages: tuple[StageSpan, ...]) -> tuple[EvalPoint, ...]:
+def eval_points(run: RunFiles, panel: Panel, stages: tuple[StageSpan, ...]) -> tuple[EvalPoint, ...]:
     """Evaluations on a panel's axis, in the mode of the run's last evaluation.
 
     An evaluation after an earlier stage (after SFT, on a panel of RL) is drawn where the panel's next stage
@@ -92,7 +92,7 @@ def eval_points(run: RunLog, panel: Panel, stages: tuple[StageSpan, ...]) -> tup
     return tuple(points[x] for x in sorted(points))
 
 
-def _place(run: RunLog, stages: tuple[StageSpan, ...], stage: str, step: int) -> int | None:
+def _place(run: RunFiles, stages: tuple[StageSpan, ...], stage: str, step: int) -> int | None:
     order = list(run.last_steps)
     if stage not in order:
         return None

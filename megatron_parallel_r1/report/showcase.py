@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 from markupsafe import escape
 
-from megatron_parallel_r1.report.run_folder import RunLog
+from megatron_parallel_r1.report.run_folder import RunFiles
 from megatron_parallel_r1.utils.jsonl import JsonRecord
 
 STEPS_PER_STAGE = 8
@@ -39,7 +39,7 @@ class Showcase:
         return tuple(dict.fromkeys(trace.stage for trace in self.shown))
 
 
-def choose_traces(run: RunLog) -> Showcase:
+def choose_traces(run: RunFiles) -> Showcase:
     """Up to `STEPS_PER_STAGE` steps of a stage, first and last among them, at most `TRACES_PER_STEP` each."""
     chosen = [_choose(stage.name, stage.traces) for stage in run.stages]
     kept: set[int] = set()

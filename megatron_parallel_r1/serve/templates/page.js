@@ -119,10 +119,10 @@ async function think() {
     const response = await fetch("v1/chat/completions", request());
     if (!response.ok) throw new Error((await response.json()).error.message);
     tell("Thinking …");
-    for await (const told of events(response)) {
-      if (told.error) throw new Error(told.error.message);
-      usage = told.usage ?? usage;
-      for (const choice of told.choices) {
+    for await (const chunk of events(response)) {
+      if (chunk.error) throw new Error(chunk.error.message);
+      usage = chunk.usage ?? usage;
+      for (const choice of chunk.choices) {
         for (const delta of choice.parallel?.deltas ?? []) view.hear(delta);
         reason = choice.finish_reason ?? reason;
       }

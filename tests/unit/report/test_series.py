@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 
 from megatron_parallel_r1.report.panels import PANELS, Line, Panel
-from megatron_parallel_r1.report.run_folder import RunLog, StageLog
+from megatron_parallel_r1.report.run_folder import RunFiles, StageFiles
 from megatron_parallel_r1.report.series import MOST_POINTS, StageSpan, eval_points, series, spans
 
 ACCURACY = next(panel for panel in PANELS if panel.title == "Accuracy")
 
 
-def _stage(name: str, kind: str, values: list[float | None], key: str = "accuracy") -> StageLog:
+def _stage(name: str, kind: str, values: list[float | None], key: str = "accuracy") -> StageFiles:
     rows = [{"kind": kind, "step": step, key: value} for step, value in enumerate(values, 1)]
-    return StageLog(name, tuple(rows), ())
+    return StageFiles(name, tuple(rows), ())
 
 
-def _run(*stages: StageLog, evals: tuple[dict[str, Any], ...] = ()) -> RunLog:
-    return RunLog("r", stages, evals, "")
+def _run(*stages: StageFiles, evals: tuple[dict[str, Any], ...] = ()) -> RunFiles:
+    return RunFiles("r", stages, evals, "")
 
 
 def test_stages_of_a_kind_lie_end_to_end() -> None:
