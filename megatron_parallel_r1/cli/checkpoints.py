@@ -66,18 +66,18 @@ def inspect(context: typer.Context) -> None:
 
 def evaluate(context: typer.Context) -> None:
     """Evaluate one checkpoint on benchmarks in one mode."""
-    from megatron_parallel_r1.evaluation.command import explained, run_command
+    from megatron_parallel_r1.evaluation.command import run_and_exit, run_command
 
     arguments = _arguments(context)
-    explained(lambda: run_command(arguments))
+    run_and_exit(lambda: run_command(arguments))
 
 
 def compare(context: typer.Context) -> None:
     """Compare checkpoints, or the stages of a run, on the same problems."""
-    from megatron_parallel_r1.evaluation.command import compare_command, explained
+    from megatron_parallel_r1.evaluation.command import compare_command, run_and_exit
 
     arguments = _arguments(context)
-    explained(lambda: compare_command(arguments))
+    run_and_exit(lambda: compare_command(arguments))
 
 
 def _arguments(context: typer.Context) -> list[str]:
