@@ -24,4 +24,4 @@ def test_it_prints_a_row_for_each_kind_of_pairs(tmp_path: Path) -> None:
         "| boxed answers, wrong",
     ]
     assert all(row[-1] == "8 of 8 |" for row in rows)
-    assert "20 answers made here" in shown and shown.endswith("No verdict differs.\n")
+    assert "20 synthetic answers" in shown and shown.endswith("No verdict differs.\n")
