@@ -34,6 +34,7 @@ from benchmarks.paced import Pace, Paced
 from benchmarks.page import Table, add_write_option, publish
 from benchmarks.side_by_side import ratios, spread
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer, training_problem
 from megatron_parallel_r1.data.embedded.traces import stated_result
@@ -46,7 +47,6 @@ from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, rand
 from megatron_parallel_r1.rewards.registry import make_reward
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.learner import BatchConfig, Learner
-from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.rl.rollout_queue import open_queue
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.rollout.native.engine import NativeEngine

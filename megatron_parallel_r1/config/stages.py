@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_parallel_r1.config.data import ExampleSource, ProblemSource
+from megatron_parallel_r1.config.early_stopping import WATCHABLE, EarlyStopping
+from megatron_parallel_r1.config.objective import DynamicSampling, Objective
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
 from megatron_parallel_r1.rewards.schedule import CONSTANT_ONE, Constant, Linear, Window
-from megatron_parallel_r1.rl.objective.settings import DynamicSampling, Objective
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.run.early_stopping import WATCHABLE, EarlyStopping
 from megatron_parallel_r1.utils.settings import Count, CountOrZero, Settings, Share, Steps, StepsOrZero
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]

@@ -8,13 +8,13 @@ from dataclasses import fields
 from math import prod
 
 from megatron_parallel_r1.architecture.weight_table import padded_vocab, weight_table
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.config.stages import Optimizer, RlStage, Stage
 from megatron_parallel_r1.planning.memory import MemoryUse
 from megatron_parallel_r1.planning.plan import GIB, Plan, StagePlan
 from megatron_parallel_r1.planning.split import PipelinePart
 from megatron_parallel_r1.rewards.base import Component
 from megatron_parallel_r1.rewards.schedule import Constant, Linear, Window
-from megatron_parallel_r1.rl.objective.settings import Objective
 
 
 def plan_text(plan: Plan) -> str:

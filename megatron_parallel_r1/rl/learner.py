@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.distributed.collectives import all_reduce_max, sum_metrics
 from megatron_parallel_r1.rl.objective.advantage import ADVANTAGES, Float64, path_advantages
@@ -31,7 +32,6 @@ from megatron_parallel_r1.rl.objective.kl import kl_penalties
 from megatron_parallel_r1.rl.objective.loss import policy_loss
 from megatron_parallel_r1.rl.objective.mismatch import Mismatch, largest_apart, mismatch_sums
 from megatron_parallel_r1.rl.objective.overlong import complete, overlong_penalties
-from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.rl.path_results import PathVerdicts
 from megatron_parallel_r1.rl.reference import Reference, make_reference
 from megatron_parallel_r1.run.context import RunContext

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import Qwen3ForCausalLM
 
+from megatron_parallel_r1.config.objective import DynamicSampling
 from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer, training_problem
 from megatron_parallel_r1.data.embedded.traces import stated_result
@@ -31,7 +32,6 @@ from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.distributed.replicas import background_groups
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rl.objective.settings import DynamicSampling
 from megatron_parallel_r1.rl.rollout_queue import open_queue
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup

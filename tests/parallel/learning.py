@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
@@ -19,7 +20,6 @@ from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, rand
 from megatron_parallel_r1.rewards.path_diversity import content_span
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.learner import BatchConfig, Learner
-from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.rl.path_results import PathVerdicts, judge_paths
 from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.thought.parser import parse

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rl.objective.loss import policy_loss
-from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.sft.loop import sft_loss
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse

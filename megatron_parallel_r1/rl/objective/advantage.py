@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_parallel_r1.rl.objective.settings import Advantage
+from megatron_parallel_r1.config.objective import Advantage
 from megatron_parallel_r1.thought.tree import Tree
 
 Float64 = NDArray[np.float64]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_parallel_r1.rl.objective.settings import Aggregation
+from megatron_parallel_r1.config.objective import Aggregation
 
 
 def target_weights(

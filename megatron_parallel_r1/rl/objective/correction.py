@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_parallel_r1.rl.objective.settings import CorrectionLevel
+from megatron_parallel_r1.config.objective import CorrectionLevel
 from megatron_parallel_r1.rl.objective.surrogate import bounded_exp
 from megatron_parallel_r1.train.segments import Segments
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import torch
 
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.rl.objective.correction import engine_ratios, masked, truncated
 from megatron_parallel_r1.rl.objective.kl import kl_estimates
-from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.rl.objective.surrogate import cispo, ppo, ratios
 from megatron_parallel_r1.train.segments import Segments
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_parallel_r1.rl.objective.settings import Ratio
+from megatron_parallel_r1.config.objective import Ratio
 from megatron_parallel_r1.train.segments import Segments
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors
 from megatron_parallel_r1.rl.learner import BatchConfig, Learner
-from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.trace import Trace

@@ -16,11 +16,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rewards.base import Score
 from megatron_parallel_r1.rl.learner import BatchConfig, Learner
 from megatron_parallel_r1.rl.metrics import staleness_metrics
-from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.rl.pending import from_json, to_json
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts, drop_stale, stale_groups, staleness
 from megatron_parallel_r1.rl.rollout_queue import SyncRollouts

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_parallel_r1.config.objective import DynamicSampling
 from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.sampler import ProblemStream
@@ -15,7 +16,6 @@ from megatron_parallel_r1.rewards.format_check import Format
 from megatron_parallel_r1.rewards.registry import make_reward
 from megatron_parallel_r1.rl import rollout_worker
 from megatron_parallel_r1.rl.metrics import group_metrics
-from megatron_parallel_r1.rl.objective.settings import DynamicSampling
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.thought.trace import Trace

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from megatron_parallel_r1.config.early_stopping import EarlyStopping
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.run.early_stopping import EarlyStopping
 from megatron_parallel_r1.run.guard import WINDOW, Guard, has_collapsed
 from megatron_parallel_r1.train.trainer import NotFinite
 

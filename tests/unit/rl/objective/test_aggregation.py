@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_parallel_r1.config.objective import Aggregation
 from megatron_parallel_r1.rl.objective.aggregation import target_weights
-from megatron_parallel_r1.rl.objective.settings import Aggregation
 
 LOSSES = [[1.0, 3.0], [5.0], [2.0, 4.0, 6.0, 8.0]]
 TARGETS = np.array([2, 1, 4])

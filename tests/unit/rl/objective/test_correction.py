@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from megatron_parallel_r1.config.objective import CorrectionLevel
 from megatron_parallel_r1.rl.objective.correction import effective_share, engine_ratios, masked, truncated
 from megatron_parallel_r1.rl.objective.mismatch import Mismatch, largest_apart, mismatch, mismatch_sums
-from megatron_parallel_r1.rl.objective.settings import CorrectionLevel
 from megatron_parallel_r1.train.segments import Segments
 
 # Two targets of trace 0 and one of trace 1: trainer - engine is 0.5, -0.1, -1.

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from megatron_parallel_r1.config.objective import Kl
 from megatron_parallel_r1.rl.objective.kl import kl_estimates, kl_penalties
-from megatron_parallel_r1.rl.objective.settings import Kl
 from megatron_parallel_r1.train.segments import Segments
 
 LOGITS_V = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64)

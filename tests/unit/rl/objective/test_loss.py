@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.rl.objective.aggregation import target_weights
 from megatron_parallel_r1.rl.objective.loss import policy_loss
-from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.train.segments import Segments
 from tests.unit.rl.objective import two_processes
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.rl.objective.loss import policy_loss
-from megatron_parallel_r1.rl.objective.settings import Objective
 from megatron_parallel_r1.train.segments import Segments
 
 OBJECTIVES = {

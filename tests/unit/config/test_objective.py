@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from megatron_parallel_r1.rl.objective.settings import Objective
+from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.utils.settings import first_problem
 
 
@@ -50,7 +50,7 @@ def test_a_recipe_s_settings_are_read_and_unknown_keys_refused() -> None:
 
 
 def test_the_methods_of_the_documentation_are_accepted() -> None:
-    page = (Path(__file__).parents[4] / "docs/rl.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/rl.md").read_text()
     table = page.partition("| method |")[2].partition("\n\n")[0]
     found = [yaml.safe_load(text.replace("…", "3000")) for text in re.findall(r"`(\{.+?\})`", table)]
     objectives = [Objective.model_validate(settings) for settings in found]
