@@ -235,12 +235,12 @@ def test_a_full_disk_ends_in_one_line_and_what_was_drawn_is_kept(trained: Path, 
         return error
 
     said = cut_at(10_000)
-    assert re.match(rf"error: {tmp_path}/records/\S+/copy0.jsonl: .*; mend that and start again", said)
+    assert re.match(rf"error: {tmp_path}/records/\S+/copy0.jsonl: .*; free some space", said)
     (file,) = tmp_path.glob("records/*/copy0.jsonl")
     kept = file.read_text().count("\n")
     assert 0 < kept < 48
     assert f"{kept} of 48 responses are cached" in run(*words)
-    assert cut_at(500).startswith(f"error: {tmp_path}: File too large; mend that and start again")
+    assert cut_at(500).startswith(f"error: {tmp_path}: File too large; free some space")
 
 
 def test_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from tests.unit.rollout.test_sglang import URL, FakeSGLang
         ),
         (("rollout.engine=vllm", "rollout.servers=1"), "vllm takes new weights from disk only"),
         (("rollout.engine=sglang", "rollout.servers=1", "rollout.sync.transport=disk"), "needs a folder"),
-        (("rollout.engine=sglang", "rollout.servers=1", "rollout.sync.tolerance=0"), "tolerance must be > 0"),
+        (("rollout.engine=sglang", "rollout.servers=1", "rollout.sync.tolerance=0"), "rollout.sync.tolerance"),
         (("rollout.engine=sglang", "rollout.servers=1", "rollout.sync.speed=9"), "speed"),
         (("rollout.engine=sglang", "rollout.urls=[nowhere]"), "rollout.urls.0"),
     ],
@@ -54,7 +54,7 @@ def test_no_server_answers(capsys, monkeypatch, tmp_path: Path) -> None:
     words += ["rollout.engine=sglang", f"rollout.urls=[{url}]", "rollout.patience_s=1"]
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
     assert re.search(rf"no rollout server usable for \d+ s: {url}", shown)
-    assert "goes on from its last checkpoint" in shown
+    assert "the run resumes from its last checkpoint" in shown
     assert len(list(tmp_path.glob("*/cold_start/model/config.json"))) == 1
 
 
