@@ -8,7 +8,11 @@ docs/checkpoints.md says more.
 
 from __future__ import annotations
 
-from megatron_parallel_r1.conversion.command import release_command, run_and_exit
+from megatron_parallel_r1.utils.quiet_imports import quiet_imports
+
+quiet_imports()
+
+from megatron_parallel_r1.conversion.command import release_command, run_and_exit  # noqa: E402
 
 if __name__ == "__main__":
     run_and_exit(release_command)

@@ -7,7 +7,11 @@ Exit code 0: the same; 1: different; 2: one cannot be read. docs/checkpoints.md 
 
 from __future__ import annotations
 
-from megatron_parallel_r1.conversion.command import run_and_exit, verify_command
+from megatron_parallel_r1.utils.quiet_imports import quiet_imports
+
+quiet_imports()
+
+from megatron_parallel_r1.conversion.command import run_and_exit, verify_command  # noqa: E402
 
 if __name__ == "__main__":
     run_and_exit(verify_command)

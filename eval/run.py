@@ -9,7 +9,11 @@ A killed evaluation resumes, a repeated one reads its records; see docs/evaluati
 
 from __future__ import annotations
 
-from megatron_parallel_r1.evaluation.command import run_and_exit, run_command
+from megatron_parallel_r1.utils.quiet_imports import quiet_imports
+
+quiet_imports()
+
+from megatron_parallel_r1.evaluation.command import run_and_exit, run_command  # noqa: E402
 
 if __name__ == "__main__":
     run_and_exit(run_command)

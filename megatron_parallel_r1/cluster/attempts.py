@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_parallel_r1.evaluation.records import RECORDS
+from megatron_parallel_r1.evaluation.output import RECORDS
 from megatron_parallel_r1.utils.files import write_atomically
 
 AttemptOutcome = Literal["running", "done", "stopped", "failed"]

@@ -12,7 +12,7 @@ from typing import NoReturn
 from megatron_parallel_r1.config.reader import read_recipe, refuse_single_stage, stage_to_run
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.records import DEFAULT_OUT, records_under
+from megatron_parallel_r1.evaluation.output import DEFAULT_OUT, records_under
 
 KINDS = ("sft", "rl", "curriculum")
 

@@ -21,9 +21,9 @@ from megatron_parallel_r1.evaluation.evaluator import (
     write_summaries,
 )
 from megatron_parallel_r1.evaluation.modes import EvaluationMode
+from megatron_parallel_r1.evaluation.output import DEFAULT_OUT, check_out, writing
 from megatron_parallel_r1.evaluation.pairs import paired_tests
 from megatron_parallel_r1.evaluation.plot import draw_plot, save_plot, svg_of
-from megatron_parallel_r1.evaluation.records import DEFAULT_OUT, check_out, writing
 from megatron_parallel_r1.evaluation.tables import Table, evaluation_tables, html_page, markdown_page
 from megatron_parallel_r1.utils.exit import one_line_exit
 from megatron_parallel_r1.utils.rank import is_rank_zero, world_size

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import decode, encode_prompt
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.output import RECORDS, records_under, writing
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.metrics import judge_traces
 from megatron_parallel_r1.thought.trace import Trace
@@ -26,9 +25,6 @@ from megatron_parallel_r1.utils.jsonl import JsonlWriter, read_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DEFAULT_OUT = Path("runs/eval")
-RECORDS = "copy*.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,38 +195,6 @@ class RecordWriter:
 
     def __exit__(self, *error: object) -> None:
         self._lines.close()
-
-
-def records_under(out: Path) -> Path:
-    """The folder of all records."""
-    return out / "records"
-
-
-def check_out(folder: Path) -> None:
-    """Checks, before a model is loaded and without creating anything, that `folder` can be written.
-
-    Raises:
-        UserError: it cannot.
-    """
-    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    if not existing.is_dir():
-        raise UserError(f"--out {folder}: {existing} is no folder; give another")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--out {folder}: {existing} may not be written; give another")
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns errors of writing into one line.
-
-    Raises:
-        UserError: the folder cannot be written, or the disk is full.
-    """
-    try:
-        yield
-    except OSError as error:
-        where, why = error.filename or folder, error.strerror or error
-        raise UserError(f"{where}: {why}; free some space or give another --out, then start again") from None
 
 
 def _hash(*parts: Any) -> str:

@@ -35,7 +35,10 @@ from tests.unit.rollout.test_sglang import URL, FakeSGLang
         ),
         (("rollout.engine=vllm", "rollout.servers=1"), "vllm takes new weights from disk only"),
         (("rollout.engine=sglang", "rollout.servers=1", "rollout.sync.transport=disk"), "needs a folder"),
-        (("rollout.engine=sglang", "rollout.servers=1", "rollout.sync.tolerance=0"), "rollout.sync.tolerance"),
+        (
+            ("rollout.engine=sglang", "rollout.servers=1", "rollout.sync.tolerance=0"),
+            "rollout.sync.tolerance",
+        ),
         (("rollout.engine=sglang", "rollout.servers=1", "rollout.sync.speed=9"), "speed"),
         (("rollout.engine=sglang", "rollout.urls=[nowhere]"), "rollout.urls.0"),
     ],

@@ -58,7 +58,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         ("rl", 1, signal.SIGUSR2, True),
     ):
         last, told = stop_pair(tmp_path / "stopped", folder / name, step, number, tree)
-        assert f"stage {name}: stopped by a signal after step {last}, saved; the same command continues it" in told
+        assert (
+            f"stage {name}: stopped by a signal after step {last}, saved; the same command continues it"
+            in told
+        )
         assert last_complete(folder / name / "checkpoints") == last >= step
         assert not (folder / name / "model").exists()
 

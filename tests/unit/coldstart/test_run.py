@@ -176,4 +176,4 @@ def test_a_journal_that_is_none(tmp_path: Path) -> None:
 
 
 def test_lines_of_an_empty_tally() -> None:
-    assert "| passes |  | 0 | – |" in tally_lines(Tally.of([], examples=3, seed=0))
+    assert "| passes |  | 0 | – |" in "\n".join(tally_lines(Tally.of([], examples=3, seed=0)))

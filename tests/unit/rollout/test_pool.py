@@ -101,6 +101,7 @@ def test_servers_that_ignore_seeds_are_told_and_counted(
     (line,) = caplog.messages
     assert b.url in line and a.url not in line and "without --no-deterministic" in line and "\n" not in line
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     met()
     assert len(caplog.messages) == 1, "the first process tells it for all"
 
