@@ -25,6 +25,8 @@ INTERRUPTED_EXIT_CODE = 130
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Rank 0 reports for all ranks; when it ends, the launcher ends the others within this time.
 _OTHERS_WAIT_S = 3.0
+# The same for an error that every rank meets by itself: on a busy machine rank 0 may meet it seconds later.
+_OTHERS_REPORT_S = 10.0
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def _report_error(message: str) -> None:
     rank = _rank()
     if rank != "0":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # which torchrun sends
-        time.sleep(_OTHERS_WAIT_S)
+        time.sleep(_OTHERS_REPORT_S)
     prefix = "" if rank == "0" else f"rank {rank}: "
     _report(f"{prefix}error: {' '.join(message.split())}")
 
