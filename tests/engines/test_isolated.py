@@ -155,7 +155,7 @@ def test_bad_blocks_are_answered_and_the_server_lives(url: str) -> None:
     bad = {
         "list of integers": ("x", -1),
         "breaks off": ([2, 2, 4], -1),
-        "no room": (encode_blocks([JoinedBlock(2, (4, 9))]), -1),
+        "does not fit": (encode_blocks([JoinedBlock(2, (4, 9))]), -1),
         "logprob_start_len lies below 6": (good, 3),
     }
     for why, (numbers, start) in bad.items():
