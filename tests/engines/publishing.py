@@ -38,7 +38,7 @@ def main() -> None:
         version = 0
         for transport in given.transports:
             settings = Sync(
-                transport,
+                transport=transport,
                 bucket_bytes=30_000,
                 tolerance=EXACT,
                 timeout_s=120,
