@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 CONSTRAINTS ?= constraints.txt
-# What pip is told first, for another build of torch: TORCH="torch --index-url URL"
+# What pip installs first, for another build of torch: TORCH=ADDRESS_OF_A_WHEEL
 TORCH :=
 # A file's tests stay in one process, for they share what is dear to set up.
 WORKERS ?= 2
