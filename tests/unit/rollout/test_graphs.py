@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_parallel_r1.rollout.native import graphs
+from megatron_parallel_r1.rollout.native.page_table import PageTable
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.trace import Trace
 from tests.unit.rollout.test_exactness import TOLERANCE, largest_difference
@@ -24,12 +25,12 @@ def test_filled_up_passes_draw_what_others_draw() -> None:
     assert largest_difference(tiny_qwen3(), filled, "isolated") <= TOLERANCE
 
 
-@pytest.mark.slow
 def test_a_cache_that_grows_on_the_way_is_followed() -> None:
-    prompts = [[*range(7, 32)] * 5 + [8 + index] for index in range(28)]
-    engine = native_engine(tiny_qwen3(), recurring=True)
-    slots = engine._table.slot_count
-    assert sum(map(len, prompts)) < slots
+    prompts = random_prompts(24)
+    slots = sum(map(len, prompts)) + 10  # The prompts fit; their first drawn tokens do not.
+    model, engine = tiny_qwen3(), native_engine(tiny_qwen3(), recurring=True)
+    engine._table = PageTable(slots=slots)
+    engine.load_weights(model.state_dict().items(), version=1)
     filled = traces_of(engine, THINKING, prompts)
     assert engine._table.slot_count > slots
     assert [trace.tokens for trace in filled] == [trace.tokens for trace in traces(False, prompts)]
