@@ -5,7 +5,7 @@
 on a machine with CUDA: first correctness, then speed compared with FlashAttention, with a dense mask and
 among the kernels. Prints the tables and writes them to a section of the page, with the date and the GPU.
 `--only` makes some of them, and leaves the page unchanged unless `--page` is given. `--tune` instead times
-other tile sizes of the Triton kernels (megatron_parallel_r1/model/attention/kernels/tilings.py).
+other tile sizes of the Triton kernels (megatron_parallel_r1/model/attention/triton_tilings.py).
 
 Exit codes: 1, a result is wrong or could not be measured; 2, no CUDA device.
 """

@@ -12,7 +12,7 @@ from benchmarks.gpu.clock import cost_of
 from benchmarks.gpu.rows import timed_rows
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.page import Table
-from megatron_parallel_r1.model.attention.kernels.tilings import Tiling, Tilings, tilings
+from megatron_parallel_r1.model.attention.triton_tilings import Tiling, Tilings, tilings
 
 
 def candidates(sizes: Sizes) -> Iterator[tuple[str, Tilings]]:
@@ -29,7 +29,7 @@ def candidates(sizes: Sizes) -> Iterator[tuple[str, Tilings]]:
 def table(sizes: Sizes, device: torch.device) -> Table:
     """The ten fastest tilings of each kernel, forward + backward, on the row of middle length."""
     # Triton is not available on every machine.
-    from megatron_parallel_r1.model.attention.kernels.launch import kernel_attention
+    from megatron_parallel_r1.model.attention.triton_attention import kernel_attention
 
     packed = timed_rows(sizes.lengths[len(sizes.lengths) // 2])["isolated"]
     layout_KL = torch.from_numpy(packed.layout_KL).to(device)

@@ -104,7 +104,7 @@ def path_attention(
     if kernel == "sdpa":
         return sdpa_attention(query_QHD, key_LGD, value_LGD, layout_KQ, scale)
     # Triton is not installed on every machine.
-    from megatron_parallel_r1.model.attention.kernels.launch import kernel_attention
+    from megatron_parallel_r1.model.attention.triton_attention import kernel_attention
 
     return kernel_attention(query_QHD, key_LGD, value_LGD, layout_KQ, scale)[0]
 

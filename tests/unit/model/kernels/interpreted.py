@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_parallel_r1.model.attention import triton_attention
 from megatron_parallel_r1.model.attention.dispatch import path_attention
-from megatron_parallel_r1.model.attention.kernels import launch
-from megatron_parallel_r1.model.attention.kernels.launch import MIN_PROGRAMS, kernel_attention
-from megatron_parallel_r1.model.attention.kernels.tilings import Tiling, Tilings
+from megatron_parallel_r1.model.attention.triton_attention import MIN_PROGRAMS, kernel_attention
+from megatron_parallel_r1.model.attention.triton_tilings import Tiling, Tilings
 from megatron_parallel_r1.thought.packing import context_indices
 from tests.unit.model.kernels.dense import Attended, dense_attended, dense_attention
 from tests.unit.model.kernels.layouts import layouts
@@ -62,7 +62,7 @@ def cases() -> Iterator[Case]:
 
 def run(case: Case) -> dict[str, float]:
     """The largest difference of each result from the definition, by the largest number of that result."""
-    launch.MIN_PROGRAMS = 0 if case.busy else MIN_PROGRAMS
+    triton_attention.MIN_PROGRAMS = 0 if case.busy else MIN_PROGRAMS
     layout_KL, sees_LL = layouts()[case.layout]
     length = layout_KL.shape[1] // (2 * case.parts) * 2 * case.parts
     layout_KL, sees_LL = layout_KL[:, :length], sees_LL[:length, :length]

@@ -18,12 +18,12 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from megatron_parallel_r1.model.attention.kernels.forward import forward_kernel  # noqa: E402
-from megatron_parallel_r1.model.attention.kernels.gradients import (  # noqa: E402
+from megatron_parallel_r1.model.attention.triton_kernels import (  # noqa: E402
+    forward_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
 )
-from megatron_parallel_r1.model.attention.kernels.tilings import HOPPER_SHARED_BYTES, Tiling, tilings  # noqa: E402
+from megatron_parallel_r1.model.attention.triton_tilings import HOPPER_SHARED_BYTES, Tiling, tilings  # noqa: E402
 
 KERNELS = {
     "forward": forward_kernel,

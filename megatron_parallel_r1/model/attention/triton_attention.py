@@ -17,15 +17,15 @@ from torch import Tensor
 from triton.runtime import driver
 
 from megatron_parallel_r1.model.attention.dispatch import is_interpreted
-from megatron_parallel_r1.model.attention.kernels.forward import forward_kernel
-from megatron_parallel_r1.model.attention.kernels.gradients import (
+from megatron_parallel_r1.model.attention.layout_cache import LayoutCache
+from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_visibility, transposed
+from megatron_parallel_r1.model.attention.triton_kernels import (
     delta_kernel,
+    forward_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
 )
-from megatron_parallel_r1.model.attention.kernels.tilings import HOPPER_SHARED_BYTES, Tiling, Tilings, tilings
-from megatron_parallel_r1.model.attention.layout_cache import LayoutCache
-from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_visibility, transposed
+from megatron_parallel_r1.model.attention.triton_tilings import HOPPER_SHARED_BYTES, Tiling, Tilings, tilings
 
 LISTS = LayoutCache()
 # Programs that fill a large GPU: about two for each of an H200's 132 multiprocessors.
@@ -195,7 +195,7 @@ def kernel_attention(
             are in float32. Query head h uses the key/value head h // (H / G). D is at most 256.
         layout_KQ: int32. Every query must see at least one key; by definition a token sees itself.
         scale: of the scores; positive.
-        chosen: tile sizes; None: those of tilings.py.
+        chosen: tile sizes; None: those of triton_tilings.py.
 
     Returns:
         [Q, H, D] in the dtype of the query, and each query's log-sum-exp, float32 [H, Q], without gradient.
