@@ -37,7 +37,7 @@ from benchmarks.page import Table, add_write_option, publish
 from benchmarks.real_traces import Traces, additive_mask, load_traces
 from benchmarks.side_by_side import alternate, ratios, spread
 from megatron_parallel_r1.model.attention.dispatch import path_attention
-from megatron_parallel_r1.model.attention.segments import plan_calls
+from megatron_parallel_r1.model.attention.sdpa import plan_calls
 from megatron_parallel_r1.thought.packing import PackedRow, concatenate, first_fit
 
 HEADS, GROUPS, DIM = 8, 4, 32

@@ -33,7 +33,6 @@ from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.planning.machine import H100, Cost, Machine
 from megatron_parallel_r1.planning.plan import GIB, plan
@@ -45,7 +44,7 @@ from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.sft.loop import sft_step
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT32 = 4

@@ -42,7 +42,6 @@ from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.replicas import background_groups
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rewards.registry import make_reward
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -53,7 +52,7 @@ from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.thought.tokenizer import add_tags
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 from megatron_parallel_r1.utils.timers import Timers
 
 ROOT = Path(__file__).resolve().parents[1]

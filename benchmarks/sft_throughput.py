@@ -38,12 +38,11 @@ from benchmarks.side_by_side import alternate, ratios, spread
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.sft.loop import sft_step
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.thought.packing import PackedRow, concatenate, first_fit, pad
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 
 ADAM = Adam(lr=1e-4)
 OURS = "this project"

@@ -37,8 +37,7 @@ from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import Sync, TransportKind
 from megatron_parallel_r1.sync.sglang import SglangControl
-from megatron_parallel_r1.train.logprob_runner import LogprobRunner
-from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
+from megatron_parallel_r1.train.logprob_runner import LogprobRunner, causal_logprobs, probe_texts
 
 KINDS: tuple[TransportKind, ...] = ("distributed", "tensor", "disk")
 PYTHON = Path(__file__).resolve().parents[1] / ".venv-sglang" / "bin" / "python"

@@ -24,7 +24,6 @@ from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model, logits
 from megatron_parallel_r1.model.layers import Layers, Scaling
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
@@ -34,7 +33,7 @@ from megatron_parallel_r1.sft.loop import sft_step
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.packing import concatenate, pack
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 
 SEED = 1
 # The exactness bound of the design, float32.

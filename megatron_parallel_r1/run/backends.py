@@ -32,8 +32,7 @@ from megatron_parallel_r1.sync.probe import OutputHead
 from megatron_parallel_r1.sync.publisher import Publisher, PublishResult
 from megatron_parallel_r1.sync.sglang import SglangControl, check_copies
 from megatron_parallel_r1.sync.vllm import VllmControl
-from megatron_parallel_r1.train.logprob_runner import LogprobRunner
-from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
+from megatron_parallel_r1.train.logprob_runner import LogprobRunner, causal_logprobs, probe_texts
 
 
 class Backend(Protocol):

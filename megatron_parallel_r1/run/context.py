@@ -24,7 +24,6 @@ from megatron_parallel_r1.distributed.parallel_config import check_parallel
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.model.layers import check_layers
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
@@ -32,7 +31,7 @@ from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGr
 from megatron_parallel_r1.run.datasets import load_tokenizer
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags, spread_new_embeddings
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 from megatron_parallel_r1.utils.seeding import derive_seed
 
 if TYPE_CHECKING:

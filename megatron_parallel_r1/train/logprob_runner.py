@@ -1,21 +1,27 @@
 """Runs a model forward through Megatron's schedule and returns the log-probs of target tokens.
 
 Shapes: L tokens of a row, T of them on this process, N targets of a micro-batch, E hidden size, V rows of the
-vocabulary on this process.
+vocabulary on this process; in a probe T texts of L tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_parallel_r1.distributed.collectives import all_gather_objects
 from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.thought.layout import lay_out
+from megatron_parallel_r1.thought.tree import Tree
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import BatchPartition
+from megatron_parallel_r1.train.partition import BatchPartition, partition_rows
 from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 
 
@@ -81,3 +87,40 @@ class LogprobRunner:
         head_VE = last.head_weight() if self._head_VE is None else self._head_VE.to(self.device)
         # Its backward is an index_add; that of `[at_N]` sorts, for indices may repeat.
         return target_logprobs(last.whole_hidden(hidden_T1E).index_select(0, batch.at_N), head_VE, query)
+
+
+def probe_texts(vocabulary: int, count: int = 4, length: int = 48) -> tuple[tuple[int, ...], ...]:
+    """Token ids of the probe texts, the same in every run."""
+    drawn_TL = np.random.default_rng(0).integers(vocabulary, size=(count, length))
+    return tuple(tuple(text) for text in drawn_TL.tolist())
+
+
+def causal_logprobs(
+    runner: LogprobRunner,
+    texts: Sequence[Sequence[int]],
+    capacity: int,
+    world: dist.ProcessGroup | None = None,
+) -> list[tuple[float, ...]]:
+    """Natural log-probs of `text[1:]` of each text under a causal mask, on every rank.
+
+    All ranks call it; each replica computes all texts.
+
+    Args:
+        texts: token ids, at least two per text.
+        capacity: tokens of a packed row.
+        world: process group of all ranks; None: the default group.
+    """
+    rows = [lay_out(t[:1], t[1:], [True] * (len(t) - 1), Tree(len(t) - 1, ()), "causal") for t in texts]
+    alone = replace(runner.partition, data=0, data_size=1)
+    batches = [MicroBatch.of(row, runner.device) for row in partition_rows(rows, capacity, alone)]
+    entries: list[tuple[int, int, float]] = []
+    # Only the last pipeline stage has log-probs, and with context parallelism each rank has part of a row.
+    for batch, logprobs_N in zip(batches, runner.logprobs(batches), strict=False):
+        at_N = batch.at_N.cpu().numpy()
+        members = [batch.row.members[place] for place in batch.row.member_L[at_N]]
+        entries += zip(members, batch.row.source_L[at_N].tolist(), logprobs_N.tolist(), strict=True)
+    logprobs = [[float("nan")] * (len(text) - 1) for text in texts]
+    for part in all_gather_objects(entries, world):
+        for text, index, logprob in part:
+            logprobs[text][index] = logprob
+    return [tuple(values) for values in logprobs]

@@ -24,7 +24,7 @@ from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import Sync
 from megatron_parallel_r1.sync.sglang import SglangControl
-from megatron_parallel_r1.train.probing import probe_texts
+from megatron_parallel_r1.train.logprob_runner import probe_texts
 from tests.engines.asking import TOLERANCE, rolled
 from tests.engines.folders import untied_model
 from tests.engines.servers import Shared

@@ -16,8 +16,7 @@ from megatron_parallel_r1.rollout.servers.vllm import VllmClient
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import InFlightPolicy, Sync
 from megatron_parallel_r1.sync.vllm import VllmControl
-from megatron_parallel_r1.train.logprob_runner import LogprobRunner
-from megatron_parallel_r1.train.probing import causal_logprobs
+from megatron_parallel_r1.train.logprob_runner import LogprobRunner, causal_logprobs
 from tests.engines.servers import vllm
 from tests.engines.trained import EXACT, ROWS, SHAPE, Trained, draw, write_drawn
 from tests.engines.under_way import LONG, Asked

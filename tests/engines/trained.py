@@ -11,8 +11,7 @@ from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.sync.control import RowScores, TokenRow
 from megatron_parallel_r1.sync.probe import OutputHead
-from megatron_parallel_r1.train.logprob_runner import LogprobRunner
-from megatron_parallel_r1.train.probing import causal_logprobs, probe_texts
+from megatron_parallel_r1.train.logprob_runner import LogprobRunner, causal_logprobs, probe_texts
 from tests.serve.release import tokenizer
 
 # A head size that vLLM's CPU attention knows; 97 tokens: no tensor group divides them.

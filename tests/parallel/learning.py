@@ -15,7 +15,6 @@ from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rewards.path_diversity import content_span
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -24,8 +23,8 @@ from megatron_parallel_r1.rl.path_results import PathVerdicts, judge_paths
 from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.probing import causal_logprobs
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.logprob_runner import causal_logprobs
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 from tests.reference.traces import TAGS, random_trace
 from tests.unit.rl.steps import learn
 

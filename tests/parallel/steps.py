@@ -23,7 +23,6 @@ from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rl.objective.loss import policy_loss
 from megatron_parallel_r1.sft.loop import sft_loss
@@ -31,7 +30,7 @@ from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.train.micro_batch import MicroBatch
 from megatron_parallel_r1.train.partition import partition_rows
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 from megatron_parallel_r1.utils.rank import is_rank_zero
 from tests.parallel.launch import parallel_of
 from tests.parallel.learning import LESSONS, three_lessons

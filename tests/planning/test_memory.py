@@ -21,7 +21,6 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam, wrap_for_training
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.planning.memory import (
     Workload,
@@ -35,6 +34,7 @@ from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train import target_logprobs as target_logprobs_module
 from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
+from megatron_parallel_r1.train.trainer import Adam, wrap_for_training
 from tests.planning.kept_by_autograd import DTYPES, LENGTH, RECOMPUTE, SHAPE, compare_all
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 

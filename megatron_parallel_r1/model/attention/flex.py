@@ -19,8 +19,12 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.attention.layout_cache import LayoutCache
-from megatron_parallel_r1.model.attention.tiles import TileVisibility, tile_lists, tile_visibility
+from megatron_parallel_r1.model.attention.tiles import (
+    LayoutCache,
+    TileVisibility,
+    tile_lists,
+    tile_visibility,
+)
 
 BLOCK = 128  # a multiple of FlexAttention's own tiles
 # Each depth of hidden intervals, dtype and need of gradients has its own graph, more than the default limit

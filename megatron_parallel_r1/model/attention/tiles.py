@@ -1,4 +1,4 @@
-"""Finds the key tiles that a query tile needs under a layout, by interval arithmetic.
+"""Finds the key tiles that a query tile needs under a layout, by interval arithmetic; and a cache by layout.
 
 A layout gives for each query the start of its document and the hidden key intervals (thought/layout.py).
 Queries are split into tiles of M, keys into tiles of N. For each pair of tiles the layout's bounds tell
@@ -10,10 +10,13 @@ span, K rows of the layout, d hidden intervals, I query tiles, J key tiles.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -144,3 +147,31 @@ def visible(layout_KM: Tensor, start: int, stop: int) -> Tensor:
     for lo_M1, hi_M1 in zip(columns_KM1[2::2], columns_KM1[3::2], strict=True):
         seen_MS &= (key_S < lo_M1) | (hi_M1 <= key_S)
     return seen_MS
+
+
+Value = TypeVar("Value")
+
+
+class LayoutCache:
+    """Keyed by the tensor object, not by its values: comparing those would wait for the device.
+
+    Activation checkpointing passes its layers a new tensor with the same values, which is a new entry.
+    """
+
+    def __init__(self) -> None:
+        self._values = WeakTensorKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, layout_KQ: Tensor, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """Returns the cached value, or computes it; a layout that was written to is computed again.
+
+        Args:
+            key: everything else that the value depends on.
+        """
+        values: dict[Hashable, Value] = self._values.setdefault(layout_KQ, {})
+        key = (layout_KQ._version, key)
+        if key not in values:
+            values[key] = compute()
+        return values[key]

@@ -17,8 +17,13 @@ from torch import Tensor
 from triton.runtime import driver
 
 from megatron_parallel_r1.model.attention.dispatch import is_interpreted
-from megatron_parallel_r1.model.attention.layout_cache import LayoutCache
-from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_visibility, transposed
+from megatron_parallel_r1.model.attention.tiles import (
+    LayoutCache,
+    TileLists,
+    tile_lists,
+    tile_visibility,
+    transposed,
+)
 from megatron_parallel_r1.model.attention.triton_kernels import (
     delta_kernel,
     forward_kernel,

@@ -13,7 +13,7 @@ import torch
 
 from megatron_parallel_r1.config.objective import CorrectionLevel
 from megatron_parallel_r1.rl.objective.surrogate import bounded_exp
-from megatron_parallel_r1.train.segments import Segments
+from megatron_parallel_r1.train.micro_batch import Segments
 
 
 def engine_ratios(

@@ -11,7 +11,7 @@ import torch
 
 from megatron_parallel_r1.config.objective import Kl
 from megatron_parallel_r1.rl.objective.surrogate import bounded_exp
-from megatron_parallel_r1.train.segments import Segments
+from megatron_parallel_r1.train.micro_batch import Segments
 
 
 def kl_estimates(logprobs_N: torch.Tensor, reference_N: torch.Tensor, kind: Kl) -> torch.Tensor:

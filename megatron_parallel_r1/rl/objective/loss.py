@@ -15,7 +15,7 @@ from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.rl.objective.correction import engine_ratios, masked, truncated
 from megatron_parallel_r1.rl.objective.kl import kl_estimates
 from megatron_parallel_r1.rl.objective.surrogate import cispo, ppo, ratios
-from megatron_parallel_r1.train.segments import Segments
+from megatron_parallel_r1.train.micro_batch import Segments
 
 
 def policy_loss(

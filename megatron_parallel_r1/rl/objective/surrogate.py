@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from megatron_parallel_r1.config.objective import Ratio
-from megatron_parallel_r1.train.segments import Segments
+from megatron_parallel_r1.train.micro_batch import Segments
 
 
 def ppo(

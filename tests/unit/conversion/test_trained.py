@@ -16,12 +16,11 @@ from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_hf import megatron_to_hf
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
 from megatron_parallel_r1.thought.tokenizer import spread_new_embeddings
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 from tests.unit.conversion.folders import assert_equal, tensors_of, write_hf
 
 pytestmark = pytest.mark.usefixtures("world")

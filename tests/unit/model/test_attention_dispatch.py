@@ -13,9 +13,14 @@ from torch.nn.attention import flex_attention as torch_flex
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.attention.dispatch import check_kernel, path_attention, resolve_kernel
 from megatron_parallel_r1.model.attention.flex import block_mask, flex_attention
-from megatron_parallel_r1.model.attention.layout_cache import LayoutCache
-from megatron_parallel_r1.model.attention.megatron_adapter import restore_order
-from megatron_parallel_r1.model.attention.tiles import TileLists, tile_lists, tile_visibility, transposed
+from megatron_parallel_r1.model.attention.tiles import (
+    LayoutCache,
+    TileLists,
+    tile_lists,
+    tile_visibility,
+    transposed,
+)
+from megatron_parallel_r1.model.spec import restore_order
 from megatron_parallel_r1.thought.packing import context_indices
 from tests.unit.model.kernels.dense import dense_attention
 from tests.unit.model.kernels.layouts import layouts

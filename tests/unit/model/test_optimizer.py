@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.model import gpt, weights
-from megatron_parallel_r1.model.optimizer import Adam, wrap_for_training
+from megatron_parallel_r1.train.trainer import Adam, wrap_for_training
 from tests.unit.model.qwen3 import hf_model
 from tests.unit.model.rows import Row, random_row
 

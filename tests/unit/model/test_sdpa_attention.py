@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.model.attention.sdpa import sdpa_attention
-from megatron_parallel_r1.model.attention.segments import KernelCall, plan_calls
+from megatron_parallel_r1.model.attention.sdpa import KernelCall, plan_calls, sdpa_attention
 from megatron_parallel_r1.model.attention.tiles import visible
 from megatron_parallel_r1.thought.packing import context_indices
 from tests.unit.model.kernels.dense import dense_attended

@@ -9,9 +9,8 @@ import pytest
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 from tests.unit.rollout.tiny import tiny_qwen3
 
 

@@ -19,10 +19,9 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 
 SHAPE = ModelConfig(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=64)
 

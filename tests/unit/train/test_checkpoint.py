@@ -19,14 +19,13 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import build_model
-from megatron_parallel_r1.model.optimizer import Adam
 from megatron_parallel_r1.model.weights import load_hf_tensors
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
 from megatron_parallel_r1.train.checkpoints.writer import CheckpointWriter
 from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.trainer import Trainer
+from megatron_parallel_r1.train.trainer import Adam, Trainer
 from tests.unit.model.family_models import family_model
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 from tests.unit.train.test_exactness import micro_batches

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from megatron_parallel_r1.train.probing import causal_logprobs
+from megatron_parallel_r1.train.logprob_runner import causal_logprobs
 from tests.unit.rollout.tiny import tiny_qwen3
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron_parallel_r1.config.objective import CorrectionLevel
 from megatron_parallel_r1.rl.objective.correction import effective_share, engine_ratios, masked, truncated
 from megatron_parallel_r1.rl.objective.mismatch import Mismatch, largest_apart, mismatch, mismatch_sums
-from megatron_parallel_r1.train.segments import Segments
+from megatron_parallel_r1.train.micro_batch import Segments
 
 # Two targets of trace 0 and one of trace 1: trainer - engine is 0.5, -0.1, -1.
 TRAINER = torch.tensor([-1.0, -2.0, -1.1], dtype=torch.float64)

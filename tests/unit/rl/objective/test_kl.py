@@ -9,7 +9,7 @@ import torch
 
 from megatron_parallel_r1.config.objective import Kl
 from megatron_parallel_r1.rl.objective.kl import kl_estimates, kl_penalties
-from megatron_parallel_r1.train.segments import Segments
+from megatron_parallel_r1.train.micro_batch import Segments
 
 LOGITS_V = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64)
 REFERENCE_V = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()

@@ -17,7 +17,7 @@ import torch
 from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.rl.objective.aggregation import target_weights
 from megatron_parallel_r1.rl.objective.loss import policy_loss
-from megatron_parallel_r1.train.segments import Segments
+from megatron_parallel_r1.train.micro_batch import Segments
 from tests.unit.rl.objective import two_processes
 
 RATIO = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], dtype=torch.float64)

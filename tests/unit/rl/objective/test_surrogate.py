@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_parallel_r1.rl.objective.surrogate import cispo, ppo, ratios
-from megatron_parallel_r1.train.segments import Segments
+from megatron_parallel_r1.train.micro_batch import Segments
 
 
 def tensor(*values: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.rl.objective.loss import policy_loss
-from megatron_parallel_r1.train.segments import Segments
+from megatron_parallel_r1.train.micro_batch import Segments
 
 OBJECTIVES = {
     "gspo": Objective(ratio="sequence"),
