@@ -14,7 +14,7 @@ from megatron_parallel_r1.data.embedded.generate import build_tokenizer, trainin
 from megatron_parallel_r1.model.weights import random_hf_tensors
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.forward_batch import NativeContext
+from megatron_parallel_r1.rollout.native.page_table import NativeContext
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.tags import Tags

@@ -35,9 +35,9 @@ from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.planning.machine import H100, Cost, Machine
+from megatron_parallel_r1.planning.memory import pipeline_parts
 from megatron_parallel_r1.planning.plan import GIB, plan
 from megatron_parallel_r1.planning.rollouts import pass_cost
-from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.planning.training import MicroBatches, Split, update_cost
 from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine

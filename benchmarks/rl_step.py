@@ -40,7 +40,7 @@ from megatron_parallel_r1.data.embedded.generate import build_tokenizer, trainin
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.replicas import background_groups
+from megatron_parallel_r1.distributed.collectives import background_groups
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rewards.registry import make_reward

@@ -32,7 +32,7 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, build_command
-from megatron_parallel_r1.rollout.launcher.placement import server_url
+from megatron_parallel_r1.rollout.launcher.run import server_url
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import Sync, TransportKind

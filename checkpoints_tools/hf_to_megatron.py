@@ -7,7 +7,7 @@ Killed, the same command goes on. A recipe's model.path may name the result. doc
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.quiet_imports import quiet_imports
+from megatron_parallel_r1.utils.exit import quiet_imports
 
 quiet_imports()
 

@@ -8,7 +8,7 @@ docs/checkpoints.md says more.
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.quiet_imports import quiet_imports
+from megatron_parallel_r1.utils.exit import quiet_imports
 
 quiet_imports()
 

@@ -7,7 +7,7 @@ Exit code 0: the same; 1: different; 2: one cannot be read. docs/checkpoints.md 
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.quiet_imports import quiet_imports
+from megatron_parallel_r1.utils.exit import quiet_imports
 
 quiet_imports()
 

@@ -9,7 +9,7 @@ A killed evaluation resumes, a repeated one reads its records; see docs/evaluati
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.quiet_imports import quiet_imports
+from megatron_parallel_r1.utils.exit import quiet_imports
 
 quiet_imports()
 

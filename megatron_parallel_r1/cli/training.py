@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_parallel_r1.distributed.stop_signals import block_stop_signals
+from megatron_parallel_r1.utils.exit import block_stop_signals
 
 RecipePath = Annotated[
     Path,

@@ -25,9 +25,8 @@ from megatron_parallel_r1.cluster.attempts import (
     last_lines,
     steps_written,
 )
-from megatron_parallel_r1.distributed.stop_signals import STOP_SIGNALS
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, UserError
-from megatron_parallel_r1.utils.exit import one_line_exit
+from megatron_parallel_r1.utils.exit import STOP_SIGNALS, one_line_exit
 
 SPEC_FILE = "job.json"
 STOP_CODES = (STOPPED_EXIT_CODE, *(128 + number for number in STOP_SIGNALS))

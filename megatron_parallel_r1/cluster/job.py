@@ -17,8 +17,8 @@ from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 
 from megatron_parallel_r1.cluster.attempts import JobAttempt, begin_attempt, end_attempt, steps_written
-from megatron_parallel_r1.distributed.stop_signals import unblock_stop_signals
 from megatron_parallel_r1.errors import STOPPED_EXIT_CODE
+from megatron_parallel_r1.utils.exit import unblock_stop_signals
 
 if TYPE_CHECKING:
     from megatron_parallel_r1.cluster.job_spec import JobSpec

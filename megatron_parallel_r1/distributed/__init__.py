@@ -1,1 +1,1 @@
-"""Processes and process groups: start-up, collectives, heartbeats and the watchdog, stop signals."""
+"""Processes and process groups: start-up, collectives, heartbeats and the watchdog."""

@@ -1,4 +1,4 @@
-"""Sizes of the parallel groups, and the check that a model can be split that way."""
+"""Sizes of the parallel groups, and checks that a model can be split that way. Imports no torch."""
 
 from __future__ import annotations
 
@@ -109,6 +109,36 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
             f"= {parallel.replica_size} does not divide the {world_size} processes; "
             f"start a multiple of {parallel.replica_size}"
         )
+
+
+def check_native_split(pipeline: int, context: int) -> None:
+    """Refuses what the native engine cannot decode: layers or rows that are split over processes.
+
+    Raises:
+        UserError: one of the two sizes is not 1.
+    """
+    sizes = (("pipeline", pipeline), ("context", context))
+    over = " and ".join(f"{name} {size}" for name, size in sizes if size > 1)
+    if over:
+        raise UserError(
+            f"native engine: {over} is not supported: every process decodes all layers, split over a tensor "
+            "group only; use rollout servers (SGLang; or mode replay with any server engine), or set "
+            "parallel.pipeline and parallel.context to 1"
+        )
+
+
+def check_native_heads(heads: int, kv_heads: int, tensor: int) -> None:
+    """Checks that `tensor` processes of the native engine can share attention's heads.
+
+    Raises:
+        UserError: a head would be cut.
+    """
+    for name, size in (("heads", heads), ("kv_heads", kv_heads)):
+        if size % tensor:
+            raise UserError(
+                f"native engine: tensor {tensor} does not divide the model's {name} {size}; "
+                f"set parallel.tensor to {_divisor(tensor, heads, kv_heads)}"
+            )
 
 
 def _divisor(limit: int, *sizes: int) -> int:

@@ -75,9 +75,8 @@ def _native(spec: EngineSpec) -> Iterator[OpenedEngine]:
     from megatron_parallel_r1.architecture.weight_table import check_fit
     from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
     from megatron_parallel_r1.distributed import process
-    from megatron_parallel_r1.distributed.collectives import barrier
+    from megatron_parallel_r1.distributed.collectives import barrier, is_replica_leader
     from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
-    from megatron_parallel_r1.distributed.replicas import is_replica_leader
     from megatron_parallel_r1.run.context import native_engine
     from megatron_parallel_r1.utils.rank import world_size
 

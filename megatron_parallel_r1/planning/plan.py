@@ -15,15 +15,17 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.config.data import BpeTokenizer
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
+from megatron_parallel_r1.distributed.parallel_config import (
+    ParallelConfig,
+    check_native_split,
+    check_parallel,
+)
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.planning.machine import H100, Machine
-from megatron_parallel_r1.planning.memory import MemoryUse, Workload, memory_use
+from megatron_parallel_r1.planning.memory import MemoryUse, PipelinePart, Workload, memory_use, pipeline_parts
 from megatron_parallel_r1.planning.published import published_config
 from megatron_parallel_r1.planning.rollouts import LengthLimits, longest_response, longest_row
-from megatron_parallel_r1.planning.split import PipelinePart, pipeline_parts
 from megatron_parallel_r1.planning.step_time import StepTime, Timing
-from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.run.datasets import load_tokenizer
 from megatron_parallel_r1.thought.layout import Mode
@@ -124,7 +126,7 @@ def plan(
     in_process = recipe.rollout.engine == "native"
     if in_process and any(isinstance(stage, RlStage) or stage.evaluate for stage in recipe.stages):
         try:
-            limits.check_split(parallel.pipeline, parallel.context)
+            check_native_split(parallel.pipeline, parallel.context)
         except UserError as error:
             in_process = False
             notes.append(f"a run would end with: {error}")

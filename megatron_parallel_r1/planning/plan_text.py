@@ -10,9 +10,8 @@ from math import prod
 from megatron_parallel_r1.architecture.weight_table import padded_vocab, weight_table
 from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.config.stages import Optimizer, RlStage, Stage
-from megatron_parallel_r1.planning.memory import MemoryUse
+from megatron_parallel_r1.planning.memory import MemoryUse, PipelinePart
 from megatron_parallel_r1.planning.plan import GIB, Plan, StagePlan
-from megatron_parallel_r1.planning.split import PipelinePart
 from megatron_parallel_r1.rewards.base import Component
 from megatron_parallel_r1.rewards.schedule import Constant, Linear, Window
 

@@ -11,9 +11,8 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.planning.machine import Cost, Machine
-from megatron_parallel_r1.planning.memory import FLOAT32, Workload
+from megatron_parallel_r1.planning.memory import FLOAT32, PipelinePart, Workload
 from megatron_parallel_r1.planning.rollouts import RolloutLoad, rollout_cost
-from megatron_parallel_r1.planning.split import PipelinePart
 from megatron_parallel_r1.planning.training import MicroBatches, Split, scoring_cost, update_cost
 from megatron_parallel_r1.rollout.settings import Thinking
 

@@ -8,7 +8,7 @@ Shapes: R responses of a step, in groups that answer one prompt each.
 from __future__ import annotations
 
 from megatron_parallel_r1.config.stages import RlStage
-from megatron_parallel_r1.distributed.replicas import background_groups
+from megatron_parallel_r1.distributed.collectives import background_groups
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rewards.verifier import Verifier

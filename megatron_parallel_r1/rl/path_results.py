@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import decode
-from megatron_parallel_r1.distributed.replicas import gather_from_replicas, is_replica_leader, replica_slice
+from megatron_parallel_r1.distributed.collectives import (
+    gather_from_replicas,
+    is_replica_leader,
+    replica_slice,
+)
 from megatron_parallel_r1.rewards.fast_equality import decide_without_algebra
 from megatron_parallel_r1.rewards.path_diversity import content_span
 from megatron_parallel_r1.rewards.verification import extract_answer

@@ -20,7 +20,11 @@ from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import encode_prompt
 from megatron_parallel_r1.data.sampler import ProblemStream
-from megatron_parallel_r1.distributed.replicas import gather_from_replicas, is_replica_leader, replica_slice
+from megatron_parallel_r1.distributed.collectives import (
+    gather_from_replicas,
+    is_replica_leader,
+    replica_slice,
+)
 from megatron_parallel_r1.rewards.base import Judged, Reward, reward_metrics
 from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier

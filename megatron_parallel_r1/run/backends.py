@@ -16,10 +16,10 @@ from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.rollout import Rollout
 from megatron_parallel_r1.distributed.collectives import all_gather_objects, run_on_rank_zero
+from megatron_parallel_r1.distributed.parallel_config import check_native_split
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.rollout.engine import Engine
-from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.servers.client import Timeouts
 from megatron_parallel_r1.rollout.servers.engine import ServerEngine, check_checkpoint, connect_pool
 from megatron_parallel_r1.rollout.servers.pool import PoolSettings, ServerPool
@@ -196,7 +196,7 @@ def engine_of_checkpoint(recipe: Recipe, folder: Path, thinking: Thinking) -> It
     """
     rollout = recipe.rollout
     if rollout.engine == "native":
-        limits.check_split(recipe.parallel.pipeline, recipe.parallel.context)
+        check_native_split(recipe.parallel.pipeline, recipe.parallel.context)
         shape, tensors = load_hf_folder(folder)
         engine = native_engine(shape, compiled=rollout.compiled)
         engine.load_weights(tensors, version=0)

@@ -20,12 +20,11 @@ from megatron_parallel_r1.config.stages import RlStage, Stage
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import encode_prompt
 from megatron_parallel_r1.data.tokenizers import open_tokenizer
-from megatron_parallel_r1.distributed.parallel_config import check_parallel
+from megatron_parallel_r1.distributed.parallel_config import check_native_split, check_parallel
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.model.layers import check_layers
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.rollout.native import limits
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.run.datasets import load_tokenizer
@@ -118,7 +117,7 @@ class RunContext:
             for stage in self.recipe.stages
             if stage.name in names
         ):
-            limits.check_split(parallel.pipeline, parallel.context)
+            check_native_split(parallel.pipeline, parallel.context)
         ahead = [s.name for s in self.recipe.stages if isinstance(s, RlStage) and s.max_off_policy_steps]
         if ahead and parallel.tensor > 1 and torch.cuda.is_available():
             # Two threads would launch collectives of two groups on one GPU, in no common order of the ranks.

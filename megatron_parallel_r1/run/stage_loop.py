@@ -10,7 +10,6 @@ from typing import Any, Literal, NoReturn, Protocol
 
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.distributed.collectives import all_ranks_true
-from megatron_parallel_r1.distributed.stop_signals import stop_signal_pending
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import Stopped, UserError
 from megatron_parallel_r1.run.context import RunContext
@@ -19,6 +18,7 @@ from megatron_parallel_r1.run.guard import Guard
 from megatron_parallel_r1.run.stage_log import StageLog
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.trainer import LrSchedule, Trainer
+from megatron_parallel_r1.utils.exit import stop_signal_pending
 
 # The metric that ranks checkpoints, and whether lower or higher is better.
 SCORES: dict[str, tuple[str, Literal["min", "max"]]] = {"sft": ("loss", "min"), "rl": ("accuracy", "max")}

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator
 
-from megatron_parallel_r1.rollout.native.forward_batch import NativeContext
+from megatron_parallel_r1.rollout.native.page_table import NativeContext
 from megatron_parallel_r1.rollout.thinking import Branch, Thinker
 from megatron_parallel_r1.serve.admission import Admission, Limits
 from megatron_parallel_r1.serve.engine_request import EngineRequest

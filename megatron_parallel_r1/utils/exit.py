@@ -1,12 +1,14 @@
-"""Ends a command with one line on stderr and an exit code, instead of a traceback, for expected errors."""
+"""How a command begins and ends: quiet imports, stop signals between steps, one line and an exit code."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +20,6 @@ from megatron_parallel_r1.errors import (
     Stopped,
     UserError,
 )
-from megatron_parallel_r1.utils.quiet_imports import quiet_imports
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -91,3 +92,67 @@ def _rank() -> str:
 
 def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+# Logger, and how its message begins.
+LOGGED = {
+    # A CUDA build of torch without a driver where nvcc is installed; Megatron-Core imports the module.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    # On macOS, about torchrun's log files.
+    "torch.distributed.elastic.multiprocessing.redirects": "NOTE: Redirects are currently not supported",
+}
+# Category, and what its message matches; the module that warns differs by version.
+WARNED = (
+    # A CUDA build of torch that finds no driver, or one that is too old.
+    (UserWarning, "CUDA initialization: "),
+    (UserWarning, "Can't initialize NVML"),
+)
+
+
+def quiet_imports() -> None:
+    """Installs the filters; call it before torch is imported. Python's -W and PYTHONWARNINGS override it."""
+    for name, start in LOGGED.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _DropMessage) for known in logger.filters):
+            logger.addFilter(_DropMessage(start))
+    if sys.warnoptions:
+        return
+    # Megatron-Core warns that Apex and Transformer Engine are missing, which no CPU has.
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    for category, message in WARNED:
+        warnings.filterwarnings("ignore", message, category)
+
+
+class _DropMessage(logging.Filter):
+    """Drops records whose message begins with a text."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self._start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self._start)
+
+
+# Signals by which a cluster asks a run to stop: before its time limit, or to preempt it. Under torchrun
+# SIGTERM is one too: torchrun sends it to all processes when one has failed or it is stopped itself, and
+# kills what remains 30 s later, which leaves time to name the lost rank, or to save. They are blocked, not
+# handled: nothing interrupts a step, and the run checks between steps whether one is pending. Threads and
+# child processes inherit the block, so a signal to the whole process tree ends no worker.
+STOP_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGUSR2})
+_BLOCKED = STOP_SIGNALS | ({signal.SIGTERM} if "TORCHELASTIC_RUN_ID" in os.environ else frozenset())
+
+
+def block_stop_signals() -> None:
+    """Keeps them pending. Call it before anything starts a thread, as importing torch may."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+
+
+def unblock_stop_signals() -> None:
+    """Undoes a block inherited from a parent process, such as a program that blocks them itself."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
+
+
+def stop_signal_pending() -> bool:
+    """Returns whether this process has received one since `block_stop_signals`."""
+    return bool(_BLOCKED & signal.sigpending())

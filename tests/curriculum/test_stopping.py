@@ -80,7 +80,7 @@ def test_a_held_signal_ends_no_child(under_torchrun: bool, tmp_path: Path) -> No
     first, second = ("SIGTERM", "SIGTERM") if under_torchrun else ("SIGUSR1", "SIGUSR2")
     script = (
         "import os, signal, subprocess, sys\n"
-        "from megatron_parallel_r1.distributed.stop_signals import block_stop_signals, stop_signal_pending\n"
+        "from megatron_parallel_r1.utils.exit import block_stop_signals, stop_signal_pending\n"
         "block_stop_signals()\n"
         "assert not stop_signal_pending()\n"
         f"os.kill(os.getpid(), signal.{first})\n"
@@ -103,7 +103,7 @@ def test_a_held_signal_ends_no_child(under_torchrun: bool, tmp_path: Path) -> No
 def test_without_torchrun_a_sigterm_ends_a_run(tmp_path: Path) -> None:
     script = (
         "import os, signal\n"
-        "from megatron_parallel_r1.distributed.stop_signals import block_stop_signals\n"
+        "from megatron_parallel_r1.utils.exit import block_stop_signals\n"
         "block_stop_signals()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
     )

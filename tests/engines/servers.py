@@ -20,7 +20,7 @@ from megatron_parallel_r1.rollout.launcher.command import (
     ServerCommand,
     build_command,
 )
-from megatron_parallel_r1.rollout.launcher.placement import pick_ports, server_url
+from megatron_parallel_r1.rollout.launcher.run import pick_ports, server_url
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess
 from tests.unit.rollout.serving.launched import Launched, launched
 

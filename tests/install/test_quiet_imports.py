@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_parallel_r1.utils.quiet_imports import LOGGED
+from megatron_parallel_r1.utils.exit import LOGGED
 
 # A CUDA build of torch where nvcc is and no driver, whatever build this is.
 CUDA_BUILD = """
@@ -20,9 +20,7 @@ import torch.utils.cpp_extension
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_cuda_build_without_driver(quiet: bool) -> None:
-    first = (
-        "from megatron_parallel_r1.utils.quiet_imports import quiet_imports; quiet_imports()" if quiet else ""
-    )
+    first = "from megatron_parallel_r1.utils.exit import quiet_imports; quiet_imports()" if quiet else ""
     done = subprocess.run(
         [sys.executable, "-c", first + CUDA_BUILD],
         env={**os.environ, "CUDA_HOME": "/opt/cuda"},
@@ -38,7 +36,7 @@ def test_cuda_build_without_driver(quiet: bool) -> None:
 
 def test_all_else_is_heard() -> None:
     said = """
-from megatron_parallel_r1.utils.quiet_imports import quiet_imports
+from megatron_parallel_r1.utils.exit import quiet_imports
 quiet_imports()
 import logging, warnings
 logging.getLogger("torch.utils.cpp_extension").warning("your compiler is broken")

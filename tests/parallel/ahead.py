@@ -27,9 +27,8 @@ from megatron_parallel_r1.data.embedded.generate import build_tokenizer, trainin
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.collectives import all_gather_objects
+from megatron_parallel_r1.distributed.collectives import all_gather_objects, background_groups
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
-from megatron_parallel_r1.distributed.replicas import background_groups
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.rollout_queue import open_queue

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.stop_signals import block_stop_signals
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, PeerLost, UserError
+from megatron_parallel_r1.utils.exit import block_stop_signals
 
 LAST = 3  # the step in which the told rank does it
 

@@ -20,8 +20,7 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
-from megatron_parallel_r1.planning.memory import Workload, activation_bytes, layer_bytes
-from megatron_parallel_r1.planning.split import pipeline_parts
+from megatron_parallel_r1.planning.memory import Workload, activation_bytes, layer_bytes, pipeline_parts
 from megatron_parallel_r1.thought.packing import context_indices
 from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 from megatron_parallel_r1.train.trainer import Adam, wrap_for_training

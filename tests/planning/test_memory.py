@@ -28,9 +28,9 @@ from megatron_parallel_r1.planning.memory import (
     chunks_in_flight,
     logit_bytes,
     memory_use,
+    pipeline_parts,
 )
 from megatron_parallel_r1.planning.rollouts import longest_row
-from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train import target_logprobs as target_logprobs_module
 from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs

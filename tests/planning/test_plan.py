@@ -18,11 +18,11 @@ from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.transformer import transformer_config
+from megatron_parallel_r1.planning.memory import pipeline_parts
 from megatron_parallel_r1.planning.plan import GIB, Plan, plan
 from megatron_parallel_r1.planning.plan_text import plan_text
 from megatron_parallel_r1.planning.published import PUBLISHED, published_config
 from megatron_parallel_r1.planning.rollouts import LengthLimits, longest_branches, longest_row
-from megatron_parallel_r1.planning.split import pipeline_parts
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 
-from megatron_parallel_r1.distributed.stop_signals import stop_signal_pending
 from megatron_parallel_r1.rewards.base import Judged
+from megatron_parallel_r1.utils.exit import stop_signal_pending
 
 PATIENCE_S = 600.0
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
-from megatron_parallel_r1.rollout.launcher.placement import find_python
+from megatron_parallel_r1.rollout.launcher.run import find_python
 from tests.slurm.jobs import ONE_NODE, RECIPE, Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.engines]

@@ -17,10 +17,9 @@ import torch
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.rollout.engine import Completion, Interrupted, Sampling
-from megatron_parallel_r1.rollout.native.forward_batch import ForwardBatch, NativeContext, Numbers
 from megatron_parallel_r1.rollout.native.graphs import GraphRunner
 from megatron_parallel_r1.rollout.native.model import DecodeModel, local_config
-from megatron_parallel_r1.rollout.native.page_table import PageTable
+from megatron_parallel_r1.rollout.native.page_table import ForwardBatch, NativeContext, Numbers, PageTable
 from megatron_parallel_r1.rollout.native.running_batch import RunningBatch, SampleCall
 from megatron_parallel_r1.rollout.native.sampler import sample_tokens, uniform_draws
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_parallel_r1.rollout.native.forward_batch import ForwardBatch
 from megatron_parallel_r1.rollout.native.model import DecodeModel
+from megatron_parallel_r1.rollout.native.page_table import ForwardBatch
 
 # Smaller passes are padded to these.
 MIN_ROWS, MIN_LENGTH = 8, 128

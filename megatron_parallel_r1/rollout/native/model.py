@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.rollout.native.forward_batch import ForwardBatch, Group, Numbers
+from megatron_parallel_r1.distributed.parallel_config import check_native_heads
 from megatron_parallel_r1.rollout.native.layer import attention_inputs, feed_forward, fuse_layer, rms_norm
-from megatron_parallel_r1.rollout.native.limits import check_heads
+from megatron_parallel_r1.rollout.native.page_table import ForwardBatch, Group, Numbers
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup, local_shard
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -218,7 +218,7 @@ def local_config(config: ModelConfig, size: int) -> ModelConfig:
     Raises:
         UserError: a head would be cut.
     """
-    check_heads(config.heads, config.kv_heads, size)
+    check_native_heads(config.heads, config.kv_heads, size)
     return replace(config, heads=config.heads // size, kv_heads=config.kv_heads // size)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
-from megatron_parallel_r1.rollout.native.forward_batch import NativeContext, Numbers
+from megatron_parallel_r1.rollout.native.page_table import NativeContext, Numbers
 
 # `slot`: the call's row in the result buffers; `row`, `position`: of its context; `token`: not cached yet (or
 # NO_TOKEN); `count`, `limit`: tokens drawn and allowed; `stop`, `suppress`: numbers of token sets.

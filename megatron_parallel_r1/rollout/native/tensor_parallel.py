@@ -118,7 +118,7 @@ def local_shard(name: str, tensor: torch.Tensor, group: TensorParallelGroup) -> 
     """A copy of this rank's shard of the tensor with that Hugging Face name; all of it if it is not split.
 
     Shards have equal sizes. Where they do not divide the tensor's, zeros fill the last: features that are
-    always 0, and logits that `gather_columns`' caller drops. Heads must divide (limits.py).
+    always 0, and logits that `gather_columns`' caller drops. Heads must divide.
     """
     dim = SHARD_DIM.get(name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2])
     if dim is None or group.size == 1:

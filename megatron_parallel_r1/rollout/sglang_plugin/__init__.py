@@ -3,13 +3,12 @@
 A request names the closed blocks of its prompt (rollout/joined_blocks.py). It then attends to the keys and
 values that the paths wrote, at the positions they were written at, and continues after the longest path:
 
-- contexts.py       what a token sees, as chains of SGLang's prefix cache
-- requests.py       reads and checks a request's blocks; internal requests that write missing cache
-- cache.py          matches, locks and stores such a request's cache
-- admission.py      writes what a join needs and the cache lacks, before admitting the join
-- positions.py      rotary positions
-- compatibility.py  settings refused at start
-- hooks.py          every place where the plugin hooks into SGLang, and its report to clients
+- contexts.py   what a token sees, as chains of SGLang's prefix cache
+- requests.py   reads and checks a request's blocks; internal requests that write missing cache
+- cache.py      matches, locks and stores such a request's cache
+- admission.py  writes what a join needs and the cache lacks, before admitting the join
+- positions.py  rotary positions
+- hooks.py      settings refused at start, every hook into SGLang, and the report to clients
 
 Importing this package loads neither torch nor SGLang.
 """

@@ -27,10 +27,15 @@ from safetensors.torch import load_file
 
 from megatron_parallel_r1.distributed.collectives import all_gather_objects, all_ranks_true, run_on_rank_zero
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.train.checkpoints.fp8_state import FILE as EXTRA
-from megatron_parallel_r1.train.checkpoints.fp8_state import extra_states, set_extra_states
 from megatron_parallel_r1.train.checkpoints.manifest import Damaged, Manifest, file_fault, read_manifest
-from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
+from megatron_parallel_r1.train.checkpoints.sharded import EXTRA as EXTRA
+from megatron_parallel_r1.train.checkpoints.sharded import (
+    extra_states,
+    live_parts,
+    set_extra_states,
+    set_steps_taken,
+    steps_taken,
+)
 from megatron_parallel_r1.train.checkpoints.writer import CheckpointWriter, WriteFailed
 from megatron_parallel_r1.train.trainer import Trainer
 from megatron_parallel_r1.utils.files import fsync_path

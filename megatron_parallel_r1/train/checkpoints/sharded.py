@@ -6,23 +6,29 @@ layouts need no more. Names are those of Megatron's checkpoints: the parameter's
 the whole model, prefixed by `optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.` for optimizer state. They are
 the same for a distributed optimizer and a plain one.
 
+Besides tensors there is the layers' extra state, opaque bytes: the histories of FP8's delayed scaling.
+Megatron determines which rank saves which, and the names. All ranks of a pipeline stage hold the same, since
+the largest numbers are reduced over them, so a run may resume under another layout.
+
 Shapes: N elements in a row of memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory, is_main_replica
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.model.gpt import Model, PathGPT
 from megatron_parallel_r1.train.trainer import Trainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -211,3 +217,52 @@ def _state(inner: MegatronOptimizer, main: Tensor, dtype: torch.dtype) -> Iterat
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1)
+
+
+EXTRA = "extra_states.safetensors"
+# Without it Transformer Engine reads no extra state of delayed scaling, which is a pickle.
+TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
+
+def extra_states(model: Model) -> dict[str, Tensor]:
+    """Copies (uint8) of the extra states that this rank saves; layers without any are omitted."""
+    return {
+        entry.unique_key: entry.data.to("cpu", copy=True)
+        for stage in model
+        for _, entry in _described(stage)
+        if entry.data is not None and entry.data.numel() and is_main_replica(entry.replica_id)
+    }
+
+
+def set_extra_states(model: Model, states: Mapping[str, Tensor]) -> None:
+    """Restores the extra state of each layer of this rank.
+
+    Args:
+        states: extra states of all layers. They are pickles, which can run code: take them only from a
+            checkpoint whose digests have been checked.
+    """
+    with _trusted():
+        for stage in model:
+            own = {
+                n: states[entry.unique_key] for n, entry in _described(stage) if entry.unique_key in states
+            }
+            if own:
+                stage.load_state_dict(own, strict=False)
+
+
+def _described(stage: PathGPT) -> Iterator[tuple[str, ShardedObject]]:
+    """Extra states by the names of the stage's `load_state_dict`."""
+    described = stage.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    yield from ((name, entry) for name, entry in described.items() if isinstance(entry, ShardedObject))
+
+
+@contextmanager
+def _trusted() -> Iterator[None]:
+    before = os.environ.get(TRUST)
+    os.environ[TRUST] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[TRUST]
+        if before is not None:
+            os.environ[TRUST] = before

@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_parallel_r1.cluster.command import app
-from megatron_parallel_r1.distributed.stop_signals import STOP_SIGNALS
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.exit import STOP_SIGNALS
 from tests.curriculum.test_run import RECIPE, steps_of
 from tests.parallel.launch import ENVIRONMENT
 

@@ -76,7 +76,7 @@ def kept(model: torch.nn.ModuleList, other: torch.nn.ModuleList) -> bool:
     """Whether histories go from one model to another by what a checkpoint keeps."""
     from transformer_engine.pytorch.quantization import DelayedScalingRecipeState
 
-    from megatron_parallel_r1.train.checkpoints.fp8_state import extra_states, set_extra_states
+    from megatron_parallel_r1.train.checkpoints.sharded import extra_states, set_extra_states
 
     made = DelayedScalingRecipeState.__init__
 

@@ -22,7 +22,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.layers import Layers, LayerSupport, check_layers
 from megatron_parallel_r1.model.spec import block_spec
 from megatron_parallel_r1.model.weights import FUSED, local_name, set_weight
-from megatron_parallel_r1.train.checkpoints.fp8_state import TRUST
+from megatron_parallel_r1.train.checkpoints.sharded import TRUST
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 UNPACKED, INSTALLED = os.environ.get("TRANSFORMER_ENGINE_SOURCE"), find_spec("transformer_engine")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.forward_batch import ForwardBatch, NativeContext
+from megatron_parallel_r1.rollout.native.page_table import ForwardBatch, NativeContext
 from megatron_parallel_r1.rollout.native.running_batch import RunningBatch, SampleCall
 from tests.unit.rollout.tiny import native_engine, tiny_qwen3
 

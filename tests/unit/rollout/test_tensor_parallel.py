@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.distributed.parallel_config import check_native_heads, check_native_split
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.limits import check_heads, check_split
 from megatron_parallel_r1.rollout.native.model import DecodeModel
 from megatron_parallel_r1.rollout.native.tensor_parallel import SHARD_DIM, TensorParallelGroup, local_shard
 from tests.unit.rollout.tiny import tiny_qwen3
@@ -78,20 +78,20 @@ def test_a_team_that_would_cut_a_head_is_refused(size: int, name: str, fits: int
 
 
 def test_split_layers_and_rows_are_refused_in_one_line() -> None:
-    check_split(pipeline=1, context=1)
-    check_heads(heads=4, kv_heads=2, tensor=2)
+    check_native_split(pipeline=1, context=1)
+    check_native_heads(heads=4, kv_heads=2, tensor=2)
     for pipeline, context, said in (
         (2, 1, "pipeline 2"),
         (1, 4, "context 4"),
         (2, 4, "pipeline 2 and context 4"),
     ):
         with pytest.raises(UserError) as caught:
-            check_split(pipeline, context)
+            check_native_split(pipeline, context)
         message = str(caught.value)
         assert message.startswith(f"native engine: {said} ") and "\n" not in message
         assert "SGLang" in message and "mode replay" in message and "parallel.pipeline" in message
 
 
 def test_a_recipe_is_checked_without_torch() -> None:
-    code = "import sys, megatron_parallel_r1.rollout.native.limits; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_parallel_r1.distributed.parallel_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

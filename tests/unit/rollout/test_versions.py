@@ -14,7 +14,7 @@ from transformers import DynamicCache, Qwen3ForCausalLM
 
 from megatron_parallel_r1.rollout.engine import Completion, Interrupted, Sampling
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
-from megatron_parallel_r1.rollout.native.forward_batch import NativeContext
+from megatron_parallel_r1.rollout.native.page_table import NativeContext
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace

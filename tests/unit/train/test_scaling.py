@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
-from megatron_parallel_r1.train.checkpoints.fp8_state import FILE, TRUST, extra_states
+from megatron_parallel_r1.train.checkpoints.sharded import EXTRA, TRUST, extra_states
 from megatron_parallel_r1.train.trainer import Trainer
 
 
@@ -73,7 +73,7 @@ def test_layers_without_history_leave_no_file(trainer_of, tmp_path: Path) -> Non
         layer.history = torch.empty(0, dtype=torch.uint8)  # As before the first step.
     checkpoints.save(trainer, 1, {})
     checkpoints.restore(fresh)
-    assert not histories(fresh) and not list(tmp_path.rglob(FILE))
+    assert not histories(fresh) and not list(tmp_path.rglob(EXTRA))
 
 
 def test_a_flipped_byte_is_found_before_the_bytes_are_read(trainer_of, tmp_path: Path) -> None:
@@ -82,10 +82,10 @@ def test_a_flipped_byte_is_found_before_the_bytes_are_read(trainer_of, tmp_path:
     give_histories(trainer)
     checkpoints.save(trainer, 1, {})
     checkpoints.settle()
-    (file,) = tmp_path.rglob(FILE)
+    (file,) = tmp_path.rglob(EXTRA)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=f"{FILE} has other bytes than were written"):
+    with pytest.raises(UserError, match=f"{EXTRA} has other bytes than were written"):
         checkpoints.restore(fresh)
     assert not histories(fresh)

@@ -10,14 +10,14 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, build_command
-from megatron_parallel_r1.rollout.launcher.placement import (
+from megatron_parallel_r1.rollout.launcher.run import (
     assign_gpus,
+    build_servers,
     find_python,
     pick_ports,
     server_url,
     visible_gpus,
 )
-from megatron_parallel_r1.rollout.launcher.run import build_servers
 
 SERVING = LaunchSettings(Path("model"))
 PYTHON = Path("bin/python")
@@ -120,7 +120,7 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_missing_environment_is_made_by_make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    places = "megatron_parallel_r1.rollout.launcher.placement"
+    places = "megatron_parallel_r1.rollout.launcher.run"
     monkeypatch.setattr(f"{places}.__file__", str(tmp_path / "a" / "b" / "c" / "places.py"))
     monkeypatch.setattr(f"{places}.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run `make engines` in .*, or give --python"):
