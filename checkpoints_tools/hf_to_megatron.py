@@ -7,9 +7,9 @@ Killed, the same command goes on. A recipe's model.path may name the result. doc
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.exit import quiet_imports
+from megatron_parallel_r1.utils.imports import prepare_imports
 
-quiet_imports()
+prepare_imports()
 
 from megatron_parallel_r1.conversion.command import hf_to_megatron_command, run_and_exit  # noqa: E402
 

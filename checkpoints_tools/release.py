@@ -8,9 +8,9 @@ docs/checkpoints.md says more.
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.exit import quiet_imports
+from megatron_parallel_r1.utils.imports import prepare_imports
 
-quiet_imports()
+prepare_imports()
 
 from megatron_parallel_r1.conversion.command import release_command, run_and_exit  # noqa: E402
 

@@ -7,9 +7,9 @@ Exit code 0: the same; 1: different; 2: one cannot be read. docs/checkpoints.md 
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.exit import quiet_imports
+from megatron_parallel_r1.utils.imports import prepare_imports
 
-quiet_imports()
+prepare_imports()
 
 from megatron_parallel_r1.conversion.command import run_and_exit, verify_command  # noqa: E402
 

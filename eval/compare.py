@@ -8,9 +8,9 @@ Writes tables with paired tests and a plot over training steps; reads the record
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.exit import quiet_imports
+from megatron_parallel_r1.utils.imports import prepare_imports
 
-quiet_imports()
+prepare_imports()
 
 from megatron_parallel_r1.evaluation.command import compare_command, run_and_exit  # noqa: E402
 

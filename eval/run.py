@@ -9,9 +9,9 @@ A killed evaluation resumes, a repeated one reads its records; see docs/evaluati
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.exit import quiet_imports
+from megatron_parallel_r1.utils.imports import prepare_imports
 
-quiet_imports()
+prepare_imports()
 
 from megatron_parallel_r1.evaluation.command import run_and_exit, run_command  # noqa: E402
 

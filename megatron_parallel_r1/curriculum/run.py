@@ -22,7 +22,6 @@ from megatron_parallel_r1.distributed.collectives import barrier
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.report.evaluation_table import accuracy_text, evaluation_table, seed_table
-from megatron_parallel_r1.report.html import build_report
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.loop import train_rl
 from megatron_parallel_r1.run.backends import Backends
@@ -128,7 +127,11 @@ def _run_seed(
             release = _write_release(run, last or run.finished_model(recipe.stages[-1]), evaluations)
         if evaluations:
             console.print(evaluation_table(evaluations).terminal())
-        report = build_report(folder) if is_rank_zero() else folder / "report.html"
+        report = folder / "report.html"
+        if is_rank_zero():
+            from megatron_parallel_r1.report.html import build_report  # imports matplotlib
+
+            build_report(folder)
     return RunResult(folder, report, release, evaluations)
 
 

@@ -1,14 +1,12 @@
-"""How a command begins and ends: quiet imports, stop signals between steps, one line and an exit code."""
+"""How a command ends: stop signals between steps, one line and an exit code."""
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +18,7 @@ from megatron_parallel_r1.errors import (
     Stopped,
     UserError,
 )
+from megatron_parallel_r1.utils.imports import prepare_imports
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -44,7 +43,7 @@ def one_line_exit(resume: str = "the same command continues where it was") -> It
     Args:
         resume: what the same command does after Ctrl-C, for the message.
     """
-    quiet_imports()
+    prepare_imports()
     try:
         yield
     except PeerLost as error:
@@ -92,46 +91,6 @@ def _rank() -> str:
 
 def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-# Logger, and how its message begins.
-LOGGED = {
-    # A CUDA build of torch without a driver where nvcc is installed; Megatron-Core imports the module.
-    "torch.utils.cpp_extension": "No CUDA runtime is found",
-    # On macOS, about torchrun's log files.
-    "torch.distributed.elastic.multiprocessing.redirects": "NOTE: Redirects are currently not supported",
-}
-# Category, and what its message matches; the module that warns differs by version.
-WARNED = (
-    # A CUDA build of torch that finds no driver, or one that is too old.
-    (UserWarning, "CUDA initialization: "),
-    (UserWarning, "Can't initialize NVML"),
-)
-
-
-def quiet_imports() -> None:
-    """Installs the filters; call it before torch is imported. Python's -W and PYTHONWARNINGS override it."""
-    for name, start in LOGGED.items():
-        logger = logging.getLogger(name)
-        if not any(isinstance(known, _DropMessage) for known in logger.filters):
-            logger.addFilter(_DropMessage(start))
-    if sys.warnoptions:
-        return
-    # Megatron-Core warns that Apex and Transformer Engine are missing, which no CPU has.
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    for category, message in WARNED:
-        warnings.filterwarnings("ignore", message, category)
-
-
-class _DropMessage(logging.Filter):
-    """Drops records whose message begins with a text."""
-
-    def __init__(self, start: str) -> None:
-        super().__init__()
-        self._start = start
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self._start)
 
 
 # Signals by which a cluster asks a run to stop: before its time limit, or to preempt it. Under torchrun
