@@ -71,6 +71,8 @@ import json, os, resource, sys, time
 from pathlib import Path
 {imports}
 def peak():
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 def cpu():
@@ -166,7 +168,10 @@ def _run(name: str, child: str, source: Path, target: Path) -> Run:
     for file in source.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                if hasattr(
+                    os, "posix_fadvise"
+                ):  # macOS has none: there it measures what the page cache holds
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     begin = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", child, str(source), str(target)],

@@ -160,6 +160,8 @@ def exit_code(child: subprocess.Popen[bytes]) -> int | None:
     """Like `Popen.poll`, but reaps nothing, so a signal handler may call it whatever it interrupted."""
     if child.returncode is not None:  # already reaped, e.g. by `send_signal`
         return child.returncode
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+        return child.poll()
     status = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if status is None:
         return None

@@ -18,6 +18,7 @@ import torch
 
 from megatron_parallel_r1.architecture.weight_table import EMBEDDING
 from megatron_parallel_r1.distributed.collectives import run_on_rank_zero
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import own_parameters
 from megatron_parallel_r1.sync.broadcast import BroadcastTransport
@@ -27,7 +28,7 @@ from megatron_parallel_r1.sync.disk import DiskTransport
 from megatron_parallel_r1.sync.probe import OutputHead, ProbeScorer, ServerScores, TrainerScores, failure
 from megatron_parallel_r1.sync.sender import Sender, Transport
 from megatron_parallel_r1.sync.settings import Sync
-from megatron_parallel_r1.sync.shared_memory import SharedMemoryTransport
+from megatron_parallel_r1.sync.shared_memory import SHARED_MEMORY, SharedMemoryTransport
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,8 @@ class Publisher:
 def _transport(model: Model, settings: Sync) -> Transport:
     weights = next(model.parameters())
     if settings.transport == "tensor":
+        if not (weights.is_cuda or SHARED_MEMORY.is_dir()):
+            raise UserError(f"sync.transport: tensor needs {SHARED_MEMORY}; set broadcast or disk")
         return SharedMemoryTransport()
     if settings.transport == "disk":
         assert settings.folder is not None  # `Sync` checks it.

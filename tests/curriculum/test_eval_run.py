@@ -20,6 +20,14 @@ from megatron_parallel_r1.evaluation.command import compare_command, run_command
 ROOT = Path(__file__).parents[2]
 RECIPE = Path(__file__).parent / "mini.yaml"
 ASKED = ("--benchmarks", "embedded_hard,embedded_easy", "--limit", "12", "--samples", "2")
+# Runs a script where no file may grow beyond so many bytes.
+LIMITED = """
+import resource, runpy, sys
+size = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 SHORT = ("stages.cold_start.steps=12", "stages.rl.steps=1", "evaluation.problems=4")
 
 
@@ -229,7 +237,7 @@ def test_a_full_disk_ends_in_one_line_and_what_was_drawn_is_kept(trained: Path, 
 
     def cut_at(size: int) -> str:
         """What it says where no file may grow beyond that size."""
-        process = start(*words, launcher=("prlimit", f"--fsize={size}", sys.executable))
+        process = start(*words, launcher=(sys.executable, "-c", LIMITED, str(size)))
         _, error = process.communicate(timeout=300)
         assert process.returncode == 2 and error.count("\n") == 1, error
         return error

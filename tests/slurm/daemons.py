@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "mungekey", "mariadbd", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacct", "unshare")
 PACKAGES = "slurmctld slurmd slurm-client slurmdbd mariadb-server-core munge"
 PATIENCE_S = 120.0
@@ -255,4 +257,4 @@ def _accepts_connections(port: int) -> bool:
 
 
 def _only_child(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+    return psutil.Process(pid).children()[0].pid

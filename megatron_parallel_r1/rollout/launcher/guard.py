@@ -4,7 +4,8 @@
 
 A server starts processes of its own and may be killed before it ends them, and so may the supervisor. This
 process outlives both: the kernel signals it when its supervisor dies (PR_SET_PDEATHSIG), and makes it the
-parent of processes that a killed server leaves (PR_SET_CHILD_SUBREAPER). Linux only; imports nothing heavy.
+parent of processes that a killed server leaves (PR_SET_CHILD_SUBREAPER). Linux only, see `SUPPORTED`; imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import psutil
 # <sys/prctl.h>
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+# Whether this system can guard servers.
+SUPPORTED = hasattr(ctypes.CDLL(None), "prctl")
 # For a clean exit; a rollout in flight is lost anyway.
 GRACE_SECONDS = 10
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import random
 import signal
 import socket
@@ -16,6 +17,7 @@ from types import FrameType
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import Device, LaunchSettings, build_command
+from megatron_parallel_r1.rollout.launcher.guard import SUPPORTED
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supervisor
 from megatron_parallel_r1.utils.files import write_atomically
 
@@ -54,6 +56,11 @@ def build_servers(settings: LaunchSettings) -> list[ServerProcess]:
     Raises:
         UserError: they cannot be started.
     """
+    if not SUPPORTED:
+        raise UserError(
+            f"servers cannot be started on {platform.system()}: it has no prctl, which ends them with their "
+            "supervisor; start them on Linux and give their addresses (rollout.urls)"
+        )
     if not (settings.checkpoint / "config.json").is_file():
         raise UserError(f"{settings.checkpoint}: no config.json; give --checkpoint a Hugging Face folder")
     if settings.isolated and settings.engine != "sglang":

@@ -6,9 +6,14 @@ import base64
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.sync import publisher
+from megatron_parallel_r1.sync.settings import Sync
 from megatron_parallel_r1.sync.shared_memory import SHARED_MEMORY, shared
 
 READER = """
@@ -20,6 +25,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="there is no /dev/shm")
 def test_another_process_reads_what_a_payload_names() -> None:
     whole = torch.arange(12.0).view(3, 4)
     tensors = [
@@ -50,3 +56,11 @@ def test_another_process_reads_what_a_payload_names() -> None:
         "one torch.float32 [0.0] True",
     ], done.stderr
     assert whole.data_ptr() == where and not (SHARED_MEMORY / file).exists()
+
+
+def test_without_shared_memory_the_transport_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "SHARED_MEMORY", tmp_path / "shm")
+    with pytest.raises(UserError, match=r"sync.transport: tensor needs .*/shm; set broadcast or disk"):
+        publisher._transport(torch.nn.Linear(1, 1), Sync(transport="tensor"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,7 @@ def test_bytes_and_name_are_on_disk_before_it_returns(
         replace(source, target)
 
     def logged_fsync(descriptor: int) -> None:
-        calls.append(
-            "fsync folder" if Path(f"/proc/self/fd/{descriptor}").resolve().is_dir() else "fsync file"
-        )
+        calls.append("fsync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync file")
         fsync(descriptor)
 
     monkeypatch.setattr(os, "replace", logged_replace)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.launcher import run
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, build_command
 from megatron_parallel_r1.rollout.launcher.run import (
     assign_gpus,
@@ -117,6 +118,12 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
         build_servers(replace(serving, engine="vllm", isolated=True))
     with pytest.raises(UserError, match="no such interpreter"):
         build_servers(replace(serving, python=tmp_path / "python"))
+
+
+def test_servers_start_only_where_a_guard_can_end_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SUPPORTED", False)
+    with pytest.raises(UserError, match=r"servers cannot be started on \w+: .*give their addresses"):
+        build_servers(SERVING)
 
 
 def test_a_missing_environment_is_made_by_make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ import httpx
 import psutil
 import pytest
 
+from megatron_parallel_r1.rollout.launcher.guard import SUPPORTED
 from tests.unit.rollout.serving import fake_server
 from tests.unit.rollout.serving.launched import assert_gone, launched
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="this system has no prctl, which guards servers")
 
 SECONDS = 180  # Each takes a second or two where no other work is.
 
