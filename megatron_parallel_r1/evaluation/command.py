@@ -92,7 +92,7 @@ def compare_command(words: Sequence[str] | None = None) -> None:
     results.sort(key=lambda result: [b.name for b in benchmarks].index(result.summary.benchmark))
     _write(
         results,
-        evaluation_tables([r.summary for r in results], paired_tests(results, plan.seed)),
+        evaluation_tables([r.summary for r in results], paired_tests(results)),
         args.out / "comparison",
         console,
     )
@@ -115,7 +115,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--limit", type=int, help=f"number of problems, the first ones (embedded: {EMBEDDED_PROBLEMS})"
     )
     parser.add_argument("--samples", type=int, help="responses to each problem; default: 1, in majority@k k")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws and of the bootstrap intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument(
         "--set",
         dest="settings",

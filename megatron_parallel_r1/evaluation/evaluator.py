@@ -43,7 +43,7 @@ class EvaluationPlan:
     Attributes:
         out: folder of records and tables.
         samples: responses to each problem; None: 1, in majority@k k.
-        seed: of all draws, and of the bootstrap of paired differences.
+        seed: of all draws.
         settings, prompt: changes to the checkpoint's decoding, as in `decoding_of`.
         concurrent: responses in flight at most, for each copy of the model.
     """

@@ -24,7 +24,7 @@ class PairedTest:
     adjusted: float
 
 
-def paired_tests(results: Sequence[BenchmarkResult], seed: int = 0) -> list[PairedTest]:
+def paired_tests(results: Sequence[BenchmarkResult]) -> list[PairedTest]:
     """All pairs, by benchmark; results of one name and mode come in the order of checkpoints."""
     chosen: list[tuple[BenchmarkResult, BenchmarkResult]] = []
     for index, after in enumerate(results):
@@ -32,7 +32,7 @@ def paired_tests(results: Sequence[BenchmarkResult], seed: int = 0) -> list[Pair
         same_mode = [r for r in earlier if _agree(r, after, "benchmark", "mode")]
         same_model = [r for r in earlier if _agree(r, after, "benchmark", "checkpoint", "step")]
         chosen += [(group[0], after) for group in (same_mode, same_model) if group]
-    tested = [(before, after, compare(before.scores, after.scores, seed)) for before, after in chosen]
+    tested = [(before, after, compare(before.scores, after.scores)) for before, after in chosen]
     common = [(before, after, comparison) for before, after, comparison in tested if comparison is not None]
     adjusted = holm([comparison.p for _, _, comparison in common])
     return [

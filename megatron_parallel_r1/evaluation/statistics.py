@@ -1,8 +1,8 @@
 """Scores over problems: intervals, pass@k, and the paired test of two runs.
 
-Problems are resampled and paired, because the samples of one problem are not independent of each other.
+Problems are the unit and are paired, because the samples of one problem are not independent of each other.
 
-Shapes: P problems, R resamples, U reachable sums.
+Shapes: P problems, U reachable sums.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from math import comb, gcd, lcm, sqrt
 
 import numpy as np
 
-RESAMPLES = 10_000
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
-_CHUNK = 2_000_000  # numbers drawn at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class ProblemScores:
 
 
 def score_interval(values_P: Sequence[float] | np.ndarray, trials: int = 1) -> Interval:
-    """The mean of scores in 0..1 with its 95 % Wilson score interval (Wilson, 1927).
+    """The mean of scores in 0..1 with its 95 % Wilson score interval.
 
     The effective sample size is P p (1 - p) / s², with s² the variance between problems (the design effect of
     Kish, 1965), bounded by P, where the trials of a problem are all alike, and by P * `trials`, where all
@@ -73,9 +71,14 @@ def score_interval(values_P: Sequence[float] | np.ndarray, trials: int = 1) -> I
         variance = float(values_P.var(ddof=1))
         limit = float(count * trials)
         effective = min(max(count * mean * (1 - mean) / variance, effective), limit) if variance else limit
-    shrink = 1 + Z95**2 / effective
-    centre = (mean + Z95**2 / (2 * effective)) / shrink
-    half = Z95 * sqrt(mean * (1 - mean) / effective + Z95**2 / (4 * effective**2)) / shrink
+    return wilson_interval(mean, effective)
+
+
+def wilson_interval(mean: float, trials: float) -> Interval:
+    """The 95 % Wilson score interval of a share of independent trials (Wilson, 1927)."""
+    shrink = 1 + Z95**2 / trials
+    centre = (mean + Z95**2 / (2 * trials)) / shrink
+    half = Z95 * sqrt(mean * (1 - mean) / trials + Z95**2 / (4 * trials**2)) / shrink
     return Interval(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
 
 
@@ -88,25 +91,21 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - comb(n - c, k) / comb(n, k)
 
 
-def bootstrap(values_P: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """The mean over problems with its 95 % percentile bootstrap interval (Efron and Tibshirani, 1993).
+def difference_interval(differences_P: Sequence[float] | np.ndarray) -> Interval:
+    """The mean of paired differences in -1..1 with its 95 % interval (Agresti and Min, 2005).
 
-    For differences, which are not in 0..1. A little too narrow for few problems; no width where all values
-    are alike.
+    The normal interval after adding two pseudo-problems of weights 1/2, 1/2 and 1 with differences -1, 1 and
+    0. With one trial a problem that is their interval for matched proportions, 1/2 added to each of the four
+    cells. Unlike a normal or a bootstrap interval it has a width where all differences are alike, and keeps
+    its coverage for few problems.
     """
-    values_P = np.asarray(values_P, float)
-    count = len(values_P)
-    assert count, "no problem to resample"
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // count)
-    means_R = np.concatenate(
-        [
-            values_P[rng.integers(0, count, (min(rows, resamples - start), count))].mean(1)
-            for start in range(0, resamples, rows)
-        ]
-    )
-    low, high = np.quantile(means_R, (0.025, 0.975))
-    return Interval(float(values_P.mean()), float(low), float(high))
+    differences_P = np.asarray(differences_P, float)
+    assert len(differences_P), "no problem to compare"
+    mean, count = float(differences_P.mean()), len(differences_P) + 2
+    centre = float(differences_P.sum()) / count
+    variance = (float(np.square(differences_P).sum()) + 1) / count - centre**2
+    half = Z95 * sqrt(variance / count)
+    return Interval(mean, max(-1.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,7 @@ class Comparison:
 
     Attributes:
         problems: number of common problems.
-        difference: mean of b - mean of a, with its paired bootstrap interval.
+        difference: mean of b - mean of a, with its interval.
         p: two-sided p-value of `sign_flip`.
     """
 
@@ -124,7 +123,7 @@ class Comparison:
     p: float
 
 
-def compare(a: ProblemScores, b: ProblemScores, seed: int = 0) -> Comparison | None:
+def compare(a: ProblemScores, b: ProblemScores) -> Comparison | None:
     """Compares two runs; None if they have no problem in common."""
     place = {problem: index for index, problem in enumerate(a.problems)}
     pairs = [(place[problem], index) for index, problem in enumerate(b.problems) if problem in place]
@@ -133,7 +132,7 @@ def compare(a: ProblemScores, b: ProblemScores, seed: int = 0) -> Comparison | N
     # Over their common denominator the differences are integers.
     whole = lcm(a.of, b.of)
     shifts_P = [b.right_P[j] * (whole // b.of) - a.right_P[i] * (whole // a.of) for i, j in pairs]
-    return Comparison(len(pairs), bootstrap(np.array(shifts_P) / whole, seed), sign_flip(shifts_P))
+    return Comparison(len(pairs), difference_interval(np.array(shifts_P) / whole), sign_flip(shifts_P))
 
 
 def sign_flip(differences_P: Sequence[int]) -> float:

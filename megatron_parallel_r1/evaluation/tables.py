@@ -104,8 +104,8 @@ _THINKING: tuple[Column[EvaluationSummary], ...] = (
     Column("right without", "responses that use none", lambda s: _of(s.without_blocks)),
 )
 _PAIRED_LEAD = (
-    "Difference of mean@n (in mode majority@k of maj@k) on the same problems, in points, with its paired "
-    "bootstrap interval. p: exact two-sided sign-flip permutation test over problems; with one trial a "
+    "Difference of mean@n (in mode majority@k of maj@k) on the same problems, in points, with its "
+    "Agresti-Min interval. p: exact two-sided sign-flip permutation test over problems; with one trial a "
     "problem that is the exact McNemar test. Holm: p adjusted for all rows of this table."
 )
 _PAIRED: tuple[Column[PairedTest], ...] = (

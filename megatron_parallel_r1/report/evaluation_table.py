@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
+from megatron_parallel_r1.evaluation.statistics import wilson_interval
 from megatron_parallel_r1.utils.formats import NONE, count, fixed, interval, percent
 from megatron_parallel_r1.utils.jsonl import JsonRecord
 from megatron_parallel_r1.utils.tables import Column, Table, markdown_table
@@ -13,11 +14,15 @@ from megatron_parallel_r1.utils.tables import Column, Table, markdown_table
 def accuracy_interval(record: JsonRecord) -> tuple[float, float] | None:
     """The 95 % interval of a record's accuracy; None where the record has none.
 
-    Records before the Wilson interval have only its half width, `ci95`.
+    Records before the Wilson interval have only a half width, `ci95`, which is 0 or NaN at 0 %, at 100 % and
+    for a single problem; these get their Wilson interval here.
     """
     accuracy, half = record.get("accuracy"), record.get("ci95")
     if accuracy is None or half is None:
         return None
+    if "ci95_low" not in record and not half > 0 and record.get("problems"):
+        found = wilson_interval(accuracy, record["problems"])
+        return found.low, found.high
     low, high = record.get("ci95_low", accuracy - half), record.get("ci95_high", accuracy + half)
     return max(0.0, low), min(1.0, high)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_parallel_r1.evaluation.statistics import (
     ProblemScores,
-    bootstrap,
     compare,
+    difference_interval,
     holm,
     pass_at_k,
     score_interval,
@@ -98,38 +98,45 @@ def test_score_intervals_have_a_width_and_stay_in_range(right: list[int]) -> Non
     assert 0 <= found.low <= found.value <= found.high <= 1 and found.high - found.low > 0.01
 
 
-def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
-    """400 data sets of 60 fair coins: 95 % of the intervals hold 1/2, give or take four errors of 1 %."""
-    rng = np.random.default_rng(5)
-    held = 0
-    for trial in range(400):
-        found = bootstrap(rng.integers(0, 2, 60), seed=trial, resamples=1000)
-        held += found.low <= 0.5 <= found.high
-    assert 0.91 <= held / 400 <= 0.99
+@pytest.mark.parametrize(
+    ("better", "worse", "equal", "low", "high"),
+    [
+        # (12 - 2) / 52 = 0.1923; (14 + 1) / 52 - 0.1923² = 0.2515; ± 1.96 sqrt(0.2515 / 52)
+        (12, 2, 36, 0.0560, 0.3286),
+        (0, 0, 30, -0.0612, 0.0612),  # 1.96 / 32
+        (0, 0, 1, -0.6533, 0.6533),
+        (10, 0, 0, 0.5666, 1.0),  # 10/12 - 1.96 sqrt((11/12 - (10/12)²) / 12)
+        (0, 10, 0, -1.0, -0.5666),
+    ],
+)
+def test_difference_interval_by_hand(better: int, worse: int, equal: int, low: float, high: float) -> None:
+    differences = [1.0] * better + [-1.0] * worse + [0.0] * equal
+    found = difference_interval(differences)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+    assert found.value == np.mean(differences)
 
 
-def test_bootstrap_width_is_that_of_the_normal_approximation_where_it_holds() -> None:
-    values = np.random.default_rng(0).random(2000)
-    found = bootstrap(values, seed=1)
-    half = 1.96 * values.std() / 2000**0.5
-    assert found.value == pytest.approx(values.mean(), abs=ROUNDING)
-    # Quantiles of 10,000 resamples are themselves off by some 3 % of the half width.
-    assert found.high - found.value == pytest.approx(half, rel=0.08)
-    assert found.value - found.low == pytest.approx(half, rel=0.08)
+@pytest.mark.parametrize(("problems", "trials"), [(10, 1), (30, 8), (200, 4)])
+@pytest.mark.parametrize(("before", "after"), [(0.5, 0.5), (0.02, 0.02), (0.95, 0.99), (0.3, 0.6)])
+def test_difference_intervals_cover_the_difference(
+    problems: int, trials: int, before: float, after: float
+) -> None:
+    """1,000 pairs of runs on problems of different difficulty; both runs are better on the same ones."""
+    rng = np.random.default_rng(7)
+    chances = rng.beta(2 * before, 2 * (1 - before), (1000, problems))
+    # Moves each chance towards 1, so that the mean moves by after - before.
+    moved = chances + (1 - chances) * (after - before) / (1 - before)
+    shifts = (rng.binomial(trials, moved) - rng.binomial(trials, chances)) / trials
+    intervals = [difference_interval(shift) for shift in shifts]
+    assert sum(i.low <= after - before <= i.high for i in intervals) / 1000 >= 0.92
 
 
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 3))
-def test_bootstrap_stays_in_range_and_repeats_itself(right: list[int], seed: int) -> None:
-    values = np.array(right) / 4
-    found = bootstrap(values, seed, resamples=200)
-    assert values.min() - ROUNDING <= found.low <= found.high <= values.max() + ROUNDING
-    assert found == bootstrap(values, seed, resamples=200)
-
-
-def test_a_large_bootstrap_is_made_in_chunks() -> None:
-    values = np.arange(3001) % 2  # two million numbers a chunk: 666 rows, the last chunk short
-    found = bootstrap(values, seed=0, resamples=1000)
-    assert found.low < found.value < found.high
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=12))
+def test_difference_intervals_have_a_width_and_stay_in_range(quarters: list[int]) -> None:
+    found = difference_interval(np.array(quarters) / 4)
+    assert -1 <= found.low <= found.value <= found.high <= 1 and found.high - found.low > 0.01
+    mirrored = difference_interval(np.array(quarters) / -4)
+    assert (found.low, found.high) == pytest.approx((-mirrored.high, -mirrored.low), abs=ROUNDING)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from math import nan
 
 import pytest
 from rich.console import Console
@@ -37,6 +38,17 @@ def test_an_interval_need_not_be_symmetric() -> None:
     assert "| 0.0 [0.0, 11.4] % |" in row
     old = {"accuracy": 0.01, "ci95": 0.02}
     assert "| 1.0 [0.0, 3.0] % |" in evaluation_table([evals()[0] | old]).markdown()
+    none = {"accuracy": 0.0, "ci95": 0.0, "problems": 30}
+    single = {"accuracy": 1.0, "ci95": nan, "problems": 1}
+    assert "| 0.0 [0.0, 11.4] % |" in row
+    old = {"accuracy": 0.01, "ci95": 0.02}
+    assert "| 1.0 [0.0, 3.0] % |" in evaluation_table([evals()[0] | old]).markdown()
+    none, single = (
+        {"accuracy": 0.0, "ci95": 0.0, "problems": 30},
+        {"accuracy": 1.0, "ci95": nan, "problems": 1},
+    )
+    assert "| 0.0 [0.0, 11.4] % |" in evaluation_table([evals()[0] | none]).markdown()
+    assert "| 100.0 [20.7, 100.0] % |" in evaluation_table([evals()[0] | single]).markdown()
 
 
 def test_the_last_of_several_evaluations_of_one_step_counts() -> None:
