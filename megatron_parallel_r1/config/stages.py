@@ -205,3 +205,9 @@ class RlStage(Stage):
             )
         if thinking.temperature == 0:
             raise ValueError("at temperature 0 all traces of a group are the same")
+        if thinking.top_p < 1 or thinking.top_k:
+            name, all_tokens = ("top_k", 0) if thinking.top_k else ("top_p", 1)
+            raise ValueError(
+                f"thinking.{name} {getattr(thinking, name):g} cuts the distribution that tokens are drawn "
+                f"from, and RL trains the whole one; set {name} to {all_tokens} in this stage's thinking"
+            )

@@ -35,6 +35,7 @@ class Thinking(Settings):
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling: the smallest set of tokens with this probability."""
+    """Nucleus sampling: the smallest set of tokens with this probability; 1 in RL, which trains the whole
+    distribution."""
     top_k: CountOrZero = 0
-    """Sample from the most likely tokens only; 0: from all."""
+    """Sample from the most likely tokens only; 0: from all, as RL needs."""

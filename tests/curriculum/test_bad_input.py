@@ -52,6 +52,8 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         ("model={path: /nope}", "/nope: no config.json"),
         ("stages.cold_start.name=release", "a stage cannot be called release"),
         ("stages.rl.thinking.temperature=0", "at temperature 0 all traces of a group are the same"),
+        ("stages.rl.thinking.top_p=0.9", "stage rl: thinking.top_p 0.9 cuts the distribution"),
+        ("thinking.top_k=20", "stage rl: thinking.top_k 20 cuts the distribution"),
         ("evaluation.problems=100000", "100000 problems wanted, 7176 are held out"),
         (
             "stages.rl.early_stopping.metric=rewrd",

@@ -21,6 +21,11 @@ of a stage, and a server that restarts with other weights must not be taken for 
 STOCK_MODES: frozenset[Mode] = frozenset({"replay", "causal", "sequential"})
 """Modes served exactly by any server that continues a token list and can suppress a token."""
 
+NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Sent with every request: a server may have other defaults (SGLang's `--preferred-sampling-params`, the
+model's generation_config.json), and tokens would be drawn from another distribution than they are trained
+under."""
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:

@@ -20,6 +20,7 @@ import httpx
 from megatron_parallel_r1.rollout.engine import Completion
 from megatron_parallel_r1.rollout.joined_blocks import FIELD, encode_blocks, supports_joined_blocks
 from megatron_parallel_r1.rollout.servers.client import (
+    NEUTRAL,
     STOCK_MODES,
     AsyncHttpClient,
     GenerateRequest,
@@ -150,6 +151,7 @@ def _body(request: GenerateRequest, tokens: tuple[int, ...], left: int) -> dict[
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
+        **NEUTRAL,
         "sampling_seed": sampling.seed,
         "stop_token_ids": sorted(request.stop),
         "skip_special_tokens": False,

@@ -24,6 +24,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion
 from megatron_parallel_r1.rollout.servers.client import (
     INITIAL_VERSION,
+    NEUTRAL,
     STOCK_MODES,
     AsyncHttpClient,
     GenerateRequest,
@@ -159,6 +160,7 @@ class VllmClient:
 
 def _body(request: GenerateRequest, name: str) -> dict[str, Any]:
     params: dict[str, Any] = {
+        **NEUTRAL,
         "max_tokens": request.limit,
         "temperature": request.sampling.temperature,
         "seed": hash_seed(repr((request.sampling.seed, len(request.tokens)))),

@@ -20,6 +20,7 @@ from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.joined_blocks import JoinedBlock
 from megatron_parallel_r1.rollout.servers.client import (
     INITIAL_VERSION,
+    NEUTRAL,
     STOCK_MODES,
     GenerateRequest,
     GenerateResult,
@@ -89,6 +90,7 @@ def test_all_that_is_asked_is_sent() -> None:
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 5,
+        **NEUTRAL,
         "sampling_seed": (1 << 62) + 3,
         "stop_token_ids": [3, 6],
         "skip_special_tokens": False,

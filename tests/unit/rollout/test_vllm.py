@@ -15,6 +15,7 @@ from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.joined_blocks import JoinedBlock
 from megatron_parallel_r1.rollout.servers.client import (
     INITIAL_VERSION,
+    NEUTRAL,
     STOCK_MODES,
     GenerateRequest,
     GenerateResult,
@@ -84,6 +85,7 @@ def test_all_that_is_asked_is_sent() -> None:
     seed = body["sampling_params"].pop("seed")
     assert 0 <= seed < 1 << 63
     assert body["sampling_params"] == {
+        **NEUTRAL,
         "max_tokens": 4,
         "temperature": 0.5,
         "stop_token_ids": [3, 6],
