@@ -235,6 +235,7 @@ def _stage(
             template="plain",
             read_result=stated_result,
             timers=timers,
+            folder=Path(),
             world=world,
         )
         yield worker, learner

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from megatron_parallel_r1.utils.settings import Settings, Steps, StepsOrZero
 
-# Metrics that early stopping can watch, by kind of stage.
+# Metrics that early stopping and `keep_best` can watch, by kind of stage; in RL also `reward_<component>`.
 WATCHABLE = {
     "sft": ("loss", "entropy", "grad_norm"),
     "rl": (
@@ -18,6 +18,8 @@ WATCHABLE = {
         *("truncated", "entropy", "loss", "grad_norm"),
     ),
 }
+# Metrics of which less is better.
+FALLING = {"loss", "grad_norm", "length", "critical_length", "truncated"}
 
 
 class EarlyStopping(Settings):

@@ -6,16 +6,43 @@ overlong. `loss.policy_loss` combines them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.settings import Count, Settings, Tokens, TokensOrZero
+from megatron_parallel_r1.utils.user_function import load_with_parameters
 
-Advantage = Literal["grpo", "dr_grpo", "rloo"]
+
+def _named_or_own(value: Any, names: tuple[str, ...], what: str, parameters: str) -> Any:
+    """Checks the name of a formula: a known one, or the user's `module:function`, which is imported."""
+    if not isinstance(value, str) or value in names:
+        return value
+    if ":" not in value:
+        raise ValueError(f"use one of {', '.join(names)}, or module:function")
+    try:
+        load_with_parameters(value, f"objective.{what}", parameters)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+ADVANTAGES = ("grpo", "dr_grpo", "rloo")
+SURROGATES = ("ppo", "cispo")
+OwnFunction = Annotated[str, Field(pattern=":")]
+Advantage = Annotated[
+    Literal["grpo", "dr_grpo", "rloo"] | OwnFunction,
+    BeforeValidator(lambda value: _named_or_own(value, ADVANTAGES, "advantage", "rewards_PG")),
+]
 Aggregation = Literal["token", "sequence", "constant"]
 Ratio = Literal["token", "sequence", "sequence_token"]
-Surrogate = Literal["ppo", "cispo"]
+Surrogate = Annotated[
+    Literal["ppo", "cispo"] | OwnFunction,
+    BeforeValidator(
+        lambda value: _named_or_own(value, SURROGATES, "surrogate", "logprobs_N, ratio_N, values")
+    ),
+]
 Kl = Literal["none", "k1", "k2", "k3"]
 Correction = Literal["none", "truncate", "mask"]
 CorrectionLevel = Literal["token", "sequence", "geometric"]
@@ -28,7 +55,7 @@ class Objective(Settings):
     """Settings of the loss; the defaults are token-level GRPO with DAPO's clip-higher, as in Parallel-R1."""
 
     advantage: Advantage = "grpo"
-    """Advantage of a trace against the others of its problem."""
+    """Advantage of a trace against the others of its problem; or `module:function` (docs/rl.md)."""
     aggregation: Aggregation = "token"
     """Weight of each target token (DAPO: token; GRPO: sequence; Dr. GRPO: constant)."""
     constant_length: Tokens | None = None
@@ -37,7 +64,7 @@ class Objective(Settings):
     """Ratio of one token (GRPO), of the whole trace (GSPO, which clips at 3e-4 and 4e-4), or the trace's with
     the token's gradient (GSPO-token)."""
     surrogate: Surrogate = "ppo"
-    """PPO's clipped minimum, or CISPO's clipped weight."""
+    """PPO's clipped minimum, CISPO's clipped weight, or `module:function` (docs/rl.md)."""
     clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Lower bound of the ratio is 1 - clip_low; CISPO's paper bounds above only: 1."""
     clip_high: Annotated[float, Field(gt=0)] = 0.28

@@ -150,7 +150,7 @@ class Recipe(Settings):
     def keeps_checkpoints(self, stage: Stage) -> bool:
         """Whether its checkpoints are kept when the stage is done."""
         carried = any(other.carry_optimizer and self.start_of(other) == stage.name for other in self.stages)
-        return stage.keep_best or carried
+        return bool(stage.keep_best) or carried
 
     def start_of(self, stage: Stage) -> str | None:
         """The stage whose weights `stage` begins with; None: the model itself."""

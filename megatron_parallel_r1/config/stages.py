@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -13,8 +14,17 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
 from megatron_parallel_r1.rewards.schedule import CONSTANT_ONE, Constant, Linear, Window
+from megatron_parallel_r1.rewards.user_calls import CallLimits
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.utils.settings import Count, CountOrZero, Settings, Share, Steps, StepsOrZero
+from megatron_parallel_r1.utils.settings import (
+    Count,
+    CountOrZero,
+    Seconds,
+    Settings,
+    Share,
+    Steps,
+    StepsOrZero,
+)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -64,20 +74,33 @@ class Stage(Settings):
     """Steps between two checkpoints."""
     keep_last: Count = 2
     """Checkpoints that are kept."""
-    keep_best: bool = False
-    """Also keep the checkpoint with the best score (`SCORES` in `run/stage_loop.py`), beyond the stage's
-    end."""
+    keep_best: bool | str = False
+    """Also keep the checkpoint with the best mean of a metric, beyond the stage's end: true (`accuracy` in
+    RL, `loss` in SFT), or the metric, such as `reward`."""
     max_bad_steps: Steps = 3
     """Consecutive steps with a loss or gradient that is not finite that end the run; each is skipped."""
 
     @model_validator(mode="after")
-    def _check_metric(self) -> Stage:
-        watchable = WATCHABLE.get(self.kind, ())
-        if self.early_stopping and self.early_stopping.metric not in watchable:
-            raise ValueError(
-                f"early_stopping.metric {self.early_stopping.metric!r} is none of {', '.join(watchable)}"
-            )
+    def _check_metrics(self) -> Stage:
+        watched = {"keep_best": self.keep_best} if isinstance(self.keep_best, str) else {}
+        if self.early_stopping:
+            watched["early_stopping.metric"] = self.early_stopping.metric
+        watchable = self.watchable()
+        for key, metric in watched.items():
+            if metric not in watchable:
+                raise ValueError(f"{key} {metric!r} is none of {', '.join(watchable)}")
         return self
+
+    def watchable(self) -> tuple[str, ...]:
+        """The metrics that `keep_best` and `early_stopping` can watch."""
+        return WATCHABLE.get(self.kind, ())
+
+    @property
+    def best_metric(self) -> str:
+        """The metric that ranks checkpoints."""
+        if isinstance(self.keep_best, str):
+            return self.keep_best
+        return {"rl": "accuracy"}.get(self.kind, "loss")
 
     def check_thinking(self, thinking: Thinking) -> None:
         """Checks the stage against its decoding settings, the recipe's and its own together.
@@ -100,6 +123,9 @@ class SftStage(Stage):
 
 def _constant(value: Any) -> Any:
     """A bare number is a constant weight."""
+    if isinstance(value, str):
+        with suppress(ValueError):  # YAML reads 1e-1, without a point, as text
+            value = float(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return {"kind": "constant", "value": value} if is_number else value
 
@@ -132,6 +158,11 @@ class RewardSource(Settings):
     """Settings of the named reward."""
     components: tuple[RewardComponent, ...] = ()
     """Terms that are added up, instead of a name."""
+    call_timeout_s: Seconds | None = None
+    """Time limit of one call of a function of yours; beyond it, its traces count as without a reward. null:
+    none."""
+    max_concurrent_calls: Count | None = None
+    """Most calls of a function of yours at once, in each replica; null: 1, of an `async` function 64."""
 
     @model_validator(mode="after")
     def _check_exists(self) -> RewardSource:
@@ -144,9 +175,10 @@ class RewardSource(Settings):
         return self
 
     def make(self) -> rewards.Reward:
+        limits = CallLimits(self.call_timeout_s, self.max_concurrent_calls)
         if not self.components:
-            return make_reward(self.name, self.settings)
-        parts = [make_component(c.term, c.settings, c.weight, c.name) for c in self.components]
+            return make_reward(self.name, self.settings, limits)
+        parts = [make_component(c.term, c.settings, c.weight, c.name, limits) for c in self.components]
         return rewards.Reward(tuple(parts))
 
 
@@ -196,6 +228,10 @@ class RlStage(Stage):
         if self.partial_rollout and not self.max_off_policy_steps:
             raise ValueError("partial_rollout needs a max_off_policy_steps of 1 at least")
         return self
+
+    def watchable(self) -> tuple[str, ...]:
+        parts = (f"reward_{component.name}" for component in self.reward.make().components)
+        return (*super().watchable(), *parts)
 
     def check_thinking(self, thinking: Thinking) -> None:
         if self.objective.overlong_cache > thinking.max_response_tokens:

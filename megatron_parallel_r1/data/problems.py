@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +17,14 @@ class Problem:
         answers: right final answers, any of which counts; several where a question has several solutions.
             Not empty, none blank.
         source: the data set.
+        columns: all columns of its row, for rewards; no part of its identity.
     """
 
     id: str
     prompt: str
     answers: tuple[str, ...]
     source: str
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.prompt.strip(), f"problem {self.id} of {self.source} has no prompt"

@@ -135,7 +135,7 @@ def stream_examples(
 
 def _problems(name: str, path: Path | None, columns: Columns | None, split: str | None) -> RowSource[Problem]:
     schema = schema_of(name, columns)
-    return _open(schema, lambda row, id: _problem(schema, row, id), path, split)
+    return _open(schema, lambda row, id: replace(_problem(schema, row, id), columns=row), path, split)
 
 
 def _examples(name: str, path: Path | None, columns: Columns | None, split: str | None) -> RowSource[Example]:

@@ -5,11 +5,8 @@ To add a term, write a frozen dataclass whose fields are its settings, and add i
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
 from types import MappingProxyType
@@ -20,6 +17,8 @@ from pydantic import ValidationError
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward, Term
 from megatron_parallel_r1.rewards.schedule import CONSTANT_ONE, Constant, WeightSchedule, Window
+from megatron_parallel_r1.rewards.user_calls import NO_LIMITS, CallLimits
+from megatron_parallel_r1.rewards.user_term import load_user_term
 from megatron_parallel_r1.utils.settings import first_problem
 
 RewardSetting = bool | int | float | str
@@ -144,17 +143,20 @@ REWARDS = (*TERMS, "s1", *PRESETS)
 """Every name that a recipe accepts as its reward."""
 
 
-def make_reward(name: str, settings: Mapping[str, RewardSetting] | None = None) -> Reward:
+def make_reward(
+    name: str, settings: Mapping[str, RewardSetting] | None = None, limits: CallLimits = NO_LIMITS
+) -> Reward:
     """Builds the reward `name` with the given settings and the paper's defaults for the others.
 
     Args:
         name: one of `REWARDS`, or `module:function` (`load_user_term`).
+        limits: of the calls of a user's function.
 
     Raises:
         UserError: the name or a setting is unknown, or a value has the wrong type or range.
     """
     if name not in PRESETS:
-        return Reward((make_component("accuracy" if name == "s1" else name, settings),))
+        return Reward((make_component("accuracy" if name == "s1" else name, settings, limits=limits),))
     preset = _build(name, PRESETS[name], settings)
     try:
         return preset.reward()
@@ -167,12 +169,14 @@ def make_component(
     settings: Mapping[str, RewardSetting] | None = None,
     weight: WeightSchedule = CONSTANT_ONE,
     name: str | None = None,
+    limits: CallLimits = NO_LIMITS,
 ) -> Component:
     """Builds one component of a reward.
 
     Args:
         term: one of `TERMS`, or `module:function`, which takes no settings.
         name: the name of its metric; None: that of the term or function.
+        limits: of the calls of a user's function.
 
     Raises:
         UserError: the term or a setting is unknown, or a value has the wrong type or range.
@@ -180,7 +184,7 @@ def make_component(
     if ":" in term:
         if settings:
             raise UserError(f"reward {term}: a function takes no settings; write them in its module")
-        return Component(name or term.partition(":")[2], load_user_term(term), weight)
+        return Component(name or term.partition(":")[2], load_user_term(term, limits), weight)
     if term not in TERMS:
         raise UserError(f"reward {term!r}: unknown, use one of {', '.join(REWARDS)}, or module:function")
     return Component(name or term, _build(term, TERMS[term], settings), weight)
@@ -196,9 +200,12 @@ def _build(name: str, kind: Callable[..., Built], settings: Mapping[str, RewardS
     assert is_dataclass(kind), name
     types = {field.name: type(field.default) for field in fields(kind)}
     values = dict(settings or {})
-    for key, value in values.items():
+    for key, value in list(values.items()):
         if key not in types:
             raise UserError(f"reward {name}: no setting {key!r}, it has {', '.join(types) or 'none'}")
+        if isinstance(value, str) and types[key] is float:
+            with suppress(ValueError):  # YAML reads 1e-1, without a point, as text
+                value = values[key] = float(value)
         accepted = (int, float) if types[key] is float else (types[key],)
         if not isinstance(value, accepted) or (isinstance(value, bool) and types[key] is not bool):
             raise UserError(f"reward {name}: {key} is {value!r}, it must be of type {types[key].__name__}")
@@ -208,54 +215,3 @@ def _build(name: str, kind: Callable[..., Built], settings: Mapping[str, RewardS
         return build(**values)
     except ValueError as error:
         raise UserError(f"reward {name}: {error}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class UserTerm:
-    """A user's function, whose result is checked.
-
-    Attributes:
-        name: its `module:function`.
-    """
-
-    name: str
-    function: Term
-
-    def __call__(self, judged: Judged, step: int) -> float:
-        """Calls the function; raises UserError if it returns no finite number. Its errors pass through."""
-        value = self.function(judged, step)
-        # Scalars of numpy and torch have __float__ too, a str does not.
-        if not hasattr(value, "__float__") or not isfinite(number := float(value)):
-            raise UserError(f"reward {self.name}: it returned {value!r}; return a finite number")
-        return number
-
-
-def load_user_term(name: str) -> UserTerm:
-    """Imports `module:function`.
-
-    Raises:
-        UserError: the name is malformed, cannot be imported, or is no function of (judged, step).
-    """
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise UserError(f"reward {name}: write module:function")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"reward {name}: cannot import {module_name} ({what}); fix it, or set PYTHONPATH to its folder"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        what = "no function" if function is not None else "nothing"
-        raise UserError(f"reward {name}: {module_name} has {what} called {function_name}; define it there")
-    try:
-        inspect.signature(function).bind(None, 0)
-    except TypeError:
-        raise UserError(
-            f"reward {name}: it cannot be called as {function_name}(judged, step); give it two parameters"
-        ) from None
-    return UserTerm(name, function)

@@ -24,8 +24,13 @@ from megatron.core import parallel_state
 
 from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.config.stages import RlStage
-from megatron_parallel_r1.distributed.collectives import all_reduce_max, sum_metrics
-from megatron_parallel_r1.rl.objective.advantage import ADVANTAGES, Float64, path_advantages
+from megatron_parallel_r1.distributed.collectives import all_reduce_max, run_on_rank_zero, sum_metrics
+from megatron_parallel_r1.rl.objective.advantage import (
+    ADVANTAGES,
+    Float64,
+    path_advantages,
+    scored_advantages,
+)
 from megatron_parallel_r1.rl.objective.aggregation import target_weights
 from megatron_parallel_r1.rl.objective.correction import effective_share
 from megatron_parallel_r1.rl.objective.kl import kl_penalties
@@ -145,21 +150,33 @@ class Learner:
             self._compute_logprobs(mini_batches)
         return PolicyBatch(traces, mini_batches, self._penalties(traces, mini_batches))
 
-    def advantages(self, batch: PolicyBatch, rewards: Sequence[float]) -> Float64:
-        """Computes the advantages of the traces, float64 [R], from rewards plus penalties."""
-        totals_R = np.asarray(rewards) + sum(batch.penalties.values())
-        return ADVANTAGES[self.objective.advantage](totals_R.reshape(-1, self.batch.samples)).ravel()
+    def advantages(self, batch: PolicyBatch, rewards: Sequence[float | None]) -> Float64 | np.ma.MaskedArray:
+        """Computes the advantages of the traces, float64 [R], from rewards plus penalties.
+
+        Those of traces without a reward are masked.
+        """
+        rewards_R = np.array(rewards, float)  # None becomes NaN
+        totals_R = rewards_R + sum(batch.penalties.values())
+        shape, name = (-1, self.batch.samples), self.objective.advantage
+
+        def compute() -> Float64 | np.ma.MaskedArray:
+            unscored_PG = np.isnan(rewards_R).reshape(shape)
+            return scored_advantages(name, totals_R.reshape(shape), unscored_PG).ravel()
+
+        # A user's function may differ from rank to rank.
+        return compute() if name in ADVANTAGES else run_on_rank_zero(compute)
 
     def update(
         self,
         batch: PolicyBatch,
-        advantages_R: Float64,
+        advantages_R: Float64 | np.ma.MaskedArray,
         lr: float,
         path_verdicts: Sequence[PathVerdicts] | None = None,
     ) -> dict[str, float]:
         """Makes all updates of a step: for each mini-batch, policy loss, gradient and optimizer step.
 
         Args:
+            advantages_R: a masked one leaves its trace out of the loss.
             path_verdicts: verdicts of each trace's paths, for per-path credit.
 
         Returns:
@@ -255,10 +272,15 @@ class Learner:
         return sums_R.cpu().numpy()
 
     def _spread_targets(
-        self, batch: PolicyBatch, advantages_R: Float64, path_verdicts: Sequence[PathVerdicts] | None
+        self,
+        batch: PolicyBatch,
+        advantages_R: Float64 | np.ma.MaskedArray,
+        path_verdicts: Sequence[PathVerdicts] | None,
     ) -> None:
         """Adds each target's advantage and its weight in the loss to the micro-batches."""
         objective, traces = self.objective, batch.traces
+        kept_R = ~np.ma.getmaskarray(advantages_R)
+        advantages_R = np.ma.filled(advantages_R, 0.0)
         if objective.path_credit:
             assert path_verdicts is not None, "per-path credit needs each path's verdict"
             advantages = [
@@ -268,7 +290,8 @@ class Learner:
         else:
             advantages = [np.full(len(t.tokens), a) for t, a in zip(traces, advantages_R, strict=True)]
         targets_R = np.array([trace.sampled_count for trace in traces])
-        kept_R = complete(traces) if objective.mask_truncated else np.ones(len(traces), bool)
+        if objective.mask_truncated:
+            kept_R &= complete(traces)
         for mini_batch in batch.mini_batches:
             chosen = mini_batch.traces
             weights_R = np.zeros(len(traces))

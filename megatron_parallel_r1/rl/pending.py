@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -36,7 +37,8 @@ def to_json(batch: RolloutBatch) -> dict[str, Any]:
     # The trained traces are objects of `batch.all`.
     places = {id(trace): place for place, trace in enumerate(rollouts.traces)}
     return {
-        "problems": PROBLEMS.dump_python(problems, mode="json"),
+        # Their rows served the rewards, which are computed.
+        "problems": PROBLEMS.dump_python([replace(p, columns={}) for p in problems], mode="json"),
         "problem": [numbers[problem] for problem in rollouts.problems],
         "traces": _traces_to_json(rollouts.traces),
         "judged": JUDGED.dump_python(rollouts.judged, mode="json"),

@@ -28,7 +28,8 @@ class Rollouts:
         return len(self.traces)
 
     @property
-    def rewards(self) -> list[float]:
+    def rewards(self) -> list[float | None]:
+        """The reward of each trace; None leaves it out of the loss and of its group."""
         return [score.total for score in self.scores]
 
     def __add__(self, other: Rollouts) -> Rollouts:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from megatron_parallel_r1.distributed.collectives import (
     is_replica_leader,
     replica_slice,
 )
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.base import Judged, Reward, reward_metrics
 from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -38,6 +41,7 @@ from megatron_parallel_r1.rl.path_results import (
     summary_metrics,
 )
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts
+from megatron_parallel_r1.rl.scoring import keep_unscored, score
 from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.run.context import RunContext
@@ -55,7 +59,8 @@ class RolloutWorker:
 
     Attributes:
         seed: determines, with the step, all draws of a batch.
-        reward: a pure function of a judged trace and the step, counted from 0.
+        reward: of a judged trace and the step, counted from 0.
+        folder: of the stage, for traces that could not be scored.
         template: name of the prompt template.
         read_result: reads the result off the text of a path or a summary.
         timers: `draw` times sampling, `verify` verification.
@@ -72,6 +77,7 @@ class RolloutWorker:
     template: str
     read_result: ReadResult
     timers: Timers
+    folder: Path
     world: dist.ProcessGroup | None = None
 
     @classmethod
@@ -97,6 +103,7 @@ class RolloutWorker:
             template=run.recipe.prompt_template,
             read_result=stated_value if isinstance(stage.data, DataSet) else _embedded_result,
             timers=timers,
+            folder=run.stage_folder(stage.name),
             world=world,
         )
 
@@ -109,6 +116,9 @@ class RolloutWorker:
 
         Args:
             step: step of the stage, from 1; rewards count from 0.
+
+        Raises:
+            UserError: a user's reward failed, or gave no trace a value; the step's traces are kept in a file.
         """
         prompts, samples, dynamic = (
             self.stage.prompts_per_step,
@@ -121,15 +131,22 @@ class RolloutWorker:
             rounds += 1
             missing = prompts - len(trained) // samples
             count = missing if dynamic is None else math.ceil(missing * dynamic.oversampling)
-            fresh = self._generate(step, count, first_response=len(everything))
+            fresh = self._score(self._generate(step, count, first_response=len(everything)), everything, step)
             everything = everything + fresh
             useful = np.ones(count, bool)
             if dynamic is not None:
-                useful = informative(np.reshape(fresh.rewards, (count, samples)))
+                useful = informative(np.array(fresh.rewards, float).reshape(count, samples))
             trained = trained + fresh.groups(np.flatnonzero(useful)[:missing].tolist(), samples)
             if len(trained) == prompts * samples:
                 break
-        return RolloutBatch(everything, trained if len(trained) else everything, rounds)
+        batch = RolloutBatch(everything, trained if len(trained) else everything, rounds)
+        if all(reward is None for reward in batch.trained.rewards):
+            path = keep_unscored(everything, step, self.folder, self.tokenizer)
+            raise UserError(
+                f"stage {self.stage.name}, step {step}: no trace has a reward, there is nothing to train on; "
+                f"the step's traces are in {path}"
+            )
+        return batch
 
     def judge_paths(self, batch: RolloutBatch) -> list[PathVerdicts]:
         """Verifies the result of each path of the trained traces, for per-path credit."""
@@ -144,6 +161,8 @@ class RolloutWorker:
         everything, samples = batch.all, self.stage.samples_per_prompt
         return {
             **reward_metrics(everything.scores),
+            "unscored": fmean(reward is None for reward in everything.rewards),
+            "scoring_timeouts": sum(score.timeouts for score in everything.scores),
             "reward_term": self.reward.term(step - 1),
             **trace_metrics(everything.traces, everything.judged),
             **group_metrics(everything.judged, samples),
@@ -156,7 +175,7 @@ class RolloutWorker:
         }
 
     def _generate(self, step: int, count: int, first_response: int) -> Rollouts:
-        """Generates a group of responses to each of the next `count` problems.
+        """Generates and verifies a group of responses to each of the next `count` problems; no scores yet.
 
         Args:
             first_response: number of responses that the step has already; the n-th response of a step has the
@@ -176,7 +195,24 @@ class RolloutWorker:
             self.world,
             self.timers,
         )
-        return Rollouts(problems, traces, judged, [self.reward.score(j, step - 1) for j in judged])
+        return Rollouts(problems, traces, judged, [])
+
+    def _score(self, fresh: Rollouts, earlier: Rollouts, step: int) -> Rollouts:
+        """Adds the scores to the traces of a round.
+
+        Args:
+            earlier: traces of the step's earlier rounds.
+        """
+        samples = self.stage.samples_per_prompt
+        try:
+            with self.timers.of("score"):
+                scores = score(
+                    self.reward, fresh, samples, step - 1, self.tokenizer, len(earlier), self.world
+                )
+        except UserError as error:
+            path = keep_unscored(earlier + fresh, step, self.folder, self.tokenizer)
+            raise UserError(f"{error}; the step's traces are in {path}") from error.__cause__
+        return replace(fresh, scores=scores)
 
 
 def sample_and_verify(

@@ -48,7 +48,8 @@ def check_sources(recipe: Recipe) -> None:
 
     Raises:
         UserError: a file is missing, a row is unusable and may not be skipped, a stage has no data left to
-            train on, or an evaluation problem is also a training problem.
+            train on or lacks a column that its reward needs, or an evaluation problem is also a training
+            problem.
     """
     trained_on = {stage.name: _prompts(recipe, stage) for stage in recipe.stages}
     for stage in recipe.stages:
@@ -57,6 +58,11 @@ def check_sources(recipe: Recipe) -> None:
                 f"stage {stage.name}: nothing of {stage.data.path or stage.data.name} is left to train on; "
                 "give another data set, or evaluate on other problems"
             )
+        if isinstance(stage, RlStage) and (terms := stage.reward.make().user_terms):
+            problems = _problems(recipe, stage).in_order() if isinstance(stage.data, DataSet) else ()
+            columns = dict.fromkeys(name for problem in problems for name in problem.columns)
+            for term in terms:
+                term.check_columns(columns)
     if recipe.evaluation is not None:
         held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems)
         evaluated = {problem.prompt for problem in held_out}

@@ -8,6 +8,7 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Protocol
 
+from megatron_parallel_r1.config.early_stopping import FALLING
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.distributed.collectives import all_ranks_true
 from megatron_parallel_r1.distributed.watchdog import Watchdog
@@ -19,9 +20,6 @@ from megatron_parallel_r1.run.stage_log import StageLog
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.trainer import LrSchedule, Trainer
 from megatron_parallel_r1.utils.exit import stop_signal_pending
-
-# The metric that ranks checkpoints, and whether lower or higher is better.
-SCORES: dict[str, tuple[str, Literal["min", "max"]]] = {"sft": ("loss", "min"), "rl": ("accuracy", "max")}
 
 
 class Stateful(Protocol):
@@ -61,9 +59,10 @@ class StageLoop:
         )
         folder = run.stage_folder(stage.name)
         self._keeps_last = run.recipe.keeps_checkpoints(stage)
-        self._metric, direction = SCORES[stage.kind]
+        self._metric = stage.best_metric
+        better: Literal["min", "max"] = "min" if self._metric in FALLING else "max"
         self._checkpoints = Checkpoints(
-            checkpoint_folder(folder), stage.keep_last, direction if stage.keep_best else None
+            checkpoint_folder(folder), stage.keep_last, better if stage.keep_best else None
         )
         self.done, self._restored = self._checkpoints.restore(trainer)
         if not self.done and stage.carry_optimizer:

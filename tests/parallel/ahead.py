@@ -29,7 +29,8 @@ from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.collectives import all_gather_objects, background_groups
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
-from megatron_parallel_r1.rewards.base import Component, Judged, Reward
+from megatron_parallel_r1.rewards.base import Judged
+from megatron_parallel_r1.rewards.registry import make_reward
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.rollout_queue import open_queue
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
@@ -47,8 +48,16 @@ THINKING = Thinking(max_path_tokens=8, max_response_tokens=40)
 
 
 def short(judged: Judged, step: int) -> float:
-    """A reward that an untrained model earns now and then, so that some groups are not kept."""
-    return float(judged.length < 15)
+    """A reward that an untrained model earns now and then, so that some groups are not kept.
+
+    It differs from rank to rank, as those of a judge do.
+    """
+    return float(judged.length < 15) + 1e-3 * dist.get_rank()
+
+
+def copies() -> int:
+    """Copies of the model."""
+    return parallel_state.get_data_parallel_world_size()
 
 
 def weights(model: Qwen3ForCausalLM, version: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -88,16 +97,21 @@ def stage(team: TensorParallelGroup, world: dist.ProcessGroup, k: int) -> list[A
             tokenizer,
             verifier,
             seed=11,
-            reward=Reward((Component("short", short),)),
+            reward=make_reward("tests.parallel.ahead:short"),
             template="plain",
             read_result=stated_result,
             timers=Timers(),
+            folder=Path(),
             world=world,
         )
         with open_queue(worker, worker.stage, done=0, pending=None) as rollouts:
             for step in range(1, STEPS + 1):
                 rollouts.update_weights(weights(model, step - 1), version=step - 1)
                 batch = rollouts.next_batch(step)
+                # Each trace has the figure of one rank everywhere.
+                rewards = all_gather_objects(batch.all.rewards)
+                assert all(other == rewards[0] for other in rewards)
+                assert {round(1e3 * (reward % 0.5)) for reward in rewards[0]} == set(range(copies()))
                 for _ in range(50):
                     dist.all_reduce(torch.ones(1))
                 traces = [(t.tokens, t.versions, t.logprobs) for t in batch.all.traces]

@@ -6,12 +6,14 @@ Shapes: P prompts, G traces of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_parallel_r1.config.objective import Advantage
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.tree import Tree
+from megatron_parallel_r1.utils.user_function import in_one_line, load_function
 
 Float64 = NDArray[np.float64]
 
@@ -56,23 +58,66 @@ def informative(rewards_PG: Float64) -> NDArray[np.bool_]:
     If all rewards are equal, every advantage is 0: the group costs compute and dilutes the gradient.
 
     Args:
-        rewards_PG: before penalties that differ from trace to trace anyway, such as a KL penalty.
+        rewards_PG: before penalties that differ from trace to trace anyway, such as a KL penalty. NaN: the
+            trace has no reward.
     """
-    return rewards_PG.max(1) > rewards_PG.min(1)
+    unscored_PG = np.isnan(rewards_PG)
+    highest_P = np.where(unscored_PG, -np.inf, rewards_PG).max(1)
+    return highest_P > np.where(unscored_PG, np.inf, rewards_PG).min(1)
 
 
-ADVANTAGES: dict[Advantage, Callable[[Float64], Float64]] = {
+ADVANTAGES: dict[str, Callable[[Float64], Float64]] = {
     "grpo": group_advantages,
     "dr_grpo": dr_grpo_advantages,
     "rloo": rloo_advantages,
 }
+
+
+def estimator(name: str) -> Callable[[Float64], Float64]:
+    """The estimator of a name, or the user's `module:function`, whose result is checked."""
+    return ADVANTAGES.get(name) or partial(_own_advantages, name)
+
+
+def _own_advantages(name: str, rewards_PG: Float64) -> Float64:
+    """
+    Raises:
+        UserError: the user's function raised, or returned another shape or a number that is not finite.
+    """
+    what = f"objective.advantage {name}"
+    try:
+        advantages_PG = np.array(load_function(name, what)(rewards_PG.copy()), float)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what}: {in_one_line(error)}") from error
+    if advantages_PG.shape != rewards_PG.shape or not np.isfinite(advantages_PG).all():
+        raise UserError(
+            f"{what}: it returned {in_one_line(advantages_PG)} for rewards of shape {rewards_PG.shape}; "
+            "return a finite number for each"
+        )
+    return advantages_PG
+
+
+def scored_advantages(
+    name: str, rewards_PG: Float64, unscored_PG: NDArray[np.bool_]
+) -> Float64 | np.ma.MaskedArray:
+    """Advantages [P, G] in which traces without a reward are masked and count in no mean of their group."""
+    estimate = estimator(name)
+    if not unscored_PG.any():
+        return estimate(rewards_PG)
+    advantages_PG = np.ma.array(np.zeros(rewards_PG.shape), mask=unscored_PG)
+    for row_G, rewards_G, scored_G in zip(advantages_PG.data, rewards_PG, ~unscored_PG, strict=True):
+        if scored_G.any():
+            row_G[scored_G] = estimate(rewards_G[scored_G][None])[0]
+    return advantages_PG
+
 
 # The accuracy reward of Parallel-R1 (arXiv 2509.07980): +1 for a right answer, -1 for a wrong one.
 RIGHT, WRONG = 1.0, -1.0
 
 
 def path_advantages(
-    tree: Tree, correct: Sequence[Sequence[bool | None]], advantage: float, kind: Advantage = "grpo"
+    tree: Tree, correct: Sequence[Sequence[bool | None]], advantage: float, kind: str = "grpo"
 ) -> Float64:
     """The advantage of each token of a trace, float64 [L]. An option of this project, not of the paper.
 
@@ -85,7 +130,7 @@ def path_advantages(
         correct: for each block of `tree.all_blocks()` and each of its paths, whether its own answer is
             right; None if it gives none.
         advantage: the trace's advantage.
-        kind: the estimator.
+        kind: the estimator's name.
     """
     advantages_L = np.full(tree.length, advantage)
     # Outer blocks come first, so that inner ones overwrite the advantages of their own tokens.
@@ -98,6 +143,6 @@ def path_advantages(
         if len(judged) < 2:
             continue
         rewards_1G = np.array([[reward for _, reward in judged]])
-        for (path, _), own in zip(judged, ADVANTAGES[kind](rewards_1G)[0], strict=True):
+        for (path, _), own in zip(judged, estimator(kind)(rewards_1G)[0], strict=True):
             advantages_L[path.start : path.stop] = own
     return advantages_L

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 import torch
 
 from megatron_parallel_r1.config.objective import Objective
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rl.objective.correction import engine_ratios, masked, truncated
 from megatron_parallel_r1.rl.objective.kl import kl_estimates
 from megatron_parallel_r1.rl.objective.surrogate import cispo, ppo, ratios
 from megatron_parallel_r1.train.micro_batch import Segments
+from megatron_parallel_r1.utils.user_function import in_one_line, load_function
 
 
 def policy_loss(
@@ -46,7 +48,7 @@ def policy_loss(
     """
     old_N = values.get("old", logprobs_N.detach())
     ratio_N = ratios(logprobs_N, old_N, objective.ratio, segments)
-    gain_N, reports = _gain(objective, logprobs_N, ratio_N, values["advantage"])
+    gain_N, reports = _gain(objective, logprobs_N, ratio_N, values)
     # In float64: a small step is far below the rounding of exp(d) - 1 - d in float32.
     reports["kl_old"] = kl_estimates(old_N.double(), logprobs_N.detach().double(), "k3")
 
@@ -75,12 +77,39 @@ def policy_loss(
 
 
 def _gain(
-    objective: Objective, logprobs_N: torch.Tensor, ratio_N: torch.Tensor, advantages_N: torch.Tensor
+    objective: Objective,
+    logprobs_N: torch.Tensor,
+    ratio_N: torch.Tensor,
+    values: Mapping[str, torch.Tensor],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     low, high = objective.clip_low, objective.clip_high
+    advantages_N = values["advantage"]
+    if objective.surrogate == "ppo":
+        return ppo(ratio_N, advantages_N, low, high, objective.dual_clip)
     if objective.surrogate == "cispo":
         return cispo(logprobs_N, ratio_N, advantages_N, low, high)
-    return ppo(ratio_N, advantages_N, low, high, objective.dual_clip)
+    return _own_gain(objective.surrogate, logprobs_N, ratio_N, values), {}
+
+
+def _own_gain(
+    name: str, logprobs_N: torch.Tensor, ratio_N: torch.Tensor, values: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """
+    Raises:
+        UserError: the user's function raised, or returned no tensor of N gains with a gradient.
+    """
+    what = f"objective.surrogate {name}"
+    try:
+        gain_N = load_function(name, what)(logprobs_N, ratio_N, values)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what}: {in_one_line(error)}") from error
+    shape = getattr(gain_N, "shape", None)
+    if shape != logprobs_N.shape or gain_N.requires_grad < logprobs_N.requires_grad:
+        raise UserError(
+            f"{what}: it returned {in_one_line(gain_N)} for {len(logprobs_N)} targets; return a tensor with "
+            "the gain of each, differentiable in logprobs_N or ratio_N"
+        )
+    return gain_N
 
 
 def _bounded(objective: Objective, ratio_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

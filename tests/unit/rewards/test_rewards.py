@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_parallel_r1.config.stages import RewardSource
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.base import Component, Judged, Reward, Score, reward_metrics
 from megatron_parallel_r1.rewards.format_check import Format
@@ -114,6 +115,12 @@ def test_s2_with_other_settings() -> None:
     always, never = make_reward("s2", {"share": 1.0}), make_reward("s2", {"share": 0.0})
     assert {always(judged(True, PARALLEL), step) for step in range(20)} == {1.2}
     assert {never(judged(True, PARALLEL), step) for step in range(20)} == {1.0}
+
+
+def test_a_number_that_yaml_reads_as_text() -> None:
+    assert make_reward("s2", {"bonus": "1e-1"}) == make_reward("s2", {"bonus": 0.1})
+    source = RewardSource.model_validate({"components": [{"term": "accuracy", "weight": "1e-1"}]})
+    assert source.make()(judged(True), 0) == 0.1
 
 
 def test_s2_spelled_as_components_is_s2() -> None:
@@ -280,9 +287,8 @@ def test_a_function_that_cannot_serve(name: str, message: str) -> None:
 @pytest.mark.usefixtures("own")
 def test_a_function_that_returns_no_number_or_is_given_settings() -> None:
     for name, value in (("words", "'many'"), ("endless", "nan")):
-        with pytest.raises(
-            UserError, match=f"own_rewards:{name}: it returned {value}; return a finite number"
-        ):
+        message = f"own_rewards:{name}, step 1, trace 0: it returned {value}; return a finite number"
+        with pytest.raises(UserError, match=message):
             make_reward(f"own_rewards:{name}")(judged(True), 0)
     with pytest.raises(UserError, match="a function takes no settings"):
         make_reward("own_rewards:brief", {"limit": 3})

@@ -12,7 +12,7 @@ from megatron_parallel_r1.thought.trace import Trace
 def learn(
     learner: Learner,
     traces: Sequence[Trace],
-    rewards: Sequence[float],
+    rewards: Sequence[float | None],
     lr: float,
     path_verdicts: Sequence[PathVerdicts] | None = None,
 ) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megatron_parallel_r1.config.objective import Objective
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors
 from megatron_parallel_r1.rl.learner import BatchConfig, Learner
@@ -45,7 +47,9 @@ def reference_of(trainer: Trainer, every: int = 0) -> Reference:
     return Reference(model, 1.0, every)
 
 
-def values_of(learner: Learner, traces: Sequence[Trace], rewards: Sequence[float]) -> dict[str, np.ndarray]:
+def values_of(
+    learner: Learner, traces: Sequence[Trace], rewards: Sequence[float | None]
+) -> dict[str, np.ndarray]:
     """What each target was given in the last update, all together, and the number of its `trace`."""
     seen: list[dict[str, torch.Tensor]] = []
     update = learner.trainer.update
@@ -94,6 +98,52 @@ def test_truncated_traces_carry_no_loss_but_count_in_their_group(trainer_of, tra
     assert (by_trace(values, cut, "weight") == 0).tolist() == [t.finish == "length" for t in cut]
     expected = np.array(REWARDS) - np.repeat([-0.5, 0.0], SAMPLES)
     assert by_trace(values, cut, "advantage") == pytest.approx(expected)
+
+
+def test_a_trace_without_a_reward_is_left_out_of_loss_and_group(trainer_of, traces) -> None:
+    rewards = [None, 1.0, -1.0, -1.0, None, None, None, 1.0]
+    objective = Objective(advantage="dr_grpo", aggregation="sequence")
+    values = values_of(learner(trainer_of(), objective), traces, rewards)
+    third = 1 / 3
+    expected = [0, 4 * third, -2 * third, -2 * third, 0, 0, 0, 0]
+    assert by_trace(values, traces, "advantage") == pytest.approx(expected)
+    counts = np.array([trace.sampled_count for trace in traces])
+    scored = np.array([reward is not None for reward in rewards])
+    weights = np.where(scored, counts.sum() / (scored.sum() * counts), 0)
+    assert by_trace(values, traces, "weight") == pytest.approx(weights, rel=1e-6)  # float32
+    metrics = learn(learner(trainer_of(), objective), traces, rewards, lr=1e-3)
+    assert metrics["masked"] == pytest.approx(1 - counts[scored].sum() / counts.sum())
+
+
+def test_an_advantage_and_a_surrogate_of_the_user(trainer_of, traces) -> None:
+    own = Objective(
+        advantage="tests.unit.rl.own_objective:dr_grpo", surrogate="tests.unit.rl.own_objective:clipped"
+    )
+    same = Objective(advantage="dr_grpo")
+    rewards = [None, *REWARDS[1:]]
+    metrics = [learn(learner(trainer_of(), one, updates=2), traces, rewards, 1e-2) for one in (own, same)]
+    for name in ("loss", "grad_norm", "entropy", "kl_old"):
+        assert metrics[0][name] == metrics[1][name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"advantage": "scalar"}, "objective.advantage tests.unit.rl.own_objective:scalar: it returned arr"),
+        ({"advantage": "infinite"}, "for rewards of shape (2, 4); return a finite number for each"),
+        ({"advantage": "raises"}, "raises: RuntimeError: not today, own_objective.py line"),
+        ({"surrogate": "detached"}, "detached: it returned tensor("),
+        ({"surrogate": "total"}, "targets; return a tensor with the gain of each"),
+        ({"surrogate": "exits"}, "objective.surrogate tests.unit.rl.own_objective:exits: SystemExit: 1"),
+    ],
+)
+def test_a_fault_in_a_formula_of_the_user_is_one_line(trainer_of, traces, settings, message: str) -> None:
+    objective = Objective(
+        **{name: f"tests.unit.rl.own_objective:{function}" for name, function in settings.items()}
+    )
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        learn(learner(trainer_of(), objective), traces, REWARDS, 1e-3)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_long_trace_loses_reward(trainer_of, traces) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.thought.tree import Tree
 from megatron_parallel_r1.utils.timers import Timers
+from tests.unit.rl.test_path_results import WORDS
 
 SAMPLES = 2
 
@@ -48,6 +50,8 @@ class FakeSampling:
         self.mixed = mixed
         self.problems = FakeProblems()
         self.seeds: list[int] = []
+        self.reward = make_reward("accuracy")
+        self.folder = Path("nowhere")
 
     @property
     def counts(self) -> list[int]:
@@ -78,13 +82,14 @@ class FakeSampling:
             stage,
             self.problems,
             thinker=nobody,
-            tokenizer=nobody,
+            tokenizer=WORDS,
             verifier=nobody,
             seed=7,
-            reward=make_reward("accuracy"),
+            reward=self.reward,
             template="plain",
             read_result=nobody,
             timers=Timers(),
+            folder=self.folder,
         )
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(rollout_worker, "sample_and_verify", self.sample)
