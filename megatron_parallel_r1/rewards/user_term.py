@@ -124,7 +124,7 @@ class UserTerm:
             outcomes = self.calls.outcomes(calls)
         except Blocked:
             what = "its async function blocks the others; await what takes time in it"
-            raise self._error(step, first, what, first + len(calls) - 1) from None
+            raise self._error(step, first, what, last or first + len(calls) - 1) from None
         for trace, outcome in enumerate(outcomes, first):
             if isinstance(outcome, Failed):
                 error = outcome.error

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rewards import user_calls
 from megatron_parallel_r1.rewards.base import JudgedTrace, Reward, Score, reward_metrics
 from megatron_parallel_r1.rewards.format_check import Format
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
@@ -73,6 +74,7 @@ def hangs(judged, step):
 async def hangs_later(judged, step):
     if judged.response == "b": await asyncio.sleep(600)
     return 1.0
+async def blocks(judged, step): HELD.wait(600)
 def hangs_whole(completions, **kwargs): HELD.wait(600)
 
 def met(judged, step, meeting=threading.Barrier(3)):
@@ -225,6 +227,12 @@ def test_a_call_beyond_its_time_limit_leaves_its_trace_out(name: str) -> None:
 
 def test_a_batch_beyond_its_time_limit_has_no_reward() -> None:
     assert scored("hangs_whole", timeout_s=0.1) == [None] * 3
+
+
+def test_an_async_function_that_blocks_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(user_calls, "BLOCKED_S", 0.1)
+    with pytest.raises(UserError, match="traces 4 to 6: its async function blocks the others; await"):
+        scored("blocks", timeout_s=0.1)
 
 
 def test_calls_at_once() -> None:
