@@ -42,71 +42,6 @@ class StepTime:
 
 
 @dataclass(frozen=True, slots=True)
-class StepWork:
-    """Everything that a step's time depends on.
-
-    Attributes:
-        split, engine: the trainer's replicas of the model, and the engines'.
-        batch: micro-batches of one update.
-        elements: weights of the rank that has most.
-        updates: of a step.
-        scores_itself: whether the policy before the step scores the traces in a separate pass.
-        reference: whether a reference model does.
-        thinking: decoding of the traces; None: no rollouts.
-        prompt: tokens of a prompt.
-        prompts: of one engine.
-        samples: traces per prompt.
-        concurrent: traces in progress in one engine.
-        in_process: whether engines run in the trainer's processes.
-        overlaps, fp8: rollouts continue while the trainer works; its products are in FP8.
-    """
-
-    split: Split
-    engine: Split
-    batch: MicroBatches
-    elements: int
-    updates: int
-    scores_itself: bool
-    reference: bool
-    thinking: Thinking | None
-    prompt: int
-    prompts: float
-    samples: int
-    concurrent: int
-    in_process: bool
-    overlaps: bool
-    fp8: bool
-
-
-def step_time(machine: Machine, work: StepWork) -> StepTime:
-    """Returns the time of the slowest rank in each phase."""
-    passes = work.updates * (work.scores_itself + work.reference)
-    return StepTime(
-        sync=machine.seconds(_sync_cost(work)) if work.thinking else 0.0,
-        rollout=machine.seconds(_rollout_cost(work)),
-        logprobs=machine.seconds(passes * scoring_cost(work.split, work.batch), work.fp8),
-        update=machine.seconds(work.updates * update_cost(work.split, work.batch, work.elements), work.fp8),
-        overlaps=work.overlaps,
-    )
-
-
-def _rollout_cost(work: StepWork) -> Cost:
-    if work.thinking is None:
-        return Cost()
-    load = RolloutLoad(work.prompts, work.prompt, work.prompts * work.samples, work.concurrent)
-    return rollout_cost(work.engine, work.thinking, load)
-
-
-def _sync_cost(work: StepWork) -> Cost:
-    """In process, weights are gathered over the tensor group, resplit and copied; servers get all of them."""
-    size, number = work.split.parallel.tensor, work.split.number
-    whole = number * work.elements * size * work.split.parallel.pipeline
-    if work.in_process:
-        return Cost(node=whole * (size - 1) / size, stream=2 * whole / size + 2 * FLOAT32 * work.elements)
-    return Cost(net=whole, stream=2 * whole)
-
-
-@dataclass(frozen=True, slots=True)
 class Timing:
     """What all stages of a recipe share on the given ranks."""
 
@@ -136,7 +71,7 @@ class Timing:
         problems: int,
         prompt: int,
     ) -> StepTime:
-        """Returns the time of a step of a stage.
+        """Returns the time of a step of a stage: of the slowest rank in each phase.
 
         Args:
             longest: tokens of a row.
@@ -145,41 +80,46 @@ class Timing:
             problems: number of problems in the step's rollouts.
             prompt: tokens of a prompt.
         """
-        rollout, parallel = self.recipe.rollout, self.recipe.parallel
-        in_process = rollout.engine == "native"
-        number = getattr(torch, self.recipe.model.dtype).itemsize
-        rl = stage if isinstance(stage, RlStage) else None
+        seconds, fp8 = self.machine.seconds, self.recipe.model.fp8 != "none"
+        split = self._split(self.recipe.parallel, self.data)
         tokens = trained / self.data / work.micro_batches
-        per_node = self.machine.per_node
-        tensor = parallel.tensor if in_process else rollout.tensor
-        step = StepWork(
-            split=Split(self.shape, parallel, self.data, number, per_node),
-            engine=Split(self.shape, ParallelConfig(tensor=tensor), self.engines, number, per_node),
-            # A token sees the earlier ones of its own document.
-            batch=MicroBatches(work.micro_batches, tokens, longest / 2, tokens),
-            elements=max(part.elements for part in self.parts),
-            updates=updates,
-            scores_itself=updates > 1 or (rl is not None and rl.objective.kl_in == "reward"),
-            reference=work.reference,
-            thinking=thinking if rl else None,
-            prompt=prompt,
-            prompts=problems / self.engines,
-            samples=rl.samples_per_prompt if rl else 0,
-            concurrent=self._concurrent(rl) if rl else 1,
-            in_process=in_process,
+        # A token sees the earlier ones of its own document.
+        batch = MicroBatches(work.micro_batches, tokens, longest / 2, tokens)
+        elements = max(part.elements for part in self.parts)
+        sync, rollout, scores_itself = Cost(), Cost(), updates > 1
+        if isinstance(stage, RlStage):
+            sync = self._sync_cost(split, elements)
+            rollout = self._rollout_cost(stage, thinking, problems, prompt)
+            # The policy before the step scores the traces in a separate pass.
+            scores_itself = scores_itself or stage.objective.kl_in == "reward"
+        passes = updates * (scores_itself + work.reference)
+        return StepTime(
+            sync=seconds(sync),
+            rollout=seconds(rollout),
+            logprobs=seconds(passes * scoring_cost(split, batch), fp8),
+            update=seconds(updates * update_cost(split, batch, elements), fp8),
             overlaps=work.staleness > 0,
-            fp8=self.recipe.model.fp8 != "none",
         )
-        return step_time(self.machine, step)
 
-    def _concurrent(self, stage: RlStage) -> int:
-        """Returns the most traces in progress in one engine."""
+    def _split(self, parallel: ParallelConfig, replicas: int) -> Split:
+        number = getattr(torch, self.recipe.model.dtype).itemsize
+        return Split(self.shape, parallel, replicas, number, self.machine.per_node)
+
+    def _sync_cost(self, split: Split, elements: int) -> Cost:
+        """In process, weights are gathered over the tensor group, resplit and copied; servers get all."""
+        size = split.parallel.tensor
+        whole = split.number * elements * size * split.parallel.pipeline
         if self.recipe.rollout.engine == "native":
-            return stage.max_concurrent_rollouts
-        return max(
-            1,
-            min(
-                stage.max_concurrent_rollouts * self.data // self.engines,
-                self.recipe.rollout.max_concurrent_requests,
-            ),
-        )
+            return Cost(node=whole * (size - 1) / size, stream=2 * whole / size + 2 * FLOAT32 * elements)
+        return Cost(net=whole, stream=2 * whole)
+
+    def _rollout_cost(self, stage: RlStage, thinking: Thinking, problems: int, prompt: int) -> Cost:
+        rollout, tensor = self.recipe.rollout, self.recipe.parallel.tensor
+        concurrent = stage.max_concurrent_rollouts
+        if rollout.engine != "native":
+            tensor = rollout.tensor
+            share = concurrent * self.data // self.engines
+            concurrent = max(1, min(share, rollout.max_concurrent_requests))
+        prompts = problems / self.engines
+        load = RolloutLoad(prompts, prompt, prompts * stage.samples_per_prompt, concurrent)
+        return rollout_cost(self._split(ParallelConfig(tensor=tensor), self.engines), thinking, load)
