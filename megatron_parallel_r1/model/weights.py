@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import EMBEDDING, HEAD, check_fit, weight_table
+from megatron_parallel_r1.architecture.weight_table import (
+    EMBEDDING,
+    HEAD,
+    WeightMapping,
+    check_fit,
+    weight_table,
+)
 from megatron_parallel_r1.model.gpt import Model
 
 
@@ -33,6 +39,23 @@ def own_parameters(model: Model) -> dict[str, Parameter]:
     return named
 
 
+def owned_weights(model: Model, own: Mapping[str, Parameter]) -> list[tuple[int, WeightMapping]]:
+    """Returns every weight with the first pipeline rank that holds it: of a tied embedding, the first.
+
+    Args:
+        own: this rank's `own_parameters`.
+    """
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    holders: list[set[str]] = [set(own)]
+    if pipeline.size() > 1:
+        holders = [set() for _ in range(pipeline.size())]
+        dist.all_gather_object(holders, set(own), group=pipeline)
+    return [
+        (next(rank for rank, names in enumerate(holders) if weight.name in names), weight)
+        for weight in weight_table(model.architecture)
+    ]
+
+
 @torch.no_grad()
 def hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
     """Yields the model's weights under their Hugging Face names, detached; some share memory with the model.
@@ -42,12 +65,7 @@ def hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
     own = own_parameters(model)
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     pipeline = parallel_state.get_pipeline_model_parallel_group()
-    holders: list[set[str]] = [set(own)]
-    if pipeline.size() > 1:
-        holders = [set() for _ in range(pipeline.size())]
-        dist.all_gather_object(holders, set(own), group=pipeline)
-    for weight in weight_table(model.architecture):
-        owner = next(rank for rank, names in enumerate(holders) if weight.name in names)
+    for owner, weight in owned_weights(model, own):
         if pipeline.size() == 1 or pipeline.rank() == owner:
             shard = own[weight.name].detach()
         else:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_parallel_r1.architecture.weight_table import WeightMapping, weight_table
+from megatron_parallel_r1.architecture.weight_table import WeightMapping
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.weights import own_parameters
+from megatron_parallel_r1.model.weights import own_parameters, owned_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def gather_buckets(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
     tensor = parallel_state.get_tensor_model_parallel_group()
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     like = next(model.parameters())
-    buckets = plan_buckets(_owners(model, own, pipeline), like.itemsize, bucket_bytes)
+    buckets = plan_buckets(owned_weights(model, own), like.itemsize, bucket_bytes)
     for number, planned in enumerate(buckets, 1):
         tensors: list[tuple[str, Tensor]] = []
         if planned.owner == pipeline.rank():
@@ -104,20 +104,6 @@ def gather_buckets(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
             yield Bucket(tensors, number == len(buckets))
         # The consumer may still hold the bucket while the next one is filled.
         tensors.clear()
-
-
-def _owners(
-    model: Model, own: dict[str, torch.nn.Parameter], pipeline: dist.ProcessGroup
-) -> list[tuple[int, WeightMapping]]:
-    """Each parameter with its first holder: of a tied embedding, on two stages, the first stage."""
-    holders: list[set[str]] = [set(own)]
-    if pipeline.size() > 1:
-        holders = [set() for _ in range(pipeline.size())]
-        dist.all_gather_object(holders, set(own), group=pipeline)
-    return [
-        (next(rank for rank, names in enumerate(holders) if weight.name in names), weight)
-        for weight in weight_table(model.architecture)
-    ]
 
 
 def _gather_shards(
