@@ -15,13 +15,8 @@ from megatron_parallel_r1.conversion.checkpoint_source import open_source
 from megatron_parallel_r1.conversion.to_megatron import Advance
 from megatron_parallel_r1.conversion.work_folder import SUMS
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.train.checkpoints.manifest import (
-    MANIFEST,
-    Damaged,
-    file_digest,
-    file_fault,
-    read_manifest,
-)
+from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST, Damaged, file_fault, read_manifest
+from megatron_parallel_r1.utils.files import file_digest
 
 StoredTensors = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,10 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.control import ServerControl, WeightsInfo
 from megatron_parallel_r1.sync.sender import PassResult, map_servers
+from megatron_parallel_r1.utils.files import file_digest, fsync_path
 
 MANIFEST = "manifest.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-READ_BYTES = 2**24
 
 
 class DiskTransport:
@@ -88,10 +87,8 @@ class DiskTransport:
 
     def _put(self, file: str, content: bytes) -> None:
         self._sums[file] = hashlib.sha256(content).hexdigest()
-        with open(self._work / file, "wb") as target:
-            target.write(content)
-            target.flush()
-            os.fsync(target.fileno())
+        (self._work / file).write_bytes(content)
+        fsync_path(self._work / file)
 
     def _prune(self) -> None:
         versions = [
@@ -114,16 +111,13 @@ def verify_manifest(folder: Path) -> None:
         UserError: a file is missing or differs from what was written.
     """
     for file, expected in json.loads((folder / MANIFEST).read_text())["sha256"].items():
-        digest = hashlib.sha256()
         try:
-            with open(folder / file, "rb") as source:
-                while part := source.read(READ_BYTES):
-                    digest.update(part)
+            digest = file_digest(folder / file)
         except FileNotFoundError:
             raise UserError(
                 f"{folder / file} is missing; is something else cleaning up {folder.parent}?"
             ) from None
-        if digest.hexdigest() != expected:
+        if digest.sha256 != expected:
             raise UserError(
                 f"{folder / file} differs from what was written; check the disk, or choose another folder"
             )

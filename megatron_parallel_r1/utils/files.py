@@ -1,12 +1,16 @@
-"""Atomic, durable file writes."""
+"""Atomic, durable file writes, and digests of files."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+CHUNK = 2**22  # bytes read at a time
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -44,3 +48,21 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """A file's size in bytes and its SHA-256 in hex."""
+
+    size: int
+    sha256: str
+
+
+def file_digest(file: Path) -> FileDigest:
+    """Computes the digest of a file."""
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileDigest(size, digest.hexdigest())

@@ -12,22 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_parallel_r1.utils.files import fsync_path
+from megatron_parallel_r1.utils.files import FileDigest, file_digest, fsync_path
 
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
-CHUNK = 2**22  # bytes read at a time
 
 
 class Damaged(Exception):
     """A checkpoint differs from what was written; the message names the file and the fault."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileDigest:
-    """A file's size in bytes and its SHA-256 in hex."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +38,6 @@ class Manifest:
     score: float | None
     state: dict[str, Any]
     files: dict[str, FileDigest]
-
-
-def file_digest(file: Path) -> FileDigest:
-    """Computes the digest of a file."""
-    digest, size = hashlib.sha256(), 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileDigest(size, digest.hexdigest())
 
 
 def file_fault(file: Path, expected: FileDigest) -> str | None:

@@ -20,9 +20,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import save_tensors
 from megatron_parallel_r1.distributed.collectives import all_gather_objects, gather_objects, run_on_rank_zero
-from megatron_parallel_r1.train.checkpoints.manifest import FileDigest, Manifest, file_digest, write_manifest
+from megatron_parallel_r1.train.checkpoints.manifest import Manifest, write_manifest
 from megatron_parallel_r1.train.checkpoints.sharded import EXTRA as EXTRA
-from megatron_parallel_r1.utils.files import fsync_path
+from megatron_parallel_r1.utils.files import FileDigest, file_digest, fsync_path
 
 
 class WriteFailed(Exception):
