@@ -5,11 +5,10 @@ Everything else is real: the wrapped engine's forward passes, caches, forks and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_parallel_r1.rollout.engine import Completion, Engine, EngineWrapper, Sampling
+from megatron_parallel_r1.rollout.engine import Completion, Engine, Sampling
 from megatron_parallel_r1.thought.tags import Tags
 
 
@@ -29,7 +28,7 @@ class Pace:
         return self.main * (blocks + 1) + blocks * (paths * (self.path + 1) + 2 + self.summary)
 
 
-class Paced(EngineWrapper[Any]):
+class Paced:
     """Opens a block wherever one is allowed, and closes each segment after its number of tokens.
 
     The closing token is written, not sampled, and its log-prob is reported as 0: a trainer's comparison with
@@ -37,14 +36,10 @@ class Paced(EngineWrapper[Any]):
     """
 
     def __init__(self, engine: Engine[Any], tags: Tags, pace: Pace) -> None:
-        super().__init__(engine)
-        self._tags, self._pace = tags, pace
+        self._engine, self._tags, self._pace = engine, tags, pace
 
-    def open(self) -> Any:
-        return self._engine.open()
-
-    async def write(self, context: Any, tokens: Sequence[int]) -> None:
-        await self._engine.write(context, tokens)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
     async def sample(
         self, context: Any, sampling: Sampling, limit: int, stop: frozenset[int], suppress: frozenset[int]
@@ -64,12 +59,3 @@ class Paced(EngineWrapper[Any]):
         return Completion(
             (*drawn.tokens, closing), (*drawn.logprobs, 0.0), (*drawn.versions, drawn.versions[-1]), True
         )
-
-    def fork(self, context: Any) -> Any:
-        return self._engine.fork(context)
-
-    def join(self, trunk: Any, paths: Sequence[Any]) -> Any:
-        return self._engine.join(trunk, paths)
-
-    def close(self, context: Any) -> None:
-        self._engine.close(context)

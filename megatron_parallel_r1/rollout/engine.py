@@ -125,31 +125,3 @@ class Engine(Protocol, Generic[Context]):
     def close(self, context: Context) -> None:
         """Closes the context and frees what no other context shares."""
         ...
-
-
-class EngineWrapper(Generic[Context]):
-    """Forwards everything but contexts to an engine; subclasses handle contexts."""
-
-    def __init__(self, engine: Engine[Context]) -> None:
-        self._engine = engine
-
-    @property
-    def modes(self) -> frozenset[Mode]:
-        return self._engine.modes
-
-    @property
-    def version(self) -> int:
-        return self._engine.version
-
-    @property
-    def runs_on_all_ranks(self) -> bool:
-        return self._engine.runs_on_all_ranks
-
-    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self._engine.load_weights(tensors, version)
-
-    def offer_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self._engine.offer_weights(tensors, version)
-
-    def interrupt(self) -> None:
-        self._engine.interrupt()

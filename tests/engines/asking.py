@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
-from megatron_parallel_r1.rollout.servers.client import GenerateRequest, Server
+from megatron_parallel_r1.rollout.servers.client import GenerateRequest, GenerateResult, Server
 from megatron_parallel_r1.rollout.servers.engine import ServerEngine
 from megatron_parallel_r1.rollout.servers.pool import ServerPool
 from megatron_parallel_r1.rollout.settings import Thinking
@@ -70,8 +70,12 @@ def assert_several(pool: ServerPool) -> None:
     request = GenerateRequest(
         (7, 8, 9, 10), Sampling(seed=2**63 - 2), 12, frozenset(), frozenset({0}), "several"
     )
-    answers = asyncio.run(pool.generate_n(request, 4))
     seeds = [2**63 - 2, 2**63 - 1, 0, 1]
     alone = [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+
+    async def together() -> list[GenerateResult]:
+        return list(await asyncio.gather(*map(pool.generate, alone)))
+
+    answers = asyncio.run(together())
     told = [asyncio.run(pool.generate(one)).completion.tokens for one in alone]
     assert [answer.completion.tokens for answer in answers] == told and len(set(told)) == 4

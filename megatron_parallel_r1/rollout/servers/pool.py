@@ -12,7 +12,7 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_parallel_r1.errors import UserError
@@ -200,16 +200,6 @@ class ServerPool:
             self._counts["retries"] += 1
             backoff_s = min(MAX_BACKOFF_S, self._settings.backoff_s * 2.0 ** (failures - 1))
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
-
-    async def generate_n(self, request: GenerateRequest, count: int) -> list[GenerateResult]:
-        """`count` continuations of one prompt, with consecutive seeds starting at the request's.
-
-        They go to one server, whose prefix cache holds the prompt once. An engine's own `n` would draw all of
-        them with one seed.
-        """
-        seeds = [(request.sampling.seed + number) % 2**63 for number in range(count)]
-        requests = [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
-        return list(await asyncio.gather(*map(self.generate, requests)))
 
     async def _wait_ready(self) -> None:
         state = self._entered()

@@ -19,6 +19,7 @@ from megatron_parallel_r1.rollout.servers.client import (
     INITIAL_VERSION,
     STOCK_MODES,
     GenerateRequest,
+    GenerateResult,
     ServerInfo,
     Timeouts,
 )
@@ -109,8 +110,12 @@ def test_servers_that_ignore_seeds_are_told_and_counted(
 def test_several_continuations_of_one_text() -> None:
     a, b = two()
     pool = pool_of([a, b])
-    answers = asyncio.run(pool.generate_n(asked(seed=2**63 - 2, limit=9), 4))
     seeds = [2**63 - 2, 2**63 - 1, 0, 1]
+
+    async def together() -> list[GenerateResult]:
+        return list(await asyncio.gather(*(pool.generate(asked(seed=seed, limit=9)) for seed in seeds)))
+
+    answers = asyncio.run(together())
     assert [answer.completion for answer in answers] == [drawn(asked(seed=seed, limit=9)) for seed in seeds]
     assert len({answer.completion.tokens for answer in answers}) == 4
     assert sorted([len(a.seen), len(b.seen)]) == [0, 4], "one trace, one server"
