@@ -152,14 +152,14 @@ QUICK_S = 20.0
 
 
 class HttpClient:
-    """JSON to and from one server; several threads may use it.
+    """JSON to and from one server, the base of each engine's control; several threads may use it.
 
     Args:
         url: base address.
         timeout_s: of an answer, except to `quick` requests, which need no work.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float = 600.0) -> None:
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
         # Proxies of the environment are for the outside world, not for servers of the cluster.

@@ -19,29 +19,19 @@ from megatron_parallel_r1.sync.control import (
 from megatron_parallel_r1.sync.settings import InFlightPolicy, TransportKind
 
 
-class SglangControl:
-    """See `ServerControl`.
-
-    Args:
-        url: base address.
-        timeout_s: of one answer.
-        transport: by which it will get weights.
-    """
+class SglangControl(HttpClient):
+    """See `ServerControl`; `transport` will bring its weights."""
 
     kinds: frozenset[TransportKind] = frozenset({"distributed", "tensor", "disk"})
     wants_head = False
 
     def __init__(self, url: str, timeout_s: float = 600.0, transport: TransportKind = "distributed") -> None:
-        self._http = HttpClient(url, timeout_s)
+        super().__init__(url, timeout_s)
         self._transport: TransportKind = transport
-
-    @property
-    def url(self) -> str:
-        return self._http.url
 
     def info(self) -> WeightsInfo:
         # /server_info has the command line's version.
-        model, server = (self._http.get(path, quick=True) for path in ("/model_info", "/server_info"))
+        model, server = (self.get(path, quick=True) for path in ("/model_info", "/server_info"))
         try:
             version, tensor = str(model["weight_version"]), int(server["tp_size"])
             stages, copies, dtype = int(server["pp_size"]), int(server["dp_size"]), str(server["dtype"])
@@ -64,15 +54,15 @@ class SglangControl:
         request that comes between that and the pause is retracted."""
         if in_flight == "finish":
             self.begin_update()
-        self._http.post("/pause_generation", {"mode": "abort" if in_flight == "abort" else "retract"})
+        self.post("/pause_generation", {"mode": "abort" if in_flight == "abort" else "retract"})
         if in_flight == "finish":
             self.end_update()
 
     def continue_generation(self) -> None:
-        self._http.post("/continue_generation")
+        self.post("/continue_generation")
 
     def join_group(self, rendezvous: Rendezvous) -> None:
-        self._http.post(
+        self.post(
             "/init_weights_update_group",
             {
                 "master_address": rendezvous.address,
@@ -87,35 +77,35 @@ class SglangControl:
     def leave_group(self, name: str) -> None:
         # A server that was restarted refuses it.
         with suppress(UserError):
-            self._http.post("/destroy_weights_update_group", {"group_name": name}, quick=True)
+            self.post("/destroy_weights_update_group", {"group_name": name}, quick=True)
 
     def begin_update(self) -> None:
         try:
-            self._http.post("/begin_weight_update", {"selector": "all"})
+            self.post("/begin_weight_update", {"selector": "all"})
         except UserError as error:
             if "already open" not in str(error):
                 raise
             self.end_update()
-            self._http.post("/begin_weight_update", {"selector": "all"})
+            self.post("/begin_weight_update", {"selector": "all"})
 
     def receive_broadcast(
         self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, version: int | None
     ) -> None:
         body = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group}
-        self._http.post("/update_weights_from_distributed", body | _version_fields(version))
+        self.post("/update_weights_from_distributed", body | _version_fields(version))
 
     def receive_shared(self, payloads: Sequence[str], version: int | None) -> None:
         body = {"serialized_named_tensors": list(payloads)}
-        self._http.post("/update_weights_from_tensor", body | _version_fields(version))
+        self.post("/update_weights_from_tensor", body | _version_fields(version))
 
     def end_update(self) -> None:
-        self._http.post("/end_weight_update")
+        self.post("/end_weight_update")
 
     def load_folder(self, folder: Path, version: int) -> None:
-        self._http.post("/update_weights_from_disk", {"model_path": str(folder)} | _version_fields(version))
+        self.post("/update_weights_from_disk", {"model_path": str(folder)} | _version_fields(version))
 
     def score(self, rows: Sequence[TokenRow]) -> list[RowScores]:
-        results = self._http.post(
+        results = self.post(
             "/generate",
             {
                 "input_ids": [list(row) for row in rows],
@@ -133,15 +123,12 @@ class SglangControl:
             raise Unreachable(f"{self.url}/generate: an answer without log-probs ({error!r})") from None
 
     def release_memory(self) -> None:
-        self._http.post("/release_memory_occupation")
+        self.post("/release_memory_occupation")
 
     def resume_memory(self, part: MemoryPart) -> None:
         # Captured graphs hold addresses of both; they come back with the cache, last.
         tags = ["weights"] if part == "weights" else ["kv_cache", "cuda_graph"]
-        self._http.post("/resume_memory_occupation", {"tags": tags})
-
-    def close(self) -> None:
-        self._http.close()
+        self.post("/resume_memory_occupation", {"tags": tags})
 
 
 def check_copies(url: str, copies: int, transport: TransportKind) -> None:

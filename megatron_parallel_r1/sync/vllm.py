@@ -20,31 +20,20 @@ from megatron_parallel_r1.sync.settings import InFlightPolicy, TransportKind
 PAUSES: dict[InFlightPolicy, str] = {"finish": "wait", "retract": "keep", "abort": "abort"}
 
 
-class VllmControl:
-    """See `ServerControl`.
-
-    Args:
-        url: base address.
-        timeout_s: of one answer.
-    """
+class VllmControl(HttpClient):
+    """See `ServerControl`."""
 
     kinds: frozenset[TransportKind] = frozenset({"disk"})
     wants_head = True
 
-    def __init__(self, url: str, timeout_s: float = 600.0) -> None:
-        self._http = HttpClient(url, timeout_s)
-        self._model = ""
-
-    @property
-    def url(self) -> str:
-        return self._http.url
+    _model = ""
 
     def info(self) -> WeightsInfo:
         try:
-            version = str(self._http.get("/weight_info", quick=True)["weight_version"])
-            processes = int(self._http.get("/get_world_size", quick=True)["world_size"])
+            version = str(self.get("/weight_info", quick=True)["weight_version"])
+            processes = int(self.get("/get_world_size", quick=True)["world_size"])
             # It inspects the whole environment first, which takes seconds.
-            config = str(self._http.get("/server_info")["vllm_config"])
+            config = str(self.get("/server_info")["vllm_config"])
         except UserError as error:
             raise UserError(f"{error}; start vLLM with VLLM_SERVER_DEV_MODE=1") from None
         except (KeyError, TypeError, ValueError) as error:
@@ -53,17 +42,15 @@ class VllmControl:
         return WeightsInfo(int(version) if version.isdecimal() else None, processes, dtype and dtype[1])
 
     def pause(self, in_flight: InFlightPolicy) -> None:
-        self._http.post(f"/pause?mode={PAUSES[in_flight]}")
+        self.post(f"/pause?mode={PAUSES[in_flight]}")
 
     def continue_generation(self) -> None:
-        self._http.post("/resume")
+        self.post("/resume")
 
     def load_folder(self, folder: Path, version: int) -> None:
-        self._http.post(
-            "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        )
+        self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         self._flush()
-        self._http.post("/update_weight_version", {"new_version": str(version)})
+        self.post("/update_weight_version", {"new_version": str(version)})
 
     def score(self, rows: Sequence[TokenRow]) -> list[RowScores]:
         # It draws at least one token.
@@ -73,7 +60,7 @@ class VllmControl:
             "temperature": 1.0,
             "prompt_logprobs": 0,
         }
-        answer = self._http.post("/v1/completions", {"model": self._name(), **request})
+        answer = self.post("/v1/completions", {"model": self._name(), **request})
         try:
             return [
                 _read(choice["prompt_logprobs"], row)
@@ -83,22 +70,19 @@ class VllmControl:
             raise Unreachable(f"{self.url}/v1/completions: an answer without log-probs ({error!r})") from None
 
     def release_memory(self) -> None:
-        self._http.post("/sleep?level=2")
+        self.post("/sleep?level=2")
 
     def resume_memory(self, part: MemoryPart) -> None:
-        self._http.post(f"/wake_up?tags={part}")
-
-    def close(self) -> None:
-        self._http.close()
+        self.post(f"/wake_up?tags={part}")
 
     def _flush(self) -> None:
-        answer = self._http.post("/reset_prefix_cache?reset_running_requests=true")
+        answer = self.post("/reset_prefix_cache?reset_running_requests=true")
         if not (isinstance(answer, dict) and answer.get("success")):
             raise Unreachable(f"{self.url}/reset_prefix_cache: the cache was not flushed ({answer})")
 
     def _name(self) -> str:
         if not self._model:
-            answer = self._http.get("/v1/models", quick=True)
+            answer = self.get("/v1/models", quick=True)
             try:
                 self._model = str(answer["data"][0]["id"])
             except (KeyError, TypeError, IndexError):

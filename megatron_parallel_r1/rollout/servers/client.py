@@ -166,7 +166,7 @@ KEEPALIVE_S = 2.0
 
 
 class AsyncHttpClient:
-    """JSON requests to one base address.
+    """JSON requests to one base address; the base of each engine's `Server`.
 
     Connections belong to an event loop, and each rollout batch may have its own. They are opened in the
     running loop and closed when it ends: `asyncio.run` closes an unfinished async generator before the loop.
@@ -176,10 +176,14 @@ class AsyncHttpClient:
     """
 
     def __init__(
-        self, url: str, timeouts: Timeouts, transport: httpx.AsyncBaseTransport | None = None
+        self,
+        url: str,
+        timeouts: Timeouts | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        self.timeouts = timeouts
+        self.timeouts = timeouts or Timeouts()
+        self._seeded: bool | None = None
         self._transport = transport
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: httpx.AsyncClient | None = None
@@ -197,10 +201,9 @@ class AsyncHttpClient:
         """Posts and ignores the answer's content; times out after `check_s`."""
         await self._checked("POST", path, body, self.timeouts.check_s)
 
-    async def answers(self, path: str) -> bool:
-        """Whether a GET succeeds."""
+    async def healthy(self) -> bool:
         try:
-            await self._checked("GET", path, None, self.timeouts.check_s)
+            await self._checked("GET", "/health", None, self.timeouts.check_s)
         except (Unreachable, UserError):
             return False
         return True

@@ -15,8 +15,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import httpx
-
 from megatron_parallel_r1.rollout.engine import Completion
 from megatron_parallel_r1.rollout.joined_blocks import FIELD, encode_blocks, supports_joined_blocks
 from megatron_parallel_r1.rollout.servers.client import (
@@ -26,7 +24,6 @@ from megatron_parallel_r1.rollout.servers.client import (
     GenerateRequest,
     GenerateResult,
     ServerInfo,
-    Timeouts,
     Unreachable,
     draws_by_seed,
     parse_version,
@@ -39,26 +36,8 @@ SUPPRESSED_BIAS = -1e9
 ISOLATED: frozenset[Mode] = frozenset({"isolated"})
 
 
-class SglangClient:
-    """Implements `Server`.
-
-    Args:
-        url: base address.
-        transport: replaces the network in tests.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        timeouts: Timeouts | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self._http = AsyncHttpClient(url, timeouts or Timeouts(), transport)
-        self._seeded: bool | None = None
-
-    @property
-    def url(self) -> str:
-        return self._http.url
+class SglangClient(AsyncHttpClient):
+    """Implements `Server`."""
 
     async def info(self) -> ServerInfo:
         """Reads the server's information; the first call also draws a few tokens to check its log-probs.
@@ -66,7 +45,7 @@ class SglangClient:
         Raises:
             UserError: the server's log-probs are of another distribution.
         """
-        server, model = await self._http.get("/server_info"), await self._http.get("/model_info")
+        server, model = await self.get("/server_info"), await self.get("/model_info")
         if self._seeded is None:
             self._seeded = await draws_by_seed(self)
         try:
@@ -82,9 +61,6 @@ class SglangClient:
         except (KeyError, TypeError, AttributeError) as error:
             raise Unreachable(f"{self.url}/server_info: no SGLang server answers so: {error!r}") from error
 
-    async def healthy(self) -> bool:
-        return await self._http.answers("/health")
-
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         tokens: list[int] = []
         logprobs: list[float] = []
@@ -92,7 +68,7 @@ class SglangClient:
         cached = None
         while True:
             left = request.limit - len(tokens)
-            answer = await self._http.post("/generate", _body(request, request.tokens + tuple(tokens), left))
+            answer = await self.post("/generate", _body(request, request.tokens + tuple(tokens), left))
             drawn, meta = self._read(answer, left)
             cached = meta.get("cached_tokens", 0) if cached is None else cached
             tokens += drawn
@@ -107,7 +83,7 @@ class SglangClient:
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         sampling = {"max_new_tokens": 0, "temperature": 1.0}
         body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
-        answer = await self._http.post("/generate", body | {"logprob_start_len": 0})
+        answer = await self.post("/generate", body | {"logprob_start_len": 0})
         try:
             scored = answer["meta_info"]["input_token_logprobs"]
             # The ids beside them are no check: SGLang writes 0 for the vocabulary's last.
@@ -118,10 +94,7 @@ class SglangClient:
             raise Unreachable(f"{self.url}/generate: no log-probs of the prompt: {error!r}") from error
 
     async def abort_all(self) -> None:
-        await self._http.command("/abort_request", {"abort_all": True})
-
-    async def close(self) -> None:
-        await self._http.close()
+        await self.command("/abort_request", {"abort_all": True})
 
     def _read(self, answer: Any, left: int) -> tuple[list[int], dict[str, Any]]:
         """The drawn tokens, at least one, and their metadata."""

@@ -44,13 +44,8 @@ SUPPRESSED_BIAS = -1e9
 NO_LOGPROB = -9999.0
 
 
-class VllmClient:
-    """Implements `Server`.
-
-    Args:
-        url: base address.
-        transport: replaces the network in tests.
-    """
+class VllmClient(AsyncHttpClient):
+    """Implements `Server`."""
 
     def __init__(
         self,
@@ -58,13 +53,8 @@ class VllmClient:
         timeouts: Timeouts | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._http = AsyncHttpClient(url, timeouts or Timeouts(), transport)
-        self._seeded: bool | None = None
+        super().__init__(url, timeouts, transport)
         self._in_flight: set[str] = set()
-
-    @property
-    def url(self) -> str:
-        return self._http.url
 
     async def info(self) -> ServerInfo:
         """Reads the server's information; the first call also draws a few tokens to check its log-probs.
@@ -72,7 +62,7 @@ class VllmClient:
         Raises:
             UserError: the server's log-probs are of another distribution.
         """
-        models = await self._http.get("/v1/models")
+        models = await self.get("/v1/models")
         if self._seeded is None:
             self._seeded = await draws_by_seed(self)
         try:
@@ -88,9 +78,6 @@ class VllmClient:
         except (KeyError, IndexError, TypeError) as error:
             raise Unreachable(f"{self.url}/v1/models: no vLLM server answers so: {error!r}") from error
 
-    async def healthy(self) -> bool:
-        return await self._http.answers("/health")
-
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         sampling = request.sampling
         if sampling.temperature and (sampling.top_k or sampling.top_p < 1):
@@ -103,7 +90,7 @@ class VllmClient:
         name = uuid.uuid4().hex
         self._in_flight.add(name)
         try:
-            answer = await self._http.post("/inference/v1/generate", _body(request, name))
+            answer = await self.post("/inference/v1/generate", _body(request, name))
         finally:
             self._in_flight.discard(name)
         return self._read(answer, request)
@@ -111,7 +98,7 @@ class VllmClient:
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         params = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         body = {"token_ids": tokens, "sampling_params": params}
-        answer = await self._http.post("/inference/v1/generate", body)
+        answer = await self.post("/inference/v1/generate", body)
         try:
             scored = zip(answer["prompt_logprobs"][1:], tokens[1:], strict=True)
             return tuple(float(logprobs[str(token)]["logprob"]) for logprobs, token in scored)
@@ -121,14 +108,11 @@ class VllmClient:
     async def abort_all(self) -> None:
         """Aborts this client's requests; in its usual mode vLLM cannot abort those of others."""
         names = [f"generate-tokens-{name}" for name in self._in_flight]
-        await self._http.command("/inference/v1/abort_requests", {"request_ids": names})
-
-    async def close(self) -> None:
-        await self._http.close()
+        await self.command("/inference/v1/abort_requests", {"request_ids": names})
 
     async def _version(self) -> int:
         try:
-            return parse_version((await self._http.get("/weight_info"))["weight_version"])
+            return parse_version((await self.get("/weight_info"))["weight_version"])
         except UserError:
             return (
                 INITIAL_VERSION  # Out of its development mode it does not say, and its weights do not change.
