@@ -78,11 +78,7 @@ class HeartbeatMonitor:
         )
 
     def explain_failure(self, failure: str) -> str:
-        """Explains a failed collective although no rank is silent.
-
-        Args:
-            failure: the message of the rank whose collective failed.
-        """
+        """Explains a rank's failed collective, with message `failure`, although no rank is silent."""
         if self.left():
             return f"{failure}: " + (
                 _join(

@@ -138,7 +138,8 @@ def _connect(own_rank: int, is_host: bool, host: str, join_s: float) -> tuple[di
     try:
         launch = _launch_store(address, port, world_size(), is_host, timeout)
         session = f"attempt{attempt}/session{launch.add(f'attempt{attempt}/starts/{own_rank}', 1)}"
-        store, second = (dist.PrefixStore(session, connection) for connection in (launch, _clone(launch)))
+        connections = (launch, launch.clone())  # type: ignore[attr-defined] - torch's stubs lack it
+        store, second = (dist.PrefixStore(session, connection) for connection in connections)
     except dist.DistError as error:
         reason = f"rank {own_rank}: {host} was not reached at {address}:{port} within {join_s:g} s"
         raise PeerLost(f"{reason} ({first_line(error)})") from error
@@ -162,19 +163,8 @@ def _launch_store(address: str, port: int, size: int, is_host: bool, timeout: ti
     the host closed it between two sessions.
     """
     return dist.TCPStore(
-        address,
-        port,
-        size,
-        is_master=is_host,
-        timeout=timeout,
-        wait_for_workers=False,
-        multi_tenant=True,
+        address, port, size, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
     )
-
-
-def _clone(store: dist.TCPStore) -> dist.Store:
-    """Opens a second connection; torch's stubs lack `clone`."""
-    return store.clone()  # type: ignore[attr-defined]
 
 
 def _ranks(ranks: list[int]) -> str:

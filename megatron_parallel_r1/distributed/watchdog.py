@@ -39,13 +39,10 @@ FAREWELL_S = 4.0  # for others to read the verdict before the store's host takes
 
 
 class Watchdog:
-    """Sends this rank's heartbeat and monitors the others'. In a world of one it starts no thread."""
+    """Sends this rank's heartbeat and monitors the others', which count as lost after `timeout_s` of silence.
+    In a world of one it starts no thread."""
 
     def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
-        """
-        Args:
-            timeout_s: silence after which a rank counts as lost.
-        """
         if timeout_s < SUSPECT_TIMEOUT_S:
             raise ValueError(
                 f"a rank sends a heartbeat every {HEARTBEAT_S:g} s; "

@@ -38,9 +38,6 @@ class PathGPT(GPTModel):
     (train/target_logprobs.py): those of a long row over a large vocabulary would not fit into memory.
 
     Args:
-        architecture: sizes of the whole model.
-        config: Megatron's configuration of it.
-        layers: the implementation of its layers.
         pre_process, post_process: whether this stage embeds tokens, and whether it is the last one.
         vp_stage: index of this stage among the rank's interleaved ones, if there are several.
     """
@@ -105,12 +102,7 @@ class PathGPT(GPTModel):
 
 
 class Model(nn.ModuleList):
-    """This rank's part of a model: one pipeline stage, or several that are interleaved.
-
-    Attributes:
-        architecture: sizes of the whole model.
-        config: Megatron's configuration, one object for all stages.
-    """
+    """This rank's part of a model: one pipeline stage, or several that are interleaved."""
 
     def __init__(self, architecture: ModelConfig, stages: list[PathGPT]) -> None:
         super().__init__(stages)
@@ -132,10 +124,10 @@ def build_model(
     """Builds this rank's part of the model; the weights are set afterwards (weights.py).
 
     Args:
-        architecture: sizes of the whole model.
+        architecture: of the whole model.
         dtype: of parameters and activations, float32 or bfloat16.
-        parallel: sizes of the parallel groups, the same as for `process.start`.
-        layers: the implementation of the layers; None for Megatron's own.
+        parallel: the same as for `process.start`.
+        layers: None: Megatron's own.
 
     Raises:
         UserError: the model cannot be split this way, or its layers cannot run here.

@@ -113,8 +113,7 @@ def check_layers(layers: Layers, dim: int, dtype: torch.dtype, support: LayerSup
 
     Args:
         dim: size of an attention head.
-        dtype: of parameters and activations.
-        support: of the machine; None: of this one.
+        support: None: of this machine.
 
     Raises:
         UserError: they cannot.

@@ -45,11 +45,6 @@ class RMSNorm(nn.Module):
 
     Megatron's torch norm refuses sequence parallelism; it only takes a mark on the weight, which makes
     Megatron sum its gradients over the tensor group.
-
-    Args:
-        config: whether the weight's gradients are partial sums (sequence parallelism), dtype.
-        hidden_size: C.
-        eps: added to the mean square.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -89,12 +84,7 @@ class _Normalize(torch.autograd.Function):
 def block_spec(
     config: TransformerConfig, layers: Layers, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Returns the spec of this pipeline stage's layers.
-
-    Args:
-        layers: their implementation, checked by `layers.check_layers`.
-        vp_stage: index of this stage among the rank's interleaved ones, if there are several.
-    """
+    """Returns the spec of this pipeline stage's layers; `vp_stage` as for `gpt.PathGPT`."""
     layer = _engine_layer(config) if layers.kind == "transformer_engine" else _local_layer(config)
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = partial(PathAttention, kernel=layers.attention)

@@ -24,11 +24,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Returns Megatron's configuration of a model: no dropout, no fused kernels, deterministic.
 
-    Args:
-        architecture: sizes of the whole model.
-        dtype: of parameters and activations, float32 or bfloat16.
-        parallel: sizes of the parallel groups, checked by `check_parallel`; None for one rank.
-        layers: the implementation of the layers; None for Megatron's own.
+    Arguments as in `gpt.build_model`, already checked.
     """
     layers = layers or Layers()
     parallel = parallel or ParallelConfig()
@@ -101,11 +97,7 @@ def transformer_config(
 
 
 class PositionRotary(nn.Module):
-    """Angles of rotary embeddings (arXiv 2104.09864), bit-equal to transformers' in float32.
-
-    Args:
-        architecture: gives the frequencies; all dimensions of a head rotate.
-    """
+    """Angles of rotary embeddings (arXiv 2104.09864), bit-equal to transformers' in float32."""
 
     def __init__(self, architecture: ModelConfig) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a process is given to do, as far as memory follows from it.
+    """What memory depends on beside the weights.
 
     Attributes:
         row: tokens of the longest packed row.

@@ -40,7 +40,6 @@ class StagePlan:
     """The plan of one stage.
 
     Attributes:
-        stage: the recipe's settings.
         start: the stage whose weights it starts from; None: the model's.
         rows: examples or traces that a step trains on.
         sampled: most tokens of all responses of a step; 0 for SFT.
@@ -80,10 +79,8 @@ class Plan:
     """A recipe on `world` ranks.
 
     Attributes:
-        parts: the weights of each pipeline rank.
         data: data-parallel replicas.
         gpu: bytes of memory of each rank.
-        machine: the rates that times are computed with.
         notes: assumptions, and what will not work, a line each.
     """
 
@@ -112,7 +109,6 @@ def plan(
         world: ranks, one per GPU.
         gpu: bytes of memory of each.
         longest: bounds of prompts and examples where the recipe has none.
-        machine: the machine's rates.
 
     Raises:
         UserError: the model's folder or tokenizer is missing, or something does not divide.

@@ -21,12 +21,7 @@ _QWEN3 = {
     "Qwen3-8B": ModelConfig(4096, 36, 32, 8, 128, 12288, vocab=151936, tied=False, max_positions=40960),
     "Qwen3-14B": ModelConfig(5120, 40, 40, 8, 128, 17408, vocab=151936, tied=False, max_positions=40960),
     "Qwen3-30B-A3B": ModelConfig(
-        2048,
-        48,
-        32,
-        4,
-        128,
-        6144,
+        *(2048, 48, 32, 4, 128, 6144),
         vocab=151936,
         tied=False,
         max_positions=40960,

@@ -57,14 +57,8 @@ def longest_row(thinking: Thinking, prompt: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RolloutLoad:
-    """The rollouts of one engine replica.
-
-    Attributes:
-        prompts: distinct prompts, each prefilled once.
-        prompt: tokens of a prompt.
-        traces: in total.
-        concurrent: traces in progress at once.
-    """
+    """The rollouts of one engine replica: distinct prompts, each prefilled once, and tokens of one; traces in
+    total and at once."""
 
     prompts: float
     prompt: int

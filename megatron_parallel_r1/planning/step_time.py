@@ -77,8 +77,7 @@ class Timing:
             longest: tokens of a row.
             updates: of a step.
             trained: tokens of one update.
-            problems: number of problems in the step's rollouts.
-            prompt: tokens of a prompt.
+            problems: of the step's rollouts, each with a prompt of `prompt` tokens.
         """
         seconds, fp8 = self.machine.seconds, self.recipe.model.fp8 != "none"
         split = self._split(self.recipe.parallel, self.data)

@@ -25,13 +25,7 @@ ADAM_BYTES = 28  # a weight: gradient read; two moments and a float32 weight rea
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A model split over ranks.
-
-    Attributes:
-        data: data-parallel replicas.
-        number: bytes of a weight and of an activation.
-        per_node: ranks of a node.
-    """
+    """A model split over ranks, with `data` replicas; `number`: bytes of a weight and of an activation."""
 
     shape: ModelConfig
     parallel: ParallelConfig
@@ -47,14 +41,8 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatches:
-    """The micro-batches of an update on one replica.
-
-    Attributes:
-        micro_batches: their number.
-        tokens: of a micro-batch.
-        visible: keys that a token sees, on average.
-        targets: tokens of a micro-batch with loss.
-    """
+    """The micro-batches of an update on one replica: their number, the tokens of one, the keys that a token
+    sees on average, and the tokens with loss of one."""
 
     micro_batches: int
     tokens: float

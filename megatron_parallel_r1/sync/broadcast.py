@@ -30,14 +30,10 @@ from megatron_parallel_r1.sync.settings import Sync
 
 
 class BroadcastTransport:
-    """See `Transport`. The group lasts as long as its servers do.
+    """See `Transport`. The group, of `backend` nccl or gloo, lasts as long as its servers do.
 
     A restarted server is recognized by its version, which is not that of the last broadcast. If a server dies
     during a pass, the group is broken for all; the next pass creates another one without it.
-
-    Args:
-        settings: with transport `distributed`.
-        backend: nccl or gloo.
     """
 
     def __init__(self, settings: Sync, backend: str) -> None:
@@ -169,7 +165,6 @@ class SenderGroup:
     Args:
         name: the same on all sides.
         size: processes, the sender included.
-        backend: nccl or gloo.
         address: of this machine, as the servers reach it.
         timeout_s: of connecting, and of each broadcast.
     """
@@ -186,10 +181,7 @@ class SenderGroup:
         self._connected = threading.Event()
 
     def connect(self, given_up: Callable[[], bool]) -> None:
-        """Waits until all processes have joined.
-
-        Args:
-            given_up: polled; returns whether some process will not join.
+        """Waits until all processes have joined; polls `given_up`, whether one will not.
 
         Raises:
             GroupBroken: a process does not join, or not in time.

@@ -26,7 +26,6 @@ class Bucket:
     Attributes:
         tensors: names and contiguous tensors; some share memory with the model. Emptied when the next bucket
             is requested.
-        last: whether this is the last bucket.
     """
 
     tensors: list[tuple[str, Tensor]]
@@ -62,7 +61,6 @@ def plan_buckets(
 
     Args:
         owned: each parameter with the pipeline rank that sends it.
-        itemsize: bytes per element.
         bucket_bytes: maximum size of a bucket; a larger parameter has one for itself.
     """
     buckets: list[BucketPlan] = []
@@ -82,9 +80,6 @@ def gather_buckets(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
     """Yields the model's weights on the sender, and nothing on other ranks; all must iterate to the end.
 
     Beside its shards a rank holds at most one bucket and the shards of one parameter.
-
-    Args:
-        bucket_bytes: see `plan_buckets`.
     """
     if not in_first_replica():
         return

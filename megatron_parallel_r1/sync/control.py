@@ -36,15 +36,8 @@ class WeightsInfo:
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where a server joins a process group.
-
-    Attributes:
-        address, port: of the store.
-        name: of the group.
-        backend: nccl or gloo.
-        size: of the group, sender included.
-        first: rank of the first of this server's processes.
-    """
+    """Where a server joins a process group: the store's address, the group, and the rank of the first of
+    this server's processes. `size` includes the sender."""
 
     address: str
     port: int
@@ -154,9 +147,7 @@ QUICK_S = 20.0
 class HttpClient:
     """JSON to and from one server, the base of each engine's control; several threads may use it.
 
-    Args:
-        url: base address.
-        timeout_s: of an answer, except to `quick` requests, which need no work.
+    `timeout_s` is that of an answer, except to `quick` requests, which need no work.
     """
 
     def __init__(self, url: str, timeout_s: float = 600.0) -> None:

@@ -33,9 +33,7 @@ class DiskTransport:
     """See `Transport`. Host memory holds a second copy of a bucket while it is written.
 
     Args:
-        root: parent folder of the versions.
-        keep: number of versions that stay; servers may read the last ones again.
-        shape, dtype: of the model.
+        root: parent folder of the versions, of which `keep` stay; servers may read the last ones again.
     """
 
     def __init__(self, root: Path, keep: int, shape: ModelConfig, dtype: torch.dtype) -> None:

@@ -21,25 +21,14 @@ MOVED = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """An output matrix that replaces the model's own.
-
-    Attributes:
-        rows_VE: this rank's rows; None if it has none.
-    """
+    """This rank's rows of an output matrix that replaces the model's own; None if it has none."""
 
     rows_VE: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class ServerScores:
-    """A server's log-probs of the probe's rows.
-
-    Attributes:
-        url: the server.
-        scores: now.
-        before: after the previous update; None: there was none.
-        dtype: of its weights, if reported.
-    """
+    """A server's log-probs of the probe's rows, now and after the previous update, and its dtype if known."""
 
     url: str
     scores: Sequence[RowScores]
@@ -52,10 +41,8 @@ class TrainerScores:
     """The trainer's log-probs of the same rows.
 
     Attributes:
-        scores: under its weights.
         before: under the previous version's weights, if there was one.
         old_head: under its weights with the previous version's output matrix; None: not computed.
-        dtype: of its weights.
     """
 
     scores: Sequence[RowScores]

@@ -36,11 +36,9 @@ class PublishResult:
     """The result of a publication.
 
     Attributes:
-        version: of the weights.
         up_to_date: URLs of the servers that hold them; only these may serve requests.
         failed: why each other server does not, by URL. The next publication tries it again.
         difference: the largest between their log-probs and the trainer's, in nats.
-        bytes: of the weights.
         seconds: from the pause until the servers resumed.
     """
 
@@ -57,7 +55,6 @@ class Publisher:
 
     Args:
         servers: those that take weights; only rank 0's count.
-        model: whose weights are published.
         rows: token ids of the probe, at least 2 per row.
         expected: computes the trainer's log-probs of them.
     """

@@ -20,12 +20,7 @@ R = TypeVar("R")
 
 
 class Sender:
-    """The servers and what they hold. Only rank 0 has one.
-
-    Args:
-        servers: all that take weights.
-        transport: of the settings' kind.
-    """
+    """The servers and what they hold. Only rank 0 has one."""
 
     def __init__(self, servers: Sequence[ServerControl], transport: Transport, settings: Sync) -> None:
         self.servers = {server.url: server for server in servers}
@@ -166,12 +161,7 @@ def failed_urls(calls: dict[str, Future[R]]) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """The result of a pass.
-
-    Attributes:
-        lost: why a server did not take all weights, by URL.
-        again: whether the remaining servers need another pass.
-    """
+    """Why servers did not take all weights, by URL, and whether the others need another pass."""
 
     lost: Mapping[str, str]
     again: bool = False
@@ -184,11 +174,7 @@ class Transport(Protocol):
     """
 
     def open(self, servers: Sequence[ServerControl], infos: Mapping[str, WeightsInfo], version: int) -> None:
-        """Begins a pass.
-
-        Args:
-            infos: of each server, by URL, just read.
-        """
+        """Begins a pass; `infos` of each server, by URL, were just read."""
         ...
 
     def send(self, bucket: Bucket) -> None: ...

@@ -132,13 +132,11 @@ class SglangControl(HttpClient):
 
 
 def check_copies(url: str, copies: int, transport: TransportKind) -> None:
-    """Checks that a server takes weights by `transport`.
-
-    A server with several data-parallel copies only takes them from disk (assertions in SGLang's
-    `managers/tokenizer_control_mixin.py`).
+    """Refuses a server with several data-parallel copies, which takes weights only from disk (assertions in
+    SGLang's `managers/tokenizer_control_mixin.py`).
 
     Raises:
-        UserError: it does not.
+        UserError: `transport` is another.
     """
     if copies > 1 and transport != "disk":
         raise UserError(

@@ -108,7 +108,7 @@ def causal_logprobs(
     Args:
         texts: token ids, at least two per text.
         capacity: tokens of a packed row.
-        world: process group of all ranks; None: the default group.
+        world: a group of all ranks; None: the default one.
     """
     rows = [lay_out(t[:1], t[1:], [True] * (len(t) - 1), Tree(len(t) - 1, ()), "causal") for t in texts]
     alone = replace(runner.partition, data=0, data_size=1)

@@ -128,11 +128,7 @@ class MicroBatch:
         return batch
 
     def spread(self, name: str, per_trace: Sequence[PerToken]) -> None:
-        """Sets a named value of the targets.
-
-        Args:
-            per_trace: a value per response token of every trace of the batch.
-        """
+        """Sets a named value of the targets from one per response token of every trace of the batch."""
         values_N = self.row.gather(per_trace)[self.row.labels_L >= 0]
         self.values[name] = _to_device(values_N, self.at_N.device)
 

@@ -40,8 +40,8 @@ class Update:
 
     Attributes:
         loss, entropy: means over all targets (entropy in nats).
-        grad_norm: norm of the whole gradient before clipping.
-        targets: number of targets over all ranks.
+        grad_norm: of the whole gradient before clipping.
+        targets: their number over all ranks.
         means: means per target of the sums that the loss reported.
         logprobs: log-probs before the update, one vector per micro-batch of this rank; on the last pipeline
             stage only.
@@ -140,10 +140,7 @@ def wrap_for_training(model: Model, adam: Adam) -> tuple[list[DistributedDataPar
 class Trainer(LogprobRunner):
     """Trains a model and computes log-probs under its current weights.
 
-    Args:
-        model: with its weights loaded.
-        adam: settings of the optimizer; each update gets its own learning rate.
-        temperature: divisor of the logits; the rollout's.
+    Arguments as for `LogprobRunner`; each update gets its own learning rate.
     """
 
     def __init__(self, model: Model, adam: Adam, temperature: float = 1.0) -> None:

@@ -32,11 +32,6 @@ MAX_HEAD_DIM = 256
 def check_kernel(kernel: str, device: torch.device, dim: int) -> None:
     """Checks before the start that a kernel can run.
 
-    Args:
-        kernel: a recipe's `model.attention`.
-        device: where the model is.
-        dim: D.
-
     Raises:
         UserError: the kernel is unknown, or does not support this device, installation or head dimension.
     """
@@ -85,7 +80,6 @@ def path_attention(
             key/value head h // (H / G).
         layout_KQ: int32. Every query must see at least one key; by definition a token sees itself.
         scale: of the scores.
-        kernel: the kernel to use.
 
     Returns:
         [Q, H, D] in the dtype of the query.

@@ -34,12 +34,7 @@ MASKS = LayoutCache()
 
 
 def block_mask(layout_KQ: Tensor, keys: int) -> BlockMask:
-    """Converts a layout to FlexAttention's block mask.
-
-    Args:
-        layout_KQ: int32 layout of the queries.
-        keys: L.
-    """
+    """Converts the queries' layout to FlexAttention's block mask over L `keys`."""
     # A copy: a view would keep the layout, and so the cache entry, alive for ever.
     index_Q, start_Q, *hidden_Q = layout_KQ.clone()
 

@@ -48,12 +48,7 @@ class KernelCall:
 
 
 def plan_calls(layout_KQ: Tensor, long: int = LONG) -> list[tuple[KernelCall, ...]]:
-    """Plans the calls, on the host; the calls of the same queries form one tuple.
-
-    Args:
-        layout_KQ: int32 layout of the queries.
-        long: queries from which a segment has its own calls.
-    """
+    """Plans the calls, on the host; the calls of the same queries form one tuple."""
     plan: list[tuple[KernelCall, ...]] = []
     waiting: list[_Segment] = []
     for segment in _segments(layout_KQ.cpu().numpy()):
@@ -230,11 +225,7 @@ class _SdpaAttention(torch.autograd.Function):
 def sdpa_attention(
     query_QHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, layout_KQ: Tensor, scale: float, long: int = LONG
 ) -> Tensor:
-    """Attention of one packed row under its layout; arguments and result as in `dispatch.path_attention`.
-
-    Args:
-        long: as for `plan_calls`.
-    """
+    """Attention of one packed row under its layout; arguments and result as in `dispatch.path_attention`."""
     dtype = query_QHD.dtype
     wide = torch.promote_types(dtype, torch.float32)
     parts = (part.to(wide) for part in (query_QHD, key_LGD, value_LGD))

@@ -99,18 +99,7 @@ class _TiledAttention(torch.autograd.Function):
 def tiled_attention(
     query_QHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, layout_KQ: Tensor, scale: float, tile: int = TILE
 ) -> Tensor:
-    """Attention of one packed row under its layout, differentiable once.
-
-    Args:
-        query_QHD, key_LGD, value_LGD: one dtype; the softmax is in float32 or wider. Query head h uses the
-            key/value head h // (H / G).
-        layout_KQ: int32. Every query must see at least one key; by definition a token sees itself.
-        scale: of the scores.
-        tile: C.
-
-    Returns:
-        [Q, H, D] in the dtype of the query.
-    """
+    """Attention of one packed row under its layout; arguments and result as in `dispatch.path_attention`."""
     queries, heads, dim = query_QHD.shape
     groups = key_LGD.shape[1]
     query_GRQD = query_QHD.transpose(0, 1).reshape(groups, heads // groups, queries, dim)

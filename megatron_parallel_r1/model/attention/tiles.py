@@ -40,7 +40,6 @@ def tile_visibility(layout_KQ: Tensor, keys: int, query_tile: int, key_tile: int
     query sees is never missing.
 
     Args:
-        layout_KQ: int32 layout of the queries.
         keys: L.
         query_tile, key_tile: M and N.
     """
@@ -117,13 +116,7 @@ class QueryTile:
 
 
 def plan_tiles(layout_KQ: Tensor, keys: int, tile: int) -> list[QueryTile]:
-    """Plans the spans of keys that each query tile needs, on the host.
-
-    Args:
-        layout_KQ: int32 layout of the queries.
-        keys: L.
-        tile: M = N.
-    """
+    """Plans the spans of L `keys` that each query tile needs, on the host; `tile` is M = N."""
     visibility = tile_visibility(layout_KQ, keys, tile, tile)
     plan = []
     for i, (needed_J, whole_J) in enumerate(

@@ -193,13 +193,11 @@ def kernel_attention(
     scale: float,
     chosen: Tilings | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one packed row under its layout.
+    """Attention of one packed row under its layout; arguments as in `dispatch.path_attention`.
 
     Args:
-        query_QHD, key_LGD, value_LGD: float32, float16 or bfloat16, of one dtype; the softmax and all sums
-            are in float32. Query head h uses the key/value head h // (H / G). D is at most 256.
-        layout_KQ: int32. Every query must see at least one key; by definition a token sees itself.
-        scale: of the scores; positive.
+        query_QHD, key_LGD, value_LGD: not float64; all sums are in float32. D is at most 256.
+        scale: positive.
         chosen: tile sizes; None: those of triton_tilings.py.
 
     Returns:

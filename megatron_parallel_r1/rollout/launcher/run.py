@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -34,8 +34,9 @@ def serve_rollout(settings: LaunchSettings, tell: Callable[[str], None]) -> None
         UserError: the servers cannot be started, or one crashes repeatedly.
     """
     children = build_servers(settings)
-    _remove(settings.urls_file)
-    written = False
+    urls_file, written = settings.urls_file, False
+    if urls_file is not None:
+        urls_file.unlink(missing_ok=True)
     with _until_signal() as stopped:
         try:
             with Supervisor(
@@ -43,11 +44,14 @@ def serve_rollout(settings: LaunchSettings, tell: Callable[[str], None]) -> None
             ) as supervisor:
                 while not stopped():
                     supervisor.poll()
-                    if supervisor.healthy and not written:
-                        _write(settings.urls_file, [child.url for child in children])
+                    if supervisor.healthy and urls_file is not None and not written:
+                        urls_file.parent.mkdir(parents=True, exist_ok=True)
+                        # In one step: other nodes read it as soon as it exists.
+                        write_atomically(urls_file, "".join(f"{child.url}\n" for child in children))
                         written = True
         finally:
-            _remove(settings.urls_file)
+            if urls_file is not None:
+                urls_file.unlink(missing_ok=True)
 
 
 def build_servers(settings: LaunchSettings) -> list[ServerProcess]:
@@ -93,19 +97,6 @@ def _until_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _write(file: Path | None, urls: Sequence[str]) -> None:
-    """Writes the file atomically: other nodes read it as soon as it exists."""
-    if file is None:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, "".join(f"{url}\n" for url in urls))
-
-
-def _remove(file: Path | None) -> None:
-    if file is not None:
-        file.unlink(missing_ok=True)
 
 
 # Linux assigns ephemeral ports from 32768 on (net.ipv4.ip_local_port_range).

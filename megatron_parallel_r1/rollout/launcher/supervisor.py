@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,21 +23,12 @@ GUARD = "megatron_parallel_r1.rollout.launcher.guard"
 LAUNCHER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
 
 
-def _without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not name.startswith(LAUNCHER)}
-
-
 class ServerProcess:
     """A server under a guard, in their own process group. Use it in one thread: the kernel ties a guard to
     the thread that starts it."""
 
     def __init__(self, command: ServerCommand, url: str, log: Path) -> None:
-        """Starts nothing yet.
-
-        Args:
-            url: base address of the server that the command starts.
-            log: file to append its output to.
-        """
+        """Starts nothing yet; appends its output to `log`."""
         self.url = url
         self.log = log
         self._command = command
@@ -48,13 +39,14 @@ class ServerProcess:
         """Starts or restarts it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         guarded = (sys.executable, "-m", GUARD, str(os.getpid()), *self._command.arguments)
+        own = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
         with open(self.log, "ab") as log:
             self._guard = subprocess.Popen(
                 guarded,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_without_launcher(os.environ) | self._command.environment,
+                env=own | self._command.environment,
                 start_new_session=True,
             )
         self._started = time.monotonic()
@@ -131,7 +123,7 @@ class Supervisor:
         tell: Callable[[str], None],
         alone: bool = False,
     ) -> None:
-        """Starts nothing yet; `crashes` and `start_seconds` as in settings.Serving.
+        """Starts nothing yet; `crashes` and `start_seconds` as in `LaunchSettings`.
 
         Args:
             tell: receives a line about each event.

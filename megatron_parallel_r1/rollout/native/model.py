@@ -53,7 +53,6 @@ class DecodeModel:
         config: of the whole model.
         tensors: whole, under their Hugging Face names; no two need to exist at once.
         slots: of the cache.
-        group: the ranks that share the model.
         compiled: layers go through torch.compile, except attention and experts, whose choice makes shapes
             depend on values.
     """

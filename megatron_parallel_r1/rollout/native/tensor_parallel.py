@@ -16,13 +16,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class TensorParallelGroup:
-    """This process's place in its tensor-parallel group.
-
-    Attributes:
-        rank: of this process, 0..size-1.
-        size: processes in the group.
-        group: torch's; None for a process alone.
-    """
+    """This process's place in its tensor-parallel group; `group` is None for a process alone."""
 
     rank: int
     size: int
@@ -52,12 +46,7 @@ class TensorParallelGroup:
         return torch.cat(parts, dim=-1) if parts else part_NX
 
     def broadcast(self, values_XN: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.float64]:
-        """Rank 0's numbers on every rank (integers up to 2**53 stay exact).
-
-        Args:
-            values_XN: read on rank 0 only.
-            shape: of `values_XN` there.
-        """
+        """Rank 0's `values_XN`, of `shape`, on every rank (integers up to 2**53 stay exact)."""
         numbers = torch.empty(shape, dtype=torch.float64, device=self._device())
         if self.rank == 0:
             numbers.copy_(torch.from_numpy(values_XN))
@@ -101,17 +90,8 @@ class TensorParallelGroup:
 
 # The dimension that is split: rows where a weight produces heads, features or logits; columns where it reads
 # them.
-SHARD_DIM = {
-    "embed_tokens": 0,
-    "lm_head": 0,
-    "q_proj": 0,
-    "k_proj": 0,
-    "v_proj": 0,
-    "o_proj": 1,
-    "gate_proj": 0,
-    "up_proj": 0,
-    "down_proj": 1,
-}
+_ROWS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+SHARD_DIM = {**dict.fromkeys(_ROWS, 0), "o_proj": 1, "down_proj": 1}
 
 
 def local_shard(name: str, tensor: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:

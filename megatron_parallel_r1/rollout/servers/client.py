@@ -29,13 +29,7 @@ under."""
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Timeouts of a server, in seconds.
-
-    Attributes:
-        connect_s: to open a connection.
-        answer_s: of a continuation or a score.
-        check_s: of health checks and server information.
-    """
+    """Timeouts of a server, in seconds: to connect, of a continuation or score, of checks and information."""
 
     connect_s: float = 10.0
     answer_s: float = 1800.0
@@ -65,12 +59,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """The result of a request.
-
-    Attributes:
-        completion: see `rollout.engine.Engine.sample`.
-        cached_tokens: how many of the request's tokens were in the server's cache; 0 if not reported.
-    """
+    """A completion, and how many of the request's tokens were in the server's cache; 0 if not reported."""
 
     completion: Completion
     cached_tokens: int

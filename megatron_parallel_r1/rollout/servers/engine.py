@@ -111,7 +111,7 @@ class ServerEngine:
         """
         assert limit >= 1, "a completion has at least one token"
         assert context.tokens, "nothing to continue: write something first"
-        context.trace = context.trace or self._name()
+        context.trace = context.trace or next(self._names)
         request = GenerateRequest(
             tuple(context.tokens), sampling, limit, stop, suppress, context.trace, context.joined
         )
@@ -121,7 +121,7 @@ class ServerEngine:
 
     def fork(self, context: ServerContext) -> ServerContext:
         """A fork of a prompt begins a trace, a fork of a trace one of its paths."""
-        return ServerContext(list(context.tokens), context.trace or self._name(), context.joined)
+        return ServerContext(list(context.tokens), context.trace or next(self._names), context.joined)
 
     def join(self, trunk: ServerContext, paths: Sequence[ServerContext]) -> ServerContext:
         fork = len(trunk.tokens)
@@ -139,9 +139,6 @@ class ServerEngine:
     def close(self, context: ServerContext) -> None:
         """Does nothing: servers evict what was used least recently by themselves."""
 
-    def _name(self) -> str:
-        return next(self._names)
-
 
 def _shifted(block: JoinedBlock, by: int) -> JoinedBlock:
     return replace(block, fork=block.fork + by, ends=tuple(end + by for end in block.ends))
@@ -156,18 +153,10 @@ def connect_pool(
 ) -> ServerPool:
     """A pool of the servers at these addresses, ready to use; warns of servers that ignore seeds.
 
-    Args:
-        engine: one of `CLIENTS`.
-        urls_file: see `ServerPool`.
-
     Raises:
         UserError: none answers within `settings.patience_s`, or their log-probs are not as required.
     """
-
-    def connect(url: str) -> Server:
-        return CLIENTS[engine](url, timeouts)
-
-    pool = ServerPool(connect, urls, settings, urls_file)
+    pool = ServerPool(lambda url: CLIENTS[engine](url, timeouts), urls, settings, urls_file)
     pool.wait_ready()
     unseeded = [url for url, info in pool.infos.items() if not info.seeded]
     if unseeded and is_rank_zero():

@@ -31,10 +31,7 @@ class ServerRegistry:
 
     A server is usable if it is up, holds the pool's weights, and is exact in the pool's modes.
 
-    Args:
-        connect: creates a client for the server at an address.
-        urls_file: a file of addresses, one a line, read again at each check: servers join and leave.
-        version: of the weights that a server must hold; None: that of the first server that reports one.
+    Arguments as for `pool.ServerPool`.
 
     Attributes:
         lost: servers that were up and went down, in total.
@@ -216,10 +213,7 @@ class ServerState:
             self.status = "doubted"
 
     async def check(self, version: int | None) -> bool:
-        """Checks health, and reads the server's info if it is not up or holds another version.
-
-        Args:
-            version: of the weights that it should hold.
+        """Checks health, and reads the server's info if it is not up or holds another than `version`.
 
         Returns:
             Whether this check lost it: it was up and no longer is.

@@ -25,7 +25,6 @@ class Ticket:
     """One request that wants a server.
 
     Attributes:
-        trace: its trace's name.
         prompt: hash of its prefix, equal for traces that begin alike.
         granted: called once, with the server's address.
     """
@@ -49,10 +48,6 @@ class CacheAwareRouter:
         self._waiting: dict[str | None, deque[Ticket]] = {None: deque()}
         self._home_of_trace: _LruMap[str] = _LruMap()
         self._home_of_prompt: _LruMap[int] = _LruMap()
-
-    @property
-    def usable(self) -> tuple[str, ...]:
-        return self._usable
 
     def set_usable(self, urls: Sequence[str]) -> None:
         """Sets the servers to route to; of equally loaded ones the earlier comes first."""

@@ -36,13 +36,13 @@ class CheckpointWriter:
     outlive a killed run and find its folder gone when the run is back; and forking a process with threads may
     hang. Writing and hashing release the GIL.
 
+    All ranks construct it at the same time.
+
     Args:
         folder: an existing, empty folder that all ranks see.
         parts: parts of this rank; they may change as soon as this returns.
         extra: copies of the extra states of this rank's layers.
         about: the manifest without its files.
-
-    All ranks construct it at the same time.
     """
 
     def __init__(
