@@ -43,8 +43,7 @@ from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.thought.layout import Mode, lay_out
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import partition_rows
+from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Trainer, Update
 from megatron_parallel_r1.utils.timers import Timers
 

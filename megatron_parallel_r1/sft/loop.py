@@ -27,8 +27,7 @@ from megatron_parallel_r1.run.stage_loop import StageLoop
 from megatron_parallel_r1.thought.layout import Mode, Row, lay_out
 from megatron_parallel_r1.thought.parser import ParseError, parse
 from megatron_parallel_r1.thought.tags import Tags
-from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import partition_rows
+from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Trainer, Update
 
 if TYPE_CHECKING:

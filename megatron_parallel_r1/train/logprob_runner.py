@@ -20,8 +20,7 @@ from megatron_parallel_r1.distributed.collectives import all_gather_objects
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.thought.layout import lay_out
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import BatchPartition, partition_rows
+from megatron_parallel_r1.train.micro_batch import BatchPartition, MicroBatch, partition_rows
 from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 
 

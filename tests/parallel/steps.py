@@ -28,8 +28,7 @@ from megatron_parallel_r1.rl.objective.loss import policy_loss
 from megatron_parallel_r1.sft.loop import sft_loss
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse
-from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import partition_rows
+from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Adam, Trainer
 from megatron_parallel_r1.utils.rank import is_rank_zero
 from tests.parallel.launch import parallel_of

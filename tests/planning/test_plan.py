@@ -26,7 +26,7 @@ from megatron_parallel_r1.planning.rollouts import LengthLimits, longest_branche
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse
-from megatron_parallel_r1.train.partition import BatchPartition, partition_rows
+from megatron_parallel_r1.train.micro_batch import BatchPartition, partition_rows
 from tests.reference.traces import TAGS, random_trace
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

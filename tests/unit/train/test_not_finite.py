@@ -10,8 +10,7 @@ import torch
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.thought.layout import lay_out
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.micro_batch import MicroBatch
-from megatron_parallel_r1.train.partition import partition_rows
+from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Loss, NotFinite, Trainer
 
 TOKENS = (9, 12, 31, 10, 17, 22)

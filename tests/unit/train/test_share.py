@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.packing import balanced_partition
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.train.partition import BatchPartition, partition_rows
+from megatron_parallel_r1.train.micro_batch import BatchPartition, partition_rows
 
 
 def row_of(length: int) -> Row:
