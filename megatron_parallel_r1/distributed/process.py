@@ -34,7 +34,6 @@ def start(
 
     Args:
         seed: of Megatron's random states; the same on all ranks.
-        parallel: sizes of the model-parallel groups; None: one rank holds the model.
         timeout_s: time-out of a collective.
         heartbeat_s: silence of a rank after which every other one ends; at least 5.
         join_s: how long the ranks may take to connect.

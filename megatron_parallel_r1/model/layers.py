@@ -25,15 +25,7 @@ FP8_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """A recipe's `model.layers`, `model.attention`, `model.fp8` and `model.fp8_params`.
-
-    Attributes:
-        kind: the library of the linear layers and norms.
-        attention: the attention kernel.
-        fp8: how values are scaled into FP8's range: by the history of a tensor's maximum (arXiv 2209.05433),
-            by its current maximum, or by that of blocks of 128 (arXiv 2412.19437).
-        fp8_params: whether the layers' matrices are stored in FP8; the optimizer's copies stay float32.
-    """
+    """A recipe's `model.layers`, `model.attention`, `model.fp8` and `model.fp8_params` (config/model.py)."""
 
     kind: LayerKind = "local"
     attention: Kernel = "auto"

@@ -55,9 +55,7 @@ class ServerControl(Protocol):
     """
 
     @property
-    def url(self) -> str:
-        """Base address, as `http://host:port`."""
-        ...
+    def url(self) -> str: ...
 
     @property
     def kinds(self) -> frozenset[TransportKind]:

@@ -28,7 +28,6 @@ class LogprobRunner:
     """Computes log-probs under a model's current weights.
 
     Args:
-        model: with its weights loaded.
         temperature: divisor of the logits; the rollout's.
         head_VE: this rank's rows of an output matrix to use instead of the model's.
     """

@@ -36,11 +36,9 @@ from megatron_parallel_r1.thought.packing import (
 
 @dataclass(frozen=True, slots=True)
 class BatchPartition:
-    """This rank's place among those that share a batch.
+    """This rank's data- and context-parallel place among those that share a batch.
 
     Attributes:
-        data, data_size: data-parallel rank and size.
-        context, context_size: context-parallel rank and size, for the ranks that share each row.
         multiple: rows are padded to a multiple of this many tokens, so that they split evenly.
         rounds: the number of micro-batches is a multiple of this; interleaved stages take turns in groups.
             With 2 or more, all rows have equal length, since such stages do not exchange it.

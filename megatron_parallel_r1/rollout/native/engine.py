@@ -40,7 +40,6 @@ class NativeEngine:
     """Exact in every mode. `computed_tokens` counts the rows that went through the model.
 
     Args:
-        config: of the model whose weights `load_weights` will bring.
         group: ranks that share the engine's weights; None: this process alone.
         max_rows: maximum tokens in one pass; longer prompts take several.
         recurring: decode on recurring shapes, which CUDA graphs replay (graphs.py); None: if CUDA is

@@ -52,7 +52,6 @@ class DecodeModel:
     Args:
         config: of the whole model.
         tensors: whole, under their Hugging Face names; no two need to exist at once.
-        slots: of the cache.
         compiled: layers go through torch.compile, except attention and experts, whose choice makes shapes
             depend on values.
     """

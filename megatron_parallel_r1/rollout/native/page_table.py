@@ -126,7 +126,6 @@ class ForwardBatch:
     """The rows of one forward pass, each one token of some context.
 
     Attributes:
-        tokens_N, positions_N: of each row.
         slots_N: cache slots that the rows' keys and values are written to.
         seen_NT: slots that each row sees, its own last; padded with any slot number.
         lengths_N: how many of those count.

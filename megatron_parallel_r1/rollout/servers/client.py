@@ -26,6 +26,9 @@ NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "fr
 model's generation_config.json), and tokens would be drawn from another distribution than they are trained
 under."""
 
+# Added to a suppressed logit. Its probability is then exactly 0 in float32 at any temperature below 10^6.
+SUPPRESSED_BIAS = -1e9
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
@@ -55,6 +58,11 @@ class GenerateRequest:
     suppress: frozenset[int]
     trace: str
     joined: tuple[JoinedBlock, ...] = ()
+
+    def logit_bias(self) -> dict[str, dict[str, float]]:
+        """The field of a request's parameters that suppresses tokens, if there are any."""
+        bias = {str(token): SUPPRESSED_BIAS for token in sorted(self.suppress)}
+        return {"logit_bias": bias} if bias else {}
 
 
 @dataclass(frozen=True, slots=True)

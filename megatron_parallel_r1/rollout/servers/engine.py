@@ -50,7 +50,7 @@ class ServerEngine:
     `write`, `fork` and `join` send nothing: the next `sample` carries the whole prefix.
 
     Args:
-        pool: that is ready (`ServerPool.wait_ready`).
+        pool: ready (`ServerPool.wait_ready`).
         publish: brings weights (Hugging Face name, tensor) of a version to every server of the pool, and
             records the version in the pool; None: the servers keep the weights that they were started with.
     """

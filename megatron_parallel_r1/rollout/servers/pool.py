@@ -39,10 +39,10 @@ class PoolSettings:
 
     Attributes:
         concurrent: maximum requests in flight at one server, over all processes that share it.
-        check_s: between two checks of a server, in seconds.
-        patience_s: how long no server may be usable before the run gives up, in seconds.
+        check_s: between two checks of a server.
+        patience_s: how long no server may be usable before the run gives up.
         attempts: failures of one request before it is taken for their cause.
-        backoff_s: before the first retry, in seconds; doubled with each.
+        backoff_s: before the first retry; doubled with each.
     """
 
     concurrent: int = 128
@@ -76,7 +76,6 @@ class ServerPool:
 
     Args:
         connect: creates a client for the server at an address.
-        urls: of servers.
         urls_file: a file of addresses, one a line, that is read again while the pool is used: a server added
             to it joins, one removed from it leaves.
         version: of the weights that the servers must hold; None: that of the first one that answers.

@@ -31,8 +31,6 @@ from megatron_parallel_r1.rollout.servers.client import (
 )
 from megatron_parallel_r1.thought.layout import Mode
 
-# Added to a suppressed logit. Its probability is then exactly 0 in float32 at any temperature below 10^6.
-SUPPRESSED_BIAS = -1e9
 ISOLATED: frozenset[Mode] = frozenset({"isolated"})
 
 
@@ -129,9 +127,8 @@ def _body(request: GenerateRequest, tokens: tuple[int, ...], left: int) -> dict[
         "stop_token_ids": sorted(request.stop),
         "skip_special_tokens": False,
         "no_stop_trim": True,
+        **request.logit_bias(),
     }
-    if request.suppress:
-        params["logit_bias"] = {str(token): SUPPRESSED_BIAS for token in sorted(request.suppress)}
     if request.joined:
         params["custom_params"] = {FIELD: encode_blocks(request.joined)}
     return {"input_ids": tokens, "sampling_params": params, "return_logprob": True}

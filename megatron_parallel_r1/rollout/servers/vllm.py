@@ -38,8 +38,6 @@ from megatron_parallel_r1.rollout.servers.client import (
 )
 from megatron_parallel_r1.utils.seeding import hash_seed
 
-# Added to a suppressed logit. Its probability is then exactly 0 in float32 at any temperature below 10^6.
-SUPPRESSED_BIAS = -1e9
 # What vLLM writes for a log-prob of -inf or a missing one.
 NO_LOGPROB = -9999.0
 
@@ -152,7 +150,6 @@ def _body(request: GenerateRequest, name: str) -> dict[str, Any]:
         "ignore_eos": True,
         "logprobs": 0,
         "detokenize": False,
+        **request.logit_bias(),
     }
-    if request.suppress:
-        params["logit_bias"] = {str(token): SUPPRESSED_BIAS for token in sorted(request.suppress)}
     return {"request_id": name, "token_ids": request.tokens, "sampling_params": params}

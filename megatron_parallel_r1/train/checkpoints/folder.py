@@ -57,7 +57,6 @@ class Checkpoints:
 
     Args:
         folder: created with the first checkpoint.
-        keep_last: number of checkpoints to keep.
         keep_best: also keep the one with the lowest or highest score, the later of equals; None: do not.
     """
 

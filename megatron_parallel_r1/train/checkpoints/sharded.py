@@ -40,7 +40,7 @@ class TensorBlock:
 
     Attributes:
         key: name of the whole tensor.
-        whole: its shape, one or two sizes, preceded by the number of experts for expert weights.
+        whole: its shape: one or two sizes, preceded by the number of experts for expert weights.
         corner: indices in it of the block's first element.
         rows, width: shape of the block; a vector is one row.
         origin: offset of the block's first element in the flattened parameter.
