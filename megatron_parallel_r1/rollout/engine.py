@@ -58,21 +58,17 @@ class Engine(Protocol, Generic[Context]):
     @property
     def modes(self) -> frozenset[Mode]:
         """Modes in which its log-probs are exact."""
-        ...
 
     @property
     def version(self) -> int:
         """Of the weights that it holds."""
-        ...
 
     @property
     def runs_on_all_ranks(self) -> bool:
         """Whether all ranks of a model replica make each call; otherwise only its first rank does."""
-        ...
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Loads weights under their Hugging Face names; no context may be open."""
-        ...
 
     def offer_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Offers weights to load between two passes, even with open contexts; any thread may call it.
@@ -85,19 +81,15 @@ class Engine(Protocol, Generic[Context]):
         Args:
             tensors: must not change any more.
         """
-        ...
 
     def interrupt(self) -> None:
         """Ends calls under way, and all later ones, with `Interrupted`; any thread may call it."""
-        ...
 
     def open(self) -> Context:
         """An empty context."""
-        ...
 
     async def write(self, context: Context, tokens: Sequence[int]) -> None:
         """Appends forced tokens. Afterwards the whole context is in the cache, ready to fork or join."""
-        ...
 
     async def sample(
         self,
@@ -111,17 +103,13 @@ class Engine(Protocol, Generic[Context]):
 
         The last token may not be in the cache yet; `write(context, ())` puts it there.
         """
-        ...
 
     def fork(self, context: Context) -> Context:
         """A second context that shares the same prefix, which must be written."""
-        ...
 
     def join(self, trunk: Context, paths: Sequence[Context]) -> Context:
         """The context after isolated paths: it sees the trunk and all paths as they were written, and
         continues after the highest position. The paths are written forks of `trunk`, unchanged since."""
-        ...
 
     def close(self, context: Context) -> None:
         """Closes the context and frees what no other context shares."""
-        ...

@@ -60,42 +60,33 @@ class ServerControl(Protocol):
     @property
     def kinds(self) -> frozenset[TransportKind]:
         """Transports by which it takes weights; all but `disk` only if it is a `LiveServerControl`."""
-        ...
 
     @property
     def wants_head(self) -> bool:
         """Whether it needs `lm_head.weight` even of a model that ties it to the embedding."""
-        ...
 
     def info(self) -> WeightsInfo: ...
 
     def pause(self, in_flight: InFlightPolicy) -> None:
         """Stops computing, then returns; later requests wait for `continue_generation`."""
-        ...
 
     def continue_generation(self) -> None:
         """Ends a pause."""
-        ...
 
     def load_folder(self, folder: Path, version: int) -> None:
         """Loads all weights of a folder, and flushes the cache."""
-        ...
 
     def score(self, rows: Sequence[TokenRow]) -> list[RowScores]:
         """Natural log-probs at temperature 1 of each row's tokens except the first."""
-        ...
 
     def release_memory(self) -> None:
         """Frees the memory of weights and cache until `resume_memory`; the server must be paused."""
-        ...
 
     def resume_memory(self, part: MemoryPart) -> None:
         """Allocates memory again, the weights' first; they are undefined then, and the cache is empty."""
-        ...
 
     def close(self) -> None:
         """Closes its connections."""
-        ...
 
 
 class LiveServerControl(ServerControl, Protocol):
@@ -103,15 +94,12 @@ class LiveServerControl(ServerControl, Protocol):
 
     def join_group(self, rendezvous: Rendezvous) -> None:
         """Joins a process group; returns once all of its processes have joined."""
-        ...
 
     def leave_group(self, name: str) -> None:
         """Leaves a process group, if it is a member."""
-        ...
 
     def begin_update(self) -> None:
         """Call before the first `receive_broadcast` or `receive_shared`; ends an interrupted update."""
-        ...
 
     def receive_broadcast(
         self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, version: int | None
@@ -121,7 +109,6 @@ class LiveServerControl(ServerControl, Protocol):
         Args:
             version: of all weights after this bucket, which flushes the cache; None: more buckets follow.
         """
-        ...
 
     def receive_shared(self, payloads: Sequence[str], version: int | None) -> None:
         """Copies tensors from shared memory.
@@ -130,11 +117,9 @@ class LiveServerControl(ServerControl, Protocol):
             payloads: one for each of the server's processes.
             version: as in `receive_broadcast`.
         """
-        ...
 
     def end_update(self) -> None:
         """Call after the last bucket."""
-        ...
 
 
 # An operation may take `timeout_s`; the server's own timeout error comes a little later.

@@ -175,7 +175,6 @@ class Transport(Protocol):
 
     def open(self, servers: Sequence[ServerControl], infos: Mapping[str, WeightsInfo], version: int) -> None:
         """Begins a pass; `infos` of each server, by URL, were just read."""
-        ...
 
     def send(self, bucket: Bucket) -> None: ...
 
@@ -183,4 +182,3 @@ class Transport(Protocol):
 
     def end(self) -> None:
         """Frees what lasts from one pass to the next."""
-        ...

@@ -103,27 +103,22 @@ class Server(Protocol):
     @property
     def url(self) -> str:
         """Base address, as `http://host:port`."""
-        ...
 
     async def info(self) -> ServerInfo: ...
 
     async def healthy(self) -> bool:
         """Whether it answers at all; never raises."""
-        ...
 
     async def generate(self, request: GenerateRequest) -> GenerateResult: ...
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         """Natural log-probs of tokens[1:] at temperature 1, each given the tokens before it."""
-        ...
 
     async def abort_all(self) -> None:
         """Aborts all requests under way; they raise `Unreachable`."""
-        ...
 
     async def close(self) -> None:
         """Closes its connections; so does the end of the event loop."""
-        ...
 
 
 class Unreachable(Exception):
