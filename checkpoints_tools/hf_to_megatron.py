@@ -7,11 +7,8 @@ Killed, the same command goes on. A recipe's model.path may name the result. doc
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.imports import prepare_imports
-
-prepare_imports()
-
-from megatron_parallel_r1.conversion.command import hf_to_megatron_command, run_and_exit  # noqa: E402
+from megatron_parallel_r1.conversion.command import RESUME, hf_to_megatron_command
+from megatron_parallel_r1.utils.exit import run_and_exit
 
 if __name__ == "__main__":
-    run_and_exit(hf_to_megatron_command)
+    run_and_exit(hf_to_megatron_command, RESUME)

@@ -8,11 +8,8 @@ Killed, the same command goes on. docs/checkpoints.md says more.
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.imports import prepare_imports
-
-prepare_imports()
-
-from megatron_parallel_r1.conversion.command import megatron_to_hf_command, run_and_exit  # noqa: E402
+from megatron_parallel_r1.conversion.command import RESUME, megatron_to_hf_command
+from megatron_parallel_r1.utils.exit import run_and_exit
 
 if __name__ == "__main__":
-    run_and_exit(megatron_to_hf_command)
+    run_and_exit(megatron_to_hf_command, RESUME)

@@ -8,11 +8,8 @@ docs/checkpoints.md says more.
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.imports import prepare_imports
-
-prepare_imports()
-
-from megatron_parallel_r1.conversion.command import release_command, run_and_exit  # noqa: E402
+from megatron_parallel_r1.conversion.command import RESUME, release_command
+from megatron_parallel_r1.utils.exit import run_and_exit
 
 if __name__ == "__main__":
-    run_and_exit(release_command)
+    run_and_exit(release_command, RESUME)

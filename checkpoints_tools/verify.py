@@ -7,11 +7,8 @@ Exit code 0: the same; 1: different; 2: one cannot be read. docs/checkpoints.md 
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.imports import prepare_imports
-
-prepare_imports()
-
-from megatron_parallel_r1.conversion.command import run_and_exit, verify_command  # noqa: E402
+from megatron_parallel_r1.conversion.command import RESUME, verify_command
+from megatron_parallel_r1.utils.exit import run_and_exit
 
 if __name__ == "__main__":
-    run_and_exit(verify_command)
+    run_and_exit(verify_command, RESUME)

@@ -8,11 +8,8 @@ Writes tables with paired tests and a plot over training steps; reads the record
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.imports import prepare_imports
-
-prepare_imports()
-
-from megatron_parallel_r1.evaluation.command import compare_command, run_and_exit  # noqa: E402
+from megatron_parallel_r1.evaluation.command import RESUME, compare_command
+from megatron_parallel_r1.utils.exit import run_and_exit
 
 if __name__ == "__main__":
-    run_and_exit(compare_command)
+    run_and_exit(compare_command, RESUME)

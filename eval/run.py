@@ -9,11 +9,8 @@ A killed evaluation resumes, a repeated one reads its records; see docs/evaluati
 
 from __future__ import annotations
 
-from megatron_parallel_r1.utils.imports import prepare_imports
-
-prepare_imports()
-
-from megatron_parallel_r1.evaluation.command import run_and_exit, run_command  # noqa: E402
+from megatron_parallel_r1.evaluation.command import RESUME, evaluate_command
+from megatron_parallel_r1.utils.exit import run_and_exit
 
 if __name__ == "__main__":
-    run_and_exit(run_command)
+    run_and_exit(evaluate_command, RESUME)

@@ -1,18 +1,18 @@
 """The commands of `checkpoints_tools/`: flags, progress bar, and final message.
 
 They return the exit code: 0, or 1 if two models differ or a file is damaged; a `UserError` becomes 2.
+Function bodies import what they need, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,10 +25,12 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.utils.exit import one_line_exit
 
+if TYPE_CHECKING:
+    import torch
+
+RESUME = "the same command continues with the files that are missing"
 DTYPES = ("keep", "bfloat16", "float16", "float32")
 
 
@@ -46,13 +48,6 @@ class ConversionBar:
         self.progress.advance(self.task, count)
 
 
-def run_and_exit(command: Callable[[], int]) -> None:
-    """Runs a command and exits with its code; expected errors end in one line (utils/exit.py)."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with one_line_exit("the same command continues with the files that are missing"):
-        raise SystemExit(command())
-
-
 def hf_to_megatron_command(words: Sequence[str] | None = None) -> int:
     """`hf_to_megatron.py`."""
     parser = _parser("Convert a Hugging Face folder to a distributed checkpoint of Megatron, in one process.")
@@ -61,6 +56,7 @@ def hf_to_megatron_command(words: Sequence[str] | None = None) -> int:
     for name, what in (("tensor", "each matrix"), ("pipeline", "the layers"), ("expert", "the experts")):
         parser.add_argument(f"--{name}", type=int, default=1, help=f"ranks that split {what}")
     args = parser.parse_args(words)
+    from megatron_parallel_r1.conversion.shard_plan import Target
     from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
 
     target = Target(args.tensor, args.pipeline, args.expert)
@@ -211,6 +207,8 @@ def _shards(parser: argparse.ArgumentParser) -> None:
 
 
 def _dtype(name: str) -> torch.dtype | None:
+    import torch
+
     return None if name == "keep" else getattr(torch, name)
 
 

@@ -30,7 +30,7 @@ _CONTEXT_CHARS = 48
 
 @dataclass(frozen=True, slots=True)
 class WrittenTrace:
-    """A well-formed trace.
+    """A trace as text, well-formed if it was parsed strictly.
 
     Attributes:
         pieces: the text split at its tags, none empty; the indices of `tree` count pieces.
@@ -40,15 +40,15 @@ class WrittenTrace:
     tree: Tree
 
     @classmethod
-    def of(cls, text: str) -> WrittenTrace:
-        """Parses canonical text.
+    def of(cls, text: str, strict: bool = True) -> WrittenTrace:
+        """Parses text, canonical if `strict`.
 
         Raises:
-            ParseError: the text is malformed; `index` counts pieces.
+            ParseError: the text is malformed and `strict` is set; `index` counts pieces.
         """
         pieces = _split(text)
         tokens = [TAG_TEXTS.index(piece) if piece in TAG_TEXTS else _TEXT for piece in pieces]
-        return cls(pieces, parse(tokens, _TAGS, strict=True))
+        return cls(pieces, parse(tokens, _TAGS, strict))
 
     @staticmethod
     def around(text: str, index: int) -> tuple[str, str]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_parallel_r1.data.embedded.congruence import Difficulty
-from megatron_parallel_r1.data.embedded.generate import evaluation_problems
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.data.readers import read_problems
 from megatron_parallel_r1.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_parallel_r1.data.embedded.congruence import Difficulty
 
 EMBEDDED_PROBLEMS = 512
 _ENDINGS = (".parquet", ".jsonl", ".json")
@@ -72,6 +73,10 @@ def read_benchmarks(
 
 
 def _read(word: str, data: Path | None, limit: int | None) -> Benchmark:
+    # Imported here, so that `--help`, which lists the names, is fast.
+    from megatron_parallel_r1.data.embedded.generate import evaluation_problems
+    from megatron_parallel_r1.data.readers import read_problems
+
     name, own, file = word.partition("=")
     if name in EMBEDDED and not own:
         problems = evaluation_problems(EMBEDDED[name], limit or EMBEDDED_PROBLEMS)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,31 @@ def stages_of(run: Path) -> list[Checkpoint]:
             checkpoints.append(Checkpoint(stage.name, folder, decoding, source, total[stage.name]))
     if not checkpoints:
         raise UserError(f"{run}: no stage of this run is done (no <stage>/model)")
+    return checkpoints
+
+
+def choose_checkpoints(
+    run: Path | None, stages: Sequence[str] | None, folders: Sequence[Path]
+) -> list[Checkpoint]:
+    """Chooses the stages of a run (None: all), then single folders, under distinct names.
+
+    Raises:
+        UserError: the run lacks a stage, or nothing is chosen.
+    """
+    checkpoints = stages_of(run) if run is not None else []
+    if stages is not None:
+        known = [checkpoint.name for checkpoint in checkpoints]
+        if missing := [name for name in stages if name not in known]:
+            raise UserError(
+                f"--stages {missing[0]}: no finished stage of --run; it has {', '.join(known) or 'none'}"
+            )
+        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.name in stages]
+    for folder in folders:
+        opened = open_checkpoint(folder)
+        taken = {checkpoint.name for checkpoint in checkpoints}
+        checkpoints.append(opened if opened.name not in taken else replace(opened, name=str(folder)))
+    if not checkpoints:
+        raise UserError("nothing to compare; give --run RUN, or two --checkpoint or more")
     return checkpoints
 
 

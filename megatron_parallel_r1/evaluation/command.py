@@ -1,35 +1,31 @@
-"""The commands `eval/run.py` and `eval/compare.py`: flags and output files."""
+"""The commands `evaluate` and `compare`, which are also `eval/run.py` and `eval/compare.py`.
+
+Function bodies import what they need, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import EMBEDDED, EMBEDDED_PROBLEMS, PUBLISHED, read_benchmarks
-from megatron_parallel_r1.evaluation.checkpoints import Checkpoint, open_checkpoint, stages_of
 from megatron_parallel_r1.evaluation.engines import ENGINES
-from megatron_parallel_r1.evaluation.evaluator import (
-    BenchmarkResult,
-    EvaluationPlan,
-    evaluate,
-    write_summaries,
-)
-from megatron_parallel_r1.evaluation.modes import EvaluationMode
-from megatron_parallel_r1.evaluation.output import DEFAULT_OUT, check_out, writing
-from megatron_parallel_r1.evaluation.pairs import paired_tests
-from megatron_parallel_r1.evaluation.plot import draw_plot, save_plot, svg_of
-from megatron_parallel_r1.evaluation.tables import Table, evaluation_tables, html_page, markdown_page
-from megatron_parallel_r1.utils.exit import one_line_exit
+from megatron_parallel_r1.evaluation.output import DEFAULT_OUT, check_out
 from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
 
+if TYPE_CHECKING:
+    from megatron_parallel_r1.evaluation.evaluator import EvaluationPlan
 
-def run_command(words: Sequence[str] | None = None) -> None:
+RESUME = "the same command continues from the records"
+
+
+def evaluate_command(words: Sequence[str] | None = None) -> None:
     """Runs `eval/run.py`: one checkpoint in one mode.
 
     Raises:
@@ -40,18 +36,18 @@ def run_command(words: Sequence[str] | None = None) -> None:
         "--checkpoint", type=Path, required=True, help="a released folder, or a run's or a stage's"
     )
     parser.add_argument("--mode", default="parallel", help="parallel (as stored), sequential or majority@k")
-    args = parser.parse_args(words)
+    args = _parse(parser, words)
+    from megatron_parallel_r1.evaluation.checkpoints import open_checkpoint
+    from megatron_parallel_r1.evaluation.evaluator import evaluate
+    from megatron_parallel_r1.evaluation.modes import EvaluationMode
+    from megatron_parallel_r1.evaluation.presentation import write_pages
+
     mode, console, plan = EvaluationMode.of(args.mode), _console(), _plan(args)
     checkpoint = open_checkpoint(args.checkpoint)
     benchmarks = read_benchmarks(_words(args.benchmarks), args.data, args.limit)
     results = evaluate(checkpoint, benchmarks, mode, plan, console)
     if is_rank_zero():
-        _write(
-            results,
-            evaluation_tables([r.summary for r in results]),
-            args.out / f"{checkpoint.name}_{mode}",
-            console,
-        )
+        write_pages(results, (), args.out / f"{checkpoint.name}_{mode}", console)
 
 
 def compare_command(words: Sequence[str] | None = None) -> None:
@@ -73,13 +69,20 @@ def compare_command(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--modes", default="parallel", help="comma-separated, such as parallel,sequential,majority@4"
     )
-    args = parser.parse_args(words)
+    args = _parse(parser, words)
     if world_size() > 1:
         raise UserError(
             "eval/compare.py: start one process; run eval/run.py under torchrun first, this reads its records"
         )
+    from megatron_parallel_r1.evaluation.checkpoints import choose_checkpoints
+    from megatron_parallel_r1.evaluation.evaluator import evaluate
+    from megatron_parallel_r1.evaluation.modes import EvaluationMode
+    from megatron_parallel_r1.evaluation.presentation import write_pages
+    from megatron_parallel_r1.evaluation.summary import paired_tests
+
     modes, console, plan = [EvaluationMode.of(word) for word in _words(args.modes)], _console(), _plan(args)
-    checkpoints = _checkpoints(args.run, args.stages, args.checkpoint)
+    stages = None if args.stages is None else _words(args.stages)
+    checkpoints = choose_checkpoints(args.run, stages, args.checkpoint)
     benchmarks = read_benchmarks(_words(args.benchmarks), args.data, args.limit)
     for mode in modes:
         plan.samples_in(mode)
@@ -90,20 +93,7 @@ def compare_command(words: Sequence[str] | None = None) -> None:
         for result in evaluate(checkpoint, benchmarks, mode, plan, console)
     ]
     results.sort(key=lambda result: [b.name for b in benchmarks].index(result.summary.benchmark))
-    _write(
-        results,
-        evaluation_tables([r.summary for r in results], paired_tests(results)),
-        args.out / "comparison",
-        console,
-    )
-
-
-def run_and_exit(command: Callable[[], None]) -> None:
-    """Runs a command as `parallel-r1` does: expected errors end in one line and an exit code."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with one_line_exit("the same command continues from the records"):
-        command()
+    write_pages(results, paired_tests(results), args.out / "comparison", console)
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -138,7 +128,15 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    args = parser.parse_args(words)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+    return args
+
+
 def _plan(args: argparse.Namespace) -> EvaluationPlan:
+    from megatron_parallel_r1.evaluation.evaluator import EvaluationPlan
+
     check_out(args.out)
     return EvaluationPlan(
         out=args.out,
@@ -151,44 +149,6 @@ def _plan(args: argparse.Namespace) -> EvaluationPlan:
         servers=tuple(args.servers),
         concurrent=args.concurrent,
     )
-
-
-def _checkpoints(run: Path | None, stages: str | None, folders: Sequence[Path]) -> list[Checkpoint]:
-    """The stages of a run, then single folders, under distinct names."""
-    checkpoints = stages_of(run) if run is not None else []
-    if stages is not None:
-        wanted, known = _words(stages), [checkpoint.name for checkpoint in checkpoints]
-        if missing := [name for name in wanted if name not in known]:
-            raise UserError(
-                f"--stages {missing[0]}: no finished stage of --run; it has {', '.join(known) or 'none'}"
-            )
-        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.name in wanted]
-    for folder in folders:
-        opened = open_checkpoint(folder)
-        taken = {checkpoint.name for checkpoint in checkpoints}
-        checkpoints.append(opened if opened.name not in taken else replace(opened, name=str(folder)))
-    if not checkpoints:
-        raise UserError("nothing to compare; give --run RUN, or two --checkpoint or more")
-    return checkpoints
-
-
-def _write(results: Sequence[BenchmarkResult], tables: Sequence[Table], stem: Path, console: Console) -> None:
-    """Writes `<stem>.md`, `.html` and `.json`; for several checkpoints also the plot, `.png` and `.svg`."""
-    several = len({(r.summary.checkpoint, r.summary.step) for r in results}) > 1
-    svg = None
-    with writing(stem.parent):
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        if several:
-            figure = draw_plot([result.summary for result in results])
-            save_plot(figure, stem.with_name(f"{stem.name}.png"))
-            svg = svg_of(figure)
-            stem.with_name(f"{stem.name}.svg").write_text(svg, encoding="utf-8")
-        stem.with_name(f"{stem.name}.md").write_text(markdown_page(tables), encoding="utf-8")
-        stem.with_name(f"{stem.name}.html").write_text(html_page(tables, svg), encoding="utf-8")
-        write_summaries(results, stem.with_name(f"{stem.name}.json"))
-    for table in tables:
-        console.print(table.terminal())
-    console.print(f"tables   {stem}.md, {stem}.html", soft_wrap=True, highlight=False)
 
 
 def _words(text: str) -> list[str]:

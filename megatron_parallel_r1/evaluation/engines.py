@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.utils.rank import world_size
+
+if TYPE_CHECKING:
+    from megatron_parallel_r1.rollout.engine import Engine
 
 # Longest time until a server responds, in seconds.
 PATIENCE_S = 60.0
@@ -78,7 +80,6 @@ def _native(spec: EngineSpec) -> Iterator[OpenedEngine]:
     from megatron_parallel_r1.distributed.collectives import barrier, is_replica_leader
     from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
     from megatron_parallel_r1.run.context import native_engine
-    from megatron_parallel_r1.utils.rank import world_size
 
     if spec.servers:
         raise UserError("engine native: decodes in this process and takes no --server; remove it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,7 @@ from megatron_parallel_r1.evaluation.records import (
     response_record,
     sample_requests,
 )
-from megatron_parallel_r1.evaluation.statistics import ProblemScores
-from megatron_parallel_r1.evaluation.summary import EvaluationSummary, in_order, summarise
+from megatron_parallel_r1.evaluation.summary import BenchmarkResult, in_order, summarise
 from megatron_parallel_r1.report.progress import StageProgress
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
@@ -69,14 +67,6 @@ class EvaluationPlan:
             at_least = f"a multiple of {mode.votes}" if mode.votes > 1 else "1 or more"
             raise UserError(f"--samples {samples}: mode {mode} needs {at_least}")
         return samples
-
-
-@dataclass(frozen=True, slots=True)
-class BenchmarkResult:
-    """The figures of one benchmark, and the headline score of each problem for paired tests."""
-
-    summary: EvaluationSummary
-    scores: ProblemScores
 
 
 def evaluate(
@@ -127,16 +117,8 @@ def evaluate(
         results = []
         for name, requests in wanted.items():
             grouped = in_order(records, [request.key for request in requests], samples)
-            summary, scores = summarise(checkpoint.name, checkpoint.step, name, mode, grouped, verifier)
-            results.append(BenchmarkResult(summary, scores))
+            results.append(summarise(checkpoint.name, checkpoint.step, name, mode, grouped, verifier))
         return results
-
-
-def write_summaries(results: Sequence[BenchmarkResult], file: Path) -> None:
-    """Writes the figures as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    records = [result.summary.record() for result in results]
-    file.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)

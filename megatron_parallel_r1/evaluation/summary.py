@@ -1,16 +1,24 @@
-"""Figures of one checkpoint on one benchmark, computed from its response records."""
+"""Figures of checkpoints on benchmarks, computed from their response records, and paired tests of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from megatron_parallel_r1.evaluation.modes import EvaluationMode
 from megatron_parallel_r1.evaluation.records import ResponseRecord
-from megatron_parallel_r1.evaluation.statistics import Interval, ProblemScores, pass_at_k, score_interval
-from megatron_parallel_r1.evaluation.votes import Ballot, right_votes
+from megatron_parallel_r1.evaluation.statistics import (
+    Ballot,
+    Comparison,
+    Interval,
+    ProblemScores,
+    compare,
+    holm,
+    pass_at_k,
+    right_votes,
+    score_interval,
+)
 from megatron_parallel_r1.rewards.verifier import Verifier
 
 
@@ -69,9 +77,13 @@ class EvaluationSummary:
     truncated: float
     unanswered: float
 
-    def record(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkResult:
+    """The figures of one benchmark, and the headline score of each problem for paired tests."""
+
+    summary: EvaluationSummary
+    scores: ProblemScores
 
 
 def summarise(
@@ -81,8 +93,8 @@ def summarise(
     mode: EvaluationMode,
     records: Sequence[Sequence[ResponseRecord]],
     verifier: Verifier,
-) -> tuple[EvaluationSummary, ProblemScores]:
-    """Figures, and the headline score of each problem for paired tests.
+) -> BenchmarkResult:
+    """Computes the figures.
 
     Args:
         records: [P][S], the samples of each problem in order, the same number for all.
@@ -124,7 +136,7 @@ def summarise(
         truncated=fmean(record.finish == "length" for record in flat),
         unanswered=fmean(record.answer is None for record in flat),
     )
-    return summary, scores
+    return BenchmarkResult(summary, scores)
 
 
 def in_order(
@@ -150,3 +162,37 @@ def _share(records: Sequence[ResponseRecord]) -> RightShare:
 
 def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """`after` against `before`; `adjusted` is Holm's p-value over all pairs of the comparison."""
+
+    before: EvaluationSummary
+    after: EvaluationSummary
+    comparison: Comparison
+    adjusted: float
+
+
+def paired_tests(results: Sequence[BenchmarkResult]) -> list[PairedTest]:
+    """Compares each checkpoint with the first one in the same mode, and each mode with the first one of the
+    same checkpoint, on the problems of one benchmark; results of one name and mode come in the order of
+    checkpoints.
+    """
+    chosen: list[tuple[BenchmarkResult, BenchmarkResult]] = []
+    for index, after in enumerate(results):
+        earlier = results[:index]
+        same_mode = [r for r in earlier if _agree(r, after, "benchmark", "mode")]
+        same_model = [r for r in earlier if _agree(r, after, "benchmark", "checkpoint", "step")]
+        chosen += [(group[0], after) for group in (same_mode, same_model) if group]
+    tested = [(before, after, compare(before.scores, after.scores)) for before, after in chosen]
+    common = [(before, after, comparison) for before, after, comparison in tested if comparison is not None]
+    adjusted = holm([comparison.p for _, _, comparison in common])
+    return [
+        PairedTest(before.summary, after.summary, comparison, p)
+        for (before, after, comparison), p in zip(common, adjusted, strict=True)
+    ]
+
+
+def _agree(a: BenchmarkResult, b: BenchmarkResult, *names: str) -> bool:
+    return all(getattr(a.summary, name) == getattr(b.summary, name) for name in names)

@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from megatron_parallel_r1.errors import (
     LOST_EXIT_CODE,
@@ -70,6 +71,13 @@ def one_line_exit(resume: str = "the same command continues where it was") -> It
     except KeyboardInterrupt:
         _report(f"stopped; {resume}")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+
+
+def run_and_exit(command: Callable[[], int | None], resume: str) -> NoReturn:
+    """Runs the command of a script under `one_line_exit` and exits with the code that it returns."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with one_line_exit(resume):
+        raise SystemExit(command())
 
 
 def _report_error(message: str) -> None:

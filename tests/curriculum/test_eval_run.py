@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.command import compare_command, run_command
+from megatron_parallel_r1.evaluation.command import compare_command, evaluate_command
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Path(__file__).parent / "mini.yaml"
@@ -178,24 +178,24 @@ def test_stages_in_several_modes_side_by_side(trained: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("command", "words", "what"),
     [
-        (run_command, ("--checkpoint", "nowhere"), "nowhere: no config.json"),
+        (evaluate_command, ("--checkpoint", "nowhere"), "nowhere: no config.json"),
         (
-            run_command,
+            evaluate_command,
             ("--checkpoint", "{}", "--engine", "sglang"),
             "engine sglang: give --server URL of each",
         ),
         (
-            run_command,
+            evaluate_command,
             ("--checkpoint", "{}", "--set", "temperature=0"),
             "at temperature 0 all of them are the same",
         ),
         (
-            run_command,
+            evaluate_command,
             ("--checkpoint", "{}", "--mode", "majority@3"),
             "--samples 2: mode majority@3 needs a multiple",
         ),
-        (run_command, ("--checkpoint", "{}", "--server", "http://localhost:1"), "takes no --server"),
-        (run_command, ("--checkpoint", "{}", "--concurrent", "0"), "--concurrent 0"),
+        (evaluate_command, ("--checkpoint", "{}", "--server", "http://localhost:1"), "takes no --server"),
+        (evaluate_command, ("--checkpoint", "{}", "--concurrent", "0"), "--concurrent 0"),
         (
             compare_command,
             ("--run", "{}", "--stages", "warm_start"),
@@ -229,7 +229,7 @@ def test_an_out_that_is_a_file_is_told_before_anything_else(script: str, inside:
 def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda place, how: place != tmp_path)  # root may write everywhere
     with pytest.raises(UserError, match=f"{tmp_path} may not be written"):
-        run_command(["--checkpoint", "nowhere", *ASKED, "--out", str(tmp_path / "out")])
+        evaluate_command(["--checkpoint", "nowhere", *ASKED, "--out", str(tmp_path / "out")])
 
 
 def test_a_full_disk_ends_in_one_line_and_what_was_drawn_is_kept(trained: Path, tmp_path: Path) -> None:

@@ -42,6 +42,21 @@ def test_help_lists_every_command_and_imports_nothing_heavy(flag: str) -> None:
     assert code == 0 and all(f" {name} " in shown for name in COMMANDS)
 
 
+def test_help_of_no_command_imports_anything_heavy() -> None:
+    commands = [[name] for name in COMMANDS if name != "convert"]
+    commands += [["convert", "hf-to-megatron"], ["convert", "megatron-to-hf"]]
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom megatron_parallel_r1.cli import app\n"
+        f"for words in {commands}:\n"
+        "    shown = CliRunner().invoke(app, [*words, '--help'])\n"
+        "    assert shown.exit_code == 0 and 'usage: root ' + ' '.join(words) in shown.output.lower(), words\n"
+        f"    heavy = [name for name in {HEAVY} if name in sys.modules]\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("command", ["curriculum", "sft", "rl", "eval", "plan"])
 def test_a_missing_recipe_is_refused_before_anything_heavy_is_imported(command: str) -> None:
     code, _, error = probe(command, "no.yaml")

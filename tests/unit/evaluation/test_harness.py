@@ -18,7 +18,7 @@ from jinja2 import Template
 from pyarrow.parquet import read_table
 
 from megatron_parallel_r1.data.schemas import schema_of
-from megatron_parallel_r1.evaluation.answers import final_answer, is_right, main_text
+from megatron_parallel_r1.data.trace_text import WrittenTrace
 from megatron_parallel_r1.evaluation.benchmarks import PUBLISHED
 
 FOLDER = Path(__file__).parents[3] / "eval/harness"
@@ -77,12 +77,15 @@ def test_the_filter_keeps_shape_and_reads_no_answer_inside_a_block(functions: Mo
     assert functions.final_answers([[None]], [{}]) == [[""]]  # the harness gives None for a failed request
 
 
-def test_main_text_without_and_with_blocks() -> None:
+def test_main_text_without_and_with_blocks(functions: ModuleType) -> None:
+    def main_text(response: str) -> str:
+        return WrittenTrace.of(response, strict=False).main
+
     assert main_text("no tags \\boxed{4}") == "no tags \\boxed{4}"
     assert main_text(TRACE) == "Add. \n So.\nFinal Answer: 10"
     nested = "a<Parallel><Path>b<Parallel><Path>c</Path><Path>d</Path></Parallel><Summary>e</Summary></Path>"
     assert main_text(nested + "<Path>f</Path></Parallel><Summary>g</Summary>h") == "a\nh"
-    assert final_answer("</Path> stray \\boxed{5}") == "5"
+    assert functions.final_answers([["</Path> stray \\boxed{5}"]], [{}]) == [["5"]]
 
 
 @pytest.mark.parametrize(
@@ -97,8 +100,8 @@ def test_main_text_without_and_with_blocks() -> None:
         (None, "204", False),
     ],
 )
-def test_right_answers(answer: str | None, published: object, right: bool) -> None:
-    assert is_right(answer, published) is right
+def test_right_answers(answer: str | None, published: object, right: bool, functions: ModuleType) -> None:
+    assert functions.is_right(answer, published) is right
 
 
 @pytest.mark.parametrize("name", ["aime24", "aime25", "amc23"])

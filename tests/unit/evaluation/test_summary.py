@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 
-from megatron_parallel_r1.evaluation.evaluator import BenchmarkResult
 from megatron_parallel_r1.evaluation.modes import EvaluationMode
-from megatron_parallel_r1.evaluation.pairs import paired_tests
-from megatron_parallel_r1.evaluation.plot import draw_plot, places, svg_of
+from megatron_parallel_r1.evaluation.presentation import (
+    draw_plot,
+    evaluation_tables,
+    html_page,
+    markdown_page,
+    places,
+    svg_of,
+)
 from megatron_parallel_r1.evaluation.records import ResponseRecord
-from megatron_parallel_r1.evaluation.summary import EvaluationSummary, RightShare, in_order, summarise
-from megatron_parallel_r1.evaluation.tables import evaluation_tables, html_page, markdown_page
+from megatron_parallel_r1.evaluation.summary import (
+    BenchmarkResult,
+    EvaluationSummary,
+    RightShare,
+    in_order,
+    paired_tests,
+    summarise,
+)
 from megatron_parallel_r1.rewards.verifier import Verifier
 from tests.unit.evaluation.made import record
 
@@ -33,9 +45,7 @@ def result(
     *problems: list[ResponseRecord], checkpoint: str = "one", step: int | None = 10, mode: str = "parallel"
 ) -> BenchmarkResult:
     with Verifier() as verifier:
-        return BenchmarkResult(
-            *summarise(checkpoint, step, "made", EvaluationMode.of(mode), problems, verifier)
-        )
+        return summarise(checkpoint, step, "made", EvaluationMode.of(mode), problems, verifier)
 
 
 def test_figures_by_hand() -> None:
@@ -127,7 +137,7 @@ def test_names_are_escaped() -> None:
 
 
 def test_summaries_are_plain_json() -> None:
-    values = json.loads(json.dumps(result(problem("a", 1)).summary.record()))
+    values = json.loads(json.dumps(asdict(result(problem("a", 1)).summary)))
     assert values["score"]["value"] == 0.25 and values["passes"]["4"]["value"] == 1.0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.evaluation.votes import Ballot, elect, right_votes
+from megatron_parallel_r1.evaluation.statistics import Ballot, elect, right_votes
 from megatron_parallel_r1.rewards.verifier import Verifier
 
 
