@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_parallel_r1.cli import checkpoints, serving, settings, training
+from megatron_parallel_r1.cli import checkpoints, serving, training
 from megatron_parallel_r1.cluster import command as cluster
 from megatron_parallel_r1.utils.exit import one_line_exit
 
@@ -43,7 +43,7 @@ def _options(
 training.register(app)
 checkpoints.register(app)
 serving.register(app)
-settings.register(app)
+app.command(rich_help_panel="Settings")(training.schema)
 for _job_command in (cluster.submit, cluster.status, cluster.cancel, cluster.logs):
     app.command(rich_help_panel="Jobs")(_job_command)
 

@@ -1,7 +1,8 @@
-"""Commands that train: curriculum, sft, rl, eval, coldstart, plan, report."""
+"""Commands that train: curriculum, sft, rl, eval, coldstart, plan, report; and schema."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -152,3 +153,16 @@ def _run_stage(kind: str, recipe: Path, overrides: list[str] | None, stage: str 
     console = open_console()
     for outcome in run(settings, only={name}, console=console):
         console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
+
+
+def schema(
+    coldstart: Annotated[
+        bool, typer.Option("--coldstart", help="The settings of `coldstart` instead of a recipe.")
+    ] = False,
+) -> None:
+    """Print the JSON schema of recipes, for editors. docs/recipe_reference.md lists the keys."""
+    from megatron_parallel_r1.coldstart.settings import ColdStart
+    from megatron_parallel_r1.config.recipe import Recipe
+
+    kind = ColdStart if coldstart else Recipe
+    typer.echo(json.dumps(kind.model_json_schema(), indent=2, ensure_ascii=False))

@@ -18,9 +18,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from megatron_parallel_r1.report.panels import PANELS, Line, Panel
 from megatron_parallel_r1.report.run_folder import RunFiles
-from megatron_parallel_r1.report.series import EvalPoint, Series, StageSpan, eval_points, series, spans
+from megatron_parallel_r1.report.series import (
+    PANELS,
+    EvalPoint,
+    Line,
+    Panel,
+    Series,
+    StageSpan,
+    eval_points,
+    series,
+    spans,
+)
 from megatron_parallel_r1.utils.formats import number, percent
 
 HEX = {

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from megatron_parallel_r1.report.curves import draw_curves
 from megatron_parallel_r1.report.evaluation_table import COLUMNS, accuracy_interval, accuracy_text
 from megatron_parallel_r1.report.run_folder import RunFiles, read_run
-from megatron_parallel_r1.report.showcase import choose_traces
+from megatron_parallel_r1.report.traces import choose_traces
 from megatron_parallel_r1.utils import formats
 from megatron_parallel_r1.utils.files import write_atomically
 

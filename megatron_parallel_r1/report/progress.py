@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -33,7 +32,6 @@ class StageProgress:
         stage: its name.
         steps: its last step.
         done: steps that a resumed stage has already done.
-        later_s: estimated seconds of the later stages, for the overall time left; None: show the stage's.
         console: a terminal gets a bar, anything else lines.
         every_s: seconds between two lines of a log.
         clock: seconds, monotonic.
@@ -45,13 +43,11 @@ class StageProgress:
         steps: int,
         *,
         done: int = 0,
-        later_s: float | None = None,
         console: Console | None = None,
         every_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stage, self._steps, self._step = stage, steps, done
-        self._later_s = later_s
         self._console = console or Console()
         self._clock = clock
         self._numbers = ""
@@ -85,12 +81,7 @@ class StageProgress:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live:
             self._live.update(self._bar(), refresh=True)
             self._live.stop()
@@ -115,5 +106,4 @@ class StageProgress:
     def _time_left(self) -> str:
         if self.left_s is None:
             return ""
-        text = f"{duration(self.left_s)} left"
-        return text if self._later_s is None else f"{text}, {duration(self.left_s + self._later_s)} in all"
+        return f"{duration(self.left_s)} left"

@@ -1,20 +1,60 @@
-"""Logs the steps of a stage: metrics, sampled traces, progress; on rank zero only."""
+"""Logs the steps of a stage: metrics, sampled traces, progress; on rank zero only.
+
+The schemas of the records are in `docs/architecture.md`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.report.metrics import MetricsWriter
 from megatron_parallel_r1.report.progress import StageProgress
 from megatron_parallel_r1.run.wandb_log import open_wandb
-from megatron_parallel_r1.utils.jsonl import JsonlWriter
+from megatron_parallel_r1.utils.jsonl import JsonlWriter, jsonable
 from megatron_parallel_r1.utils.rank import is_rank_zero
+
+NOT_SCALARS = ("step", "steps")
+
+
+class MetricsWriter:
+    """Writes a record per step to `<folder>/metrics.jsonl` and `<folder>/tensorboard/`.
+
+    Only one process of a job may use it.
+
+    Args:
+        folder: of the stage, `runs/<name>/<stage>`.
+        resume_step: the step of the checkpoint that the run resumes from, whose later records are dropped;
+            0 for a new run.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        self._lines = JsonlWriter(folder / "metrics.jsonl", through=resume_step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes a step's record: "step", "kind" and any numbers; NaN becomes null."""
+        plain = jsonable(record)
+        self._lines.write(plain)
+        for name, value in plain.items():
+            if name not in NOT_SCALARS and isinstance(value, bool | int | float):
+                self._board.add_scalar(f"{plain['kind']}/{name}", value, plain["step"])
+        self._board.flush()
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class StageLog:
@@ -52,7 +92,5 @@ class StageLog:
             self._open.enter_context(self._progress)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._open.close()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import html
 import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,16 +18,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.serve.access import check_host, check_key, read_body
 from megatron_parallel_r1.serve.admission import Admission, Limits
 from megatron_parallel_r1.serve.engine_request import engine_request
-from megatron_parallel_r1.serve.engine_thread import EngineThread
-from megatron_parallel_r1.serve.page import build_page
 from megatron_parallel_r1.serve.response_body import Endpoint, ResponseBody
 from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, read_request
 from megatron_parallel_r1.serve.served_model import ServedModel
-from megatron_parallel_r1.serve.session import Session
+from megatron_parallel_r1.serve.session import EngineThread, Session
 
+TEMPLATES = Path(__file__).parent / "templates"
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
@@ -157,3 +161,35 @@ async def _cancel_on_disconnect(request: HttpRequest, session: Session) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
     session.cancel()
+
+
+def build_page(name: str, thinking: Thinking, needs_key: bool) -> tuple[str, str]:
+    """Builds the page and the value of its Content-Security-Policy header, which allows only its own code.
+
+    The script inserts generated text as text nodes; values inserted here are escaped.
+    """
+    style, script = (_template(file) for file in ("page.css", "page.js"))
+    policy = (
+        f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    values = {
+        "@paths@": str(thinking.paths),
+        "@key@": "" if needs_key else " hidden",
+        "@style@": style,
+        "@script@": script,
+        "@name@": html.escape(name),
+    }
+    page = _template("page.html")
+    for placeholder, text in values.items():
+        page = page.replace(placeholder, text)
+    return page, policy
+
+
+def _template(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"sha256-{digest}"

@@ -4,20 +4,55 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 from megatron_parallel_r1.rollout.native.page_table import NativeContext
 from megatron_parallel_r1.rollout.thinking import Branch, Thinker
 from megatron_parallel_r1.serve.admission import Admission, Limits
 from megatron_parallel_r1.serve.engine_request import EngineRequest
-from megatron_parallel_r1.serve.engine_thread import EngineThread
 from megatron_parallel_r1.serve.response_assembler import Delta, ResponseAssembler
 from megatron_parallel_r1.serve.schema import ApiError
 from megatron_parallel_r1.serve.served_model import ServedModel
 from megatron_parallel_r1.thought.trace import Trace
 
 LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class EngineThread:
+    """Runs the engine on an event loop of its own, so that a forward pass does not block the server's."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
+        self._thread.start()
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The result of `work`. When cancelled, it ends only after the work has ended in its thread too."""
+        caller = asyncio.get_running_loop()
+        done: asyncio.Future[asyncio.Task[T]] = caller.create_future()
+        started: list[asyncio.Task[T]] = []
+
+        def start() -> None:
+            task = self._loop.create_task(work())
+            started.append(task)
+            task.add_done_callback(lambda task: caller.call_soon_threadsafe(done.set_result, task))
+
+        self._loop.call_soon_threadsafe(start)
+        try:
+            await asyncio.shield(done)
+        except asyncio.CancelledError:
+            self._loop.call_soon_threadsafe(lambda: started[0].cancel())
+            await asyncio.wait([done])
+            raise
+        return done.result().result()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
 
 
 class Session:

@@ -10,9 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from megatron_parallel_r1.coldstart.checks import TraceShape, check, sibling_mention
+from megatron_parallel_r1.coldstart.run import survey
 from megatron_parallel_r1.coldstart.settings import Check
 from megatron_parallel_r1.coldstart.teacher import TeacherAnswer
-from megatron_parallel_r1.coldstart.traces_file import survey
 from megatron_parallel_r1.data.trace_text import WrittenTrace, canonical, describe_fault
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.verifier import Verifier

@@ -11,8 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_parallel_r1.coldstart.report import Tally, tally_lines
-from megatron_parallel_r1.coldstart.run import cold_start
-from megatron_parallel_r1.coldstart.traces_file import SCHEMA
+from megatron_parallel_r1.coldstart.run import SCHEMA, cold_start
 from megatron_parallel_r1.data.readers import read_examples
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.jsonl import read_jsonl

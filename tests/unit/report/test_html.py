@@ -12,9 +12,9 @@ import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.report.html import build_report
-from megatron_parallel_r1.report.panels import PANELS
 from megatron_parallel_r1.report.run_folder import read_run
-from megatron_parallel_r1.report.showcase import MAX_BYTES, choose_traces
+from megatron_parallel_r1.report.series import PANELS
+from megatron_parallel_r1.report.traces import MAX_BYTES, choose_traces
 from tests.unit.report.synthetic import CONFIG, HOSTILE, STAGES, write_lines, write_run
 
 LOADS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background")

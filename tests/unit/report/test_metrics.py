@@ -12,8 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.report.metrics import MetricsWriter, read_jsonl
-from megatron_parallel_r1.utils.jsonl import JsonlWriter
+from megatron_parallel_r1.run.stage_log import MetricsWriter
+from megatron_parallel_r1.utils.jsonl import JsonlWriter, read_jsonl
 
 
 def _write(folder: Path, steps: range, resume_step: int, shift: float = 0.0) -> None:

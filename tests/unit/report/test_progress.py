@@ -37,15 +37,15 @@ def test_a_log_gets_a_line_every_few_seconds_and_the_last_step() -> None:
     assert "\x1b" not in "".join(lines)
 
 
-def test_time_left_follows_the_recent_pace_and_adds_the_stages_to_come() -> None:
+def test_time_left_follows_the_recent_pace() -> None:
     clock = Clock()
     console = Console(file=io.StringIO(), width=120)
-    progress = StageProgress("sft", 100, done=40, later_s=90, console=console, clock=clock)
+    progress = StageProgress("sft", 100, done=40, console=console, clock=clock)
     assert progress.left_s is None
     clock.now = 20
     progress.update(50, {"loss": 1.25})
     assert progress.left_s == pytest.approx(100)
-    assert _log(console) == ["sft  step 50/100  loss 1.25  1 min 40 s left, 3 min 10 s in all"]
+    assert _log(console) == ["sft  step 50/100  loss 1.25  1 min 40 s left"]
     for step in range(51, 91):
         clock.now += 0.5
         progress.update(step, {"loss": 1.0})

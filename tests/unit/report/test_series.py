@@ -6,9 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_parallel_r1.report.panels import PANELS, Line, Panel
 from megatron_parallel_r1.report.run_folder import RunFiles, StageFiles
-from megatron_parallel_r1.report.series import MOST_POINTS, StageSpan, eval_points, series, spans
+from megatron_parallel_r1.report.series import (
+    MOST_POINTS,
+    PANELS,
+    Line,
+    Panel,
+    StageSpan,
+    eval_points,
+    series,
+    spans,
+)
 
 ACCURACY = next(panel for panel in PANELS if panel.title == "Accuracy")
 
