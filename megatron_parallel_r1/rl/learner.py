@@ -210,12 +210,12 @@ class Learner:
         device, partition = self.trainer.device, self.trainer.partition
         mini_batches = []
         for part in np.array_split(groups, count):
-            members = part.ravel()
-            packed = partition_rows(rows, self.batch.micro_tokens, partition, members.tolist())
+            indices = part.ravel()
+            packed = partition_rows(rows, self.batch.micro_tokens, partition, indices.tolist())
             micro_batches = [
                 MicroBatch.of(row, device, engine, suppressed, self.tags.parallel) for row in packed
             ]
-            mini_batches.append(MiniBatch(members, micro_batches))
+            mini_batches.append(MiniBatch(indices, micro_batches))
         return mini_batches
 
     def _compute_logprobs(self, mini_batches: Sequence[MiniBatch]) -> None:
@@ -252,7 +252,7 @@ class Learner:
         sums_R = torch.zeros(count, dtype=torch.float64, device=self.trainer.device)
         for micro_batch in micro_batches:
             if "reference" in micro_batch.values:
-                sums_R[list(micro_batch.row.members)] = kl_penalties(
+                sums_R[list(micro_batch.row.segment_ids)] = kl_penalties(
                     micro_batch.values["old"],
                     micro_batch.values["reference"],
                     self.objective.kl,

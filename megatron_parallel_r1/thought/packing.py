@@ -23,17 +23,17 @@ class PackedRow:
         layout_KL: int32, carried by Megatron as `attention_mask`: row 0 is the index of the query itself, row
             1 the start of its document, then lo and hi of each hidden interval.
         labels_L: the token that index l predicts, where it carries loss, else -1.
-        members: the indices of the concatenated rows, in order.
-        member_L, source_L: for the token that index l predicts, its row as an index into `members` and its
-            index in that trace's response; -1 where nothing is predicted.
+        segment_ids: the indices of the concatenated rows, in order.
+        segment_L, source_L: for the token that index l predicts, its row as an index into `segment_ids` and
+            its index in that trace's response; -1 where nothing is predicted.
     """
 
     tokens_L: Int32
     positions_L: Int32
     layout_KL: Int32
     labels_L: Int32
-    members: tuple[int, ...]
-    member_L: Int32
+    segment_ids: tuple[int, ...]
+    segment_L: Int32
     source_L: Int32
 
     def __len__(self) -> int:
@@ -51,28 +51,28 @@ class PackedRow:
             values: for each row passed to `pack`, one value per response token.
         """
         values_L = np.zeros(len(self), np.float32)
-        for place, member in enumerate(self.members):
-            here = self.member_L == place
-            values_L[here] = np.asarray(values[member], np.float32)[self.source_L[here]]
+        for place, segment_id in enumerate(self.segment_ids):
+            here = self.segment_L == place
+            values_L[here] = np.asarray(values[segment_id], np.float32)[self.source_L[here]]
         return values_L
 
 
-def pack(rows: Sequence[Row], capacity: int, members: Sequence[int] | None = None) -> list[PackedRow]:
+def pack(rows: Sequence[Row], capacity: int, indices: Sequence[int] | None = None) -> list[PackedRow]:
     """Packs rows by first-fit decreasing, so that no packed row exceeds `capacity` tokens.
 
     A row longer than `capacity` is packed alone: a trace is never cut.
 
     Args:
-        members: indices of the rows to pack; None: all.
+        indices: of the rows to pack; None: all.
     """
-    return [concatenate(rows, chosen) for chosen in first_fit(rows, capacity, members)]
+    return [concatenate(rows, chosen) for chosen in first_fit(rows, capacity, indices)]
 
 
-def first_fit(rows: Sequence[Row], capacity: int, members: Sequence[int] | None = None) -> list[list[int]]:
+def first_fit(rows: Sequence[Row], capacity: int, indices: Sequence[int] | None = None) -> list[list[int]]:
     """Returns the indices of the rows that `pack` concatenates, each list in rising order."""
     chosen: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(members if members is not None else range(len(rows)), key=lambda i: -len(rows[i])):
+    for index in sorted(indices if indices is not None else range(len(rows)), key=lambda i: -len(rows[i])):
         size = len(rows[index])
         place = next((place for place, free in enumerate(room) if free >= size), None)
         if place is None:
@@ -115,8 +115,8 @@ def pad(row: PackedRow, multiple: int) -> PackedRow:
         positions_L=fill(row.positions_L, 0),
         layout_KL=np.concatenate([row.layout_KL, layout_KN], axis=1),
         labels_L=fill(row.labels_L, -1),
-        members=row.members,
-        member_L=fill(row.member_L, -1),
+        segment_ids=row.segment_ids,
+        segment_L=fill(row.segment_L, -1),
         source_L=fill(row.source_L, -1),
     )
 
@@ -143,21 +143,21 @@ def context_shard(row: PackedRow, rank: int, size: int) -> PackedRow:
         positions_L=row.positions_L[here],
         layout_KL=row.layout_KL[:, here],
         labels_L=row.labels_L[here],
-        members=row.members,
-        member_L=row.member_L[here],
+        segment_ids=row.segment_ids,
+        segment_L=row.segment_L[here],
         source_L=row.source_L[here],
     )
 
 
-def concatenate(rows: Sequence[Row], members: Sequence[int]) -> PackedRow:
-    """Concatenates `rows[m] for m in members`."""
-    chosen = [rows[member] for member in members]
+def concatenate(rows: Sequence[Row], indices: Sequence[int]) -> PackedRow:
+    """Concatenates `rows[i] for i in indices`."""
+    chosen = [rows[index] for index in indices]
     starts = np.cumsum([0, *(len(row) for row in chosen)])
     length, levels = int(starts[-1]), max((len(row.hide_lo_DL) for row in chosen), default=0)
     layout_KL = np.zeros((2 + 2 * levels, length), np.int32)
     layout_KL[0] = np.arange(length)
     source_L = np.full(length, -1, np.int32)
-    member_L = np.full(length, -1, np.int32)
+    segment_L = np.full(length, -1, np.int32)
     for place, (row, start) in enumerate(zip(chosen, starts[:-1], strict=True)):
         here = slice(start, start + len(row))
         layout_KL[1, here] = start
@@ -167,14 +167,14 @@ def concatenate(rows: Sequence[Row], members: Sequence[int]) -> PackedRow:
             layout_KL[3 + 2 * level, here] = np.where(used_L, row.hide_hi_DL[level] + start, 0)
         # Index l predicts the token at l + 1, and the first token of a document is never predicted.
         source_L[start : start + len(row) - 1] = row.source_L[1:]
-        member_L[start : start + len(row) - 1] = np.where(row.source_L[1:] >= 0, place, -1)
+        segment_L[start : start + len(row) - 1] = np.where(row.source_L[1:] >= 0, place, -1)
     tokens_L = np.concatenate([np.zeros(0, np.int32), *(row.tokens_L for row in chosen)])
     return PackedRow(
         tokens_L=tokens_L,
         positions_L=np.concatenate([np.zeros(0, np.int32), *(row.positions_L for row in chosen)]),
         layout_KL=layout_KL,
         labels_L=np.where(source_L >= 0, np.roll(tokens_L, -1), -1).astype(np.int32),
-        members=tuple(members),
-        member_L=member_L,
+        segment_ids=tuple(indices),
+        segment_L=segment_L,
         source_L=source_L,
     )

@@ -115,8 +115,8 @@ def causal_logprobs(
     # Only the last pipeline stage has log-probs, and with context parallelism each rank has part of a row.
     for batch, logprobs_N in zip(batches, runner.logprobs(batches), strict=False):
         at_N = batch.at_N.cpu().numpy()
-        members = [batch.row.members[place] for place in batch.row.member_L[at_N]]
-        entries += zip(members, batch.row.source_L[at_N].tolist(), logprobs_N.tolist(), strict=True)
+        segment_ids = [batch.row.segment_ids[place] for place in batch.row.segment_L[at_N]]
+        entries += zip(segment_ids, batch.row.source_L[at_N].tolist(), logprobs_N.tolist(), strict=True)
     logprobs = [[float("nan")] * (len(text) - 1) for text in texts]
     for part in all_gather_objects(entries, world):
         for text, index, logprob in part:

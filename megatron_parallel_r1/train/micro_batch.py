@@ -71,18 +71,18 @@ class BatchPartition:
 
 
 def partition_rows(
-    rows: Sequence[Row], capacity: int, place: BatchPartition, members: Sequence[int] | None = None
+    rows: Sequence[Row], capacity: int, place: BatchPartition, indices: Sequence[int] | None = None
 ) -> list[PackedRow]:
     """Returns this rank's packed rows. Every rank gets equally many; the rest are filler rows.
 
     Args:
         rows: rows of the whole batch, the same on every rank.
         capacity: tokens of a packed row, a multiple of `place.multiple`.
-        members: indices of the rows to partition; None: all.
+        indices: of the rows to partition; None: all.
     """
-    members = range(len(rows)) if members is None else members
-    hands = balanced_partition([len(rows[member]) for member in members], place.data_size)
-    packed = [first_fit(rows, capacity, [members[index] for index in hand]) for hand in hands]
+    indices = range(len(rows)) if indices is None else indices
+    hands = balanced_partition([len(rows[index]) for index in indices], place.data_size)
+    packed = [first_fit(rows, capacity, [indices[i] for i in hand]) for hand in hands]
     count = max(map(len, packed))
     count += -count % place.rounds
     own = packed[place.data] + [[]] * (count - len(packed[place.data]))
@@ -144,7 +144,7 @@ class MicroBatch:
         at_N: index in the row of the token that predicts each target.
         labels_N: token id of each target.
         suppressed_N: the token that could not be drawn in its place, -1 where every token could.
-        segments: the trace that each target belongs to, as an index into `row.members`.
+        segments: the trace that each target belongs to, as an index into `row.segment_ids`.
         values: named float32 vectors over the targets, such as advantages.
         row: the packed row that the tensors were built from.
     """
@@ -188,8 +188,8 @@ class MicroBatch:
             labels_N=tensor(row.labels_L[at_N].astype(np.int64)),
             suppressed_N=tensor(np.where(suppressed_L[at_N] > 0, suppressed_token, -1)),
             segments=Segments(
-                tensor(row.member_L[at_N].astype(np.int64)),
-                len(row.members),
+                tensor(row.segment_L[at_N].astype(np.int64)),
+                len(row.segment_ids),
                 parallel_state.get_context_parallel_group(),
             ),
             values={},

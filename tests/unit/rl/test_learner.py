@@ -56,7 +56,9 @@ def values_of(
 
     def spy(batches, loss, lr):
         for batch in batches:
-            seen.append(batch.values | {"trace": torch.tensor(batch.row.members)[batch.segments.segment_N]})
+            seen.append(
+                batch.values | {"trace": torch.tensor(batch.row.segment_ids)[batch.segments.segment_N]}
+            )
         return update(batches, loss, lr)
 
     learner.trainer.update = spy  # type: ignore[method-assign]

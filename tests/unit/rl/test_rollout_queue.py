@@ -245,6 +245,14 @@ def test_a_batch_in_flight_comes_back_from_json() -> None:
     assert found.trained.traces[0] is found.all.traces[0]
 
 
+def test_a_batch_that_an_earlier_release_wrote_is_read_under_its_old_field_name() -> None:
+    batch = tiny_batch()
+    assert any(any(trace.suppressed) for trace in batch.all.traces)
+    written = json.loads(json.dumps(to_json(batch)))
+    written["traces"]["barred"] = written["traces"].pop("suppressed")
+    assert from_json(written) == batch
+
+
 def test_groups_with_one_stale_trace_are_dropped_whole() -> None:
     flight = Flight(0)
 

@@ -91,24 +91,24 @@ def test_packing_shows_each_trace_only_itself(trace_seeds: list[int], mode: str)
         for trace, tree in zip(traces, trees, strict=True)
     ]
     packed_rows = pack(rows, capacity=120)
-    assert sorted(m for packed in packed_rows for m in packed.members) == list(range(len(rows)))
+    assert sorted(m for packed in packed_rows for m in packed.segment_ids) == list(range(len(rows)))
     for packed in packed_rows:
         sees, start = row_sees(packed), 0
-        assert len(packed) <= 120 or len(packed.members) == 1
-        for place, member in enumerate(packed.members):
-            single = concatenate(rows, [member])
+        assert len(packed) <= 120 or len(packed.segment_ids) == 1
+        for place, segment_id in enumerate(packed.segment_ids):
+            single = concatenate(rows, [segment_id])
             here = slice(start, start + len(single))
             assert (sees[here, here] == row_sees(single)).all()
             assert sees[here].sum() == row_sees(single).sum()
             assert (packed.labels_L[here] == single.labels_L).all()
             assert (packed.positions_L[here] == single.positions_L).all()
-            assert (packed.member_L[here] == np.where(single.source_L >= 0, place, -1)).all()
+            assert (packed.segment_L[here] == np.where(single.source_L >= 0, place, -1)).all()
             start += len(single)
         values = [[1000.0 * m + i for i in range(len(trace))] for m, trace in enumerate(traces)]
         gathered = packed.gather(values)
         for index in np.flatnonzero(packed.labels_L >= 0):
-            member = packed.members[packed.member_L[index]]
-            assert gathered[index] == values[member][packed.source_L[index]]
+            segment_id = packed.segment_ids[packed.segment_L[index]]
+            assert gathered[index] == values[segment_id][packed.source_L[index]]
         assert (gathered[packed.labels_L < 0] == 0).all()
 
 

@@ -159,8 +159,8 @@ def test_an_empty_micro_batch_has_a_loss_of_nothing() -> None:
     names = ("advantage", "weight", "old", "engine", "reference")
     given = {name: torch.zeros(0) for name in names}
     objective = Objective(ratio="sequence", correction="mask", correction_level="sequence", kl="k3")
-    members = Segments(torch.zeros(0, dtype=torch.int64), 0)
-    loss, sums = policy_loss(empty_N, torch.zeros(0), given, objective, members)
+    segments = Segments(torch.zeros(0, dtype=torch.int64), 0)
+    loss, sums = policy_loss(empty_N, torch.zeros(0), given, objective, segments)
     loss.backward()
     assert loss.item() == 0 and empty_N.grad.shape == (0,) and not any(s.item() for s in sums.values())
 

@@ -56,8 +56,8 @@ def _loss(
         "weight": weight.exp()[part],
     }
     logprobs_N = (old + near / 10)[part].clone().requires_grad_()
-    members = Segments(torch.tensor(traces, dtype=torch.int64)[part], len(set(traces)), group)
-    loss, sums = policy_loss(logprobs_N, torch.zeros_like(logprobs_N), values, objective, members)
+    segments = Segments(torch.tensor(traces, dtype=torch.int64)[part], len(set(traces)), group)
+    loss, sums = policy_loss(logprobs_N, torch.zeros_like(logprobs_N), values, objective, segments)
     loss.backward()
     assert logprobs_N.grad is not None
     return {
