@@ -18,7 +18,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -223,7 +223,7 @@ def published() -> Table:
     """Errors for H100 runs that NVIDIA published; two of them calibrate the rates."""
     machine = overlapping(H100)
     for kind in CALIBRATED_ON:
-        machine = replace(machine, **{kind: calibrated(kind, machine)})
+        machine = machine.replace(**{kind: calibrated(kind, machine)})
     rows = []
     for run in (*CALIBRATED_ON.values(), *HELD_OUT):
         prediction = machine.seconds(run.cost(machine), fp8=True)

@@ -6,7 +6,7 @@ pre-training on DGX-H100 in FP8 with current scaling); shapes from each model's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
@@ -119,7 +119,7 @@ HELD_OUT = (
 
 def overlapping(machine: Machine) -> Machine:
     """The machine with communication overlapped, as in the published runs; 80 % overlap is assumed."""
-    return replace(machine, hidden=0.8)
+    return machine.replace(hidden=0.8)
 
 
 def calibrated(kind: str, machine: Machine) -> float:

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Annotated
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.settings import Count, Settings, Share, first_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,46 +66,32 @@ def sent(amount: float, group: int, per_node: int) -> Cost:
     return Cost(node=amount) if group <= per_node else Cost(net=amount)
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Rates of one rank (GPU).
+Rate = Annotated[float, Field(gt=0)]
+FixedSeconds = Annotated[float, Field(ge=0)]
 
-    Attributes:
-        per_node: ranks of a node.
-        products, experts, attention: floating-point operations a second, in the model's dtype.
-        fp8: speed-up of products in FP8.
-        stream, node, net: bytes a second.
-        hidden: share of communication time that overlaps with other work.
-        layer, decoding_layer, update: fixed seconds of a layer, a layer of a decoding pass, and an optimizer
-            step.
-    """
 
-    # For pydantic, which reads a machine from a file: an unknown key is an error.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+class Machine(Settings):
+    """Rates of one rank (GPU): the units of `Cost` a second, in the model's dtype, and fixed times."""
 
     name: str
-    per_node: int
-    products: float
-    experts: float
-    attention: float
-    stream: float
-    node: float
-    net: float
-    fp8: float = 1.0
-    hidden: float = 0.0
-    layer: float = 0.0
-    decoding_layer: float = 0.0
-    update: float = 0.0
-
-    def __post_init__(self) -> None:
-        rates = ("per_node", "products", "experts", "attention", "stream", "node", "net", "fp8")
-        problems = [f"{name} must be above 0" for name in rates if getattr(self, name) <= 0]
-        if not 0 <= self.hidden <= 1:
-            problems.append("hidden must be from 0 to 1")
-        fixed = ("layer", "decoding_layer", "update")
-        problems += [f"{name} must be 0 or more" for name in fixed if getattr(self, name) < 0]
-        if problems:
-            raise ValueError("; ".join(problems))
+    per_node: Count
+    """Ranks of a node."""
+    products: Rate
+    experts: Rate
+    attention: Rate
+    stream: Rate
+    node: Rate
+    net: Rate
+    fp8: Rate = 1.0
+    """Speed-up of products in FP8."""
+    hidden: Share = 0.0
+    """Share of communication time that overlaps with other work."""
+    layer: FixedSeconds = 0.0
+    """Of a layer, forward or backward."""
+    decoding_layer: FixedSeconds = 0.0
+    """Of a layer in a decoding pass."""
+    update: FixedSeconds = 0.0
+    """Of an optimizer step."""
 
     def seconds(self, cost: Cost, fp8: bool = False) -> float:
         """Returns the time of a cost; `fp8`: with its products in FP8."""
@@ -160,11 +147,11 @@ def read_machine(name: str) -> Machine:
     if not file.is_file():
         raise UserError(f"machine {name}: not built in ({', '.join(MACHINES)}) and no YAML file of its rates")
     try:
-        return TypeAdapter(Machine).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file} is not valid YAML ({' '.join(str(error).split())})") from None
+    try:
+        return Machine.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the machine"
-        known = ", ".join(field.name for field in fields(Machine))
-        raise UserError(f"{file}: {where}: {first['msg']}; its fields are {known}") from None
+        problem = first_problem(error, Machine, values)
+        raise UserError(f"{file}: {problem}; its fields are {', '.join(Machine.model_fields)}") from None

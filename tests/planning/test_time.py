@@ -135,7 +135,7 @@ def test_the_curriculum_scales_with_its_processes() -> None:
     few, many = (plan(recipe, world).stages[-1].time for world in (16, 128))
     assert few.rollout / 8 < many.rollout < few.rollout / 7  # fewer rows share the reading of weights
     assert few.update / 8 < many.update < few.update / 7  # the optimizer and its links do not shrink so
-    slower = plan(recipe, 16, machine=replace(H100, products=H100.products / 2)).stages[-1].time
+    slower = plan(recipe, 16, machine=H100.replace(products=H100.products / 2)).stages[-1].time
     assert few.update < slower.update < 2 * few.update
 
 
@@ -150,21 +150,22 @@ def test_the_published_rates_are_those_that_the_published_runs_give() -> None:
 
 
 def test_a_machine_is_read_from_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
+    file = tmp_path / "own.yaml"
     kinds = {"products": 2e12, "experts": 1e12, "attention": 1e12, "stream": 1e11, "node": 1e10, "net": 1e9}
     rates = "".join(f"{kind}: {rate:.1e}\n" for kind, rate in kinds.items())
-    file.write_text(f"name: mine\nper_node: 4\n{rates}")
+    file.write_text(f"name: own\nper_node: 4\n{rates}")
     machine = read_machine(str(file))
     assert isinstance(machine, Machine) and machine.seconds(Cost(products=4e12, net=1e9)) == 3.0
     assert read_machine("H100") is H100
-    for text, told in (
-        (f"name: mine\nper_node: 4\nspeed: 3\n{rates}", "speed: "),
-        (f"name: mine\nper_node: 0\n{rates}", "per_node must be above 0"),
+    for text, message in (
+        (f"name: own\nper_node: 4\nspeed: 3\n{rates}", "speed: unknown key"),
+        (f"name: own\nper_node: 0\n{rates}", "per_node: Input should be greater than or equal to 1"),
+        (f"name: own\nper_node: 4\nhidden: 1.5\n{rates}", "hidden: Input should be less than or equal to 1"),
         ("name: [", "is not valid YAML"),
-        ("name: mine\n", "per_node: "),
+        ("name: own\n", "per_node: missing key"),
     ):
         file.write_text(text)
-        with pytest.raises(UserError, match=told) as refused:
+        with pytest.raises(UserError, match=message) as refused:
             read_machine(str(file))
         assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="not built in"):
