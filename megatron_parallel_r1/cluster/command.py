@@ -27,7 +27,13 @@ app = typer.Typer(
     help="Submit jobs to SLURM, or run them in the background on a machine without it.",
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or the file of one stage.")]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe or the file of one stage: its path, or a packaged one's name, such as tiny/demo.",
+    ),
+]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the recipe.")
 ]
@@ -171,8 +177,9 @@ def _submit_jobs(
     from megatron_parallel_r1.cluster.job_spec import JobSpec, sweep_overrides
     from megatron_parallel_r1.cluster.site import has_slurm
     from megatron_parallel_r1.cluster.submission import JobLauncher
+    from megatron_parallel_r1.config.reader import find_recipe
 
-    path = Path(recipe).resolve()  # the job's working directory is the repository
+    path = find_recipe(Path(recipe)).resolve()  # the job's working directory is the repository
     arguments = [str(path), *overrides, *(("--stage", stage) if stage else ())]
     specs = [JobSpec.read(kind, [*arguments, *extra]) for extra in sweep_overrides(path, overrides, sweeps)]
     is_local = local or not has_slurm()
@@ -199,10 +206,11 @@ def _submit_chain(
     from megatron_parallel_r1.cluster.job_spec import JobSpec
     from megatron_parallel_r1.cluster.site import has_slurm
     from megatron_parallel_r1.cluster.submission import JobLauncher
-    from megatron_parallel_r1.config.reader import read_recipe
+    from megatron_parallel_r1.config.reader import find_recipe, read_recipe
 
-    arguments = [str(Path(recipe).resolve()), *overrides]  # the job's working directory is the repository
-    whole = read_recipe(Path(recipe).resolve(), overrides)
+    path = find_recipe(Path(recipe)).resolve()  # the job's working directory is the repository
+    arguments = [str(path), *overrides]
+    whole = read_recipe(path, overrides)
     specs = [JobSpec.read(stage.kind, [*arguments, "--stage", stage.name]) for stage in whole.stages]
     specs.append(JobSpec.read("curriculum", arguments))
     is_local = local or not has_slurm()

@@ -27,7 +27,7 @@ from hashlib import blake2b
 
 from megatron_parallel_r1.rollout.joined_blocks import JoinedBlock, count_nested
 
-Tokens = array  # of type code "q", as SGLang has them
+TokenArray = array  # of type code "q", as SGLang has them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,13 +43,13 @@ class CacheContext:
     """
 
     namespace: str | None
-    before: Tokens
-    tail: Tokens
+    before: TokenArray
+    tail: TokenArray
     position: int
     pieces: tuple[ChainSpan, ...]
 
     @property
-    def tokens(self) -> Tokens:
+    def tokens(self) -> TokenArray:
         return self.before + self.tail
 
     @property
@@ -72,7 +72,7 @@ class ChainSpan:
     hi: int
 
 
-def context_of(tokens: Tokens, blocks: Sequence[JoinedBlock], namespace: str | None) -> CacheContext:
+def context_of(tokens: TokenArray, blocks: Sequence[JoinedBlock], namespace: str | None) -> CacheContext:
     """The context after `tokens`.
 
     Args:
@@ -83,7 +83,7 @@ def context_of(tokens: Tokens, blocks: Sequence[JoinedBlock], namespace: str | N
 
 
 def _read(
-    context: CacheContext, tokens: Tokens, start: int, stop: int, blocks: Sequence[JoinedBlock]
+    context: CacheContext, tokens: TokenArray, start: int, stop: int, blocks: Sequence[JoinedBlock]
 ) -> CacheContext:
     """Appends tokens[start:stop), with the blocks in it, to `context`."""
     while blocks:
@@ -99,7 +99,7 @@ def _read(
     return _write(context, tokens[start:stop])
 
 
-def _write(context: CacheContext, tokens: Tokens) -> CacheContext:
+def _write(context: CacheContext, tokens: TokenArray) -> CacheContext:
     return replace(context, tail=context.tail + tokens, position=context.position + len(tokens))
 
 

@@ -121,6 +121,20 @@ def test_a_dry_run_prints_the_command_and_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (("submit", "rl", "qwen3_4b/curriculum", "--stage", "rl_s1"), "parallel-r1 rl {}/curriculum.yaml"),
+        (("submit", "rl", "qwen3_4b/rl_s1"), "parallel-r1 rl {}/rl_s1.yaml"),
+        (("curriculum", "qwen3_4b/curriculum"), "parallel-r1 curriculum {}/curriculum.yaml"),
+    ],
+)
+def test_a_packaged_recipe_goes_by_its_name(words: tuple[str, ...], command: str, tmp_path: Path) -> None:
+    parallel = ("parallel={}", "--local", "--ranks", "1", "--dry-run")
+    output = launch(tmp_path, *words, *parallel)
+    assert command.format(REPOSITORY / "recipes/qwen3_4b") in output
+
+
 def test_a_layout_that_does_not_divide_the_processes_is_refused(tmp_path: Path) -> None:
     words = ("submit", "rl", str(RECIPE), "parallel.tensor=2", "--local", "--ranks", "3", "--dry-run")
     done = CliRunner().invoke(app, words, env=environment(tmp_path))
