@@ -52,27 +52,29 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
-    told = parser.parse_args()
-    parallel = ParallelConfig(tensor=told.tensor, pipeline=told.pipeline, sequence=told.tensor > 1)
+    arguments = parser.parse_args()
+    parallel = ParallelConfig(
+        tensor=arguments.tensor, pipeline=arguments.pipeline, sequence=arguments.tensor > 1
+    )
     with process.running(seed=0, parallel=parallel):
-        model = build_model(read_config(told.hf), torch.float32, parallel)
-        load_with_megatron(model, told.megatron)
-        expected = dict(load_hf_folder(told.hf)[1])
+        model = build_model(read_config(arguments.hf), torch.float32, parallel)
+        load_with_megatron(model, arguments.megatron)
+        expected = dict(load_hf_folder(arguments.hf)[1])
         wrong = [name for name, tensor in hf_tensors(model) if not torch.equal(expected.pop(name), tensor)]
         state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
         each: list[list[str]] = [[] for _ in range(world_size())]
-        torch.distributed.all_gather_object(each, astray(state, told.megatron / RELEASE))
+        torch.distributed.all_gather_object(each, astray(state, arguments.megatron / RELEASE))
         if is_rank_zero():
             found = {
                 "wrong": wrong,
                 "missing": list(expected),
-                "astray": [one for some in each for one in some],
+                "astray": [name for some in each for name in some],
             }
-            told.out.write_text(json.dumps(found))
-            told.out.with_suffix(".again").mkdir()
+            arguments.out.write_text(json.dumps(found))
+            arguments.out.with_suffix(".again").mkdir()
         torch.distributed.barrier()
         state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
-        dist_checkpointing.save(state, str(told.out.with_suffix(".again")))
+        dist_checkpointing.save(state, str(arguments.out.with_suffix(".again")))
 
 
 if __name__ == "__main__":

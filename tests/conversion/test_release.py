@@ -91,7 +91,7 @@ def test_a_run_is_released(run: Path, tmp_path: Path) -> None:
     assert found.convert_tokens_to_ids(list(TAG_TEXTS)) == list(range(len(TAG_TEXTS)))
     assert theirs.generation_config.eos_token_id == found.eos_token_id == Tags.of(found).eos
     card = (tmp_path / "out" / "README.md").read_text()
-    for said in (
+    for phrase in (
         "| cold_start | sft | embedded_cold_start | 3 |",
         "| rl | rl | embedded (easy) | 2 |",
         "25.0",
@@ -99,7 +99,7 @@ def test_a_run_is_released(run: Path, tmp_path: Path) -> None:
         "aime24",
         "## Data",
     ):
-        assert said in card, said
+        assert phrase in card, phrase
     assert "`embedded`: synthetic" in card and "held out" in card and "license: apache-2.0" in card
 
 
@@ -122,8 +122,8 @@ def test_a_checkpoint_of_a_run_is_described_as_what_it_is(place: str, run: Path,
     source = tmp_path / "elsewhere" if place == "elsewhere" else folder / place
     if not source.exists():
         shutil.copytree(run / "rl" / "model", source)
-    told = ("--stage", "cold_start") if place == "elsewhere" else ()
-    assert code_of(source, tmp_path / "out", "--run", folder, *told) == 0
+    flags = ("--stage", "cold_start") if place == "elsewhere" else ()
+    assert code_of(source, tmp_path / "out", "--run", folder, *flags) == 0
     card = (tmp_path / "out" / "README.md").read_text().split("<details>")[0]
     evaluated = (tmp_path / "out" / "README.md").read_text().split("## Evaluation")[1]
     found = open_checkpoint(tmp_path / "out")
@@ -153,14 +153,14 @@ def test_where_a_checkpoint_comes_from_must_be_told(
 
 
 @pytest.mark.parametrize(
-    ("head", "said"),
+    ("head", "licence"),
     [
         ("---\nlicense: llama3.2\n---\n# Llama", "license: llama3.2"),
         ("---\nlicense: other\nlicense_name: qwen\n---\n", "license: other\nlicense_name: qwen"),
         ("# no head", "license: unknown"),
     ],
 )
-def test_the_licence_is_that_of_the_base(head: str, said: str, run: Path, tmp_path: Path) -> None:
+def test_the_licence_is_that_of_the_base(head: str, licence: str, run: Path, tmp_path: Path) -> None:
     base, folder = tmp_path / "Base-1B", tmp_path / "made_up"
     base.mkdir()
     (base / "README.md").write_text(head)
@@ -169,7 +169,7 @@ def test_the_licence_is_that_of_the_base(head: str, said: str, run: Path, tmp_pa
     (folder / "config.yaml").write_text(RECIPE.replace(shape, f"model: {{path: {base}}}"))
     assert code_of(folder, tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"{said}\nbase_model: Base-1B\n" in card and "apache" not in card.split("---")[1]
+    assert f"{licence}\nbase_model: Base-1B\n" in card and "apache" not in card.split("---")[1]
 
 
 def test_its_chat_template_makes_the_prompt_of_the_training(run: Path, tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_a_megatron_checkpoint_is_released_as_its_source_is(run: Path, tmp_path:
     (tmp_path / "thinking.json").write_text(
         json.dumps(THINKING.model_dump() | {"prompt_template": "Q {problem}"})
     )
-    told = ("--thinking", tmp_path / "thinking.json", "--dtype", "bfloat16")
-    assert code_of(tmp_path / "megatron", tmp_path / "out", *told) == 0
+    flags = ("--thinking", tmp_path / "thinking.json", "--dtype", "bfloat16")
+    assert code_of(tmp_path / "megatron", tmp_path / "out", *flags) == 0
     narrowed = {name: t.to(torch.bfloat16) for name, t in tensors_of(run / "rl" / "model").items()}
     assert_equal(narrowed, tensors_of(tmp_path / "out"))
     assert open_checkpoint(tmp_path / "out").decoding.thinking == THINKING
@@ -200,7 +200,7 @@ def test_a_megatron_checkpoint_is_released_as_its_source_is(run: Path, tmp_path:
 def test_what_is_missing_is_named(
     given: tuple[str, ...], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert code_of(*(run / one for one in given), tmp_path / "out") == 2
+    assert code_of(*(run / part for part in given), tmp_path / "out") == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not list(tmp_path.iterdir())
 

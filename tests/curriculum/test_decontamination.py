@@ -28,10 +28,10 @@ def words(folder: Path, *more: str) -> list[str]:
     trained = rows(
         folder / "train.jsonl", [LONG.format("three"), "What is two plus two?", "What is six times six?"]
     )
-    asked = rows(folder / "test.jsonl", [LONG.format("five"), "what is two plus  TWO"])
+    evaluated = rows(folder / "test.jsonl", [LONG.format("five"), "what is two plus  TWO"])
     return [
         f"stages.rl.data={trained}",
-        f"evaluation.data={asked}",
+        f"evaluation.data={evaluated}",
         "evaluation.problems=2",
         f"out={folder / 'runs'}",
         *more,
@@ -61,9 +61,9 @@ def test_without_it_all_problems_are_trained(tmp_path: Path) -> None:
 
 def test_a_stage_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     same = rows(tmp_path / "same.jsonl", ["What is two plus two?"])
-    told = words(tmp_path, "decontamination={}")
+    overrides = words(tmp_path, "decontamination={}")
     recipe = read_recipe(
-        RECIPE, [*told, f"stages.rl.data={same}", f"evaluation.data={same}", "evaluation.problems=1"]
+        RECIPE, [*overrides, f"stages.rl.data={same}", f"evaluation.data={same}", "evaluation.problems=1"]
     )
     with pytest.raises(UserError, match=r"stage rl: nothing of .* is left to train on"):
         check_sources(recipe)

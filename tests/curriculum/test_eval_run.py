@@ -242,8 +242,8 @@ def test_a_full_disk_ends_in_one_line_and_what_was_drawn_is_kept(trained: Path, 
         assert process.returncode == 2 and error.count("\n") == 1, error
         return error
 
-    said = cut_at(10_000)
-    assert re.match(rf"error: {tmp_path}/records/\S+/copy0.jsonl: .*; free some space", said)
+    output = cut_at(10_000)
+    assert re.match(rf"error: {tmp_path}/records/\S+/copy0.jsonl: .*; free some space", output)
     (file,) = tmp_path.glob("records/*/copy0.jsonl")
     kept = file.read_text().count("\n")
     assert 0 < kept < 48

@@ -17,10 +17,10 @@ RECIPE = ROOT / "tests/curriculum/mini.yaml"
 
 
 @pytest.mark.parametrize(
-    ("most", "said"),
+    ("most", "message"),
     [(50_000, "cold_start/model could not be written"), (500, "a file could not be written")],
 )
-def test_what_cannot_be_written_is_one_line(most: int, said: str, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_one_line(most: int, message: str, tmp_path: Path) -> None:
     train = [sys.executable, "-m", "megatron_parallel_r1.cli", "sft", str(RECIPE), "--stage", "cold_start"]
     done = subprocess.run(
         [*train, "stages.cold_start.steps=2", f"out={tmp_path}"],
@@ -32,5 +32,5 @@ def test_what_cannot_be_written_is_one_line(most: int, said: str, tmp_path: Path
     )
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert said in line and "File too large" in line and "Traceback" not in done.stderr
+    assert message in line and "File too large" in line and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("model"))

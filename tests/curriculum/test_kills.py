@@ -157,12 +157,12 @@ def start_pair(out: Path, *words: str) -> list[subprocess.Popen[bytes]]:
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = []
     for rank in range(2):
-        with out.with_name(f"{out.name}.rank{rank}").open("w") as said:
+        with out.with_name(f"{out.name}.rank{rank}").open("w") as log:
             ranks.append(
                 subprocess.Popen(
                     command(out, *PAIR, *words),
                     env={**os.environ, **world, "RANK": str(rank)},
-                    stdout=said,
+                    stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
@@ -200,8 +200,8 @@ def lose_one(out: Path, stage: Path, step: int) -> str:
     finally:
         send(ranks, signal.SIGKILL)
     assert ranks[1].wait() == -signal.SIGKILL
-    said = out.with_name(f"{out.name}.rank0").read_text().splitlines()
-    (line,) = [line for line in said if "rank 1" in line]
+    output = out.with_name(f"{out.name}.rank0").read_text().splitlines()
+    (line,) = [line for line in output if "rank 1" in line]
     return line
 
 
@@ -213,9 +213,9 @@ def test_two_processes_killed_together_or_one_alone_go_on_bit_for_bit(tmp_path: 
         if name == "cold_start":
             kill_pair(tmp_path / "killed", folder / name, step)
         else:
-            said = lose_one(tmp_path / "killed", folder / name, step)
-            assert re.fullmatch(LOST, said), said
-            print(said)
+            output = lose_one(tmp_path / "killed", folder / name, step)
+            assert re.fullmatch(LOST, output), output
+            print(output)
         checkpoints = folder / name / "checkpoints"
         left, complete = half_written(checkpoints), last_complete(checkpoints)
         print(f"{name}: {len(left)} checkpoint half written; goes on from step {complete}")

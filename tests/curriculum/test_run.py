@@ -114,9 +114,9 @@ def test_the_release_is_a_hugging_face_model(whole: Path) -> None:
     assert (thinking["mode"], thinking["paths"], thinking["prompt"]) == ("isolated", 3, "plain")
     assert json.loads((whole / "rl/model/thinking.json").read_text()) == thinking
     assert [
-        (told["stage"], told["step"], told["prompt_template"])
+        (stored["stage"], stored["step"], stored["prompt_template"])
         for stage in ("cold_start", "rl")
-        for told in [json.loads((whole / stage / "model/thinking.json").read_text())]
+        for stored in [json.loads((whole / stage / "model/thinking.json").read_text())]
     ] == [("cold_start", 30, "{problem}"), ("rl", 38, "{problem}")]
     assert "| rl | rl | embedded (easy) | 8 |" in (whole / "release/README.md").read_text()
 

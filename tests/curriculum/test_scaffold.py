@@ -119,8 +119,8 @@ class Stopped:
 
     @property
     def end(self):
-        def end(loop: StageLoop, step: int, *told: object) -> None:
-            self.original(loop, step, *told)
+        def end(loop: StageLoop, step: int, *values: object) -> None:
+            self.original(loop, step, *values)
             if step == self.after:
                 raise KeyboardInterrupt
 

@@ -34,18 +34,23 @@ def stop_pair(out: Path, stage: Path, step: int, number: signal.Signals, tree: b
         while max(steps_of(stage), default=0) < step:
             assert all(rank.poll() is None for rank in ranks) and time.monotonic() < give_up
             time.sleep(0.005)
-        asked = [psutil.Process(rank.pid) for rank in ranks]
-        reached = [*asked, *(child for one in asked for child in one.children(recursive=True))]
-        for one in reached if tree else asked[1:]:
-            one.send_signal(number)
-        assert [rank.wait(HANGS_S) for rank in ranks] == [STOPPED_EXIT_CODE] * 2, said(out, 0) + said(out, 1)
+        processes = [psutil.Process(rank.pid) for rank in ranks]
+        reached = [
+            *processes,
+            *(child for process in processes for child in process.children(recursive=True)),
+        ]
+        for process in reached if tree else processes[1:]:
+            process.send_signal(number)
+        assert [rank.wait(HANGS_S) for rank in ranks] == [STOPPED_EXIT_CODE] * 2, output_of(
+            out, 0
+        ) + output_of(out, 1)
     finally:
         for rank in ranks:
             rank.kill()
-    return max(steps_of(stage)), said(out, 0)
+    return max(steps_of(stage)), output_of(out, 0)
 
 
-def said(out: Path, rank: int) -> str:
+def output_of(out: Path, rank: int) -> str:
     return out.with_name(f"{out.name}.rank{rank}").read_text()
 
 
@@ -57,10 +62,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         ("cold_start", 3, signal.SIGUSR1, False),
         ("rl", 1, signal.SIGUSR2, True),
     ):
-        last, told = stop_pair(tmp_path / "stopped", folder / name, step, number, tree)
+        last, output = stop_pair(tmp_path / "stopped", folder / name, step, number, tree)
         assert (
             f"stage {name}: stopped by a signal after step {last}, saved; the same command continues it"
-            in told
+            in output
         )
         assert last_complete(folder / name / "checkpoints") == last >= step
         assert not (folder / name / "model").exists()
@@ -88,14 +93,14 @@ def test_a_held_signal_ends_no_child(under_torchrun: bool, tmp_path: Path) -> No
         f"child = 'import os, signal; os.kill(os.getpid(), signal.{second}); print(\"alive\")'\n"
         "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True).stdout)\n"
     )
-    told = {"TORCHELASTIC_RUN_ID": "1"} if under_torchrun else {}
+    launcher = {"TORCHELASTIC_RUN_ID": "1"} if under_torchrun else {}
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         timeout=120,
         cwd=tmp_path,
-        env={**os.environ, **told},
+        env={**os.environ, **launcher},
     )
     assert done.stdout.strip() == "alive", done.stderr
 

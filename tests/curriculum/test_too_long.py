@@ -22,17 +22,17 @@ QUESTIONS = ["What is two plus two?", LONG.format("three"), "What is six times s
 def test_long_prompts_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture, buffer: str) -> None:
     data = rows(tmp_path / "train.jsonl", QUESTIONS).removesuffix("}") + buffer + "}"
 
-    def asked(most: int) -> set[str]:
+    def prompts_below(most: int) -> set[str]:
         recipe = read_recipe(RECIPE, [f"stages.rl.data={data}", f"max_prompt_tokens={most}"])
         stream = problem_stream(recipe, recipe.stages[1], 1, words_of)
         return {problem.prompt for problem in stream.next_batch(9)}
 
-    assert asked(99) == set(QUESTIONS) and capsys.readouterr().err == ""
-    assert asked(5) == {QUESTIONS[0], QUESTIONS[2]}
-    told = "stage rl: 1 of 3 have more than 5 tokens (max_prompt_tokens), left out\n"
-    assert capsys.readouterr().err == told
+    assert prompts_below(99) == set(QUESTIONS) and capsys.readouterr().err == ""
+    assert prompts_below(5) == {QUESTIONS[0], QUESTIONS[2]}
+    message = "stage rl: 1 of 3 have more than 5 tokens (max_prompt_tokens), left out\n"
+    assert capsys.readouterr().err == message
     with pytest.raises(UserError, match=r"stage rl: nothing of its data has at most 4 .* max_prompt_tokens"):
-        asked(4)
+        prompts_below(4)
 
 
 @pytest.mark.parametrize("buffer", ["", ", buffer: 2"])

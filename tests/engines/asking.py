@@ -23,36 +23,36 @@ TOLERANCE = 2e-5  # float32, logits of some units: a few hundred roundings of 6e
 
 
 @torch.no_grad()
-def expected(model: Qwen3ForCausalLM, asked: GenerateRequest, completion: Completion) -> list[float]:
+def expected(model: Qwen3ForCausalLM, request: GenerateRequest, completion: Completion) -> list[float]:
     """Log-probs of the drawn tokens, by the definition in `base.Completion`; float64 from the logits on."""
-    tokens = torch.tensor([[*asked.tokens, *completion.tokens]])
+    tokens = torch.tensor([[*request.tokens, *completion.tokens]])
     logits_LV = model(tokens).logits[0].double()
-    logits_LV[:, sorted(asked.suppress)] = -math.inf
-    logprobs_LV = (logits_LV / (asked.sampling.temperature or 1.0)).log_softmax(-1)
-    first = len(asked.tokens) - 1
+    logits_LV[:, sorted(request.suppress)] = -math.inf
+    logprobs_LV = (logits_LV / (request.sampling.temperature or 1.0)).log_softmax(-1)
+    first = len(request.tokens) - 1
     return [logprobs_LV[first + i, token].item() for i, token in enumerate(completion.tokens)]
 
 
-def difference(model: Qwen3ForCausalLM, asked: GenerateRequest, completion: Completion) -> float:
-    pairs = zip(completion.logprobs, expected(model, asked, completion), strict=True)
+def difference(model: Qwen3ForCausalLM, request: GenerateRequest, completion: Completion) -> float:
+    pairs = zip(completion.logprobs, expected(model, request, completion), strict=True)
     return max(abs(got - wanted) for got, wanted in pairs)
 
 
 def many(samplings: Sequence[Sampling], count: int, stop: Set[int]) -> list[GenerateRequest]:
     """Continuations of various prompts, with stops and suppressed tokens, each with a seed of 63 bits."""
-    asked = []
+    requests = []
     for index in range(count):
         chosen = samplings[index % len(samplings)]
         sampling = Sampling(chosen.temperature, chosen.top_p, chosen.top_k, (1 << 62) + index)
         tokens = tuple(7 + (index * 7 + place) % 30 for place in range(2 + index % 9))
         suppress = frozenset({0}) if index % 2 else frozenset({0, 3, 9, 21})
         limit = 20 if index % 3 else 2
-        asked.append(GenerateRequest(tokens, sampling, limit, frozenset(stop), suppress, str(index)))
-    return asked
+        requests.append(GenerateRequest(tokens, sampling, limit, frozenset(stop), suppress, str(index)))
+    return requests
 
 
-async def all_of(server: Server, asked: Sequence[GenerateRequest]) -> list[Completion]:
-    return [answer.completion for answer in await asyncio.gather(*map(server.generate, asked))]
+async def all_of(server: Server, requests: Sequence[GenerateRequest]) -> list[Completion]:
+    return [answer.completion for answer in await asyncio.gather(*map(server.generate, requests))]
 
 
 def rolled(
@@ -77,5 +77,5 @@ def assert_several(pool: ServerPool) -> None:
         return list(await asyncio.gather(*map(pool.generate, alone)))
 
     answers = asyncio.run(together())
-    told = [asyncio.run(pool.generate(one)).completion.tokens for one in alone]
-    assert [answer.completion.tokens for answer in answers] == told and len(set(told)) == 4
+    drawn = [asyncio.run(pool.generate(request)).completion.tokens for request in alone]
+    assert [answer.completion.tokens for answer in answers] == drawn and len(set(drawn)) == 4

@@ -79,9 +79,9 @@ class Recorded(SglangClient):
         super().__init__(url)
         self.log = log
 
-    async def generate(self, asked: GenerateRequest) -> GenerateResult:
-        answered = await super().generate(asked)
-        self.log.append((asked, answered))
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        answered = await super().generate(request)
+        self.log.append((request, answered))
         return answered
 
 
@@ -102,13 +102,15 @@ class Rolled:
 
     def computed(self) -> list[int]:
         """Of each join's prompt, the tokens that its server did not have in its cache."""
-        return [len(asked.tokens) - answered.cached_tokens for asked, answered in self.log if asked.joined]
+        return [
+            len(request.tokens) - answered.cached_tokens for request, answered in self.log if request.joined
+        ]
 
 
 def counters_of(url: str) -> dict[str, int]:
-    told = httpx.get(f"{url}/server_info", timeout=HTTP_SECONDS).json()
-    assert supports_joined_blocks(told)
-    return told["internal_states"][0][FIELD]["counters"]
+    info = httpx.get(f"{url}/server_info", timeout=HTTP_SECONDS).json()
+    assert supports_joined_blocks(info)
+    return info["internal_states"][0][FIELD]["counters"]
 
 
 def rolled_out(
@@ -131,7 +133,7 @@ def rolled_out(
     before = counters_of(url)
 
     async def reached(joins: int) -> None:
-        while sum(bool(asked.joined) for asked, _ in log) < joins:
+        while sum(bool(request.joined) for request, _ in log) < joins:
             await asyncio.sleep(0.01)
 
     async def main() -> list[Trace]:

@@ -53,7 +53,7 @@ def main() -> None:
                 everyone = [None] * dist.get_world_size()
                 dist.all_gather_object(everyone, published)
                 # All processes are told the same, up to what the clock said.
-                assert all(one == published for one in everyone)
+                assert all(state == published for state in everyone)
                 found.append(asdict(published))
             publisher.end()
         if dist.get_rank() == 0:

@@ -94,7 +94,7 @@ def test_a_seed_draws_the_native_engines_trace(url: str) -> None:
     thinker = Thinker(native_engine(untied_model(0)), TAGS, NESTED)
     paths = [1 + index % 8 for index in range(24)]
     native = asyncio.run(roll_out(thinker, random_prompts(24, 100), range(100, 124), paths=paths))
-    same = sum(mine.tokens == theirs.tokens for mine, theirs in zip(rolled.traces, native, strict=True))
+    same = sum(served.tokens == theirs.tokens for served, theirs in zip(rolled.traces, native, strict=True))
     # A draw within rounding of the border between two tokens may fall on either side: one in some 1e5 tokens.
     assert same >= 22 and blocks_of(native) > 20
 
@@ -139,11 +139,13 @@ def test_new_weights_rebuild_what_the_old_ones_wrote(url: str, folder: Path, tmp
         assert_exact("new weights", after.traces, after.counters, seed=1)
         assert after.counters["joins"] > 5
         # What a join drew from the old weights, asked of the new ones: the same as on a server of their own.
-        asked = max((asked for asked, _ in before.log if asked.joined), key=lambda asked: len(asked.joined))
-        old = asyncio.run(SglangClient(url).generate(asked))
-        assert old.cached_tokens >= len(asked.tokens) - NEW, "the writers brought it all"
+        request = max(
+            (request for request, _ in before.log if request.joined), key=lambda request: len(request.joined)
+        )
+        old = asyncio.run(SglangClient(url).generate(request))
+        assert old.cached_tokens >= len(request.tokens) - NEW, "the writers brought it all"
         httpx.post(f"{url}/flush_cache", timeout=HTTP_SECONDS).raise_for_status()
-        again = asyncio.run(SglangClient(url).generate(asked))
+        again = asyncio.run(SglangClient(url).generate(request))
         assert again.completion.tokens == old.completion.tokens
         assert again.completion.logprobs == pytest.approx(old.completion.logprobs, abs=TOLERANCE)
     finally:
@@ -173,14 +175,14 @@ def test_requests_without_blocks_are_a_stock_servers(url: str, sglang_server: Sh
 
     def answers(of: str) -> list[tuple[list[int], list[float]]]:
         httpx.post(f"{of}/flush_cache", timeout=HTTP_SECONDS).raise_for_status()
-        told = []
+        results = []
         for index, prompt in enumerate(prompts):
             params = {"max_new_tokens": 24, "sampling_seed": index, "ignore_eos": True}
             params["temperature"] = 0.0 if index % 2 else 1.0
             answer = ask(of, {"input_ids": prompt, "sampling_params": params, "return_logprob": True}).json()
             logprobs = [logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]]
-            told.append((answer["output_ids"], logprobs))
-        return told
+            results.append((answer["output_ids"], logprobs))
+        return results
 
     stock = sglang_server.url
     assert "isolated" not in asyncio.run(SglangClient(stock).info()).modes
@@ -198,13 +200,13 @@ def test_a_cache_too_small_for_all_finishes_every_trace_exactly(folder: Path, ra
     # One rank schedules ahead as on a GPU.
     with healthy(serving, env, overlap=ranks == 1) as server:
         rolled = rolled_out(server.url, thinking, 32, seed=500)
-        told = "\n".join(server.last_lines(10**6))
+        log = "\n".join(server.last_lines(10**6))
     assert_exact(f"a small cache, {ranks} ranks", rolled.traces, rolled.counters)
     assert sum(len(trace.prompt) + len(trace.tokens) for trace in rolled.traces) > 3.5 * 1100
     assert rolled.counters["rebuilds"] > 10 and rolled.counters["rebuilt_tokens"] > 300
     # Each is told in the log too, by every rank.
-    assert told.count("lost paths from the cache") == ranks * rolled.counters["rebuilds"]
-    assert told.count("lost tokens of") == ranks * rolled.counters["rebuilt_paths"]
+    assert log.count("lost paths from the cache") == ranks * rolled.counters["rebuilds"]
+    assert log.count("lost tokens of") == ranks * rolled.counters["rebuilt_paths"]
 
 
 def test_what_it_cannot_serve_is_refused_at_start(folder: Path) -> None:

@@ -59,16 +59,16 @@ class Struck(SglangClient):
     def __init__(self, server: Shared) -> None:
         super().__init__(server.url)
         self.process: psutil.Process | None = server.server
-        self.asked = self.under_way = 0
+        self.requests = self.under_way = 0
 
-    async def generate(self, asked: GenerateRequest) -> GenerateResult:
-        self.asked += 1
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        self.requests += 1
         self.under_way += 1
-        if self.process is not None and self.asked >= 60 and self.under_way >= 2:
+        if self.process is not None and self.requests >= 60 and self.under_way >= 2:
             self.process.kill()
             self.process = None
         try:
-            return await super().generate(asked)
+            return await super().generate(request)
         finally:
             self.under_way -= 1
 

@@ -30,9 +30,9 @@ def assert_answers_as_transformers(server: Shared) -> None:
     prompt = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
     expected = model.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :].tolist()
     names = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"]
-    asked = {"model": names[0]["id"], "max_tokens": 8, "temperature": 0, "messages": messages}
-    said = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=300).raise_for_status()
-    answer = said.json()["choices"][0]["message"]["content"]
+    body = {"model": names[0]["id"], "max_tokens": 8, "temperature": 0, "messages": messages}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300).raise_for_status()
+    answer = response.json()["choices"][0]["message"]["content"]
     assert tokenizer.encode(answer or "", add_special_tokens=False) == [
         token for token in expected if token not in tokenizer.all_special_ids
     ]

@@ -32,7 +32,7 @@ EXACT = 2e-5
 class Run:
     steps: list[dict[str, Any]]
     evaluation: dict[str, Any]
-    said: str
+    output: str
 
     @property
     def mismatch(self) -> float:
@@ -86,19 +86,25 @@ def cold_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def servers(cold_start: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """With the plugin; a run in mode replay does not mind it."""
     place = tmp_path_factory.mktemp("servers")
-    told = {"checkpoint": cold_start, "python": python_of("sglang"), "servers": 2, "port": 0, "device": "cpu"}
+    settings = {
+        "checkpoint": cold_start,
+        "python": python_of("sglang"),
+        "servers": 2,
+        "port": 0,
+        "device": "cpu",
+    }
     more = {"isolated": True, "log_dir": place, "urls_file": place / "urls"}
-    with launched(**told, **more) as supervisor:
+    with launched(**settings, **more) as supervisor:
         healthy = sorted(supervisor.next_healthy(START_SECONDS) for _ in range(2))
         urls, pids = [url for _, url, _ in healthy], [pid for *_, pid in healthy]
         yield Servers(supervisor, urls, pids, place / "urls")
 
 
 def start(model: Path, out: Path, *words: str) -> subprocess.Popen[str]:
-    told = (f"model.path={model}", f"tokenizer.path={model}", f"out={out}", *words)
+    overrides = (f"model.path={model}", f"tokenizer.path={model}", f"out={out}", *words)
     out.mkdir(exist_ok=True)
     with (out / "log").open("a") as log:
-        return subprocess.Popen(command("rl", RECIPE, *told), stdout=log, stderr=log, text=True)
+        return subprocess.Popen(command("rl", RECIPE, *overrides), stdout=log, stderr=log, text=True)
 
 
 def ended(process: subprocess.Popen[str]) -> int:
@@ -192,8 +198,8 @@ def test_a_run_whose_servers_are_all_gone_can_be_gone_on_with(
     in_the_midst(process, out, 3, servers.supervisor.process.kill)
     assert ended(process) == 2
     assert_gone(family)
-    said = (out / "log").read_text()
-    assert "no rollout server" in said.splitlines()[-1] and "Traceback" not in said, said
+    output = (out / "log").read_text()
+    assert "no rollout server" in output.splitlines()[-1] and "Traceback" not in output, output
     assert 3 <= len(steps_of(out)) < 6
     # With another engine: both draw from the same distribution.
     assert finished(start(cold_start, out, *few), out, 6).mismatch <= EXACT

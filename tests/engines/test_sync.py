@@ -75,11 +75,12 @@ def test_a_split_model_reaches_the_server_by_each_transport(server: str, tmp_pat
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
-    for kind, one in zip([kind for kind in KINDS for _ in range(2)], found, strict=True):
-        print(f"TP2 x PP2, {kind}: largest difference {one['difference']:.1e}")
-    assert [one["version"] for one in found] == list(range(1, 7))
+    for kind, update in zip([kind for kind in KINDS for _ in range(2)], found, strict=True):
+        print(f"TP2 x PP2, {kind}: largest difference {update['difference']:.1e}")
+    assert [update["version"] for update in found] == list(range(1, 7))
     assert all(
-        one["up_to_date"] == [server] and not one["failed"] and one["difference"] <= EXACT for one in found
+        update["up_to_date"] == [server] and not update["failed"] and update["difference"] <= EXACT
+        for update in found
     )
     assert SglangControl(server).info().version == 6
 
@@ -125,8 +126,8 @@ def test_what_becomes_of_requests_under_way(
             published = publisher.publish(old + 1)
             control.request.join(300)
         assert published.up_to_date == (server,) and published.difference <= EXACT
-        told = control.answers[-1]
-        about, count = told["meta_info"], len(told["output_ids"])
+        answer = control.answers[-1]
+        about, count = answer["meta_info"], len(answer["output_ids"])
         spans = [(int(span["version"]), span["end"] - span["start"]) for span in about["weight_versions"]]
         print(in_flight, about["finish_reason"], spans)
         if in_flight == "finish" or spans != [(old, LONG)]:

@@ -95,8 +95,8 @@ def test_the_old_output_matrix_is_an_error_that_names_it(server: str, model: Mod
 
 class AskedControl(Asked, VllmControl):
     def question(self) -> tuple[str, dict]:
-        asked = {"model": self._name(), "prompt": [5, 6, 7], "max_tokens": LONG, "temperature": 0}
-        return "/v1/completions", asked | {"ignore_eos": True, "logprobs": 0, "return_token_ids": True}
+        body = {"model": self._name(), "prompt": [5, 6, 7], "max_tokens": LONG, "temperature": 0}
+        return "/v1/completions", body | {"ignore_eos": True, "logprobs": 0, "return_token_ids": True}
 
 
 @pytest.mark.parametrize("in_flight", ["finish", "retract", "abort"])
@@ -116,14 +116,16 @@ def test_what_becomes_of_requests_under_way(
         choices = [answer["choices"][0] for answer in control.answers]
         reason = choices[-1]["finish_reason"]
         tokens = [token for choice in choices for token in choice["token_ids"]]
-        logprobs = [one for choice in choices for one in (choice["logprobs"] or {}).get("token_logprobs", ())]
+        logprobs = [
+            value for choice in choices for value in (choice["logprobs"] or {}).get("token_logprobs", ())
+        ]
         print(in_flight, reason, len(tokens))
         if reason == "abort":
             break
         assert reason == "length" and len(tokens) == len(logprobs) == LONG
         # The last token was drawn, and its past computed, under one of the two.
         expected = {version: last_logprob(model, tokens, version) for version in (old, old + 1)}
-        apart = {version: abs(logprobs[-1] - one) for version, one in expected.items()}
+        apart = {version: abs(logprobs[-1] - value) for version, value in expected.items()}
         if in_flight == "finish" or apart[old + 1] <= EXACT:
             break
     if in_flight == "abort":

@@ -44,30 +44,31 @@ def test_about(url: str, vllm_server: Shared) -> None:
 
 
 def test_log_probs_are_those_of_the_promise_whatever_is_in_the_batch(url: str) -> None:
-    asked = many([Sampling(temperature) for temperature in (1.0, 0.7, 0.0, 1.3)], 96, STOP)
+    requests = many([Sampling(temperature) for temperature in (1.0, 0.7, 0.0, 1.3)], 96, STOP)
     model = tied_model()
-    completions = asyncio.run(all_of(VllmClient(url), asked))
+    completions = asyncio.run(all_of(VllmClient(url), requests))
     worst = max(
-        difference(model, one, completion) for one, completion in zip(asked, completions, strict=True)
+        difference(model, request, completion)
+        for request, completion in zip(requests, completions, strict=True)
     )
     print(f"vllm: max |server - transformers| = {worst:.2e}")
     assert worst <= TOLERANCE
     ends = dict.fromkeys(STOP, 0)
-    for one, completion in zip(asked, completions, strict=True):
-        assert not one.suppress & {*completion.tokens}
-        assert not one.stop & {*completion.tokens[:-1]}
-        assert completion.stopped == (completion.tokens[-1] in one.stop)
-        assert completion.stopped or len(completion.tokens) == one.limit
+    for request, completion in zip(requests, completions, strict=True):
+        assert not request.suppress & {*completion.tokens}
+        assert not request.stop & {*completion.tokens[:-1]}
+        assert completion.stopped == (completion.tokens[-1] in request.stop)
+        assert completion.stopped or len(completion.tokens) == request.limit
         if completion.stopped:
             ends[completion.tokens[-1]] += 1
-    assert min(ends.values()) >= 5 and sum(ends.values()) < len(asked)
+    assert min(ends.values()) >= 5 and sum(ends.values()) < len(requests)
 
 
 def test_a_seed_fixes_what_is_drawn_and_others_differ(url: str) -> None:
-    asked = many([Sampling(), Sampling(0.7)], 48, STOP)
-    together = asyncio.run(all_of(VllmClient(url), asked))
+    requests = many([Sampling(), Sampling(0.7)], 48, STOP)
+    together = asyncio.run(all_of(VllmClient(url), requests))
     # A float tie that a batch's rounding breaks otherwise would be one of 2e-7 among some hundred draws.
-    assert [asyncio.run(all_of(VllmClient(url), [one]))[0].tokens for one in asked[:12]] == [
+    assert [asyncio.run(all_of(VllmClient(url), [request]))[0].tokens for request in requests[:12]] == [
         completion.tokens for completion in together[:12]
     ]
     seeds = [
@@ -82,8 +83,8 @@ def test_several_continuations_of_one_text(url: str) -> None:
 
 
 def test_score_abort_and_refusal(url: str) -> None:
-    asked = GenerateRequest((7, 8, 9), Sampling(seed=2), 10, NOTHING, NOTHING, "t")
-    (drawn,) = asyncio.run(all_of(VllmClient(url), [asked]))
+    request = GenerateRequest((7, 8, 9), Sampling(seed=2), 10, NOTHING, NOTHING, "t")
+    (drawn,) = asyncio.run(all_of(VllmClient(url), [request]))
     scored = asyncio.run(VllmClient(url).score((7, 8, 9, *drawn.tokens)))
     assert scored[2:] == pytest.approx(drawn.logprobs, abs=TOLERANCE)
     with pytest.raises(
@@ -105,7 +106,7 @@ def test_score_abort_and_refusal(url: str) -> None:
             GenerateRequest((7, seed + 8), Sampling(seed=seed), 990, NOTHING, NOTHING, "t")
             for seed in range(3)
         ]
-        answers = [asyncio.ensure_future(server.generate(asked)) for asked in long]
+        answers = [asyncio.ensure_future(server.generate(request)) for request in long]
         await abort()
         return await asyncio.gather(*answers, return_exceptions=True)
 

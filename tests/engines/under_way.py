@@ -32,8 +32,8 @@ class Asked:
         super().pause(in_flight)
 
     def _ask(self) -> None:
-        path, asked = self.question()
-        with httpx.stream("POST", f"{self.url}{path}", json={**asked, "stream": True}, timeout=300) as reply:
+        path, body = self.question()
+        with httpx.stream("POST", f"{self.url}{path}", json={**body, "stream": True}, timeout=300) as reply:
             for line in reply.iter_lines():
                 if line.startswith("data: {"):
                     self.answers.append(json.loads(line.removeprefix("data: ")))

@@ -42,14 +42,14 @@ def test_python_too_old(tmp_path: Path) -> None:
 
 
 def test_python_too_new_for_torch(tmp_path: Path) -> None:
-    told = "ERROR: No matching distribution found for torch==2.13.0"
+    message = "ERROR: No matching distribution found for torch==2.13.0"
     new = script(
         tmp_path / "python",
         f"""case "$*" in
             *version_info*) echo 3.99.0;;
             *ensurepip*) ;;
             *venv*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python";;
-            *) echo "{told}" >&2; exit 1;;
+            *) echo "{message}" >&2; exit 1;;
         esac""",
     )
     assert make_venv(tmp_path / "venv", PYTHON=new) == (
@@ -59,9 +59,9 @@ def test_python_too_new_for_torch(tmp_path: Path) -> None:
 
 def test_python_without_venv(tmp_path: Path) -> None:
     bare = script(tmp_path / "python", f'case "$*" in *ensurepip*) exit 1;; esac; exec {sys.executable} "$@"')
-    told = make_venv(tmp_path / "venv", PYTHON=bare)
-    assert told.startswith(f"error: PYTHON={bare} has no module venv; install it (Debian, Ubuntu: apt ")
-    assert told.count("\n") == 1
+    output = make_venv(tmp_path / "venv", PYTHON=bare)
+    assert output.startswith(f"error: PYTHON={bare} has no module venv; install it (Debian, Ubuntu: apt ")
+    assert output.count("\n") == 1
 
 
 @pytest.mark.parametrize("was_ready", [False, True])
@@ -79,7 +79,7 @@ def test_no_network(tmp_path: Path, was_ready: bool) -> None:
 
 def test_what_is_ready_starts_at_once(tmp_path: Path) -> None:
     (tmp_path / "ready").touch()
-    said = subprocess.run(
+    done = subprocess.run(
         ["make", "-n", "test", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert "pytest" in said and "make-venv" not in said
+    assert "pytest" in done and "make-venv" not in done

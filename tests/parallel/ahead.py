@@ -156,8 +156,8 @@ def main() -> None:
             background_groups(timeout_s=120) as (tensor, world),
         ):
             team = TensorParallelGroup.of(tensor)
-            mine = {"batches": stage(team, world, settings["staleness"]), "crossing": crossing(team)}
-            found[case] = all_gather_objects(mine)
+            results = {"batches": stage(team, world, settings["staleness"]), "crossing": crossing(team)}
+            found[case] = all_gather_objects(results)
     if is_rank_zero():
         Path(out).write_text(json.dumps(found))
 

@@ -51,9 +51,9 @@ def decoded(engine: NativeEngine, temperature: float, mode: str, prompts: list[l
 
 def team_agrees(team: TensorParallelGroup, found: dict[str, Any]) -> bool:
     """Whether all ranks hold the same, to the bit."""
-    said: list[Any] = [None] * team.size
-    dist.all_gather_object(said, found, group=team.group)
-    return all(one == found for one in said)
+    gathered: list[Any] = [None] * team.size
+    dist.all_gather_object(gathered, found, group=team.group)
+    return all(other == found for other in gathered)
 
 
 def compared(found: list[Trace], expected: list[Trace]) -> float:
@@ -107,14 +107,14 @@ def parted(model: Qwen3ForCausalLM, team: TensorParallelGroup) -> dict[str, str]
     def weights(engine: NativeEngine) -> None:
         engine.load_weights(model.state_dict().items(), version=2 if last else 1)
 
-    told = {}
+    results = {}
     for cause in (many, other, early, weights):
         try:
             cause(native_engine(model, team))
-            told[cause.__name__] = "nothing"
+            results[cause.__name__] = "nothing"
         except RuntimeError as error:
-            told[cause.__name__] = str(error)
-    return told
+            results[cause.__name__] = str(error)
+    return results
 
 
 def found_in(team: TensorParallelGroup, tied: bool, number: int) -> list[dict[str, Any]]:
@@ -125,13 +125,13 @@ def found_in(team: TensorParallelGroup, tied: bool, number: int) -> list[dict[st
     """
     model = tiny_qwen3(SEEDS[team.size], tied, kv_heads=team.size, **ODD)
     found = modes_of(model, team, random_prompts(12, seed=number))
-    mine = {"modes": found, "parted": parted(model, team), "refused": ""}
+    report = {"modes": found, "parted": parted(model, team), "refused": ""}
     try:
         native_engine(tiny_qwen3(kv_heads=1), team)
     except UserError as error:
-        mine["refused"] = str(error)
+        report["refused"] = str(error)
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, report)
     return everyone
 
 

@@ -42,7 +42,7 @@ def counted(model: Model) -> Iterator[Peak]:
         yield peak
 
 
-def one(shape: ModelConfig, parallel: ParallelConfig, bucket_bytes: int) -> dict[str, Any]:
+def gathered(shape: ModelConfig, parallel: ParallelConfig, bucket_bytes: int) -> dict[str, Any]:
     """How a pass went on this process: sizes of the buckets, memory, and what differed from `hf_tensors`."""
     model = build_model(shape, torch.float32, parallel)
     load_hf_tensors(model, random_hf_tensors(shape, seed=3, std=0.2))
@@ -80,7 +80,7 @@ def passes(parallel: ParallelConfig) -> dict[str, Any]:
         ]
         for bucket_bytes in BUCKETS:
             everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, one(shape, parallel, bucket_bytes))
+            dist.all_gather_object(everyone, gathered(shape, parallel, bucket_bytes))
             found[f"{tied} {bucket_bytes}"] = {
                 "ranks": everyone,
                 "bucket": bucket_bytes,

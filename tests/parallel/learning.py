@@ -61,8 +61,10 @@ def trace_of(seed: int) -> Trace:
         prompt=(20, 21, 22),
         tokens=tuple(tokens),
         sampled=tuple(sampled),
-        suppressed=tuple(mine and token != TAGS.parallel and rng.random() < 0.2 for token, mine in drawn),
-        logprobs=tuple(rng.random() - 4.2 if mine else 0.0 for mine in sampled),
+        suppressed=tuple(
+            is_sampled and token != TAGS.parallel and rng.random() < 0.2 for token, is_sampled in drawn
+        ),
+        logprobs=tuple(rng.random() - 4.2 if is_sampled else 0.0 for is_sampled in sampled),
         finish="length" if cut else "eos",
         tree=tree,
     )

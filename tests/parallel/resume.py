@@ -62,8 +62,8 @@ def trainer_of(job: Job, parallel: ParallelConfig, untied: bool) -> tuple[Traine
     trainer = Trainer(model, adam)
     rows, _ = batch_of_rows()
     capacity = sum(map(len, rows)) // 5
-    mine = partition_rows(rows, capacity - capacity % parallel.row_multiple, trainer.partition)
-    return trainer, [MicroBatch.of(row, trainer.device) for row in mine]
+    own = partition_rows(rows, capacity - capacity % parallel.row_multiple, trainer.partition)
+    return trainer, [MicroBatch.of(row, trainer.device) for row in own]
 
 
 def work(job: Job, parallel: ParallelConfig, untied: bool) -> None:
@@ -111,7 +111,7 @@ def work(job: Job, parallel: ParallelConfig, untied: bool) -> None:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for job in [Job(**told) for told in json.loads(Path(sys.argv[1]).read_text())]:
+    for job in [Job(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]:
         print(job, flush=True)
         Path(job.out).mkdir(exist_ok=True)
         parallel, untied = parallel_of(job.layout)

@@ -77,10 +77,10 @@ def three_steps(
     trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1, sharded=parallel.sharded_optimizer))
     rows, values = batch_of_rows()
     capacity = sum(map(len, rows)) // 5
-    mine = partition_rows(rows, capacity - capacity % parallel.row_multiple, trainer.partition)
+    own = partition_rows(rows, capacity - capacity % parallel.row_multiple, trainer.partition)
     if loss_name == "on-policy":
         values = {name: values[name] for name in values.keys() - {"old"}}
-    batches = [MicroBatch.of(row, trainer.device, values) for row in mine]
+    batches = [MicroBatch.of(row, trainer.device, values) for row in own]
 
     def loss(
         logprobs_N: torch.Tensor, entropies_N: torch.Tensor, batch: MicroBatch

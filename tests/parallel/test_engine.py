@@ -26,8 +26,8 @@ def launched(
     @cache
     def launch(processes: int) -> dict[str, list[dict[str, Any]]]:
         out = tmp_path_factory.mktemp("launched") / "found.json"
-        asked = [told["case"] for told in selected if told["processes"] == processes]
-        torchrun(processes, "engine", out, *asked)
+        cases = [entry["case"] for entry in selected if entry["processes"] == processes]
+        torchrun(processes, "engine", out, *cases)
         return json.loads(out.read_text())
 
     return launch
@@ -61,5 +61,5 @@ def test_a_team_decodes_what_one_process_does(launched, processes: int, case: st
     counts["weights"] = [0] * size
     for found in ranks:
         for cause, requests in counts.items():
-            said = f"diverged (requests: {', '.join(map(str, requests))})"
-            assert said in found["parted"][cause], (cause, found["parted"][cause])
+            divergence = f"diverged (requests: {', '.join(map(str, requests))})"
+            assert divergence in found["parted"][cause], (cause, found["parted"][cause])

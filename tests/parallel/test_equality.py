@@ -57,8 +57,8 @@ def launched(selected: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFa
     @cache
     def launch(processes: int) -> dict[str, dict[str, Figures]]:
         # Whatever is asked for is compared with one process.
-        asked = [told["layout"] for told in selected if told["processes"] == processes]
-        layouts = ["", "untied"] if processes == 1 else asked
+        expected_layouts = [case["layout"] for case in selected if case["processes"] == processes]
+        layouts = ["", "untied"] if processes == 1 else expected_layouts
         out = tmp_path_factory.mktemp("launched") / "found.pt"
         torchrun(processes, "steps", out, *layouts)
         return torch.load(out)

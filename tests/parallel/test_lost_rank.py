@@ -65,19 +65,19 @@ def ended(folder: Path, unlucky: int, what: str, *more: str) -> dict[int, Ended]
             process.wait()
     errors = {rank: (folder / f"{rank}.err").read_text() for rank in awaited}
     assert sorted(ends) == awaited, errors
-    said = (folder / f"{unlucky}.out").read_text().split()
-    loss = float(said[said.index("loss") + 1]) if "loss" in said else min(ends.values())
+    output = (folder / f"{unlucky}.out").read_text().split()
+    loss = float(output[output.index("loss") + 1]) if "loss" in output else min(ends.values())
     return {rank: Ended(processes[rank].returncode, errors[rank], ends[rank] - loss) for rank in awaited}
 
 
-def check(found: dict[int, Ended], ranks: tuple[int, ...], within: float, *said: str) -> None:
+def check(found: dict[int, Ended], ranks: tuple[int, ...], within: float, *phrases: str) -> None:
     for rank in ranks:
         assert found[rank].code == LOST_EXIT_CODE, found
         (line,) = [
             line for line in found[rank].error.splitlines() if line.startswith(f"rank {rank} (stage rl")
         ]
         print(f"{found[rank].seconds:.1f} s: {line}")
-        assert all(part in line for part in said), line
+        assert all(part in line for part in phrases), line
         assert found[rank].seconds < within + MARGIN_S, line
 
 
@@ -108,8 +108,8 @@ def test_an_error_of_a_rank_keeps_its_message_and_is_told_to_the_others(tmp_path
     found = ended(tmp_path, 1, "refuse")
     assert found[1].code == 2
     assert found[1].error.splitlines()[-1] == "rewards: no such term; choose another"
-    told = "rank 1 left from stage rl, step 3 by its own error, UserError: rewards: no such term"
-    check(found, (0, 2), 0, told)
+    message = "rank 1 left from stage rl, step 3 by its own error, UserError: rewards: no such term"
+    check(found, (0, 2), 0, message)
 
 
 @pytest.mark.slow

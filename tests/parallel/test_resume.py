@@ -88,7 +88,7 @@ def changed(
     selected: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str, str], tuple[Run, Run]]:
     """The run before a change (two steps, a checkpoint, two steps) and the run after it (those two again)."""
-    asked = [(told["before"], told["after"], told["dtype"]) for told in selected]
+    cases = [(case["before"], case["after"], case["dtype"]) for case in selected]
     folder = tmp_path_factory.mktemp("changed")
 
     def place(*what: str) -> Path:
@@ -99,14 +99,14 @@ def changed(
 
     @cache
     def launched() -> None:
-        starts = sorted({(before, dtype) for before, _, dtype in asked})
+        starts = sorted({(before, dtype) for before, _, dtype in cases})
         launch(
             folder,
             [Job(str(place(*start)), str(checkpoints(*start)), *start, save_after=2) for start in starts],
         )
-        for before, after, dtype in asked:
+        for before, after, dtype in cases:
             shutil.copytree(checkpoints(before, dtype), checkpoints(before, after, dtype))
-        launch(folder, [Job(str(place(*one)), str(checkpoints(*one)), one[1], one[2]) for one in asked])
+        launch(folder, [Job(str(place(*job)), str(checkpoints(*job)), job[1], job[2]) for job in cases])
 
     def get(before: str, after: str, dtype: str) -> tuple[Run, Run]:
         launched()

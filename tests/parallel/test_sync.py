@@ -24,8 +24,8 @@ def launched(
     @cache
     def launch(processes: int) -> dict[str, Any]:
         out = tmp_path_factory.mktemp("launched") / "found.json"
-        asked = [told["layout"] for told in selected if told["processes"] == processes]
-        torchrun(processes, "gathering", out, *asked)
+        layouts = [entry["layout"] for entry in selected if entry["processes"] == processes]
+        torchrun(processes, "gathering", out, *layouts)
         return json.loads(out.read_text())
 
     return launch
@@ -56,8 +56,8 @@ def test_buckets_hold_all_weights_once(launched, processes: int, layout: str) ->
         assert not any(other["sent"] for other in others), "only the sender has buckets"
         # A bucket, the parts of one parameter, and what came of them before they are let go.
         bound = min(max(found["bucket"], found["largest"]), found["all"]) + 2 * found["largest"]
-        for rank, one in enumerate(found["ranks"]):
-            assert one["peak"] <= bound + COMPARED * found["largest"], (case, rank, one["peak"], bound)
+        for rank, result in enumerate(found["ranks"]):
+            assert result["peak"] <= bound + COMPARED * found["largest"], (case, rank, result["peak"], bound)
         if found["bucket"] == 20_000:
             # That this bound says something: a whole copy would break it.
-            assert max(one["peak"] for one in found["ranks"]) < found["all"], case
+            assert max(result["peak"] for result in found["ranks"]) < found["all"], case

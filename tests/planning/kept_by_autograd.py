@@ -85,12 +85,12 @@ def main() -> None:
     words.add_argument("--tensor", type=int, default=1)
     words.add_argument("--context", type=int, default=1)
     words.add_argument("--sequence", action="store_true")
-    told = words.parse_args()
-    parallel = ParallelConfig(tensor=told.tensor, context=told.context, sequence=told.sequence)
+    arguments = words.parse_args()
+    parallel = ParallelConfig(tensor=arguments.tensor, context=arguments.context, sequence=arguments.sequence)
     with process.running(seed=1, parallel=parallel):
         found = compare_all(parallel)
     if is_rank_zero():
-        told.out.write_text(json.dumps(found))
+        arguments.out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -68,12 +68,12 @@ def test_a_folder_that_is_there_is_read(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
         published_config(folder)
-    for text, told in (
+    for text, message in (
         ('{"model_type": "gpt2"}', "model_type is 'gpt2'; supported are 'qwen3'"),
         ('{"model_type": "llama"}', "hidden_act = None is not supported"),
     ):
         (folder / "config.json").write_text(text)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             published_config(folder)
 
 
@@ -139,13 +139,13 @@ def test_the_recipes_fit_their_gpus(path: Path, world: int) -> None:
 
 
 def test_what_a_recipe_bounds_is_not_assumed() -> None:
-    def told(*overrides: str) -> tuple[Plan, list[str]]:
+    def plan_and_notes(*overrides: str) -> tuple[Plan, list[str]]:
         made = planned(CURRICULUM, *overrides, world=8, longest=LengthLimits(1500, 3000))
         return made, [note for note in made.notes if "assumed, since" in note]
 
-    bounded, none = told("max_prompt_tokens=1000", "max_example_tokens=2000")
+    bounded, none = plan_and_notes("max_prompt_tokens=1000", "max_example_tokens=2000")
     assert none == [] and bounded.stages[0].trained == 128 * 2000
-    loose, (note,) = told("max_prompt_tokens=null")
+    loose, (note,) = plan_and_notes("max_prompt_tokens=null")
     assert "prompts of up to 1,500 tokens and SFT rows of up to 3,000 tokens, or" in note
     assert loose.stages[0].trained == 128 * 3000
     assert loose.stages[1].trained == bounded.stages[1].trained + 256 * 8 * 500
@@ -159,8 +159,8 @@ def test_every_recipe_has_a_plan_in_words(path: Path) -> None:
 
 
 def test_without_a_number_of_gpus_it_is_for_one_copy_of_the_model() -> None:
-    said = CliRunner().invoke(app, ["plan", str(CURRICULUM)])
-    assert said.exit_code == 0 and "2 processes = tensor 2" in said.output
+    shown = CliRunner().invoke(app, ["plan", str(CURRICULUM)])
+    assert shown.exit_code == 0 and "2 processes = tensor 2" in shown.output
 
 
 def test_the_plan_in_words() -> None:
@@ -230,8 +230,8 @@ def test_what_does_not_fit_is_said() -> None:
 
 def test_dynamic_sampling_draws_more() -> None:
     once, more = (
-        planned(MINI, *told).stages[1]
-        for told in ((), ("stages.rl.dynamic_sampling={max_rounds: 3, oversampling: 1.5}",))
+        planned(MINI, *overrides).stages[1]
+        for overrides in ((), ("stages.rl.dynamic_sampling={max_rounds: 3, oversampling: 1.5}",))
     )
     # 3 problems, then 3 rounds of 4.5, rounded up; what is trained stays.
     assert (once.sampled, more.sampled) == (3 * 4 * 80, 3 * 5 * 4 * 80)

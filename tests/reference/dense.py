@@ -16,10 +16,10 @@ def isolated_sees(tree: Tree) -> np.ndarray:
     """[q, k] bool: q sees an earlier k unless the two lie in different paths of one block."""
     apart = np.zeros((tree.length, tree.length), bool)
     for _, block in tree.all_blocks():
-        for mine in block.segments(tree.length):
+        for own in block.segments(tree.length):
             for other in block.segments(tree.length):
-                if mine != other:
-                    apart[mine[0] : mine[1], other[0] : other[1]] = True
+                if own != other:
+                    apart[own[0] : own[1], other[0] : other[1]] = True
     return np.tril(np.ones_like(apart)) & ~apart
 
 

@@ -24,9 +24,9 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
-        for one in torch.utils._pytree.tree_leaves(made):
-            if isinstance(one, torch.Tensor):
-                storage = one.untyped_storage()
+        for leaf in torch.utils._pytree.tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
                 known = self._known.get(storage._cdata)
                 if known is None or known[0].expired():
                     self._known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())

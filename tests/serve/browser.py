@@ -94,10 +94,10 @@ class Page:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
-            told = self._take()
-            if told.get("id") == self._count:
-                assert "error" not in told, told
-                return told["result"]
+            reply = self._take()
+            if reply.get("id") == self._count:
+                assert "error" not in reply, reply
+                return reply["result"]
 
     def _take(self) -> dict[str, Any]:
         while b"\0" not in self._read:
@@ -105,12 +105,12 @@ class Page:
             assert piece, "the browser is gone"
             self._read += piece
         line, _, self._read = self._read.partition(b"\0")
-        told = json.loads(line)
-        if told.get("method") == "Runtime.exceptionThrown":
-            self.problems.append(str(told["params"]["exceptionDetails"]))
-        elif told.get("method") == "Log.entryAdded":
-            self.problems.append(told["params"]["entry"]["text"])
-        return told
+        message = json.loads(line)
+        if message.get("method") == "Runtime.exceptionThrown":
+            self.problems.append(str(message["params"]["exceptionDetails"]))
+        elif message.get("method") == "Log.entryAdded":
+            self.problems.append(message["params"]["entry"]["text"])
+        return message
 
 
 @contextmanager

@@ -50,12 +50,12 @@ def write_release(folder: Path, thinking: Thinking = THINKING, template: str = "
     then moves a draw to the next token, so that a request among others would not be as if alone.
     """
     model = tiny_qwen3().double()
-    told = thinking.model_dump() | {"prompt": "plain", "prompt_template": template}
+    settings = thinking.model_dump() | {"prompt": "plain", "prompt_template": template}
     save_hf_folder(
         folder,
         ModelConfig.from_hf(model.config.to_dict()),
         model.state_dict().items(),
         tokenizer(),
-        {"thinking.json": json.dumps(told)},
+        {"thinking.json": json.dumps(settings)},
     )
     return folder

@@ -11,9 +11,9 @@ from megatron_parallel_r1.serve.admission import Limits
 from megatron_parallel_r1.serve.run import serve
 
 if __name__ == "__main__":
-    told = json.loads(sys.argv[2])
-    limits = Limits(**told.pop("limits", {}))
+    settings = json.loads(sys.argv[2])
+    limits = Limits(**settings.pop("limits", {}))
     try:
-        serve(Path(sys.argv[1]), port=0, limits=limits, **told)
+        serve(Path(sys.argv[1]), port=0, limits=limits, **settings)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -19,7 +19,7 @@ TOKENIZER = tokenizer()
 SEED = 2  # of a response with several blocks and an end
 
 
-def said(client: httpx.Client, body: dict[str, Any], kind: str = "chat/completions") -> dict[str, Any]:
+def respond(client: httpx.Client, body: dict[str, Any], kind: str = "chat/completions") -> dict[str, Any]:
     response = client.post(f"/v1/{kind}", json=body)
     assert response.status_code == 200, response.text
     return response.json()
@@ -40,7 +40,7 @@ def text_of(chain: dict[str, Any]) -> list[str]:
 
 
 def test_a_chat_completion_has_openais_shape_and_the_paths(client: httpx.Client) -> None:
-    body = said(client, chat(model="tiny", seed=SEED))
+    body = respond(client, chat(model="tiny", seed=SEED))
     assert set(body) == {"id", "object", "created", "model", "choices", "usage"}
     assert (body["object"], body["model"]) == ("chat.completion", "tiny")
     (choice,) = body["choices"]
@@ -58,25 +58,27 @@ def test_a_chat_completion_has_openais_shape_and_the_paths(client: httpx.Client)
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_streamed_chat_is_the_same(client: httpx.Client, n: int) -> None:
-    whole = said(client, chat(seed=SEED, n=n))
-    asked = chat(seed=SEED, n=n, stream=True, stream_options={"include_usage": True})
-    with client.stream("POST", "/v1/chat/completions", json=asked) as response:
+    whole = respond(client, chat(seed=SEED, n=n))
+    body = chat(seed=SEED, n=n, stream=True, stream_options={"include_usage": True})
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         chunks = list(events(response))
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
     for index, expected in enumerate(whole["choices"]):
-        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
-        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
-        assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [expected["finish_reason"]]
-        content = "".join(c["delta"].get("content", "") for c in mine)
+        own_choices = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        assert own_choices[0]["delta"] == {"role": "assistant", "content": ""}
+        assert [c["finish_reason"] for c in own_choices] == [None] * (len(own_choices) - 1) + [
+            expected["finish_reason"]
+        ]
+        content = "".join(c["delta"].get("content", "") for c in own_choices)
         assert content == expected["message"]["content"]
-        assert told_by(mine) == flattened(expected["parallel"])
+        assert text_of_branches(own_choices) == flattened(expected["parallel"])
     assert len({choice["message"]["content"] for choice in whole["choices"]}) == n
 
 
-def told_by(choices: list[dict[str, Any]]) -> dict[tuple[int, ...], str]:
+def text_of_branches(choices: list[dict[str, Any]]) -> dict[tuple[int, ...], str]:
     voices: dict[tuple[int, ...], str] = {}
     for choice in choices:
         for delta in choice.get("parallel", {}).get("deltas", []):
@@ -98,17 +100,17 @@ def flattened(chain: dict[str, Any], at: tuple[int, ...] = ()) -> dict[tuple[int
 
 def test_a_text_completion_takes_the_prompt_as_it_is(client: httpx.Client) -> None:
     """The same tokens as the chat's template makes give the same text; prompts may be several, or ids."""
-    expected = said(client, chat(seed=SEED))["choices"][0]["message"]["content"]
-    asked = {"prompt": f"w9 {PROMPT}", "seed": SEED}
-    body = said(client, asked, "completions")
+    expected = respond(client, chat(seed=SEED))["choices"][0]["message"]["content"]
+    request = {"prompt": f"w9 {PROMPT}", "seed": SEED}
+    body = respond(client, request, "completions")
     assert body["object"] == "text_completion" and body["choices"][0]["text"] == expected
     tokens = TOKENIZER.encode(f"w9 {PROMPT}")
-    assert said(client, asked | {"prompt": tokens}, "completions")["choices"][0]["text"] == expected
-    several = said(client, asked | {"prompt": [f"w9 {PROMPT}", "w11"], "n": 2}, "completions")
+    assert respond(client, request | {"prompt": tokens}, "completions")["choices"][0]["text"] == expected
+    several = respond(client, request | {"prompt": [f"w9 {PROMPT}", "w11"], "n": 2}, "completions")
     assert [choice["index"] for choice in several["choices"]] == [0, 1, 2, 3]
     assert several["choices"][0]["text"] == expected
     assert several["usage"]["prompt_tokens"] == len(tokens) + 1
-    with client.stream("POST", "/v1/completions", json=asked | {"stream": True}) as response:
+    with client.stream("POST", "/v1/completions", json=request | {"stream": True}) as response:
         chunks = list(events(response))
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
     assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == expected
@@ -116,16 +118,16 @@ def test_a_text_completion_takes_the_prompt_as_it_is(client: httpx.Client) -> No
 
 def test_what_a_request_may_change(client: httpx.Client) -> None:
     def parallel(**fields: Any) -> dict[str, Any]:
-        return said(client, chat(seed=SEED, **fields))["choices"][0]["parallel"]
+        return respond(client, chat(seed=SEED, **fields))["choices"][0]["parallel"]
 
     assert len(parallel(parallel={"paths": 5})["blocks"][0]["paths"]) == 5
     assert len(parallel(parallel={"max_blocks": 1})["blocks"]) == 1
     assert parallel(parallel={"mode": "sequential"})["blocks"] == []
-    cut = said(client, chat(seed=SEED, max_tokens=7))
+    cut = respond(client, chat(seed=SEED, max_tokens=7))
     assert cut["usage"]["completion_tokens"] == 7 and cut["choices"][0]["finish_reason"] == "length"
-    greedy = [said(client, chat(temperature=0, max_tokens=30))["choices"][0]["message"] for _ in range(2)]
+    greedy = [respond(client, chat(temperature=0, max_tokens=30))["choices"][0]["message"] for _ in range(2)]
     assert greedy[0] == greedy[1]
-    unlike = [said(client, chat())["choices"][0]["message"]["content"] for _ in range(4)]
+    unlike = [respond(client, chat())["choices"][0]["message"]["content"] for _ in range(4)]
     assert len(set(unlike)) > 1, "without a seed each request has its own"
 
 
@@ -134,16 +136,16 @@ def test_the_length_that_the_harness_sends_is_as_good_as_none(client: httpx.Clie
     task = yaml.load((HARNESS / "_base.yaml").read_text(), yaml.BaseLoader)
     length = int(task["generation_kwargs"]["max_gen_toks"])
     assert length > THINKING.max_response_tokens
-    asked = chat(seed=SEED, **{field: length})
-    assert said(client, asked)["choices"] == said(client, chat(seed=SEED))["choices"]
+    request = chat(seed=SEED, **{field: length})
+    assert respond(client, request)["choices"] == respond(client, chat(seed=SEED))["choices"]
 
 
 def test_a_stop_sequence_ends_the_main_text(client: httpx.Client) -> None:
-    whole = said(client, chat(seed=SEED))["choices"][0]
+    whole = respond(client, chat(seed=SEED))["choices"][0]
     last = whole["parallel"]["texts"][-2].split()[0]
     for stop in (f"</Summary> {last}", last):
         body = chat(seed=SEED, stop=[stop, "never"])
-        stopped = said(client, body)["choices"][0]
+        stopped = respond(client, body)["choices"][0]
         content = stopped["message"]["content"]
         assert whole["message"]["content"].startswith(content) and stopped["finish_reason"] == "stop"
         assert (stop in "".join(whole["parallel"]["texts"])) == (content != whole["message"]["content"])
@@ -157,7 +159,7 @@ def test_a_stop_sequence_ends_the_main_text(client: httpx.Client) -> None:
 def test_many_at_once_are_each_as_if_alone(client: httpx.Client) -> None:
     """No path of one request is visible to another: a text depends on its own prompt and seed alone."""
     bodies = [chat(f"w{8 + i % 20} w{10 + i % 7}", seed=i, n=1 + i % 2, max_tokens=300) for i in range(24)]
-    alone = [said(client, body)["choices"] for body in bodies]
+    alone = [respond(client, body)["choices"] for body in bodies]
     assert sum(bool(choice["parallel"]["blocks"]) for choices in alone for choice in choices) > 10
     busy: list[int] = []
     ended = threading.Event()
@@ -169,7 +171,7 @@ def test_many_at_once_are_each_as_if_alone(client: httpx.Client) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     with ThreadPoolExecutor(len(bodies)) as pool:
-        together = list(pool.map(lambda body: said(client, body)["choices"], bodies))
+        together = list(pool.map(lambda body: respond(client, body)["choices"], bodies))
     ended.set()
     watcher.join()
     assert together == alone

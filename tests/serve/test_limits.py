@@ -152,11 +152,11 @@ def test_what_it_cannot_start_with(release: Path, settings: str, message: str) -
 def test_a_folder_without_good_thinking_json(release: Path, tmp_path: Path, spoilt: str) -> None:
     folder = shutil.copytree(release, tmp_path / "spoilt")
     file = folder / "thinking.json"
-    told = json.loads(file.read_text())
+    thinking = json.loads(file.read_text())
     texts = {
-        "no template": json.dumps(told | {"prompt_template": "no place"}),
-        "unknown mode": json.dumps(told | {"mode": "telepathic"}),
-        "half a path": json.dumps(told | {"paths": 2.5}),
+        "no template": json.dumps(thinking | {"prompt_template": "no place"}),
+        "unknown mode": json.dumps(thinking | {"mode": "telepathic"}),
+        "half a path": json.dumps(thinking | {"paths": 2.5}),
         "no json": "{",
     }
     file.unlink() if spoilt == "absent" else file.write_text(texts[spoilt])

@@ -50,10 +50,10 @@ def status(page: Page) -> str:
 
 def wait_for_status(page: Page, start: str, seconds: float = 30) -> str:
     end = time.monotonic() + seconds
-    while not (told := status(page)).startswith(start):
-        assert time.monotonic() < end, f"the page says {told!r}, not {start!r}"
+    while not (shown := status(page)).startswith(start):
+        assert time.monotonic() < end, f"the page says {shown!r}, not {start!r}"
         time.sleep(0.01)
-    return told
+    return shown
 
 
 def ask(page: Page, client: httpx.Client, seed: int, problem: str = PROMPT, **shape: Any) -> None:
@@ -83,8 +83,8 @@ def shoot(page: Page, tmp_path: Path, name: str) -> None:
     page.shoot(Path(os.environ.get("PARALLEL_R1_SHOTS") or tmp_path) / f"{name}.png")
 
 
-def same_words(shown: str, told: str) -> bool:
-    return shown.split() == told.split()
+def same_words(shown: str, expected: str) -> bool:
+    return shown.split() == expected.split()
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])
@@ -92,18 +92,18 @@ def test_paths_grow_side_by_side_then_the_summary(
     page: Page, client: httpx.Client, seed: int, tmp_path: Path, width: int, dark: bool
 ) -> None:
     ask(page, client, seed, width=width, dark=dark)
-    told = wait_for_status(page, "Done")
+    final_status = wait_for_status(page, "Done")
     shoot(page, tmp_path, f"done-{width}-{'dark' if dark else 'light'}")
     expected = client.post("/v1/chat/completions", json=chat(seed=seed)).json()
     usage = expected["usage"]
-    assert f"{usage['completion_tokens']} tokens" in told
-    assert f"{usage['completion_tokens_details']['critical_path_tokens']} of them" in told
+    assert f"{usage['completion_tokens']} tokens" in final_status
+    assert f"{usage['completion_tokens_details']['critical_path_tokens']} of them" in final_status
     blocks = expected["choices"][0]["parallel"]["blocks"]
     shown = page.run(SHOWN)
     assert len(shown) == len(blocks)
     for seen, block in zip(shown, blocks, strict=True):
-        for path, said in zip(seen["paths"], block["paths"], strict=True):
-            assert same_words(path, "".join(said["texts"]))
+        for path, expected_path in zip(seen["paths"], block["paths"], strict=True):
+            assert same_words(path, "".join(expected_path["texts"]))
         assert same_words(seen["summary"], block["summary"]["text"])
         assert sorted(set(seen["lefts"])) == seen["lefts"] and len(set(seen["tops"])) == 1, "no columns"
     seen = page.run("window.seen")

@@ -15,7 +15,7 @@ CHAT = (
 )
 
 
-def said(role: str, content: str) -> Message:
+def message(role: str, content: str) -> Message:
     return Message(role=role, content=content)
 
 
@@ -25,16 +25,16 @@ def test_one_message_is_put_as_in_training(name: str, chat_template: str | None)
     model = tokenizer()
     model.chat_template = chat_template
     problem = "w8 {problem} w9"
-    prompt = chat_prompt(model, TEMPLATES[name], [said("user", problem)])
+    prompt = chat_prompt(model, TEMPLATES[name], [message("user", problem)])
     assert prompt == encode_prompt(model, name, problem)
 
 
 def test_earlier_turns_stay_as_they_are() -> None:
     model = tokenizer()
     model.chat_template = CHAT
-    turns = [said("user", "w20"), said("assistant", "w21"), said("user", "w22")]
+    turns = [message("user", "w20"), message("assistant", "w21"), message("user", "w22")]
     words = model.decode(chat_prompt(model, "w9 {problem}", turns)).split()
     assert [word for word in words if word not in ("w7", "w11", "w12", "w13")] == ["w20", "w21", "w9", "w22"]
     with pytest.raises(ApiError, match="no system") as refused:
-        chat_prompt(model, "{problem}", [said("system", "w8"), *turns])
+        chat_prompt(model, "{problem}", [message("system", "w8"), *turns])
     assert refused.value.status == 400

@@ -82,6 +82,6 @@ def test_a_stop_counts_in_the_main_text_alone(stop: str) -> None:
 def sorted_flat(spoken: list[tuple[tuple[int, ...], int]]) -> list[tuple[tuple[int, ...], int]]:
     """The same tokens in flat order: the main text up to the block, paths in order, summary, the rest."""
     opened = spoken.index(((), TAGS.parallel)) + 1
-    paths = [said for index in range(3) for said in spoken[opened:] if said[0] == (1, index)]
-    summary = [said for said in spoken if said[0] == (1,)]
-    return [*spoken[:opened], *paths, *summary, *(said for said in spoken[opened:] if said[0] == ())]
+    paths = [item for index in range(3) for item in spoken[opened:] if item[0] == (1, index)]
+    summary = [item for item in spoken if item[0] == (1,)]
+    return [*spoken[:opened], *paths, *summary, *(item for item in spoken[opened:] if item[0] == ())]

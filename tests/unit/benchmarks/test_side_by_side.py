@@ -47,6 +47,6 @@ def test_each_benchmark_of_a_run_exists(capsys: pytest.CaptureFixture[str]) -> N
     assert run.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(run.ALL)
-    for one, line in zip(run.ALL, lines, strict=True):
-        source = (folder / f"{one.module}.py").read_text()
-        assert f"-m benchmarks.{one.module} " in line and "add_write_option(" in source
+    for benchmark, line in zip(run.ALL, lines, strict=True):
+        source = (folder / f"{benchmark.module}.py").read_text()
+        assert f"-m benchmarks.{benchmark.module} " in line and "add_write_option(" in source

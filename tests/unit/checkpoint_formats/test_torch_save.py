@@ -57,16 +57,18 @@ class Runs:
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "message"),
     [
         ([torch.ones(2)], "a list, not a tensor"),
         (Runs(), "not a plain tensor"),
         (torch.ones(2).to_sparse(), "not a plain tensor"),
     ],
 )
-def test_others_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: object, said: str) -> None:
+def test_others_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: object, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(pickle.UnpicklingError, match=said):
+    with pytest.raises(pickle.UnpicklingError, match=message):
         locate_tensor(*saved(what))
     assert not list(tmp_path.iterdir())
 

@@ -111,7 +111,9 @@ def test_a_cancelled_job_leaves_no_process(tmp_path: Path) -> None:
     tree = psutil.Process(int(job)).children(recursive=True)
     assert len(tree) >= 3
     assert launch(tmp_path, "cancel") == f"{job}  cancelled\n"
-    wait_for(tmp_path, lambda: not any(one.is_running() and one.status() != "zombie" for one in tree))
+    wait_for(
+        tmp_path, lambda: not any(process.is_running() and process.status() != "zombie" for process in tree)
+    )
     assert "CANCELLED" in launch(tmp_path, "status")
 
 

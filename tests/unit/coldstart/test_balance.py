@@ -24,7 +24,7 @@ def candidates(rng: random.Random, problems: int, most: int) -> list[Candidate]:
 
 
 def cells(chosen: list[Candidate]) -> Counter:
-    return Counter(one.cell for one in chosen)
+    return Counter(candidate.cell for candidate in chosen)
 
 
 def test_all_stay_where_nothing_is_asked() -> None:
@@ -39,12 +39,15 @@ def test_per_problem_is_as_even_as_single_exchanges_make_it(case: int) -> None:
     most = rng.randint(1, 2)
     chosen = balance(given, Balance(per_problem=most), seed=0)
     assert len(set(chosen)) == len(chosen) and set(chosen) <= set(given)
-    offered, taken = Counter(one.problem for one in given), Counter(one.problem for one in chosen)
+    offered, taken = (
+        Counter(candidate.problem for candidate in given),
+        Counter(candidate.problem for candidate in chosen),
+    )
     assert all(taken[problem] == min(most, offered[problem]) for problem in offered)
     squares = sum(count**2 for count in cells(chosen).values())
     for leaves, comes in itertools.product(chosen, set(given) - set(chosen)):
         if leaves.problem == comes.problem:
-            other = cells([one for one in chosen if one != leaves] + [comes])
+            other = cells([candidate for candidate in chosen if candidate != leaves] + [comes])
             assert sum(count**2 for count in other.values()) >= squares
 
 
@@ -70,12 +73,12 @@ def test_ratio_of_one_makes_all_cells_equal() -> None:
 
 def test_choice_is_by_the_seed_and_not_by_the_order_given() -> None:
     given = candidates(random.Random(2), 60, 3)
-    asked = Balance(per_problem=2, ratio=1.5)
-    chosen = balance(given, asked, seed=0)
+    settings = Balance(per_problem=2, ratio=1.5)
+    chosen = balance(given, settings, seed=0)
     shuffled = random.Random(3).sample(given, len(given))
-    assert balance(shuffled, asked, seed=0) == chosen
-    assert balance(given, asked, seed=1) != chosen
-    assert chosen == sorted(chosen, key=lambda one: (one.problem, one.sample))
+    assert balance(shuffled, settings, seed=0) == chosen
+    assert balance(given, settings, seed=1) != chosen
+    assert chosen == sorted(chosen, key=lambda candidate: (candidate.problem, candidate.sample))
 
 
 def test_no_candidates() -> None:

@@ -26,7 +26,7 @@ from tests.unit.coldstart.written_traces import posed
 GOOD = chat("Final Answer: 6")
 
 
-def told(url: str, changes: dict[str, Any] | None = None) -> TeacherEndpoint:
+def endpoint_settings(url: str, changes: dict[str, Any] | None = None) -> TeacherEndpoint:
     quick = {"timeout_s": 5.0, "backoff_s": 0.01, "longest_wait_s": 0.05, "retries": 3, "give_up_after": 99}
     return TeacherEndpoint(kind="endpoint", url=url, model="fake", **(quick | (changes or {})))
 
@@ -44,7 +44,9 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", "sk-secret\n")
     with FakeTeacher(lambda body, tried: GOOD).running() as teacher:
         changes = {"key_variable": "TEACHER_KEY", "max_tokens": 9, "body": {"top_p": 0.9, "seed": None}}
-        assert ask(told(teacher.url + "/", changes)) == [TeacherAnswer("Final Answer: 6", "stop")]
+        assert ask(endpoint_settings(teacher.url + "/", changes)) == [
+            TeacherAnswer("Final Answer: 6", "stop")
+        ]
     ((path, headers, body),) = teacher.requests
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer sk-secret"
@@ -59,7 +61,7 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_completions() -> None:
     with FakeTeacher(lambda body, tried: completion("so", "length")).running() as teacher:
-        assert ask(told(teacher.url, {"api": "completions"})) == [TeacherAnswer("so", "length")]
+        assert ask(endpoint_settings(teacher.url, {"api": "completions"})) == [TeacherAnswer("so", "length")]
     ((path, headers, body),) = teacher.requests
     assert path == "/v1/completions" and body["prompt"] == "What is 0 plus 0?\n"
     assert "Authorization" not in headers and isinstance(body["seed"], int)
@@ -82,7 +84,7 @@ def test_plain_completions() -> None:
 )
 def test_trouble_that_passes(trouble: Reply) -> None:
     with FakeTeacher(lambda body, tried: trouble if tried < 2 else GOOD).running() as teacher:
-        assert ask(told(teacher.url)) == [TeacherAnswer("Final Answer: 6", "stop")]
+        assert ask(endpoint_settings(teacher.url)) == [TeacherAnswer("Final Answer: 6", "stop")]
     assert len(teacher.requests) == 3
 
 
@@ -90,7 +92,9 @@ def test_trouble_that_passes(trouble: Reply) -> None:
 def test_hangs_are_cut_and_tried_again(slow: Reply) -> None:
     begun = time.monotonic()
     with FakeTeacher(lambda body, tried: slow if tried == 0 else GOOD).running() as teacher:
-        assert ask(told(teacher.url, {"timeout_s": 1.0})) == [TeacherAnswer("Final Answer: 6", "stop")]
+        assert ask(endpoint_settings(teacher.url, {"timeout_s": 1.0})) == [
+            TeacherAnswer("Final Answer: 6", "stop")
+        ]
         # The hanging reply would take 30 s, the dripping one 8 s; a try may take 1 s.
         assert time.monotonic() - begun < 7
 
@@ -103,19 +107,19 @@ def test_retry_after_is_honoured() -> None:
         return fault(429, Retry_After="1") if tried == 0 else GOOD
 
     with FakeTeacher(behave).running() as teacher:
-        ask(told(teacher.url))
+        ask(endpoint_settings(teacher.url))
     assert arrivals[1] - arrivals[0] >= 1.0
 
 
 def test_a_pause_beyond_patience_is_not_waited_for() -> None:
     with FakeTeacher(lambda body, tried: fault(429, Retry_After="7200")).running() as teacher:
-        (failure,) = ask(told(teacher.url))
+        (failure,) = ask(endpoint_settings(teacher.url))
     assert isinstance(failure, NoAnswer) and len(teacher.requests) == 1
 
 
 def test_unanswered_after_all_tries() -> None:
     with FakeTeacher(lambda body, tried: fault(502)).running() as teacher:
-        (failure,) = ask(told(teacher.url))
+        (failure,) = ask(endpoint_settings(teacher.url))
     assert isinstance(failure, NoAnswer) and str(failure) == "status 502"
     assert len(teacher.requests) == 4
 
@@ -123,7 +127,7 @@ def test_unanswered_after_all_tries() -> None:
 def test_a_dead_endpoint_ends_the_run() -> None:
     with FakeTeacher(lambda body, tried: GOOD).running() as teacher:
         url = teacher.url
-    failures = ask(told(url, {"give_up_after": 3, "retries": 0}), count=3)
+    failures = ask(endpoint_settings(url, {"give_up_after": 3, "retries": 0}), count=3)
     assert [type(failure) for failure in failures] == [NoAnswer, NoAnswer, UserError]
     assert "3 requests in a row stayed without an answer" in str(failures[-1])
 
@@ -142,7 +146,7 @@ def test_a_dead_endpoint_ends_the_run() -> None:
 def test_trouble_to_mend(trouble: Reply, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", "sk-secret")
     with FakeTeacher(lambda body, tried: trouble).running() as teacher:
-        (failure,) = ask(told(teacher.url, {"key_variable": "TEACHER_KEY"}))
+        (failure,) = ask(endpoint_settings(teacher.url, {"key_variable": "TEACHER_KEY"}))
     assert isinstance(failure, UserError) and len(teacher.requests) == 1
     with pytest.raises(UserError, match=says):
         raise failure
@@ -151,11 +155,11 @@ def test_trouble_to_mend(trouble: Reply, says: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_filtered_prompt_is_a_refusal() -> None:
     with FakeTeacher(lambda body, tried: fault(400, code="content_filter")).running() as teacher:
-        assert ask(told(teacher.url)) == [TeacherAnswer("", "refused")]
+        assert ask(endpoint_settings(teacher.url)) == [TeacherAnswer("", "refused")]
 
 
 def test_keys_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    endpoint = told("http://127.0.0.1:9/v1", {"key_variable": "TEACHER_KEY"})
+    endpoint = endpoint_settings("http://127.0.0.1:9/v1", {"key_variable": "TEACHER_KEY"})
     monkeypatch.delenv("TEACHER_KEY", raising=False)
     with pytest.raises(UserError, match="TEACHER_KEY is not set"):
         ask(endpoint)

@@ -40,15 +40,15 @@ def start(tree: dict) -> subprocess.Popen[bytes]:
 
 def test_kills_leave_no_trace(tmp_path: Path) -> None:
     data = gsm8k_file(tmp_path, 60)
-    asked = {"samples": 2, "balance": {"per_problem": 2, "ratio": 1.2}}
+    changes = {"samples": 2, "balance": {"per_problem": 2, "ratio": 1.2}}
     with FakeTeacher(behave).running() as teacher:
-        whole = settings_tree(teacher.url, data, tmp_path / "whole") | asked
+        whole = settings_tree(teacher.url, data, tmp_path / "whole") | changes
         assert start(whole).wait(timeout=600) == 0
         answers = (tmp_path / "whole" / "answers.jsonl").read_bytes().count(b"\n")
 
     killed = tmp_path / "killed"
     with FakeTeacher(behave).running() as teacher:
-        tree = settings_tree(teacher.url, data, killed) | asked
+        tree = settings_tree(teacher.url, data, killed) | changes
         kills = 0
         for goal in (25, 60, 95):
             run = start(tree)

@@ -40,13 +40,13 @@ def moody(body: Body, tried: int) -> Reply:
 
 
 def test_what_is_written(tmp_path: Path) -> None:
-    told: list[str] = []
-    asked = {"samples": 2, "balance": {"per_problem": 2, "ratio": 1.1}}
+    lines: list[str] = []
+    changes = {"samples": 2, "balance": {"per_problem": 2, "ratio": 1.1}}
     with FakeTeacher(moody).running() as teacher:
-        settings = settings_with(teacher.url, gsm8k_file(tmp_path, 30), tmp_path / "out", asked)
-        outcome = cold_start(settings, told.append)
+        settings = settings_with(teacher.url, gsm8k_file(tmp_path, 30), tmp_path / "out", changes)
+        outcome = cold_start(settings, lines.append)
         assert teacher.busiest <= settings.concurrency
-    assert re.fullmatch(r"30 problems; 0 answers in .*answers\.jsonl", told[0])
+    assert re.fullmatch(r"30 problems; 0 answers in .*answers\.jsonl", lines[0])
 
     # Each problem of the third kind that had no right answer among two was asked again, and no other one.
     records = read_jsonl(tmp_path / "out" / "answers.jsonl")
@@ -111,9 +111,9 @@ def test_a_data_set_of_the_users_own(tmp_path: Path) -> None:
     own = {"name": "custom", "path": str(data), "columns": columns, "bad_rows": "skip"}
     with FakeTeacher(lambda body, tried: chat(trace(answer_to(prompt_of(body))))).running() as teacher:
         settings = settings_with(teacher.url, data, tmp_path / "out", {"data": own})
-        told: list[str] = []
-        outcome = cold_start(settings, told.append)
-    assert "| 2 | 1 | 1 | column 'gold.value': missing | 1 |" in told[0]
+        lines: list[str] = []
+        outcome = cold_start(settings, lines.append)
+    assert "| 2 | 1 | 1 | column 'gold.value': missing | 1 |" in lines[0]
     assert (outcome.problems, outcome.written.traces) == (1, 1)
     (row,) = parquet.read_table(tmp_path / "out" / "traces.parquet").to_pylist()
     assert (row["question"], row["answer"]) == ("What is 4 plus 4?", "8")

@@ -18,12 +18,12 @@ def tree() -> dict[str, Any]:
 
 
 def test_both_teachers() -> None:
-    told = parse_settings(tree(), "a.yaml")
-    assert isinstance(told, ColdStart) and isinstance(told.teacher, TeacherEndpoint)
-    assert told.out == Path("out") and told.balance.ratio is None
+    settings = parse_settings(tree(), "a.yaml")
+    assert isinstance(settings, ColdStart) and isinstance(settings.teacher, TeacherEndpoint)
+    assert settings.out == Path("out") and settings.balance.ratio is None
     engine = {"kind": "engine", "path": "model", "thinking": {"paths": 3}}
-    told = parse_settings(tree() | {"teacher": engine}, "a.yaml")
-    assert told.teacher == OwnEngine(kind="engine", path=Path("model"), thinking=Thinking(paths=3))
+    settings = parse_settings(tree() | {"teacher": engine}, "a.yaml")
+    assert settings.teacher == OwnEngine(kind="engine", path=Path("model"), thinking=Thinking(paths=3))
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def with_weights(folder: Path, change: Change) -> None:
 
 
 def with_config(folder: Path, **fields: object) -> None:
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(told | fields))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_weights_that_do_not_fit(
     write_hf(tmp_path / "hf", "qwen3_moe")
     with_weights(tmp_path / "hf", change)
     assert code_of(hf_to_megatron_command, tmp_path / "hf", tmp_path / "out") == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("error:") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("error:") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -121,8 +121,8 @@ def test_a_checkpoint_of_another_model(tmp_path: Path, capsys: pytest.CaptureFix
     write_hf(tmp_path / "other", "llama tied")
     words = (tmp_path / "megatron", tmp_path / "back", "--like", tmp_path / "other")
     assert code_of(megatron_to_hf_command, *words) == 2
-    said = capsys.readouterr().err
-    assert "k_layernorm.weight is unknown" in said and "and 11 more" in said
+    error = capsys.readouterr().err
+    assert "k_layernorm.weight is unknown" in error and "and 11 more" in error
     (tmp_path / "megatron" / "config.json").unlink()
     assert code_of(megatron_to_hf_command, tmp_path / "megatron", tmp_path / "back") == 2
     assert "--like" in capsys.readouterr().err

@@ -78,14 +78,14 @@ def test_the_files_of_a_rank_hold_layers_of_its_stage(variant: str, tmp_path: Pa
     assert files == {f"__{rank}_0.distcp" for rank in range(4 * target.expert)}
     from torch.distributed.checkpoint import FileSystemReader
 
-    told = FileSystemReader(tmp_path / "megatron" / RELEASE).read_metadata()
+    checkpoint = FileSystemReader(tmp_path / "megatron" / RELEASE).read_metadata()
     stages = {
         info.relative_path: {
             int(index.fqn.split(".")[2]) // 2
-            for index in told.storage_data
-            if told.storage_data[index].relative_path == info.relative_path and ".layers." in index.fqn
+            for index in checkpoint.storage_data
+            if checkpoint.storage_data[index].relative_path == info.relative_path and ".layers." in index.fqn
         }
-        for info in told.storage_data.values()
+        for info in checkpoint.storage_data.values()
     }
     assert all(len(layers) == 1 for layers in stages.values())
     assert metadata["embedding.word_embeddings.weight"].global_shape == (97, 48)
@@ -135,8 +135,8 @@ def test_casts_are_those_of_torch(dtype: torch.dtype, tmp_path: Path) -> None:
     hf_to_megatron(tmp_path / "hf", tmp_path / "wide", Target())
     megatron_to_hf(tmp_path / "wide", tmp_path / "narrowed", dtype=dtype)
     assert_equal(expected, tensors_of(tmp_path / "narrowed"))
-    told = json.loads((tmp_path / "narrowed" / "config.json").read_text())
-    assert (told.get("dtype") or told["torch_dtype"]) == str(dtype).removeprefix("torch.")
+    config = json.loads((tmp_path / "narrowed" / "config.json").read_text())
+    assert (config.get("dtype") or config["torch_dtype"]) == str(dtype).removeprefix("torch.")
 
 
 def test_digests_are_those_of_sha256sum(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def test_a_checkpoint_of_a_run_that_added_tags(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert verify_command([str(step), str(tmp_path / "hf"), *like, "--no-logits"]) == 0
     assert inspect_command([str(step), *like, "--check"]) == 0
-    said = capsys.readouterr().out
-    assert "tensors of an optimizer's state" in said and f"vocabulary     {rows.stop}," in said
+    output = capsys.readouterr().out
+    assert "tensors of an optimizer's state" in output and f"vocabulary     {rows.stop}," in output
 
     # And from there on as any model with an odd vocabulary.
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", Target(2, 2))

@@ -26,11 +26,11 @@ def test_a_model_is_the_same_in_either_form(
     megatron_to_hf(megatron, back)
     for one, two in ((hf, back), (megatron, hf)):
         assert verify_command([str(one), str(two)]) == 0
-        said = capsys.readouterr().out
-        assert f"all {len(tensors_of(hf))} tensors are bit-equal" in said
-        assert "logits, our model of both: at most 0.0e+00 apart" in said
+        output = capsys.readouterr().out
+        assert f"all {len(tensors_of(hf))} tensors are bit-equal" in output
+        assert "logits, our model of both: at most 0.0e+00 apart" in output
         theirs = "first" if one is hf else "second"
-        assert f"logits, our model of the first and transformers of the {theirs}: at most " in said
+        assert f"logits, our model of the first and transformers of the {theirs}: at most " in output
 
 
 def test_logits_tell_apart_what_is_not_the_same(tmp_path: Path) -> None:

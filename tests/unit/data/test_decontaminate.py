@@ -45,20 +45,20 @@ def test_a_run_of_thirteen_words_is_found_whatever_stands_around_it() -> None:
 
 
 def test_the_longest_stretch_in_common_is_shown() -> None:
-    asked = " ".join(f"w{i}" for i in range(40))
+    evaluated = " ".join(f"w{i}" for i in range(40))
     trained = " ".join([*(f"w{i}" for i in range(14)), "x", *(f"w{i}" for i in range(20, 36)), "y"])
-    (overlap,) = find_contamination(problems("train", trained), problems("eval", asked)).overlaps
+    (overlap,) = find_contamination(problems("train", trained), problems("eval", evaluated)).overlaps
     assert overlap.shared == " ".join(f"w{i}" for i in range(20, 36))
     assert overlap.share == (2 + 4) / 28
-    assert not find_contamination(problems("t", trained), problems("e", asked), min_overlap=0.5).overlaps
+    assert not find_contamination(problems("t", trained), problems("e", evaluated), min_overlap=0.5).overlaps
 
 
 def test_short_problems_are_found_as_the_same_text_only() -> None:
-    asked = problems("eval", r"Compute $\left( 2-3 \right) x$.")
+    evaluated = problems("eval", r"Compute $\left( 2-3 \right) x$.")
     trained = problems("train", r"compute \((2 - 3)x\)", "Compute $(2+3)x$.", "Compute $(2-3)x$ and add 1.")
-    (overlap,) = find_contamination(trained, asked).overlaps
+    (overlap,) = find_contamination(trained, evaluated).overlaps
     assert (overlap.training.id, overlap.same, overlap.share) == ("0", True, 1.0)
-    assert overlap.shared == asked[0].prompt
+    assert overlap.shared == evaluated[0].prompt
 
 
 def test_runs_that_many_training_problems_hold_are_passed_over() -> None:
@@ -91,7 +91,7 @@ texts = st.lists(st.sampled_from(["a", "b", "c", "+", "-"]), min_size=1, max_siz
 
 
 @given(st.lists(texts, max_size=6), st.lists(texts, max_size=4), st.integers(1, 4), st.integers(1, 3))
-def test_the_definition(trained: list[str], asked: list[str], words: int, common: int) -> None:
+def test_the_definition(trained: list[str], evaluated: list[str], words: int, common: int) -> None:
     def holds(text: str, run: list[str]) -> bool:
         inside = words_of(text)
         return any(inside[start : start + len(run)] == run for start in range(len(inside) - len(run) + 1))
@@ -104,11 +104,11 @@ def test_the_definition(trained: list[str], asked: list[str], words: int, common
 
     expected = {
         (str(i), str(j))
-        for i, one in enumerate(trained)
-        for j, other in enumerate(asked)
-        if normalized(one) == normalized(other) or any(holds(one, run) for run in telling(other))
+        for i, prompt in enumerate(trained)
+        for j, other in enumerate(evaluated)
+        if normalized(prompt) == normalized(other) or any(holds(prompt, run) for run in telling(other))
     }
-    found = find_contamination(problems("train", *trained), problems("eval", *asked), words, common)
+    found = find_contamination(problems("train", *trained), problems("eval", *evaluated), words, common)
     assert {(overlap.training.id, overlap.evaluation.id) for overlap in found.overlaps} == expected
     for overlap in found.overlaps:
         assert overlap.same or holds(overlap.training.prompt, overlap.shared.split())
@@ -156,10 +156,10 @@ def test_real_sets(
     found = find_contamination(trained, held_out)
     assert len(found.rows()) == rows
 
-    def asked(overlaps: list) -> dict[str, int]:
+    def counts_by_source(overlaps: list) -> dict[str, int]:
         pairs = {(overlap.evaluation.source, overlap.evaluation.id) for overlap in overlaps}
         sources = [source for source, _ in pairs]
         return {source: sources.count(source) for source in sources}
 
-    assert asked([overlap for overlap in found.overlaps if overlap.same]) == same
-    assert asked([overlap for overlap in found.overlaps if overlap.share >= 0.5]) == near
+    assert counts_by_source([overlap for overlap in found.overlaps if overlap.same]) == same
+    assert counts_by_source([overlap for overlap in found.overlaps if overlap.share >= 0.5]) == near

@@ -234,20 +234,20 @@ def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
 
 
 def test_a_table_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[object, ...]] = []
+    calls: list[tuple[object, ...]] = []
 
     def load(*args: object, split: str) -> Dataset:
-        asked.append((*args, split))
+        calls.append((*args, split))
         return Dataset.from_dict({"question": [f"q{i}" for i in range(2500)], "answer": ["#### 5"] * 2500})
 
     monkeypatch.setattr("datasets.load_dataset", load)
     reading = read_problems(GSM8K, split="test")
     assert [problem.prompt for problem in reading.items] == [f"q{i}" for i in range(2500)]
     assert reading.account.source == GSM8K
-    assert asked == [(GSM8K, "main", "test")]
+    assert calls == [(GSM8K, "main", "test")]
     columns = Columns(prompt="question", answer="answer")
     streamed = stream_problems("me/mine", columns=columns)
-    assert asked[1] == ("me/mine", None, "train")
+    assert calls[1] == ("me/mine", None, "train")
     assert [problem.id for problem in streamed.in_order()] == [str(i) for i in range(2500)]
 
 

@@ -87,7 +87,10 @@ def test_a_release_tells_how_it_decodes(tmp_path: Path) -> None:
 def test_it_tells_how_far_it_is_trained(tmp_path: Path) -> None:
     folders = [release(tmp_path / f"release_{step}", stage="rl", step=450 + step) for step in (100, 200)]
     found = [open_checkpoint(folder) for folder in folders]
-    assert [(one.name, one.step) for one in found] == [("release_100", 550), ("release_200", 650)]
+    assert [(checkpoint.name, checkpoint.step) for checkpoint in found] == [
+        ("release_100", 550),
+        ("release_200", 650),
+    ]
 
 
 def test_a_stage_is_asked_with_the_prompt_that_is_stored_with_it(tmp_path: Path) -> None:

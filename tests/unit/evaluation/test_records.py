@@ -58,9 +58,9 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     written = [record(str(i), blocks=i, answer=None if i else "½\n\x00") for i in range(3)]
     for copy, part in ((0, written[:2]), (1, written[2:])):
         with folder.writer(copy) as writer:
-            for one in part:
-                writer.write(one)
-    assert RecordFolder(tmp_path, SETUP).read() == {one.key: one for one in written}
+            for item in part:
+                writer.write(item)
+    assert RecordFolder(tmp_path, SETUP).read() == {item.key: item for item in written}
     assert RecordFolder(tmp_path, ["other"]).read() == {}
 
 
@@ -73,7 +73,7 @@ def test_a_torn_last_line_is_dropped_and_written_anew(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for cut in (1, 40, len(whole.splitlines(keepends=True)[1]) - 1):
         file.write_bytes(whole[:-cut])
-        assert [one.problem for one in folder.read().values()] == ["0"]
+        assert [item.problem for item in folder.read().values()] == ["0"]
         with folder.writer(0) as writer:
             writer.write(record("1"))
         assert file.read_bytes() == whole

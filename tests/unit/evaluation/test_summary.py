@@ -85,8 +85,8 @@ def test_without_blocks_there_is_nothing_to_say_of_them() -> None:
 
 def test_records_in_the_order_of_problems() -> None:
     flat = problem("b", 1) + problem("a", 2)
-    found = {one.key: one for one in reversed(flat)}
-    assert in_order(found, [one.key for one in flat], 4) == [flat[:4], flat[4:]]
+    found = {item.key: item for item in reversed(flat)}
+    assert in_order(found, [item.key for item in flat], 4) == [flat[:4], flat[4:]]
 
 
 def four_results() -> list[BenchmarkResult]:

@@ -127,10 +127,10 @@ def test_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
     assert ours.weight.sequence_parallel is False
     for norm in (ours, theirs):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
-    mine, expected = (
+    computed, expected = (
         torch.autograd.grad(norm(x_TBC.requires_grad_()), (x_TBC, norm.weight), grad_TBC)
         for norm in (ours, theirs)
     )
-    for one, other in zip(mine, expected, strict=True):
+    for one, other in zip(computed, expected, strict=True):
         # A few roundings of numbers up to 10; in bfloat16 transformers' backward rounds in other places.
         assert (one - other).abs().max() <= (1e-6 if dtype == torch.float32 else 2**-7) * other.abs().max()

@@ -43,11 +43,11 @@ def test_what_cannot_run_is_told_in_one_line() -> None:
     assert "needs a CUDA device" in refusal(engine, LayerSupport(CPU))
     assert "is not installed" in refusal(engine, LayerSupport(CUDA))
     assert "2.3.0 is too old; install 2.4" in refusal(engine, LayerSupport(CUDA, "2.3.0"))
-    told = refusal(engine, LayerSupport(CUDA, "2.4.0", "libcublas.so.12: cannot open shared object file"))
-    assert "2.4.0 cannot be imported (libcublas.so.12: cannot open shared object file); install" in told
+    message = refusal(engine, LayerSupport(CUDA, "2.4.0", "libcublas.so.12: cannot open shared object file"))
+    assert "2.4.0 cannot be imported (libcublas.so.12: cannot open shared object file); install" in message
     assert "bfloat16" in refusal(eight, LayerSupport(CUDA, "2.20.2"), torch.float32)
-    told = refusal(eight, LayerSupport(CUDA, "2.20.2", "", "compute capability 9.0 or higher required."))
-    assert told == "model.fp8: blockwise: compute capability 9.0 or higher required; set it to none"
+    message = refusal(eight, LayerSupport(CUDA, "2.20.2", "", "compute capability 9.0 or higher required."))
+    assert message == "model.fp8: blockwise: compute capability 9.0 or higher required; set it to none"
     for kernel in ("flex", "triton"):
         assert f"{kernel} needs a CUDA device" in refusal(Layers(attention=kernel), LayerSupport(CPU))
     assert "not one of auto, sdpa, tiled, flex, triton" in refusal(
@@ -231,9 +231,9 @@ def test_its_layers_have_the_weights_and_checkpoint_keys_of_ours() -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout.splitlines()[-1])
-    assert told.pop("layers") == ["TELayerNormColumnParallelLinear"]
-    assert told == {
+    results = json.loads(ran.stdout.splitlines()[-1])
+    assert results.pop("layers") == ["TELayerNormColumnParallelLinear"]
+    assert results == {
         "same_names": True,
         "same_tensors": True,
         "same_checkpoint": True,

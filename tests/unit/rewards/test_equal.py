@@ -137,7 +137,7 @@ def respellings(answer: str) -> list[str]:
         ]
         spelled += [rf"{number}^\circ", rf"{number}\text{{ cm}}^2", f"{number} apples", rf"\text{{{number}}}"]
         spelled += [rf"\frac{{{2 * number}}}{{2}}", f"the answer is {number}", rf"\${number}", rf"{number}\%"]
-        return [one for one in spelled if not one.startswith("+-")]
+        return [text for text in spelled if not text.startswith("+-")]
     if fraction := re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", answer):
         sign, top, bottom = fraction[1], int(fraction[2]), int(fraction[3])
         spelled += [f"{sign}{top}/{bottom}", rf"\frac{{{sign}{top}}}{{{bottom}}}", f"x={answer}"]

@@ -18,10 +18,10 @@ def test_a_batch_by_hand(verifier: Verifier) -> None:
         ResponseToJudge(r"is \boxed{(x+1)^2}", SEQUENTIAL, ("0", "x^2+2x+1")),
     ]
     judged = judge(attempts, verifier)
-    assert [one.correct for one in judged] == [True, True, False, False, True]
-    assert [one.extracted for one in judged] == ["7", "9", "8", None, "(x+1)^2"]
-    assert [one.reason for one in judged] == ["text", "text", "number", "empty", "algebra"]
-    assert [one.well_formed for one in judged] == [True, True, False, False, False]
+    assert [verdict.correct for verdict in judged] == [True, True, False, False, True]
+    assert [verdict.extracted for verdict in judged] == ["7", "9", "8", None, "(x+1)^2"]
+    assert [verdict.reason for verdict in judged] == ["text", "text", "number", "empty", "algebra"]
+    assert [verdict.well_formed for verdict in judged] == [True, True, False, False, False]
     assert judged[0].format == Format(blocks=1, well_formed_blocks=1, paths=2)
 
 

@@ -95,8 +95,8 @@ def test_the_mean_over_traces_weighs_each_trace_alike(trainer_of, traces) -> Non
 def test_truncated_traces_carry_no_loss_but_count_in_their_group(trainer_of, traces) -> None:
     cut = [replace(t, finish="length" if i % 2 else "eos") for i, t in enumerate(traces)]
     objective = Objective(advantage="dr_grpo", mask_truncated=True)
-    one = learner(trainer_of(), objective)
-    values = values_of(one, cut, REWARDS)
+    single = learner(trainer_of(), objective)
+    values = values_of(single, cut, REWARDS)
     assert (by_trace(values, cut, "weight") == 0).tolist() == [t.finish == "length" for t in cut]
     expected = np.array(REWARDS) - np.repeat([-0.5, 0.0], SAMPLES)
     assert by_trace(values, cut, "advantage") == pytest.approx(expected)
@@ -162,8 +162,8 @@ def test_a_long_trace_loses_reward(trainer_of, traces) -> None:
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_kl_to_itself_is_nothing_and_grows_with_updates(trainer_of, traces, kind) -> None:
     trainer = trainer_of()
-    one = learner(trainer, Objective(kl=kind, kl_coefficient=0.1), reference=reference_of(trainer))
-    kls = [learn(one, traces, REWARDS, lr=3e-3)["kl"] for _ in range(3)]
+    penalized = learner(trainer, Objective(kl=kind, kl_coefficient=0.1), reference=reference_of(trainer))
+    kls = [learn(penalized, traces, REWARDS, lr=3e-3)["kl"] for _ in range(3)]
     assert abs(kls[0]) <= 1e-6 < abs(kls[2])
 
 
@@ -239,8 +239,8 @@ def test_what_the_updates_of_a_step_did_is_reported(trainer_of, traces) -> None:
 def test_what_only_some_objectives_report(trainer_of, traces) -> None:
     def names(**settings: object) -> set[str]:
         trainer = trainer_of()
-        asked = learner(trainer, Objective(**settings), reference=reference_of(trainer))
-        return set(learn(asked, traces, REWARDS, lr=1e-3))
+        by_learner = learner(trainer, Objective(**settings), reference=reference_of(trainer))
+        return set(learn(by_learner, traces, REWARDS, lr=1e-3))
 
     plain = names()
     assert names(correction="mask") - plain == {"correction", "corrected", "correction_effective"}

@@ -117,8 +117,8 @@ def test_lengths_and_differences_among_a_steps_metrics() -> None:
     problems = [Problem("1", "?", ("5",), "by hand")] * 2
     with Verifier() as verifier:
         judged = judge_traces(traces, problems, WORDS, verifier)
-    assert [(one.length, one.critical_length) for one in judged] == [(16, 12), (3, 3)]
-    assert [one.difference for one in judged] == [pytest.approx(1 - 2 * 1 / 6), None]
+    assert [(verdict.length, verdict.critical_length) for verdict in judged] == [(16, 12), (3, 3)]
+    assert [verdict.difference for verdict in judged] == [pytest.approx(1 - 2 * 1 / 6), None]
     assert judged[0].references == ("5",) and judged[1].text == "a b"
     metrics = trace_metrics(traces, judged)
     assert metrics["path_length"] == 3.0 and metrics["path_difference"] == pytest.approx(2 / 3)

@@ -40,10 +40,10 @@ def trace(text: str) -> Trace:
     return Trace(tokens[:1], tokens, flags, flags, (0.0,) * len(tokens), "eos", parse(tokens, TAGS))
 
 
-def judged(verifier: Verifier, *asked: tuple[str, tuple[str, ...]]) -> list[PathVerdicts]:
+def judged(verifier: Verifier, *questions: tuple[str, tuple[str, ...]]) -> list[PathVerdicts]:
     """Of traces by their texts, each with its problem's answers."""
-    traces = [trace(text) for text, _ in asked]
-    problems = [Problem(str(i), "?", answers, "made up") for i, (_, answers) in enumerate(asked)]
+    traces = [trace(text) for text, _ in questions]
+    problems = [Problem(str(i), "?", answers, "made up") for i, (_, answers) in enumerate(questions)]
     return judge_paths(traces, problems, TOKENIZER, verifier, stated_result)
 
 
@@ -80,7 +80,7 @@ def test_an_open_path_is_read_to_its_end(verifier) -> None:
 
 def test_every_trace_is_held_against_its_own_problem(verifier) -> None:
     text = block(path("found=7"), path("none"), path("found=8"))
-    asked = [
+    traces = [
         (text, ("7",)),
         ("found=7 Final Answer: 7", ("7",)),
         (text, ("8",)),
@@ -88,7 +88,7 @@ def test_every_trace_is_held_against_its_own_problem(verifier) -> None:
         (text, ("1", "7", "8")),
         (text, ("2", "3")),
     ]
-    assert judged(verifier, *asked) == [
+    assert judged(verifier, *traces) == [
         [[True, None, False]],
         [],
         [[False, None, True]],

@@ -225,12 +225,12 @@ def tiny_batch(mode: str = "isolated") -> RolloutBatch:
     traces = traces_of(native_engine(tiny_qwen3()), thinking, random_prompts(12))
     flight = Flight(0)
     flight.engine.version = 0
-    one = flight.roll_out(5).all
+    rollouts = flight.roll_out(5).all
     values = [0.1, 1 / 3, -0.0, 1e-310, 5e300, 2.0**-1074]
     every = Rollouts(
-        [one.problems[0]] * 6 + [one.problems[2]] * 6,
+        [rollouts.problems[0]] * 6 + [rollouts.problems[2]] * 6,
         traces,
-        [one.judged[0]] * 12,
+        [rollouts.judged[0]] * 12,
         [Score(value, {"a": value, "b": -value}) for value in values * 2],
     )
     return RolloutBatch(every, every.groups([0, 2], 4), rounds=2)
@@ -291,9 +291,9 @@ def trained(
         prompts = [prompt for prompt in random_prompts(6, seed=step) for _ in range(4)]
         thinker = Thinker(engine, TAGS, thinking)
         traces = asyncio.run(roll_out(thinker, prompts, list(range(100 * step, 100 * step + 24))))
-        one = Flight(0).roll_out(1).all
+        rollouts = Flight(0).roll_out(1).all
         scores = [Score(value := float(trace.tokens.count(7)), {"sevens": value}) for trace in traces]
-        every = Rollouts(one.problems[:1] * 24, traces, one.judged[:1] * 24, scores)
+        every = Rollouts(rollouts.problems[:1] * 24, traces, rollouts.judged[:1] * 24, scores)
         return RolloutBatch(every, every, 1)
 
     found, weights = {}, []
@@ -350,8 +350,8 @@ def test_a_partial_batch_meets_weights_that_are_published_meanwhile() -> None:
         versions = (*before.versions, *after.versions)
         nothing = ((False,) * 6, (0.0,) * 6, "length", Tree(6))
         trace = Trace((9, 10), (*before.tokens, *after.tokens), (True,) * 6, *nothing, versions)
-        one = Flight(0).roll_out(1).all.groups([0], 1)
-        return RolloutBatch(replace(one, traces=[trace]), replace(one, traces=[trace]), 1)
+        rollouts = Flight(0).roll_out(1).all.groups([0], 1)
+        return RolloutBatch(replace(rollouts, traces=[trace]), replace(rollouts, traces=[trace]), 1)
 
     weights = tiny_qwen3(seed=1).state_dict()
     with open_queue(make, engine, max_off_policy_steps=1, partial_rollout=True, steps=3) as ahead:

@@ -47,7 +47,7 @@ class FakeServer:
         self.told = about or ServerInfo("model", STOCK_MODES, 0, 10_000, None)
         self.alive, self.hangs, self.refuses = True, False, ""
         self.failures, self.holds_s = 0, 0.0
-        self.fails_on: Callable[[GenerateRequest], bool] = lambda asked: False
+        self.fails_on: Callable[[GenerateRequest], bool] = lambda request: False
         self.seen: list[GenerateRequest] = []
         self.under_way = self.most = 0
         self.gone = asyncio.Event()
@@ -67,10 +67,10 @@ class FakeServer:
     async def healthy(self) -> bool:
         return self.alive and not self.hangs
 
-    async def generate(self, asked: GenerateRequest) -> GenerateResult:
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
         if not self.alive:
             raise Unreachable(f"{self.url}: connection refused")
-        self.seen.append(asked)
+        self.seen.append(request)
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         try:
@@ -81,12 +81,12 @@ class FakeServer:
             self.under_way -= 1
         if not self.alive:
             raise Unreachable(f"{self.url}: connection reset")
-        if self.failures or self.fails_on(asked):
+        if self.failures or self.fails_on(request):
             self.failures = max(0, self.failures - 1)
             raise Unreachable(f"{self.url} answered 500: no luck")
-        completion = drawn(asked)
+        completion = drawn(request)
         versions = (self.told.version,) * len(completion.tokens)
-        return GenerateResult(replace(completion, versions=versions), len(asked.tokens) // 2)
+        return GenerateResult(replace(completion, versions=versions), len(request.tokens) // 2)
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         raise NotImplementedError
@@ -97,16 +97,16 @@ class FakeServer:
     async def close(self) -> None: ...
 
 
-def drawn(asked: GenerateRequest) -> Completion:
+def drawn(request: GenerateRequest) -> Completion:
     """What any of the fake servers draws."""
-    tokens, logprobs = list(asked.tokens), []
-    choice = [token for token in TOKENS if token not in asked.suppress]
-    while len(logprobs) < asked.limit:
-        key = repr((asked.sampling.seed, len(tokens), tokens[-1], len(choice))).encode()
+    tokens, logprobs = list(request.tokens), []
+    choice = [token for token in TOKENS if token not in request.suppress]
+    while len(logprobs) < request.limit:
+        key = repr((request.sampling.seed, len(tokens), tokens[-1], len(choice))).encode()
         number = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
         tokens.append(choice[number % len(choice)])
         logprobs.append(-1.0 - number / 2**32)
-        if tokens[-1] in asked.stop:
+        if tokens[-1] in request.stop:
             break
-    new = tuple(tokens[len(asked.tokens) :])
-    return Completion(new, tuple(logprobs), (0,) * len(new), new[-1] in asked.stop)
+    new = tuple(tokens[len(request.tokens) :])
+    return Completion(new, tuple(logprobs), (0,) * len(new), new[-1] in request.stop)

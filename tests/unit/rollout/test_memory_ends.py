@@ -25,10 +25,12 @@ def prompts(tokens: int) -> list[list[int]]:
     ]
 
 
-async def answers(engine: NativeEngine, asked: list[list[int]]) -> list[tuple[int, ...] | BaseException]:
+async def answers(
+    engine: NativeEngine, token_lists: list[list[int]]
+) -> list[tuple[int, ...] | BaseException]:
     """The ten tokens that each draws behind its prompt, all at once; or why it got none."""
 
-    async def one(seed: int, prompt: list[int]) -> tuple[int, ...]:
+    async def result(seed: int, prompt: list[int]) -> tuple[int, ...]:
         context = engine.open()
         try:
             await engine.write(context, prompt)
@@ -37,8 +39,8 @@ async def answers(engine: NativeEngine, asked: list[list[int]]) -> list[tuple[in
         finally:
             engine.close(context)
 
-    told = [one(seed, prompt) for seed, prompt in enumerate(asked)]
-    return await asyncio.gather(*told, return_exceptions=True)
+    calls = [result(seed, prompt) for seed, prompt in enumerate(token_lists)]
+    return await asyncio.gather(*calls, return_exceptions=True)
 
 
 @pytest.mark.parametrize("recurring", [False, True])
@@ -62,8 +64,8 @@ def test_growth_that_fails_changes_nothing(
     assert asyncio.run(answers(engine, few)) == expected[: len(few)]
     with monkeypatch.context() as patch:
         patch.setattr(DecodeModel, "_empty_cache", scarce)
-        told = asyncio.run(answers(engine, many))
-        assert any(isinstance(one, torch.OutOfMemoryError) for one in told)
+        results = asyncio.run(answers(engine, many))
+        assert any(isinstance(result, torch.OutOfMemoryError) for result in results)
         assert made == [SLOTS] * (layer + 1) and engine.cached_tokens == 0
         # What fits is served as ever, while there is still no more memory.
         assert asyncio.run(answers(engine, few)) == expected[: len(few)]

@@ -53,7 +53,7 @@ def two() -> tuple[FakeServer, FakeServer]:
     return FakeServer("http://a"), FakeServer("http://b")
 
 
-def asked(trace: str = "t", seed: int = 1, limit: int = 3) -> GenerateRequest:
+def request(trace: str = "t", seed: int = 1, limit: int = 3) -> GenerateRequest:
     return GenerateRequest((7, 8), Sampling(seed=seed), limit, frozenset(), frozenset(), trace)
 
 
@@ -113,10 +113,10 @@ def test_several_continuations_of_one_text() -> None:
     seeds = [2**63 - 2, 2**63 - 1, 0, 1]
 
     async def together() -> list[GenerateResult]:
-        return list(await asyncio.gather(*(pool.generate(asked(seed=seed, limit=9)) for seed in seeds)))
+        return list(await asyncio.gather(*(pool.generate(request(seed=seed, limit=9)) for seed in seeds)))
 
     answers = asyncio.run(together())
-    assert [answer.completion for answer in answers] == [drawn(asked(seed=seed, limit=9)) for seed in seeds]
+    assert [answer.completion for answer in answers] == [drawn(request(seed=seed, limit=9)) for seed in seeds]
     assert len({answer.completion.tokens for answer in answers}) == 4
     assert sorted([len(a.seen), len(b.seen)]) == [0, 4], "one trace, one server"
 
@@ -128,10 +128,10 @@ def test_a_batch_in_each_of_two_event_loops() -> None:
 
 def test_a_server_that_hangs_is_given_up() -> None:
     async def ask() -> None:
-        answers = [asyncio.ensure_future(pool.generate(asked(str(i)))) for i in range(6)]
+        answers = [asyncio.ensure_future(pool.generate(request(str(i)))) for i in range(6)]
         while not a.under_way:
             await asyncio.sleep(0)
-        assert [(await answer).completion for answer in answers] == [drawn(asked())] * 6
+        assert [(await answer).completion for answer in answers] == [drawn(request())] * 6
 
     a, b = two()
     pool = pool_of([a, b])
@@ -150,7 +150,7 @@ def test_a_loss_counts_while_another_check_is_under_way() -> None:
     async def ask() -> None:
         a.die()
         for number in range(20):
-            await pool.generate(asked(str(number)))
+            await pool.generate(request(str(number)))
             await asyncio.sleep(0.01)
 
     a, b = FakeServer("http://a"), FakeSlowlyChecked("http://b")
@@ -163,7 +163,7 @@ def test_single_failures_are_retried_and_lose_no_server() -> None:
     (a,) = [FakeServer("http://a")]
     pool = pool_of([a])
     a.failures = 3
-    assert asyncio.run(pool.generate(asked())).completion == drawn(asked())
+    assert asyncio.run(pool.generate(request())).completion == drawn(request())
     metrics = pool.metrics()
     assert (metrics["server_retries"], metrics["servers_lost"], metrics["server_requests"]) == (3, 0, 1)
     assert pool.metrics()["server_requests"] == 0, "counts are since the last call"
@@ -172,13 +172,13 @@ def test_single_failures_are_retried_and_lose_no_server() -> None:
 def test_a_continuation_that_fails_everywhere_ends_the_run() -> None:
     a, b = two()
     for server in (a, b):
-        server.fails_on = lambda asked: asked.sampling.seed == 5
+        server.fails_on = lambda request: request.sampling.seed == 5
     pool = pool_of([a, b], replace(QUICK, attempts=4))
 
     async def ask() -> None:
-        good = asyncio.ensure_future(pool.generate(asked("good")))
+        good = asyncio.ensure_future(pool.generate(request("good")))
         with pytest.raises(UserError, match=r"2 tokens failed 4 times, .*: .*answered 500: no luck"):
-            await pool.generate(asked("bad", seed=5))
+            await pool.generate(request("bad", seed=5))
         await good
 
     asyncio.run(ask())
@@ -186,14 +186,14 @@ def test_a_continuation_that_fails_everywhere_ends_the_run() -> None:
 
 def test_all_gone_is_an_error_after_the_patience_and_not_before() -> None:
     async def ask() -> None:
-        await pool.generate(asked())
+        await pool.generate(request())
         for server in (a, b):
             server.die()
         loop = asyncio.get_running_loop()
         began = loop.time()
         gone = r"http://a \(do.*refused\); http://b \(do.*refused\).*checkpoint"
         with pytest.raises(UserError, match=gone):
-            await asyncio.gather(*(pool.generate(asked(str(i))) for i in range(4)))
+            await asyncio.gather(*(pool.generate(request(str(i))) for i in range(4)))
         assert loop.time() - began >= 0.3
 
     a, b = two()
@@ -205,7 +205,7 @@ def test_a_pause_between_batches_is_no_time_without_servers(monkeypatch: pytest.
     """The patience begins when somebody waits, not when an earlier batch was without a server."""
 
     async def given_up() -> None:
-        waiting = asyncio.ensure_future(pool.generate(asked()))
+        waiting = asyncio.ensure_future(pool.generate(request()))
         while pool._registry._unusable_since is None:
             await asyncio.sleep(0)
         waiting.cancel()
@@ -218,7 +218,7 @@ def test_a_pause_between_batches_is_no_time_without_servers(monkeypatch: pytest.
     later = SimpleNamespace(monotonic=lambda: time.monotonic() + 2 * QUICK.patience_s)
     monkeypatch.setattr(registry, "time", later)
     threading.Timer(0.1, setattr, (a, "alive", True)).start()
-    assert asyncio.run(pool.generate(asked())).completion == drawn(asked())
+    assert asyncio.run(pool.generate(request())).completion == drawn(request())
 
 
 def test_servers_that_cannot_serve_what_is_promised_end_the_run_at_once() -> None:
@@ -261,7 +261,7 @@ def test_a_server_started_anew_with_old_weights_is_noticed_by_its_tokens() -> No
     pool = pool_of([a, b])
     assert pool.version == 4
     a.told = replace(a.told, version=0)
-    answers = [asyncio.run(pool.generate(asked(str(i)))) for i in range(4)]
+    answers = [asyncio.run(pool.generate(request(str(i)))) for i in range(4)]
     assert {version for answer in answers for version in answer.completion.versions} == {4}
     assert pool.metrics()["server_retries"] >= 1
 
@@ -271,7 +271,7 @@ def test_one_that_comes_back_as_it_was_started_is_not_taken_for_the_first_versio
     pool = pool_of([a, b])
     pool.set_version(0, ["http://a", "http://b"])
     a.told = replace(a.told, version=INITIAL_VERSION)
-    answers = [asyncio.run(pool.generate(asked(str(i)))) for i in range(4)]
+    answers = [asyncio.run(pool.generate(request(str(i)))) for i in range(4)]
     assert {version for answer in answers for version in answer.completion.versions} == {0}
     assert pool.metrics()["server_retries"] >= 1
     with pytest.raises(UserError, match=r"http://a \(it holds weights as started, not 0\)"):
@@ -294,7 +294,7 @@ def test_requests_at_one_server_are_bounded() -> None:
 def test_a_trace_stays_with_one_server() -> None:
     a, b = two()
     asyncio.run(rolled(pool_of([a, b])))
-    traces = [{asked.trace for asked in server.seen} for server in (a, b)]
+    traces = [{request.trace for request in server.seen} for server in (a, b)]
     assert not traces[0] & traces[1] and min(map(len, traces)) >= 3
 
 
@@ -311,7 +311,7 @@ def test_servers_join_and_leave_by_the_file_of_addresses(tmp_path: Path) -> None
         assert a.seen and not b.seen
         file.write_text("http://b/\n")
         while set(pool.infos) != {"http://b"}:
-            await pool.generate(asked())
+            await pool.generate(request())
         before = len(a.seen)
         await rolled(pool)
         assert len(a.seen) == before and b.seen
@@ -337,7 +337,7 @@ def test_add_and_remove_from_another_thread() -> None:
         while not b.seen:
             if len(a.seen) == 30 and not other.ident:
                 other.start()
-            await pool.generate(asked(str(len(a.seen))))
+            await pool.generate(request(str(len(a.seen))))
         other.join()
 
     asyncio.run(work())
@@ -382,7 +382,7 @@ def test_too_long_a_prompt_is_told_before_it_is_sent() -> None:
     a.told = replace(a.told, max_tokens=4)
     pool = pool_of([a])
     with pytest.raises(UserError, match=r"http://a takes 4 tokens.*2 and up to 3 do not fit.*longer context"):
-        asyncio.run(pool.generate(asked()))
+        asyncio.run(pool.generate(request()))
     assert not a.seen
 
 
@@ -397,7 +397,7 @@ def test_an_interrupt_from_another_thread_ends_what_runs_and_what_waits() -> Non
         pool.interrupt()
 
     async def work() -> list[object]:
-        asking = (pool.generate(asked(str(i))) for i in range(5))
+        asking = (pool.generate(request(str(i))) for i in range(5))
         return await asyncio.gather(*asking, return_exceptions=True)
 
     pause = threading.Event()
@@ -406,20 +406,20 @@ def test_an_interrupt_from_another_thread_ends_what_runs_and_what_waits() -> Non
     assert [type(error) for error in asyncio.run(work())] == [Interrupted] * 5
     other.join()
     with pytest.raises(Interrupted):
-        asyncio.run(pool.generate(asked()))
+        asyncio.run(pool.generate(request()))
 
 
 def test_a_caller_that_gives_up_leaves_its_place() -> None:
     async def work() -> None:
-        first = asyncio.ensure_future(pool.generate(asked("x")))
-        second = asyncio.ensure_future(pool.generate(asked("x")))
+        first = asyncio.ensure_future(pool.generate(request("x")))
+        second = asyncio.ensure_future(pool.generate(request("x")))
         while not a.under_way:
             await asyncio.sleep(0)
         for task in (second, first):
             task.cancel()
         await asyncio.wait({first, second})
         a.holds_s = 0.0
-        await pool.generate(asked("x"))
+        await pool.generate(request("x"))
 
     a, _ = two()
     pool = pool_of([a], replace(QUICK, concurrent=1))

@@ -46,7 +46,8 @@ def make_call(data: st.DataObject, loop: asyncio.AbstractEventLoop, row: int) ->
     pending = [data.draw(st.integers(0, 9))] if data.draw(st.booleans()) else []
     context = NativeContext(row, data.draw(st.integers(0, 50)), pending)
     limit, stop, suppress = (
-        data.draw(one) for one in (st.integers(1, 40), st.sampled_from(SETS), st.sampled_from(SETS))
+        data.draw(expected_draw)
+        for expected_draw in (st.integers(1, 40), st.sampled_from(SETS), st.sampled_from(SETS))
     )
     return SampleCall(context, loop.create_future(), Sampling(seed=row), limit, stop, suppress)
 
@@ -80,12 +81,16 @@ def test_columns_are_the_calls(data: st.DataObject) -> None:
             if completion := plain[index].takes(token, logprob, step):
                 expected[plain[index].call] = (completion, plain[index])
         assert dict(completions) == {call: pair[0] for call, pair in expected.items()}
-        for call, (completion, one) in expected.items():
-            assert call.context.position == one.position and call.context.pending == [completion.tokens[-1]]
-            plain.remove(one)
-        assert batch.columns_N["row"].tolist() == [one.call.context.row for one in plain]
-        assert batch.columns_N["position"].tolist() == [one.position for one in plain]
-    assert {call.context.row for call in batch.calls} == {one.call.context.row for one in plain}
+        for call, (completion, expected_draw) in expected.items():
+            assert call.context.position == expected_draw.position and call.context.pending == [
+                completion.tokens[-1]
+            ]
+            plain.remove(expected_draw)
+        assert batch.columns_N["row"].tolist() == [expected_draw.call.context.row for expected_draw in plain]
+        assert batch.columns_N["position"].tolist() == [expected_draw.position for expected_draw in plain]
+    assert {call.context.row for call in batch.calls} == {
+        expected_draw.call.context.row for expected_draw in plain
+    }
     loop.close()
 
 

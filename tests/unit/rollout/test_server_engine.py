@@ -39,9 +39,9 @@ def rolled(server: FakeServer, thinking: Thinking, prompts: list[list[int]], see
     return asyncio.run(roll_out(thinker, prompts, [seed + i for i in range(len(prompts))]))
 
 
-def closed_blocks(asked: GenerateRequest, prompt: int) -> tuple[JoinedBlock, ...]:
+def closed_blocks(request: GenerateRequest, prompt: int) -> tuple[JoinedBlock, ...]:
     """What the parser finds closed in a request's text."""
-    tree = parse(asked.tokens[prompt:], TAGS)
+    tree = parse(request.tokens[prompt:], TAGS)
     blocks = [
         JoinedBlock(prompt + block.paths[0].start, tuple(prompt + path.stop for path in block.paths))
         for _, block in tree.all_blocks()
@@ -63,21 +63,21 @@ def test_joined_blocks_are_those_that_the_parser_finds(data: st.DataObject) -> N
     server = FakeServer("http://a", ServerInfo("model", MODES, 0, 10_000, None))
     prompt = data.draw(st.lists(st.integers(7, 25), min_size=1, max_size=4))
     rolled(server, thinking, [prompt], data.draw(st.integers(0, 10**6)))
-    for asked in server.seen:
-        assert asked.joined == closed_blocks(asked, len(prompt))
-        check_blocks(asked.joined, 0, len(asked.tokens))
+    for request in server.seen:
+        assert request.joined == closed_blocks(request, len(prompt))
+        check_blocks(request.joined, 0, len(request.tokens))
 
 
 def test_nested_joins_give_the_positions_of_the_layout() -> None:
     """From the joined blocks alone a server must find where each token lies."""
     server = FakeServer("http://a", ServerInfo("model", MODES, 0, 10_000, None))
     rolled(server, Thinking(max_depth=3, max_path_tokens=40, max_response_tokens=300), random_prompts(30))
-    nested = [asked for asked in server.seen if any(inside(asked.joined))]
+    nested = [request for request in server.seen if any(inside(request.joined))]
     assert len(nested) >= 10
-    for asked in nested:
-        tree = parse(asked.tokens, TAGS)
+    for request in nested:
+        tree = parse(request.tokens, TAGS)
         if all(block.end is not None for _, block in tree.all_blocks()):
-            assert positions(asked.joined, len(asked.tokens)) == isolated_positions(tree).tolist()
+            assert positions(request.joined, len(request.tokens)) == isolated_positions(tree).tolist()
 
 
 def inside(joined: tuple[JoinedBlock, ...]) -> list[JoinedBlock]:
@@ -106,8 +106,8 @@ def test_what_a_path_and_a_summary_follow(mode: str) -> None:
     traces = rolled(
         server, Thinking(mode=mode, paths=3, max_depth=2, max_response_tokens=200), random_prompts(8)
     )
-    texts = {asked.tokens for asked in server.seen}
-    assert not any(asked.joined for asked in server.seen)
+    texts = {request.tokens for request in server.seen}
+    assert not any(request.joined for request in server.seen)
     assert (mode == "sequential") == (not any(trace.tree.blocks for trace in traces))
     for trace in traces:
         whole = (*trace.prompt, *trace.tokens)
@@ -132,8 +132,8 @@ def test_forks_of_a_prompt_are_traces_and_their_forks_are_paths() -> None:
         assert path.trace == first.trace
         completion = await engine.sample(path, Sampling(seed=3), 5, frozenset(), frozenset({0}))
         assert path.tokens == [7, 8, *completion.tokens] and first.tokens == [7, 8]
-        asked = GenerateRequest((7, 8), Sampling(seed=3), 5, frozenset(), frozenset({0}), str(path.trace))
-        assert completion == drawn(asked)
+        request = GenerateRequest((7, 8), Sampling(seed=3), 5, frozenset(), frozenset({0}), str(path.trace))
+        assert completion == drawn(request)
         await engine.sample(prompt, Sampling(), 1, frozenset(), frozenset())
         assert prompt.trace not in (None, first.trace, second.trace)
 

@@ -70,16 +70,16 @@ class FakeSGLang:
     def client(self) -> SglangClient:
         return SglangClient(URL + "/", Timeouts(1, 1, 1), httpx.MockTransport(self))
 
-    def ask(self, asked: GenerateRequest = REQUEST) -> GenerateResult:
-        return asyncio.run(self.client().generate(asked))
+    def ask(self, request: GenerateRequest = REQUEST) -> GenerateResult:
+        return asyncio.run(self.client().generate(request))
 
 
 def answer_of(
     tokens: list[int], reason: str = "length", logprob: float = -0.5, **meta: Any
 ) -> dict[str, Any]:
-    told = {"finish_reason": {"type": reason}, "cached_tokens": 2, "weight_version": "7"}
+    info = {"finish_reason": {"type": reason}, "cached_tokens": 2, "weight_version": "7"}
     logprobs = [[logprob, token, None] for token in tokens]
-    return {"output_ids": tokens, "meta_info": {**told, "output_token_logprobs": logprobs, **meta}}
+    return {"output_ids": tokens, "meta_info": {**info, "output_token_logprobs": logprobs, **meta}}
 
 
 def test_all_that_is_asked_is_sent() -> None:
@@ -133,7 +133,7 @@ def test_versions_are_those_of_each_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         (answer_of([11, 12], "abort"), "aborted: no reason given"),
         (answer_of([11, 12]), "cut at 2 of 4 tokens"),
@@ -154,8 +154,8 @@ def test_versions_are_those_of_each_token() -> None:
         (httpx.RemoteProtocolError("disconnected"), "disconnected"),
     ],
 )
-def test_what_another_server_may_answer(answer: Any, told: str) -> None:
-    with pytest.raises(Unreachable, match=told) as raised:
+def test_what_another_server_may_answer(answer: Any, message: str) -> None:
+    with pytest.raises(Unreachable, match=message) as raised:
         FakeSGLang(answer).ask()
     assert URL in str(raised.value)
 
@@ -201,8 +201,8 @@ def test_the_handshake_is_made_once() -> None:
 
 
 def test_score() -> None:
-    told = {"input_token_logprobs": [[None, 7, None], [-1.5, 8, None], [-2.0, 9, None]]}
-    server = FakeSGLang({"meta_info": told}, {"meta_info": {"input_token_logprobs": [[None, 7, None]]}})
+    meta = {"input_token_logprobs": [[None, 7, None], [-1.5, 8, None], [-2.0, 9, None]]}
+    server = FakeSGLang({"meta_info": meta}, {"meta_info": {"input_token_logprobs": [[None, 7, None]]}})
     client = server.client()
     assert asyncio.run(client.score((7, 8, 9))) == (-1.5, -2.0)
     assert server.bodies[0]["logprob_start_len"] == 0

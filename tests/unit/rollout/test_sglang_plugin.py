@@ -188,10 +188,10 @@ def test_many_blocks_are_read_in_linear_pieces() -> None:
     ],
 )
 def test_a_client_takes_joins_only_to_the_whole_plugin(state: dict | None, whole: bool) -> None:
-    told = {} if state is None else {FIELD: state}
+    parameters = {} if state is None else {FIELD: state}
     good = {FIELD: {"protocol": PROTOCOL, "missing": []}}
-    assert supports_joined_blocks({"internal_states": [told]}) is whole
-    assert supports_joined_blocks({"internal_states": [good, told]}) is whole
+    assert supports_joined_blocks({"internal_states": [parameters]}) is whole
+    assert supports_joined_blocks({"internal_states": [good, parameters]}) is whole
     assert not supports_joined_blocks({"internal_states": []})
     assert not supports_joined_blocks({})
 

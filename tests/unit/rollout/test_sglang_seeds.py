@@ -13,8 +13,8 @@ def test_a_draw_is_the_native_engines() -> None:
     logprobs_BV = torch.randn(64, 11).log_softmax(-1)
     seeds, positions = torch.arange(64) * 7 - 100, torch.arange(64)
     drawn_B1 = draw(logprobs_BV, seeds, positions)
-    told = uniform_draws(seeds.numpy().astype("uint64"), positions.numpy() + 1)
-    for row, (weights, uniform) in enumerate(zip(logprobs_BV.double().exp(), told, strict=True)):
+    expected = uniform_draws(seeds.numpy().astype("uint64"), positions.numpy() + 1)
+    for row, (weights, uniform) in enumerate(zip(logprobs_BV.double().exp(), expected, strict=True)):
         cumulative = np.cumsum(weights.numpy())
         assert drawn_B1[row, 0] == int((cumulative <= uniform * cumulative[-1]).sum())
 

@@ -80,7 +80,7 @@ def test_a_team_that_would_cut_a_head_is_refused(size: int, name: str, fits: int
 def test_split_layers_and_rows_are_refused_in_one_line() -> None:
     check_native_split(pipeline=1, context=1)
     check_native_heads(heads=4, kv_heads=2, tensor=2)
-    for pipeline, context, said in (
+    for pipeline, context, phrase in (
         (2, 1, "pipeline 2"),
         (1, 4, "context 4"),
         (2, 4, "pipeline 2 and context 4"),
@@ -88,7 +88,7 @@ def test_split_layers_and_rows_are_refused_in_one_line() -> None:
         with pytest.raises(UserError) as caught:
             check_native_split(pipeline, context)
         message = str(caught.value)
-        assert message.startswith(f"native engine: {said} ") and "\n" not in message
+        assert message.startswith(f"native engine: {phrase} ") and "\n" not in message
         assert "SGLang" in message and "mode replay" in message and "parallel.pipeline" in message
 
 

@@ -62,17 +62,17 @@ class FakeVLLM:
     def client(self) -> VllmClient:
         return VllmClient(URL + "/", Timeouts(1, 1, 1), httpx.MockTransport(self))
 
-    def ask(self, asked: GenerateRequest = REQUEST) -> GenerateResult:
-        return asyncio.run(self.client().generate(asked))
+    def ask(self, request: GenerateRequest = REQUEST) -> GenerateResult:
+        return asyncio.run(self.client().generate(request))
 
 
 def answer_of(
     tokens: list[int], reason: str = "length", logprob: float = -0.5, **choice: Any
 ) -> dict[str, Any]:
     content = [{"token_id": token, "logprob": logprob} for token in tokens]
-    told = {"token_ids": tokens, "finish_reason": reason, "logprobs": {"content": content}}
+    fields = {"token_ids": tokens, "finish_reason": reason, "logprobs": {"content": content}}
     usage = {"prompt_tokens_details": {"cached_tokens": 2}}
-    return {"choices": [told | choice], "usage": usage}
+    return {"choices": [fields | choice], "usage": usage}
 
 
 def test_all_that_is_asked_is_sent() -> None:
@@ -99,8 +99,8 @@ def test_all_that_is_asked_is_sent() -> None:
 def test_continuations_of_one_branch_have_seeds_of_their_own() -> None:
     server = FakeVLLM(*[answer_of([11] * 4)] * 4)
     longer, other = replace(REQUEST, tokens=(7, 8, 9, 10)), replace(REQUEST, sampling=Sampling(0.5, seed=4))
-    for asked in (REQUEST, longer, other, REQUEST):
-        server.ask(asked)
+    for request in (REQUEST, longer, other, REQUEST):
+        server.ask(request)
     seeds = [body["sampling_params"]["seed"] for body in server.bodies]
     assert len(set(seeds)) == 3 and seeds[0] == seeds[3]
 
@@ -118,7 +118,7 @@ def test_what_vllm_cannot_give_is_refused_before_it_is_sent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         (answer_of([11, 12], "abort"), "ended a request with 'abort'"),
         (answer_of([11, 12]), "cut at 2 of 4 tokens"),
@@ -132,8 +132,8 @@ def test_what_vllm_cannot_give_is_refused_before_it_is_sent() -> None:
         (httpx.Response(500, text="EngineCore died"), "answered 500: EngineCore died"),
     ],
 )
-def test_what_another_server_may_answer(answer: Any, told: str) -> None:
-    with pytest.raises(Unreachable, match=told) as raised:
+def test_what_another_server_may_answer(answer: Any, message: str) -> None:
+    with pytest.raises(Unreachable, match=message) as raised:
         FakeVLLM(answer).ask()
     assert URL in str(raised.value)
 
@@ -181,20 +181,20 @@ def test_abort_all_names_what_is_under_way() -> None:
             names.append(body["request_ids"])
             aborted.set()
             return httpx.Response(200)
-        asked.append(body["request_id"])
+        requests.append(body["request_id"])
         await aborted.wait()
         return httpx.Response(200, json=answer_of([11], "abort"))
 
     async def work() -> None:
         answers = [asyncio.ensure_future(client.generate(REQUEST)) for _ in range(2)]
-        while len(asked) < 2:
+        while len(requests) < 2:
             await asyncio.sleep(0)
         await client.abort_all()
         results = await asyncio.gather(*answers, return_exceptions=True)
         assert [type(result) for result in results] == [Unreachable] * 2
 
-    asked: list[str] = []
+    requests: list[str] = []
     aborted = asyncio.Event()
     client = VllmClient(URL, transport=httpx.MockTransport(answer))
     asyncio.run(work())
-    assert {*names[0]} == {f"generate-tokens-{name}" for name in asked}
+    assert {*names[0]} == {f"generate-tokens-{name}" for name in requests}

@@ -92,7 +92,9 @@ def transport() -> Iterator[BroadcastTransport]:
 
 
 def one_pass(transport: BroadcastTransport, version: int, *servers: InThread) -> tuple[dict[str, str], bool]:
-    transport.open(servers, {one.url: WeightsInfo(one.version, 1, "float32") for one in servers}, version)
+    transport.open(
+        servers, {server.url: WeightsInfo(server.version, 1, "float32") for server in servers}, version
+    )
     for number in range(3):
         tensors = [(f"{number}.{name}", torch.full((4, 5), float(version + number))) for name in "ab"]
         transport.send(Bucket(tensors, last=number == 2))
@@ -102,7 +104,9 @@ def one_pass(transport: BroadcastTransport, version: int, *servers: InThread) ->
 
 def holds(server: InThread, version: int) -> bool:
     wanted = {f"{number}.{name}": version + number for number in range(3) for name in "ab"}
-    return server.version == version and {name: one.mean() for name, one in server.held.items()} == wanted
+    return (
+        server.version == version and {name: tensor.mean() for name, tensor in server.held.items()} == wanted
+    )
 
 
 def test_one_group_lasts_while_its_servers_do(transport: BroadcastTransport) -> None:

@@ -48,9 +48,9 @@ def test_all_get_what_is_sent_until_one_is_gone() -> None:
 
 def test_nobody_waits_for_one_that_will_not_come() -> None:
     group = SenderGroup("weights", 2, "gloo", "127.0.0.1", timeout_s=120)
-    asked = iter([False, False, True])
+    answers = iter([False, False, True])
     with pytest.raises(GroupBroken, match=r"a server did not join"):
-        group.connect(lambda: next(asked))
+        group.connect(lambda: next(answers))
 
 
 def test_those_that_do_not_come_in_time_are_an_error() -> None:

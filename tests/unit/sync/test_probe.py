@@ -17,7 +17,7 @@ def trained(before=None, old_head=None) -> TrainerScores:
     return TrainerScores(NEW, before, old_head, "float32")
 
 
-def said(one: ServerScores, other: TrainerScores) -> str:
+def warning_of(one: ServerScores, other: TrainerScores) -> str:
     assert not passes(one, other, 2e-5)
     return str(failure(one, other, 2e-5, version=8))
 
@@ -33,7 +33,7 @@ def test_equal_log_probs_pass() -> None:
 
 
 def test_the_message_names_server_version_difference_and_tolerance() -> None:
-    text = said(answers(MIXED), trained())
+    text = warning_of(answers(MIXED), trained())
     assert text.startswith("http://a:1: after the sync to version 8 its log-probs differ")
     assert "0.3 nats (sync.tolerance 2e-05)" in text
 
@@ -49,7 +49,7 @@ def test_the_message_names_server_version_difference_and_tolerance() -> None:
     ],
 )
 def test_the_cause_is_named(one: ServerScores, other: TrainerScores, cause: str) -> None:
-    assert cause in said(one, other)
+    assert cause in warning_of(one, other)
 
 
 def test_stale_weights_do_not_pass_within_a_wide_tolerance() -> None:

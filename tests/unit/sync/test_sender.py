@@ -82,7 +82,7 @@ def publish(sender: Sender) -> tuple[float, list[str]]:
         again = sender.close()
     sender.continue_generation()
     worst, failed = sender.probe([(1, 2, 3)], TrainerScores(SCORES, None, None, "float32"))
-    return worst, [one.url for one in failed]
+    return worst, [server.url for server in failed]
 
 
 def of(transport: Scripted, *servers: Recorder) -> Sender:

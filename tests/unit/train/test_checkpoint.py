@@ -254,9 +254,11 @@ def test_any_damage_to_any_file_is_named_and_the_checkpoint_before_is_used(
             damage(folder / "step_000002" / name)
             assert checkpoints.restore(trainer) == (1, {"at": 1}), (name, kind)
             assert_same(memory(trainer), first)
-            told = capfd.readouterr().err.splitlines()
-            assert len(told) == 1 and "step_000002 is damaged" in told[0] and "from step 1" in told[0], told
-            assert name in told[0], (name, kind, told)
+            lines = capfd.readouterr().err.splitlines()
+            assert len(lines) == 1 and "step_000002 is damaged" in lines[0] and "from step 1" in lines[0], (
+                lines
+            )
+            assert name in lines[0], (name, kind, lines)
             assert sorted(path.name for path in folder.iterdir()) == ["damaged_step_000002", "step_000001"]
 
 

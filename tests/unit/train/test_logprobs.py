@@ -43,16 +43,16 @@ def test_values_and_gradients_equal_the_definition(chunk: int | None) -> None:
         for values in (ours, theirs):
             used = [m * (w_N * v_N).sum() for m, w_N, v_N in zip(mask, weights_2N, values, strict=True) if m]
             gradients.append(torch.autograd.grad(sum(used), (hidden_NE, head_VE), retain_graph=True))
-        for mine, expected in zip(*gradients, strict=True):
-            assert (mine - expected).abs().max() <= 1e-5  # float32, values of order 1
+        for computed, expected in zip(*gradients, strict=True):
+            assert (computed - expected).abs().max() <= 1e-5  # float32, values of order 1
     for mine_N, expected_N in zip(ours, theirs, strict=True):
         assert (mine_N - expected_N).abs().max() <= 1e-5
 
 
 def test_a_suppressed_token_is_out_of_the_distribution() -> None:
     hidden_NE, head_VE = torch.zeros(3, 2), torch.zeros(4, 2, requires_grad=True)
-    asked = LogprobQuery(torch.tensor([0, 0, 1]), torch.tensor([2, -1, 0]), 1.0, vocab=4)
-    logprobs_N, entropies_N = target_logprobs(hidden_NE + 1, head_VE, asked)
+    query = LogprobQuery(torch.tensor([0, 0, 1]), torch.tensor([2, -1, 0]), 1.0, vocab=4)
+    logprobs_N, entropies_N = target_logprobs(hidden_NE + 1, head_VE, query)
     assert torch.allclose(logprobs_N.exp(), torch.tensor([1 / 3, 1 / 4, 1 / 3]))
     assert torch.allclose(entropies_N.exp(), torch.tensor([3.0, 4.0, 3.0]))
 
@@ -89,8 +89,8 @@ def test_forward_and_backward_never_hold_more_logits_than_a_chunk_has(targets: i
     with Peak() as peak:
         for known in (hidden_NE, head_VE, labels_N):
             peak.know(known)
-        asked = LogprobQuery(labels_N, labels_N - 1, 1.0, vocabulary, chunk)
-        logprobs_N, entropies_N = target_logprobs(hidden_NE, head_VE, asked)
+        query = LogprobQuery(labels_N, labels_N - 1, 1.0, vocabulary, chunk)
+        logprobs_N, entropies_N = target_logprobs(hidden_NE, head_VE, query)
         (logprobs_N.sum() + entropies_N.sum()).backward()
     # Gradients and their like of both inputs, a few vectors of the targets, a few blocks of a chunk's logits.
     allowed = 4 * (3 * (hidden_NE.numel() + head_VE.numel()) + 12 * targets + 8 * chunk * vocabulary)

@@ -43,13 +43,13 @@ def test_shares_of_all_processes_hold_each_target_once(lengths, data, context, t
     for data_rank in range(data):
         for context_rank in range(context):
             place = BatchPartition(data_rank, data, context_rank, context, multiple, rounds)
-            mine = partition_rows(rows, 12 * 5, place)
-            counts.add(len(mine))
-            for row in mine:
+            own = partition_rows(rows, 12 * 5, place)
+            counts.add(len(own))
+            for row in own:
                 assert len(row) > 0 and len(row) * context % multiple == 0
                 labels += row.labels_L[row.labels_L >= 0].tolist()
             if rounds > 1:
-                assert len({len(row) for row in mine}) == 1
+                assert len({len(row) for row in own}) == 1
     assert len(counts) == 1 and counts.pop() % rounds == 0
     assert sorted(labels) == sorted(length for length in lengths for _ in range(length))
 

@@ -91,8 +91,8 @@ def run(case: Case) -> dict[str, float]:
         )
         last = rank == case.parts - 1  # Only now all queries have given their part.
         for name in Attended._fields if last else Attended._fields[:3]:
-            mine, exact = getattr(ours, name), getattr(theirs, name)
-            error = ((mine - exact).abs().max() / exact.abs().max()).item()
+            computed, exact = getattr(ours, name), getattr(theirs, name)
+            error = ((computed - exact).abs().max() / exact.abs().max()).item()
             errors[name] = max(errors.get(name, 0.0), error)
     return errors
 

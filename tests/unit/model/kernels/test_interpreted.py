@@ -19,7 +19,7 @@ BFLOAT16 = 2**-6
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     """What interpreted.py says; one process, which has the interpreter."""
     ran = subprocess.run(
         [sys.executable, "-m", "tests.unit.model.kernels.interpreted"],
@@ -33,9 +33,9 @@ def told() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def errors(told: dict[str, Any]) -> dict[str, dict[str, float]]:
+def errors(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     """By case and by result."""
-    return told["cases"]
+    return results["cases"]
 
 
 @pytest.mark.parametrize("layout", ["causal", "packed", "nested", "replay", "isolated"])
@@ -57,5 +57,5 @@ def test_context_parallel_parts_strides_shared_heads_and_head_sizes_are_among_th
     assert any(kind in name for name in errors)
 
 
-def test_the_model_calls_them_by_name(told: dict[str, Any]) -> None:
-    assert told["chosen"] < FLOAT32
+def test_the_model_calls_them_by_name(results: dict[str, Any]) -> None:
+    assert results["chosen"] < FLOAT32

@@ -38,12 +38,12 @@ class Launched:
     def next_healthy(self, seconds: float) -> tuple[int, str, int]:
         """Index, URL and pid of the server that is told healthy next."""
         end = time.monotonic() + seconds
-        said: list[str] = []
+        lines: list[str] = []
         while (line := self.next_line(end - time.monotonic())) is not None:
-            if told := HEALTHY.fullmatch(line):
-                return int(told[1]), told[2], int(told[3])
-            said.append(line)
-        raise AssertionError(f"ended with {self.process.wait()}: {said[-5:]}")
+            if healthy := HEALTHY.fullmatch(line):
+                return int(healthy[1]), healthy[2], int(healthy[3])
+            lines.append(line)
+        raise AssertionError(f"ended with {self.process.wait()}: {lines[-5:]}")
 
     def family(self) -> list[psutil.Process]:
         """All that descends from it now."""
@@ -58,11 +58,11 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 @contextmanager
 def launched(env: Mapping[str, str] = MappingProxyType({}), **settings: object) -> Iterator[Launched]:
     """A supervisor under these settings of `Serving`, its servers with `env` beside this process's own."""
-    told = json.dumps(
+    as_json = json.dumps(
         {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.unit.rollout.serving.start", told],
+        [sys.executable, "-m", "tests.unit.rollout.serving.start", as_json],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

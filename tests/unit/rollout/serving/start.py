@@ -13,8 +13,8 @@ from megatron_parallel_r1.rollout.launcher.run import serve_rollout
 PATHS = ("checkpoint", "python", "log_dir", "urls_file")
 
 if __name__ == "__main__":
-    told = json.loads(sys.argv[1])
-    settings = {name: Path(value) if name in PATHS else value for name, value in told.items()}
+    values = json.loads(sys.argv[1])
+    settings = {name: Path(value) if name in PATHS else value for name, value in values.items()}
     try:
         serve_rollout(LaunchSettings(**settings), tell=lambda line: print(line, flush=True))
     except UserError as error:

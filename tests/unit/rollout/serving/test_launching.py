@@ -41,9 +41,9 @@ def settings(tmp_path: Path) -> dict[str, object]:
 
 def test_a_killed_server_comes_back_at_its_address(settings: dict[str, object]) -> None:
     with launched(**settings) as it:
-        told = [it.next_healthy(SECONDS) for _ in range(2)]
-        urls = {index: url for index, url, _ in told}
-        index, url, pid = told[0]
+        healthy = [it.next_healthy(SECONDS) for _ in range(2)]
+        urls = {index: url for index, url, _ in healthy}
+        index, url, pid = healthy[0]
         old = psutil.Process(pid).children(recursive=True)
         assert len(old) == 1
         os.kill(pid, signal.SIGKILL)
