@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import weight_table
+from megatron_parallel_r1.architecture.weight_table import check_fit
 from megatron_parallel_r1.checkpoint_formats.safetensors_file import save_tensors, stored_tensors
 from megatron_parallel_r1.checkpoint_formats.torch_dist import (
     MegatronCheckpoint,
@@ -38,15 +38,17 @@ def load_hf_folder(path: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, T
     The weights may also be a distributed checkpoint of Megatron; they have their Hugging Face names.
 
     Raises:
-        UserError: a file is missing or damaged, or the architecture is not supported.
+        UserError: a file is missing or damaged, the architecture is not supported, or weights do not fit it.
     """
     config = read_config(path)
     folder = Path(path)
-    if _is_megatron(folder):
+    if not any(folder.glob("*.safetensors")) and find_checkpoint(folder) is not None:
         checkpoint = MegatronCheckpoint(folder)
         checkpoint.check(config)
         return config, read_weights(checkpoint, config)
-    return config, _read(weight_files(folder))
+    files = weight_files(folder)
+    check_fit(config, {name: stored.shape for name, stored in stored_tensors(files).items()})
+    return config, _read(files)
 
 
 def read_config(path: Path | str) -> ModelConfig:
@@ -71,24 +73,6 @@ def read_config(path: Path | str) -> ModelConfig:
         raise UserError(f"{folder}/config.json is not valid JSON ({error}); copy it again") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-
-
-def hf_sizes(path: Path | str) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of a folder's weights, without reading them.
-
-    Raises:
-        UserError: as `load_hf_folder`.
-    """
-    folder = Path(path)
-    if _is_megatron(folder):
-        config = read_config(folder)
-        MegatronCheckpoint(folder).check(config)
-        return dict(part for weight in weight_table(config) for part in weight.parts)
-    return {name: stored.shape for name, stored in stored_tensors(weight_files(folder)).items()}
-
-
-def _is_megatron(folder: Path) -> bool:
-    return not any(folder.glob("*.safetensors")) and find_checkpoint(folder) is not None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -8,17 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_parallel_r1.architecture.weight_table import check_fit
-from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
+from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.coldstart.settings import OwnEngine
 from megatron_parallel_r1.coldstart.teacher import TeacherAnswer, TeacherRequest
 from megatron_parallel_r1.data.prompts import TEMPLATES, decode, encode_prompt
 from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.checkpoints import read_tags
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.run.context import native_engine
-from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.utils.rank import world_size
 
 if TYPE_CHECKING:
@@ -40,14 +39,8 @@ def open_engine(settings: OwnEngine, template: str, seed: int) -> Iterator[Engin
         raise UserError("coldstart: a teacher of kind engine is one process; start it without a launcher")
     _check_template(settings.path, template)
     shape, tensors = load_hf_folder(settings.path)
-    check_fit(shape, hf_sizes(settings.path))
     tokenizer = open_tokenizer(settings.path)
-    try:
-        tags = Tags.of(tokenizer)
-    except ValueError as error:
-        raise UserError(
-            f"{settings.path}: {error}; give a model that was trained to think in parallel"
-        ) from None
+    tags = read_tags(tokenizer, settings.path)
     with process.running(seed):
         engine = native_engine(shape)
         engine.load_weights(tensors, version=0)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_parallel_r1.architecture.weight_table import check_fit
-from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
+from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.config.recipe import Evaluation, Recipe
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.data.problems import Problem
@@ -138,7 +137,6 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None = None) -> dict[
     if recipe.evaluation is None:
         raise UserError("the recipe has no `evaluation`; add one to say on which problems")
     shape, _ = load_hf_folder(folder)
-    check_fit(shape, hf_sizes(folder))
     tokenizer = open_tokenizer(folder)
     tags = read_tags(tokenizer, folder)
     parallel, settings = recipe.parallel, recipe.evaluation

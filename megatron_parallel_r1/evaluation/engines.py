@@ -74,8 +74,7 @@ def _native(spec: EngineSpec) -> Iterator[OpenedEngine]:
     """Decodes in this process, or in all processes of a launch, which exit together."""
     from megatron.core import parallel_state
 
-    from megatron_parallel_r1.architecture.weight_table import check_fit
-    from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
+    from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
     from megatron_parallel_r1.distributed import process
     from megatron_parallel_r1.distributed.collectives import barrier, is_replica_leader
     from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
@@ -84,7 +83,6 @@ def _native(spec: EngineSpec) -> Iterator[OpenedEngine]:
     if spec.servers:
         raise UserError("engine native: decodes in this process and takes no --server; remove it")
     shape, tensors = load_hf_folder(spec.folder)
-    check_fit(shape, hf_sizes(spec.folder))
     try:
         parallel = ParallelConfig(tensor=spec.tensor)
     except ValueError as error:

@@ -150,13 +150,13 @@ class _Drawing:
         drawn = right = parallel = 0
         lock = threading.Lock()
         bar = StageProgress(label, cached + len(share), done=cached, console=console)
-        with cache.writer(opened.copy) as writer, bar:
+        with cache.writer(opened.copy) as write, bar:
 
             def keep(index: int, trace: Trace) -> None:
                 nonlocal drawn, right, parallel
                 record = response_record(share[index], trace, self.tokenizer, self.verifier)
                 with lock:
-                    writer.write(record)
+                    write(record)
                     drawn, right, parallel = drawn + 1, right + record.correct, parallel + (record.blocks > 0)
                     bar.update(
                         cached + drawn, {"accuracy": right / drawn, "parallel_ratio": parallel / drawn}

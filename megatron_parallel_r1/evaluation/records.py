@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,8 +165,9 @@ class RecordFolder:
                 records[record.key] = record
         return records
 
-    def writer(self, copy: int) -> RecordWriter:
-        """Appends the records of one copy of the model.
+    @contextmanager
+    def writer(self, copy: int) -> Iterator[Callable[[ResponseRecord], None]]:
+        """Yields a function that appends a record of one copy of the model at once.
 
         Raises:
             UserError: the folder, or later a record, cannot be written.
@@ -176,25 +178,15 @@ class RecordFolder:
                 (self.folder / "setup.json").write_text(
                     json.dumps(self._setup, indent=2, ensure_ascii=False) + "\n"
                 )
-            return RecordWriter(self.folder / RECORDS.replace("*", str(copy)))
+            path = self.folder / RECORDS.replace("*", str(copy))
+            lines = JsonlWriter(path)
 
+        def write(record: ResponseRecord) -> None:
+            with writing(path):
+                lines.write(asdict(record))
 
-class RecordWriter:
-    """Appends each record at once; a context manager."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines = JsonlWriter(path)
-
-    def write(self, record: ResponseRecord) -> None:
-        with writing(self._path):
-            self._lines.write(asdict(record))
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._lines.close()
+        with lines:
+            yield write
 
 
 def _hash(*parts: Any) -> str:

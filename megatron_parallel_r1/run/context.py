@@ -13,8 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import check_fit
-from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
+from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, Stage
 from megatron_parallel_r1.data.problems import Problem
@@ -81,7 +80,6 @@ class RunContext:
         else:
             assert recipe.model.path is not None, "a recipe has a shape or a path"
             shape, _ = load_hf_folder(recipe.model.path)
-            check_fit(shape, hf_sizes(recipe.model.path))
             shape = replace(shape, vocab=max(shape.vocab, len(tokenizer)))
         return cls(recipe, folder, tokenizer, tags, shape, new_ids)
 

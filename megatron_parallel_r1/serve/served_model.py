@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_parallel_r1.architecture.weight_table import check_fit
-from megatron_parallel_r1.checkpoint_formats.hf_folder import hf_sizes, load_hf_folder
+from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import read_tags, stored_decoding
@@ -53,7 +52,6 @@ class ServedModel:
             UserError: a file is missing or does not match the others.
         """
         config, tensors = load_hf_folder(folder)
-        check_fit(config, hf_sizes(folder))
         settings = folder / "thinking.json"
         if not settings.is_file():
             raise UserError(

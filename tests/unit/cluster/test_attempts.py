@@ -89,8 +89,8 @@ def test_an_evaluation_that_is_cut_off_goes_on_while_it_writes_records(
     required = ["--checkpoint", "release", "--benchmarks", "embedded_hard"]
     for key in "abcd":
         bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2)
-        with RecordFolder(Path(out), ["weights"]).writer(0) as writer:
-            writer.write(record(key))
+        with RecordFolder(Path(out), ["weights"]).writer(0) as write:
+            write(record(key))
     bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2)
     with pytest.raises(UserError, match="crash loop: 2 failures without progress beyond 4 steps"):
         bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2)

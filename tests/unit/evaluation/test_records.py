@@ -57,32 +57,32 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     assert folder.read() == {}
     written = [record(str(i), blocks=i, answer=None if i else "½\n\x00") for i in range(3)]
     for copy, part in ((0, written[:2]), (1, written[2:])):
-        with folder.writer(copy) as writer:
+        with folder.writer(copy) as write:
             for item in part:
-                writer.write(item)
+                write(item)
     assert RecordFolder(tmp_path, SETUP).read() == {item.key: item for item in written}
     assert RecordFolder(tmp_path, ["other"]).read() == {}
 
 
 def test_a_torn_last_line_is_dropped_and_written_anew(tmp_path: Path) -> None:
     folder = RecordFolder(tmp_path, SETUP)
-    with folder.writer(0) as writer:
-        writer.write(record("0"))
-        writer.write(record("1"))
+    with folder.writer(0) as write:
+        write(record("0"))
+        write(record("1"))
     file = folder.folder / "copy0.jsonl"
     whole = file.read_bytes()
     for cut in (1, 40, len(whole.splitlines(keepends=True)[1]) - 1):
         file.write_bytes(whole[:-cut])
         assert [item.problem for item in folder.read().values()] == ["0"]
-        with folder.writer(0) as writer:
-            writer.write(record("1"))
+        with folder.writer(0) as write:
+            write(record("1"))
         assert file.read_bytes() == whole
 
 
 def test_what_is_no_record_is_named(tmp_path: Path) -> None:
     folder = RecordFolder(tmp_path, SETUP)
-    with folder.writer(0) as writer:
-        writer.write(record("0"))
+    with folder.writer(0) as write:
+        write(record("0"))
     file = folder.folder / "copy0.jsonl"
     file.write_text(file.read_text() + '{"key": "1"}\n')
     with pytest.raises(UserError, match=r"copy0.jsonl, record 2: not a record"):
