@@ -219,7 +219,11 @@ ANYTHING = st.recursive(
 NAMES = sorted({field for field, _ in FIELDS if len(field) < 80} | {"suffix", "echo", "user", "store"})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.dictionaries(st.sampled_from(NAMES), ANYTHING, max_size=3), st.booleans())
 def test_no_field_makes_it_fail(client: httpx.Client, fields: dict[str, Any], in_chat: bool) -> None:
     base = chat(max_tokens=2) if in_chat else {"prompt": "w8", "max_tokens": 2}
