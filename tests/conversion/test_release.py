@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
-from megatron_parallel_r1.conversion.command import release_command, run_and_exit
+from megatron_parallel_r1.conversion.command import RESUME, release_command
 from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_megatron import hf_to_megatron
 from megatron_parallel_r1.data.prompts import TEMPLATES, encode_prompt
 from megatron_parallel_r1.evaluation.checkpoints import open_checkpoint
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
+from megatron_parallel_r1.utils.exit import run_and_exit
 from tests.serve.release import THINKING, tokenizer, words
 from tests.unit.conversion.folders import assert_equal, tensors_of
 from tests.unit.rollout.tiny import tiny_qwen3
@@ -54,7 +55,7 @@ EVALUATION = {"stage": "rl", "step": 2, "mode": "isolated", "accuracy": 0.5, "ci
 
 def code_of(*given: object) -> int:
     with pytest.raises(SystemExit) as ended:
-        run_and_exit(lambda: release_command([str(word) for word in given]))
+        run_and_exit(lambda: release_command([str(word) for word in given]), RESUME)
     return ended.value.code
 
 

@@ -37,14 +37,14 @@ def test_cuda_build_without_driver(quiet: bool) -> None:
 
 
 def test_all_else_is_heard() -> None:
-    warning = """
+    script = """
 from megatron_parallel_r1.utils.imports import prepare_imports
 prepare_imports()
 import logging, warnings
 logging.getLogger("torch.utils.cpp_extension").warning("your compiler is broken")
 warnings.warn("your driver is on fire")
 """
-    done = subprocess.run([sys.executable, "-c", warning], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "your compiler is broken" in done.stderr and "your driver is on fire" in done.stderr
 
 

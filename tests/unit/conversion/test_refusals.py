@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_parallel_r1.conversion.command import (
+    RESUME,
     hf_to_megatron_command,
     inspect_command,
     megatron_to_hf_command,
-    run_and_exit,
     verify_command,
 )
 from megatron_parallel_r1.conversion.shard_plan import Target
 from megatron_parallel_r1.conversion.to_megatron import RELEASE, hf_to_megatron
+from megatron_parallel_r1.utils.exit import run_and_exit
 from tests.unit.conversion.folders import write_hf
 
 Change = Callable[[dict[str, torch.Tensor]], object]
@@ -27,7 +28,7 @@ MOE_UP = "model.layers.3.mlp.experts.7.up_proj.weight"
 
 def code_of(command: Callable[[list[str]], int], *words: object) -> int:
     with pytest.raises(SystemExit) as ended:
-        run_and_exit(lambda: command([str(word) for word in words]))
+        run_and_exit(lambda: command([str(word) for word in words]), RESUME)
     return ended.value.code
 
 
