@@ -44,7 +44,7 @@ class FakeServer:
 
     def __init__(self, url: str, about: ServerInfo | None = None) -> None:
         self.url = url
-        self.told = about or ServerInfo("model", STOCK_MODES, 0, 10_000, None)
+        self.info_sent = about or ServerInfo("model", STOCK_MODES, 0, 10_000, None)
         self.alive, self.hangs, self.refuses = True, False, ""
         self.failures, self.holds_s = 0, 0.0
         self.fails_on: Callable[[GenerateRequest], bool] = lambda request: False
@@ -62,7 +62,7 @@ class FakeServer:
             raise Unreachable(f"{self.url}: connection refused")
         if self.refuses:
             raise UserError(self.refuses)
-        return self.told
+        return self.info_sent
 
     async def healthy(self) -> bool:
         return self.alive and not self.hangs
@@ -85,7 +85,7 @@ class FakeServer:
             self.failures = max(0, self.failures - 1)
             raise Unreachable(f"{self.url} answered 500: no luck")
         completion = drawn(request)
-        versions = (self.told.version,) * len(completion.tokens)
+        versions = (self.info_sent.version,) * len(completion.tokens)
         return GenerateResult(replace(completion, versions=versions), len(request.tokens) // 2)
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:

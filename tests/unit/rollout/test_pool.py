@@ -97,7 +97,7 @@ def test_servers_that_ignore_seeds_are_told_and_counted(
         return engine.connect_pool("sglang", list(known), Timeouts(), QUICK)
 
     assert met().metrics()["servers_unseeded"] == 0 and not caplog.messages
-    b.told = replace(b.told, seeded=False)
+    b.info_sent = replace(b.info_sent, seeded=False)
     assert met().metrics()["servers_unseeded"] == 1
     (line,) = caplog.messages
     assert b.url in line and a.url not in line and "without --no-deterministic" in line and "\n" not in line
@@ -239,12 +239,12 @@ def test_one_that_refuses_is_left_out() -> None:
 def test_weights_that_differ_keep_a_server_out() -> None:
     a, b = two()
     pool = pool_of([a, b])
-    a.told = replace(a.told, version=3)
+    a.info_sent = replace(a.info_sent, version=3)
     pool.set_version(3, ["http://a/"])
     traces = asyncio.run(rolled(pool))
     assert not b.seen and pool.version == 3
     assert {version for trace in traces for version in trace.versions} == {3}
-    b.told = replace(b.told, version=3)
+    b.info_sent = replace(b.info_sent, version=3)
 
     async def again() -> None:
         while not b.seen:
@@ -260,7 +260,7 @@ def test_a_server_started_anew_with_old_weights_is_noticed_by_its_tokens() -> No
     )
     pool = pool_of([a, b])
     assert pool.version == 4
-    a.told = replace(a.told, version=0)
+    a.info_sent = replace(a.info_sent, version=0)
     answers = [asyncio.run(pool.generate(request(str(i)))) for i in range(4)]
     assert {version for answer in answers for version in answer.completion.versions} == {4}
     assert pool.metrics()["server_retries"] >= 1
@@ -270,7 +270,7 @@ def test_one_that_comes_back_as_it_was_started_is_not_taken_for_the_first_versio
     a, b = two()
     pool = pool_of([a, b])
     pool.set_version(0, ["http://a", "http://b"])
-    a.told = replace(a.told, version=INITIAL_VERSION)
+    a.info_sent = replace(a.info_sent, version=INITIAL_VERSION)
     answers = [asyncio.run(pool.generate(request(str(i)))) for i in range(4)]
     assert {version for answer in answers for version in answer.completion.versions} == {0}
     assert pool.metrics()["server_retries"] >= 1
@@ -379,7 +379,7 @@ def test_processes_share_a_server_and_its_bound() -> None:
 
 def test_too_long_a_prompt_is_told_before_it_is_sent() -> None:
     a, _ = two()
-    a.told = replace(a.told, max_tokens=4)
+    a.info_sent = replace(a.info_sent, max_tokens=4)
     pool = pool_of([a])
     with pytest.raises(UserError, match=r"http://a takes 4 tokens.*2 and up to 3 do not fit.*longer context"):
         asyncio.run(pool.generate(request()))

@@ -149,7 +149,7 @@ def test_weights_go_to_the_publisher_and_fixed_ones_to_nobody() -> None:
 
     def publish(tensors: object, version: int) -> None:
         published.append(([name for name, _ in tensors], version))
-        server.told = replace(server.told, version=version)
+        server.info_sent = replace(server.info_sent, version=version)
         engine.pool.set_version(version, [server.url])
 
     engine = ServerEngine(engine.pool, publish)
