@@ -137,7 +137,7 @@ def _connect(own_rank: int, is_host: bool, host: str, join_s: float) -> tuple[di
     try:
         launch = _launch_store(address, port, world_size(), is_host, timeout)
         session = f"attempt{attempt}/session{launch.add(f'attempt{attempt}/starts/{own_rank}', 1)}"
-        connections = (launch, launch.clone())  # type: ignore[attr-defined] - torch's stubs lack it
+        connections = (launch, launch.clone())  # type: ignore[attr-defined]  # torch's stubs lack it
         store, second = (dist.PrefixStore(session, connection) for connection in connections)
     except dist.DistError as error:
         reason = f"rank {own_rank}: {host} was not reached at {address}:{port} within {join_s:g} s"
