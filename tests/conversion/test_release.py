@@ -53,9 +53,9 @@ stages:
 EVALUATION = {"stage": "rl", "step": 2, "mode": "isolated", "accuracy": 0.5, "ci95": 0.02, "problems": 64}
 
 
-def code_of(*given: object) -> int:
+def code_of(*arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
-        run_and_exit(lambda: release_command([str(word) for word in given]), RESUME)
+        run_and_exit(lambda: release_command([str(word) for word in arguments]), RESUME)
     return ended.value.code
 
 
@@ -195,13 +195,13 @@ def test_a_megatron_checkpoint_is_released_as_its_source_is(run: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [(("rl/model",), "thinking.json is missing; give --thinking"), (("rl",), "no config.json")],
 )
 def test_what_is_missing_is_named(
-    given: tuple[str, ...], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert code_of(*(run / part for part in given), tmp_path / "out") == 2
+    assert code_of(*(run / part for part in arguments), tmp_path / "out") == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not list(tmp_path.iterdir())
 

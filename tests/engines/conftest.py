@@ -46,8 +46,8 @@ def sglang_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 def isolated_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     """Of the same model, with the plugin and room for all."""
     folder = tmp_path_factory.mktemp("isolated")
-    made = write_folder(folder / "model", untied_model())
-    server = Shared(made, folder / "logs", isolated=True, env=STRICT)
+    written = write_folder(folder / "model", untied_model())
+    server = Shared(written, folder / "logs", isolated=True, env=STRICT)
     yield server
     server.end()
 

@@ -29,22 +29,22 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--url", action="append", required=True)
     parser.add_argument("transports", nargs="+")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    parallel = ParallelConfig(tensor=given.tensor, pipeline=given.pipeline)
+    parallel = ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline)
     found = []
     with process.running(1, parallel):
         model = build_model(SHAPE, torch.float32, parallel)
         version = 0
-        for transport in given.transports:
+        for transport in arguments.transports:
             settings = Sync(
                 transport=transport,
                 bucket_bytes=30_000,
                 tolerance=EXACT,
                 timeout_s=120,
-                folder=given.out.parent / "versions",
+                folder=arguments.out.parent / "versions",
             )
-            controls = [SglangControl(url, 120) for url in given.url]
+            controls = [SglangControl(url, 120) for url in arguments.url]
             publisher = Publisher(controls, model, settings, ROWS, Trained(model))
             for _ in range(2):
                 version += 1
@@ -57,7 +57,7 @@ def main() -> None:
                 found.append(asdict(published))
             publisher.end()
         if dist.get_rank() == 0:
-            given.out.write_text(json.dumps(found))
+            arguments.out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

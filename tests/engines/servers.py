@@ -32,10 +32,10 @@ CONTEXT_TOKENS = 1024
 
 def python_of(engine: EngineName) -> Path:
     """The interpreter of an engine's environment; skips the test where it is not built."""
-    made = ROOT / f".venv-{engine}"
-    if not (made / "ready").exists():
+    environment = ROOT / f".venv-{engine}"
+    if not (environment / "ready").exists():
         pytest.skip(f"no .venv-{engine}: make engines")
-    return made / "bin" / "python"
+    return environment / "bin" / "python"
 
 
 class Shared:

@@ -47,12 +47,12 @@ def loop(watchdog: process.Watchdog, unlucky: bool, what: str) -> None:
         time.sleep(3)  # work after the last collective, which the store's host must wait for
 
 
-def again(given: argparse.Namespace, lags: bool) -> None:
+def again(arguments: argparse.Namespace, lags: bool) -> None:
     """Joins and leaves twice; in between the ranks drift apart by more than two beats."""
     for session in (1, 2):
         if lags and session == 2:
             time.sleep(2.5)
-        with process.running(1, timeout_s=given.timeout, heartbeat_s=given.heartbeat, join_s=200):
+        with process.running(1, timeout_s=arguments.timeout, heartbeat_s=arguments.heartbeat, join_s=200):
             sums = torch.full((4,), float(session))
             dist.all_reduce(sums)
             assert sums.tolist() == [float(session * dist.get_world_size())] * 4
@@ -65,17 +65,19 @@ def main() -> None:
     parser.add_argument("what", choices=("kill", "stop", "sleep", "refuse", "late", "again"))
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--heartbeat", type=float, default=60)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     block_stop_signals()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    unlucky = int(os.environ["RANK"]) == given.unlucky
+    unlucky = int(os.environ["RANK"]) == arguments.unlucky
     try:
-        if given.what == "again":
-            again(given, unlucky)
+        if arguments.what == "again":
+            again(arguments, unlucky)
             return
-        with process.running(1, timeout_s=given.timeout, heartbeat_s=given.heartbeat, join_s=200) as watchdog:
-            loop(watchdog, unlucky, given.what)
+        with process.running(
+            1, timeout_s=arguments.timeout, heartbeat_s=arguments.heartbeat, join_s=200
+        ) as watchdog:
+            loop(watchdog, unlucky, arguments.what)
     except PeerLost as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(LOST_EXIT_CODE)

@@ -96,10 +96,10 @@ def test_every_weight_has_its_place(parallel: ParallelConfig, tied: bool) -> Non
 
 
 def test_the_curriculum_by_hand() -> None:
-    made = planned(CURRICULUM, world=64)
-    assert (made.data, made.shape.layers, len(made.parts)) == (32, 36, 1)
-    sft, easy, s1, s2 = made.stages
-    assert [stage.start for stage in made.stages] == [None, "sft", "rl_easy", "rl_easy"]
+    planned_run = planned(CURRICULUM, world=64)
+    assert (planned_run.data, planned_run.shape.layers, len(planned_run.parts)) == (32, 36, 1)
+    sft, easy, s1, s2 = planned_run.stages
+    assert [stage.start for stage in planned_run.stages] == [None, "sft", "rl_easy", "rl_easy"]
     # Two rows of 4,096 fit in 8,192; each of 32 copies has 4.
     assert (sft.rows, sft.trained, sft.micro_batches, sft.row) == (128, 128 * 4096, 2, 8192)
     # 256 x 8 traces of 3,000 drawn tokens; a prompt of 2,000; branches as long as the response at most.
@@ -131,17 +131,17 @@ def test_the_curriculum_by_hand() -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("qwen3_4b/*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("world", [8, 64])
 def test_the_recipes_fit_their_gpus(path: Path, world: int) -> None:
-    made = planned(path, world=world)
-    assert all("does not exist" in note for note in made.notes), made.notes
-    for stage in made.stages:
+    planned_run = planned(path, world=world)
+    assert all("does not exist" in note for note in planned_run.notes), planned_run.notes
+    for stage in planned_run.stages:
         assert max(memory.total for memory in stage.memories) < 80 * GIB
         assert stage.evaluation is not None and stage.evaluation.total < 80 * GIB
 
 
 def test_what_a_recipe_bounds_is_not_assumed() -> None:
     def plan_and_notes(*overrides: str) -> tuple[Plan, list[str]]:
-        made = planned(CURRICULUM, *overrides, world=8, longest=LengthLimits(1500, 3000))
-        return made, [note for note in made.notes if "assumed, since" in note]
+        planned_run = planned(CURRICULUM, *overrides, world=8, longest=LengthLimits(1500, 3000))
+        return planned_run, [note for note in planned_run.notes if "assumed, since" in note]
 
     bounded, none = plan_and_notes("max_prompt_tokens=1000", "max_example_tokens=2000")
     assert none == [] and bounded.stages[0].trained == 128 * 2000
@@ -153,9 +153,9 @@ def test_what_a_recipe_bounds_is_not_assumed() -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_has_a_plan_in_words(path: Path) -> None:
-    made = planned(path, world=2)
-    text = plan_text(made)
-    assert all(f"{stage.stage.name}: {stage.stage.kind}" in text for stage in made.stages)
+    planned_run = planned(path, world=2)
+    text = plan_text(planned_run)
+    assert all(f"{stage.stage.name}: {stage.stage.kind}" in text for stage in planned_run.stages)
 
 
 def test_without_a_number_of_gpus_it_is_for_one_copy_of_the_model() -> None:
@@ -192,11 +192,11 @@ def test_the_scaffold_in_words() -> None:
 
 def test_a_pipeline_in_words() -> None:
     layout = "parallel={tensor: 2, pipeline: 2, virtual: 2, context: 2, sequence: true}"
-    made = planned(CURRICULUM, layout, world=16)
-    assert made.data == 2 and made.stages[1].slots is None
+    planned_run = planned(CURRICULUM, layout, world=16)
+    assert planned_run.data == 2 and planned_run.stages[1].slots is None
     # 1,024 rows for 2 copies, and an even number since two interleaved processes take turns.
-    assert made.stages[1].micro_batches == 512
-    text = plan_text(made)
+    assert planned_run.stages[1].micro_batches == 512
+    text = plan_text(planned_run)
     assert "pipeline rank 0: layers 0..8, 18..26" in text
     assert "a run would end with: native engine: pipeline 2 and context 2 is not supported" in text
 
@@ -274,8 +274,8 @@ def test_micro_batches_are_those_that_rows_of_full_length_make(
     layout = f"parallel={{pipeline: {pipeline}, virtual: {virtual}}}"
     # Four layers for two interleaved processes.
     words = (layout, f"max_tokens_per_micro_batch={capacity}", "model.shape.layers=4")
-    made = planned(MINI, *words, world=world * pipeline, longest=LengthLimits(prompt=8, example=80))
-    for stage, rows, length in zip(made.stages, (8, 8), (80, 88), strict=True):
+    planned_run = planned(MINI, *words, world=world * pipeline, longest=LengthLimits(prompt=8, example=80))
+    for stage, rows, length in zip(planned_run.stages, (8, 8), (80, 88), strict=True):
         partition = BatchPartition(data_size=world, rounds=pipeline if virtual > 1 else 1)
         packed = partition_rows([row_of(length)] * rows, capacity, partition)
         assert stage.micro_batches == len(packed)

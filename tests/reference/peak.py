@@ -23,8 +23,8 @@ class Peak(TorchDispatchMode):
         self._known[storage._cdata] = (StorageWeakRef(storage), 0)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(made):
+        result = function(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()
                 known = self._known.get(storage._cdata)
@@ -32,4 +32,4 @@ class Peak(TorchDispatchMode):
                     self._known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self._known = {key: pair for key, pair in self._known.items() if not pair[0].expired()}
         self.peak = max(self.peak, sum(size for _storage, size in self._known.values()))
-        return made
+        return result

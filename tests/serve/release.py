@@ -35,12 +35,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word; a word that it does not know is `w7`."""
     inner = Tokenizer(WordLevel({word: id for id, word in enumerate(words())}, unk_token="w7"))
     inner.pre_tokenizer = WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
+    fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<eos>", unk_token="w7", clean_up_tokenization_spaces=False
     )
-    tags: Tags = add_tags(made)
+    tags: Tags = add_tags(fast_tokenizer)
     assert tags == TAGS
-    return made
+    return fast_tokenizer
 
 
 def write_release(folder: Path, thinking: Thinking = THINKING, template: str = "w9 {problem}") -> Path:

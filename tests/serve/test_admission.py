@@ -77,8 +77,8 @@ def test_no_answer_holds_more_than_it_is_counted_with(mode: Mode, monkeypatch: p
     held: list[int] = []
     extend = PageTable.extend
 
-    def noted(self: PageTable, *given: object) -> object:
-        slots = extend(self, *given)
+    def noted(self: PageTable, *arguments: object) -> object:
+        slots = extend(self, *arguments)
         held.append(self.used)
         return slots
 

@@ -99,8 +99,8 @@ def test_health_answers_while_it_decodes(client: httpx.Client) -> None:
 
 
 def test_without_the_key_nothing_is_answered(narrow: httpx.Client) -> None:
-    for given in (None, "", "Bearer", "Bearer wrong", "Basic ключ", "Bearer ключ2"):
-        headers = {} if given is None else {"Authorization": given.encode()}
+    for header in (None, "", "Bearer", "Bearer wrong", "Basic ключ", "Bearer ключ2"):
+        headers = {} if header is None else {"Authorization": header.encode()}
         with httpx.Client(base_url=narrow.base_url, headers=headers) as stranger:
             for answer in (post(stranger, chat()), stranger.get("/v1/models")):
                 assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"

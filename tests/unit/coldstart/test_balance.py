@@ -28,24 +28,24 @@ def cells(chosen: list[Candidate]) -> Counter:
 
 
 def test_all_stay_where_nothing_is_asked() -> None:
-    given = candidates(random.Random(0), 20, 3)
-    assert balance(given, Balance(per_problem=3), seed=0) == given
+    pool = candidates(random.Random(0), 20, 3)
+    assert balance(pool, Balance(per_problem=3), seed=0) == pool
 
 
 @pytest.mark.parametrize("case", range(30))
 def test_per_problem_is_as_even_as_single_exchanges_make_it(case: int) -> None:
     rng = random.Random(case)
-    given = candidates(rng, 12, 4)
+    pool = candidates(rng, 12, 4)
     most = rng.randint(1, 2)
-    chosen = balance(given, Balance(per_problem=most), seed=0)
-    assert len(set(chosen)) == len(chosen) and set(chosen) <= set(given)
+    chosen = balance(pool, Balance(per_problem=most), seed=0)
+    assert len(set(chosen)) == len(chosen) and set(chosen) <= set(pool)
     offered, taken = (
-        Counter(candidate.problem for candidate in given),
+        Counter(candidate.problem for candidate in pool),
         Counter(candidate.problem for candidate in chosen),
     )
     assert all(taken[problem] == min(most, offered[problem]) for problem in offered)
     squares = sum(count**2 for count in cells(chosen).values())
-    for leaves, comes in itertools.product(chosen, set(given) - set(chosen)):
+    for leaves, comes in itertools.product(chosen, set(pool) - set(chosen)):
         if leaves.problem == comes.problem:
             other = cells([candidate for candidate in chosen if candidate != leaves] + [comes])
             assert sum(count**2 for count in other.values()) >= squares
@@ -66,18 +66,18 @@ def test_no_choice_of_the_ratio_keeps_more(ratio: float, case: int) -> None:
 
 
 def test_ratio_of_one_makes_all_cells_equal() -> None:
-    given = candidates(random.Random(1), 60, 1)
-    before, after = cells(given), cells(balance(given, Balance(ratio=1.0), seed=0))
+    pool = candidates(random.Random(1), 60, 1)
+    before, after = cells(pool), cells(balance(pool, Balance(ratio=1.0), seed=0))
     assert set(after) == set(before) and set(after.values()) == {min(before.values())}
 
 
 def test_choice_is_by_the_seed_and_not_by_the_order_given() -> None:
-    given = candidates(random.Random(2), 60, 3)
+    pool = candidates(random.Random(2), 60, 3)
     settings = Balance(per_problem=2, ratio=1.5)
-    chosen = balance(given, settings, seed=0)
-    shuffled = random.Random(3).sample(given, len(given))
+    chosen = balance(pool, settings, seed=0)
+    shuffled = random.Random(3).sample(pool, len(pool))
     assert balance(shuffled, settings, seed=0) == chosen
-    assert balance(given, settings, seed=1) != chosen
+    assert balance(pool, settings, seed=1) != chosen
     assert chosen == sorted(chosen, key=lambda candidate: (candidate.problem, candidate.sample))
 
 

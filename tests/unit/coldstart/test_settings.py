@@ -65,9 +65,9 @@ def test_what_cannot_be(key: str, value: Any, says: str) -> None:
     ],
 )
 def test_endpoints_that_cannot_be(key: str, value: Any, says: str) -> None:
-    given = tree()
-    given["teacher"][key] = value
+    values = tree()
+    values["teacher"][key] = value
     with pytest.raises(UserError, match="teacher") as raised:
-        parse_settings(given, "a.yaml")
+        parse_settings(values, "a.yaml")
     assert says in str(raised.value)
     assert "secret" not in str(raised.value)

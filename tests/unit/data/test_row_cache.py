@@ -37,11 +37,11 @@ class Counting:
     """Makes rows and counts them; its own code is this file, as for any function here."""
 
     def __init__(self, mode: Mode = "isolated") -> None:
-        self.made = 0
+        self.count = 0
         self.mode = mode
 
     def row(self, example: Example) -> Row:
-        self.made += 1
+        self.count += 1
         return row_of(example, self.mode)
 
 
@@ -63,11 +63,11 @@ def cache(tmp_path: Path) -> RowCache:
 @pytest.mark.parametrize("mode", ["isolated", "replay", "causal"])
 def test_rows_from_disk_are_the_rows_that_were_made(mode: Mode, cache: RowCache) -> None:
     cache = replace(cache, mode=mode)
-    made = [row_of(example, mode) for example in EXAMPLES]
+    expected = [row_of(example, mode) for example in EXAMPLES]
     first, again = Counting(mode), Counting(mode)
-    assert_same(cache.rows(EXAMPLES, first.row), made)
-    assert_same(cache.rows(EXAMPLES, again.row), made)
-    assert (first.made, again.made) == (1200, 0)
+    assert_same(cache.rows(EXAMPLES, first.row), expected)
+    assert_same(cache.rows(EXAMPLES, again.row), expected)
+    assert (first.count, again.count) == (1200, 0)
     assert all(file.suffix == ".rows" for file in cache.folder.iterdir()), "nothing half-written is left"
 
 
@@ -85,29 +85,29 @@ def test_whatever_a_row_follows_from_makes_it_anew(cache: RowCache) -> None:
     ):
         counting = Counting()
         other.rows(examples, counting.row)
-        assert counting.made == len(examples)
+        assert counting.count == len(examples)
     untouched = Counting()
     cache.rows([replace(example, problem=replace(problem, id="x", source="y"))], untouched.row)
-    assert untouched.made == 0, "a row does not follow from the name of its problem"
+    assert untouched.count == 0, "a row does not follow from the name of its problem"
 
 
 def test_other_code_makes_rows_anew(cache: RowCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    made = []
+    versions = []
     for version in (1, 2):
         (tmp_path / f"maker{version}.py").write_text(
-            f"from tests.unit.data.test_row_cache import row_of\n\n\ndef make(example, made):\n"
-            f"    made.append({version})\n    return row_of(example, 'isolated')\n"
+            f"from tests.unit.data.test_row_cache import row_of\n\n\ndef make(example, versions):\n"
+            f"    versions.append({version})\n    return row_of(example, 'isolated')\n"
         )
         module = __import__(f"maker{version}")
         for _ in range(2):
-            cache.rows(EXAMPLES[:1], partial(module.make, made=made))
-    assert made == [1, 2]
+            cache.rows(EXAMPLES[:1], partial(module.make, versions=versions))
+    assert versions == [1, 2]
 
 
 def test_a_damaged_file_is_made_again(cache: RowCache) -> None:
     examples = EXAMPLES[:20]
-    made = cache.rows(examples, Counting().row)
+    expected = cache.rows(examples, Counting().row)
     (file,) = cache.folder.iterdir()
     whole = file.read_bytes()
     middle = len(whole) // 2
@@ -115,8 +115,8 @@ def test_a_damaged_file_is_made_again(cache: RowCache) -> None:
     for damaged in (b"", whole[:10], whole[:-4], flipped, whole + b"\0\0\0\0", bytes(len(whole))):
         file.write_bytes(damaged)
         counting = Counting()
-        assert_same(cache.rows(examples, counting.row), made)
-        assert counting.made == 20
+        assert_same(cache.rows(examples, counting.row), expected)
+        assert counting.count == 20
         assert file.read_bytes() == whole
 
 
@@ -143,7 +143,7 @@ def test_several_processes_share_a_folder(cache: RowCache) -> None:
     assert sums == {sum(int(row_of(example, "isolated").tokens_L.sum()) for example in EXAMPLES[:600])}
     after = Counting()
     cache.rows(EXAMPLES[:600], after.row)
-    assert after.made == 0, "whoever deletes a file writes it before it ends"
+    assert after.count == 0, "whoever deletes a file writes it before it ends"
     assert [file.suffix for file in cache.folder.iterdir()] == [".rows"] * len(list(cache.folder.iterdir()))
 
 

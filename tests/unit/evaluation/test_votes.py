@@ -9,8 +9,8 @@ from megatron_parallel_r1.evaluation.statistics import Ballot, elect, right_vote
 from megatron_parallel_r1.rewards.verifier import Verifier
 
 
-def ballots(*given: tuple[str | None, bool]) -> list[Ballot]:
-    return [Ballot(answer, correct) for answer, correct in given]
+def ballots(*votes: tuple[str | None, bool]) -> list[Ballot]:
+    return [Ballot(answer, correct) for answer, correct in votes]
 
 
 RIGHT, WRONG, SILENT = (r"\frac{1}{2}", True), ("3", False), (None, False)

@@ -34,9 +34,9 @@ class _Library(ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        made = _Numbers(name, (), {}) if name[0].isupper() else MagicMock(name=name)
-        setattr(self, name, made)
-        return made
+        fake = _Numbers(name, (), {}) if name[0].isupper() else MagicMock(name=name)
+        setattr(self, name, fake)
+        return fake
 
 
 def install(source: Path) -> None:
@@ -78,21 +78,25 @@ def kept(model: torch.nn.ModuleList, other: torch.nn.ModuleList) -> bool:
 
     from megatron_parallel_r1.train.checkpoints.sharded import extra_states, set_extra_states
 
-    made = DelayedScalingRecipeState.__init__
+    original_init = DelayedScalingRecipeState.__init__
 
-    def made_here(self: DelayedScalingRecipeState, *given: object, **named: object) -> None:
-        made(self, *given, **named | {"device": torch.device("cpu")})
+    def made_here(self: DelayedScalingRecipeState, *arguments: object, **named: object) -> None:
+        original_init(self, *arguments, **named | {"device": torch.device("cpu")})
 
     DelayedScalingRecipeState.__init__ = made_here
     torch.cuda.synchronize = lambda: None
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(major=9, minor=0)
     nothing_yet = not extra_states(model)
-    given = histories(model)
-    for number, tensor in enumerate(given):
+    histories_before = histories(model)
+    for number, tensor in enumerate(histories_before):
         tensor.fill_(number + 0.5)
     set_extra_states(other, extra_states(model))
     found = histories(other)
-    return nothing_yet and len(given) == len(found) == 32 and all(map(torch.equal, given, found))
+    return (
+        nothing_yet
+        and len(histories_before) == len(found) == 32
+        and all(map(torch.equal, histories_before, found))
+    )
 
 
 def main() -> None:

@@ -52,13 +52,13 @@ def test_logits_under_a_layout_equal_transformers(variant: str, folders: Path) -
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_table_names_every_parameter_and_every_tensor(variant: str, folders: Path) -> None:
     shape, tensors = load_hf_folder(folders / variant)
-    given = dict(tensors)
+    loaded = dict(tensors)
     model = gpt.build_model(shape)
-    weights.load_hf_tensors(model, given.items())
+    weights.load_hf_tensors(model, loaded.items())
     assert {weight.name for weight in weight_table(shape)} == weights.own_parameters(model).keys()
     back = dict(weights.hf_tensors(model))
-    assert back.keys() == given.keys()
-    assert all(torch.equal(back[name], given[name]) for name in given)
+    assert back.keys() == loaded.keys()
+    assert all(torch.equal(back[name], loaded[name]) for name in loaded)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -188,14 +188,14 @@ def test_its_layers_take_what_megatron_gives_them(wrapper: str, module: str, nam
         for node in ast.parse(inspect.getsource(wrappers)).body
         if isinstance(node, ast.ClassDef) and node.name == wrapper
     )
-    given = {
+    keywords = {
         keyword.arg
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__"
         for keyword in node.keywords
         if keyword.arg
     }
-    assert given and given <= arguments(f"pytorch.module.{module}", name, "__init__")
+    assert keywords and keywords <= arguments(f"pytorch.module.{module}", name, "__init__")
 
 
 @needs_engine
@@ -203,8 +203,8 @@ def test_its_recipes_and_contexts_take_what_megatron_gives_them() -> None:
     recipes = {node.name for node in source("common.recipe.__init__").body if isinstance(node, ast.ClassDef)}
     assert recipes >= {"DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling"}
     assert arguments("pytorch.quantization", "fp8_autocast") >= {"enabled", "fp8_recipe", "fp8_group"}
-    given = {"enabled", "recipe", "preserve_high_precision_init_val"}
-    assert arguments("pytorch.quantization", "fp8_model_init") >= given
+    keywords = {"enabled", "recipe", "preserve_high_precision_init_val"}
+    assert arguments("pytorch.quantization", "fp8_model_init") >= keywords
     # Megatron-Core 0.16 imports from here; it is on its way out of Transformer Engine.
     imported = {
         name.name

@@ -250,14 +250,14 @@ def test_what_only_some_objectives_report(trainer_of, traces) -> None:
 
 def test_more_updates_than_groups_are_as_many_as_groups(trainer_of, traces) -> None:
     trainer = trainer_of()
-    made = 0
+    updates_done = 0
     update: Callable = trainer.update
 
     def count(batches, loss, lr):
-        nonlocal made
-        made += 1
+        nonlocal updates_done
+        updates_done += 1
         return update(batches, loss, lr)
 
     trainer.update = count  # type: ignore[method-assign]
     metrics = learn(learner(trainer, Objective(), updates=5), traces, REWARDS, lr=1e-3)
-    assert made == 2 and metrics["mismatch_max"] <= 2e-5
+    assert updates_done == 2 and metrics["mismatch_max"] <= 2e-5

@@ -56,11 +56,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as made:
-        serving = threading.Thread(target=made.serve_forever)
+    with Server() as running:
+        serving = threading.Thread(target=running.serve_forever)
         serving.start()
-        yield made
-        made.shutdown()
+        yield running
+        running.shutdown()
         serving.join()
 
 

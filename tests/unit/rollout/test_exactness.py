@@ -115,10 +115,10 @@ def test_compiled_layers_are_exact_and_new_weights_need_no_new_ones() -> None:
     engine = native_engine(tiny_qwen3(), compiled=True)
     thinking = Thinking(paths=3, max_path_tokens=20, max_response_tokens=90)
     traces_of(engine, thinking, random_prompts(12))
-    made = counters["stats"]["unique_graphs"]
-    assert made > 0
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
     model = tiny_qwen3(seed=1)
     engine.load_weights(model.state_dict().items(), version=1)
     traces = traces_of(engine, thinking, random_prompts(12))
-    assert counters["stats"]["unique_graphs"] == made
+    assert counters["stats"]["unique_graphs"] == graphs
     assert largest_difference(model, traces, "isolated") <= TOLERANCE

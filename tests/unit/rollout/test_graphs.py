@@ -37,17 +37,19 @@ def test_a_cache_that_grows_on_the_way_is_followed() -> None:
 
 
 def test_each_size_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[int, int]] = []
+    captured: list[tuple[int, int]] = []
 
     class Counted(graphs._GraphBuffers):
         def __init__(self, model: graphs.DecodeModel, rows: int, length: int) -> None:
-            made.append((rows, length))
+            captured.append((rows, length))
             super().__init__(model, rows, length)
 
     monkeypatch.setattr(graphs, "_GraphBuffers", Counted)
     traces(True)
-    assert len(made) == len(set(made)) >= 3
-    assert {rows for rows, _ in made} <= {8, 16, 32, 64, 128} and {length for _, length in made} == {128}
+    assert len(captured) == len(set(captured)) >= 3
+    assert {rows for rows, _ in captured} <= {8, 16, 32, 64, 128} and {length for _, length in captured} == {
+        128
+    }
 
 
 @pytest.mark.parametrize(("count", "filled"), [(1, 8), (8, 8), (9, 16), (64, 64), (65, 128)])

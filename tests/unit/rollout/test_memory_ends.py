@@ -53,11 +53,11 @@ def test_growth_that_fails_changes_nothing(
     few, many = prompts(1000), prompts(SLOTS + 1000)
     expected = asyncio.run(answers(native_engine(model), many))
     empty_cache = DecodeModel._empty_cache
-    made: list[int] = []
+    sizes: list[int] = []
 
     def scarce(self: DecodeModel, slots: int) -> torch.Tensor:
-        made.append(slots)
-        if len(made) > layer:
+        sizes.append(slots)
+        if len(sizes) > layer:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return empty_cache(self, slots)
 
@@ -66,8 +66,8 @@ def test_growth_that_fails_changes_nothing(
         patch.setattr(DecodeModel, "_empty_cache", scarce)
         results = asyncio.run(answers(engine, many))
         assert any(isinstance(result, torch.OutOfMemoryError) for result in results)
-        assert made == [SLOTS] * (layer + 1) and engine.cached_tokens == 0
+        assert sizes == [SLOTS] * (layer + 1) and engine.cached_tokens == 0
         # What fits is served as ever, while there is still no more memory.
         assert asyncio.run(answers(engine, few)) == expected[: len(few)]
-        assert len(made) == layer + 1
+        assert len(sizes) == layer + 1
     assert asyncio.run(answers(engine, many)) == expected

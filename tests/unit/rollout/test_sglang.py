@@ -193,9 +193,9 @@ def test_the_handshake_is_made_once() -> None:
 
     async def twice() -> None:
         await client.info()
-        made = len(server.bodies)
+        requests = len(server.bodies)
         await client.info()
-        assert len(server.bodies) == made == 3
+        assert len(server.bodies) == requests == 3
 
     asyncio.run(twice())
 

@@ -6,7 +6,7 @@ from megatron_parallel_r1.sync.settings import Sync
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("values", "message"),
     [
         ({"transport": "disk"}, "transport disk needs a folder"),
         ({"bucket_bytes": 0}, r"bucket_bytes\n.*greater than or equal to 1"),
@@ -17,6 +17,6 @@ from megatron_parallel_r1.sync.settings import Sync
         ),
     ],
 )
-def test_refused(given: dict, message: str) -> None:
+def test_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Sync(**given)
+        Sync(**values)

@@ -55,14 +55,14 @@ def histories(trainer: Trainer) -> dict[str, list[int]]:
 def test_histories_come_back(trainer_of, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     trainer, fresh = trainer_of(), trainer_of(seed=5)
-    given = give_histories(trainer)
-    assert len(given) == len(extra_states(trainer.model)) == 4
+    histories_before = give_histories(trainer)
+    assert len(histories_before) == len(extra_states(trainer.model)) == 4
     checkpoints.save(trainer, 1, {})
     # What is saved is what was there then.
     for _, layer in layers(trainer):
         layer.history.fill_(0)
     assert checkpoints.restore(fresh) == (1, {})
-    assert histories(fresh) == given
+    assert histories(fresh) == histories_before
     assert TRUST not in os.environ
 
 

@@ -33,12 +33,12 @@ def values(**more: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def run(
-    objective: Objective, given: dict[str, torch.Tensor], entropies: torch.Tensor | None = None
+    objective: Objective, inputs: dict[str, torch.Tensor], entropies: torch.Tensor | None = None
 ) -> tuple[float, list[float], dict[str, float]]:
     """The loss, its gradient, and what it reports but for `kl_old`."""
     logprobs_N = RATIO.log().requires_grad_()
     entropies_N = torch.zeros_like(RATIO) if entropies is None else entropies
-    loss, sums = policy_loss(logprobs_N, entropies_N, given, objective, MEMBERS)
+    loss, sums = policy_loss(logprobs_N, entropies_N, inputs, objective, MEMBERS)
     loss.backward()
     reported = {name: value.item() for name, value in sums.items() if name != "kl_old"}
     return loss.item(), logprobs_N.grad.tolist(), reported
@@ -56,9 +56,9 @@ def test_defaults_are_grpo_clipped_higher() -> None:
 def test_on_policy_every_objective_is_the_policy_gradient(ratio: Any, surrogate: Any) -> None:
     logprobs_N = torch.tensor([-1.0, -2.0, -0.3], dtype=torch.float64, requires_grad=True)
     advantages_N = torch.tensor([0.5, 0.5, -0.25], dtype=torch.float64)
-    given = {"advantage": advantages_N, "weight": torch.ones(3, dtype=torch.float64)}
+    inputs = {"advantage": advantages_N, "weight": torch.ones(3, dtype=torch.float64)}
     objective = Objective(ratio=ratio, surrogate=surrogate)
-    loss, _ = policy_loss(logprobs_N, torch.zeros(3), given, objective, Segments(torch.tensor([0, 0, 1]), 2))
+    loss, _ = policy_loss(logprobs_N, torch.zeros(3), inputs, objective, Segments(torch.tensor([0, 0, 1]), 2))
     loss.backward()
     assert logprobs_N.grad.tolist() == pytest.approx([-0.5, -0.5, 0.25])
 
@@ -77,13 +77,13 @@ def test_sequence_mean_of_gspo_is_the_paper_s_mean_over_traces() -> None:
     logs = [0.1, 0.3, 0.2, -0.1, 0.2]
     first, second = math.exp(0.4 / 2), math.exp(0.3 / 3)
     weights = target_weights(np.array([2, 3]), "sequence")
-    given = {
+    inputs = {
         "advantage": torch.tensor([1.0, 1.0, -2.0, -2.0, -2.0], dtype=torch.float64),
         "weight": torch.tensor([weights[0]] * 2 + [weights[1]] * 3),
         "old": torch.zeros(5, dtype=torch.float64),
     }
     logprobs_N = torch.tensor(logs, dtype=torch.float64, requires_grad=True)
-    loss, _ = policy_loss(logprobs_N, torch.zeros(5), given, Objective(ratio="sequence"), MEMBERS)
+    loss, _ = policy_loss(logprobs_N, torch.zeros(5), inputs, Objective(ratio="sequence"), MEMBERS)
     loss.backward()
     # Divided by the five targets, as the trainer does: eq. 5 of the paper and its gradient, eq. 10.
     assert loss.item() / 5 == pytest.approx(-(first * 1 + second * -2) / 2)
@@ -124,8 +124,8 @@ def test_kl_in_the_loss_by_hand() -> None:
 
 def test_how_far_a_step_has_moved_the_policy_by_hand() -> None:
     logprobs_N = RATIO.log().requires_grad_()
-    given = values(weight=torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0], dtype=torch.float64))
-    _, sums = policy_loss(logprobs_N, torch.zeros_like(RATIO), given, Objective(), MEMBERS)
+    inputs = values(weight=torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0], dtype=torch.float64))
+    _, sums = policy_loss(logprobs_N, torch.zeros_like(RATIO), inputs, Objective(), MEMBERS)
     # r - 1 - ln r of the targets that count: 1.5 twice, 0.5 and 1.1.
     expected = 2 * (0.5 - math.log(1.5)) + (-0.5 - math.log(0.5)) + (0.1 - math.log(1.1))
     assert sums["kl_old"].item() == pytest.approx(expected) and not sums["kl_old"].requires_grad
@@ -145,11 +145,11 @@ def test_entropy_bonus_by_hand() -> None:
 
 
 def test_dual_clip_and_cispo_are_reached_by_name() -> None:
-    given = values(advantage=torch.full_like(RATIO, -1.0))
+    inputs = values(advantage=torch.full_like(RATIO, -1.0))
     # 1.4 x -1 bounds the ratios of 1.5; 0.5 is held at 0.8.
-    loss, _, sums = run(Objective(dual_clip=1.4), given)
+    loss, _, sums = run(Objective(dual_clip=1.4), inputs)
     assert loss == pytest.approx(1.4 + 1.4 + 0.8 + 0.8 + 1.1) and sums["clipped_dual"] == 2
-    _, grad, sums = run(Objective(surrogate="cispo"), given)
+    _, grad, sums = run(Objective(surrogate="cispo"), inputs)
     assert grad == pytest.approx([1.28, 1.28, 0.8, 0.8, 1.1])
     assert sums == {"clipped_low": 2, "clipped_high": 2, "trained": 5}
 
@@ -157,10 +157,10 @@ def test_dual_clip_and_cispo_are_reached_by_name() -> None:
 def test_an_empty_micro_batch_has_a_loss_of_nothing() -> None:
     empty_N = torch.zeros(0, requires_grad=True)
     names = ("advantage", "weight", "old", "engine", "reference")
-    given = {name: torch.zeros(0) for name in names}
+    inputs = {name: torch.zeros(0) for name in names}
     objective = Objective(ratio="sequence", correction="mask", correction_level="sequence", kl="k3")
     segments = Segments(torch.zeros(0, dtype=torch.int64), 0)
-    loss, sums = policy_loss(empty_N, torch.zeros(0), given, objective, segments)
+    loss, sums = policy_loss(empty_N, torch.zeros(0), inputs, objective, segments)
     loss.backward()
     assert loss.item() == 0 and empty_N.grad.shape == (0,) and not any(s.item() for s in sums.values())
 
