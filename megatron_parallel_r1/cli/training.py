@@ -90,10 +90,10 @@ def coldstart(
     overrides: Overrides = None,
 ) -> None:
     """Let a teacher write cold-start traces. The same command resumes and keeps the answers it has."""
-    from megatron_parallel_r1.coldstart.settings import parse_settings
+    from megatron_parallel_r1.coldstart.settings import ColdStart
     from megatron_parallel_r1.config.reader import read_tree
 
-    cold_start_settings = parse_settings(read_tree(settings, overrides or ()), str(settings))
+    cold_start_settings = ColdStart.read(read_tree(settings, overrides or ()), str(settings))
     from megatron_parallel_r1.coldstart.run import cold_start
 
     outcome = cold_start(cold_start_settings, log=lambda line: typer.echo(line, err=True))

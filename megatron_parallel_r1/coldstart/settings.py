@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.data.schemas import Columns
-from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.utils.settings import (
     Count,
@@ -18,7 +17,6 @@ from megatron_parallel_r1.utils.settings import (
     Settings,
     Tokens,
     Unit,
-    first_problem,
 )
 
 Api = Literal["chat", "completions"]
@@ -152,18 +150,3 @@ class ColdStart(Settings):
         if self.template == "sequential" and self.check.parallel:
             raise ValueError("template sequential asks for no blocks; set check.parallel: false")
         return self
-
-
-def parse_settings(tree: dict[str, Any], where: str) -> ColdStart:
-    """Validates the values of a YAML file.
-
-    Args:
-        where: names the file in an error.
-
-    Raises:
-        UserError: a key is unknown, missing or ill-typed, or a value is impossible.
-    """
-    try:
-        return ColdStart.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{where}: {first_problem(error, ColdStart, tree)}") from None

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from megatron_parallel_r1.config.deprecated import RENAMED, new_path, with_new_keys
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.utils.settings import first_problem
 
 # The wheel has the recipes inside the package (setup.py), a checkout beside it.
 _PACKAGED = Path(__file__).resolve().parents[1] / "recipes"
@@ -28,7 +26,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: as `read_tree`, or a key is unknown, missing or ill-typed.
     """
-    return _recipe(read_tree(path, overrides, RENAMED), str(path))
+    return Recipe.read(read_tree(path, overrides, RENAMED), str(path))
 
 
 def read_run_recipe(file: Path) -> Recipe:
@@ -42,14 +40,7 @@ def read_run_recipe(file: Path) -> Recipe:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: no valid YAML: {' '.join(str(error).split())}") from None
-    return _recipe(with_new_keys(tree, str(file)), str(file))
-
-
-def _recipe(tree: Any, where: str) -> Recipe:
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{where}: {first_problem(error, Recipe, tree)}") from None
+    return Recipe.read(with_new_keys(tree, str(file)), str(file))
 
 
 def read_tree(

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from megatron_parallel_r1.config.reader import read_run_recipe
 from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE, TEMPLATES
 from megatron_parallel_r1.errors import UserError
@@ -21,7 +19,6 @@ from megatron_parallel_r1.evaluation.modes import Decoding
 from megatron_parallel_r1.report.run_folder import read_run
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.tags import Tags
-from megatron_parallel_r1.utils.settings import first_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,10 +147,7 @@ def stored_decoding(file: Path) -> Decoding:
     """
     values = _read(file)
     known = Thinking.model_fields
-    try:
-        thinking = Thinking.model_validate({k: v for k, v in values.items() if k in known})
-    except ValidationError as error:
-        raise UserError(f"{file}: {first_problem(error, Thinking)}") from None
+    thinking = Thinking.read({k: v for k, v in values.items() if k in known}, str(file))
     template = values.get("prompt_template", TEMPLATES.get(str(values.get("prompt"))))
     if not isinstance(template, str) or "{problem}" not in template:
         raise UserError(

@@ -13,10 +13,10 @@ from types import MappingProxyType
 from typing import Annotated
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.utils.settings import Count, Settings, Share, first_problem
+from megatron_parallel_r1.utils.settings import Count, Settings, Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +150,4 @@ def read_machine(name: str) -> Machine:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file} is not valid YAML ({' '.join(str(error).split())})") from None
-    try:
-        return Machine.model_validate(values)
-    except ValidationError as error:
-        problem = first_problem(error, Machine, values)
-        raise UserError(f"{file}: {problem}; its fields are {', '.join(Machine.model_fields)}") from None
+    return Machine.read(values, str(file))

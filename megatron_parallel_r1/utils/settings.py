@@ -12,11 +12,25 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from typing_extensions import Self
 
+from megatron_parallel_r1.errors import UserError
+
 
 class Settings(BaseModel):
     """Frozen settings. An unknown key is an error; the string below a field is its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def read(cls, values: Any, where: str) -> Self:
+        """Validates the values of a file; `where` names it in an error.
+
+        Raises:
+            UserError: a key is unknown, missing or ill-typed, or a value is impossible.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"{where}: {first_problem(error, cls, values)}") from None
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with other values.

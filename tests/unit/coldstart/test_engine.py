@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_parallel_r1.coldstart.run import cold_start
-from megatron_parallel_r1.coldstart.settings import parse_settings
+from megatron_parallel_r1.coldstart.settings import ColdStart
 from megatron_parallel_r1.coldstart.teacher import TeacherRequest
 from megatron_parallel_r1.data.prompts import decode, encode_prompt
 from megatron_parallel_r1.data.tokenizers import train_tokenizer
@@ -56,7 +56,7 @@ def test_it_writes_what_the_rollout_loop_writes(folder: Path, tmp_path: Path) ->
         "seed": 7,
     }
     with pytest.raises(UserError, match="no answer passes"):  # a random model solves nothing
-        cold_start(parse_settings(tree, "test"))
+        cold_start(ColdStart.read(tree, "test"))
     records = read_jsonl(tmp_path / "out" / "answers.jsonl")
     assert len(records) == 4 * 2 * 2
     texts = {(record["problem"], record["sample"]): (record["text"], record["finish"]) for record in records}
@@ -84,11 +84,11 @@ def test_folders_that_are_no_teacher(folder: Path, tmp_path: Path) -> None:
         "teacher": {"kind": "engine", "path": str(tmp_path / "nowhere")},
     }
     with pytest.raises(UserError, match="nowhere"):
-        cold_start(parse_settings(tree, "test"))
+        cold_start(ColdStart.read(tree, "test"))
     (folder / "thinking.json").write_text('{"prompt": "plain", "prompt_template": "{problem}"}')
     tree["teacher"] = {"kind": "engine", "path": str(folder)}
     with pytest.raises(UserError, match="trained with the prompt 'plain'; set template to that"):
-        cold_start(parse_settings(tree, "test"))
+        cold_start(ColdStart.read(tree, "test"))
     (folder / "thinking.json").unlink()
     for file in folder.iterdir():
         if not file.name.startswith("tokenizer"):
@@ -96,4 +96,4 @@ def test_folders_that_are_no_teacher(folder: Path, tmp_path: Path) -> None:
     train_tokenizer([posed(1).prompt], vocab_size=262).save_pretrained(tmp_path)
     tree["teacher"] = {"kind": "engine", "path": str(tmp_path)}
     with pytest.raises(UserError, match=r"no token for <Parallel>.*trained to think in parallel"):
-        cold_start(parse_settings(tree, "test"))
+        cold_start(ColdStart.read(tree, "test"))

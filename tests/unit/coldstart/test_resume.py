@@ -16,8 +16,8 @@ from tests.unit.coldstart.written_traces import answer_to, gsm8k_file, settings_
 RUN = """
 import json, sys
 from megatron_parallel_r1.coldstart.run import cold_start
-from megatron_parallel_r1.coldstart.settings import parse_settings
-cold_start(parse_settings(json.loads(sys.argv[1]), "test"))
+from megatron_parallel_r1.coldstart.settings import ColdStart
+cold_start(ColdStart.read(json.loads(sys.argv[1]), "test"))
 """
 FILES = ("traces.parquet", "report.md", "report.json")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_parallel_r1.coldstart.settings import ColdStart, OwnEngine, TeacherEndpoint, parse_settings
+from megatron_parallel_r1.coldstart.settings import ColdStart, OwnEngine, TeacherEndpoint
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.settings import Thinking
 from tests.unit.coldstart.written_traces import settings_tree
@@ -18,11 +18,11 @@ def tree() -> dict[str, Any]:
 
 
 def test_both_teachers() -> None:
-    settings = parse_settings(tree(), "a.yaml")
+    settings = ColdStart.read(tree(), "a.yaml")
     assert isinstance(settings, ColdStart) and isinstance(settings.teacher, TeacherEndpoint)
     assert settings.out == Path("out") and settings.balance.ratio is None
     engine = {"kind": "engine", "path": "model", "thinking": {"paths": 3}}
-    settings = parse_settings(tree() | {"teacher": engine}, "a.yaml")
+    settings = ColdStart.read(tree() | {"teacher": engine}, "a.yaml")
     assert settings.teacher == OwnEngine(kind="engine", path=Path("model"), thinking=Thinking(paths=3))
 
 
@@ -48,7 +48,7 @@ def test_both_teachers() -> None:
 )
 def test_what_cannot_be(key: str, value: Any, says: str) -> None:
     with pytest.raises(UserError, match=r"a\.yaml: ") as raised:
-        parse_settings(tree() | {key: value}, "a.yaml")
+        ColdStart.read(tree() | {key: value}, "a.yaml")
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -68,6 +68,6 @@ def test_endpoints_that_cannot_be(key: str, value: Any, says: str) -> None:
     values = tree()
     values["teacher"][key] = value
     with pytest.raises(UserError, match="teacher") as raised:
-        parse_settings(values, "a.yaml")
+        ColdStart.read(values, "a.yaml")
     assert says in str(raised.value)
     assert "secret" not in str(raised.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_parallel_r1.coldstart.settings import ColdStart, parse_settings
+from megatron_parallel_r1.coldstart.settings import ColdStart
 from megatron_parallel_r1.data.problems import Problem
 
 
@@ -53,4 +53,4 @@ def settings_tree(url: str, data: Path, out: Path) -> dict:
 
 
 def settings_with(url: str, data: Path, out: Path, changes: dict | None = None) -> ColdStart:
-    return parse_settings(settings_tree(url, data, out) | (changes or {}), "test")
+    return ColdStart.read(settings_tree(url, data, out) | (changes or {}), "test")
