@@ -34,7 +34,7 @@ from math_verify import parse, verify
 
 from benchmarks.page import Table, add_write_option, publish
 from benchmarks.side_by_side import ratios, spread
-from megatron_parallel_r1.data.tables import open_files
+from megatron_parallel_r1.data.opening import open_file
 from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
 
@@ -168,7 +168,7 @@ def _answers(path: Path | None) -> tuple[list[str], str]:
     path = path or shared / "data" / "math_train.parquet"
     if not path.is_file():
         return list(SYNTHETIC), f"{len(SYNTHETIC)} synthetic answers, as {path.name} is absent"
-    rows = [cells for shard in open_files(path) for _, cells in shard.rows()]
+    rows = [cells for _, cells in open_file(path).rows()]
     answers = [answer for cells in rows if (answer := extract_answer(cells["solution"]))]
     return answers, f"{len(answers)} answers of {path.name}"
 

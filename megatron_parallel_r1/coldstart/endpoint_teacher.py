@@ -20,7 +20,7 @@ import httpx
 
 from megatron_parallel_r1.coldstart.settings import Api, TeacherEndpoint
 from megatron_parallel_r1.coldstart.teacher import NoAnswer, TeacherAnswer, TeacherFinish, TeacherRequest
-from megatron_parallel_r1.data.prompts import render
+from megatron_parallel_r1.data.prompts import messages_of, render
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import KEEPALIVE_S
 
@@ -132,11 +132,11 @@ class EndpointTeacher:
 
     def _body(self, request: TeacherRequest) -> dict[str, Any]:
         endpoint = self._endpoint
-        text = render(request.template, request.problem.prompt)
+        template, problem = request.template, request.problem
         prompt: dict[str, Any] = (
-            {"messages": [{"role": "user", "content": text}]}
+            {"messages": messages_of(template, problem)}
             if endpoint.api == "chat"
-            else {"prompt": text + "\n"}
+            else {"prompt": render(template, problem) + "\n"}
         )
         fields = {
             "model": endpoint.model,

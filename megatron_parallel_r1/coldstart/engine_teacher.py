@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.coldstart.settings import OwnEngine
 from megatron_parallel_r1.coldstart.teacher import TeacherAnswer, TeacherRequest
-from megatron_parallel_r1.data.prompts import TEMPLATES, decode, encode_prompt
+from megatron_parallel_r1.data.prompts import decode, encode_prompt, template_text
 from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
@@ -58,7 +58,7 @@ def _check_template(folder: Path, template: str) -> None:
         text, name = record.get("prompt_template"), record.get("prompt")
     except (ValueError, AttributeError):
         raise UserError(f"{stored}: not a JSON object; release the model again, or delete the file") from None
-    if text is not None and text != TEMPLATES[template]:
+    if text is not None and text != template_text(template):
         raise UserError(f"{stored}: the model was trained with the prompt {name!r}; set template to that")
 
 
@@ -85,7 +85,7 @@ class EngineTeacher:
         return self._name
 
     async def answer(self, request: TeacherRequest) -> TeacherAnswer:
-        prompt = encode_prompt(self._tokenizer, request.template, request.problem.prompt)
+        prompt = encode_prompt(self._tokenizer, request.template, request.problem)
         engine = self._thinker.engine
         context = engine.open()
         try:

@@ -108,7 +108,7 @@ class Rounds:
 
     async def _answer(self, problem: Problem, number: int) -> TeacherAnswer | NoAnswer:
         request = TeacherRequest.of(problem, number, self._settings.template, self._settings.seed)
-        key = request.key(self._teacher.name, render(request.template, problem.prompt))
+        key = request.key(self._teacher.name, render(request.template, problem))
         answer = self._journal.find(key)
         if answer is not None:
             return answer

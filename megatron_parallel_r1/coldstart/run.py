@@ -24,6 +24,7 @@ from megatron_parallel_r1.coldstart.settings import Check, ColdStart, OwnEngine
 from megatron_parallel_r1.coldstart.teacher import Journal, Teacher, TeacherAnswer, open_journal
 from megatron_parallel_r1.data.account import account_table
 from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.data.prompts import template_columns
 from megatron_parallel_r1.data.readers import read_problems
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -47,11 +48,12 @@ def cold_start(settings: ColdStart, log: Log = lambda line: None) -> ColdStartRe
         UserError: the data, the teacher or the folder cannot be used as set, or no trace passes.
     """
     data, journal_file = settings.data, settings.out / "answers.jsonl"
-    dataset = read_problems(
-        data.name, data.path, columns=data.columns, limit=data.limit, bad_rows=data.bad_rows
-    )
-    if dataset.account.kept < dataset.account.rows:
+    options = data.read_options(template_columns(settings.template))
+    dataset = read_problems(data.name, data.path, **options)
+    if dataset.bad:
         log(account_table([dataset.account]).rstrip())
+    for note in dataset.account.notes():
+        log(note)
     with open_journal(journal_file) as journal:
         log(f"{len(dataset.items)} problems; {len(journal)} answers in {journal_file}")
         results = asyncio.run(_run_rounds(settings, dataset.items, journal, log))

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_parallel_r1.data.prompts import TEMPLATES
-from megatron_parallel_r1.data.schemas import Columns
+from megatron_parallel_r1.config.data import DataSetFiles
+from megatron_parallel_r1.data.prompts import template_text
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.utils.settings import (
     Count,
@@ -79,21 +80,6 @@ class OwnEngine(Settings):
     """How the teacher decodes."""
 
 
-class Problems(Settings):
-    """A data set of problems with right answers, as `data.readers.read_problems` reads it."""
-
-    name: str
-    """Name of the data set on the Hub, or `custom`."""
-    path: Path | None = None
-    """Local file or folder to read instead of the Hub."""
-    columns: Columns | None = None
-    """Columns of a data set of your own."""
-    limit: Count | None = None
-    """Read only the first problems; null: all."""
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-    """Rows that cannot be read: refuse the data set, or skip and count them."""
-
-
 class Check(Settings):
     """Conditions under which a well-formed trace with a right answer is kept."""
 
@@ -120,12 +106,12 @@ class ColdStart(Settings):
 
     out: Path
     """Folder for the journal of answers, `traces.parquet` and the report."""
-    data: Problems
+    data: DataSetFiles
     """Problems to solve."""
     teacher: Annotated[TeacherEndpoint | OwnEngine, Field(discriminator="kind")]
     """Model that writes the traces."""
     template: str = "parallel"
-    """Prompt template (`data/prompts.py`)."""
+    """Prompt template: a name of `data/prompts.py`, or a text with `{problem}` in it."""
     samples: Count = 1
     """Answers requested for each problem in a round."""
     enough: Count = 1
@@ -145,8 +131,10 @@ class ColdStart(Settings):
 
     @model_validator(mode="after")
     def _check_template(self) -> ColdStart:
-        if self.template not in TEMPLATES:
-            raise ValueError(f"template must be one of {', '.join(TEMPLATES)}")
+        try:
+            template_text(self.template)
+        except UserError as error:
+            raise ValueError(str(error)) from None
         if self.template == "sequential" and self.check.parallel:
             raise ValueError("template sequential asks for no blocks; set check.parallel: false")
         return self

@@ -15,8 +15,9 @@ from megatron_parallel_r1.config.data import Decontamination, ProblemSource, Tok
 from megatron_parallel_r1.config.model import ModelSource
 from megatron_parallel_r1.config.rollout import Rollout
 from megatron_parallel_r1.config.stages import Name, RlStage, SftStage, Stage
-from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.data.prompts import template_text
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.utils.settings import Count, Settings, Tokens, Unit, first_problem
 
@@ -75,7 +76,8 @@ class Recipe(Settings):
     tokenizer: Tokenizer
     """Tokenizer of the model."""
     prompt_template: str = "plain"
-    """Template of the question: `plain`, `sequential`, `parallel` or `adaptive` (`data/prompts.py`)."""
+    """Template of the question: `plain`, `sequential`, `parallel` or `adaptive` (`data/prompts.py`), or a
+    text with `{problem}` in it; `{level}` shows the column `level` of the data, `{{level}}` just braces."""
     thinking: Thinking = Thinking()
     """How traces are decoded, in training, evaluation and the release."""
     max_tokens_per_micro_batch: Tokens = 4096
@@ -106,10 +108,10 @@ class Recipe(Settings):
     def _check_settings(self) -> Recipe:
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed stands twice in `seeds`")
-        if self.prompt_template not in TEMPLATES:
-            raise ValueError(
-                f"prompt_template {self.prompt_template!r} is no template, use one of {', '.join(TEMPLATES)}"
-            )
+        try:
+            template_text(self.prompt_template)
+        except UserError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @model_validator(mode="after")

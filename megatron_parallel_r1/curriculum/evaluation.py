@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
+from megatron_parallel_r1.config.data import has_sources
 from megatron_parallel_r1.config.recipe import Evaluation, Recipe
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.data.problems import Problem
@@ -16,7 +17,7 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import check_parallel
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import read_tags
-from megatron_parallel_r1.evaluation.statistics import ProblemScores
+from megatron_parallel_r1.evaluation.statistics import Interval, ProblemScores
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.report.traces import trace_record
@@ -62,6 +63,7 @@ def evaluate_held_out(
 
     All processes of a run call it; each copy of the model draws its share.
 
+    Where problems have several sources, `accuracy/<source>` and its interval are given for each.
     `ci95_low` and `ci95_high` bound the 95 % interval of the accuracy (`score_interval`), as in every
     evaluation; `ci95` is half its width.
     """
@@ -74,7 +76,7 @@ def evaluate_held_out(
     right = [
         sum(j.correct for j in judged[start : start + samples]) for start in range(0, len(judged), samples)
     ]
-    scores = ProblemScores(tuple(problem.id for problem in problems), tuple(right), samples).interval
+    scores = _interval(problems, right, samples)
     metrics = trace_metrics(traces, judged)
     metrics["well_formed_blocks"] = metrics.pop("well_formed")
     record = {
@@ -89,6 +91,13 @@ def evaluate_held_out(
         "ci95_low": scores.low,
         "ci95_high": scores.high,
     }
+    if has_sources(settings.data):
+        for source in sorted({problem.source for problem in problems}):
+            here = [index for index, problem in enumerate(problems) if problem.source == source]
+            part = _interval([problems[index] for index in here], [right[index] for index in here], samples)
+            record[f"problems/{source}"] = len(here)
+            record[f"accuracy/{source}"] = part.value
+            record[f"ci95_low/{source}"], record[f"ci95_high/{source}"] = part.low, part.high
     return HeldOutResult(record, traces, judged)
 
 
@@ -158,3 +167,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None = None) -> dict[
             derive_seed(recipe.seed, "evaluation"),
         )
     return {"stage": folder.name, "step": 0, **result.record}
+
+
+def _interval(problems: Sequence[Problem], right: Sequence[int], samples: int) -> Interval:
+    return ProblemScores(tuple(problem.id for problem in problems), tuple(right), samples).interval

@@ -14,10 +14,10 @@ import yaml
 from megatron_parallel_r1.architecture.families import FAMILIES
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import weight_table
-from megatron_parallel_r1.config.data import DataSet
+from megatron_parallel_r1.config.data import DataSet, data_sets
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.data.prompts import TEMPLATES
+from megatron_parallel_r1.data.prompts import TEMPLATES, template_text
 from megatron_parallel_r1.report.evaluation_table import evaluation_table
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.run.folder import steps_done
@@ -54,8 +54,8 @@ def thinking_json(recipe: Recipe, folder: Path, at: ReleasePoint) -> str:
         at: stage and step of the weights.
     """
     settings = recipe.thinking_of(at.stage).model_dump() | {
-        "prompt": recipe.prompt_template,
-        "prompt_template": TEMPLATES[recipe.prompt_template],
+        "prompt": recipe.prompt_template if recipe.prompt_template in TEMPLATES else "own",
+        "prompt_template": template_text(recipe.prompt_template),
         "stage": at.stage.name,
         "step": sum(_steps(recipe, folder, at).values()),
     }
@@ -182,9 +182,13 @@ def _start(recipe: Recipe) -> str:
 
 def _provenance(recipe: Recipe, past: Sequence[SftStage | RlStage]) -> str:
     """The origin of each data set, and what was excluded from it."""
-    lines: Mapping[str, None] = dict.fromkeys(f"- {_origin(data)}" for data in [stage.data for stage in past])
+    lines: Mapping[str, None] = dict.fromkeys(
+        f"- {_origin(data)}" for stage in past for data in data_sets(stage.data) or (stage.data,)
+    )
     if recipe.evaluation is not None:
-        lines = {**lines, f"- held out, for evaluation: {_origin(recipe.evaluation.data)}": None}
+        held_out = recipe.evaluation.data
+        origins = "; ".join(_origin(data) for data in data_sets(held_out) or (held_out,))
+        lines = {**lines, f"- held out, for evaluation: {origins}": None}
     kept_out = "No problem of the evaluation is among those of the training."
     if recipe.decontamination is not None:
         kept_out += (
@@ -205,7 +209,7 @@ def _origin(data: Any) -> str:
 
 def _data(stage: SftStage | RlStage) -> str:
     data = stage.data
-    if isinstance(data, DataSet):
-        return data.name
+    if sets := data_sets(data):
+        return " + ".join(data.name for data in sets)
     kind = getattr(data, "kind", None)
     return f"{data.source} ({kind})" if kind else data.source

@@ -26,7 +26,7 @@ from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.loop import train_rl
 from megatron_parallel_r1.run.backends import Backends
 from megatron_parallel_r1.run.context import RunContext
-from megatron_parallel_r1.run.datasets import check_sources, contamination_report
+from megatron_parallel_r1.run.datasets import check_sources, contamination_report, data_report
 from megatron_parallel_r1.run.folder import is_resumable, keep_tokenizer, open_run_folder, past_evaluations
 from megatron_parallel_r1.run.save import save_model
 from megatron_parallel_r1.run.stage_loop import checkpoint_folder
@@ -113,6 +113,8 @@ def _run_seed(
                 keep_tokenizer(run.tokenizer, folder)
             if contamination := contamination_report(recipe):
                 (folder / "contamination.md").write_text(contamination)
+            if data := data_report(recipe):
+                (folder / "data.md").write_text(data)
         barrier()
         last: Model | None = None
         for stage in recipe.stages:
@@ -195,7 +197,8 @@ def _write_release(run: RunContext, model: Model, evaluations: Sequence[dict[str
 
 
 def _in_words(record: dict[str, Any]) -> str:
+    sources = [name.partition("/")[2] for name in record if name.startswith("accuracy/")]
     return (
         f"{record['stage']}  accuracy {accuracy_text(record)} "
         f"on {record['problems']} held-out problems, parallel ratio {record['parallel_ratio']:.1%}"
-    )
+    ) + "".join(f", {source} {record[f'accuracy/{source}']:.1%}" for source in sources)

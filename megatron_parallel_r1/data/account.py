@@ -32,15 +32,17 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class RowAccount:
-    """Counts of rows; rows == kept + bad + repeated + disputed.
+    """Counts of rows; rows == kept + bad + repeated + disputed, the last two only if `drops_repeats`.
 
     Attributes:
         source: the file, folder or name on the Hub.
         rows: all rows read.
         kept: rows that became problems or examples.
         bad: rows skipped because a column was not usable.
-        repeated: rows dropped because an earlier row has the same problem.
-        disputed: rows dropped because rows with the same problem have different answers.
+        repeated: rows whose problem an earlier row has, with the same answers.
+        disputed: rows whose problem another row has with different answers.
+        drops_repeats: whether both are dropped.
+        contradiction: two rows that disagree, by their ids.
     """
 
     source: str
@@ -49,9 +51,27 @@ class RowAccount:
     bad: tuple[BadRow, ...]
     repeated: int
     disputed: int
+    drops_repeats: bool = True
+    contradiction: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        assert self.rows == self.kept + len(self.bad) + self.repeated + self.disputed
+        repeats = self.repeated + self.disputed if self.drops_repeats else 0
+        assert self.rows == self.kept + len(self.bad) + repeats
+
+    def notes(self) -> list[str]:
+        """Returns a line for repeats and one for contradictions, if there are any."""
+        advice = "left out" if self.drops_repeats else "kept; drop_repeats=true leaves them out"
+        notes = []
+        if self.repeated:
+            notes.append(
+                f"{self.source}: {self.repeated:,} of {self.rows:,} rows repeat an earlier problem, {advice}"
+            )
+        if self.disputed:
+            notes.append(
+                f"{self.source}: {self.disputed:,} of {self.rows:,} rows contradict another row about the "
+                f"right answer of a problem, such as rows {' and '.join(self.contradiction)}, {advice}"
+            )
+        return notes
 
     def dropped(self) -> dict[str, list[BadRow]]:
         """Groups the bad rows by reason, the most frequent first."""
@@ -66,8 +86,9 @@ def account_table(accounts: Sequence[RowAccount]) -> str:
     rows: list[tuple[object, ...]] = []
     for account in accounts:
         reasons = [(len(bad), what, _list_rows(bad)) for what, bad in account.dropped().items()]
-        reasons.append((account.repeated, "repeats an earlier problem", ""))
-        reasons.append((account.disputed, "copies of the problem disagree on the answer", ""))
+        if account.drops_repeats:
+            reasons.append((account.repeated, "repeats an earlier problem", ""))
+            reasons.append((account.disputed, "copies of the problem disagree on the answer", ""))
         for index, reason in enumerate([r for r in reasons if r[0]] or [(0, "", "")]):
             head = (account.source, account.rows, account.kept) if index == 0 else ("", "", "")
             rows.append((*head, *reason))

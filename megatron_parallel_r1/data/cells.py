@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from decimal import Decimal
+from typing import Any, Protocol, TypeVar
+
+from megatron_parallel_r1.data.problems import Message
+from megatron_parallel_r1.utils.latex import last_box
+
+T = TypeVar("T")
 
 Cells = Mapping[str, Any]
 CellReader = Callable[[Cells], str]
@@ -70,21 +78,24 @@ def value(column: str) -> CellReader:
     return lambda row: as_value(row.get(column), column)
 
 
-def at_path(path: str, convert: Callable[[object, str], str]) -> CellReader:
-    """Reads a column or a value inside it: `reward_model.ground_truth`, `prompt.0.content`.
+def at_path(path: str, convert: Callable[[object, str], T]) -> Callable[[Cells], T]:
+    """Reads a column or a value inside it: `reward_model.ground_truth`, `prompt.0.content`, `prompt.user`.
 
-    A column whose own name contains the dots takes precedence.
+    A role selects the text of the last message of that role. A column whose own name contains the dots takes
+    precedence.
     """
 
-    def read(row: Cells) -> str:
+    def read(row: Cells) -> T:
         if path in row:
             return convert(row[path], path)
-        cell: Any = row
+        cell: object = row
         for step in path.split("."):
-            if isinstance(cell, list) and step.isdecimal() and int(step) < len(cell):
+            if isinstance(cell, list) and step.isdigit() and int(step) < len(cell):
                 cell = cell[int(step)]
             elif isinstance(cell, dict) and step in cell:
                 cell = cell[step]
+            elif isinstance(cell, list) and (turns := [t for t in _turns(cell, path) if t[0] == step]):
+                cell = turns[-1][1]
             else:
                 raise BadCell(path, "missing", f"; the row has {', '.join(map(repr, row))}")
         return convert(cell, path)
@@ -103,16 +114,119 @@ def as_text(cell: object, column: str) -> str:
     try:
         cell.encode()
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair; no tokenizer accepts it
-        raise BadCell(column, "a lone surrogate", f", at character {error.start}") from None
+        # Of CSV, bytes that are no text were read as these.
+        is_byte = "\udc80" <= cell[error.start] <= "\udcff"
+        what = "text that is not UTF-8" if is_byte else "a lone surrogate"
+        raise BadCell(column, what, f", at character {error.start}") from None
     return cell.strip()
 
 
-def as_value(cell: object, column: str) -> str:
-    """Returns text as `as_text` does, or a number; a whole number is written without its fraction."""
-    if isinstance(cell, bool) or not isinstance(cell, int | float):
+def as_question(cell: object, column: str) -> str:
+    """Returns text as `as_text` does, or the user's last message of a conversation."""
+    if not isinstance(cell, list):
         return as_text(cell, column)
-    if isinstance(cell, int):
-        return str(cell)
-    if not math.isfinite(cell):
+    return _conversation(cell, column)[1]
+
+
+def as_context(cell: object, column: str) -> tuple[Message, ...]:
+    """Returns the messages before the user's last one; none of a cell that is a text."""
+    return _conversation(cell, column)[0] if isinstance(cell, list) else ()
+
+
+def as_response(cell: object, column: str) -> str:
+    """Returns text as `as_text` does, or the assistant's last message of a conversation."""
+    if not isinstance(cell, list):
+        return as_text(cell, column)
+    texts = [text for role, text in _turns(cell, column) if role == "assistant"]
+    if not texts:
+        raise BadCell(column, "no message of the assistant")
+    return texts[-1]
+
+
+def _conversation(cell: list[Any], column: str) -> tuple[tuple[Message, ...], str]:
+    turns = _turns(cell, column)
+    last = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=None)
+    if last is None:
+        raise BadCell(column, "no message of the user" if turns else "not a list of messages")
+    return tuple(turns[:last]), turns[last][1]
+
+
+def _turns(cell: list[Any], column: str) -> list[Message]:
+    """Returns roles and texts of messages as OpenAI, verl or ShareGPT write them; without role: user."""
+    turns = []
+    for message in cell:
+        if not isinstance(message, dict):
+            raise BadCell(column, "not a list of messages")
+        role = message.get("role", message.get("from")) or "user"
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+            content = "\n".join(as_text(part["text"], column) for part in content)
+        turns.append(({"human": "user", "gpt": "assistant"}.get(role, role), as_text(content, column)))
+    return turns
+
+
+_AFTER_MARK = re.compile(r"####[ \t]*(\S[^\n]*)\Z")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+def as_answers(cell: object, column: str) -> tuple[str, ...]:
+    """Returns the right answers: one text or number, or a list of them, of which any counts.
+
+    A list may also be written as JSON text, `["1/2", "0.5"]`. Of a worked answer the final answer is read:
+    the last box, or the last line `#### 1,234` as in GSM8K, without thousands separators.
+    """
+    if isinstance(cell, str) and cell.lstrip().startswith('["'):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            return (as_text(cell, column),)
+    if isinstance(cell, list):
+        if not cell:
+            raise BadCell(column, "an empty list")
+        return tuple(dict.fromkeys(_final_answer(item, column) for item in cell))
+    return (_final_answer(cell, column),)
+
+
+def _final_answer(cell: object, column: str) -> str:
+    text = as_value(cell, column)
+    if "\\boxed" in text and (box := last_box(text)) is not None:
+        return box
+    marked = _AFTER_MARK.search(text)
+    if marked is not None:
+        return _THOUSANDS.sub("", marked[1])
+    if text.endswith("####"):
+        raise BadCell(column, "no value after ####")
+    return text
+
+
+def as_value(cell: object, column: str) -> str:
+    """Returns text as `as_text` does, or a number in decimal notation."""
+    if isinstance(cell, bool) or not isinstance(cell, int | float | Decimal):
+        return as_text(cell, column)
+    if not isinstance(cell, int) and not math.isfinite(cell):
         raise BadCell(column, "a number that is not finite")
-    return str(int(cell)) if cell == int(cell) else str(cell)
+    return decimal_text(cell)
+
+
+class WrittenFloat(float):
+    """A float that remembers the text it was read from."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
+def decimal_text(number: int | float | Decimal) -> str:
+    """Returns a finite number without an exponent and without zeros that end a fraction.
+
+    A float has the shortest digits that give it back: 1e-05 is 0.00001, 27.0 is 27.
+    """
+    if isinstance(number, int):
+        return str(number)
+    written = number.text if isinstance(number, WrittenFloat) else str(number)
+    text = format(Decimal(written), "f") if number else "0"
+    return text.rstrip("0").rstrip(".") if "." in text else text

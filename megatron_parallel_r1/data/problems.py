@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+Message = tuple[str, str]
+"""The role and the text of one turn of a conversation."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -17,13 +20,15 @@ class Problem:
         answers: right final answers, any of which counts; several where a question has several solutions.
             Not empty, none blank.
         source: the data set.
-        columns: all columns of its row, for rewards; no part of its identity.
+        context: messages before the question, such as a system prompt.
+        columns: all columns of its row, for rewards and prompt templates; no part of its identity.
     """
 
     id: str
     prompt: str
     answers: tuple[str, ...]
     source: str
+    context: tuple[Message, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:

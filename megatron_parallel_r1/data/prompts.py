@@ -2,14 +2,17 @@
 
 `parallel` asks for what Parallel-R1 (arXiv 2509.07980) asks for, in our own words; `sequential` is its
 baseline; `adaptive` asks for blocks only where they help, which the paper calls adaptive; `plain` is the bare
-problem, for models that see only one kind of question.
+problem, for models that see only one kind of question. A recipe may have a text of its own instead.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_parallel_r1.data.cells import BadCell, as_value, at_path
+from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,31 +42,86 @@ TEMPLATES = {
 }
 
 
-def render(template: str, problem: str) -> str:
-    """Returns the user message for a problem.
+_FIELD = re.compile(r"(?<!\{)\{([A-Za-z_][\w.]*)\}(?!\})|\{\{([A-Za-z_][\w.]*)\}\}")
+
+
+def template_text(template: str) -> str:
+    """Returns the text of a template: a name of `TEMPLATES`, or itself if it is a text with `{problem}`.
 
     Raises:
-        UserError: there is no such template.
+        UserError: it is neither.
     """
-    if template not in TEMPLATES:
-        raise UserError(f"prompt template {template!r}: unknown, use one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[template].replace("{problem}", problem)
+    text = TEMPLATES.get(template, template)
+    if "problem" not in _fields(text):
+        raise UserError(
+            f"prompt_template {template!r} is no template: use {', '.join(TEMPLATES)}, "
+            "or a text with {problem} in it"
+        )
+    return text
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """Returns the columns of the data that a template shows, `{level}` or `{extra_info.level}`.
+
+    Other braces are text, as in `\\boxed{}`; `{{level}}` stands for `{level}` itself.
+    """
+    return tuple(name for name in _fields(template_text(template)) if name != "problem")
+
+
+def _fields(text: str) -> dict[str, None]:
+    return dict.fromkeys(match[1] for match in _FIELD.finditer(text) if match[1])
+
+
+def messages_of(template: str, problem: Problem | str) -> list[dict[str, str]]:
+    """Returns the messages of a prompt: those before the question, and the question in its template.
+
+    Args:
+        template: a name or a text, as in `template_text`.
+        problem: a problem, or its bare question.
+
+    Raises:
+        UserError: there is no such template, or the problem lacks a column that it shows.
+    """
+    if isinstance(problem, str):
+        problem = Problem("", problem, ("?",), "")
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return f"{{{match[2]}}}"
+        if match[1] == "problem":
+            return problem.prompt
+        try:
+            return at_path(match[1], as_value)(problem.columns)
+        except BadCell as error:
+            raise UserError(
+                f"prompt template: problem {problem.id} of {problem.source}, {error}; "
+                f"for the braces themselves write {{{match[0]}}}"
+            ) from None
+
+    text = _FIELD.sub(fill, template_text(template))
+    before = [{"role": role, "content": content} for role, content in problem.context]
+    return [*before, {"role": "user", "content": text}]
+
+
+def render(template: str, problem: Problem | str) -> str:
+    """Returns the text of a prompt without a chat template; arguments and errors as in `messages_of`."""
+    return "\n".join(message["content"] for message in messages_of(template, problem))
 
 
 # For a released tokenizer without a chat template: one message as `encode_prompt` renders it, with a newline.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, problem: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, problem: Problem | str) -> list[int]:
     """Returns the token ids of the prompt, up to the start of the response.
 
-    With a chat template: one user message and the opening of the assistant's turn. Without: the bare text and
-    a newline.
+    With a chat template: the messages and the opening of the assistant's turn. Without: their text and a
+    newline. Arguments and errors as in `messages_of`.
     """
-    text = render(template, problem)
+    messages = messages_of(template, problem)
     if tokenizer.chat_template is None:
-        return tokenizer.encode(text + "\n", add_special_tokens=False)
-    messages = [{"role": "user", "content": text}]
+        text = "".join(message["content"] + "\n" for message in messages)
+        return tokenizer.encode(text, add_special_tokens=False)
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(chat, add_special_tokens=False)
 

@@ -23,7 +23,7 @@ import numpy as np
 from megatron_parallel_r1 import thought
 from megatron_parallel_r1.data import prompts
 from megatron_parallel_r1.data.problems import Example
-from megatron_parallel_r1.data.prompts import render
+from megatron_parallel_r1.data.prompts import messages_of
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.layout import Mode, Row
 from megatron_parallel_r1.utils.files import write_atomically
@@ -42,7 +42,7 @@ class RowCache:
     Attributes:
         folder: created with the first file; other caches and processes may share it.
         tokenizer: the hash of the tokenizer's files (`tokenizer_hash`).
-        template: the name of the prompt template; its text enters the hash.
+        template: the prompt template; the rendered prompt enters the hash.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class RowCache:
         return rows
 
     def _key(self, group: Sequence[Example], code: str) -> str:
-        texts = [(render(self.template, example.problem.prompt), example.response) for example in group]
+        texts = [(messages_of(self.template, example.problem), example.response) for example in group]
         return hashlib.sha256(json.dumps([code, self.tokenizer, self.mode, texts]).encode()).hexdigest()
 
 

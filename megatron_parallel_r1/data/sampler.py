@@ -22,6 +22,8 @@ RowLocation = tuple[int, int]
 Int64 = NDArray[np.int64]
 
 _CHUNKS_PER_BUFFER = 16
+_CHOICES_AT_ONCE = 1 << 16
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 
 
 class ShuffledEpochs(Generic[T]):
@@ -119,6 +121,39 @@ class StreamedShuffle(Generic[T]):
         items = list(self._load(locations))
         random.Random(f"rows/{self._seed}/{self._epoch}/{window}").shuffle(items)
         self._items, self._window = items, window
+
+
+class MixedOrder(Generic[T]):
+    """Maps a position 0, 1, 2, … to an item of one of several orders, in proportion to their weights.
+
+    A Weyl sequence, n times the golden ratio modulo 1, chooses the order: of any n neighbours an order of
+    share w gets w n items, up to a few. Each order goes through its own positions one by one. Position and
+    seed alone decide, so that one integer resumes a mixture.
+    """
+
+    def __init__(self, orders: Sequence[Callable[[int], T]], weights: Sequence[float], seed: int) -> None:
+        self._orders = orders
+        shares = np.cumsum(weights) / np.sum(weights)
+        self._bounds = (shares[:-1] * 2.0**64).astype(np.uint64)
+        self._start = random.Random(f"mixture/{seed}").getrandbits(64)
+        self._next, self._drawn = 0, np.zeros(len(orders), np.int64)
+
+    def __call__(self, position: int) -> T:
+        if position < self._next:
+            self._next, self._drawn = 0, np.zeros(len(self._orders), np.int64)
+        while self._next < position:
+            stop = min(position, self._next + _CHOICES_AT_ONCE)
+            self._drawn += np.bincount(self._choices(self._next, stop), minlength=len(self._orders))
+            self._next = stop
+        (choice,) = self._choices(position, position + 1).tolist()
+        item = self._orders[choice](int(self._drawn[choice]))
+        self._drawn[choice] += 1
+        self._next = position + 1
+        return item
+
+    def _choices(self, start: int, stop: int) -> Int64:
+        steps_N = np.arange(start, stop, dtype=np.uint64) * np.uint64(_GOLDEN)  # modulo 2^64
+        return np.searchsorted(self._bounds, steps_N + np.uint64(self._start), side="right")
 
 
 class ProblemStream(Generic[T]):

@@ -7,18 +7,24 @@ not match the schema.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_parallel_r1.data.cells import (
     BadCell,
     CellReader,
     Cells,
+    as_answers,
+    as_context,
+    as_question,
+    as_response,
     as_text,
     as_value,
     at_path,
     text,
     value,
 )
+from megatron_parallel_r1.data.problems import Message
 from megatron_parallel_r1.data.trace_text import canonical, describe_fault
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.latex import last_box
@@ -35,34 +41,46 @@ class Schema:
         name: the name on the Hub, `owner/name`.
         config: the configuration on the Hub, None for the only one.
         split: the default split.
-        prompt, answer: readers of a row; raise `BadCell`.
+        prompt: reader of the question; raises `BadCell`, as all readers do.
+        answers: reader of the right answers.
         response: reader of the worked response, in data sets that have one.
+        context: reader of the messages before the question.
+        source: reader of the row's own source; None: all rows are of `name`.
         repeats: rows may repeat a problem; drops repeats, and every copy of a problem whose copies disagree
             on the answer.
+        secret: columns with the right answer, which no prompt may show.
     """
 
     name: str
     config: str | None
     split: str
     prompt: CellReader
-    answer: CellReader
+    answers: Callable[[Cells], tuple[str, ...]]
     response: CellReader | None = None
+    context: Callable[[Cells], tuple[Message, ...]] = lambda row: ()
+    source: CellReader | None = None
     repeats: bool = False
+    secret: tuple[str, ...] = ("answer", "solution", "response", "reward_model")
 
 
 class Columns(Settings):
     """Columns of a data set of your own.
 
-    A name may lead into a column: `reward_model.ground_truth`, `prompt.0.content`.
+    A name may lead into a column: `reward_model.ground_truth`, `prompt.0.content`. In a list of messages, a
+    role selects the last message of that role: `prompt.user`.
     """
 
     prompt: str
-    """Column of the problem."""
+    """Column of the problem: a text, or a list of messages. The user's last message is the problem; messages
+    before it, such as a system prompt, are kept."""
     answer: str
-    """Column of the right answer."""
+    """Column of the right answer: a text, a number, or a list of them, of which any counts. Of a worked
+    answer the final one is read: the last box, or a last line `#### 1,234`."""
     response: str | None = None
-    """Column of the worked response: a trace with tags, or without any. White space between tags that no
-    engine produces is removed."""
+    """Column of the worked response: a trace with tags, or without any; of a list of messages, the
+    assistant's last one. White space between tags that no engine produces is removed."""
+    source: str | None = None
+    """Column of the row's own source, by which metrics are split; null: all rows have the data set's name."""
 
 
 def schema_of(name: str, columns: Columns | None = None) -> Schema:
@@ -72,14 +90,17 @@ def schema_of(name: str, columns: Columns | None = None) -> Schema:
         UserError: the name is unknown and there are no columns.
     """
     if columns is not None:
-        response = columns.response
+        response, source = columns.response, columns.source
         return Schema(
             name,
             config=None,
             split="train",
-            prompt=at_path(columns.prompt, as_text),
-            answer=at_path(columns.answer, as_value),
-            response=None if response is None else _trace(at_path(response, as_text), response),
+            prompt=at_path(columns.prompt, as_question),
+            answers=at_path(columns.answer, as_answers),
+            response=None if response is None else _trace(at_path(response, as_response), response),
+            context=at_path(columns.prompt, as_context),
+            source=None if source is None else at_path(source, as_value),
+            secret=tuple(path.partition(".")[0] for path in (columns.answer, response or columns.answer)),
         )
     if name == CUSTOM:
         raise UserError("data set custom: name the columns of prompt and answer with columns")
@@ -116,10 +137,9 @@ _DAPO_SUFFIX = re.compile(r"\s*Remember to put your answer on its own line after
 
 def _dapo_prompt(row: Cells) -> str:
     """Returns the user message without the instruction that the published set wraps around each problem."""
-    messages = row.get("prompt")
-    if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0], dict):
-        raise BadCell("prompt", "not a list of one message")
-    message = as_text(messages[0].get("content"), "prompt")
+    if not isinstance(row.get("prompt"), list):
+        raise BadCell("prompt", "not a list of messages")
+    message = as_question(row["prompt"], "prompt")
     if prefix := _DAPO_PREFIX.match(message):
         message = message[prefix.end() :]
     if suffix := _DAPO_SUFFIX.search(message):
@@ -132,6 +152,11 @@ def _dapo_answer(row: Cells) -> str:
     if not isinstance(reward_model, dict):
         raise BadCell("reward_model", "missing")
     return value("ground_truth")(reward_model)
+
+
+def _only(read: CellReader) -> Callable[[Cells], tuple[str, ...]]:
+    """Reads a single right answer."""
+    return lambda row: (read(row),)
 
 
 def _trace(read: CellReader, column: str) -> CellReader:
@@ -150,20 +175,28 @@ def _trace(read: CellReader, column: str) -> CellReader:
 _SCHEMAS = {
     schema.name: schema
     for schema in (
-        Schema("openai/gsm8k", "main", "train", text("question"), _gsm8k_answer),
+        Schema("openai/gsm8k", "main", "train", text("question"), _only(_gsm8k_answer)),
         Schema(
             "Parallel-R1/Parallel-GSM8K",
             None,
             "train",
             text("question"),
-            value("answer"),
+            _only(value("answer")),
             response=_trace(text("response"), "response"),
         ),
-        Schema("BytedTsinghua-SIA/DAPO-Math-17k", None, "train", _dapo_prompt, _dapo_answer, repeats=True),
-        Schema("DigitalLearningGmbH/MATH-lighteval", None, "train", text("problem"), _boxed_solution),
-        Schema("HuggingFaceH4/MATH-500", None, "test", text("problem"), value("answer")),
-        Schema("HuggingFaceH4/aime_2024", None, "train", text("problem"), value("answer")),
-        Schema("math-ai/aime25", None, "test", text("problem"), value("answer")),
-        Schema("math-ai/amc23", None, "test", text("question", "problem"), value("answer")),
+        Schema(
+            "BytedTsinghua-SIA/DAPO-Math-17k",
+            None,
+            "train",
+            _dapo_prompt,
+            _only(_dapo_answer),
+            context=at_path("prompt", as_context),
+            repeats=True,
+        ),
+        Schema("DigitalLearningGmbH/MATH-lighteval", None, "train", text("problem"), _only(_boxed_solution)),
+        Schema("HuggingFaceH4/MATH-500", None, "test", text("problem"), _only(value("answer"))),
+        Schema("HuggingFaceH4/aime_2024", None, "train", text("problem"), _only(value("answer"))),
+        Schema("math-ai/aime25", None, "test", text("problem"), _only(value("answer"))),
+        Schema("math-ai/amc23", None, "test", text("question", "problem"), _only(value("answer"))),
     )
 }

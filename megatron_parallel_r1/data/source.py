@@ -10,6 +10,7 @@ from itertools import groupby, islice
 from typing import Generic, Literal, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_parallel_r1.data.account import BadRow, RowAccount
 from megatron_parallel_r1.data.cells import Cells, RowTable, UnusableRow
@@ -19,6 +20,7 @@ from megatron_parallel_r1.errors import UserError
 
 T = TypeVar("T", Problem, Example)
 BadRows = Literal["refuse", "skip"]
+Flags = NDArray[np.bool_]
 
 
 def problem_of(item: Problem | Example) -> Problem:
@@ -34,26 +36,27 @@ class RowSource(Generic[T]):
         label: the name in messages.
         tables: the files, in order.
         build: builds an item from a row's cells and its id; raises `UnusableRow`.
-        repeats: rows may repeat a problem; repeats are dropped.
+        drops_repeats: drop rows that repeat a problem, and all copies of one whose copies disagree on the
+            answer; otherwise both are only counted.
     """
 
     label: str
     tables: tuple[RowTable, ...]
     build: Callable[[Cells, str], T]
-    repeats: bool
+    drops_repeats: bool
 
     def survey(
         self, bad_rows: BadRows, limit: int | None, take: Callable[[RowLocation, T], None]
     ) -> tuple[RowAccount, frozenset[int]]:
-        """Reads every row once and passes each usable one that repeats no other to `take`.
+        """Reads every row once and passes each usable one to `take`.
 
         Returns:
-            The account, and the indices (from 0) of the items passed that must be dropped as disputed.
+            The account, and the indices (from 0) of the items passed that must be dropped as repeats.
 
         Raises:
             UserError: a row is bad under `refuse`, or no row is usable.
         """
-        duplicates, rows, taken = DuplicateProblems(), 0, 0
+        seen, rows = SeenProblems(), 0
         bad: list[BadRow] = []
         for location, cells in islice(self._rows(), limit):
             rows += 1
@@ -66,14 +69,26 @@ class RowSource(Generic[T]):
                         f"{self.label}: {bad[0]}; fix it, or skip such rows with bad_rows=skip"
                     ) from None
                 continue
-            if not self.repeats or duplicates.is_new(problem_of(item)):
-                take(location, item)
-                taken += 1
-        if not taken:
+            seen.add(location, problem_of(item))
+            take(location, item)
+        if len(bad) == rows:
             raise UserError(f"{self.label}: no usable row{f'; {bad[0]}' if bad else ''}")
-        disputed = duplicates.disputed()
-        account = RowAccount(self.label, rows, taken - len(disputed), tuple(bad), *duplicates.counts())
-        return account, disputed
+        repeats_N, disputed_N = seen.repeats()
+        dropped_N = (repeats_N | disputed_N) & self.drops_repeats
+        kept = int((~dropped_N).sum())
+        if not kept:
+            raise UserError(f"{self.label}: no usable row; all contradict one another about the answer")
+        account = RowAccount(
+            self.label,
+            rows,
+            kept,
+            tuple(bad),
+            int((repeats_N & ~disputed_N).sum()),
+            int(disputed_N.sum()),
+            self.drops_repeats,
+            tuple(self.id_of(location) for location in seen.contradiction(disputed_N)),
+        )
+        return account, frozenset(np.flatnonzero(dropped_N).tolist())
 
     def load(self, locations: Sequence[RowLocation]) -> Iterator[T]:
         """Yields the items at rising locations that a survey accepted.
@@ -142,13 +157,13 @@ class StreamedDataset(Generic[T]):
     ) -> StreamedDataset[T]:
         """Reads every row once and keeps none. Raises as `RowSource.survey`."""
         usable = [array("q") for _ in source.tables]
-        account, disputed = source.survey(
+        account, dropped = source.survey(
             bad_rows, limit, lambda location, _: usable[location[0]].append(location[1])
         )
         rows, first = [], 0
         for numbers in usable:
             rows_N = np.array(numbers, np.int64)
-            rows.append(np.delete(rows_N, [i - first for i in disputed if first <= i < first + len(rows_N)]))
+            rows.append(np.delete(rows_N, [i - first for i in dropped if first <= i < first + len(rows_N)]))
             first += len(rows_N)
         return cls(source, account, tuple(rows), buffer)
 
@@ -173,38 +188,53 @@ class StreamedDataset(Generic[T]):
         return StreamedShuffle(self.rows, self.source.load, self.buffer, seed)
 
 
-@dataclass(slots=True)
-class _Copies:
-    first: int
-    answers: tuple[str, ...]
-    count: int = 1
-    agree: bool = True
-
-
-class DuplicateProblems:
-    """Finds problems whose prompts differ at most in white space."""
+class SeenProblems:
+    """Finds problems whose prompts differ at most in white space; holds 40 bytes for each."""
 
     def __init__(self) -> None:
-        self._copies: dict[bytes, _Copies] = {}
+        self._digests = bytearray()
+        self._locations = array("q")
 
-    def is_new(self, problem: Problem) -> bool:
-        """Returns whether no earlier problem is the same; new ones are numbered from 0."""
+    def add(self, location: RowLocation, problem: Problem) -> None:
+        """Adds the problem of a row."""
         words = " ".join(problem.prompt.split())
+        if problem.context:
+            words += repr(problem.context)
         # 16 bytes: two of 10^8 different problems collide with a probability below 10^-22.
-        key = hashlib.blake2b(words.encode(), digest_size=16).digest()
-        copies = self._copies.get(key)
-        if copies is None:
-            self._copies[key] = _Copies(len(self._copies), problem.answers)
-            return True
-        copies.count += 1
-        copies.agree &= copies.answers == problem.answers
-        return False
+        self._digests += hashlib.blake2b(words.encode(), digest_size=16).digest()
+        self._digests += hashlib.blake2b(repr(problem.answers).encode(), digest_size=8).digest()
+        self._locations.extend(location)
 
-    def disputed(self) -> frozenset[int]:
-        """Returns the numbers of new problems of which some copy has another answer."""
-        return frozenset(copies.first for copies in self._copies.values() if not copies.agree)
+    def repeats(self) -> tuple[Flags, Flags]:
+        """Returns for each row whether an earlier row has its problem, and whether rows of it disagree."""
+        order_N, starts_N, answers_N = self._sorted()
+        group_N = np.cumsum(starts_N) - 1
+        firsts_G = answers_N[starts_N]
+        disputed_G = np.bincount(group_N, answers_N != firsts_G[group_N], len(firsts_G)) > 0
+        repeats_N, disputed_N = np.empty_like(starts_N), np.empty_like(starts_N)
+        repeats_N[order_N] = ~starts_N
+        disputed_N[order_N] = disputed_G[group_N]
+        return repeats_N, disputed_N
 
-    def counts(self) -> tuple[int, int]:
-        """Returns the number of repeats whose copies all agree, and of rows whose copies do not."""
-        repeated = sum(copies.count - 1 for copies in self._copies.values() if copies.agree)
-        return repeated, sum(copies.count for copies in self._copies.values() if not copies.agree)
+    def contradiction(self, disputed_N: Flags) -> tuple[RowLocation, ...]:
+        """Returns the location of the first row that another contradicts, and of that one; none without."""
+        if not disputed_N.any():
+            return ()
+        digests_N3 = self._digests_N3()
+        first = int(np.argmax(disputed_N))
+        same_N = (digests_N3[:, :2] == digests_N3[first, :2]).all(axis=1)
+        other = int(np.argmax(same_N & (digests_N3[:, 2] != digests_N3[first, 2])))
+        at = self._locations
+        return tuple((at[2 * index], at[2 * index + 1]) for index in (first, other))
+
+    def _digests_N3(self) -> NDArray[np.uint64]:
+        return np.frombuffer(bytes(self._digests), np.uint64).reshape(-1, 3)
+
+    def _sorted(self) -> tuple[Int64, Flags, NDArray[np.uint64]]:
+        """Returns the order by problem, in it the first row of each problem, and the answers' digests."""
+        digests_N3 = self._digests_N3()
+        order_N = np.lexsort((digests_N3[:, 0], digests_N3[:, 1]))  # stable: copies keep the order of rows
+        sorted_N3 = digests_N3[order_N]
+        starts_N = np.ones(len(order_N), bool)
+        starts_N[1:] = (sorted_N3[1:, :2] != sorted_N3[:-1, :2]).any(axis=1)
+        return order_N, starts_N, sorted_N3[:, 2]

@@ -1,15 +1,17 @@
-"""Tables of rows: JSON Lines, parquet, and data sets of the Hugging Face Hub."""
+"""Tables of parquet files, and of what `datasets` keeps on disk."""
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_parallel_r1.data.cells import Cells, NumberedRow, RowTable, UnusableRow
+import numpy as np
+
+from megatron_parallel_r1.data.cells import BadCell, Cells, NumberedRow, UnusableRow
+from megatron_parallel_r1.data.text_tables import first_line
 from megatron_parallel_r1.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,64 +20,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BATCH = 1000
-_OFFSET_EVERY = 1024
-_BOM = b"\xef\xbb\xbf"
-
-
-class JsonlTable:
-    """A file with one JSON object per line; a broken line costs one row, not the file.
-
-    The number of a row is that of its line, from 0; blank lines are not rows. `rows` records the byte offset
-    of every 1024th line, from which `pick` starts reading.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.label = str(path)
-        self.name = path.name
-        self._path = path
-        self._offsets = [0]
-
-    def rows(self) -> Iterator[NumberedRow]:
-        with self._path.open("rb") as file:
-            offset = 0
-            for number, line in enumerate(file):
-                if number == len(self._offsets) * _OFFSET_EVERY:
-                    self._offsets.append(offset)
-                offset += len(line)
-                if number == 0:
-                    line = line.removeprefix(_BOM)
-                if line.strip():
-                    yield number, _parse_line(line)
-
-    def pick(self, numbers: Sequence[int]) -> Iterator[NumberedRow]:
-        with self._path.open("rb") as file:
-            next_line = 0
-            for number in numbers:
-                mark = min(number // _OFFSET_EVERY, len(self._offsets) - 1)
-                if mark * _OFFSET_EVERY > next_line:
-                    file.seek(self._offsets[mark])
-                    next_line = mark * _OFFSET_EVERY
-                line = b""
-                while next_line <= number:
-                    line = file.readline()
-                    next_line += 1
-                yield number, _parse_line(line.removeprefix(_BOM) if number == 0 else line)
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | UnusableRow:
-    try:
-        cells = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return UnusableRow("text that is not UTF-8", f", at byte {error.start} of the line")
-    except json.JSONDecodeError as error:
-        return UnusableRow("not JSON", f", {error.msg} at character {error.pos} of the line")
-    except ValueError:  # Python's limit on the digits of an integer
-        return UnusableRow("not JSON", ", a number of too many digits")
-    except RecursionError:
-        return UnusableRow("not JSON", ", nested too deep")
-    if not isinstance(cells, dict):
-        return UnusableRow(f"a {type(cells).__name__}, not an object with columns")
-    return cells
 
 
 class ParquetTable:
@@ -119,12 +63,12 @@ class ParquetTable:
                 yield file
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"{self._path}: cannot be read as .parquet ({_first_line(error)}); copy it again"
+                f"{self._path}: cannot be read as .parquet ({first_line(error)}); copy it again"
             ) from error
 
 
-class HubTable:
-    """A split of a data set on the Hub or of its cached copy; `datasets` keeps it on disk."""
+class ArrowTable:
+    """A table that `datasets` keeps on disk: of the Hub, of its cached copy, or of `save_to_disk`."""
 
     def __init__(self, dataset: Dataset, label: str) -> None:
         self.label = self.name = label
@@ -140,48 +84,6 @@ class HubTable:
             yield from zip(batch, cells, strict=True)
 
 
-_TABLES: dict[str, Callable[[Path], RowTable]] = {
-    ".parquet": ParquetTable,
-    ".jsonl": JsonlTable,
-    ".json": JsonlTable,
-}
-
-
-def open_hub(name: str, config: str | None, split: str) -> HubTable:
-    """Opens a split of a data set on the Hub, or its cached copy.
-
-    Raises:
-        UserError: the split cannot be loaded.
-    """
-    from datasets import load_dataset
-
-    try:
-        return HubTable(load_dataset(name, config, split=split), name)
-    except Exception as error:  # the library raises many types, all of them for the user to fix
-        raise UserError(
-            f"data set {name}, split {split}: cannot load it from the Hugging Face Hub "
-            f"({_first_line(error)}); check name and network, or give a local copy with path"
-        ) from error
-
-
-def open_files(path: Path) -> tuple[RowTable, ...]:
-    """Opens a parquet or JSON Lines file, or all such files of a folder, sorted by name.
-
-    Raises:
-        UserError: there is no such file, its suffix is unknown, or its content does not match the suffix.
-    """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _TABLES)
-        if not files:
-            raise UserError(f"{path}: holds no {', '.join(_TABLES)} file")
-        return tuple(_TABLES[file.suffix](file) for file in files)
-    if not path.is_file():
-        raise UserError(f"{path}: no such data file")
-    if path.suffix not in _TABLES:
-        raise UserError(f"{path}: not one of {', '.join(_TABLES)}; convert it")
-    return (_TABLES[path.suffix](path),)
-
-
 def _take_rows(batches: Iterable[pa.RecordBatch], rows: Sequence[int]) -> Iterator[NumberedRow]:
     """Yields the rows of rising numbers, counted over all batches."""
     first = at = 0
@@ -194,22 +96,55 @@ def _take_rows(batches: Iterable[pa.RecordBatch], rows: Sequence[int]) -> Iterat
 
 
 def _iterate_cells(batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Cells | UnusableRow]:
-    """Yields row by row; reading parquet does not check that text is UTF-8."""
+    """Yields row by row; parquet may hold text that is not UTF-8 and dates that Python lacks."""
     for batch in batches:
         try:
-            yield from batch.to_pylist()
-        except UnicodeDecodeError:
+            yield from _to_rows(batch)
+        except (ValueError, OverflowError):
             for row in range(batch.num_rows):
                 yield _decode_row(batch.slice(row, 1))
 
 
 def _decode_row(row: pa.RecordBatch | pa.Table) -> Cells | UnusableRow:
-    try:
-        return row.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return UnusableRow("text that is not UTF-8", f", at byte {error.start} of a cell")
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            column.to_pylist()
+        except UnicodeDecodeError as error:
+            return BadCell(name, "text that is not UTF-8", f", at byte {error.start}")
+        except (ValueError, OverflowError) as error:
+            return BadCell(name, "cannot be read", f", {first_line(error)}")
+    return _to_rows(row)[0]
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+def _to_rows(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    for field in batch.schema:
+        if (shorten := _shortener(field.type)) is not None:
+            for row in rows:
+                row[field.name] = shorten(row[field.name])
+    return rows
+
+
+def _shortener(type: pa.DataType) -> Callable[[Any], Any] | None:
+    """Returns a function that reads short floats as they print: float32 0.1 as 0.1, not 0.10000000149011612.
+
+    None for a type without short floats.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_float32(type) or pa.types.is_float16(type):
+        short = np.float32 if pa.types.is_float32(type) else np.float16
+        return lambda value: None if value is None else float(str(short(value)))
+    if pa.types.is_dictionary(type):
+        return _shortener(type.value_type)
+    if pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type):
+        inner = _shortener(type.value_type)
+        return inner and (lambda items: items and [inner(item) for item in items])
+    if pa.types.is_struct(type):
+        fields = {field.name: shorten for field in type if (shorten := _shortener(field.type)) is not None}
+        keep = fields.get
+        if fields:
+            return lambda cells: (
+                cells and {name: f(cell) if (f := keep(name)) else cell for name, cell in cells.items()}
+            )
+    return None

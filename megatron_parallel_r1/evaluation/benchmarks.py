@@ -85,7 +85,9 @@ def _read(word: str, data: Path | None, limit: int | None) -> Benchmark:
         raise UserError(f"benchmark {word!r}: unknown, use one of {', '.join((*PUBLISHED, *EMBEDDED))}")
     published = PUBLISHED[name]
     path = Path(file) if own else _copy(name, published, data)
-    reading = read_problems(published.name, path, split=published.split, limit=limit)
+    # A file of one's own is the benchmark, whatever its name says.
+    split = None if path is not None and path.is_file() else published.split
+    reading = read_problems(published.name, path, split=split, limit=limit)
     return Benchmark(name, reading.items, str(path or f"{published.name} on the Hub"))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.config.reader import read_run_recipe
-from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE, TEMPLATES
+from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE, TEMPLATES, template_text
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.modes import Decoding
 from megatron_parallel_r1.report.run_folder import read_run
@@ -91,7 +91,10 @@ def stages_of(run: Path) -> list[Checkpoint]:
         total[stage.name] = (total[before] if before else 0) + last_steps.get(stage.name, stage.steps)
         folder = run / stage.name / "model"
         if (folder / "config.json").is_file():
-            decoding, source = Decoding(recipe.thinking_of(stage), TEMPLATES[recipe.prompt_template]), config
+            decoding, source = (
+                Decoding(recipe.thinking_of(stage), template_text(recipe.prompt_template)),
+                config,
+            )
             if (folder / "thinking.json").is_file():
                 source = folder / "thinking.json"
                 decoding = stored_decoding(source)

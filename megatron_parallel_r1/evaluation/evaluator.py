@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from megatron_parallel_r1.data.prompts import encode_prompt, messages_of
 from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import Benchmark
@@ -20,7 +21,6 @@ from megatron_parallel_r1.evaluation.modes import EvaluationMode, decoding_of
 from megatron_parallel_r1.evaluation.records import (
     RecordFolder,
     SampleRequest,
-    prompt_tokens,
     response_record,
     sample_requests,
 )
@@ -92,6 +92,8 @@ def evaluate(
         console.print(
             f"{checkpoint.folder}: no thinking.json, default settings", soft_wrap=True, highlight=False
         )
+    for problem in {problem.source: problem for b in benchmarks for problem in b.problems}.values():
+        messages_of(decoding.template, problem)  # the prompt may show columns that a benchmark lacks
     setup = (fingerprint(checkpoint.folder), decoding.record(), plan.engine)
     cache = RecordFolder(plan.out, setup)
     wanted = {b.name: sample_requests(b.name, b.problems, samples, plan.seed, setup) for b in benchmarks}
@@ -167,6 +169,6 @@ class _Drawing:
     def _roll_out(
         self, share: Sequence[SampleRequest], on_trace: Callable[[int, Trace], None] | None
     ) -> None:
-        prompts = [prompt_tokens(self.tokenizer, self.template, r.problem.prompt) for r in share]
+        prompts = [encode_prompt(self.tokenizer, self.template, r.problem) for r in share]
         seeds = [request.seed for request in share]
         asyncio.run(roll_out(self.thinker, prompts, seeds, self.concurrent, on_trace=on_trace))

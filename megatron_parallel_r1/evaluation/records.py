@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.data.prompts import decode, encode_prompt
+from megatron_parallel_r1.data.prompts import decode
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.output import RECORDS, records_under, writing
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -101,12 +101,6 @@ def sample_requests(
             key = _hash(list(setup), problem.prompt, list(problem.answers), sample, drawn)
             requests.append(SampleRequest(key, benchmark, problem, identity, sample, drawn))
     return requests
-
-
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, template: str, question: str) -> tuple[int, ...]:
-    """The prompt of a question; `template` is a text with `{problem}`."""
-    # The template `plain` adds nothing to a prompt that is already complete.
-    return tuple(encode_prompt(tokenizer, "plain", template.replace("{problem}", question)))
 
 
 def response_record(

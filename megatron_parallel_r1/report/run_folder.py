@@ -41,6 +41,7 @@ class RunFiles:
     stages: tuple[StageFiles, ...]
     evals: tuple[JsonRecord, ...]
     config: str
+    data: str = ""
 
     @property
     def last_steps(self) -> dict[str, int]:
@@ -57,11 +58,13 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(f"{folder}: no such run folder; give the folder that holds the run's stages")
     stages = tuple(_read_stage(folder / name) for name in _stage_names(folder))
     evals = tuple(latest_evals(_read_if_there(folder / "eval.jsonl", "stage", "step")))
-    config = folder / "config.yaml"
-    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    text, data = (
+        file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        for file in (folder / "config.yaml", folder / "data.md")
+    )
     if not (stages or evals or text):
         raise UserError(f"{folder}: no run in this folder (no <stage>/metrics.jsonl, no eval.jsonl)")
-    return RunFiles(folder.resolve().name, stages, evals, text)
+    return RunFiles(folder.resolve().name, stages, evals, text, data)
 
 
 def _read_stage(folder: Path) -> StageFiles:

@@ -79,6 +79,19 @@ def trace_metrics(traces: Sequence[Trace], judged: Sequence[Judged]) -> dict[str
     }
 
 
+def source_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Means over the traces of each source of a step's problems: `accuracy/<source>`, `reward/<source>`."""
+    metrics: dict[str, float] = {}
+    sources = [problem.source for problem in rollouts.problems]
+    for source in sorted(set(sources)):
+        here = [index for index, other in enumerate(sources) if other == source]
+        metrics[f"accuracy/{source}"] = fmean(rollouts.judged[index].correct for index in here)
+        rewards = [reward for index in here if (reward := rollouts.scores[index].total) is not None]
+        if rewards:
+            metrics[f"reward/{source}"] = fmean(rewards)
+    return metrics
+
+
 def staleness_metrics(traces: Sequence[Trace], step: int, most: int, size: int) -> dict[str, float]:
     """Mean and largest staleness of a step's traces, in updates, and the number of groups above `most`."""
     ages = [staleness(trace, step) for trace in traces]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_parallel_r1.config.data import DataSet
+from megatron_parallel_r1.config.data import data_sets, has_sources
 from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.problems import Problem
@@ -31,7 +31,13 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.base import Judged, Reward, reward_metrics
 from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
-from megatron_parallel_r1.rl.metrics import group_metrics, judge_traces, staleness_metrics, trace_metrics
+from megatron_parallel_r1.rl.metrics import (
+    group_metrics,
+    judge_traces,
+    source_metrics,
+    staleness_metrics,
+    trace_metrics,
+)
 from megatron_parallel_r1.rl.objective.advantage import informative
 from megatron_parallel_r1.rl.path_results import (
     PathVerdicts,
@@ -101,7 +107,7 @@ class RolloutWorker:
             seed=run.seed_of(stage.name, "rollout"),
             reward=stage.reward.make(),
             template=run.recipe.prompt_template,
-            read_result=stated_value if isinstance(stage.data, DataSet) else _embedded_result,
+            read_result=stated_value if data_sets(stage.data) else _embedded_result,
             timers=timers,
             folder=run.stage_folder(stage.name),
             world=world,
@@ -166,6 +172,7 @@ class RolloutWorker:
             "reward_term": self.reward.term(step - 1),
             **trace_metrics(everything.traces, everything.judged),
             **group_metrics(everything.judged, samples),
+            **(source_metrics(everything) if has_sources(self.stage.data) else {}),
             **summary_metrics(everything.traces, self.tokenizer, self.read_result),
             **staleness_metrics(everything.traces, step, self.stage.max_off_policy_steps, samples),
             "groups": len(everything) // samples,
@@ -240,7 +247,7 @@ def sample_and_verify(
     def work() -> list[tuple[Trace, Judged]]:
         if not (is_replica_leader() or thinker.engine.runs_on_all_ranks):
             return []
-        prompts = [encode_prompt(tokenizer, template, problem.prompt) for problem in own_problems]
+        prompts = [encode_prompt(tokenizer, template, problem) for problem in own_problems]
         with timers.of("draw"):
             traces = asyncio.run(roll_out(thinker, prompts, own_seeds, concurrent))
         # The leader verifies for all ranks of its replica: with time-outs, verdicts could differ.

@@ -165,7 +165,7 @@ class RunContext:
 
     def prompt_tokens(self, problem: Problem) -> int:
         """Number of tokens of a problem's prompt."""
-        return len(encode_prompt(self.tokenizer, self.recipe.prompt_template, problem.prompt))
+        return len(encode_prompt(self.tokenizer, self.recipe.prompt_template, problem))
 
     def _start_tensors(self, stage: Stage) -> Iterable[tuple[str, Tensor]]:
         before = self.recipe.start_of(stage)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +18,9 @@ from megatron_parallel_r1.config.data import (
     EmbeddedProblems,
     EmbeddedTokenizer,
     FolderTokenizer,
+    Mixture,
     ProblemSource,
+    data_sets,
 )
 from megatron_parallel_r1.config.recipe import Evaluation, Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
@@ -27,20 +30,23 @@ from megatron_parallel_r1.data.decontaminate import Contamination, contamination
 from megatron_parallel_r1.data.embedded import generate
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer as build_embedded_tokenizer
 from megatron_parallel_r1.data.problems import Example, Problem
-from megatron_parallel_r1.data.prompts import render
+from megatron_parallel_r1.data.prompts import render, template_columns
 from megatron_parallel_r1.data.readers import LoadedDataset
 from megatron_parallel_r1.data.row_cache import RowCache
-from megatron_parallel_r1.data.sampler import ProblemStream
+from megatron_parallel_r1.data.sampler import MixedOrder, ProblemStream, ShuffledEpochs
 from megatron_parallel_r1.data.schemas import schema_of
 from megatron_parallel_r1.data.source import StreamedDataset, problem_of
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.utils.rank import is_rank_zero
+from megatron_parallel_r1.utils.seeding import derive_seed
+from megatron_parallel_r1.utils.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T", Problem, Example)
+A = TypeVar("A")
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -51,20 +57,29 @@ def check_sources(recipe: Recipe) -> None:
             train on or lacks a column that its reward needs, or an evaluation problem is also a training
             problem.
     """
-    trained_on = {stage.name: _prompts(recipe, stage) for stage in recipe.stages}
-    for stage in recipe.stages:
-        if isinstance(stage.data, DataSet) and not trained_on[stage.name]:
-            raise UserError(
-                f"stage {stage.name}: nothing of {stage.data.path or stage.data.name} is left to train on; "
-                "give another data set, or evaluate on other problems"
-            )
-        if isinstance(stage, RlStage) and (terms := stage.reward.make().user_terms):
-            problems = _problems(recipe, stage).in_order() if isinstance(stage.data, DataSet) else ()
-            columns = dict.fromkeys(name for problem in problems for name in problem.columns)
-            for term in terms:
-                term.check_columns(columns)
+    fields = template_columns(recipe.prompt_template)
+    sources: list[Settings] = [stage.data for stage in recipe.stages]
     if recipe.evaluation is not None:
-        held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems)
+        sources.append(recipe.evaluation.data)
+    if fields and not all(map(data_sets, sources)):
+        raise UserError(f"prompt_template: shows {', '.join(fields)}, but embedded problems have no columns")
+    trained_on: dict[str, set[str]] = {stage.name: set() for stage in recipe.stages}
+    for stage in recipe.stages:
+        for data in data_sets(stage.data):
+            prompts = {problem_of(item).prompt for item in stage_items(recipe, stage, data).in_order()}
+            if not prompts:
+                raise UserError(
+                    f"stage {stage.name}: nothing of {data.path or data.name} is left to train on; "
+                    "give another data set, or evaluate on other problems"
+                )
+            trained_on[stage.name] |= prompts
+        if isinstance(stage, RlStage) and (terms := stage.reward.make().user_terms):
+            for problems in [_problems(recipe, d).in_order() for d in data_sets(stage.data)] or [iter(())]:
+                columns = dict.fromkeys(name for problem in problems for name in problem.columns)
+                for term in terms:
+                    term.check_columns(columns)
+    if recipe.evaluation is not None:
+        held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems, fields)
         evaluated = {problem.prompt for problem in held_out}
         for name, prompts in trained_on.items():
             if seen := evaluated & prompts:
@@ -99,11 +114,26 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def contamination_report(recipe: Recipe) -> str:
     """Markdown report of each data set's overlap with held-out problems; empty without decontamination."""
+    if recipe.decontamination is None:
+        return ""
     parts = [
-        f"## {stage.name}\n\n{contamination_table(_contamination(recipe, stage))}"
+        f"## {stage.name}\n\n{contamination_table(_contamination(recipe, data, stage.kind == 'sft'))}"
         for stage in recipe.stages
-        if recipe.decontamination is not None and isinstance(stage.data, DataSet)
+        for data in data_sets(stage.data)
     ]
+    return "\n".join(parts)
+
+
+def data_report(recipe: Recipe) -> str:
+    """Markdown report of the rows that each stage keeps, drops and repeats; empty if all is embedded."""
+    parts = []
+    for stage in recipe.stages:
+        accounts = [stage_items(recipe, stage, data).account for data in data_sets(stage.data)]
+        notes = [f"- {note}\n" for account in accounts for note in account.notes()]
+        if accounts:
+            parts.append(
+                f"## {stage.name}\n\n{account_table(accounts)}" + "".join(["\n", *notes] * bool(notes))
+            )
     return "\n".join(parts)
 
 
@@ -120,29 +150,55 @@ def example_rows(
         UserError: a row is unusable (a malformed response, for one) and may not be skipped, or all examples
             exceed `max_example_tokens`.
     """
-    most = recipe.max_example_tokens
     match stage.data:
         case EmbeddedArithmetic(easy=easy):
             return ProblemStream(lambda i: to_row(generate.arithmetic_example(easy, seed, i)), seed)
         case EmbeddedColdStart(easy=easy, style=style):
             return ProblemStream(lambda i: to_row(generate.cold_start_example(style, easy, seed, i)), seed)
-        case DataSet():
-            examples = _examples(recipe, stage)
-            if isinstance(examples, LoadedDataset):
-                rows = cache.rows(examples.items, to_row)
-                if most is not None:
-                    by_id = {item.problem.id: row for item, row in zip(examples.items, rows, strict=True)}
-                    kept = drop_long(
-                        examples, lambda e: len(by_id[e.problem.id]), most, stage.name, "max_example_tokens"
-                    )
-                    rows = [by_id[item.problem.id] for item in kept.in_order()]
-                return ProblemStream(rows, seed)
-            if most is not None:
-                examples = drop_long(
-                    examples, lambda e: len(to_row(e)), most, stage.name, "max_example_tokens"
-                )
-            at = examples.shuffled(seed)
-            return ProblemStream(lambda i: to_row(at(i)), seed)
+        case DataSet() | Mixture():
+            orders = [
+                _row_order(recipe, stage, data, own_seed, to_row, cache)
+                for data, own_seed in _seeded(stage.data, seed)
+            ]
+            return ProblemStream(_mixed(stage.data, orders, seed), seed)
+
+
+def _row_order(
+    recipe: Recipe,
+    stage: SftStage,
+    data: DataSet,
+    seed: int,
+    to_row: Callable[[Example], Row],
+    cache: RowCache,
+) -> Callable[[int], Row]:
+    """The endless order of one data set's laid-out examples."""
+    most, examples = recipe.max_example_tokens, _examples(recipe, data)
+    if isinstance(examples, LoadedDataset):
+        rows = cache.rows(examples.items, to_row)
+        if most is not None:
+            by_id = {item.problem.id: row for item, row in zip(examples.items, rows, strict=True)}
+            kept = drop_long(
+                examples, lambda e: len(by_id[e.problem.id]), most, stage.name, "max_example_tokens"
+            )
+            rows = [by_id[item.problem.id] for item in kept.in_order()]
+        return ShuffledEpochs(rows, seed)
+    if most is not None:
+        examples = drop_long(examples, lambda e: len(to_row(e)), most, stage.name, "max_example_tokens")
+    at = examples.shuffled(seed)
+    return lambda i: to_row(at(i))
+
+
+def _seeded(source: DataSet | Mixture, seed: int) -> list[tuple[DataSet, int]]:
+    """The data sets of a source, each with the seed of its order."""
+    if isinstance(source, DataSet):
+        return [(source, seed)]
+    return [(data, derive_seed(seed, str(index))) for index, data in enumerate(source.sets)]
+
+
+def _mixed(source: DataSet | Mixture, orders: Sequence[Callable[[int], A]], seed: int) -> Callable[[int], A]:
+    if isinstance(source, DataSet):
+        return orders[0]
+    return MixedOrder(orders, [data.weight for data in source.sets], seed)
 
 
 def problem_stream(
@@ -159,67 +215,88 @@ def problem_stream(
     match stage.data:
         case EmbeddedProblems(kind=kind):
             return ProblemStream(partial(generate.training_problem, kind, seed), seed)
-        case DataSet():
-            problems = _problems(recipe, stage)
-            if (most := recipe.max_prompt_tokens) is not None:
-                problems = drop_long(problems, prompt_tokens, most, stage.name, "max_prompt_tokens")
-            return ProblemStream(problems.shuffled(seed), seed)
+        case DataSet() | Mixture():
+            orders = []
+            for data, own_seed in _seeded(stage.data, seed):
+                problems = _problems(recipe, data)
+                if (most := recipe.max_prompt_tokens) is not None:
+                    problems = drop_long(problems, prompt_tokens, most, stage.name, "max_prompt_tokens")
+                orders.append(problems.shuffled(own_seed))
+            return ProblemStream(_mixed(stage.data, orders, seed), seed)
 
 
-def evaluation_problems(source: ProblemSource, count: int) -> tuple[Problem, ...]:
-    """Evaluation problems: held-out ones of the embedded curriculum, or the first `count` of a data set."""
+def evaluation_problems(
+    source: ProblemSource, count: int, fields: tuple[str, ...] = ()
+) -> tuple[Problem, ...]:
+    """Evaluation problems: held-out ones of the embedded curriculum, or the first `count` of a data set.
+
+    Args:
+        fields: columns that the rows must have, for the prompt template.
+    """
     match source:
         case EmbeddedProblems(kind=kind):
             return generate.evaluation_problems(kind, count)
         case DataSet():
-            return tuple(islice(_read_problems(source).in_order(), count))
+            return tuple(islice(_read_problems(source, fields).in_order(), count))
+        case Mixture():
+            return _first_of_each(source, count, fields)
 
 
-def _prompts(recipe: Recipe, stage: SftStage | RlStage) -> set[str]:
-    """The prompts of a stage's data set; empty for embedded data, whose held-out problems are disjoint."""
-    if not isinstance(stage.data, DataSet):
-        return set()
-    if isinstance(stage, SftStage):
-        return {example.problem.prompt for example in _examples(recipe, stage).in_order()}
-    return {problem.prompt for problem in _problems(recipe, stage).in_order()}
+def _first_of_each(mixture: Mixture, count: int, fields: tuple[str, ...]) -> tuple[Problem, ...]:
+    """The first problems of each set, in proportion to the weights while all last; ids name the source."""
+    sets = [list(islice(_read_problems(data, fields).in_order(), count)) for data in mixture.sets]
+    weights, taken = [data.weight for data in mixture.sets], [0] * len(sets)
+    problems: list[Problem] = []
+    while len(problems) < min(count, sum(map(len, sets))):
+        left = [k for k, items in enumerate(sets) if taken[k] < len(items)]
+        behind = min(left, key=lambda k: (taken[k] + 1) / weights[k])
+        problem = sets[behind][taken[behind]]
+        problems.append(replace(problem, id=f"{problem.source}:{problem.id}"))
+        taken[behind] += 1
+    return tuple(problems)
 
 
-def _problems(recipe: Recipe, stage: RlStage) -> LoadedDataset[Problem] | StreamedDataset[Problem]:
-    """A stage's problems after decontamination."""
-    assert isinstance(stage.data, DataSet)
-    return _decontaminated(_read_problems(stage.data), recipe, stage)
+def stage_items(
+    recipe: Recipe, stage: SftStage | RlStage, data: DataSet
+) -> LoadedDataset[Any] | StreamedDataset[Any]:
+    """The problems, or in SFT the worked examples, of one of a stage's data sets, after decontamination."""
+    return _examples(recipe, data) if isinstance(stage, SftStage) else _problems(recipe, data)
 
 
-def _examples(recipe: Recipe, stage: SftStage) -> LoadedDataset[Example] | StreamedDataset[Example]:
-    """A stage's worked examples after decontamination."""
-    assert isinstance(stage.data, DataSet)
-    return _decontaminated(_read_examples(stage.data), recipe, stage)
+def _problems(recipe: Recipe, data: DataSet) -> LoadedDataset[Problem] | StreamedDataset[Problem]:
+    problems = _read_problems(data, template_columns(recipe.prompt_template))
+    return _decontaminated(problems, recipe, data, is_sft=False)
+
+
+def _examples(recipe: Recipe, data: DataSet) -> LoadedDataset[Example] | StreamedDataset[Example]:
+    examples = _read_examples(data, template_columns(recipe.prompt_template))
+    return _decontaminated(examples, recipe, data, is_sft=True)
 
 
 def _decontaminated(
-    items: LoadedDataset[T] | StreamedDataset[T], recipe: Recipe, stage: SftStage | RlStage
+    items: LoadedDataset[T] | StreamedDataset[T], recipe: Recipe, data: DataSet, is_sft: bool
 ) -> LoadedDataset[T] | StreamedDataset[T]:
     if recipe.decontamination is None:
         return items
-    return items.without(_contamination(recipe, stage).rows())
+    return items.without(_contamination(recipe, data, is_sft).rows())
 
 
-def _contamination(recipe: Recipe, stage: SftStage | RlStage) -> Contamination:
-    assert isinstance(stage.data, DataSet) and recipe.decontamination is not None
-    return _overlap(stage.data, isinstance(stage, SftStage), recipe.decontamination, recipe.evaluation)
+def _contamination(recipe: Recipe, data: DataSet, is_sft: bool) -> Contamination:
+    assert recipe.decontamination is not None
+    return _overlap(data, is_sft, recipe.decontamination, recipe.evaluation)
 
 
 @lru_cache(maxsize=16)
 def _overlap(
     source: DataSet, is_sft: bool, settings: Decontamination, evaluation: Evaluation | None
 ) -> Contamination:
-    held_out = [problem for data in settings.against for problem in _read_problems(data).in_order()]
-    if evaluation is not None and isinstance(evaluation.data, DataSet):
+    held_out = [problem for data in settings.against for problem in _read_problems(data, ()).in_order()]
+    if evaluation is not None and data_sets(evaluation.data):
         held_out += evaluation_problems(evaluation.data, evaluation.problems)
     trained = (
-        (example.problem for example in _read_examples(source).in_order())
+        (example.problem for example in _read_examples(source, ()).in_order())
         if is_sft
-        else _read_problems(source).in_order()
+        else _read_problems(source, ()).in_order()
     )
     overlap = find_contamination(
         trained, held_out, settings.ngram_size, settings.max_problems_per_ngram, settings.min_overlap
@@ -233,8 +310,10 @@ def _overlap(
 
 
 @lru_cache(maxsize=16)
-def _read_problems(source: DataSet) -> LoadedDataset[Problem] | StreamedDataset[Problem]:
-    options = _read_options(source)
+def _read_problems(
+    source: DataSet, fields: tuple[str, ...]
+) -> LoadedDataset[Problem] | StreamedDataset[Problem]:
+    options = source.read_options(fields)
     problems: LoadedDataset[Problem] | StreamedDataset[Problem]
     if source.buffer is None:
         problems = readers.read_problems(source.name, source.path, **options)
@@ -245,8 +324,10 @@ def _read_problems(source: DataSet) -> LoadedDataset[Problem] | StreamedDataset[
 
 
 @lru_cache(maxsize=16)
-def _read_examples(source: DataSet) -> LoadedDataset[Example] | StreamedDataset[Example]:
-    options = _read_options(source)
+def _read_examples(
+    source: DataSet, fields: tuple[str, ...]
+) -> LoadedDataset[Example] | StreamedDataset[Example]:
+    options = source.read_options(fields)
     examples: LoadedDataset[Example] | StreamedDataset[Example]
     if source.buffer is None:
         examples = readers.read_examples(source.name, source.path, **options)
@@ -256,27 +337,22 @@ def _read_examples(source: DataSet) -> LoadedDataset[Example] | StreamedDataset[
     return examples
 
 
-def _read_options(source: DataSet) -> dict[str, Any]:
-    return {
-        "columns": source.columns,
-        "split": source.split,
-        "limit": source.limit,
-        "bad_rows": source.bad_rows,
-    }
-
-
 def _texts(source: DataSet, template: str) -> list[str]:
     """The prompts and responses of a data set, to train a tokenizer on."""
+    fields = template_columns(template)
     if schema_of(source.name, source.columns).response is None:
-        return [render(template, problem.prompt) for problem in _read_problems(source).in_order()]
-    examples = _read_examples(source).in_order()
-    return [f"{render(template, example.problem.prompt)}\n{example.response}" for example in examples]
+        return [render(template, problem) for problem in _read_problems(source, fields).in_order()]
+    examples = _read_examples(source, fields).in_order()
+    return [f"{render(template, example.problem)}\n{example.response}" for example in examples]
 
 
 def _report(account: RowAccount) -> None:
-    """Prints the skipped rows and the reasons to standard error, if there are any."""
-    if account.kept < account.rows:
-        print(account_table([account]), end="", file=sys.stderr)
+    """Prints to standard error which rows were skipped and why, repeats and contradictions, if any."""
+    if is_rank_zero():
+        if account.bad:
+            print(account_table([account]), end="", file=sys.stderr)
+        for note in account.notes():
+            print(note, file=sys.stderr)
 
 
 def drop_long(

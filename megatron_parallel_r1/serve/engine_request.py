@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.serve.admission import Limits
 from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, Message
@@ -106,7 +107,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, template: str, messages: Seq
         raise ApiError(400, "the last message must be the user's", "messages")
     if not last.text.strip():
         raise ApiError(400, "the last message is empty", "messages")
-    problem = template.replace("{problem}", last.text)
+    problem = render(template, last.text)
     if tokenizer.chat_template is None:
         if before:
             raise ApiError(400, "this model has no chat template: send a single user message", "messages")

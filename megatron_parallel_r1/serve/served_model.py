@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
+from megatron_parallel_r1.data.prompts import template_columns
 from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import read_tags, stored_decoding
@@ -58,6 +59,11 @@ class ServedModel:
                 f"{folder}: no thinking.json, which has the decoding settings; give a `release` folder"
             )
         decoding = stored_decoding(settings)
+        if columns := template_columns(decoding.template):
+            raise UserError(
+                f"{settings}: its prompt shows columns of the data ({', '.join(columns)}), which no request "
+                "has; serve a model whose prompt has {problem} alone"
+            )
         tokenizer = open_tokenizer(folder)
         tags = read_tags(tokenizer, folder)
         if max(tokenizer.get_vocab().values()) >= config.vocab:

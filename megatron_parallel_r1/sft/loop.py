@@ -102,7 +102,7 @@ def example_row(
         ) from None
     forced = tree.forced()
     sampled = [index not in forced for index in range(len(tokens))]
-    return lay_out(encode_prompt(tokenizer, template, problem.prompt), tokens, sampled, tree, mode)
+    return lay_out(encode_prompt(tokenizer, template, problem), tokens, sampled, tree, mode)
 
 
 def sft_loss(logprobs_N: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ def test_both_teachers() -> None:
     ("key", "value", "says"),
     [
         ("teecher", {}, "teecher: unknown key; did you mean teacher?"),
-        ("template", "poem", "template must be one of plain, "),
+        ("template", "poem", "'poem' is no template: use plain, "),
         ("template", "sequential", "set check.parallel: false"),
         ("samples", 0, "samples: Input should be greater than or equal to 1"),
         ("concurrency", "many", "concurrency: "),

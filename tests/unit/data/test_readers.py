@@ -254,9 +254,9 @@ def test_a_table_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such data file"):
         read_problems(GSM8K, tmp_path / "absent.parquet")
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(UserError, match=r"rows\.csv: not one of \.parquet"):
-        read_problems(GSM8K, tmp_path / "rows.csv")
+    (tmp_path / "rows.txt").write_text("a,b\n")
+    with pytest.raises(UserError, match=r"rows\.txt: not one of \.parquet"):
+        read_problems(GSM8K, tmp_path / "rows.txt")
     for content in ("{ nothing of the kind", ""):
         (tmp_path / "rows.parquet").write_text(content)
         with pytest.raises(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_parallel_r1.data.embedded.generate import training_problem
-from megatron_parallel_r1.data.sampler import ProblemStream, ShuffledEpochs
+from megatron_parallel_r1.data.sampler import MixedOrder, ProblemStream, ShuffledEpochs
 
 
 @given(
@@ -45,3 +45,24 @@ def test_generated_problems_do_not_depend_on_the_batch_size() -> None:
 def test_nothing_to_draw_from() -> None:
     with pytest.raises(ValueError, match="empty"):
         ShuffledEpochs([], 0)
+
+
+@given(
+    weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=5),
+    seed=st.integers(),
+    positions=st.lists(st.integers(0, 400), min_size=1, max_size=5),
+)
+def test_a_mixture_is_a_function_of_the_position(
+    weights: list[float], seed: int, positions: list[int]
+) -> None:
+    def mixture() -> MixedOrder[tuple[int, int]]:
+        return MixedOrder([partial(lambda k, n: (k, n), k) for k in range(len(weights))], weights, seed)
+
+    order = mixture()
+    whole = [order(position) for position in range(401)]
+    for k, weight in enumerate(weights):
+        own = [n for other, n in whole if other == k]
+        assert own == list(range(len(own))), "each order goes through its own positions"
+        assert abs(len(own) - 401 * weight / sum(weights)) <= 6
+    fresh = mixture()
+    assert [fresh(position) for position in positions] == [whole[position] for position in positions]

@@ -50,7 +50,7 @@ def test_templates_pose_the_problem_and_ask_for_the_final_line() -> None:
 
 
 def test_unknown_template() -> None:
-    with pytest.raises(UserError, match="'parallell': unknown, use one of plain"):
+    with pytest.raises(UserError, match="'parallell' is no template: use plain"):
         render("parallell", "x")
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.evaluation.records import SampleRequest, prompt_tokens, response_record
+from megatron_parallel_r1.data.prompts import encode_prompt
+from megatron_parallel_r1.evaluation.records import SampleRequest, response_record
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
@@ -59,8 +60,8 @@ def test_an_error_of_the_keeper_ends_the_rollout() -> None:
 def test_the_template_is_a_text() -> None:
     tokenizer = build_tokenizer()
     question = "Solve mod 13: 3x +4 =7"
-    assert prompt_tokens(tokenizer, "{problem}", question) == tuple(tokenizer.encode(question + "\n"))
-    assert prompt_tokens(tokenizer, "no {problem}", question) == tuple(tokenizer.encode(f"no {question}\n"))
+    assert encode_prompt(tokenizer, "{problem}", question) == tokenizer.encode(question + "\n")
+    assert encode_prompt(tokenizer, "no {problem}", question) == tokenizer.encode(f"no {question}\n")
 
 
 def test_a_record_of_a_trace_by_hand() -> None:

@@ -111,4 +111,6 @@ def test_on_real_rows_it_reads_what_our_reader_reads(
     task, schema = load(FOLDER / f"parallel_r1_{name}.yaml", functions), schema_of(PUBLISHED[name].name)
     for row in read_table(real_data / f"{name}.parquet").to_pylist():
         assert Template(task["doc_to_text"]).render(row).strip() == schema.prompt(row)
-        assert functions.process_results(row, [schema.answer(row)]) == {"exact_match": 1.0}, json.dumps(row)
+        assert functions.process_results(row, [schema.answers(row)[0]]) == {"exact_match": 1.0}, json.dumps(
+            row
+        )
