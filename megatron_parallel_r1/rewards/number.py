@@ -1,4 +1,4 @@
-r"""Exact plain numbers: integers, decimals (also repeating), fractions, mixed numbers, percentages.
+r"""Exact plain numbers: integers, decimals (also repeating), fractions, mixed numbers, powers of ten.
 
 Numbers that this module reads never reach the computer algebra system.
 """
@@ -12,8 +12,11 @@ from fractions import Fraction
 MAX_DIGITS = 400
 """Longer numbers are compared as text: converting digits takes quadratic time."""
 
-ROUNDED_DIGITS = 6
-"""A decimal with at least this many places may stand for the exact number that it rounds."""
+ROUNDED_PLACES, ROUNDED_DIGITS = 6, 5
+"""A decimal with this many places and significant digits may stand for the exact number that it rounds."""
+
+FLOAT_DIGITS = 15
+"""A decimal with this many digits may be the output of a program, with the rounding of a double."""
 
 _PLAIN = r"(?:\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 _SIGN = r"[-+]?"
@@ -22,7 +25,8 @@ _NUMBER = re.compile(
     rf"(?P<whole>\d+) ?\\frac\{{(?P<mixed_top>\d+)\}}\{{(?P<mixed_bottom>\d+)\}}"
     rf"|(?P<words>\d+) (?P<words_top>\d+)/(?P<words_bottom>\d+)"
     rf"|\\frac\{{(?P<top>{_SIGN}{_PLAIN})\}}\{{(?P<bottom>{_SIGN}{_PLAIN})\}}"
-    rf"|(?P<left>{_PLAIN})/(?P<right>{_SIGN}{_PLAIN})"
+    rf"|(?P<left>{_PLAIN})[/:](?P<right>{_SIGN}{_PLAIN})"
+    rf"|(?:(?P<mantissa>{_PLAIN})(?:\\times|\\cdot|\*))?10\^(?:\{{(?P<power>{_SIGN}\d{{1,3}})\}}|(?P<digit>-?\d))"
     r"|(?P<fixed>\d*\.\d*)\\(?:overline|bar|dot)\{(?P<repeated>\d+)\}"
     rf"|(?P<plain>{_PLAIN})"
     r") ?(?P<percent>%?)",
@@ -37,7 +41,7 @@ class Number:
     Attributes:
         value: the exact value before the percent sign: 40 for `40%`.
         percent: whether a percent sign follows.
-        places: digits after the decimal point, 0 for anything but a decimal.
+        places: digits after the decimal point, 0 for anything but a decimal; `1.5\\times10^{-3}` has four.
     """
 
     value: Fraction
@@ -46,7 +50,8 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    r"""Reads `-12`, `1,080.50`, `3/4`, `\frac{3}{4}`, `1 1/2`, `1\frac{1}{2}`, `0.1\overline{6}`, `40%`.
+    r"""Reads `-12`, `1,080.50`, `3/4`, `\frac{3}{4}`, `1 1/2`, `1\frac{1}{2}`, `0.1\overline{6}`, `40%`,
+    `2\cdot10^{3}`.
 
     Returns None for anything else. `text` is stripped and its fractions have braces.
     """
@@ -60,6 +65,10 @@ def read_number(text: str) -> Number | None:
             places = len(part["plain"].partition(".")[2])
         elif part["repeated"]:
             value = _repeating(part["fixed"], part["repeated"])
+        elif power := part["power"] or part["digit"]:
+            mantissa = part["mantissa"] or "1"
+            value = _fraction(mantissa) * Fraction(10) ** int(power)
+            places = max(0, len(mantissa.partition(".")[2]) - int(power)) if "." in mantissa else 0
         elif part["whole"] or part["words"]:
             kind = "mixed" if part["whole"] else "words"
             share = Fraction(int(part[f"{kind}_top"]), int(part[f"{kind}_bottom"]))
@@ -76,11 +85,12 @@ def read_number(text: str) -> Number | None:
 def same_number(answer: Number, reference: Number) -> bool:
     """Returns whether two numbers have the same value.
 
-    `40%` equals both `40` and `0.4`: data sets leave the sign to the question. A decimal of six places equals
-    the number that it correctly rounds: `0.333333` is `1/3`, but `0.333` is not, nor is `0.666666` `2/3`; one
-    of more places may also be truncated. This holds for answer and reference alike.
+    `40%` equals both `40` and `0.4`: data sets leave the sign to the question. A decimal of six places and
+    five significant digits equals the number that it correctly rounds: `0.333333` is `1/3`, but `0.333` is
+    not, nor is `0.666666` `2/3`; one of more places may also be truncated, and `3.3000000000000003` is `3.3`.
+    This holds for answer and reference alike.
     """
-    if _stands_for(answer, reference.value) or _stands_for(reference, answer.value):
+    if _stands_for(answer, reference) or _stands_for(reference, answer):
         return True
     if answer.percent == reference.percent:
         return False
@@ -88,11 +98,22 @@ def same_number(answer: Number, reference: Number) -> bool:
     return percent.value == plain.value * 100
 
 
-def _stands_for(number: Number, exact: Fraction) -> bool:
-    if number.value == exact or number.value == 0 or number.places < ROUNDED_DIGITS:
-        return number.value == exact
-    units = abs(number.value - exact) * 10**number.places
-    return units <= Fraction(1, 2) or (number.places > ROUNDED_DIGITS and units < 1)
+def rounding(number: Number) -> Fraction:
+    """Returns how far a rounded decimal may be from the number that it stands for; 0 for an exact number."""
+    if number.places < ROUNDED_PLACES or abs(number.value) * 10**number.places < 10 ** (ROUNDED_DIGITS - 1):
+        return Fraction(0)
+    return Fraction(1 if number.places > ROUNDED_PLACES else Fraction(1, 2)) / 10**number.places
+
+
+def _stands_for(number: Number, exact: Number) -> bool:
+    off = abs(number.value - exact.value)
+    if off == 0:
+        return True
+    scaled = abs(number.value) * 10**number.places
+    if number.places and scaled >= 10 ** (FLOAT_DIGITS - 1) and exact.places < FLOAT_DIGITS - 2:
+        return off * 2**50 <= abs(exact.value)
+    unit, half = rounding(number), Fraction(1, 2) / 10**number.places
+    return off < unit or (unit > 0 and off == half)
 
 
 def _repeating(fixed: str, repeated: str) -> Fraction:

@@ -11,7 +11,6 @@ import cmath
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from string import ascii_lowercase
 
 MAX_CHARS = 200
@@ -20,8 +19,11 @@ MAX_EXPONENT = 1000
 MAX_TERM = 1e9
 """A larger term of a sum would absorb the others by rounding."""
 
+CANCELLED = 1e-9
+"""A sum that is smaller than its terms by this factor is mostly rounding."""
+
 TOLERANCE = 1e-4
-"""Relative, absolute below 1: a hundred times the rounding of math-verify, so no rounded decimal differs."""
+"""Relative and far above rounding: what is nearer is for algebra to decide."""
 
 _SPECIAL = {r"\pi": math.pi, r"\infty": 1e30, "i": 1j, "e": math.e}
 _GREEK = ("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "rho", "sigma", "tau", "phi", "omega")
@@ -30,85 +32,35 @@ _TOKEN = re.compile(
     r"(?P<number>\d+(?:\.\d+)?|\.\d+)"
     r"|(?P<letters>[A-Za-z]{1,2}(?![A-Za-z]))"
     rf"|(?P<command>\\(?:{'|'.join(_COMMANDS)})(?![A-Za-z]))"
-    r"|(?P<mark>\\[{}]|[-+*/^(){}\[\],])"
+    r"|(?P<mark>[-+*/^(){}\[\]])"
     r"|(?P<blank>\s+)"
 )
 _WORDS = frozenset(
     {"am", "cm", "ft", "hr", "in", "is", "kg", "km", "lb", "mi", "mm", "no", "or", "oz", "pm", "to"}
 )
 _THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")  # one number or two
-_IN_BASE = re.compile(r"(\d+)_(?:\d|\{\d{1,2}\})")
 _MAYBE_UNIT = re.compile(r"(?<=[\d})])\s?[ghlmsJLNVW]$")  # `2s` may be two seconds
-_MATRIX = re.compile(r"\\begin\{(?P<kind>[pbvBV]?matrix)\}(?P<body>.*)\\end\{(?P=kind)\}")
-_CLOSE = {"(": ")", "{": "}", "[": "]", r"\{": r"\}"}
+_CLOSE = {"(": ")", "{": "}"}
 
 
 class _Unreadable(Exception):
     """The formula has notation that this module does not evaluate."""
 
 
-@dataclass(frozen=True, slots=True)
-class Values:
-    """The values of an answer.
-
-    Attributes:
-        items: the values, in reading order.
-        kind: the brackets, such as `()` or `[)`; `2x3` for a matrix; `union` for intervals; else empty.
-    """
-
-    items: tuple[complex, ...]
-    kind: str = ""
-
-    @property
-    def ordered(self) -> bool:
-        return len(self.items) == 1 or (self.kind != "union" and self.kind[:1] not in ("", "\\"))
-
-    @property
-    def is_no_set(self) -> bool:
-        """Whether this is a single value or a matrix."""
-        return self.kind[:1].isdigit() or (not self.kind and len(self.items) == 1)
+def differ(left: complex, right: complex) -> bool:
+    """Returns whether two values certainly differ. False: they may be equal."""
+    return abs(left - right) > TOLERANCE * max(abs(left), abs(right))
 
 
-def differ(left: Values, right: Values) -> bool:
-    """Returns whether two answers certainly differ. False: they may be equal."""
-    if "union" in (left.kind, right.kind):  # (0,1] and (1,2] make (0,2], {1} and {2} make {1,2}
-        return any(values.is_no_set for values in (left, right))
-    if left.ordered and right.ordered and left.kind == right.kind:
-        return len(left.items) != len(right.items) or not all(map(_near, left.items, right.items))
-    # Sets, bare lists, different brackets: equal answers hold the same values in any case.
-    return not (_within(left.items, right.items) and _within(right.items, left.items))
-
-
-def read_values(body: str) -> Values | None:
-    """Reads the values of a canonical body; None if any part is ambiguous."""
+def read_value(body: str) -> complex | None:
+    """Reads the value of a canonical body; None if any part is ambiguous."""
     if len(body) > MAX_CHARS or _THOUSANDS.search(body) or _MAYBE_UNIT.search(body):
         return None
     try:
-        values = _values(body)
+        value = _FormulaReader(_tokens(body)).single()
     except (_Unreadable, ZeroDivisionError, OverflowError):
         return None
-    return values if all(map(cmath.isfinite, values.items)) else None
-
-
-def _values(body: str) -> Values:
-    if in_base := _IN_BASE.fullmatch(body):  # answers often omit the base, so it is ignored
-        body = in_base[1]
-    if matrix := _MATRIX.fullmatch(body):
-        rows = [row.split("&") for row in matrix["body"].removesuffix(r"\\").split(r"\\")]
-        items = tuple(_FormulaReader(_tokens(cell)).single() for row in rows for cell in row)
-        return Values(items, f"{len(rows)}x{len(rows[0])}")
-    if r"\cup" in body:
-        sets = [_FormulaReader(_tokens(part)).answer() for part in body.split(r"\cup")]
-        return Values(tuple(item for values in sets for item in values.items), "union")
-    return _FormulaReader(_tokens(body)).answer()
-
-
-def _near(left: complex, right: complex) -> bool:
-    return abs(left - right) <= TOLERANCE * max(1.0, abs(left), abs(right))
-
-
-def _within(items: Sequence[complex], others: Sequence[complex]) -> bool:
-    return all(any(_near(item, other) for other in others) for item in items)
+    return value if cmath.isfinite(value) else None
 
 
 def _tokens(body: str) -> list[str]:
@@ -141,25 +93,6 @@ class _FormulaReader:
             raise _Unreadable
         return value
 
-    def answer(self) -> Values:
-        """Reads all tokens as a tuple, interval, set or bare list; a single formula is a list of one."""
-        opening = self._tokens[0]
-        if opening in _CLOSE and opening != "{":
-            self._take()
-            try:
-                items = self._items()
-                closing = self._take()
-                # `(x+1)(x-2)` only begins with a bracket, and `(5)` is a number.
-                if self._next == "" and closing in (")", "]", r"\}") and (len(items) > 1 or opening == r"\{"):
-                    return Values(items, opening + closing)
-            except _Unreadable:
-                pass
-            self._at = self._depth = 0
-        items = self._items()
-        if self._next:
-            raise _Unreadable
-        return Values(items)
-
     @property
     def _next(self) -> str:
         return self._tokens[self._at]
@@ -171,13 +104,6 @@ class _FormulaReader:
         self._at += 1
         return token
 
-    def _items(self) -> tuple[complex, ...]:
-        items = [self._sum()]
-        while self._next == ",":
-            self._take()
-            items.append(self._sum())
-        return tuple(items)
-
     def _sum(self) -> complex:
         self._depth += 1
         if self._depth > MAX_DEPTH:
@@ -186,9 +112,10 @@ class _FormulaReader:
         while self._next in ("+", "-"):
             terms.append(self._signed())
         self._depth -= 1
-        if len(terms) > 1 and max(map(abs, terms)) > MAX_TERM:
+        total, largest = sum(terms), max(map(abs, terms))
+        if len(terms) > 1 and (largest > MAX_TERM or abs(total) < CANCELLED * largest):
             raise _Unreadable
-        return sum(terms)
+        return total
 
     def _signed(self) -> complex:
         if self._next in ("+", "-") and self._take() == "-":

@@ -2,9 +2,10 @@ r"""Judges whole batches of traces: extracts each final answer, verifies it, and
 
 Only the text outside the parallel blocks counts: an answer inside a path or a summary is ignored. The final
 answer is the last `Final Answer: …` line that is not blank; if that line contains a `\boxed{…}`, the content
-of the box. Without such a line, it is the last box of the text. A box is `\boxed{…}` or `\fbox{…}` with
-balanced braces, or `\boxed 5` up to the next blank; of nested boxes the inner one. A box that never closes (a
-truncated response) and an empty box do not count. Extraction is one pass over any text.
+of the box. Without such a line, it is the last box of the text; without a box, what follows the last `#### `,
+`Answer:` or `the answer is`. A box is `\boxed{…}` or `\fbox{…}` with balanced braces, or `\boxed 5` up to
+the next blank; of nested boxes the inner one. Boxes joined by `and`, `or` or a comma are one answer. A box
+that never closes (a truncated response) and an empty box do not count. Extraction is one pass over any text.
 """
 
 from __future__ import annotations
@@ -20,10 +21,20 @@ from megatron_parallel_r1.rewards.path_diversity import trace_difference
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.thought.layout import critical_length
 from megatron_parallel_r1.thought.tree import Tree
-from megatron_parallel_r1.utils.latex import last_box
+from megatron_parallel_r1.utils.latex import last_boxes
 
 _MARKER = re.compile(r"final[ \t]{1,4}answer[ \t*_]{0,8}[:：][*_]{0,4}", re.IGNORECASE)
+_CLAIM = re.compile(
+    r"#### *(?P<marked>\S[^\n]*)"
+    r"|(?<![a-z])ans(?:wer)?(?:[ \t*_]{0,4}[:：=][ \t*_]{0,4}(?P<named>[^\s*_][^\n]*)"
+    r"|[ \t]{1,4}is:?[ \t*_]{1,4}(?P<stated>(?:[^\w\s]|\d|[a-z](?![a-z]))[^\n]*))",
+    re.IGNORECASE,
+)
+_NEXT_SENTENCE = re.compile(r"\.\s+[A-Z]")
 _NO_CONTENT = {"", "$", "$$", "\\[", "\\("}  # opens a display formula: the answer is on the next line
+
+MAX_CLAIM = 2000
+"""A final answer without a marker or a box is looked for in this many characters at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +77,16 @@ def judge(responses: Sequence[ResponseToJudge], verifier: Verifier) -> list[Judg
 
 def extract_answer(text: str) -> str | None:
     """Returns the final answer in `text`, stripped of surrounding blanks; None without one."""
-    stop = len(text)
+    stop, answer = len(text), None
     for marker in reversed(list(_MARKER.finditer(text))):
         if answer := _first_line(text[marker.end() : stop]):
             return answer
         stop = marker.start()
-    return last_box(text)
+    if (boxed := last_boxes(text)) or "\\boxed" in text:
+        return boxed
+    for claim in _CLAIM.finditer(text, max(0, len(text) - MAX_CLAIM)):
+        answer = claim["marked"] or claim["named"] or claim["stated"]
+    return _NEXT_SENTENCE.split(answer)[0].strip().strip("*_` \t") or None if answer else None
 
 
 def _first_line(text: str) -> str | None:
@@ -79,8 +94,8 @@ def _first_line(text: str) -> str | None:
     start = 0
     for line in text.splitlines(keepends=True):
         start += len(line)
-        if line.strip(" \t\r\n*_") not in _NO_CONTENT:
-            return last_box(text, before=start) or line.strip().strip("*_ \t") or None
+        if line.strip(" \t\r\n*_") not in _NO_CONTENT and not line.lstrip().startswith("```"):
+            return last_boxes(text, before=start) or line.strip().strip("*_` \t") or None
     return None
 
 

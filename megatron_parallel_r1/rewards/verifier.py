@@ -21,7 +21,6 @@ from multiprocessing.connection import wait
 from types import TracebackType
 
 from megatron_parallel_r1.rewards.fast_equality import Verdict, decide_without_algebra
-from megatron_parallel_r1.rewards.normalize import clean
 from megatron_parallel_r1.rewards.verifier_worker import VerifierWorker
 
 LOG = logging.getLogger(__name__)
@@ -142,7 +141,7 @@ class Verifier:
                     while todo and idle:
                         worker, pair = idle.pop(), todo.popleft()
                         try:
-                            worker.send(*map(clean, pair))
+                            worker.send(*pair)
                         except (RuntimeError, OSError) as error:
                             if not self._has_started:
                                 raise
