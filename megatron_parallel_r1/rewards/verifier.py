@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import wait
-from types import TracebackType
 
 from megatron_parallel_r1.rewards.fast_equality import Verdict, decide_without_algebra
 from megatron_parallel_r1.rewards.verifier_worker import VerifierWorker
@@ -121,9 +120,7 @@ class Verifier:
     def __enter__(self) -> Verifier:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _solve(self, pairs: Sequence[AnswerAndReference]) -> dict[AnswerAndReference, Verdict]:

@@ -117,9 +117,7 @@ class SyncRollouts:
     def __enter__(self) -> SyncRollouts:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         return None
 
 
@@ -236,8 +234,8 @@ class AsyncRollouts:
 
     def _pending(self) -> list[RolloutBatch]:
         """Waits for all batches of the published weights and returns those not taken yet."""
-        made = self._published + 1 + self._max_off_policy_steps if self._published >= 0 else 0
-        through = min(max(made, self._first - 1), self._steps)
+        produced = self._published + 1 + self._max_off_policy_steps if self._published >= 0 else 0
+        through = min(max(produced, self._first - 1), self._steps)
         steps = range(self._taken + 1, through + 1)
         self._wait_for(lambda: all(step in self._ready for step in steps))
         return [self._ready[step] for step in steps]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 from megatron_parallel_r1.config.rollout import Rollout
 from megatron_parallel_r1.errors import UserError
@@ -70,9 +69,7 @@ class OwnServers:
     def __enter__(self) -> OwnServers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ending.set()
         if self._thread is not None:
             self._thread.join()
