@@ -40,11 +40,13 @@ class Family:
         architecture: the class in transformers.
         layer: the parameters of a layer.
         fixed: fields of config.json that change the computation, with the values that are supported.
+        defaults: transformers' values of the fields that a config.json may lack.
     """
 
     architecture: str
     layer: tuple[WeightTemplate, ...]
     fixed: Mapping[str, tuple[Any, ...]]
+    defaults: Mapping[str, Any]
 
     @property
     def qkv_bias(self) -> bool:
@@ -123,6 +125,14 @@ EXPERT_DOWN = _single(
 
 _COMMON_FIXED = {"hidden_act": ("silu",), "attention_dropout": (0, None), "quantization_config": (None,)}
 _QWEN_FIXED = _COMMON_FIXED | {"use_sliding_window": (False, None)}
+_DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "tie_word_embeddings": False,
+}
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -130,6 +140,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "Qwen3ForCausalLM",
             (INPUT_NORM, QKV, QUERY_NORM, KEY_NORM, OUTPUT, MLP_NORM, GATE_UP, DOWN),
             _QWEN_FIXED | {"attention_bias": (False, None)},
+            _DEFAULTS | {"head_dim": 128},
         ),
         "qwen3_moe": Family(
             "Qwen3MoeForCausalLM",
@@ -140,15 +151,28 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "decoder_sparse_step": (1, None),
                 "mlp_only_layers": ([], None),
             },
+            _DEFAULTS
+            | {
+                "num_key_value_heads": 4,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "norm_topk_prob": False,
+            },
         ),
         "qwen2": Family(
-            "Qwen2ForCausalLM", (INPUT_NORM, QKV, QKV_BIAS, OUTPUT, MLP_NORM, GATE_UP, DOWN), _QWEN_FIXED
+            "Qwen2ForCausalLM",
+            (INPUT_NORM, QKV, QKV_BIAS, OUTPUT, MLP_NORM, GATE_UP, DOWN),
+            _QWEN_FIXED,
+            _DEFAULTS,
         ),
         "llama": Family(
             "LlamaForCausalLM",
             (INPUT_NORM, QKV, OUTPUT, MLP_NORM, GATE_UP, DOWN),
             _COMMON_FIXED
             | {"attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": (1, None)},
+            # None: as many as attention heads.
+            _DEFAULTS | {"max_position_embeddings": 2048, "num_key_value_heads": None},
         ),
     }
 )

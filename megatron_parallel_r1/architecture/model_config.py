@@ -86,6 +86,8 @@ class ModelConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Reads a Hugging Face `config.json` (transformers 4 or 5) of one of the `FAMILIES`.
 
+        Fields other than the sizes of the weights may be missing; transformers' defaults hold.
+
         Args:
             hf: the parsed config.json, or `PreTrainedConfig.to_dict()`.
 
@@ -98,6 +100,7 @@ class ModelConfig:
                 f"config.json: model_type is {kind!r}; supported are {', '.join(map(repr, FAMILIES))}"
             )
         family = FAMILIES[kind]
+        hf = {**family.defaults, **hf}
         for field, allowed in family.fixed.items():
             if (value := hf.get(field)) not in allowed:
                 raise UserError(f"config.json: {field} = {value!r} is not supported; use a plain {kind}")
@@ -126,7 +129,7 @@ class ModelConfig:
                 vocab=_count(hf, "vocab_size"),
                 rope_theta=_number(theta, "rope_theta"),
                 rms_eps=_number(hf, "rms_norm_eps"),
-                tied=hf.get("tie_word_embeddings") is True,
+                tied=_flag(hf, "tie_word_embeddings"),
                 max_positions=_count(hf, "max_position_embeddings"),
                 family=kind,
                 rope_scaling=scalings.pop() if scalings else None,
@@ -195,12 +198,20 @@ def _number(hf: Mapping[str, Any], field: str) -> float:
     return float(hf[field])
 
 
+def _flag(hf: Mapping[str, Any], field: str) -> bool:
+    if type(hf[field]) is not bool:
+        raise UserError(
+            f"config.json: {field} = {hf[field]!r} is neither true nor false; copy the file again"
+        )
+    return hf[field]
+
+
 def _experts(hf: Mapping[str, Any]) -> ExpertsConfig:
     experts = ExpertsConfig(
         count=_count(hf, "num_local_experts", "num_experts"),
         per_token=_count(hf, "num_experts_per_tok"),
         ffn=_count(hf, "moe_intermediate_size"),
-        renormalized=hf.get("norm_topk_prob") is True,
+        renormalized=_flag(hf, "norm_topk_prob"),
     )
     if experts.per_token > experts.count:
         raise UserError(

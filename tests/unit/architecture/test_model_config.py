@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config
+from transformers import AutoConfig, Qwen3Config
 
+from megatron_parallel_r1.architecture.families import FAMILIES
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.errors import UserError
 
@@ -52,11 +53,25 @@ def test_a_config_of_transformers_4_is_read() -> None:
         ({"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "factor = '4' of rope_type 'linear'"),
         ({"rope_parameters": {"rope_type": ["linear"]}}, r"rope_type = \['linear'\] is not supported"),
         ({"model_type": ["qwen3"]}, r"model_type is \['qwen3'\]"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings = None is neither true nor false"),
     ],
 )
 def test_what_is_not_computed_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ModelConfig.from_hf(QWEN3.to_hf() | change)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_fields_that_are_no_size_may_be_missing(kind: str) -> None:
+    sizes = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "intermediate_size": 96,
+        "vocab_size": 97,
+    }
+    theirs = AutoConfig.for_model(kind, **sizes).to_dict()
+    assert ModelConfig.from_hf({"model_type": kind, **sizes}) == ModelConfig.from_hf(theirs)
 
 
 def test_a_missing_field_is_named() -> None:
