@@ -14,6 +14,11 @@ class UserError(Exception):
     """
 
 
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The message of another library's error on one line of at most `limit` characters, or its type."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 class ServersLost(UserError):
     """No rollout server is left.
 

@@ -10,22 +10,31 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_parallel_r1.architecture.families import EMBEDDING, HEAD
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import check_fit
-from megatron_parallel_r1.checkpoint_formats.safetensors_file import save_tensors, stored_tensors
+from megatron_parallel_r1.checkpoint_formats.companions import generation_of, legal_files
+from megatron_parallel_r1.checkpoint_formats.safetensors_file import (
+    StoredTensor,
+    equal_tensors,
+    save_tensors,
+    stored_tensors,
+)
 from megatron_parallel_r1.checkpoint_formats.torch_dist import (
     MegatronCheckpoint,
     find_checkpoint,
     read_weights,
 )
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.thought.tokenizer import GENERATION
 
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 
 if TYPE_CHECKING:
@@ -46,9 +55,8 @@ def load_hf_folder(path: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, T
         checkpoint = MegatronCheckpoint(folder)
         checkpoint.check(config)
         return config, read_weights(checkpoint, config)
-    files = weight_files(folder)
-    check_fit(config, {name: stored.shape for name, stored in stored_tensors(files).items()})
-    return config, _read(files)
+    stored_weights(folder, config)
+    return config, _read(weight_files(folder))
 
 
 def read_config(path: Path | str) -> ModelConfig:
@@ -75,28 +83,49 @@ def read_config(path: Path | str) -> ModelConfig:
         raise UserError(f"{folder}: {error}") from None
 
 
+def stored_weights(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Returns a folder's safetensors by name, without reading them.
+
+    Raises:
+        UserError: they do not fit the config, or a tied model has a head that is not its embedding:
+            transformers 5 keeps such a head, transformers 4 and inference engines do not.
+    """
+    stored = stored_tensors(weight_files(folder))
+    check_fit(config, {name: tensor.shape for name, tensor in stored.items()})
+    (embedding, _), (head, _) = EMBEDDING.hf[0], HEAD.hf[0]
+    if config.tied and head in stored and not equal_tensors(stored[head], stored[embedding]):
+        raise UserError(
+            f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embedding}; set "
+            f"tie_word_embeddings to false to use that head, or delete {head}"
+        )
+    return stored
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files with a folder's weights: those in its index, or all.
+    """Returns the files that transformers loads: model.safetensors, or else those in the index.
 
     Raises:
         UserError: there are none, or one in the index is missing.
     """
-    index = folder / "model.safetensors.index.json"
+    single, index = folder / shard_names(1)[0], folder / INDEX
+    if single.is_file():
+        return [single]
     if index.is_file():
         try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / name for name in named]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is damaged ({error}); copy it again") from None
-        for name in named:
-            if not (folder / name).is_file():
-                raise UserError(f"{folder}: {name}, which {index.name} names, is missing; copy it again")
-        return [folder / name for name in named]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{folder}: {file.name}, which {INDEX} names, is missing; copy it again")
+        return files
+    if others := sorted(folder.glob("*.safetensors")):
         raise UserError(
-            f"{folder}: no *.safetensors files; convert the model with transformers' save_pretrained"
+            f"{folder}: {others[0].name} is there, but neither {single.name} nor {INDEX}, without which "
+            "transformers loads nothing; copy the missing file, or save the model again with save_pretrained"
         )
-    return files
+    raise UserError(f"{folder}: no *.safetensors files; convert the model with transformers' save_pretrained")
 
 
 def _read(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -115,6 +144,7 @@ def save_hf_folder(
     tensors: Iterable[tuple[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase | None = None,
     extra: Mapping[str, str] | None = None,
+    base: Path | None = None,
 ) -> None:
     """Writes a folder that AutoModelForCausalLM, SGLang and vLLM load; it appears when it is complete.
 
@@ -124,6 +154,7 @@ def save_hf_folder(
         tensors: Hugging Face names and tensors of one dtype.
         tokenizer: saved with the model; its EOS token ends generation.
         extra: further files by name.
+        base: the model that it began as, whose generation settings and licence are kept.
 
     Raises:
         UserError: the path exists and is not a model.
@@ -136,7 +167,7 @@ def save_hf_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(work / "new", config, tensors, tokenizer)
+        _write(work / "new", config, tensors, tokenizer, base)
         for name, text in (extra or {}).items():
             (work / "new" / name).write_text(text)
         if folder.exists():
@@ -151,18 +182,20 @@ def _write(
     config: ModelConfig,
     tensors: Iterable[tuple[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase | None,
+    base: Path | None,
 ) -> None:
     folder.mkdir()
     dtype = _write_shards(folder, tensors)
     settings = config.to_hf(dtype)
-    generation: dict[str, object] = {"do_sample": True}
+    generation: dict[str, Any] = {"do_sample": True}
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        settings |= stops
-        generation |= stops
+        generation, special = generation_of(tokenizer, base)
+        settings |= special
+    for file in [*legal_files(base), *base.glob("*.tiktoken")] if base and base.is_dir() else ():
+        shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch.dtype:
@@ -205,4 +238,4 @@ def shard_names(count: int) -> list[str]:
 def write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
     """Writes the index: the file of each tensor, and the total size in bytes."""
     index = {"metadata": {"total_size": total}, "weight_map": dict(files)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -95,7 +95,8 @@ class StoredTensor:
                     part = out_GrX[group : group + step_G, first : first + step_r]
                     held = block[: part.shape[0] * part.shape[1]].unflatten(0, part.shape[:2])
                     self._read(descriptor, held, self.begin + (row + group * rows + first) * width)
-                    part.copy_(held if column is None else held[..., column : column + part.shape[-1]])
+                    columns = slice(None) if column is None else slice(column, column + part.shape[-1])
+                    part.copy_(cast_to(held[..., columns], out_GrX.dtype, self.name))
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
@@ -135,7 +136,39 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
                 )
             dtype = DTYPES[entry["dtype"]]
             stored[name] = StoredTensor(file, name, dtype, tuple(entry["shape"]), entry["begin"])
+            if stored[name].nbytes != entry["size"]:
+                raise UserError(f"{file} is damaged ({name} has {entry['size']} bytes); copy it again")
     return stored
+
+
+def equal_tensors(one: StoredTensor, two: StoredTensor) -> bool:
+    """Whether two stored matrices of any dtypes have equal values; some rows are in memory at a time."""
+    if one.shape != two.shape:
+        return False
+    rows = max(1, BLOCK // max(one.nbytes // max(one.shape[0], 1), 1))
+    for first in range(0, one.shape[0], rows):
+        blocks = []
+        for stored in (one, two):
+            blocks.append(
+                torch.empty((1, min(rows, one.shape[0] - first), *one.shape[1:]), dtype=stored.dtype)
+            )
+            stored.read_into(blocks[-1], first)
+        if not bool((blocks[0] == blocks[1]).all()):
+            return False
+    return True
+
+
+def cast_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Returns a tensor in `dtype`.
+
+    Raises:
+        UserError: a finite value would become infinite.
+    """
+    cast = tensor.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and bool(cast.isinf().any()) and bool((cast.isinf() & ~tensor.isinf()).any()):
+        raise UserError(f"{name} has values that {NAMES[dtype]} cannot hold; give --dtype float32")
+    return cast
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
@@ -146,12 +179,16 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
             if length > size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
+            if not all(type(size) is int and size >= 0 for size in [begin, end, *entry["shape"]]):
+                raise ValueError(f"the place or shape of {name} is no whole number")
             if 8 + length + end > size:
                 raise ValueError(f"it ends within {name}")
-            entry["begin"] = 8 + length + begin
+            entry |= {"begin": 8 + length + begin, "size": end - begin, "dtype": str(entry["dtype"])}
         return header
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); copy it again") from None

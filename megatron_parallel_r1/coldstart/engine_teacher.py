@@ -12,10 +12,9 @@ from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.coldstart.settings import OwnEngine
 from megatron_parallel_r1.coldstart.teacher import TeacherAnswer, TeacherRequest
 from megatron_parallel_r1.data.prompts import decode, encode_prompt, template_text
-from megatron_parallel_r1.data.tokenizers import open_tokenizer
+from megatron_parallel_r1.data.tokenizers import open_thinking_tokenizer
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.checkpoints import read_tags
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.run.context import native_engine
 from megatron_parallel_r1.utils.rank import world_size
@@ -39,8 +38,7 @@ def open_engine(settings: OwnEngine, template: str, seed: int) -> Iterator[Engin
         raise UserError("coldstart: a teacher of kind engine is one process; start it without a launcher")
     _check_template(settings.path, template)
     shape, tensors = load_hf_folder(settings.path)
-    tokenizer = open_tokenizer(settings.path)
-    tags = read_tags(tokenizer, settings.path)
+    tokenizer, tags = open_thinking_tokenizer(settings.path)
     with process.running(seed):
         engine = native_engine(shape)
         engine.load_weights(tensors, version=0)

@@ -60,6 +60,9 @@ class ModelSource(Settings):
     """Sizes of a new model."""
     path: Path | None = None
     """Hugging Face folder of the model to start from."""
+    new_rows: Literal["subwords", "mean"] = "subwords"
+    """Start of the embedding rows of tags that the model of `path` lacks: the mean of the rows of the tag's
+    own subwords, or of all rows; plus noise of 0.1 standard deviations. A resumed run keeps its way."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of training; bfloat16 keeps float32 copies in the optimizer."""
     layers: Literal["local", "transformer_engine"] = "local"

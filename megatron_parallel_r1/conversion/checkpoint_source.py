@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import EMBEDDING, WeightMapping, check_fit
-from megatron_parallel_r1.checkpoint_formats.hf_folder import read_config, weight_files
-from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTensor, stored_tensors
+from megatron_parallel_r1.architecture.weight_table import EMBEDDING, WeightMapping
+from megatron_parallel_r1.checkpoint_formats.hf_folder import read_config, stored_weights
+from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTensor
 from megatron_parallel_r1.checkpoint_formats.torch_dist import MegatronCheckpoint, find_checkpoint
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.checkpoints.manifest import MANIFEST
@@ -74,17 +74,17 @@ class CheckpointSource:
         """The folder with the weight files."""
         return self.checkpoint.folder if self.checkpoint else self.path
 
-    def dtype(self, weight: WeightMapping) -> torch.dtype:
-        """Returns the dtype of a weight's first tensor."""
+    def dtypes(self, weight: WeightMapping) -> dict[str, torch.dtype]:
+        """Returns the dtype of each Hugging Face tensor of a weight."""
         if self.checkpoint:
-            return self.checkpoint.dtype(weight, self.config)
-        return self.stored[weight.parts[0][0]].dtype
+            return dict.fromkeys(
+                (name for name, _ in weight.parts), self.checkpoint.dtype(weight, self.config)
+            )
+        return {name: self.stored[name].dtype for name, _ in weight.parts}
 
     def bytes_of(self, part: WeightSlice) -> int:
         """Returns a slice's size in bytes, in its stored dtype."""
-        if self.checkpoint:
-            return sum(map(prod, part.shapes)) * self.dtype(part.weight).itemsize
-        dtypes = (self.stored[name].dtype for name, _ in part.weight.parts)
+        dtypes = self.dtypes(part.weight).values()
         return sum(prod(shape) * dtype.itemsize for shape, dtype in zip(part.shapes, dtypes, strict=True))
 
     def parts(self, part: WeightSlice) -> list[Tensor]:
@@ -127,9 +127,7 @@ def open_source(path: Path, like: Path | None = None) -> CheckpointSource:
         config = _with_tags(config, checkpoint)
         checkpoint.check(config)
         return CheckpointSource(path, config, config_json, like, checkpoint=checkpoint)
-    stored = stored_tensors(weight_files(path))
-    check_fit(config, {name: tensor.shape for name, tensor in stored.items()})
-    return CheckpointSource(path, config, config_json, like, stored=stored)
+    return CheckpointSource(path, config, config_json, like, stored=stored_weights(path, config))
 
 
 def _with_tags(config: ModelConfig, checkpoint: MegatronCheckpoint) -> ModelConfig:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_parallel_r1.checkpoint_formats.companions import generation_of
 from megatron_parallel_r1.checkpoint_formats.hf_folder import SHARD_BYTES
 from megatron_parallel_r1.config.reader import read_run_recipe
 from megatron_parallel_r1.config.recipe import Recipe
@@ -27,12 +28,13 @@ from megatron_parallel_r1.curriculum.model_card import (
     run_card,
     thinking_json,
 )
-from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE
-from megatron_parallel_r1.data.tokenizers import open_tokenizer
+from megatron_parallel_r1.data.prompts import chat_template_for
+from megatron_parallel_r1.data.tokenizers import check_tokenizer, open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import stored_decoding
 from megatron_parallel_r1.run.folder import past_evaluations
 from megatron_parallel_r1.thought.tags import Tags
+from megatron_parallel_r1.thought.tokenizer import GENERATION, eos_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def _tokenizer_files(opened: CheckpointSource, run: Path | None) -> dict[str, by
     folder = run / "tokenizer" if run is not None and (run / "tokenizer").is_dir() else opened.like
     tokenizer = open_tokenizer(folder)
     try:
-        Tags.of(tokenizer)
+        Tags.of(tokenizer, eos_ids(opened.like))
     except ValueError as error:
         raise UserError(
             f"{folder}: {error}; give --like, or --run, with the tokenizer of the training"
@@ -170,15 +172,15 @@ def _tokenizer_files(opened: CheckpointSource, run: Path | None) -> dict[str, by
     if max(tokenizer.get_vocab().values()) >= opened.config.vocab:
         raise UserError(f"{folder}: the tokenizer has tokens that the model lacks; use those of one run")
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.chat_template = chat_template_for(tokenizer)
+        check_tokenizer(tokenizer, folder)
     with TemporaryDirectory() as place:
         tokenizer.save_pretrained(place)
-        files = {path.name: path.read_bytes() for path in Path(place).iterdir() if path.is_file()}
-    stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    existing = opened.like / "generation_config.json"
-    generation = json.loads(existing.read_text()) if existing.is_file() else {"do_sample": True}
-    files["generation_config.json"] = json.dumps(generation | stops, indent=2).encode() + b"\n"
-    opened.config_json.update(stops)
+        saved = [path for path in Path(place).rglob("*") if path.is_file()]
+        files = {str(path.relative_to(place)): path.read_bytes() for path in saved}
+    generation, special = generation_of(tokenizer, opened.like)
+    files[GENERATION] = json.dumps(generation, indent=2).encode() + b"\n"
+    opened.config_json.update(special)
     return files
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ import torch
 from torch import Tensor
 
 from megatron_parallel_r1.architecture.weight_table import WeightMapping, weight_table
-from megatron_parallel_r1.checkpoint_formats.hf_folder import SHARD_BYTES, shard_names
-from megatron_parallel_r1.checkpoint_formats.safetensors_file import NAMES
+from megatron_parallel_r1.checkpoint_formats.hf_folder import INDEX, SHARD_BYTES, shard_names
+from megatron_parallel_r1.checkpoint_formats.safetensors_file import NAMES, cast_to
 from megatron_parallel_r1.conversion.checkpoint_source import CheckpointSource, WeightSlice, open_source
 from megatron_parallel_r1.conversion.hashing_writer import HashingWriter
 from megatron_parallel_r1.conversion.to_megatron import Advance, copy_companions, source_identity
 from megatron_parallel_r1.conversion.work_folder import MemoryBudget, WorkFolder
+from megatron_parallel_r1.data.tokenizers import check_companion_tokenizer
 from megatron_parallel_r1.errors import UserError
 
 SLICE_BYTES = 2**25  # read at once if a weight can be split
-INDEX = "model.safetensors.index.json"
 
 
 def megatron_to_hf(
@@ -45,6 +46,7 @@ def megatron_to_hf(
         UserError: the source cannot be converted, before anything is written; or `out` cannot be written.
     """
     checkpoint = open_source(source, like)
+    check_companion_tokenizer(checkpoint.like)
     write_hf_folder(checkpoint, out, dtype, shard_bytes, replace, {}, advance, begin)
 
 
@@ -75,7 +77,7 @@ def write_hf_folder(
     if dtype not in (None, *NAMES):
         raise UserError(f"dtype {dtype} is not one of {', '.join(map(str, NAMES))}")
     weights = weight_table(source.config)
-    dtypes = {weight.name: dtype or source.dtype(weight) for weight in weights}
+    dtypes = {name: dtype or stored for weight in weights for name, stored in source.dtypes(weight).items()}
     files = _shards(weights, dtypes, shard_bytes)
     total = sum(_bytes(weight, dtypes) for weight in weights)
     begin(total)
@@ -120,7 +122,7 @@ def _config(source: CheckpointSource, kinds: set[torch.dtype]) -> bytes:
 
 
 def _bytes(weight: WeightMapping, dtypes: Mapping[str, torch.dtype]) -> int:
-    return torch.Size(weight.shape).numel() * dtypes[weight.name].itemsize
+    return sum(prod(shape) * dtypes[name].itemsize for name, shape in weight.parts)
 
 
 def _shards(
@@ -150,9 +152,9 @@ def _write(
     end = 0
     for weight in weights:
         for name, sizes in weight.parts:
-            begin, end = end, end + torch.Size(sizes).numel() * dtypes[weight.name].itemsize
+            begin, end = end, end + prod(sizes) * dtypes[name].itemsize
             header[name] = {
-                "dtype": NAMES[dtypes[weight.name]],
+                "dtype": NAMES[dtypes[name]],
                 "shape": list(sizes),
                 "data_offsets": [begin, end],
             }
@@ -163,9 +165,9 @@ def _write(
     slices = [part for weight in weights for part in WeightSlice.split(weight, _rows(weight, dtypes))]
     for part in slices:
         with budget.reserve(source.bytes_of(part)):
-            for tensor in source.parts(part):
+            for (name, _), tensor in zip(part.weight.parts, source.parts(part), strict=True):
                 for rows in _in_blocks(tensor):
-                    block = rows.to(dtypes[part.weight.name]).contiguous()
+                    block = cast_to(rows, dtypes[name], name).contiguous()
                     file.write(block.view(-1).view(torch.uint8).numpy())
                     advance(block.nbytes)
             del tensor, rows, block  # before another file takes their memory

@@ -32,19 +32,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_parallel_r1.architecture.weight_table import check_fit
-from megatron_parallel_r1.checkpoint_formats.hf_folder import read_config, weight_files
-from megatron_parallel_r1.checkpoint_formats.safetensors_file import StoredTensor, stored_tensors
+from megatron_parallel_r1.checkpoint_formats.companions import companions
+from megatron_parallel_r1.checkpoint_formats.hf_folder import INDEX, read_config, stored_weights
+from megatron_parallel_r1.checkpoint_formats.safetensors_file import NAMES, StoredTensor
 from megatron_parallel_r1.checkpoint_formats.torch_dist import TRACKER
 from megatron_parallel_r1.conversion.hashing_writer import HashingWriter
 from megatron_parallel_r1.conversion.shard_plan import Shard, Target, shard_plan
 from megatron_parallel_r1.conversion.work_folder import MemoryBudget, WorkFolder, working_folder
+from megatron_parallel_r1.data.tokenizers import check_companion_tokenizer
+from megatron_parallel_r1.errors import UserError
 
 FILE_BYTES = 2**30
 RELEASE = "release"
-# Small files of a model in either format.
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
-_EXCLUDED = ("model.safetensors.index.json", TRACKER)
+_EXCLUDED = (INDEX, TRACKER)
 
 Advance = Callable[[int], None]
 
@@ -72,10 +72,12 @@ def hf_to_megatron(
         UserError: the source cannot be converted, before anything is written; or `out` cannot be written.
     """
     config = read_config(source)
-    stored = stored_tensors(weight_files(source))
-    check_fit(config, {name: tensor.shape for name, tensor in stored.items()})
+    stored = stored_weights(source, config)
+    check_companion_tokenizer(source)
     target.check(config)
     ranks = shard_plan(config, target)
+    if dtype is None:
+        _check_dtypes([shard for shards in ranks.values() for shard in shards], stored)
     sizes = {id(s): s.elements * _dtype(s, stored, dtype).itemsize for own in ranks.values() for s in own}
     begin(sum(sizes.values()))
     identity = {
@@ -138,13 +140,31 @@ def source_identity(folder: Path, out: Path) -> list[list[Any]]:
 
 def copy_companions(source: Path, work: WorkFolder, exclude: Sequence[str] = ()) -> None:
     """Copies the small files of a model: its config, its tokenizer, its card."""
-    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern)}):
-        if file.is_file() and file.name not in (*_EXCLUDED, *exclude):
-            work.file(file.name, partial(_copy, file))
+    for file in companions(source):
+        name = str(file.relative_to(source))
+        if name not in (*_EXCLUDED, *exclude):
+            work.file(name, partial(_copy, file))
 
 
 def _copy(source: Path, out: HashingWriter) -> int:
     return out.write(source.read_bytes())
+
+
+def _check_dtypes(shards: Sequence[Shard], stored: Mapping[str, StoredTensor]) -> None:
+    """Checks that all Hugging Face tensors of each Megatron tensor have one dtype.
+
+    Raises:
+        UserError: two differ.
+    """
+    first: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for part in shard.sources:
+            one, two = first.setdefault(shard.key, stored[part.name]), stored[part.name]
+            if one.dtype != two.dtype:
+                raise UserError(
+                    f"{one.name} is {NAMES[one.dtype]} and {two.name} is {NAMES[two.dtype]}, which Megatron "
+                    "keeps as one tensor; give --dtype float32, or another"
+                )
 
 
 def _dtype(shard: Shard, stored: Mapping[str, StoredTensor], cast: torch.dtype | None) -> torch.dtype:

@@ -21,7 +21,7 @@ from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.checkpoint_formats.torch_dist import find_checkpoint
 from megatron_parallel_r1.conversion.checkpoint_source import CheckpointSource, WeightSlice
 from megatron_parallel_r1.conversion.to_megatron import Advance
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.errors import UserError, one_line
 from megatron_parallel_r1.model.gpt import Model
 
 TOLERANCE = 2e-5  # for float32 logits of order 1; relative to the largest beyond
@@ -92,8 +92,6 @@ def _largest(tensor: Tensor) -> float:
 @torch.no_grad()
 def _own_logits(source: CheckpointSource, tokens_1L: Tensor) -> Tensor:
     from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
-
-    pass
     from megatron_parallel_r1.model.gpt import build_model, logits
     from megatron_parallel_r1.model.weights import load_hf_tensors
 
@@ -113,9 +111,14 @@ def _own_logits(source: CheckpointSource, tokens_1L: Tensor) -> Tensor:
 def _transformers_logits(source: CheckpointSource, tokens_1L: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source.path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        )
+    except Exception as error:
+        raise UserError(
+            f"{source.path}: transformers cannot load it ({one_line(error)}); mend it, or give --no-logits"
+        ) from None
     return model.eval()(tokens_1L).logits[0]
 
 

@@ -12,11 +12,10 @@ from megatron_parallel_r1.config.data import has_sources
 from megatron_parallel_r1.config.recipe import Evaluation, Recipe
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.data.tokenizers import open_tokenizer
+from megatron_parallel_r1.data.tokenizers import open_thinking_tokenizer
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import check_parallel
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.checkpoints import read_tags
 from megatron_parallel_r1.evaluation.statistics import Interval, ProblemScores
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.model.weights import hf_tensors
@@ -146,8 +145,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None = None) -> dict[
     if recipe.evaluation is None:
         raise UserError("the recipe has no `evaluation`; add one to say on which problems")
     shape, _ = load_hf_folder(folder)
-    tokenizer = open_tokenizer(folder)
-    tags = read_tags(tokenizer, folder)
+    tokenizer, tags = open_thinking_tokenizer(folder)
     parallel, settings = recipe.parallel, recipe.evaluation
     check_parallel(shape, parallel, world_size())
     thinking = recipe.thinking_of(recipe.stages[-1])

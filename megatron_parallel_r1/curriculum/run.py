@@ -16,7 +16,7 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
 from megatron_parallel_r1.curriculum.model_card import ReleasePoint, run_card, thinking_json
-from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE
+from megatron_parallel_r1.data.prompts import chat_template_for
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.collectives import barrier
 from megatron_parallel_r1.distributed.watchdog import Watchdog
@@ -27,7 +27,13 @@ from megatron_parallel_r1.rl.loop import train_rl
 from megatron_parallel_r1.run.backends import Backends
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.datasets import check_sources, contamination_report, data_report
-from megatron_parallel_r1.run.folder import is_resumable, keep_tokenizer, open_run_folder, past_evaluations
+from megatron_parallel_r1.run.folder import (
+    as_begun,
+    is_resumable,
+    keep_tokenizer,
+    open_run_folder,
+    past_evaluations,
+)
 from megatron_parallel_r1.run.save import save_model
 from megatron_parallel_r1.run.stage_loop import checkpoint_folder
 from megatron_parallel_r1.run.wandb_log import check_wandb
@@ -95,6 +101,8 @@ def _run_seed(
 ) -> RunResult:
     names = {stage.name for stage in recipe.stages} if only is None else set(only)
     resume = is_resumable(recipe, folder, fresh, adapt)
+    if resume:
+        recipe = as_begun(recipe, folder)
     check_sources(recipe)
     check_wandb(recipe)
     run = RunContext.set_up(recipe, folder, resume)
@@ -191,7 +199,7 @@ def _write_release(run: RunContext, model: Model, evaluations: Sequence[dict[str
         "README.md": run_card(run.recipe, run.folder, run.shape, evaluations, end),
     }
     if run.tokenizer.chat_template is None:
-        extra["chat_template.jinja"] = CHAT_TEMPLATE
+        extra["chat_template.jinja"] = chat_template_for(run.tokenizer)
     save_model(run, model, release, extra)
     return release
 

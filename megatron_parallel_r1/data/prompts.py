@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from megatron_parallel_r1.data.cells import BadCell, as_value, at_path
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.data.tokenizers import BOS, PAD, UNK
+from megatron_parallel_r1.errors import UserError, one_line
+from megatron_parallel_r1.thought.tags import TAG_TEXTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,19 +113,46 @@ def render(template: str, problem: Problem | str) -> str:
 
 # For a released tokenizer without a chat template: one message as `encode_prompt` renders it, with a newline.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+BOS_CHAT_TEMPLATE = "{{ bos_token }}" + CHAT_TEMPLATE
+
+
+def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the chat template of a release whose tokenizer has none."""
+    return BOS_CHAT_TEMPLATE if _first_tokens(tokenizer) else CHAT_TEMPLATE
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the token ids of a text without a chat template; BOS first where the tokenizer adds it."""
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    first = _first_tokens(tokenizer)
+    return tokens if tokens[: len(first)] == first else [*first, *tokens]
+
+
+@lru_cache(maxsize=8)
+def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, problem: Problem | str) -> list[int]:
     """Returns the token ids of the prompt, up to the start of the response.
 
     With a chat template: the messages and the opening of the assistant's turn. Without: their text and a
-    newline. Arguments and errors as in `messages_of`.
+    newline, after BOS where the tokenizer adds it. Arguments and errors as in `messages_of`.
+
+    Raises:
+        UserError: the chat template fails on the problem, too.
     """
     messages = messages_of(template, problem)
     if tokenizer.chat_template is None:
-        text = "".join(message["content"] + "\n" for message in messages)
-        return tokenizer.encode(text, add_special_tokens=False)
-    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return encode_text(tokenizer, "".join(message["content"] + "\n" for message in messages))
+    try:
+        chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # whatever a template raises
+        raise UserError(
+            f"the tokenizer's chat template fails on a problem ({one_line(error)}); correct the template, or "
+            f"drop the row: {messages[-1]['content'][:60]!r}"
+        ) from None
     return tokenizer.encode(chat, add_special_tokens=False)
 
 
@@ -132,8 +162,25 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[i
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Returns the text of tokens, with tags, without eos."""
-    kept = [token for token in tokens if token != tokenizer.eos_token_id]
+    """Returns the text of tokens, with tags, without those that `is_control` names."""
+    kept = [token for token in tokens if not is_control(tokenizer, token)]
     text = tokenizer.decode(kept, skip_special_tokens=False) if kept else ""
     assert isinstance(text, str), "one sequence decodes to one text"
     return text
+
+
+def is_control(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether a token is no text: EOS, and special tokens such as those of a chat's turns.
+
+    Tags and unknown words are text, and so are the special tokens of our own tokenizers.
+    """
+    return token in _control_tokens(tokenizer)
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int | None]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    shown = (*TAG_TEXTS, PAD, BOS, UNK)
+    special = (token for token, entry in added.items() if entry.special and str(entry) not in shown)
+    unknown = tokenizer.unk_token_id if added else None
+    return frozenset({tokenizer.eos_token_id, *(token for token in special if token != unknown)})

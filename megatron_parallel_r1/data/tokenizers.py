@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer on a run's own texts, and loads the tokenizer of a folder."""
+"""Trains a byte-level BPE tokenizer on a run's own texts; loads the tokenizer of a folder and tries it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.thought.tags import TAG_TEXTS
+from megatron_parallel_r1.errors import UserError, one_line
+from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
+from megatron_parallel_r1.thought.tokenizer import eos_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 _TAG = re.compile("|".join(map(re.escape, TAG_TEXTS)))
 _BYTES = 256
+# Whitespace is not compared: some tokenizers add or tidy it.
+_SAMPLE = "Step 1: 3 + 4 = 7, so x^2 = 49.\nFinal Answer: \\boxed{49}"
+_CONFIG = "tokenizer_config.json"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -67,13 +71,94 @@ def as_hf(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a Hugging Face folder.
+    """Loads the tokenizer of a Hugging Face folder and tries it.
 
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has none, or it does not work: `check_tokenizer`.
     """
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer_config.json").is_file():
-        raise UserError(f"{folder}: no tokenizer here (tokenizer_config.json is missing); give its folder")
-    return AutoTokenizer.from_pretrained(folder)
+    if not (folder / _CONFIG).is_file():
+        raise UserError(f"{folder}: no tokenizer here ({_CONFIG} is missing); give its folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # of transformers, tokenizers (a bare Exception), sentencepiece, json
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder}: the tokenizer needs Python code of its own (auto_map in {_CONFIG}), "
+                "which is never run; save it as a tokenizer.json"
+            ) from None
+        raise UserError(
+            f"{folder}: the tokenizer cannot be loaded ({one_line(error)}); copy its files again"
+        ) from None
+    check_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def open_thinking_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, Tags]:
+    """Loads the tokenizer of a model that was trained to think in parallel, and its tags.
+
+    Raises:
+        UserError: as `open_tokenizer`; or a tag or EOS is missing.
+    """
+    tokenizer = open_tokenizer(folder)
+    try:
+        return tokenizer, Tags.of(tokenizer, eos_ids(folder))
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; give a model that was trained to think in parallel") from None
+
+
+def check_companion_tokenizer(folder: Path) -> None:
+    """Tries the tokenizer and the generation settings of a folder that may have none.
+
+    Raises:
+        UserError: they do not work.
+    """
+    if (folder / _CONFIG).is_file():
+        open_tokenizer(folder)
+    eos_ids(folder)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: Path) -> None:
+    """Tries a tokenizer: a text must come back, and a chat template must show the message.
+
+    Raises:
+        UserError: it does not work; names `where`.
+    """
+    try:
+        fault = _round_trip_fault(tokenizer)
+    except Exception as error:
+        fault = f"fails on a text ({one_line(error)})"
+    if fault:
+        raise UserError(f"{where}: the tokenizer {fault}; copy tokenizer.json and its other files again")
+    if tokenizer.chat_template is None:
+        return
+    question = "What is 17 * 3?"
+    try:
+        message = {"role": "user", "content": question}
+        shown = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # whatever a template raises, or jinja2 about its syntax
+        fault = f"fails on a user's message ({one_line(error)})"
+    else:
+        fault = None if question in str(shown) else "does not show the user's message"
+    if fault:
+        raise UserError(
+            f"{where}: the chat template {fault}; correct chat_template.jinja or tokenizer_config.json"
+        )
+
+
+def _round_trip_fault(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    tokens = tokenizer.encode(_SAMPLE, add_special_tokens=False)
+    text, unknown = _SAMPLE, tokenizer.unk_token_id
+    if unknown is not None and unknown in tokens:
+        # A vocabulary of few words: they must do.
+        words = {token: word for word, token in tokenizer.get_vocab().items() if word not in TAG_TEXTS}
+        own = sorted(words.keys() - set(tokenizer.all_special_ids))
+        text = str(tokenizer.decode(own[:16]))
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+    if not text.strip() or not tokens or all(token == unknown for token in tokens):
+        return "encodes a text to nothing"
+    back = str(tokenizer.decode(tokens))
+    if unknown not in tokens and "".join(back.split()) != "".join(text.split()):
+        return f"changes a text: {text!r} comes back as {back!r}"
+    return None

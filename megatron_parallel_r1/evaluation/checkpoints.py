@@ -10,18 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_parallel_r1.config.reader import read_run_recipe
-from megatron_parallel_r1.data.prompts import CHAT_TEMPLATE, TEMPLATES, template_text
+from megatron_parallel_r1.data.prompts import BOS_CHAT_TEMPLATE, CHAT_TEMPLATE, TEMPLATES, template_text
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.modes import Decoding
 from megatron_parallel_r1.report.run_folder import read_run
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.thought.tags import Tags
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1 << 24
 # The files that decide a response, for given decoding settings.
@@ -133,8 +129,9 @@ def fingerprint(folder: Path) -> str:
     """A hash of the model's weights, config and tokenizer, independent of the folder's name."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted({file for pattern in _CONTENT for file in folder.glob(pattern)}):
-        if file.name == "chat_template.jinja" and file.read_text(encoding="utf-8") == CHAT_TEMPLATE:
-            continue  # A release writes this default; a tokenizer without a template behaves the same.
+        default = (CHAT_TEMPLATE, BOS_CHAT_TEMPLATE)
+        if file.name == "chat_template.jinja" and file.read_text(encoding="utf-8") in default:
+            continue  # A release writes one of them; a tokenizer without a template behaves the same.
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as data:
             while chunk := data.read(_CHUNK):
@@ -157,18 +154,6 @@ def stored_decoding(file: Path) -> Decoding:
             f"{file}: prompt_template must be a text with {{problem}} in it; correct it or copy it again"
         )
     return Decoding(thinking, template)
-
-
-def read_tags(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Tags:
-    """The six tags of a checkpoint's tokenizer.
-
-    Raises:
-        UserError: it lacks one.
-    """
-    try:
-        return Tags.of(tokenizer)
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}; give a model that was trained to think in parallel") from None
 
 
 def _stored_step(file: Path) -> int | None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from megatron_parallel_r1.data.prompts import encode_prompt, messages_of
-from megatron_parallel_r1.data.tokenizers import open_tokenizer
+from megatron_parallel_r1.data.tokenizers import open_thinking_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import Benchmark
-from megatron_parallel_r1.evaluation.checkpoints import Checkpoint, fingerprint, read_tags
+from megatron_parallel_r1.evaluation.checkpoints import Checkpoint, fingerprint
 from megatron_parallel_r1.evaluation.engines import EngineSpec, OpenedEngine, engine_opener
 from megatron_parallel_r1.evaluation.modes import EvaluationMode, decoding_of
 from megatron_parallel_r1.evaluation.records import (
@@ -106,8 +106,7 @@ def evaluate(
         console.print(f"{label}  {total - len(missing)} of {total} responses are cached", highlight=False)
     with Verifier() as verifier:
         if missing:
-            tokenizer = open_tokenizer(checkpoint.folder)
-            tags = read_tags(tokenizer, checkpoint.folder)
+            tokenizer, tags = open_thinking_tokenizer(checkpoint.folder)
             with opener(EngineSpec(checkpoint.folder, plan.seed, plan.tensor, plan.servers)) as opened:
                 try:
                     thinker = Thinker(opened.engine, tags, decoding.thinking)

@@ -191,7 +191,7 @@ class _Writing(Generic[Context]):
             branch: block and path numbers down to this chain; part of the seed of its draws.
         """
         tags, blocks = self.tags, 0
-        ends = frozenset({tags.eos, tags.path_end}) if depth else frozenset({tags.eos})
+        ends = tags.ends | {tags.path_end} if depth else tags.ends
         while True:
             left = budget.minus(len(draft), draft.critical)
             if left.smallest < 1:
@@ -211,7 +211,7 @@ class _Writing(Generic[Context]):
             draft.add_sampled(drawn, suppressed=not may_open)
             if not drawn.stopped:
                 continue
-            if drawn.tokens[-1] == tags.eos:
+            if drawn.tokens[-1] in tags.ends:
                 return draft, "eos", context
             if drawn.tokens[-1] == tags.path_end:
                 return draft, "closed", context
@@ -287,12 +287,12 @@ class _Writing(Generic[Context]):
         limit = budget.minus(len(draft), draft.critical).smallest - (depth > 0)
         if limit < 1:
             return "length"
-        stop = frozenset({self.tags.eos, self.tags.summary_end})
+        stop = self.tags.ends | {self.tags.summary_end}
         drawn = await self._sample(context, limit, stop, frozenset({self.tags.parallel}), branch)
         draft.add_sampled(drawn, suppressed=True)
         if not drawn.stopped:
             return "length"
-        return "eos" if drawn.tokens[-1] == self.tags.eos else "closed"
+        return "eos" if drawn.tokens[-1] in self.tags.ends else "closed"
 
     def _smallest_block(self, depth: int) -> tuple[int, int]:
         """Flat and critical tokens after `<Parallel>` of a block whose paths draw one token each.

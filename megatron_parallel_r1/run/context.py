@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
+from megatron_parallel_r1.config.data import FolderTokenizer
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, Stage
 from megatron_parallel_r1.data.problems import Problem
@@ -28,7 +29,7 @@ from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.run.datasets import load_tokenizer
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
-from megatron_parallel_r1.thought.tokenizer import add_tags, spread_new_embeddings
+from megatron_parallel_r1.thought.tokenizer import add_tags, eos_ids, spread_new_embeddings, tag_subwords
 from megatron_parallel_r1.train.trainer import Adam, Trainer
 from megatron_parallel_r1.utils.seeding import derive_seed
 
@@ -70,17 +71,21 @@ class RunContext:
         known = untagged.get_vocab() if untagged is not saved else {}
         tokenizer = saved or untagged
         try:
-            tags = Tags.of(tokenizer) if resume else add_tags(tokenizer)
+            ends = eos_ids(base) if (base := _base(recipe)) else []
+            tags = Tags.of(tokenizer, ends) if resume else add_tags(tokenizer, ends)
         except ValueError as error:
-            raise UserError(f"tokenizer: {error}; use a tokenizer that has it") from None
+            raise UserError(f"tokenizer: {error}; use another tokenizer") from None
         vocabulary = tokenizer.get_vocab()
         new_ids = tuple(vocabulary[text] for text in TAG_TEXTS if text not in known)
+        rows = max(vocabulary.values()) + 1
+        if beyond := [token for token in ends if token >= rows]:
+            raise UserError(f"{base}: eos_token_id {beyond[0]} is beyond the tokenizer's {rows} tokens")
         if recipe.model.shape is not None:
-            shape = recipe.model.shape.config(len(tokenizer))
+            shape = recipe.model.shape.config(rows)
         else:
             assert recipe.model.path is not None, "a recipe has a shape or a path"
             shape, _ = load_hf_folder(recipe.model.path)
-            shape = replace(shape, vocab=max(shape.vocab, len(tokenizer)))
+            shape = replace(shape, vocab=max(shape.vocab, rows))
         return cls(recipe, folder, tokenizer, tags, shape, new_ids)
 
     def check_starts(self, names: Collection[str]) -> None:
@@ -124,6 +129,11 @@ class RunContext:
                 f"{parallel.tensor} can deadlock on GPUs; set parallel.tensor to 1 or "
                 "max_off_policy_steps to 0"
             )
+
+    @property
+    def base(self) -> Path | None:
+        """The model that the run begins as, if its special tokens are those of the run's tokenizer."""
+        return _base(self.recipe)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,13 +196,17 @@ class RunContext:
             return tensor
         rows = tensor.shape[0]
         fresh = {*self.new_ids, *range(rows, self.shape.vocab)}
-        tag_ids = [*astuple(self.tags)[: len(TAG_TEXTS)]]
-        trained = tensor[[id for id in tag_ids if id < rows]]
+        trained = tensor[[id for id in self.tags.ids if id < rows]]
         if len(trained.unique(dim=0)) < len(trained):
-            fresh.update(tag_ids)
+            fresh.update(self.tags.ids)
         grown_VE = torch.cat([tensor, tensor.new_zeros(self.shape.vocab - rows, tensor.shape[1])])
-        spread_new_embeddings(grown_VE, sorted(fresh), self.recipe.seed)
+        subwords = tag_subwords(self.tokenizer) if self.recipe.model.new_rows == "subwords" else None
+        spread_new_embeddings(grown_VE, sorted(fresh), self.recipe.seed, subwords)
         return grown_VE
+
+
+def _base(recipe: Recipe) -> Path | None:
+    return recipe.model.path if isinstance(recipe.tokenizer, FolderTokenizer) else None
 
 
 def native_engine(

@@ -64,6 +64,13 @@ def is_resumable(recipe: Recipe, folder: Path, fresh: bool, adapt: bool = False)
     return True
 
 
+def as_begun(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe of a resumed run, with the start of new rows that it began with; `mean` in older ones."""
+    model = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+    begun = {"new_rows": model.get("new_rows", "mean")}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=begun)})
+
+
 def open_run_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
     """Creates the run folder and writes the recipe, the stage names and all seeds to it.
 
@@ -123,7 +130,17 @@ def past_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 # Settings that do not affect the trained weights.
 HARMLESS = frozenset(
-    ["out", "keep_traces", "save_every", "keep_last", "parallel", "rollout", "collective_timeout_s", "wandb"]
+    [
+        "out",
+        "keep_traces",
+        "save_every",
+        "keep_last",
+        "parallel",
+        "rollout",
+        "collective_timeout_s",
+        "wandb",
+        "new_rows",  # kept as it was: `as_begun`
+    ]
 )
 
 

@@ -29,7 +29,7 @@ def save_model(run: RunContext, model: Model, folder: Path, extra: Mapping[str, 
     problem: UserError | None = None
     if is_rank_zero():
         try:
-            save_hf_folder(folder, run.shape, tensors, run.tokenizer, extra)
+            save_hf_folder(folder, run.shape, tensors, run.tokenizer, extra, run.base)
         except UserError as error:
             problem = error
         except (OSError, SafetensorError) as error:

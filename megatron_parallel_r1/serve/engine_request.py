@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from megatron_parallel_r1.data.prompts import render
+from megatron_parallel_r1.data.prompts import encode_text, render
+from megatron_parallel_r1.errors import one_line
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.serve.admission import Limits
 from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, Message
@@ -111,17 +112,15 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, template: str, messages: Seq
     if tokenizer.chat_template is None:
         if before:
             raise ApiError(400, "this model has no chat template: send a single user message", "messages")
-        return tokenizer.encode(problem + "\n", add_special_tokens=False)
-    from jinja2 import TemplateError
-
+        return encode_text(tokenizer, problem + "\n")
     turns = [{"role": message.role, "content": message.text} for message in before]
     turns.append({"role": "user", "content": problem})
     try:
         # `tokenize=False` returns a text.
         chat = cast(str, tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-    except (TemplateError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a template raises
         raise ApiError(
-            400, f"the model's chat template rejects the conversation: {error}", "messages"
+            400, f"the model's chat template rejects the conversation: {one_line(error)}", "messages"
         ) from None
     return tokenizer.encode(chat, add_special_tokens=False)
 
@@ -129,17 +128,17 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, template: str, messages: Seq
 def text_prompts(
     tokenizer: PreTrainedTokenizerBase, vocabulary: int, prompt: str | list[int] | list[str]
 ) -> list[list[int]]:
-    """The prompts of a text completion, without any template.
+    """The prompts of a text completion, without any template; BOS first where the tokenizer adds it.
 
     Raises:
         ApiError: 400; there is no prompt, one is empty, or a token id is out of range.
     """
     if isinstance(prompt, str):
-        prompts = [tokenizer.encode(prompt, add_special_tokens=False)]
+        prompts = [encode_text(tokenizer, prompt)] if prompt else []
     elif any(isinstance(item, int) for item in prompt):
         prompts = [[item for item in prompt if isinstance(item, int)]]
     else:
-        prompts = [tokenizer.encode(str(item), add_special_tokens=False) for item in prompt]
+        prompts = [encode_text(tokenizer, str(item)) if item else [] for item in prompt]
     if not prompts or not all(prompts):
         raise ApiError(400, "the prompt is empty", "prompt")
     if any(not 0 <= token < vocabulary for tokens in prompts for token in tokens):

@@ -10,9 +10,9 @@ import torch
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.data.prompts import template_columns
-from megatron_parallel_r1.data.tokenizers import open_tokenizer
+from megatron_parallel_r1.data.tokenizers import open_thinking_tokenizer
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.checkpoints import read_tags, stored_decoding
+from megatron_parallel_r1.evaluation.checkpoints import stored_decoding
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.tags import Tags
@@ -64,8 +64,7 @@ class ServedModel:
                 f"{settings}: its prompt shows columns of the data ({', '.join(columns)}), which no request "
                 "has; serve a model whose prompt has {problem} alone"
             )
-        tokenizer = open_tokenizer(folder)
-        tags = read_tags(tokenizer, folder)
+        tokenizer, tags = open_thinking_tokenizer(folder)
         if max(tokenizer.get_vocab().values()) >= config.vocab:
             raise UserError(
                 f"{folder}: the tokenizer has tokens that the model lacks; take both from one run"

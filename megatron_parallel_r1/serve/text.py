@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_parallel_r1.data.prompts import decode
+from megatron_parallel_r1.data.prompts import decode, is_control
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """The text that is complete now; the first bytes of a character wait for its last ones."""
-        if token == self._tokenizer.eos_token_id:
+        if is_control(self._tokenizer, token):
             return ""
         self._pending.append(token)
         piece = self._piece()

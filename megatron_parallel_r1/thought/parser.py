@@ -14,7 +14,7 @@ tag must stand, is an error in `strict` parsing; otherwise the token counts as t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
@@ -57,7 +57,7 @@ class Parser:
     """
 
     def __init__(self, tags: Tags, strict: bool = False) -> None:
-        self._names = dict(zip(astuple(tags), (*TAG_TEXTS, "eos"), strict=True))
+        self._names = dict(zip((*tags.ids, tags.eos), (*TAG_TEXTS, "eos"), strict=True))
         self._strict = strict
         self._state = ParserState.TEXT
         self._open: list[_OpenBlock] = []

@@ -11,7 +11,7 @@ from megatron_parallel_r1.config import deprecated
 from megatron_parallel_r1.config.reader import read_recipe, read_run_recipe
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.run.folder import is_resumable
+from megatron_parallel_r1.run.folder import as_begun, is_resumable
 
 SHAPE = "{hidden: 32, layers: 2, heads: 4, kv_heads: 2, head_dim: 8, ffn: 64}"
 OLD = f"""
@@ -182,9 +182,14 @@ def test_an_old_run_goes_on_without_adapt(new: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs/old"
     (folder / "cold_start/model").mkdir(parents=True)
     (folder / "stages.json").write_text('["cold_start", "rl", "rl_2"]')
-    (folder / "config.yaml").write_text(with_old_keys(recipe))
+    before = with_old_keys(recipe).replace("  new_rows: subwords\n", "")
+    (folder / "config.yaml").write_text(before)
+    assert "new_rows" not in before
     assert "\nmicro_tokens: 512\n" in (folder / "config.yaml").read_text()
     assert is_resumable(recipe, folder, fresh=False)
     assert read_run_recipe(folder / "config.yaml") == recipe
+    # It began before new rows had another start.
+    assert recipe.model.new_rows == "subwords"
+    assert as_begun(recipe, folder).model.new_rows == "mean"
     with pytest.raises(UserError, match=r"stages\.1\.prompts_per_step: 3 then, 5 now"):
         is_resumable(read_recipe(new, ["stages.rl.prompts=5"]), folder, fresh=False)

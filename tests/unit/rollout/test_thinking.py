@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_parallel_r1.rollout.engine import Sampling
 from megatron_parallel_r1.rollout.native.sampler import sample_tokens, uniform_draws
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.rollout.thinking import Thinker
+from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.layout import critical_length
 from megatron_parallel_r1.thought.trace import Trace
 from tests.reference.traces import TAGS
@@ -166,3 +167,21 @@ def test_draws_follow_the_distribution_top_k_and_top_p() -> None:
     assert near([1, 0, 0, 0], frequencies({"temperature": 0.0}))
     assert near([0, 0.6, 0.3, 0.1], frequencies({}, frozenset({0})))
     assert near([0.685, 0.247, 0.062, 0.007], frequencies({"temperature": 0.5}))
+
+
+@pytest.mark.parametrize("mode", ["isolated", "sequential"])
+def test_every_end_token_ends_a_response(mode: str) -> None:
+    """Each of them is a drawn token; before it the trace is as without it."""
+    prompts = random_prompts(40)
+    thinking = Thinking(mode=mode, max_path_tokens=8, max_response_tokens=60)
+    ends = tuple(range(20, 30))
+    tags = replace(TAGS, more_eos=ends)
+    thinker = Thinker(native_engine(MODEL), tags, thinking)
+    stopped = asyncio.run(roll_out(thinker, prompts, list(range(len(prompts)))))
+    ended = [trace for trace in stopped if trace.finish == "eos"]
+    assert {TAGS.eos, *ends} >= {trace.tokens[-1] for trace in ended} and len(ended) > 20
+    assert any(trace.tokens[-1] in ends and trace.sampled[-1] for trace in ended)
+    for trace, free in zip(stopped, traces_of(native_engine(MODEL), thinking, prompts), strict=True):
+        if not trace.tree.blocks:
+            assert not set(trace.tokens[:-1]) & set(ends)
+            assert free.tokens[: len(trace.tokens)] == trace.tokens
