@@ -71,7 +71,7 @@ def decide_without_algebra(answer: str | None, reference: str) -> Verdict | None
         return Verdict(True, "text")
     if max(len(answer), len(reference)) > MAX_CHARS:
         return Verdict(False, "too long")
-    left, right = read_number(answer), read_number(reference)
+    left, right = (read_number(text.replace(r"\dfrac", r"\frac")) for text in (answer, reference))
     if left and right:
         return Verdict(same_number(left, right), "number")
     return _decide(answer, reference, None, 0)

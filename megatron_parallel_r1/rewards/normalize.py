@@ -45,6 +45,7 @@ _MONEY = re.compile(
     rf"\s?(?P<amount>-?(?:{_NUMERAL}))"
     r"(?P<times>\s?(?:\\text\{)?\s?(?:thousand|million|billion|trillion)(?![a-z])\}?)?"
 )
+_MAYBE_MONEY = re.compile(r"\$|\\[pery]|[A-Z]{3}|Rs")
 _COINS = (r"\pounds", r"\euro", r"\yen", r"\rupees")
 _MONEY_AFTER = re.compile(r"(?<=\d)\s?\\(pounds|euro|yen|rupees)\s?$")
 _MONEY_NAMES = {
@@ -164,8 +165,8 @@ def clean(text: str) -> str:
     The result is still LaTeX, with its blanks; bare names (`2 pi`, `sqrt(3)`, `x**2`, `1e-3`) become LaTeX.
     """
     text = _BOLD.sub(r"\2", (text if text.isascii() else _in_ascii(text)).strip())
-    text = _THOUSANDS.sub("", text)
-    if _MONEY.search(text):
+    text = _THOUSANDS.sub("", text) if "," in text else text
+    if _MAYBE_MONEY.search(text):
         text = _MONEY.sub(_money, text)
     text = _MONEY_AFTER.sub(r" \\text{\1}", text) if text.endswith(_COINS) else text
     text = _BLANKS.sub(" ", _in_latex(_MATH_MARKS.sub("", text))).strip()
@@ -173,25 +174,31 @@ def clean(text: str) -> str:
     if text.endswith(("...", "dots")):
         text = _REPEATING.sub(lambda found: rf"{found[1]}\overline{{{found[2] or found[3]}}}", text)
     text = text if text.endswith("...") else text.rstrip(_CLOSING)
-    return _without_lead(_LIST_COMMA.sub(r"\1;", text))
+    return _without_lead(_LIST_COMMA.sub(r"\1;", text) if ", " in text else text)
 
 
 def canonical(text: str) -> Canonical:
     """Returns the canonical spelling of an answer of at most a few thousand characters."""
     cleaned = clean(text)
-    body = _VECTOR.sub(r" \1 ", _SIZES.sub("", cleaned)) if "\\" in cleaned else cleaned
-    body = _ROOT.sub(
-        r"\\sqrt{\1}", _FRACTION.sub(r"\\frac{\1\2}{\3\4}", _FRACTION_NAMES.sub(r"\\frac", body))
-    )
+    body = cleaned
+    if "\\" in body:
+        body = _VECTOR.sub(r" \1 ", _SIZES.sub("", body))
+        body = _FRACTION.sub(r"\\frac{\1\2}{\3\4}", _FRACTION_NAMES.sub(r"\\frac", body))
+        body = _ROOT.sub(r"\\sqrt{\1}", body)
     name = None
     if "=" in body or r"\in" in body:
         found = _ASSIGNMENT.fullmatch(body) or _ASSIGNED.fullmatch(body)
         if found and (len(found["name"]) == 1 or found["name"] not in CHANGES):
             name, body = found["name"], found["body"]
-    measured = _measure(_ORDINAL.sub("", body))
-    body = _INNER_BLANK.sub("", _PERCENT.sub("%", measured.body))
+    measured = _measure(_ORDINAL.sub("", body) if body[-1:] in ("t", "d", "h", "}") else body)
+    body = _PERCENT.sub("%", measured.body) if measured.body[-1:] in ("%", "t") else measured.body
+    body = _INNER_BLANK.sub("", body) if " " in body else body
     unit = measured.unit
-    if (degree := _DEGREE.search(body)) and not _TRIGONOMETRY.search(body):
+    if (
+        ("circ" in body or "degree" in body)
+        and (degree := _DEGREE.search(body))
+        and not _TRIGONOMETRY.search(body)
+    ):
         body = body[: degree.start()]
         unit = read_unit({"C": "celsius", "F": "fahrenheit"}.get(degree[1], "degree"))
     if body[:1] == "{" and body.find("}") == len(body) - 1:
@@ -211,11 +218,14 @@ def _measure(body: str) -> Canonical:
     r"""Drops `\text{ cm}^2` after anything and ` cm^2` after a number; unwraps any other `\text`."""
     if _COMPOUND.fullmatch(written := _unwrapped(body)):
         return _compound(written)
-    body = _UNIT_FRACTION.sub(r"\1/\2", body)
-    if (tail := _UNIT_TAIL.search(body)) and (unit := read_unit(_unwrapped(tail[0]))):
-        return replace(_measure(body[: tail.start()]), unit=unit)
-    has_words = any(_WORD.search(match["text"]) for match in _TEXT.finditer(body))
-    body = _without_lead(_unwrapped(body).rstrip(_CLOSING if not body.endswith("...") else ""))
+    has_words = False
+    if written != body:
+        body = _UNIT_FRACTION.sub(r"\1/\2", body)
+        if (tail := _UNIT_TAIL.search(body)) and (unit := read_unit(_unwrapped(tail[0]))):
+            return replace(_measure(body[: tail.start()]), unit=unit)
+        has_words = any(_WORD.search(match["text"]) for match in _TEXT.finditer(body))
+        body = _unwrapped(body)
+    body = _without_lead(body if body.endswith("...") else body.rstrip(_CLOSING))
     if "base" in body:
         body = _IN_BASE.sub(r"\1_{\2}", body)
     if not (measured := _MEASURED.fullmatch(body)):
@@ -300,12 +310,14 @@ def _in_latex(text: str) -> str:
         text = _OTHER_NAMES.sub(lambda match: _ONE_NAME[match[0]], text)
     if "^" in text:
         text = _LETTER_TIMES.sub(r"\\times ", text)
-    return _GROUPED.sub(lambda grouped: grouped[0].replace("_", "").replace("'", ""), text)
+    if "_" in text or "'" in text:
+        text = _GROUPED.sub(lambda grouped: grouped[0].replace("_", "").replace("'", ""), text)
+    return text
 
 
 def _without_lead(text: str) -> str:
     """Drops `Therefore,`, `The answer is` or `Total:` before an answer."""
-    if text[:1].isdigit():
+    if not (text[:1].isalpha() or text[:1] == "="):
         return text
     for opening in (_THEREFORE, _IS_ANSWER):
         if found := opening.match(text):

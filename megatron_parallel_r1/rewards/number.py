@@ -55,6 +55,8 @@ def read_number(text: str) -> Number | None:
 
     Returns None for anything else. `text` is stripped and its fractions have braces.
     """
+    if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS:
+        return Number(Fraction(int(text)), False, 0)
     if len(text) > MAX_DIGITS or not (match := _NUMBER.fullmatch(text)):
         return None
     part = match.groupdict()
@@ -90,7 +92,11 @@ def same_number(answer: Number, reference: Number) -> bool:
     not, nor is `0.666666` `2/3`; one of more places may also be truncated, and `3.3000000000000003` is `3.3`.
     This holds for answer and reference alike.
     """
-    if _stands_for(answer, reference) or _stands_for(reference, answer):
+    if answer.value == reference.value:
+        return True
+    if (answer.places or reference.places) and (
+        _stands_for(answer, reference) or _stands_for(reference, answer)
+    ):
         return True
     if answer.percent == reference.percent:
         return False
@@ -107,8 +113,6 @@ def rounding(number: Number) -> Fraction:
 
 def _stands_for(number: Number, exact: Number) -> bool:
     off = abs(number.value - exact.value)
-    if off == 0:
-        return True
     scaled = abs(number.value) * 10**number.places
     if number.places and scaled >= 10 ** (FLOAT_DIGITS - 1) and exact.places < FLOAT_DIGITS - 2:
         return off * 2**50 <= abs(exact.value)

@@ -22,6 +22,8 @@ _TOGETHER = re.compile(
     r"|(?:[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s?=)*"
 )
 _NAME = re.compile(r"(?<![A-Za-z])(?:[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s?=\s?$")
+_HEDGES = ("or", "maybe", "perhaps", "possibly", "alternatively")
+_HEDGES = ("or", "maybe", "perhaps", "possibly", "alternatively")
 _ALTERNATIVE_BEFORE = re.compile(
     r"(?<![^\s$])\$?-?(?:\d[\w./]*|[A-Z])\$? +or +(?:maybe +|perhaps +|possibly +)?\$*$"
 )
@@ -47,6 +49,10 @@ def last_boxes(text: str, before: int | None = None) -> str | None:
     """
     if not (boxes := _boxes(text, before)):
         return None
+    whole, content = boxes[-1]
+    around = text[max(0, whole.start - 60) : whole.stop + 40]
+    if len(boxes) == 1 and not any(word in around for word in _HEDGES):
+        return text[content].strip()
     first = last = len(boxes) - 1
     while first and 0 <= boxes[first][0].start - boxes[first - 1][0].stop < MAX_BETWEEN:
         between = text[boxes[first - 1][0].stop : boxes[first][0].start]
