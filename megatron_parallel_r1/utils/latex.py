@@ -69,7 +69,7 @@ def last_boxes(text: str, before: int | None = None) -> str | None:
         return contents.pop()
     if first < last and (name := _NAME.search(text, max(0, start - 20), start)):
         start = name.start()
-    pieces = []
+    pieces: list[str] = []
     for whole, content in boxes[first:]:
         between = text[start : whole.start]
         pieces += [between if not pieces or between.strip(" \n$") else ", ", text[content]]
