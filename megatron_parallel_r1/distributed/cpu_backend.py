@@ -65,6 +65,13 @@ def _counts_on_cpu(
     return tokens_per_expert
 
 
+def _l2_norm(
+    chunk_size: int, overflow: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """The norm [1] of all tensors together."""
+    return torch.stack(torch._foreach_norm(tensor_lists[0])).norm()[None], None
+
+
 def _no_op(*args: object, **kwargs: object) -> None:
     return None
 
@@ -75,8 +82,13 @@ def _replace(owner: object, name: str, value: object) -> None:
 
 
 def patch_megatron() -> None:
-    """Lets Megatron-Core run on the CPU; a no-op where CUDA is available. May be called twice."""
-    if torch.cuda.is_available() or isinstance(schedules.torch, _CpuTorch):
+    """Lets Megatron-Core run on the CPU, and on a GPU without a wait for each parameter. Repeatable."""
+    if torch.cuda.is_available():
+        # Without Transformer Engine and Apex it copies each parameter's norm to the host.
+        if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+            _replace(clip_grads, "l2_norm_impl", _l2_norm)
+        return
+    if isinstance(schedules.torch, _CpuTorch):
         return
     # Where Megatron allocates weights, gradient buffers and receive buffers.
     _replace(torch.cuda, "current_device", _cpu_device)

@@ -138,7 +138,7 @@ def build_model(
     # One object: what wrap_for_training() sets on it must hold for every stage.
     config = transformer_config(architecture, dtype, parallel, layers)
     stages: Iterable[int | None] = range(parallel.virtual) if parallel.virtual > 1 else (None,)
-    return Model(
+    model = Model(
         architecture,
         [
             PathGPT(
@@ -152,6 +152,20 @@ def build_model(
             for stage in stages
         ],
     )
+    if torch.cuda.is_available():
+        _move_to_device(model, torch.device("cuda", torch.cuda.current_device()))
+    return model
+
+
+def _move_to_device(model: Model, device: torch.device) -> None:
+    """Moves parameters that Megatron creates on the CPU: the router's weights of a mixture of experts."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.device != device:
+                moved = torch.nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
+                # Marks such as `sequence_parallel`, by which Megatron reduces its gradient.
+                moved.__dict__.update(parameter.__dict__)
+                setattr(module, name, moved)
 
 
 def logits(model: Model, tokens_1L: Tensor, positions_1L: Tensor, layout_KL: Tensor) -> Tensor:

@@ -102,13 +102,15 @@ class PositionRotary(nn.Module):
     def __init__(self, architecture: ModelConfig) -> None:
         super().__init__()
         self.architecture = architecture
+        self._frequencies_r: Tensor | None = None
 
     @torch.no_grad()
     def forward(self, positions_1L: Tensor) -> Tensor:
         """Returns the angles [L, 1, 1, R] in float32, the form that Megatron's attention takes.
 
-        They are recomputed each time and never stored in a buffer, which a cast to bfloat16 would round.
+        The frequencies go to the device once. They are no buffer, which a cast to bfloat16 would round.
         """
-        frequencies_r = self.architecture.rope_frequencies().to(positions_1L.device)
-        angles_Lr = positions_1L[0, :, None].float() * frequencies_r
+        if self._frequencies_r is None or self._frequencies_r.device != positions_1L.device:
+            self._frequencies_r = self.architecture.rope_frequencies().to(positions_1L.device)
+        angles_Lr = positions_1L[0, :, None].float() * self._frequencies_r
         return torch.cat((angles_Lr, angles_Lr), dim=-1)[:, None, None, :]

@@ -336,7 +336,7 @@ class Learner:
         old = [m.values["old"] for m in micro_batches if "old" in m.values] or updates[0].logprobs
         pairs = [(old_N, m.values["engine"]) for old_N, m in zip(old, micro_batches, strict=False)]
         device = self.trainer.device
-        largest = all_reduce_max(max((largest_apart(*pair) for pair in pairs), default=0.0), device)
+        largest = all_reduce_max(largest_apart(pairs), device)
         apart = Mismatch.of(sum_metrics([mismatch_sums(*pair) for pair in pairs], device), largest)
         return {
             "mismatch_max": apart.max,

@@ -32,6 +32,7 @@ from megatron_parallel_r1.thought.packing import (
     first_fit,
     pad,
 )
+from megatron_parallel_r1.utils.devices import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,7 @@ class MicroBatch:
         suppressed_L = np.zeros(len(row)) if suppressed is None else row.gather(suppressed)
 
         def tensor(array: NDArray) -> torch.Tensor:
-            return _to_device(array, device)
+            return to_device(array, device)
 
         batch = cls(
             tokens_1L=tensor(row.tokens_L.astype(np.int64))[None],
@@ -202,13 +203,4 @@ class MicroBatch:
     def spread(self, name: str, per_trace: Sequence[PerToken]) -> None:
         """Sets a named value of the targets from one per response token of every trace of the batch."""
         values_N = self.row.gather(per_trace)[self.row.labels_L >= 0]
-        self.values[name] = _to_device(values_N, self.at_N.device)
-
-
-def _to_device(array: NDArray, device: torch.device) -> torch.Tensor:
-    """Copies to a device, from pinned memory to a GPU, so that the host does not wait for the GPU.
-
-    torch's allocator of pinned memory keeps the block until it has been read.
-    """
-    here = torch.from_numpy(np.ascontiguousarray(array))
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
+        self.values[name] = to_device(values_N, self.at_N.device)

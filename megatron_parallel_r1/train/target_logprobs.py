@@ -118,12 +118,21 @@ def _chunks(
         if query.temperature != 1:
             logits_CV.div_(query.temperature)
         logits_CV[:, max(0, query.vocab - first) :] = NEVER
-        suppressed_C = query.suppressed_N[part] - first
-        cut = ((suppressed_C >= 0) & (suppressed_C < rows) & (query.suppressed_N[part] >= 0)).nonzero()[:, 0]
-        logits_CV[cut, suppressed_C[cut]] = NEVER
+        _suppress(logits_CV, query.suppressed_N[part], first)
         column_C = query.labels_N[part] - first
         here_C = (column_C >= 0) & (column_C < rows)
         yield part, logits_CV, here_C, column_C.where(here_C, 0)
+
+
+def _suppress(logits_CV: Tensor, suppressed_C: Tensor, first: int) -> None:
+    """Sets the logit of each row's suppressed token, if this rank has it, to `NEVER`.
+
+    Writes one logit of every row, so that no shape depends on values: the host would wait for those.
+    """
+    column_C1 = (suppressed_C - first)[:, None]
+    here_C1 = (column_C1 >= 0) & (column_C1 < logits_CV.shape[1]) & (suppressed_C[:, None] >= 0)
+    column_C1 = column_C1.where(here_C1, 0)
+    logits_CV.scatter_(1, column_C1, logits_CV.gather(1, column_C1).masked_fill(here_C1, NEVER))
 
 
 def _over_group(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:

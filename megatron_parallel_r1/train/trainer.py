@@ -9,14 +9,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_parallel_r1.distributed.collectives import sum_metrics
@@ -130,11 +134,31 @@ def wrap_for_training(model: Model, adam: Adam) -> tuple[list[DistributedDataPar
         # torch's Adam is fused by default on a GPU only.
         if not torch.cuda.is_available():
             group["fused"] = True
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finalize_gradients
     syncs = [stage.no_sync for stage in wrapped]
     config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer
+
+
+def _finalize_gradients(model: list[torch.nn.Module], targets: torch.Tensor, **options: Any) -> None:
+    """Reduces the gradients by Megatron's function and divides them by the number of targets of all ranks.
+
+    Megatron's own division first asks whether the number is positive, and the host would wait for the answer.
+    """
+    finalize_model_grads(model, None, **options)
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(targets, last, group=parallel_state.get_pipeline_model_parallel_group())
+    dist.all_reduce(targets, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for stage in model:
+        stage.scale_gradients(1.0 / targets.clamp(min=1))
+
+
+def _clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Scales the gradients of all parts of a chained optimizer down to the largest norm allowed."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
 
 
 class Trainer(LogprobRunner):
@@ -163,17 +187,18 @@ class Trainer(LogprobRunner):
         means = {name: value / max(1.0, targets) for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
             raise NotFinite(f"the loss is {means['loss']}")
-        # Check before the step, which would spread it over all weights.
+        # The parts of the optimizer's own step, which would spread a norm that is not finite over weights.
         self.optimizer.prepare_grads()
-        if not math.isfinite(norm := float(self.optimizer.get_grad_norm())):
-            raise NotFinite(f"the gradient norm is {norm}")
+        if not math.isfinite(grad_norm := float(self.optimizer.get_grad_norm())):
+            raise NotFinite(f"the gradient norm is {grad_norm}")
+        _clip(self.optimizer, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        _, grad_norm, _ = self.optimizer.step()
+        self.optimizer.step_with_ready_grads()
         return Update(
             loss=means.pop("loss"),
             entropy=means.pop("entropy"),
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             targets=int(targets),
             means=means,
             logprobs=[logprobs_N for _, logprobs_N in reports],
@@ -185,7 +210,7 @@ class Trainer(LogprobRunner):
         """The loss sum, the number of targets (Megatron divides the gradient by its total), the report."""
         logprobs_N, entropies_N = self._scores(batch, hidden_T1E)
         loss_sum, sums = loss(logprobs_N, entropies_N, batch)
-        targets = torch.tensor(len(logprobs_N), dtype=torch.int32, device=logprobs_N.device)
+        targets = torch.full((), len(logprobs_N), dtype=torch.int32, device=logprobs_N.device)
         entropy = entropies_N.detach().sum()
         report = {"loss": loss_sum.detach(), "entropy": entropy, "targets": targets, **sums}
         return loss_sum, targets, (report, logprobs_N.detach())

@@ -71,7 +71,8 @@ def policy_loss(
         loss_N = loss_N - objective.entropy_coefficient * entropies_N
 
     trained_N = values["weight"] != 0
-    sums = {name: report_N[trained_N].sum() for name, report_N in reports.items()}
+    # Not `report_N[trained_N]`, whose shape the host would wait for.
+    sums = {name: report_N.where(trained_N, 0).sum() for name, report_N in reports.items()}
     sums["trained"] = trained_N.sum()
     return (values["weight"] * loss_N).sum(), sums
 

@@ -5,7 +5,7 @@ Shapes: N targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,15 +62,16 @@ def mismatch_sums(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, 
     return {name: column_N.sum() for name, column_N in columns.items()}
 
 
-def largest_apart(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> float:
-    """The largest |trainer - engine|, 0 without targets; reduced over ranks by `all_reduce_max`."""
-    return _apart(trainer_N, engine_N).abs().max().item() if len(trainer_N) else 0.0
+def largest_apart(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The largest |trainer - engine| of all pairs, 0 without any; reduced over ranks by `all_reduce_max`."""
+    largest = [_apart(*pair).abs().max() for pair in pairs if len(pair[0])]
+    return torch.stack(largest).max().item() if largest else 0.0
 
 
 def mismatch(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> Mismatch:
     """Compares log-probs of the same tokens under the same weights, all on this rank."""
     sums = {name: value.item() for name, value in mismatch_sums(trainer_N, engine_N).items()}
-    return Mismatch.of(sums, largest_apart(trainer_N, engine_N))
+    return Mismatch.of(sums, largest_apart([(trainer_N, engine_N)]))
 
 
 def _apart(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from megatron_parallel_r1.rollout.native.running_batch import RunningBatch, Samp
 from megatron_parallel_r1.rollout.native.sampler import sample_tokens, uniform_draws
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.thought.layout import Mode
+from megatron_parallel_r1.utils.devices import to_device
 
 T = TypeVar("T")
 
@@ -258,8 +259,8 @@ class NativeEngine:
         tokens, logprobs = np.empty(0, np.int64), np.empty(0)
         if self._group.rank == 0:
             columns_N = self._running.columns_N[chosen]
-            rows, suppressed = map(torch.from_numpy, self._running.suppressed(chosen))
-            logits_NV[rows.to(logits_NV.device), suppressed.to(logits_NV.device)] = float("-inf")
+            suppressed = to_device(np.stack(self._running.suppressed(chosen)), logits_NV.device)
+            logits_NV[suppressed[0], suppressed[1]] = float("-inf")
             tokens, logprobs = sample_tokens(
                 logits_NV,
                 uniform_draws(columns_N["seed"], columns_N["position"]),

@@ -24,6 +24,7 @@ from megatron_parallel_r1.distributed.parallel_config import check_native_heads
 from megatron_parallel_r1.rollout.native.layer import attention_inputs, feed_forward, fuse_layer, rms_norm
 from megatron_parallel_r1.rollout.native.page_table import ForwardBatch, Group, Numbers
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup, local_shard
+from megatron_parallel_r1.utils.devices import to_device
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -199,7 +200,7 @@ class DecodeModel:
         return (angles_N1D.cos() * factor).to(dtype), (angles_N1D.sin() * factor).to(dtype)
 
     def _tensor(self, numbers: Numbers) -> torch.Tensor:
-        return torch.from_numpy(numbers).to(self.device)
+        return to_device(numbers, self.device)
 
     def _empty_cache(self, slots: int) -> torch.Tensor:
         return self.embedding_VE.new_zeros(slots, self._width)

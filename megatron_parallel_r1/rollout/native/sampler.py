@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from megatron_parallel_r1.utils.devices import to_device
+
 
 def sample_tokens(
     logits_NV: torch.Tensor,
@@ -37,7 +39,9 @@ def sample_tokens(
             _like(logits_NV, is_greedy_N)[:, None], logprobs_NV.argmax(-1, keepdim=True), tokens_N1
         )
     logprobs_N = logprobs_NV.gather(1, tokens_N1)[:, 0]
-    return tokens_N1[:, 0].cpu().numpy(), logprobs_N.double().cpu().numpy()
+    # One copy, for which the host waits; float64 holds every token exactly.
+    tokens_N, logprobs_N = torch.stack([tokens_N1[:, 0].double(), logprobs_N.double()]).cpu().numpy()
+    return tokens_N.astype(np.int64), logprobs_N
 
 
 def uniform_draws(seeds: ArrayLike, positions: ArrayLike) -> NDArray[np.float64]:
@@ -68,4 +72,4 @@ def _top(weights_NV: torch.Tensor, top_k_N: NDArray[np.int64], top_p_N: NDArray[
 
 
 def _like(tensor: torch.Tensor, numbers: NDArray[np.generic]) -> torch.Tensor:
-    return torch.from_numpy(numbers).to(tensor.device)
+    return to_device(numbers, tensor.device)

@@ -66,7 +66,7 @@ def test_mismatch_of_parts_is_that_of_the_whole() -> None:
     for part in parts:
         for name, value in mismatch_sums(TRAINER[part], ENGINE[part]).items():
             sums[name] = sums.get(name, 0.0) + value.item()
-    largest = max(largest_apart(TRAINER[part], ENGINE[part]) for part in parts)
+    largest = largest_apart([(TRAINER[part], ENGINE[part]) for part in parts])
     found, whole = Mismatch.of(sums, largest), mismatch(TRAINER, ENGINE)
     assert largest == whole.max == 1.0
     # Sums of three float64 numbers in another order.
