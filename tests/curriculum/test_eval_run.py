@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,10 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from megatron_parallel_r1.config.reader import read_recipe
+from megatron_parallel_r1.curriculum.run import run as run_curriculum
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.command import compare_command, evaluate_command
 
@@ -40,11 +44,17 @@ def start(
     )
 
 
-def run(script: str, *words: object, launcher: tuple[str, ...] = (sys.executable,)) -> str:
+def run(script: str, *words: object, launcher: tuple[str, ...] = ()) -> str:
+    """Runs a script to its end and returns what it prints; without a launcher in this process."""
+    if not launcher:
+        command = {"run.py": evaluate_command, "compare.py": compare_command}[script]
+        with redirect_stdout(io.StringIO()) as out:
+            command(list(map(str, words)))
+        return out.getvalue()
     process = start(script, *words, launcher=launcher)
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, out + error
-    return out
+    printed, error = process.communicate(timeout=300)
+    assert process.returncode == 0, printed + error
+    return printed
 
 
 def records(out: Path) -> list[dict]:
@@ -56,18 +66,8 @@ def records(out: Path) -> list[dict]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
     out = tmp_path_factory.mktemp("trained")
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_parallel_r1.cli",
-        "curriculum",
-        str(RECIPE),
-        f"out={out}",
-        *SHORT,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out / "mini"
+    (result,) = run_curriculum(read_recipe(RECIPE, [f"out={out}", *SHORT]))
+    return result.folder
 
 
 @pytest.fixture(scope="module")
@@ -214,15 +214,16 @@ def test_mistakes_are_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", ["run.py", "compare.py"])
+@pytest.mark.parametrize("command", [evaluate_command, compare_command])
 @pytest.mark.parametrize("inside", [".", "runs/eval"])
-def test_an_out_that_is_a_file_is_told_before_anything_else(script: str, inside: str, tmp_path: Path) -> None:
+def test_an_out_that_is_a_file_is_refused_before_anything_else(
+    command: Callable[[list[str]], None], inside: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("mine")
     out = tmp_path / "file" / inside
-    process = start(script, "--checkpoint", "nowhere", *ASKED, "--out", out)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert error == f"error: --out {out}: {tmp_path / 'file'} is no folder; give another\n"
+    with pytest.raises(UserError) as error:
+        command(["--checkpoint", "nowhere", *ASKED, "--out", str(out)])
+    assert str(error.value) == f"--out {out}: {tmp_path / 'file'} is no folder; give another"
     assert (tmp_path / "file").read_text() == "mine"
 
 
