@@ -31,6 +31,7 @@ def test_a_trace_has_the_size_that_was_asked_for() -> None:
         "wait",
         "draw",
         "verify",
+        "score",
         "logprobs",
         "update",
     }
