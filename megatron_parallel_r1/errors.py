@@ -11,7 +11,12 @@ class UserError(Exception):
 
     The message says what is wrong, where, and what to do. The command line prints it without a traceback
     and exits with code 2.
+
+    Attributes:
+        on_all_ranks: whether every rank raises it at the same point, so that collectives still work.
     """
+
+    on_all_ranks = False
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -218,4 +218,9 @@ def _experts(hf: Mapping[str, Any]) -> ExpertsConfig:
             f"config.json: num_experts_per_tok = {experts.per_token} exceeds the {experts.count} experts; "
             "lower it"
         )
+    if experts.per_token == 1 and experts.renormalized:
+        raise UserError(
+            "config.json: norm_topk_prob with num_experts_per_tok = 1 gives every chosen expert the weight 1 "
+            "and leaves the router untrained; take a model with norm_topk_prob = false"
+        )
     return experts

@@ -23,6 +23,9 @@ Overrides = Annotated[
 StageName = Annotated[
     str | None, typer.Option("--stage", help="Stage to run, if the recipe has several of the kind.")
 ]
+Adapt = Annotated[
+    bool, typer.Option("--adapt", help="Resume although settings or data of unfinished stages have changed.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -37,9 +40,7 @@ def curriculum(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete the run folder of an earlier run and start over.")
     ] = False,
-    adapt: Annotated[
-        bool, typer.Option("--adapt", help="Resume although settings of unfinished stages have changed.")
-    ] = False,
+    adapt: Adapt = False,
 ) -> None:
     """Run all stages of a recipe, evaluate, release, report. The same command resumes a stopped run."""
     block_stop_signals()
@@ -56,14 +57,18 @@ def curriculum(
         console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
 
 
-def sft(recipe: RecipePath, overrides: Overrides = None, stage: StageName = None) -> None:
+def sft(
+    recipe: RecipePath, overrides: Overrides = None, stage: StageName = None, adapt: Adapt = False
+) -> None:
     """Run one supervised stage of a recipe."""
-    _run_stage("sft", recipe, overrides, stage)
+    _run_stage("sft", recipe, overrides, stage, adapt)
 
 
-def rl(recipe: RecipePath, overrides: Overrides = None, stage: StageName = None) -> None:
+def rl(
+    recipe: RecipePath, overrides: Overrides = None, stage: StageName = None, adapt: Adapt = False
+) -> None:
     """Run one reinforcement-learning stage of a recipe; the stage that it starts from must be done."""
-    _run_stage("rl", recipe, overrides, stage)
+    _run_stage("rl", recipe, overrides, stage, adapt)
 
 
 def evaluate(
@@ -135,14 +140,17 @@ def plan(
 
 def report(
     folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/tiny.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write. Default: report.html in the run folder.")
+    ] = None,
 ) -> None:
     """Build report.html from a run folder, also during the run."""
     from megatron_parallel_r1.report.html import build_report
 
-    typer.echo(build_report(folder))
+    typer.echo(build_report(folder, out))
 
 
-def _run_stage(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None) -> None:
+def _run_stage(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None, adapt: bool) -> None:
     block_stop_signals()
     from megatron_parallel_r1.config.reader import read_recipe, stage_to_run
 
@@ -151,7 +159,7 @@ def _run_stage(kind: str, recipe: Path, overrides: list[str] | None, stage: str 
     from megatron_parallel_r1.curriculum.run import open_console, run
 
     console = open_console()
-    for outcome in run(settings, only={name}, console=console):
+    for outcome in run(settings, only={name}, adapt=adapt, console=console):
         console.print(f"report   {outcome.report}", soft_wrap=True, highlight=False)
 
 

@@ -54,6 +54,8 @@ RESERVED = (
     "config.yaml",
     "stages.json",
     "seeds.json",
+    "state.json",
+    "run.lock",
     "eval.jsonl",
     "report.html",
 )

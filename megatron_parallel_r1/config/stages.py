@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -24,6 +24,7 @@ from megatron_parallel_r1.utils.settings import (
     Share,
     Steps,
     StepsOrZero,
+    Unit,
 )
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -72,6 +73,8 @@ class Stage(Settings):
     """Evaluate at the end of the stage."""
     save_every: Steps = 50
     """Steps between two checkpoints."""
+    save_every_minutes: Annotated[float, Field(ge=0), Unit("minutes")] = 20.0
+    """Longest time without a checkpoint, whatever `save_every` says; a step is never interrupted. 0: none."""
     keep_last: Count = 2
     """Checkpoints that are kept."""
     keep_best: bool | str = False
@@ -121,16 +124,21 @@ class SftStage(Stage):
     """Worked examples of a training step (the global batch size)."""
 
 
+def _number(value: Any) -> Any:
+    """A number that YAML 1.1 reads as text, such as `1e-1`, which it wants as `1.0e-1`."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
 def _constant(value: Any) -> Any:
     """A bare number is a constant weight."""
-    if isinstance(value, str):
-        with suppress(ValueError):  # YAML reads 1e-1, without a point, as text
-            value = float(value)
+    value = _number(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return {"kind": "constant", "value": value} if is_number else value
 
 
-Setting = bool | int | float | str
+Setting = Annotated[bool | int | float | str, BeforeValidator(_number)]
 Weight = Annotated[
     Annotated[Constant | Linear | Window, Field(discriminator="kind")], BeforeValidator(_constant)
 ]

@@ -16,28 +16,39 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
 from megatron_parallel_r1.curriculum.model_card import ReleasePoint, run_card, thinking_json
+from megatron_parallel_r1.curriculum.start_checks import check_engine, check_stage_data
 from megatron_parallel_r1.data.prompts import chat_template_for
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.collectives import barrier
+from megatron_parallel_r1.distributed.collectives import any_rank_true, barrier, run_on_rank_zero
 from megatron_parallel_r1.distributed.watchdog import Watchdog
+from megatron_parallel_r1.errors import Stopped, UserError
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.report.evaluation_table import accuracy_text, evaluation_table, seed_table
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.loop import train_rl
 from megatron_parallel_r1.run.backends import Backends
 from megatron_parallel_r1.run.context import RunContext
-from megatron_parallel_r1.run.datasets import check_sources, contamination_report, data_report
+from megatron_parallel_r1.run.datasets import (
+    check_sources,
+    contamination_report,
+    data_digests,
+    data_report,
+)
 from megatron_parallel_r1.run.folder import (
     as_begun,
+    check_data,
     is_resumable,
     keep_tokenizer,
     open_run_folder,
     past_evaluations,
 )
+from megatron_parallel_r1.run.lock import lock_folder
 from megatron_parallel_r1.run.save import save_model
 from megatron_parallel_r1.run.stage_loop import checkpoint_folder
 from megatron_parallel_r1.run.wandb_log import check_wandb
 from megatron_parallel_r1.sft.loop import train_sft
+from megatron_parallel_r1.utils.exit import stop_signal_pending
+from megatron_parallel_r1.utils.files import check_writable
 from megatron_parallel_r1.utils.rank import is_rank_zero
 
 
@@ -100,48 +111,54 @@ def _run_seed(
     console: Console,
 ) -> RunResult:
     names = {stage.name for stage in recipe.stages} if only is None else set(only)
-    resume = is_resumable(recipe, folder, fresh, adapt)
+    resume = is_resumable(recipe, folder, fresh, adapt, only)
     if resume:
         recipe = as_begun(recipe, folder)
+    for needed in (folder, *([recipe.rollout.sync.folder] if recipe.rollout.sync.folder else ())):
+        check_writable(needed)
     check_sources(recipe)
     check_wandb(recipe)
     run = RunContext.set_up(recipe, folder, resume)
     run.check_starts(names)
     run.check_split(names, process.world_size())
-    timeout_s = recipe.collective_timeout_s
-    with (
-        process.running(recipe.seed, recipe.parallel, timeout_s) as watchdog,
-        Verifier(workers=_workers()) as verifier,
-        Backends(run) as backends,
-    ):
-        # Every rank has read the folder by now; rank zero may change it.
-        if is_rank_zero():
-            open_run_folder(recipe, folder, resume)
-            if not resume:
-                keep_tokenizer(run.tokenizer, folder)
-            if contamination := contamination_report(recipe):
-                (folder / "contamination.md").write_text(contamination)
-            if data := data_report(recipe):
-                (folder / "data.md").write_text(data)
-        barrier()
-        last: Model | None = None
-        for stage in recipe.stages:
-            if stage.name in names:
-                # Frees its optimizer and gradients for the next stage.
-                last = None
-                gc.collect()
-                last = _run_stage(run, stage, verifier, backends, console, watchdog)
-        evaluations = past_evaluations(folder)
-        release = None
-        if only is None:
-            release = _write_release(run, last or run.finished_model(recipe.stages[-1]), evaluations)
-        if evaluations:
-            console.print(evaluation_table(evaluations).terminal())
-        report = folder / "report.html"
-        if is_rank_zero():
-            from megatron_parallel_r1.report.html import build_report  # imports matplotlib
+    check_stage_data(run, names)
+    data = data_digests(recipe)
+    if resume:
+        check_data(recipe, folder, data, adapt)
 
-            build_report(folder)
+    def open_folder() -> None:
+        if is_resumable(recipe, folder, fresh, adapt, only) != resume:
+            raise UserError(f"{folder}: another command has just used it; start this one again")
+        open_run_folder(recipe, folder, resume, fresh, data)
+        if not resume:
+            keep_tokenizer(run.tokenizer, folder)
+        if contamination := contamination_report(recipe):
+            (folder / "contamination.md").write_text(contamination)
+        if report := data_report(recipe):
+            (folder / "data.md").write_text(report)
+
+    with process.running(recipe.seed, recipe.parallel, recipe.collective_timeout_s) as watchdog:
+        check_engine(run, names)
+        with lock_folder(folder), Verifier(workers=_workers()) as verifier, Backends(run) as backends:
+            run_on_rank_zero(open_folder)
+            last: Model | None = None
+            for stage in recipe.stages:
+                if stage.name in names:
+                    # Frees its optimizer and gradients for the next stage.
+                    last = None
+                    gc.collect()
+                    last = _run_stage(run, stage, verifier, backends, console, watchdog)
+            evaluations = past_evaluations(folder)
+            release = None
+            if only is None:
+                release = _write_release(run, last or run.finished_model(recipe.stages[-1]), evaluations)
+            if evaluations:
+                console.print(evaluation_table(evaluations).terminal())
+            report = folder / "report.html"
+            if is_rank_zero():
+                from megatron_parallel_r1.report.html import build_report  # imports matplotlib
+
+                build_report(folder)
     return RunResult(folder, report, release, evaluations)
 
 
@@ -159,12 +176,16 @@ def _run_stage(
     if not (folder / "model").is_dir():
         folder.mkdir(exist_ok=True)
         if isinstance(stage, SftStage):
-            model = train_sft(run, stage, watchdog).model
+            trainer = train_sft(run, stage, watchdog)
         else:
-            model = train_rl(run, stage, verifier, backends, watchdog).model
+            trainer = train_rl(run, stage, verifier, backends, watchdog)
+        model = trainer.model
         watchdog.set_location(f"stage {stage.name}, its end")
         settings = thinking_json(run.recipe, run.folder, ReleasePoint(stage))
         save_model(run, model, folder / "model", {"thinking.json": settings})
+        if any(any_rank_true([stop_signal_pending()], trainer.device)):
+            raise Stopped(f"stage {stage.name}: stopped by a signal after its last step, saved")
+        del trainer  # its optimizer and gradients
     else:
         console.print(f"{stage.name}  already done", highlight=False)
     if is_rank_zero() and not run.recipe.keeps_checkpoints(stage):

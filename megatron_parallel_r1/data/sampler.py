@@ -168,6 +168,11 @@ class ProblemStream(Generic[T]):
     def __init__(self, source: Sequence[T] | Callable[[int], T], seed: int) -> None:
         self._item_at: Callable[[int], T] = source if callable(source) else ShuffledEpochs(source, seed)
         self._position = 0
+        self._begins: dict[int, int] = {}
+
+    def begin_step(self, step: int) -> None:
+        """Records that the batches of a training step begin here."""
+        self._begins[step] = self._position
 
     def next_batch(self, size: int) -> tuple[T, ...]:
         """Returns the next `size` items."""
@@ -177,6 +182,10 @@ class ProblemStream(Generic[T]):
     def state(self) -> dict[str, int]:
         """Returns the JSON-ready state for `restore`: the number of items drawn so far."""
         return {"position": self._position}
+
+    def state_after(self, step: int) -> dict[str, int]:
+        """Returns the state before the batches of the next step were drawn, if any were."""
+        return {"position": self._begins.get(step + 1, self._position)}
 
     def restore(self, state: dict[str, int]) -> None:
         """Continues as a stream of the same source and seed would after `state`."""

@@ -53,6 +53,8 @@ def run_on_rank_zero(work: Callable[[], T]) -> T:
         dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome[0]
     if failure is not None:
+        if isinstance(failure, UserError):
+            failure.on_all_ranks = True
         raise failure
     return cast(T, result)
 
@@ -64,6 +66,15 @@ def all_ranks_true(flag: bool, device: torch.device) -> bool:
     reduced = torch.tensor(float(flag), device=device)
     dist.all_reduce(reduced, op=dist.ReduceOp.MIN)
     return bool(reduced.item())
+
+
+def any_rank_true(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """All-reduces each of `flags` with a logical OR over all ranks."""
+    if dist.get_world_size() == 1:
+        return list(flags)
+    reduced = torch.tensor([float(flag) for flag in flags], device=device)
+    dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in reduced.tolist()]
 
 
 def all_reduce_max(value: float, device: torch.device) -> float:
@@ -140,6 +151,7 @@ def gather_from_replicas(work: Callable[[], Sequence[T]], group: dist.ProcessGro
     results = all_gather_objects((part if is_replica_leader() else (), problem), group)
     problems = [problem for _, problem in results if problem is not None]
     if problems:
+        problems[0].on_all_ranks = True
         raise problems[0]
     return [item for part, _ in results for item in part]
 

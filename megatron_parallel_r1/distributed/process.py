@@ -16,7 +16,7 @@ from megatron_parallel_r1.distributed import cpu_backend
 from megatron_parallel_r1.distributed.heartbeat import first_line
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_world
 from megatron_parallel_r1.distributed.watchdog import Watchdog
-from megatron_parallel_r1.errors import PeerLost, Stopped
+from megatron_parallel_r1.errors import PeerLost, Stopped, UserError
 from megatron_parallel_r1.utils.rank import rank, world_size
 
 
@@ -43,7 +43,8 @@ def start(
         error.
 
     Raises:
-        UserError: the number of ranks is no multiple of tensor x pipeline x context.
+        UserError: the number of ranks is no multiple of tensor x pipeline x context, or a node has more ranks
+            than GPUs.
         PeerLost: a rank did not connect, or went away.
     """
     parallel = parallel or ParallelConfig()
@@ -52,7 +53,12 @@ def start(
     backend, timeout = "gloo", timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
         backend = "nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= visible:
+            raise UserError(
+                f"local rank {local}: this node has {visible} visible GPUs; start as many ranks on it"
+            )
+        torch.cuda.set_device(local)
     watchdog = Watchdog(rank(), world_size(), heartbeat_s)
     store: dist.Store = dist.HashStore()
     if world_size() > 1:

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.report.curves import draw_curves
 from megatron_parallel_r1.report.evaluation_table import COLUMNS, accuracy_interval, accuracy_text
 from megatron_parallel_r1.report.run_folder import RunFiles, read_run
@@ -33,13 +34,14 @@ class Tile:
     note: str
 
 
-def build_report(run_folder: Path) -> Path:
-    """Writes `run_folder/report.html` and returns its path.
+def build_report(run_folder: Path, out: Path | None = None) -> Path:
+    """Writes `run_folder/report.html`, or `out`, and returns its path.
 
     Replaces what the run lacks (evaluations, curves, traces, the recipe) by a line that says so.
 
     Raises:
-        UserError: the folder does not exist, holds no run, or one of its files is malformed.
+        UserError: the folder does not exist, holds no run, or one of its files is malformed; or the report
+            cannot be written.
     """
     run = read_run(run_folder)
     template = _environment().get_template("report.html.j2")
@@ -55,8 +57,13 @@ def build_report(run_folder: Path) -> Path:
         script=script,
         script_hash=_hash(script),
     )
-    report = run_folder / "report.html"
-    write_atomically(report, page.encode("utf-8", errors="replace"))
+    report = out or run_folder / "report.html"
+    try:
+        write_atomically(report, page.encode("utf-8", errors="replace"))
+    except OSError as error:
+        raise UserError(
+            f"{report} cannot be written ({error.strerror or error}); name another file with --out"
+        ) from None
     return report
 
 

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_parallel_r1.config.stages import RlStage
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rl.pending import from_json, to_json
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
@@ -54,6 +55,13 @@ class RolloutQueue(Protocol):
         """All pending batches of the published weights, JSON-ready, for a checkpoint.
 
         No rollout is under way when this returns, until the next weights are published.
+        """
+        ...
+
+    def state_after(self, step: int) -> list[dict[str, Any]]:
+        """No batch: after the failure of a rollout, all batches after `step` are rolled out again.
+
+        Batches that were rolled out ahead of `step` are then rolled out by its weights, not by older ones.
         """
         ...
 
@@ -112,6 +120,9 @@ class SyncRollouts:
             return self._make_batch(step)
 
     def state(self) -> list[dict[str, Any]]:
+        return []
+
+    def state_after(self, step: int) -> list[dict[str, Any]]:
         return []
 
     def __enter__(self) -> SyncRollouts:
@@ -199,6 +210,9 @@ class AsyncRollouts:
             batches = self._pending()
         return [to_json(batch) for batch in batches]
 
+    def state_after(self, step: int) -> list[dict[str, Any]]:
+        return []
+
     def __enter__(self) -> AsyncRollouts:
         self._thread.start()
         return self
@@ -243,6 +257,9 @@ class AsyncRollouts:
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         self._changed.wait_for(lambda: self._error is not None or condition())
         if self._error is not None:
+            if isinstance(self._error, UserError):
+                # The main threads of other ranks may notice it a step later.
+                self._error.on_all_ranks = False
             raise self._error
 
     def _run(self) -> None:

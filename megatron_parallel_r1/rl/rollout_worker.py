@@ -131,6 +131,7 @@ class RolloutWorker:
             self.stage.samples_per_prompt,
             self.stage.dynamic_sampling,
         )
+        self.problems.begin_step(step)
         everything, trained = Rollouts([], [], [], []), Rollouts([], [], [], [])
         rounds = 0
         for _ in range(dynamic.max_rounds if dynamic else 1):

@@ -173,7 +173,10 @@ class Backends:
         folder = self._run.folder / "servers" / "model"
         if not folder.is_dir():
             save_model(self._run, model, folder)
-        return run_on_rank_zero(lambda: self._own.urls(folder, thinking.mode == "isolated"))
+        recipe = self._run.recipe
+        # The servers outlive this stage.
+        modes = {thinking.mode, *(recipe.thinking_of(stage).mode for stage in recipe.stages)}
+        return run_on_rank_zero(lambda: self._own.urls(folder, "isolated" in modes))
 
 
 class _TrainerLogprobs:

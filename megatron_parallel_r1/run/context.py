@@ -28,6 +28,7 @@ from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensor
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.run.datasets import load_tokenizer
+from megatron_parallel_r1.run.folder import has_checkpoint
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags, eos_ids, spread_new_embeddings, tag_subwords
 from megatron_parallel_r1.train.trainer import Adam, Trainer
@@ -92,14 +93,23 @@ class RunContext:
         """Checks that the stage before each stage in `names` is finished or in `names` too.
 
         Raises:
-            UserError: it is neither.
+            UserError: it is neither, or its optimizer is to be carried over and was deleted.
         """
         for stage in self.recipe.stages:
             before = self.recipe.start_of(stage)
-            if stage.name not in names or before is None or before in names:
+            if stage.name not in names or before is None:
                 continue
-            if not (self.stage_folder(before) / "model").is_dir():
+            is_done = (self.stage_folder(before) / "model").is_dir()
+            if not is_done and before not in names:
                 raise UserError(f"stage {stage.name} starts from {before}, which is not done; run that first")
+            begun = (self.stage_folder(stage.name) / "model").is_dir() or has_checkpoint(
+                self.folder, stage.name
+            )
+            if stage.carry_optimizer and is_done and not (begun or has_checkpoint(self.folder, before)):
+                raise UserError(
+                    f"stage {stage.name}: carry_optimizer, but the checkpoints of {before} were deleted at "
+                    "its end; start with a fresh optimizer, or choose another name to train both"
+                )
 
     def check_split(self, names: Collection[str], world: int) -> None:
         """Checks that `world` ranks can run the stages under the recipe's parallel layout.

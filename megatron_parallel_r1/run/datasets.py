@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", Problem, Example)
 A = TypeVar("A")
+# The key of the evaluation among stages, none of which can have such a name.
+EVALUATION = "(evaluation)"
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -90,6 +94,40 @@ def check_sources(recipe: Recipe) -> None:
     if isinstance(recipe.tokenizer, BpeTokenizer):
         for data in recipe.tokenizer.texts:
             _texts(data, recipe.prompt_template)
+
+
+@dataclass(frozen=True, slots=True)
+class DataDigest:
+    """The number of items of a data set, and the SHA-256 of their texts in order."""
+
+    items: int
+    sha256: str
+
+    @classmethod
+    def of(cls, items: Iterable[Problem | Example]) -> DataDigest:
+        digest, count = hashlib.sha256(), 0
+        for item in items:
+            problem, response = problem_of(item), item.response if isinstance(item, Example) else None
+            digest.update(json.dumps([problem.context, problem.prompt, problem.answers, response]).encode())
+            count += 1
+        return cls(count, digest.hexdigest())
+
+
+def data_digests(recipe: Recipe) -> dict[str, DataDigest]:
+    """The digest of each stage's data sets, and of the evaluation's; embedded data have none."""
+    digests = {
+        stage.name: DataDigest.of(
+            item for data in sets for item in stage_items(recipe, stage, data).in_order()
+        )
+        for stage in recipe.stages
+        if (sets := data_sets(stage.data))
+    }
+    if recipe.evaluation is not None and data_sets(recipe.evaluation.data):
+        fields = template_columns(recipe.prompt_template)
+        digests[EVALUATION] = DataDigest.of(
+            evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems, fields)
+        )
+    return digests
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

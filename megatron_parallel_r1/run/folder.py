@@ -2,6 +2,7 @@
 
 <out>/<name>/config.yaml   the recipe, defaults included     stages.json   names of the stages, in order
              seeds.json    all seeds                         eval.jsonl    one record per evaluation
+             state.json    the run's id, digests of data     run.lock      while a command uses it
              tokenizer/    with the tags
              <stage>/      metrics.jsonl, tensorboard/, traces.jsonl, eval_traces.jsonl,
                            checkpoints/ while it runs, model/ once it is finished
@@ -11,8 +12,12 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -21,6 +26,8 @@ from megatron_parallel_r1.config.deprecated import with_new_keys
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.run.datasets import EVALUATION, DataDigest
+from megatron_parallel_r1.run.lock import LOCK
 from megatron_parallel_r1.utils.files import write_atomically
 from megatron_parallel_r1.utils.jsonl import read_jsonl
 from megatron_parallel_r1.utils.seeding import derive_seed
@@ -29,8 +36,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def is_resumable(recipe: Recipe, folder: Path, fresh: bool, adapt: bool = False) -> bool:
-    """Returns whether the run resumes from the folder; otherwise it starts over and clears the folder.
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What `state.json` holds.
+
+    Attributes:
+        id: distinguishes the run from an earlier one in the same folder; "" in folders of earlier releases.
+        data: for each stage that has begun, and `evaluation`, the digest of its data set.
+    """
+
+    id: str = ""
+    data: Mapping[str, DataDigest] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> RunState:
+        file = folder / STATE
+        if not file.is_file():
+            return cls()
+        written = json.loads(file.read_text())
+        return cls(written["id"], {name: DataDigest(**digest) for name, digest in written["data"].items()})
+
+    def write(self, folder: Path) -> None:
+        write_atomically(folder / STATE, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def is_resumable(
+    recipe: Recipe, folder: Path, fresh: bool, adapt: bool = False, only: Collection[str] | None = None
+) -> bool:
+    """Returns whether the run resumes from the folder; otherwise it starts at its first step.
 
     A folder in which nothing has been trained yet accepts any recipe. Stages may be appended to the recipe of
     a folder in which something has.
@@ -38,16 +71,21 @@ def is_resumable(recipe: Recipe, folder: Path, fresh: bool, adapt: bool = False)
     Args:
         fresh: start over in any case.
         adapt: accept changed settings, such as a lower learning rate, of stages that are not finished.
+        only: names of the stages to run; None: all.
 
     Raises:
         UserError: the folder is not a run folder, or another recipe trained what it holds.
     """
     if not folder.exists():
         return False
+    if folder.is_dir() and not any(path.name != LOCK for path in folder.iterdir()):
+        return False
     written = folder / "config.yaml"
     if not folder.is_dir() or not (written.is_file() and (folder / "stages.json").is_file()):
         raise UserError(f"{folder} exists but is not a run folder; choose another name or out")
-    if fresh or not any((*folder.glob("*/model"), *folder.glob("*/checkpoints/step_*"))):
+    steps = sum(1 for file in folder.glob("*/metrics.jsonl") for _ in file.open("rb"))
+    saved = any(folder.glob("*/model")) or has_checkpoint(folder, "*")
+    if fresh or not (saved or steps):
         return False
     then = with_new_keys(yaml.safe_load(written.read_text()), str(written))
     now = yaml.safe_load(recipe.yaml())
@@ -57,11 +95,12 @@ def is_resumable(recipe: Recipe, folder: Path, fresh: bool, adapt: bool = False)
                 then["stages"][index] = new
     difference = _difference(then, now)
     if difference:
-        raise UserError(
-            f"{folder} was started with another recipe ({difference}); "
-            "start over with --fresh, choose another name, or change unfinished stages with --adapt"
-        )
-    return True
+        begun = f"{folder} was started with another recipe ({difference})"
+        over = "start over with --fresh, choose another name" if only is None else "choose another name"
+        if adapt:
+            raise UserError(f"{begun}; --adapt changes unfinished stages only: {over}, or undo the change")
+        raise UserError(f"{begun}; {over}, or change unfinished stages with --adapt")
+    return saved
 
 
 def as_begun(recipe: Recipe, folder: Path) -> Recipe:
@@ -71,24 +110,64 @@ def as_begun(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=begun)})
 
 
-def open_run_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
-    """Creates the run folder and writes the recipe, the stage names and all seeds to it.
+def check_data(recipe: Recipe, folder: Path, data: Mapping[str, DataDigest], adapt: bool) -> None:
+    """Checks that the data of what a resumed run has begun and not finished are those it began with.
 
     Args:
-        resume: keep what the folder holds; otherwise it is deleted.
+        data: the digests of now, by stage; `evaluation` for that of the evaluation.
+        adapt: accept other data.
 
     Raises:
-        UserError: the folder cannot be created.
+        UserError: they are not.
     """
+    then = RunState.read(folder).data
+    done = {stage.name for stage in recipe.stages if (folder / stage.name / "model").is_dir()}
+    evaluated = {record["stage"] for record in past_evaluations(folder)}
+    if {stage.name for stage in recipe.stages if stage.evaluate} <= evaluated:
+        done.add(EVALUATION)
+    for name in [name for name in data if name in then and name not in done]:
+        begun = bool(evaluated) if name == EVALUATION else has_checkpoint(folder, name)
+        if begun and data[name] != then[name] and not adapt:
+            where = name if name == EVALUATION else f"stage {name}"
+            raise UserError(
+                f"{where}: its data have changed since {folder} was started ({then[name].items:,} items "
+                f"then, {data[name].items:,} now); restore them, accept the new ones with --adapt, or choose "
+                "another name"
+            )
+
+
+def open_run_folder(
+    recipe: Recipe,
+    folder: Path,
+    resume: bool,
+    fresh: bool = False,
+    data: Mapping[str, DataDigest] = MappingProxyType({}),
+) -> None:
+    """Creates the run folder and writes the recipe, the stage names, all seeds and the state to it.
+
+    Args:
+        resume: keep what the folder holds; otherwise the run starts at its first step, and each stage cuts
+            off its own files.
+        fresh: delete what it holds.
+        data: digests of the recipe's data sets.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    state = RunState.read(folder) if resume else RunState(secrets.token_hex(8))
     try:
-        if folder.exists() and not resume:
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        derived = ("tokenizer", "servers")
+        for path in folder.iterdir() if not resume else ():
+            if path.name == LOCK or not (fresh or path.name in derived):
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_atomically(folder / "config.yaml", recipe.yaml())
+        write_atomically(folder / "stages.json", json.dumps([stage.name for stage in recipe.stages]))
+        write_atomically(folder / "seeds.json", json.dumps(all_seeds(recipe), indent=1) + "\n")
+        RunState(state.id, dict(data)).write(folder)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; choose another out") from None
-    write_atomically(folder / "config.yaml", recipe.yaml())
-    write_atomically(folder / "stages.json", json.dumps([stage.name for stage in recipe.stages]))
-    write_atomically(folder / "seeds.json", json.dumps(all_seeds(recipe), indent=1) + "\n")
 
 
 def all_seeds(recipe: Recipe) -> dict[str, Any]:
@@ -117,10 +196,18 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     work.rename(folder / "tokenizer")
 
 
+STATE = "state.json"
+
+
 def steps_done(folder: Path, stage: Stage) -> int:
     """The last step of a stage so far, 0 if none; early stopping can end it before its `steps`."""
     records = read_jsonl(folder / stage.name / "metrics.jsonl", missing_ok=True)
     return max((record["step"] for record in records), default=0)
+
+
+def has_checkpoint(folder: Path, stage: str) -> bool:
+    """Whether a stage of a run, or with "*" any stage, has a checkpoint to resume from."""
+    return any(folder.glob(f"{stage}/checkpoints/step_*"))
 
 
 def past_evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -130,17 +217,18 @@ def past_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 # Settings that do not affect the trained weights.
 HARMLESS = frozenset(
-    [
-        "out",
-        "keep_traces",
-        "save_every",
+    {
+        "collective_timeout_s",
         "keep_last",
+        "keep_traces",
+        "new_rows",  # kept as it was: `as_begun`
+        "out",
         "parallel",
         "rollout",
-        "collective_timeout_s",
+        "save_every",
+        "save_every_minutes",
         "wandb",
-        "new_rows",  # kept as it was: `as_begun`
-    ]
+    }
 )
 
 
@@ -157,6 +245,9 @@ def _difference(old: Any, new: Any, where: str = "") -> str | None:
     if isinstance(old, list) and isinstance(new, list):
         if len(old) != len(new) and (where != "stages" or len(new) < len(old)):
             return f"{where}: {len(old)} entries then, {len(new)} now"
-        pairs = enumerate(zip(old, new, strict=False))
-        return next((f for i, (a, b) in pairs if (f := _difference(a, b, f"{where}.{i}"))), None)
+        for index, (a, b) in enumerate(zip(old, new, strict=False)):
+            name = b.get("name", index) if isinstance(b, dict) else index
+            if difference := _difference(a, b, f"{where}.{name}"):
+                return difference
+        return None
     return None if old == new else f"{where}: {old!r} then, {new!r} now"

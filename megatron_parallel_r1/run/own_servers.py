@@ -13,6 +13,21 @@ from megatron_parallel_r1.rollout.launcher.run import build_servers
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supervisor
 
 
+def launch_settings(rollout: Rollout, checkpoint: Path, isolated: bool, logs: Path) -> LaunchSettings:
+    """The settings of the servers that a run starts; arguments as those of `OwnServers`."""
+    return LaunchSettings(
+        checkpoint=checkpoint,
+        engine="vllm" if rollout.engine == "vllm" else "sglang",
+        servers=rollout.servers,
+        tensor=rollout.tensor,
+        port=0,
+        memory_share=rollout.memory_share,
+        isolated=isolated,
+        colocated=rollout.colocated,
+        log_dir=logs,
+    )
+
+
 class OwnServers:
     """Starts rollout servers at the first call of `urls`, stops them at the end of the `with` block.
 
@@ -44,19 +59,7 @@ class OwnServers:
             UserError: they cannot be started.
         """
         if self._thread is None:
-            children = build_servers(
-                LaunchSettings(
-                    checkpoint=checkpoint,
-                    engine="vllm" if self._rollout.engine == "vllm" else "sglang",
-                    servers=self._rollout.servers,
-                    tensor=self._rollout.tensor,
-                    port=0,
-                    memory_share=self._rollout.memory_share,
-                    isolated=isolated,
-                    colocated=self._rollout.colocated,
-                    log_dir=self._logs,
-                )
-            )
+            children = build_servers(launch_settings(self._rollout, checkpoint, isolated, self._logs))
             self._urls = tuple(child.url for child in children)
             # One thread starts and watches the servers: the kernel kills them when that thread ends.
             self._thread = threading.Thread(target=self._keep, args=(children,), name="servers", daemon=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import fmean
+from time import monotonic
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Protocol
 
 from megatron_parallel_r1.config.early_stopping import FALLING
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.distributed.collectives import all_ranks_true
+from megatron_parallel_r1.distributed.collectives import any_rank_true
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import Stopped, UserError
 from megatron_parallel_r1.run.context import RunContext
@@ -18,8 +21,11 @@ from megatron_parallel_r1.run.folder import steps_done
 from megatron_parallel_r1.run.guard import Guard
 from megatron_parallel_r1.run.stage_log import StageLog
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
+from megatron_parallel_r1.train.checkpoints.sharded import steps_taken
 from megatron_parallel_r1.train.trainer import LrSchedule, Trainer
 from megatron_parallel_r1.utils.exit import stop_signal_pending
+from megatron_parallel_r1.utils.interrupts import interrupts_recorded
+from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
 
 
 class Stateful(Protocol):
@@ -27,6 +33,10 @@ class Stateful(Protocol):
 
     def state(self) -> Any:
         """The state, JSON-ready."""
+        ...
+
+    def state_after(self, step: int) -> Any:
+        """The state after a finished step, when a later one has failed."""
         ...
 
 
@@ -70,11 +80,14 @@ class StageLoop:
         self._stateful: Mapping[str, Stateful] = {}
         self._watched: list[float] = self._restored.get("watched", [])
         self._since_save: list[float] = self._restored.get("since_save", [])
-        self._saved = self.done
+        self._saved = self._finished = self.done
+        self._saved_at = monotonic()
+        self._updates = 0
         self.guard = Guard(stage, folder, self.done)
         self.restore("guard", self.guard)
         self._log = StageLog(run.recipe, stage, folder, self.done)
         self._ended = self.done >= stage.steps or self._may_end()
+        self._interrupts = ExitStack()
 
     def restored(self, name: str) -> Any:
         """The state that the last checkpoint saved under `name`; None without a checkpoint."""
@@ -98,8 +111,15 @@ class StageLoop:
         for step in range(self.done + 1, self._stage.steps + 1):
             if self._ended:
                 return
-            if not all_ranks_true(not stop_signal_pending(), self._trainer.device):
+            # The clock of one rank decides for all: they must save the same steps.
+            is_late = (
+                is_rank_zero() and 0 < self._stage.save_every_minutes * 60 <= monotonic() - self._saved_at
+            )
+            stops, saves = any_rank_true((stop_signal_pending(), is_late), self._trainer.device)
+            if stops:
                 self._stop_after(step - 1)
+            if saves:
+                self._save_extra(step - 1)
             self._watchdog.set_location(f"stage {self._stage.name}, step {step}")
             yield step, self._schedule.at(step, self._stage.steps)
 
@@ -108,6 +128,8 @@ class StageLoop:
         stage = self._stage
         metrics = metrics | {"skipped": int(self.guard.bad_in_a_row > 0)}
         self._log.step(step, metrics, traces)
+        if not self.guard.bad_in_a_row:
+            self._finished, self._updates = step, steps_taken(self._trainer.optimizer)
         self.guard.watch(step, metrics)
         if stage.early_stopping and metrics.get(stage.early_stopping.metric) is not None:
             self._watched.append(metrics[stage.early_stopping.metric])
@@ -140,35 +162,64 @@ class StageLoop:
         return self._stage.early_stopping is not None and self._stage.early_stopping.reached(self._watched)
 
     def _stop_after(self, step: int) -> NoReturn:
-        """Stops the stage after saving the step, unless it was skipped or is saved already.
-
-        This extra checkpoint has no score, so it cannot be the best.
-        """
-        if step > self._saved and not self.guard.bad_in_a_row:
-            self._save(step, is_due=False)
+        """Stops the stage after saving the step, unless it was skipped or is saved already."""
+        self._save_extra(step)
         self._checkpoints.settle()
         saved = "saved" if self._saved == step else f"the last checkpoint is of step {self._saved}"
         raise Stopped(f"stage {self._stage.name}: stopped by a signal after step {step}, {saved}")
 
-    def _save(self, step: int, is_due: bool = True) -> None:
-        state = {name: part.state() for name, part in self._stateful.items()}
+    def _save_extra(self, step: int) -> None:
+        """Saves a step that `save_every` does not ask for, unless it was skipped or is saved already.
+
+        Such a checkpoint has no score, so it cannot be the best.
+        """
+        if step > self._saved and not self.guard.bad_in_a_row:
+            self._save(step, is_due=False)
+
+    def _save_finished(self, error: Exception) -> None:
+        """Saves the last finished step when a later one has failed before it changed the weights.
+
+        Saving is a collective: if only some ranks have failed, it saves nothing.
+        """
+        step, on_all_ranks = self._finished, isinstance(error, UserError) and error.on_all_ranks
+        if step <= self._saved or self.guard.bad_in_a_row or not (world_size() == 1 or on_all_ranks):
+            return
+        if steps_taken(self._trainer.optimizer) != self._updates:
+            return
+        with suppress(Exception):  # `error` says what was wrong first
+            self._save(step, is_due=False, failed=True)
+            self._checkpoints.settle()
+            saved = f"its steps through {step} are saved"
+            if isinstance(error, UserError):
+                error.args = (f"{error}; {saved}",)
+            else:
+                print(f"stage {self._stage.name}: {saved}", file=sys.stderr)
+
+    def _save(self, step: int, is_due: bool = True, failed: bool = False) -> None:
+        state = {
+            name: part.state_after(step) if failed else part.state() for name, part in self._stateful.items()
+        }
         score = fmean(self._since_save) if self._since_save and is_due else None
         if is_due:
             self._since_save = []
         state |= {"watched": self._watched, "guard": self.guard.state(), "since_save": self._since_save}
         self._checkpoints.save(self._trainer, step, state, score)
-        self._saved = step
+        self._saved, self._saved_at = step, monotonic()
 
     def __enter__(self) -> StageLoop:
         self._log.__enter__()
+        self._interrupts.enter_context(interrupts_recorded())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._log.__exit__(kind, error, trace)
-        if error is None:
-            self._checkpoints.settle()
+        with self._interrupts:
+            self._log.__exit__(kind, error, trace)
+            if error is None:
+                self._checkpoints.settle()
+            elif isinstance(error, Exception) and not isinstance(error, Stopped):
+                self._save_finished(error)
 
 
 def checkpoint_folder(stage_folder: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.run.folder import RunState
 
 
 class WandbLog:
@@ -58,21 +59,24 @@ def open_wandb(recipe: Recipe, stage: str, folder: Path) -> Iterator[WandbLog]:
         return
     import wandb
 
-    # The folder is part of it, so that the same recipe in another folder is another run.
-    run_id = hashlib.sha256(f"{folder.resolve()}/{recipe.seed}".encode()).hexdigest()[:16]
-    run = wandb.init(
-        project=recipe.wandb.project,
-        entity=recipe.wandb.entity,
-        mode=recipe.wandb.mode,
-        name=f"{recipe.name}/{stage}",
-        group=recipe.name,
-        id=run_id,
-        resume="allow" if recipe.wandb.mode == "online" else None,
-        dir=str(folder),
-        settings=wandb.Settings(silent=True),
-        config=recipe.model_dump(mode="json"),
-    )
+    # Folders of earlier releases have no id.
+    run = RunState.read(folder.parent).id or str(folder.parent.resolve())
     try:
-        yield WandbLog(run)
+        wandb_run = wandb.init(
+            project=recipe.wandb.project,
+            entity=recipe.wandb.entity,
+            mode=recipe.wandb.mode,
+            name=f"{recipe.name}/{stage}",
+            group=recipe.name,
+            id=hashlib.sha256(f"{run}/{stage}/{recipe.seed}".encode()).hexdigest()[:16],
+            resume="allow" if recipe.wandb.mode == "online" else None,
+            dir=str(folder),
+            settings=wandb.Settings(silent=True),
+            config=recipe.model_dump(mode="json"),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(f"wandb: {error}; run `wandb login`, or set wandb.mode=offline") from None
+    try:
+        yield WandbLog(wandb_run)
     finally:
-        run.finish()
+        wandb_run.finish()

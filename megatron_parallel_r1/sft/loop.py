@@ -18,6 +18,7 @@ from megatron_parallel_r1.config.stages import SftStage
 from megatron_parallel_r1.data.problems import Example
 from megatron_parallel_r1.data.prompts import encode_prompt, encode_response
 from megatron_parallel_r1.data.row_cache import RowCache, tokenizer_hash
+from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run.context import RunContext
@@ -36,29 +37,12 @@ if TYPE_CHECKING:
 
 def train_sft(run: RunContext, stage: SftStage, watchdog: Watchdog) -> Trainer:
     """Trains a supervised stage and returns its trainer."""
-    trainer = run.trainer(stage)
-    examples = example_rows(
-        run.recipe,
-        stage,
-        run.seed_of(stage.name, "data"),
-        to_row=partial(
-            example_row,
-            tokenizer=run.tokenizer,
-            tags=run.tags,
-            template=run.recipe.prompt_template,
-            mode=run.recipe.thinking_of(stage).mode,
-        ),
-        cache=RowCache(
-            run.recipe.out / ".rows",
-            tokenizer_hash(run.tokenizer),
-            run.recipe.prompt_template,
-            run.recipe.thinking_of(stage).mode,
-        ),
-    )
+    trainer, examples = run.trainer(stage), example_stream(run, stage)
     with StageLoop(run, stage, trainer, watchdog) as loop:
         loop.restore("stream", examples)
         for step, lr in loop.steps({"stream": examples}):
             start = time.monotonic()
+            examples.begin_step(step)
             batch = SftBatch(examples.next_batch(stage.examples_per_step))
             metrics = SKIPPED
             with loop.guard.skip_if_not_finite(step, batch):
@@ -67,6 +51,18 @@ def train_sft(run: RunContext, stage: SftStage, watchdog: Watchdog) -> Trainer:
             seconds = time.monotonic() - start
             loop.end(step, metrics | {"lr": lr, "tokens": batch.tokens, "time_s": seconds})
     return trainer
+
+
+def example_stream(run: RunContext, stage: SftStage) -> ProblemStream[Row]:
+    """The laid-out examples of a stage, in its order; raises as `example_rows`."""
+    template, mode = run.recipe.prompt_template, run.recipe.thinking_of(stage).mode
+    return example_rows(
+        run.recipe,
+        stage,
+        run.seed_of(stage.name, "data"),
+        to_row=partial(example_row, tokenizer=run.tokenizer, tags=run.tags, template=template, mode=mode),
+        cache=RowCache(run.recipe.out / ".rows", tokenizer_hash(run.tokenizer), template, mode),
+    )
 
 
 @dataclass(frozen=True, slots=True)

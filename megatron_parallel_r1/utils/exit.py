@@ -20,10 +20,14 @@ from megatron_parallel_r1.errors import (
     UserError,
 )
 from megatron_parallel_r1.utils.imports import prepare_imports
+from megatron_parallel_r1.utils.interrupts import INTERRUPTS, UNDER_TORCHRUN, interrupt_recorded
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITTEN = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that this user can write"),
+}
 # Rank 0 reports for all ranks; when it ends, the launcher ends the others within this time.
 _OTHERS_WAIT_S = 3.0
 # The same for an error that every rank meets by itself: on a busy machine rank 0 may meet it seconds later.
@@ -36,7 +40,7 @@ def one_line_exit(resume: str = "the same command continues where it was") -> It
 
     | error | exit code |
     |---|---|
-    | `UserError`, a full disk | 2 |
+    | `UserError`, a full disk, a place that cannot be written | 2 |
     | `ServersLost` in a job that started the servers, `PeerLost` | LOST_EXIT_CODE |
     | `Stopped` | STOPPED_EXIT_CODE |
     | Ctrl-C | 130 |
@@ -64,11 +68,15 @@ def one_line_exit(resume: str = "the same command continues where it was") -> It
         is_lost = isinstance(error, ServersLost) and "SERVERS_OF_JOB" in os.environ
         raise SystemExit(LOST_EXIT_CODE if is_lost else USER_ERROR_EXIT_CODE) from None
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in _NOT_WRITTEN:
             raise
-        _report_error(f"{error.filename or 'a file'} could not be written: {error.strerror}; make room")
+        file, advice = error.filename or "a file", _NOT_WRITTEN[error.errno]
+        _report_error(f"{file} could not be written: {error.strerror}; {advice}")
         raise SystemExit(USER_ERROR_EXIT_CODE) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        # Typer turns a KeyboardInterrupt into its exit code in silence.
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED_EXIT_CODE:
+            raise
         _report(f"stopped; {resume}")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
 
@@ -102,12 +110,12 @@ def _report(line: str) -> None:
 
 
 # Signals by which a cluster asks a run to stop: before its time limit, or to preempt it. Under torchrun
-# SIGTERM is one too: torchrun sends it to all processes when one has failed or it is stopped itself, and
+# SIGINT and SIGTERM are too: it sends them to all processes when one has failed or it is stopped itself, and
 # kills what remains 30 s later, which leaves time to name the lost rank, or to save. They are blocked, not
 # handled: nothing interrupts a step, and the run checks between steps whether one is pending. Threads and
 # child processes inherit the block, so a signal to the whole process tree ends no worker.
 STOP_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGUSR2})
-_BLOCKED = STOP_SIGNALS | ({signal.SIGTERM} if "TORCHELASTIC_RUN_ID" in os.environ else frozenset())
+_BLOCKED = STOP_SIGNALS | (INTERRUPTS if UNDER_TORCHRUN else frozenset())
 
 
 def block_stop_signals() -> None:
@@ -121,5 +129,5 @@ def unblock_stop_signals() -> None:
 
 
 def stop_signal_pending() -> bool:
-    """Returns whether this process has received one since `block_stop_signals`."""
-    return bool(_BLOCKED & signal.sigpending())
+    """Returns whether this process has received one since `block_stop_signals`, or has recorded Ctrl-C."""
+    return interrupt_recorded() or bool(_BLOCKED & signal.sigpending())

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_parallel_r1.errors import UserError
+
 CHUNK = 2**22  # bytes read at a time
 
 
@@ -39,6 +41,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Checks that a folder can be written, or created; writes nothing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{folder}: {existing} is not a folder; choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {existing} cannot be written by this user; choose another")
 
 
 def fsync_path(path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_lower_rate_after_bad_steps(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(loop, "sft_step", real)
     lower = "stages.cold_start.optimizer.lr=1.0e-3"
     with pytest.raises(
-        UserError, match=r"stages\.0\.optimizer\.lr: .* change unfinished stages with --adapt"
+        UserError, match=r"stages\.cold_start\.optimizer\.lr: .* change unfinished stages with --adapt"
     ):
         run(recipe_with(tmp_path, every_step, lower))
     (outcome,) = run(recipe_with(tmp_path, every_step, lower), adapt=True)

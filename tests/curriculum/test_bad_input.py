@@ -138,7 +138,7 @@ def test_a_folder_of_another_recipe_or_of_no_run_is_left_alone(capsys, monkeypat
     (folder / "config.yaml").write_text(read_recipe(Path(RECIPE)).yaml())
     (folder / "stages.json").write_text('["cold_start", "rl"]')
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}", "stages.rl.steps=9")
-    assert "stages.1.steps: 8 then, 9 now" in shown
+    assert "stages.rl.steps: 8 then, 9 now" in shown
     (folder / "config.yaml").unlink()
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}", "--fresh")
     assert "is not a run folder" in shown and (folder / "cold_start").is_dir()

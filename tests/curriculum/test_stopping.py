@@ -114,3 +114,25 @@ def test_without_torchrun_a_sigterm_ends_a_run(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], timeout=120, cwd=tmp_path)
     assert done.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_ends_a_run_at_once(number: signal.Signals) -> None:
+    """Whatever its main thread does; a forked child has neither handler."""
+    script = (
+        "import os, signal, time\n"
+        "from megatron_parallel_r1.utils.exit import stop_signal_pending\n"
+        "from megatron_parallel_r1.utils.interrupts import interrupts_recorded\n"
+        "with interrupts_recorded():\n"
+        "    if not os.fork():\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGTERM\n"
+        "    assert not stop_signal_pending()\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    while not stop_signal_pending(): time.sleep(0.01)\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    time.sleep(600)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr.count("a second one ends it at once") == 1

@@ -67,12 +67,7 @@ def build_servers(settings: LaunchSettings) -> list[ServerProcess]:
         )
     if not (settings.checkpoint / "config.json").is_file():
         raise UserError(f"{settings.checkpoint}: no config.json; give --checkpoint a Hugging Face folder")
-    if settings.isolated and settings.engine != "sglang":
-        raise UserError(
-            f"isolated: {settings.engine} cannot join isolated paths exactly; give --engine sglang"
-        )
-    python = find_python(settings)
-    device, gpus = assign_gpus(settings, visible_gpus())
+    python, device, gpus = check_launch(settings)
     return [
         ServerProcess(
             build_command(settings, python, device, port, gpus[index]),
@@ -81,6 +76,19 @@ def build_servers(settings: LaunchSettings) -> list[ServerProcess]:
         )
         for index, port in enumerate(pick_ports(settings))
     ]
+
+
+def check_launch(settings: LaunchSettings) -> tuple[Path, Device, list[tuple[str, ...]]]:
+    """The engine's interpreter, the device, and the GPUs of each server; reads no checkpoint.
+
+    Raises:
+        UserError: the servers cannot be started on this machine.
+    """
+    if settings.isolated and settings.engine != "sglang":
+        raise UserError(
+            f"isolated: {settings.engine} cannot join isolated paths exactly; give --engine sglang"
+        )
+    return find_python(settings), *assign_gpus(settings, visible_gpus())
 
 
 @contextmanager

@@ -191,5 +191,5 @@ def test_an_old_run_goes_on_without_adapt(new: Path, tmp_path: Path) -> None:
     # It began before new rows had another start.
     assert recipe.model.new_rows == "subwords"
     assert as_begun(recipe, folder).model.new_rows == "mean"
-    with pytest.raises(UserError, match=r"stages\.1\.prompts_per_step: 3 then, 5 now"):
+    with pytest.raises(UserError, match=r"stages\.rl\.prompts_per_step: 3 then, 5 now"):
         is_resumable(read_recipe(new, ["stages.rl.prompts=5"]), folder, fresh=False)

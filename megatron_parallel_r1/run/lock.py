@@ -1,0 +1,157 @@
+"""The lock of a run folder: one command at a time, also among machines that share a file system.
+
+`run.lock` names the process that uses the folder. It is created exclusively, which NFS and Lustre do too, and
+deleted at the end. A killed process leaves it; the next command takes it over where it can tell that the
+process is gone: on the same machine, in a requeued SLURM job, or if SLURM no longer runs the job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_parallel_r1.distributed.collectives import run_on_rank_zero
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.rank import is_rank_zero
+
+LOCK = "run.lock"
+# Clocks that were set meanwhile make a process look younger or older.
+CLOCK_TOLERANCE_S = 60.0
+SQUEUE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that uses a run folder.
+
+    Attributes:
+        since: when it locked the folder, in seconds since 1970.
+        slurm_job: its SLURM job, "" without one.
+        restarts: how often SLURM requeued that job before.
+    """
+
+    host: str
+    pid: int
+    since: float
+    slurm_job: str = ""
+    restarts: int = 0
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+        return cls(socket.gethostname(), os.getpid(), time.time(), job, int(restarts))
+
+    def is_gone(self, now: Holder) -> bool:
+        """Returns whether process `now` can tell that this one has ended."""
+        if self.host == now.host:
+            try:
+                process = psutil.Process(self.pid)
+                is_younger = process.create_time() > self.since + CLOCK_TOLERANCE_S
+                return is_younger or process.status() == psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                return True
+        if not self.slurm_job:
+            return False
+        if self.slurm_job == now.slurm_job:
+            return self.restarts < now.restarts
+        return not _may_run(self.slurm_job)
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        job = f", SLURM job {self.slurm_job}" if self.slurm_job else ""
+        return f"process {self.pid} on {self.host}{job} since {since}"
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Locks a run folder, which is created if need be, for the block. A collective over all ranks.
+
+    Raises:
+        UserError: another process uses it, or it cannot be written; on every rank.
+    """
+    run_on_rank_zero(lambda: _acquire(folder))
+    try:
+        yield
+    finally:
+        if is_rank_zero():
+            (folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # nothing was written
+                folder.rmdir()
+
+
+def _acquire(folder: Path) -> None:
+    file, own = folder / LOCK, Holder.this_process()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                _take_over(file, own)
+                continue
+            with open(descriptor, "w") as lock:
+                lock.write(json.dumps(asdict(own)) + "\n")
+            return
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}; choose another out") from None
+
+
+def _take_over(file: Path, own: Holder) -> None:
+    """Removes the lock of a process that is gone.
+
+    Raises:
+        UserError: it may still run.
+    """
+    found = _read(file)
+    if found is None:
+        return
+    if not found.is_gone(own):
+        advice = "wait for it or stop it, or choose another name"
+        if found.host != own.host:
+            advice += f"; if that process is gone, delete {file}"
+        raise UserError(f"{file.parent} is in use by {found}: {advice}")
+    # Another command may have taken it over since it was read.
+    aside = file.with_name(f".{LOCK}.{secrets.token_hex(8)}")
+    with suppress(FileNotFoundError):
+        file.rename(aside)
+        if _read(aside) == found:
+            aside.unlink()
+        else:
+            aside.rename(file)
+
+
+def _read(file: Path) -> Holder | None:
+    """The holder that a lock names; None if there is no lock any more."""
+    for pause_s in (0.1, 1.0, 0.0):  # it is empty for a moment
+        try:
+            return Holder(**json.loads(file.read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            time.sleep(pause_s)
+    raise UserError(f"{file} names no process; delete it if no command uses {file.parent}")
+
+
+def _may_run(job: str) -> bool:
+    """Returns whether SLURM may still run a job; True also where it cannot be asked."""
+    try:
+        asked = subprocess.run(
+            ("squeue", "--noheader", "--jobs", job, "--format", "%T"),
+            capture_output=True,
+            text=True,
+            timeout=SQUEUE_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    is_unknown = "Invalid job id" in asked.stderr
+    return bool(asked.stdout.strip()) or (asked.returncode != 0 and not is_unknown)

@@ -1,0 +1,103 @@
+"""What can be known before the first step is said before it, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_parallel_r1.rollout.launcher import run as launcher
+from megatron_parallel_r1.rollout.servers import engine
+from tests.curriculum.test_bad_input import RECIPE, fail
+from tests.unit.rollout.test_sglang import URL, FakeSGLang
+
+OWN = ("rollout.engine=sglang", "rollout.servers=1")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (OWN, "no environment with sglang"),
+        (
+            ("rollout.engine=vllm", "rollout.servers=1", "rollout.sync={transport: disk, folder: OUT/sync}"),
+            "stage cold_start: thinking.mode isolated: vllm servers are exact in causal, replay, sequential",
+        ),
+        (("rollout.sync={transport: disk, folder: /dev/null/sync}", *OWN), "/dev/null is not a folder"),
+        (
+            ("model.shape.max_positions=60",),
+            "a prompt of 7 tokens and a response of 80 need more",
+        ),
+        (("model.shape.max_positions=20",), "stage cold_start: its longest example has"),
+        (
+            ("stages.rl.reward={components: [{term: accuracy, weight: heavy}]}",),
+            "stages.rl.reward.components.0.weight",
+        ),
+    ],
+)
+def test_stages_yet_to_come(capsys, monkeypatch, tmp_path: Path, words: tuple[str, ...], named: str) -> None:
+    monkeypatch.setattr(launcher, "__file__", str(tmp_path / "a/b/c/run.py"))  # no checkout with engines
+    words = tuple(word.replace("OUT", str(tmp_path / "out")) for word in words)
+    shown = fail(capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}/out", *words)
+    assert named in shown, shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_of_a_later_stage(capsys, monkeypatch, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "What is 1 plus 1?", "answer": "#### 2"}\n')
+    words = (f"stages.rl.data={{source: dataset, name: openai/gsm8k, path: {rows}}}", "max_prompt_tokens=1")
+    shown = fail(capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}/out", *words)
+    assert "stage rl: nothing of its data has at most 1 tokens" in shown and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("info", "named"),
+    [
+        ({"context_length": 80}, "tokens, prompt and response together, and a response may have 80"),
+        ({"model_path": "MODEL"}, "whose head_dim is 16, and the run's model has 8"),
+    ],
+)
+def test_servers_that_cannot_serve(capsys, monkeypatch, tmp_path: Path, info: dict, named: str) -> None:
+    from tests.unit.rollout.tiny import tiny_qwen3
+
+    tiny_qwen3(0).save_pretrained(tmp_path / "served")
+    capsys.readouterr()
+    server = FakeSGLang()
+    server.server_info |= {key: str(tmp_path / "served") if v == "MODEL" else v for key, v in info.items()}
+    monkeypatch.setattr(engine, "CLIENTS", {"sglang": lambda url, timeouts: server.client()})
+    words = [f"out={tmp_path}/out", "thinking.mode=replay", "rollout.engine=sglang", f"rollout.urls=[{URL}]"]
+    assert named in fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_somebody_else(capsys, monkeypatch, tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    assert "cannot be written by this user" in fail(
+        capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}/out"
+    )
+
+
+def test_a_report_that_cannot_be_written(capsys, monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "run/rl").mkdir(parents=True)
+    record = {"kind": "rl", "step": 1, "steps": 1, "reward": 0.5}
+    (tmp_path / "run/rl/metrics.jsonl").write_text(json.dumps(record) + "\n")
+    words = ("report", str(tmp_path / "run"), "--out")
+    assert "name another file with --out" in fail(capsys, monkeypatch, *words, str(tmp_path / "no/x.html"))
+    from megatron_parallel_r1.report.html import build_report
+
+    assert build_report(tmp_path / "run", tmp_path / "x.html").is_file()
+    assert not (tmp_path / "run/report.html").exists()
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    from megatron_parallel_r1.config.reader import read_recipe
+
+    reward = "stages.rl.reward={name: s2, settings: {window: 2, share: 5e-1}}"
+    (_, stage) = read_recipe(Path(RECIPE), [reward]).stages
+    assert stage.reward.settings["share"] == 0.5
+    parts = "stages.rl.reward={components: [{term: accuracy, weight: 1e-1}]}"
+    (_, stage) = read_recipe(Path(RECIPE), [parts]).stages
+    assert stage.reward.components[0].weight.value == 0.1

@@ -1,0 +1,116 @@
+"""A run folder has one user at a time; a lock whose process is gone is taken over, another one never."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.run import lock
+from megatron_parallel_r1.run.lock import LOCK, Holder, lock_folder
+
+OTHER = Holder("another-host", pid=1, since=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    with process.running(seed=1):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def held_by(folder: Path, holder: Holder) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / LOCK).write_text(json.dumps(asdict(holder)))
+
+
+def test_it_names_this_process_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "out/run"
+    with lock_folder(folder):
+        assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .*: wait for it or stop"):
+            lock._acquire(folder)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    with lock_folder(folder):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_a_dead_process_of_this_machine_holds_nothing(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    held_by(tmp_path, replace(Holder.this_process(), pid=dead.pid))
+    with lock_folder(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_a_number_that_another_process_has_now_holds_nothing(tmp_path: Path) -> None:
+    held_by(tmp_path, replace(Holder.this_process(), since=0.0))
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_another_machine_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    held_by(tmp_path, OTHER)
+    with pytest.raises(UserError, match=rf"process 1 on another-host since .* delete {tmp_path / LOCK}"):
+        lock._acquire(tmp_path)
+    assert (tmp_path / LOCK).is_file()
+
+
+@pytest.mark.parametrize(("restarts", "taken"), [("0", False), ("1", True)])
+def test_a_requeued_job_takes_over_its_own(tmp_path: Path, monkeypatch, restarts: str, taken: bool) -> None:
+    held_by(tmp_path, replace(OTHER, slurm_job="7"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    if taken:
+        lock._acquire(tmp_path)
+    else:
+        with pytest.raises(UserError, match="SLURM job 7"):
+            lock._acquire(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "taken"),
+    [
+        ("echo RUNNING", False),
+        ("true", True),
+        ("echo Invalid job id specified >&2; exit 1", True),
+        ("exit 1", False),
+    ],
+)
+def test_slurm_knows_whether_another_job_is_over(
+    tmp_path: Path, monkeypatch, script: str, taken: bool
+) -> None:
+    tool = tmp_path / "bin/squeue"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    held_by(tmp_path / "run", replace(OTHER, slurm_job="8"))
+    if taken:
+        lock._acquire(tmp_path / "run")
+    else:
+        with pytest.raises(UserError, match="SLURM job 8"):
+            lock._acquire(tmp_path / "run")
+
+
+def test_a_lock_that_names_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: None)
+    (tmp_path / LOCK).touch()
+    with pytest.raises(UserError, match="names no process; delete it"):
+        lock._acquire(tmp_path)
