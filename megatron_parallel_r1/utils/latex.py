@@ -23,7 +23,6 @@ _TOGETHER = re.compile(
 )
 _NAME = re.compile(r"(?<![A-Za-z])(?:[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s?=\s?$")
 _HEDGES = ("or", "maybe", "perhaps", "possibly", "alternatively")
-_HEDGES = ("or", "maybe", "perhaps", "possibly", "alternatively")
 _ALTERNATIVE_BEFORE = re.compile(
     r"(?<![^\s$])\$?-?(?:\d[\w./]*|[A-Z])\$? +or +(?:maybe +|perhaps +|possibly +)?\$*$"
 )
