@@ -141,7 +141,7 @@ def wrap_for_training(model: Model, adam: Adam) -> tuple[list[DistributedDataPar
     return wrapped, optimizer
 
 
-def _finalize_gradients(model: list[torch.nn.Module], targets: torch.Tensor, **options: Any) -> None:
+def _finalize_gradients(model: list[DistributedDataParallel], targets: torch.Tensor, **options: Any) -> None:
     """Reduces the gradients by Megatron's function and divides them by the number of targets of all ranks.
 
     Megatron's own division first asks whether the number is positive, and the host would wait for the answer.
