@@ -231,6 +231,7 @@ def test_cells_of_csv_are_text(tmp_path: Path) -> None:
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         ("a.xlsx", b"PK", r"a\.xlsx: not one of \.parquet, \.jsonl"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "content",
 )
 def test_what_cannot_be_read_is_one_line(name: str, content: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
