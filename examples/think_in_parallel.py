@@ -13,9 +13,8 @@ import asyncio
 import sys
 from pathlib import Path
 
-from megatron_parallel_r1.data.prompts import decode
+from megatron_parallel_r1.data.prompts import decode, encode_prompt
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.records import prompt_tokens
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.serve.served_model import ServedModel
 from megatron_parallel_r1.utils.exit import one_line_exit
@@ -26,7 +25,7 @@ def main() -> None:
         raise UserError("usage: think_in_parallel.py RELEASE QUESTION")
     folder, question = Path(sys.argv[1]), sys.argv[2]
     model = ServedModel.load(folder)
-    prompt = prompt_tokens(model.tokenizer, model.template, question)
+    prompt = encode_prompt(model.tokenizer, model.template, question)
     thinker = Thinker(model.engine, model.tags, model.thinking)
     (trace,) = asyncio.run(roll_out(thinker, [prompt], [0], 1))
     print(decode(model.tokenizer, trace.tokens))

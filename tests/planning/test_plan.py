@@ -70,7 +70,7 @@ def test_a_folder_that_is_there_is_read(tmp_path: Path) -> None:
         published_config(folder)
     for text, message in (
         ('{"model_type": "gpt2"}', "model_type is 'gpt2'; supported are 'qwen3'"),
-        ('{"model_type": "llama"}', "hidden_act = None is not supported"),
+        ('{"model_type": "llama"}', "'hidden_size' is missing"),
     ):
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
