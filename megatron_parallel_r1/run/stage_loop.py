@@ -189,7 +189,7 @@ class StageLoop:
         with suppress(Exception):  # `error` says what was wrong first
             self._save(step, is_due=False, failed=True)
             self._checkpoints.settle()
-            saved = f"its steps through {step} are saved"
+            saved = f"the stage's steps through {step} are saved"
             if isinstance(error, UserError):
                 error.args = (f"{error}; {saved}",)
             else:

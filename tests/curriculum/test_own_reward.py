@@ -65,7 +65,8 @@ def test_a_failing_reward_ends_the_run_and_keeps_the_traces(
     words = (*SHORT, "evaluation=null", f"out={tmp_path}", f"stages.rl.reward={{name: 'own_faults:{name}'}}")
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
     kept = tmp_path / "mini/rl/unscored_traces.jsonl"
-    assert shown == f"error: {says} the step's traces are in {kept}"
+    saved = "; the stage's steps through 1 are saved" if name == "late" else ""
+    assert shown == f"error: {says} the step's traces are in {kept}{saved}"
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [line["trace"] for line in lines] == list(range(12))
     assert all(line["problem"] and line["tokens"] and isinstance(line["response"], str) for line in lines)

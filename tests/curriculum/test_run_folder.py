@@ -123,7 +123,7 @@ def test_lost_servers_cost_no_finished_step(tmp_path: Path, whole: Path, monkeyp
         return made
 
     monkeypatch.setattr(RolloutWorker, "_generate", fails)
-    with pytest.raises(ServersLost, match="for 300 s; its steps through 2 are saved"):
+    with pytest.raises(ServersLost, match="for 300 s; the stage's steps through 2 are saved"):
         run(recipe_with(tmp_path))
     assert saved(tmp_path / "mini/rl") == ["step_000002"]
     monkeypatch.undo()
