@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -119,7 +120,8 @@ def _install_cuda() -> None:
         "is_initialized": lambda: True,
         "init": lambda: None,
         "_lazy_init": lambda: None,
-        "device_count": lambda: 1,
+        # Each rank of a launch has a GPU of its own, and calls it cuda:0.
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "synchronize": lambda *args: LEDGER.event("wait", "torch.cuda.synchronize"),
