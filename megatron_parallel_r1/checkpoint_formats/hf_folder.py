@@ -32,7 +32,7 @@ from megatron_parallel_r1.checkpoint_formats.torch_dist import (
     read_weights,
 )
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.thought.tokenizer import GENERATION
+from megatron_parallel_r1.thought.tokenizer import GENERATION, save_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -189,7 +189,7 @@ def _write(
     settings = config.to_hf(dtype)
     generation: dict[str, Any] = {"do_sample": True}
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         generation, special = generation_of(tokenizer, base)
         settings |= special
     for file in [*legal_files(base), *base.glob("*.tiktoken")] if base and base.is_dir() else ():

@@ -34,7 +34,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import stored_decoding
 from megatron_parallel_r1.run.folder import past_evaluations
 from megatron_parallel_r1.thought.tags import Tags
-from megatron_parallel_r1.thought.tokenizer import GENERATION, eos_ids
+from megatron_parallel_r1.thought.tokenizer import GENERATION, eos_ids, save_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ def _tokenizer_files(opened: CheckpointSource, run: Path | None) -> dict[str, by
         tokenizer.chat_template = chat_template_for(tokenizer)
         check_tokenizer(tokenizer, folder)
     with TemporaryDirectory() as place:
-        tokenizer.save_pretrained(place)
+        save_tokenizer(tokenizer, place)
         saved = [path for path in Path(place).rglob("*") if path.is_file()]
         files = {str(path.relative_to(place)): path.read_bytes() for path in saved}
     generation, special = generation_of(tokenizer, opened.like)

@@ -26,6 +26,7 @@ from megatron_parallel_r1.data.problems import Example
 from megatron_parallel_r1.data.prompts import messages_of
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.layout import Mode, Row
+from megatron_parallel_r1.thought.tokenizer import save_tokenizer
 from megatron_parallel_r1.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class RowCache:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the hash of the tokenizer's saved files, independent of where it was loaded from."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         return _files_hash(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
 
 

@@ -28,6 +28,7 @@ from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run.datasets import EVALUATION, DataDigest
 from megatron_parallel_r1.run.lock import LOCK
+from megatron_parallel_r1.thought.tokenizer import save_tokenizer
 from megatron_parallel_r1.utils.files import write_atomically
 from megatron_parallel_r1.utils.jsonl import read_jsonl
 from megatron_parallel_r1.utils.seeding import derive_seed
@@ -192,7 +193,7 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Saves the run's tokenizer atomically."""
     work = folder / ".tokenizer"
     shutil.rmtree(work, ignore_errors=True)
-    tokenizer.save_pretrained(work)
+    save_tokenizer(tokenizer, work)
     work.rename(folder / "tokenizer")
 
 

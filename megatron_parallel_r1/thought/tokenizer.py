@@ -117,3 +117,19 @@ def eos_ids(folder: Path) -> list[int]:
     """
     ends = read_generation(folder).get("eos_token_id")
     return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
+    """Saves a tokenizer's files.
+
+    Raises:
+        UserError: they could not be written; the library reports a full disk by an exception of no kind.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"a file could not be written: the tokenizer in {folder}: {error}; free space"
+        ) from None
