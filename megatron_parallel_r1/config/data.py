@@ -142,7 +142,7 @@ def data_sets(source: Settings) -> tuple[DataSet, ...]:
 
 
 def has_sources(source: Settings) -> bool:
-    """Returns whether problems of several sources are told apart in metrics."""
+    """Returns whether metrics are also reported by source."""
     return isinstance(source, Mixture) or any(
         data.columns is not None and data.columns.source is not None for data in data_sets(source)
     )

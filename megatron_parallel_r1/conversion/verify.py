@@ -117,7 +117,7 @@ def _transformers_logits(source: CheckpointSource, tokens_1L: Tensor) -> Tensor:
         )
     except Exception as error:
         raise UserError(
-            f"{source.path}: transformers cannot load it ({one_line(error)}); mend it, or give --no-logits"
+            f"{source.path}: transformers cannot load it ({one_line(error)}); correct it, or give --no-logits"
         ) from None
     return model.eval()(tokens_1L).logits[0]
 

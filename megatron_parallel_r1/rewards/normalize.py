@@ -245,7 +245,7 @@ def _measure(body: str) -> Canonical:
 
 
 def _compound(body: str) -> Canonical:
-    """`2 hours 30 minutes` is 2.5 hours; what does not add up stays as it is."""
+    """`2 hours 30 minutes` is 2.5 hours; parts that do not add up leave the text unchanged."""
     parts = [(Fraction(amount), read_unit(name)) for amount, name in _COMPOUND_PART.findall(body)]
     units = [unit for _, unit in parts if unit]
     sizes = [unit.size for unit in units]

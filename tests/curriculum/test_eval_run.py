@@ -24,7 +24,7 @@ from megatron_parallel_r1.evaluation.command import compare_command, evaluate_co
 ROOT = Path(__file__).parents[2]
 RECIPE = Path(__file__).parent / "mini.yaml"
 ASKED = ("--benchmarks", "embedded_hard,embedded_easy", "--limit", "12", "--samples", "2")
-# Runs a script where no file may grow beyond so many bytes.
+# Runs a script with a limit on the size of each file, in bytes.
 LIMITED = """
 import resource, runpy, sys
 size = int(sys.argv[1])

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tests.pretend_cuda.ledger import LEDGER
-from tests.pretend_cuda.library import load_guard
+from tests.pretend_cuda.device_guard import load_guard
 
 
 def main() -> None:

@@ -96,7 +96,7 @@ class Capture:
 
 
 def host(value: Any) -> Any:
-    """The CPU tensor of a pretend tensor; anything else as it is."""
+    """The CPU tensor of a pretend tensor; any other value unchanged."""
     return value.on_cpu if isinstance(value, PretendTensor) else value
 
 

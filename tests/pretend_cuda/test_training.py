@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.pretend_cuda.library import missing
+from tests.pretend_cuda.device_guard import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "tests/curriculum/mini.yaml"
