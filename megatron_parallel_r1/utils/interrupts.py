@@ -29,7 +29,7 @@ def interrupts_recorded() -> Iterator[None]:
     """Records SIGINT, and in a run of one process SIGTERM, in the block; the second one ends the process.
 
     A thread counts them, because a signal handler waits for the main thread to leave C code, such as a
-    collective. With several ranks the handler of SIGTERM is unchanged: their launcher sends it when one has failed.
+    collective. With several ranks SIGTERM keeps its handler: their launcher sends it when one has failed.
     Does nothing under torchrun, or in another thread than the main one, which cannot set handlers.
     """
     _recorded.clear()

@@ -10,8 +10,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from tests.pretend_cuda.ledger import LEDGER
 from tests.pretend_cuda.device_guard import load_guard
+from tests.pretend_cuda.ledger import LEDGER
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def _capture(graph: Graph, *args: Any, **kwargs: Any) -> Iterator[None]:
 
 
 def install() -> None:
-    """Makes this process see one H100; needs the guard (device_guard.py), and comes before any tensor or group."""
+    """Makes this process see one H100; needs the device guard, and comes before any tensor or group."""
     sys.modules["triton"] = None  # type: ignore[assignment]  # Its kernels need the hardware.
     _install_cuda()
     _install_tensors()
