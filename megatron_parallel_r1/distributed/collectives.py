@@ -139,19 +139,20 @@ def gather_from_replicas(work: Callable[[], Sequence[T]], group: dist.ProcessGro
         group: a group of all ranks to use instead of the default one.
 
     Raises:
-        UserError: one rank raised it; every rank then raises it, so that none waits for another.
+        Exception: `work` raised it on one rank; every rank then raises it, so that none waits for another.
     """
     part: Sequence[T] = ()
-    problem: UserError | None = None
+    problem: Exception | None = None
     try:
         part = work()
-    except UserError as error:
+    except Exception as error:  # of any type: the other ranks would wait for ever
         problem = error
     # Among leaders, global ranks rise with the data-parallel rank.
     results = all_gather_objects((part if is_replica_leader() else (), problem), group)
     problems = [problem for _, problem in results if problem is not None]
     if problems:
-        problems[0].on_all_ranks = True
+        if isinstance(problems[0], UserError):
+            problems[0].on_all_ranks = True
         raise problems[0]
     return [item for part, _ in results for item in part]
 

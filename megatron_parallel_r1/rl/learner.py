@@ -13,9 +13,10 @@ Shapes: R traces of a step; N targets of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Trainer, Update
 from megatron_parallel_r1.utils.timers import Timers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +165,11 @@ class Learner:
             unscored_PG = np.isnan(rewards_R).reshape(shape)
             return scored_advantages(name, totals_R.reshape(shape), unscored_PG).ravel()
 
-        # A user's function may differ from rank to rank.
-        return compute() if name in ADVANTAGES else run_on_rank_zero(compute)
+        return self._on_one_rank(compute)
+
+    def _on_one_rank(self, estimate: Callable[[], T]) -> T:
+        """Runs what calls the advantage's estimator: a user's function may differ from rank to rank."""
+        return estimate() if self.objective.advantage in ADVANTAGES else run_on_rank_zero(estimate)
 
     def update(
         self,
@@ -282,10 +288,13 @@ class Learner:
         advantages_R = np.ma.filled(advantages_R, 0.0)
         if objective.path_credit:
             assert path_verdicts is not None, "per-path credit needs each path's verdict"
-            advantages = [
-                path_advantages(trace.tree, verdicts, advantage, objective.advantage)
-                for trace, verdicts, advantage in zip(traces, path_verdicts, advantages_R, strict=True)
-            ]
+            judged = list(zip(traces, path_verdicts, advantages_R, strict=True))
+            advantages = self._on_one_rank(
+                lambda: [
+                    path_advantages(trace.tree, verdicts, advantage, objective.advantage)
+                    for trace, verdicts, advantage in judged
+                ]
+            )
         else:
             advantages = [np.full(len(t.tokens), a) for t, a in zip(traces, advantages_R, strict=True)]
         targets_R = np.array([trace.sampled_count for trace in traces])

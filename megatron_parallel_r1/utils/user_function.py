@@ -73,14 +73,15 @@ def load_with_parameters(name: str, what: str, parameters: str) -> Callable[...,
 
 def in_one_line(value: object) -> str:
     """Returns a value, or an error with the place where it was raised, as one short line."""
-    if isinstance(value, BaseException):
-        frames = traceback.extract_tb(value.__traceback__)
-        place = f", {os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else ""
-        return f"{type(value).__name__}: {_short(str(value))}{place}"
+    kind = type(value).__name__
     try:
-        return _short(repr(value))
-    except Exception:  # of the user's own class
-        return f"a {type(value).__name__}"
+        if not isinstance(value, BaseException):
+            return _short(repr(value))
+        text = f"{kind}: {_short(str(value))}"
+    except (Exception, SystemExit):  # of the user's own class
+        text = f"a {kind}"
+    frames = traceback.extract_tb(value.__traceback__) if isinstance(value, BaseException) else []
+    return f"{text}, {os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else text
 
 
 def _short(text: str) -> str:

@@ -106,9 +106,12 @@ def scored_advantages(
     if not unscored_PG.any():
         return estimate(rewards_PG)
     advantages_PG = np.ma.array(np.zeros(rewards_PG.shape), mask=unscored_PG)
-    for row_G, rewards_G, scored_G in zip(advantages_PG.data, rewards_PG, ~unscored_PG, strict=True):
-        if scored_G.any():
-            row_G[scored_G] = estimate(rewards_G[scored_G][None])[0]
+    is_whole_P = ~unscored_PG.any(1)
+    if is_whole_P.any():
+        advantages_PG.data[is_whole_P] = estimate(rewards_PG[is_whole_P])
+    for p in np.flatnonzero(~is_whole_P & ~unscored_PG.all(1)):
+        scored_G = ~unscored_PG[p]
+        advantages_PG.data[p, scored_G] = estimate(rewards_PG[p, scored_G][None])[0]
     return advantages_PG
 
 

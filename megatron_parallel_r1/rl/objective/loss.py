@@ -104,8 +104,8 @@ def _own_gain(
         gain_N = load_function(name, what)(logprobs_N, ratio_N, values)
     except (Exception, SystemExit) as error:
         raise UserError(f"{what}: {in_one_line(error)}") from error
-    shape = getattr(gain_N, "shape", None)
-    if shape != logprobs_N.shape or gain_N.requires_grad < logprobs_N.requires_grad:
+    is_gain = isinstance(gain_N, torch.Tensor) and gain_N.shape == logprobs_N.shape
+    if not is_gain or gain_N.requires_grad < logprobs_N.requires_grad:
         raise UserError(
             f"{what}: it returned {in_one_line(gain_N)} for {len(logprobs_N)} targets; return a tensor with "
             "the gain of each, differentiable in logprobs_N or ratio_N"

@@ -42,3 +42,20 @@ def total(logprobs_N: torch.Tensor, ratio_N: torch.Tensor, values: Values) -> to
 
 def exits(logprobs_N: torch.Tensor, ratio_N: torch.Tensor, values: Values) -> torch.Tensor:
     sys.exit(1)
+
+
+def in_numpy(logprobs_N: torch.Tensor, ratio_N: torch.Tensor, values: Values) -> np.ndarray:
+    return np.ones(len(logprobs_N))
+
+
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def wordless(rewards_PG: np.ndarray) -> np.ndarray:
+    raise Wordless
+
+
+def over_the_step(rewards_PG: np.ndarray) -> np.ndarray:
+    return rewards_PG - rewards_PG.mean()

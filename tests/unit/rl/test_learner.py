@@ -136,6 +136,8 @@ def test_an_advantage_and_a_surrogate_of_the_user(trainer_of, traces) -> None:
         ({"advantage": "raises"}, "raises: RuntimeError: not today, own_objective.py line"),
         ({"surrogate": "detached"}, "detached: it returned tensor("),
         ({"surrogate": "total"}, "targets; return a tensor with the gain of each"),
+        ({"advantage": "wordless"}, "wordless: a Wordless, own_objective.py line"),
+        ({"surrogate": "in_numpy"}, "in_numpy: it returned array(["),
         ({"surrogate": "exits"}, "objective.surrogate tests.unit.rl.own_objective:exits: SystemExit: 1"),
     ],
 )

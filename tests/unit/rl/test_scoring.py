@@ -87,6 +87,11 @@ def test_groups_with_unscored_traces_by_hand() -> None:
     advantages_PG = scored_advantages("dr_grpo", rewards_PG, np.isnan(rewards_PG))
     assert np.ma.getmaskarray(advantages_PG).tolist() == np.isnan(rewards_PG).tolist()
     assert advantages_PG.filled(9.0).tolist() == [[1, 9, -1], [0, 9, 0], [9, 9, 0], [9, 9, 9]]
+    # Whole groups come together, whatever another group lacks.
+    over_the_step = "tests.unit.rl.own_objective:over_the_step"
+    rewards_PG = np.array([[1.0, 3.0], [5.0, 7.0], [nan, 2.0]])
+    advantages_PG = scored_advantages(over_the_step, rewards_PG, np.isnan(rewards_PG))
+    assert advantages_PG.filled(9.0).tolist() == [[-3, -1], [1, 3], [9, 0]]
     whole_PG = np.array([[1.0, 0.0], [2.0, -1.0]])
     assert type(scored_advantages("grpo", whole_PG, np.isnan(whole_PG))) is np.ndarray
 
