@@ -27,7 +27,7 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run.datasets import EVALUATION, DataDigest
-from megatron_parallel_r1.run.lock import LOCK
+from megatron_parallel_r1.run.lock import LOCK, is_lock
 from megatron_parallel_r1.thought.tokenizer import save_tokenizer
 from megatron_parallel_r1.utils.files import write_atomically
 from megatron_parallel_r1.utils.jsonl import read_jsonl
@@ -79,7 +79,7 @@ def is_resumable(
     """
     if not folder.exists():
         return False
-    if folder.is_dir() and not any(path.name != LOCK for path in folder.iterdir()):
+    if folder.is_dir() and all(map(is_lock, folder.iterdir())):
         return False
     written = folder / "config.yaml"
     if not folder.is_dir() or not (written.is_file() and (folder / "stages.json").is_file()):

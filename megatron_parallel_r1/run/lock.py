@@ -38,6 +38,8 @@ class Holder:
         since: when it locked the folder, in seconds since 1970.
         slurm_job: its SLURM job, "" without one.
         restarts: how often SLURM requeued that job before.
+        slurm_cluster: the job's cluster.
+        pid_namespace: where `pid` is a number of; a container can share a host's name. "" on other systems.
     """
 
     host: str
@@ -45,22 +47,35 @@ class Holder:
     since: float
     slurm_job: str = ""
     restarts: int = 0
+    slurm_cluster: str = ""
+    pid_namespace: str = ""
 
     @classmethod
     def this_process(cls) -> Holder:
-        job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
-        return cls(socket.gethostname(), os.getpid(), time.time(), job, int(restarts))
+        job, restarts, cluster = (
+            os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "RESTART_COUNT", "CLUSTER_NAME")
+        )
+        namespace = ""
+        with suppress(OSError):  # no Linux
+            namespace = os.readlink("/proc/self/ns/pid")
+        return cls(
+            socket.gethostname(), os.getpid(), time.time(), job, int(restarts or 0), cluster, namespace
+        )
+
+    def is_visible_to(self, now: Holder) -> bool:
+        """Returns whether process `now` can look up this one by its number."""
+        return (self.host, self.pid_namespace) == (now.host, now.pid_namespace)
 
     def is_gone(self, now: Holder) -> bool:
         """Returns whether process `now` can tell that this one has ended."""
-        if self.host == now.host:
+        if self.is_visible_to(now):
             try:
                 process = psutil.Process(self.pid)
                 is_younger = process.create_time() > self.since + CLOCK_TOLERANCE_S
                 return is_younger or process.status() == psutil.STATUS_ZOMBIE
             except psutil.NoSuchProcess:
                 return True
-        if not self.slurm_job:
+        if not self.slurm_job or self.slurm_cluster != now.slurm_cluster:
             return False
         if self.slurm_job == now.slurm_job:
             return self.restarts < now.restarts
@@ -79,17 +94,24 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process uses it, or it cannot be written; on every rank.
     """
-    run_on_rank_zero(lambda: _acquire(folder))
+    own = run_on_rank_zero(lambda: _acquire(folder))
     try:
         yield
     finally:
         if is_rank_zero():
-            (folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError, UserError):
+                if _read(folder / LOCK) == own:  # nobody deleted it, as a refusal advises
+                    (folder / LOCK).unlink()
             with suppress(OSError):  # nothing was written
                 folder.rmdir()
 
 
-def _acquire(folder: Path) -> None:
+def is_lock(file: Path) -> bool:
+    """Returns whether a file is the lock of its folder, or one that a command was taking over."""
+    return file.name == LOCK or file.name.startswith(f".{LOCK}.")
+
+
+def _acquire(folder: Path) -> Holder:
     file, own = folder / LOCK, Holder.this_process()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +121,13 @@ def _acquire(folder: Path) -> None:
             except FileExistsError:
                 _take_over(file, own)
                 continue
-            with open(descriptor, "w") as lock:
-                lock.write(json.dumps(asdict(own)) + "\n")
-            return
+            try:
+                with open(descriptor, "w") as lock:
+                    lock.write(json.dumps(asdict(own)) + "\n")
+            except BaseException:
+                file.unlink()
+                raise
+            return own
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; choose another out") from None
 
@@ -117,17 +143,17 @@ def _take_over(file: Path, own: Holder) -> None:
         return
     if not found.is_gone(own):
         advice = "wait for it or stop it, or choose another name"
-        if found.host != own.host:
+        if not found.is_visible_to(own):
             advice += f"; if that process is gone, delete {file}"
         raise UserError(f"{file.parent} is in use by {found}: {advice}")
     # Another command may have taken it over since it was read.
     aside = file.with_name(f".{LOCK}.{secrets.token_hex(8)}")
     with suppress(FileNotFoundError):
         file.rename(aside)
-        if _read(aside) == found:
-            aside.unlink()
-        else:
-            aside.rename(file)
+        if _read(aside) != found:
+            with suppress(FileExistsError):  # a third command's
+                os.link(aside, file)
+        aside.unlink()
 
 
 def _read(file: Path) -> Holder | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ def world() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -107,6 +108,66 @@ def test_slurm_knows_whether_another_job_is_over(
     else:
         with pytest.raises(UserError, match="SLURM job 8"):
             lock._acquire(tmp_path / "run")
+
+
+def test_a_job_of_another_cluster_may_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_may_run", lambda job: False)
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
+    held_by(tmp_path, replace(OTHER, slurm_job="8", slurm_cluster="there"))
+    with pytest.raises(UserError, match=f"SLURM job 8 since .* delete {tmp_path / LOCK}"):
+        lock._acquire(tmp_path)
+    held_by(tmp_path, replace(OTHER, slurm_job="8", slurm_cluster="here"))
+    lock._acquire(tmp_path)
+
+
+def test_another_container_of_this_host_counts_like_another_host(tmp_path: Path) -> None:
+    dead = replace(Holder.this_process(), since=0.0)  # by its number, which means nothing here
+    held_by(tmp_path, replace(dead, pid_namespace="pid:[1]"))
+    with pytest.raises(UserError, match=f"if that process is gone, delete {tmp_path / LOCK}"):
+        lock._acquire(tmp_path)
+
+
+def test_a_full_disk_leaves_no_empty_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock.json, "dumps", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        lock._acquire(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_end_deletes_only_its_own_lock(tmp_path: Path) -> None:
+    with lock_folder(tmp_path):
+        held_by(tmp_path, OTHER)  # somebody deleted the lock, and another command began
+    assert json.loads((tmp_path / LOCK).read_text()) == asdict(OTHER)
+    (tmp_path / LOCK).unlink()
+    with lock_folder(tmp_path):
+        (tmp_path / LOCK).unlink()
+        (tmp_path / LOCK).mkdir()  # whatever the file system says at the end
+
+
+@pytest.mark.parametrize("third", [False, True])
+def test_a_lock_that_changes_while_it_is_taken_over(tmp_path: Path, monkeypatch, third: bool) -> None:
+    gone = replace(Holder.this_process(), since=0.0)
+    fresh, later = replace(OTHER, pid=2), replace(OTHER, pid=3)
+    real, reads = lock._read, []
+
+    def read(file: Path) -> Holder | None:
+        found = real(file)
+        reads.append(file)
+        if len(reads) == 1:
+            held_by(tmp_path, fresh)
+        elif third and file.name != LOCK:
+            held_by(tmp_path, later)
+        return found
+
+    held_by(tmp_path, gone)
+    monkeypatch.setattr(lock, "_read", read)
+    with pytest.raises(UserError, match="process 3 on" if third else "process 2 on"):
+        lock._acquire(tmp_path)
+    assert json.loads((tmp_path / LOCK).read_text()) == asdict(later if third else fresh)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_a_lock_that_names_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
