@@ -26,21 +26,26 @@ USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 _NOT_WRITTEN = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that this user can write"),
+    errno.EROFS: "choose a place that this user can write",
 }
+_NO_ACCESS = (errno.EACCES, errno.EPERM)
 # Rank 0 reports for all ranks; when it ends, the launcher ends the others within this time.
 _OTHERS_WAIT_S = 3.0
 # The same for an error that every rank meets by itself: on a busy machine rank 0 may meet it seconds later.
 _OTHERS_REPORT_S = 10.0
 
 
+class ReportedExit(SystemExit):
+    """An exit whose line is printed: an outer `one_line_exit` adds none."""
+
+
 @contextmanager
 def one_line_exit(resume: str = "the same command continues where it was") -> Iterator[None]:
-    """Turns expected errors of the block into one line and `SystemExit`; also quiets warnings at import.
+    """Turns expected errors of the block into one line and `ReportedExit`; also quiets warnings at import.
 
     | error | exit code |
     |---|---|
-    | `UserError`, a full disk, a place that cannot be written | 2 |
+    | `UserError`, a full disk, a file that this user may not read or write | 2 |
     | `ServersLost` in a job that started the servers, `PeerLost` | LOST_EXIT_CODE |
     | `Stopped` | STOPPED_EXIT_CODE |
     | Ctrl-C | 130 |
@@ -62,23 +67,29 @@ def one_line_exit(resume: str = "the same command continues where it was") -> It
             _report(f"{error}; the same command continues it")
         else:
             time.sleep(_OTHERS_WAIT_S)
-        raise SystemExit(STOPPED_EXIT_CODE) from None
+        raise ReportedExit(STOPPED_EXIT_CODE) from None
     except UserError as error:
         _report_error(str(error))
         is_lost = isinstance(error, ServersLost) and "SERVERS_OF_JOB" in os.environ
-        raise SystemExit(LOST_EXIT_CODE if is_lost else USER_ERROR_EXIT_CODE) from None
+        raise ReportedExit(LOST_EXIT_CODE if is_lost else USER_ERROR_EXIT_CODE) from None
     except OSError as error:
-        if error.errno not in _NOT_WRITTEN:
+        if error.errno in _NO_ACCESS and error.filename is not None:  # not those of a signal or a socket
+            advice = "change its permissions or choose another place"
+            _report_error(f"{error.filename} cannot be accessed: {error.strerror}; {advice}")
+        elif error.errno in _NOT_WRITTEN:
+            file, advice = error.filename or "a file", _NOT_WRITTEN[error.errno]
+            _report_error(f"{file} could not be written: {error.strerror}; {advice}")
+        else:
             raise
-        file, advice = error.filename or "a file", _NOT_WRITTEN[error.errno]
-        _report_error(f"{file} could not be written: {error.strerror}; {advice}")
-        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+        raise ReportedExit(USER_ERROR_EXIT_CODE) from None
+    except ReportedExit:
+        raise
     except (KeyboardInterrupt, SystemExit) as ended:
         # Typer turns a KeyboardInterrupt into its exit code in silence.
         if isinstance(ended, SystemExit) and ended.code != INTERRUPTED_EXIT_CODE:
             raise
         _report(f"stopped; {resume}")
-        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+        raise ReportedExit(INTERRUPTED_EXIT_CODE) from None
 
 
 def run_and_exit(command: Callable[[], int | None], resume: str) -> NoReturn:
