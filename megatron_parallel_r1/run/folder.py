@@ -43,7 +43,8 @@ class RunState:
 
     Attributes:
         id: distinguishes the run from an earlier one in the same folder; "" in folders of earlier releases.
-        data: for each stage that has begun, and `evaluation`, the digest of its data set.
+        data: for each stage, and `EVALUATION`, the digest of its data sets: those that it was trained on if
+            it is finished, or else those that the last command read.
     """
 
     id: str = ""
@@ -51,11 +52,20 @@ class RunState:
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
+        """Reads the file; an empty state without one.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         file = folder / STATE
         if not file.is_file():
             return cls()
-        written = json.loads(file.read_text())
-        return cls(written["id"], {name: DataDigest(**digest) for name, digest in written["data"].items()})
+        try:
+            written = json.loads(file.read_text())
+            data = {name: DataDigest(**digest) for name, digest in written["data"].items()}
+            return cls(written["id"], data)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{file} is damaged; restore it, or start over with --fresh") from None
 
     def write(self, folder: Path) -> None:
         write_atomically(folder / STATE, json.dumps(asdict(self), indent=1) + "\n")
@@ -115,19 +125,16 @@ def check_data(recipe: Recipe, folder: Path, data: Mapping[str, DataDigest], ada
     """Checks that the data of what a resumed run has begun and not finished are those it began with.
 
     Args:
-        data: the digests of now, by stage; `evaluation` for that of the evaluation.
+        data: the digests of now, by stage; `EVALUATION` for that of the evaluation.
         adapt: accept other data.
 
     Raises:
         UserError: they are not.
     """
     then = RunState.read(folder).data
-    done = {stage.name for stage in recipe.stages if (folder / stage.name / "model").is_dir()}
-    evaluated = {record["stage"] for record in past_evaluations(folder)}
-    if {stage.name for stage in recipe.stages if stage.evaluate} <= evaluated:
-        done.add(EVALUATION)
+    done = _done(recipe, folder)
     for name in [name for name in data if name in then and name not in done]:
-        begun = bool(evaluated) if name == EVALUATION else has_checkpoint(folder, name)
+        begun = bool(past_evaluations(folder)) if name == EVALUATION else has_checkpoint(folder, name)
         if begun and data[name] != then[name] and not adapt:
             where = name if name == EVALUATION else f"stage {name}"
             raise UserError(
@@ -135,6 +142,15 @@ def check_data(recipe: Recipe, folder: Path, data: Mapping[str, DataDigest], ada
                 f"then, {data[name].items:,} now); restore them, accept the new ones with --adapt, or choose "
                 "another name"
             )
+
+
+def _done(recipe: Recipe, folder: Path) -> set[str]:
+    """The stages whose model is saved, and `EVALUATION` if all evaluations are done."""
+    done = {stage.name for stage in recipe.stages if (folder / stage.name / "model").is_dir()}
+    evaluated = {record["stage"] for record in past_evaluations(folder)}
+    if {stage.name for stage in recipe.stages if stage.evaluate} <= evaluated:
+        done.add(EVALUATION)
+    return done
 
 
 def open_run_folder(
@@ -150,12 +166,16 @@ def open_run_folder(
         resume: keep what the folder holds; otherwise the run starts at its first step, and each stage cuts
             off its own files.
         fresh: delete what it holds.
-        data: digests of the recipe's data sets.
+        data: digests of the recipe's data sets; a resumed run keeps the former ones of what is finished.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    state = RunState.read(folder) if resume else RunState(secrets.token_hex(8))
+    state = RunState(secrets.token_hex(8))
+    if resume:
+        state, done = RunState.read(folder), _done(recipe, folder)
+        unfinished = {name: digest for name, digest in data.items() if name not in done}
+        data = unfinished | {name: digest for name, digest in state.data.items() if name in done}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         derived = ("tokenizer", "servers")

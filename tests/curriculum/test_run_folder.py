@@ -191,5 +191,12 @@ def test_data_that_changed_are_noticed(tmp_path: Path, monkeypatch) -> None:
         run(recipe_with(tmp_path, data), only={"cold_start"})
     run(recipe_with(tmp_path, data), only={"cold_start"}, adapt=True)
     # What is done is done.
+    trained_on = run_folder.RunState.read(tmp_path / "mini").data["cold_start"]
+    assert trained_on.items == 8
+    datasets._read_examples.cache_clear()
     file.write_text(file.read_text() + '{"q": "What is 3 plus 3?", "r": "3 3", "a": "6"}\n')
     run(recipe_with(tmp_path, data), only={"cold_start"})
+    assert run_folder.RunState.read(tmp_path / "mini").data["cold_start"] == trained_on
+    (tmp_path / "mini/state.json").write_text('{"id": ')
+    with pytest.raises(UserError, match=r"mini/state\.json is damaged; .*--fresh"):
+        run(recipe_with(tmp_path, data), only={"cold_start"})
