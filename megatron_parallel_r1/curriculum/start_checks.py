@@ -25,6 +25,7 @@ from megatron_parallel_r1.run.datasets import evaluation_problems, problem_strea
 from megatron_parallel_r1.run.own_servers import launch_settings
 from megatron_parallel_r1.sft.loop import example_stream
 from megatron_parallel_r1.sync.sglang import check_copies
+from megatron_parallel_r1.utils.settings import Settings
 
 # How long the start of a run waits for servers that no step needs yet.
 PATIENCE_S = 10.0
@@ -43,24 +44,33 @@ def check_stage_data(run: RunContext, names: Collection[str]) -> None:
     """
     recipe = run.recipe
     for stage in _unfinished(run, names):
-        sets = data_sets(stage.data)
-        count = sum(1 for data in sets for _ in stage_items(recipe, stage, data).in_order()) or EMBEDDED_ITEMS
-        with redirect_stderr(StringIO()):  # the stage itself says what it leaves out
-            if isinstance(stage, SftStage):
-                rows = example_stream(run, stage)
-                longest = max(int(rows.next_batch(1)[0].positions_L.max()) + 1 for _ in range(count))
-                if longest > run.shape.max_positions:
-                    raise UserError(
-                        f"stage {stage.name}: its longest example has {longest:,} positions, the model has "
-                        f"{run.shape.max_positions:,} (max_positions); set max_example_tokens"
-                    )
-            else:
-                problems = problem_stream(recipe, stage, 0, run.prompt_tokens)
-                _check_prompts(run, stage, (problems.next_batch(1)[0] for _ in range(count)))
+        counts: list[tuple[Settings, int]] = [
+            (data, sum(1 for _ in stage_items(recipe, stage, data).in_order()))
+            for data in data_sets(stage.data)
+        ]
+        # Each set of a mixture by itself: all of it is seen, whatever its weight.
+        for data, count in counts or [(stage.data, EMBEDDED_ITEMS)]:
+            with redirect_stderr(StringIO()):  # the stage itself says what it leaves out
+                _check_items(run, stage.model_copy(update={"data": data}), count)
         if stage.evaluate and recipe.evaluation is not None:
             fields = template_columns(recipe.prompt_template)
             held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems, fields)
             _check_prompts(run, stage, held_out)
+
+
+def _check_items(run: RunContext, stage: SftStage | RlStage, count: int) -> None:
+    """Draws `count` items of a stage and checks their lengths."""
+    if isinstance(stage, RlStage):
+        problems = problem_stream(run.recipe, stage, 0, run.prompt_tokens)
+        _check_prompts(run, stage, (problems.next_batch(1)[0] for _ in range(count)))
+        return
+    rows = example_stream(run, stage)
+    longest = max(int(rows.next_batch(1)[0].positions_L.max()) + 1 for _ in range(count))
+    if longest > run.shape.max_positions:
+        raise UserError(
+            f"stage {stage.name}: its longest example has {longest:,} positions, the model has "
+            f"{run.shape.max_positions:,} (max_positions); set max_example_tokens"
+        )
 
 
 def check_engine(run: RunContext, names: Collection[str]) -> None:
@@ -80,11 +90,7 @@ def check_engine(run: RunContext, names: Collection[str]) -> None:
 
 
 def _unfinished(run: RunContext, names: Collection[str]) -> list[SftStage | RlStage]:
-    return [
-        stage
-        for stage in run.recipe.stages
-        if stage.name in names and not (run.stage_folder(stage.name) / "model").is_dir()
-    ]
+    return [s for s in run.recipe.stages if s.name in names and not run.was_finished(s.name)]
 
 
 def _check_prompts(run: RunContext, stage: SftStage | RlStage, problems: Iterable[Problem]) -> None:

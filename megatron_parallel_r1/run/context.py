@@ -48,6 +48,7 @@ class RunContext:
         folder: the run folder.
         shape: the model configuration; its vocabulary is at least as large as the tokenizer's.
         new_ids: ids of tags that the tokenizer of `model.path` lacks; their embeddings are initialized anew.
+        resumes: whether what the folder holds is kept when the run begins.
     """
 
     recipe: Recipe
@@ -56,13 +57,14 @@ class RunContext:
     tags: Tags
     shape: ModelConfig
     new_ids: tuple[int, ...]
+    resumes: bool
 
     @classmethod
     def set_up(cls, recipe: Recipe, folder: Path, resume: bool) -> RunContext:
         """Loads the tokenizer and the model configuration and checks that they match; writes nothing.
 
         Args:
-            resume: load the tokenizer from the run folder.
+            resume: load the tokenizer from the run folder, whose contents are kept.
 
         Raises:
             UserError: the model or the tokenizer cannot be read, or they do not match.
@@ -87,7 +89,11 @@ class RunContext:
             assert recipe.model.path is not None, "a recipe has a shape or a path"
             shape, _ = load_hf_folder(recipe.model.path)
             shape = replace(shape, vocab=max(shape.vocab, rows))
-        return cls(recipe, folder, tokenizer, tags, shape, new_ids)
+        return cls(recipe, folder, tokenizer, tags, shape, new_ids, resume)
+
+    def was_finished(self, stage: str) -> bool:
+        """Returns whether the run that this one resumes has saved the stage's model."""
+        return self.resumes and (self.stage_folder(stage) / "model").is_dir()
 
     def check_starts(self, names: Collection[str]) -> None:
         """Checks that the stage before each stage in `names` is finished or in `names` too.
@@ -99,12 +105,10 @@ class RunContext:
             before = self.recipe.start_of(stage)
             if stage.name not in names or before is None:
                 continue
-            is_done = (self.stage_folder(before) / "model").is_dir()
+            is_done = self.was_finished(before)
             if not is_done and before not in names:
                 raise UserError(f"stage {stage.name} starts from {before}, which is not done; run that first")
-            begun = (self.stage_folder(stage.name) / "model").is_dir() or has_checkpoint(
-                self.folder, stage.name
-            )
+            begun = self.was_finished(stage.name) or has_checkpoint(self.folder, stage.name)
             if stage.carry_optimizer and is_done and not (begun or has_checkpoint(self.folder, before)):
                 raise UserError(
                     f"stage {stage.name}: carry_optimizer, but the checkpoints of {before} were deleted at "

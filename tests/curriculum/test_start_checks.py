@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_parallel_r1.config.reader import read_recipe
+from megatron_parallel_r1.curriculum.run import run
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher import run as launcher
 from megatron_parallel_r1.rollout.servers import engine
 from tests.curriculum.test_bad_input import RECIPE, fail
@@ -93,11 +96,43 @@ def test_a_report_that_cannot_be_written(capsys, monkeypatch, tmp_path: Path) ->
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
-    from megatron_parallel_r1.config.reader import read_recipe
-
     reward = "stages.rl.reward={name: s2, settings: {window: 2, share: 5e-1}}"
     (_, stage) = read_recipe(Path(RECIPE), [reward]).stages
     assert stage.reward.settings["share"] == 0.5
     parts = "stages.rl.reward={components: [{term: accuracy, weight: 1e-1}]}"
     (_, stage) = read_recipe(Path(RECIPE), [parts]).stages
     assert stage.reward.components[0].weight.value == 0.1
+
+
+COLUMNS = "columns: {prompt: q, response: r, answer: a}"
+
+
+def write_row(file: Path, response: str) -> Path:
+    file.write_text(json.dumps({"q": f"What is 1 plus {file.stem}?", "r": response, "a": "1"}) + "\n")
+    return file
+
+
+def test_fresh_counts_nothing_as_done(capsys, monkeypatch, tmp_path: Path) -> None:
+    folder = tmp_path / "mini"
+    (folder / "cold_start/model").mkdir(parents=True)
+    for name in ("config.yaml", "stages.json"):
+        (folder / name).touch()
+    before = sorted(folder.rglob("*"))
+    words = (RECIPE, "--fresh", f"out={tmp_path}")
+    broken = write_row(tmp_path / "2.jsonl", "1 </Path> 1")
+    data = f"stages.cold_start.data={{source: dataset, name: custom, path: {broken}, {COLUMNS}}}"
+    assert "</Path>" in fail(capsys, monkeypatch, "curriculum", *words, data)
+    with pytest.raises(UserError, match="stage rl starts from cold_start, which is not done"):
+        run(read_recipe(Path(RECIPE), [f"out={tmp_path}"]), only={"rl"}, fresh=True)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_every_set_of_a_mixture_is_seen_whole(capsys, monkeypatch, tmp_path: Path) -> None:
+    short, long = write_row(tmp_path / "2.jsonl", "1"), write_row(tmp_path / "3.jsonl", "1 " * 200)
+    sets = ", ".join(
+        f"{{name: custom, label: a{weight}, path: {file}, {COLUMNS}, weight: {weight}}}"
+        for file, weight in ((short, 1), (long, 0.001))
+    )
+    words = (f"stages.cold_start.data={{source: mixture, sets: [{sets}]}}", "model.shape.max_positions=150")
+    shown = fail(capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}/out", *words)
+    assert "stage cold_start: its longest example has 20" in shown, shown
