@@ -32,7 +32,7 @@ from megatron_parallel_r1.data.decontaminate import Contamination, contamination
 from megatron_parallel_r1.data.embedded import generate
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer as build_embedded_tokenizer
 from megatron_parallel_r1.data.problems import Example, Problem
-from megatron_parallel_r1.data.prompts import render, template_columns
+from megatron_parallel_r1.data.prompts import messages_of, render, template_columns
 from megatron_parallel_r1.data.readers import LoadedDataset
 from megatron_parallel_r1.data.row_cache import RowCache
 from megatron_parallel_r1.data.sampler import MixedOrder, ProblemStream, ShuffledEpochs
@@ -98,34 +98,45 @@ def check_sources(recipe: Recipe) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DataDigest:
-    """The number of items of a data set, and the SHA-256 of their texts in order."""
+    """The number of items of a data set, and the SHA-256 of what a model and its rewards see of them."""
 
     items: int
     sha256: str
 
     @classmethod
-    def of(cls, items: Iterable[Problem | Example]) -> DataDigest:
+    def of(cls, items: Iterable[Problem | Example], template: str, with_columns: bool = False) -> DataDigest:
+        """Digests items in their order.
+
+        Args:
+            template: the prompt template.
+            with_columns: include all columns, of which a reward of the user's own may read any.
+        """
         digest, count = hashlib.sha256(), 0
         for item in items:
             problem, response = problem_of(item), item.response if isinstance(item, Example) else None
-            digest.update(json.dumps([problem.context, problem.prompt, problem.answers, response]).encode())
+            columns = dict(problem.columns) if with_columns else None
+            seen = [messages_of(template, problem), problem.answers, response, columns]
+            digest.update(json.dumps(seen, sort_keys=True, default=str).encode())
             count += 1
         return cls(count, digest.hexdigest())
 
 
 def data_digests(recipe: Recipe) -> dict[str, DataDigest]:
     """The digest of each stage's data sets, and of the evaluation's; embedded data have none."""
+    template = recipe.prompt_template
     digests = {
         stage.name: DataDigest.of(
-            item for data in sets for item in stage_items(recipe, stage, data).in_order()
+            (item for data in sets for item in stage_items(recipe, stage, data).in_order()),
+            template,
+            with_columns=isinstance(stage, RlStage) and bool(stage.reward.make().user_terms),
         )
         for stage in recipe.stages
         if (sets := data_sets(stage.data))
     }
     if recipe.evaluation is not None and data_sets(recipe.evaluation.data):
-        fields = template_columns(recipe.prompt_template)
+        fields = template_columns(template)
         digests[EVALUATION] = DataDigest.of(
-            evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems, fields)
+            evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems, fields), template
         )
     return digests
 
@@ -321,20 +332,25 @@ def _decontaminated(
 
 def _contamination(recipe: Recipe, data: DataSet, is_sft: bool) -> Contamination:
     assert recipe.decontamination is not None
-    return _overlap(data, is_sft, recipe.decontamination, recipe.evaluation)
+    fields = template_columns(recipe.prompt_template)
+    return _overlap(data, is_sft, recipe.decontamination, recipe.evaluation, fields)
 
 
 @lru_cache(maxsize=16)
 def _overlap(
-    source: DataSet, is_sft: bool, settings: Decontamination, evaluation: Evaluation | None
+    source: DataSet,
+    is_sft: bool,
+    settings: Decontamination,
+    evaluation: Evaluation | None,
+    fields: tuple[str, ...],
 ) -> Contamination:
     held_out = [problem for data in settings.against for problem in _read_problems(data, ()).in_order()]
     if evaluation is not None and data_sets(evaluation.data):
-        held_out += evaluation_problems(evaluation.data, evaluation.problems)
+        held_out += evaluation_problems(evaluation.data, evaluation.problems, fields)
     trained = (
-        (example.problem for example in _read_examples(source, ()).in_order())
+        (example.problem for example in _read_examples(source, fields).in_order())
         if is_sft
-        else _read_problems(source, ()).in_order()
+        else _read_problems(source, fields).in_order()
     )
     overlap = find_contamination(
         trained, held_out, settings.ngram_size, settings.max_problems_per_ngram, settings.min_overlap
