@@ -57,7 +57,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x slurm/*.sh make-venv tests/install/try
+	$(BIN)/shellcheck -x slurm/*.sh make-venv tests/install/try .ci/run
 
 $(VENV)/ready: setup.cfg constraints.txt
 	@PYTHON="$(PYTHON)" CONSTRAINTS="$(CONSTRAINTS)" TORCH="$(TORCH)" ./make-venv $(VENV)
