@@ -16,13 +16,13 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from megatron_parallel_r1.coldstart.balance import Candidate, balance
-from megatron_parallel_r1.coldstart.checks import check
 from megatron_parallel_r1.coldstart.endpoint_teacher import open_endpoint
 from megatron_parallel_r1.coldstart.report import CheckedSample, ColdStartReport, ShapeCounts, Tally
 from megatron_parallel_r1.coldstart.rounds import ProblemResult, Rounds
-from megatron_parallel_r1.coldstart.settings import Check, ColdStart, OwnEngine
-from megatron_parallel_r1.coldstart.teacher import Journal, Teacher, TeacherAnswer, open_journal
+from megatron_parallel_r1.coldstart.settings import ColdStart, OwnEngine
+from megatron_parallel_r1.coldstart.teacher import Journal, Teacher, open_journal
 from megatron_parallel_r1.data.account import account_table
+from megatron_parallel_r1.data.cells import as_value, at_path
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import template_columns
 from megatron_parallel_r1.data.readers import read_problems
@@ -31,8 +31,7 @@ from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.utils.files import atomic_path, write_atomically
 
 Log = Callable[[str], None]
-SOURCE = "Parallel-R1/Parallel-GSM8K"
-# Three columns of text, as in the released file.
+# Three columns of text, as in the released file; behind them those that the prompt template shows.
 SCHEMA = pa.schema(
     [("question", pa.large_string()), ("response", pa.large_string()), ("answer", pa.large_string())]
 )
@@ -48,8 +47,15 @@ def cold_start(settings: ColdStart, log: Log = lambda line: None) -> ColdStartRe
         UserError: the data, the teacher or the folder cannot be used as set, or no trace passes.
     """
     data, journal_file = settings.data, settings.out / "answers.jsonl"
-    options = data.read_options(template_columns(settings.template))
-    dataset = read_problems(data.name, data.path, **options)
+    shown = template_columns(settings.template)
+    if taken := next((name for name in shown if name in SCHEMA.names), None):
+        raise UserError(f"template: traces.parquet has a column {taken} of its own; rename that of the data")
+    dataset = read_problems(data.name, data.path, **data.read_options(shown))
+    if before := next((problem.id for problem in dataset.items if problem.context), None):
+        raise UserError(
+            f"{dataset.account.source}: row {before} has messages before the question, which traces.parquet "
+            "cannot hold; leave them out, or name the question alone, such as columns.prompt: messages.user"
+        )
     if dataset.bad:
         log(account_table([dataset.account]).rstrip())
     for note in dataset.account.notes():
@@ -102,7 +108,8 @@ def _write(settings: ColdStart, results: Sequence[ProblemResult]) -> ColdStartRe
         write_atomically(settings.out / "report.md", report.markdown())
         write_atomically(settings.out / "report.json", report.json())
         if chosen:
-            _write_traces(settings.out / "traces.parquet", results, chosen)
+            shown = template_columns(settings.template)
+            _write_traces(settings.out / "traces.parquet", results, chosen, shown)
     except OSError as error:
         raise UserError(f"{settings.out}: {error.strerror or error}; make room and start again") from None
     if not chosen:
@@ -122,51 +129,18 @@ def _tally(settings: ColdStart, results: Sequence[ProblemResult]) -> Tally:
     return Tally.of(samples, settings.shown, settings.seed)
 
 
-def _write_traces(path: Path, results: Sequence[ProblemResult], chosen: Sequence[Candidate]) -> None:
-    """Writes the file atomically; equal traces give equal bytes."""
+def _write_traces(
+    path: Path, results: Sequence[ProblemResult], chosen: Sequence[Candidate], shown: Sequence[str]
+) -> None:
+    """Writes the file atomically, with the columns `shown`; equal traces give equal bytes."""
+    schema = pa.schema([*SCHEMA, *((name, pa.large_string()) for name in shown)])
     rows = []
     for candidate in chosen:
         result = results[candidate.problem]
         checked = result.samples[candidate.sample].checked
         assert checked is not None and checked.kept, "only traces that pass are candidates"
-        texts = (result.problem.prompt, checked.text, result.problem.answer)
-        rows.append(dict(zip(SCHEMA.names, texts, strict=True)))
+        texts = [result.problem.prompt, checked.text, result.problem.answer]
+        texts += [at_path(name, as_value)(result.problem.columns) for name in shown]
+        rows.append(dict(zip(schema.names, texts, strict=True)))
     with atomic_path(path) as temporary:
-        parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
-
-
-def survey(path: Path, settings: Check | None = None, examples: int = 3) -> Tally:
-    """Checks each row of a file as if a teacher had just written it: how many pass, and why others do not.
-
-    Rows are numbered from 0. Unlike the readers of `data`, it accepts malformed responses, to count them.
-
-    Raises:
-        UserError: the file cannot be read, or a row lacks one of the three texts.
-    """
-    settings = settings or Check()
-    with Verifier() as verifier:
-        checked = [
-            CheckedSample(
-                str(index), 0, check(TeacherAnswer(row["response"], "stop"), problem, settings, verifier)
-            )
-            for index, (row, problem) in enumerate(_read(path))
-        ]
-    return Tally.of(checked, examples, seed=0)
-
-
-def _read(path: Path) -> list[tuple[dict[str, str], Problem]]:
-    """Reads each row with its problem."""
-    try:
-        rows = parquet.read_table(path, columns=SCHEMA.names).to_pylist()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:200]})") from None
-    for index, row in enumerate(rows):
-        for name in SCHEMA.names:
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise UserError(
-                    f"{path}: row {index} (from 0), column {name!r}: no text; fix or drop the row"
-                )
-    return [
-        (row, Problem(str(index), row["question"], (row["answer"].strip(),), SOURCE))
-        for index, row in enumerate(rows)
-    ]
+        parquet.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)

@@ -81,8 +81,8 @@ def value(column: str) -> CellReader:
 def at_path(path: str, convert: Callable[[object, str], T]) -> Callable[[Cells], T]:
     """Reads a column or a value inside it: `reward_model.ground_truth`, `prompt.0.content`, `prompt.user`.
 
-    A role selects the text of the last message of that role. A column whose own name contains the dots takes
-    precedence.
+    A role selects the text of the last message of that role, `assistant` as `as_response` does. A column
+    whose own name contains the dots takes precedence.
     """
 
     def read(row: Cells) -> T:
@@ -94,8 +94,10 @@ def at_path(path: str, convert: Callable[[object, str], T]) -> Callable[[Cells],
                 cell = cell[int(step)]
             elif isinstance(cell, dict) and step in cell:
                 cell = cell[step]
+            elif isinstance(cell, list) and step == "assistant":
+                cell = as_response(cell, path)
             elif isinstance(cell, list) and (turns := [t for t in _turns(cell, path) if t[0] == step]):
-                cell = turns[-1][1]
+                cell = _content(turns[-1][1], path)
             else:
                 raise BadCell(path, "missing", f"; the row has {', '.join(map(repr, row))}")
         return convert(cell, path)
@@ -125,47 +127,64 @@ def as_question(cell: object, column: str) -> str:
     """Returns text as `as_text` does, or the user's last message of a conversation."""
     if not isinstance(cell, list):
         return as_text(cell, column)
-    return _conversation(cell, column)[1]
+    turns = _turns(cell, column)
+    return _content(turns[_question(turns, column)][1], column)
 
 
 def as_context(cell: object, column: str) -> tuple[Message, ...]:
-    """Returns the messages before the user's last one; none of a cell that is a text."""
-    return _conversation(cell, column)[0] if isinstance(cell, list) else ()
+    """Returns the messages before the user's last one, without blank system prompts; none of a text."""
+    if not isinstance(cell, list):
+        return ()
+    turns = _turns(cell, column)
+    return tuple(
+        (role, _content(content, column))
+        for role, content in turns[: _question(turns, column)]
+        if role != "system" or (content.strip() if isinstance(content, str) else content)
+    )
 
 
 def as_response(cell: object, column: str) -> str:
-    """Returns text as `as_text` does, or the assistant's last message of a conversation."""
+    """Returns text as `as_text` does, or the assistant's last message after the user's last one."""
     if not isinstance(cell, list):
         return as_text(cell, column)
-    texts = [text for role, text in _turns(cell, column) if role == "assistant"]
-    if not texts:
-        raise BadCell(column, "no message of the assistant")
-    return texts[-1]
-
-
-def _conversation(cell: list[Any], column: str) -> tuple[tuple[Message, ...], str]:
     turns = _turns(cell, column)
+    roles = [role for role, _ in turns]
+    if "assistant" not in roles:
+        raise BadCell(column, "no message of the assistant")
+    start = _question(turns, column) if "user" in roles else 0
+    if "assistant" not in roles[start:]:
+        raise BadCell(column, "no reply to the user's last message")
+    return _content([content for role, content in turns if role == "assistant"][-1], column)
+
+
+def _question(turns: list[tuple[str, Any]], column: str) -> int:
+    """Returns the index of the user's last message."""
     last = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=None)
     if last is None:
         raise BadCell(column, "no message of the user" if turns else "not a list of messages")
-    return tuple(turns[:last]), turns[last][1]
+    return last
 
 
-def _turns(cell: list[Any], column: str) -> list[Message]:
-    """Returns roles and texts of messages as OpenAI, verl or ShareGPT write them; without role: user."""
+def _turns(cell: list[Any], column: str) -> list[tuple[str, Any]]:
+    """Returns roles and contents of messages as OpenAI, verl or ShareGPT write them; without role: user."""
     turns = []
     for message in cell:
         if not isinstance(message, dict):
             raise BadCell(column, "not a list of messages")
         role = message.get("role", message.get("from")) or "user"
+        if not isinstance(role, str):
+            raise BadCell(column, f"a role that is a {type(role).__name__}")
         content = message.get("content", message.get("value"))
-        if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
-            content = "\n".join(as_text(part["text"], column) for part in content)
-        turns.append(({"human": "user", "gpt": "assistant"}.get(role, role), as_text(content, column)))
+        turns.append(({"human": "user", "gpt": "assistant"}.get(role, role), content))
     return turns
 
 
-_AFTER_MARK = re.compile(r"####[ \t]*(\S[^\n]*)\Z")
+def _content(content: object, column: str) -> str:
+    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+        content = "\n".join(as_text(part["text"], column) for part in content)
+    return as_text(content, column)
+
+
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
@@ -177,9 +196,11 @@ def as_answers(cell: object, column: str) -> tuple[str, ...]:
     """
     if isinstance(cell, str) and cell.lstrip().startswith('["'):
         try:
-            cell = json.loads(cell)
+            cell = JSON.decode(cell)
         except ValueError:
             return (as_text(cell, column),)
+        except RecursionError:
+            raise BadCell(column, "nested too deep") from None
     if isinstance(cell, list):
         if not cell:
             raise BadCell(column, "an empty list")
@@ -189,14 +210,25 @@ def as_answers(cell: object, column: str) -> tuple[str, ...]:
 
 def _final_answer(cell: object, column: str) -> str:
     text = as_value(cell, column)
-    if "\\boxed" in text and (box := last_box(text)) is not None:
+    if "\\boxed" in text and (box := boxed_answer(text, column)) is not None:
         return box
-    marked = _AFTER_MARK.search(text)
-    if marked is not None:
-        return _THOUSANDS.sub("", marked[1])
-    if text.endswith("####"):
+    return text if (marked := after_mark(text, column)) is None else marked
+
+
+def boxed_answer(text: str, column: str) -> str | None:
+    """Returns the content of the last box; None without one."""
+    box = last_box(text)
+    if box != last_box(f"{text} ?{'}' * text.count('{')}"):  # all closed, another box is the last
+        raise BadCell(column, r"a \boxed{ that is never closed")
+    return box
+
+
+def after_mark(text: str, column: str) -> str | None:
+    """Returns the value after the last `####`, without thousands separators; None if it is several lines."""
+    _, mark, after = text.rpartition("####")
+    if mark and not after.strip():
         raise BadCell(column, "no value after ####")
-    return text
+    return _THOUSANDS.sub("", after.strip()) if mark and "\n" not in after.strip() else None
 
 
 def as_value(cell: object, column: str) -> str:
@@ -205,6 +237,8 @@ def as_value(cell: object, column: str) -> str:
         return as_text(cell, column)
     if not isinstance(cell, int) and not math.isfinite(cell):
         raise BadCell(column, "a number that is not finite")
+    if isinstance(cell, WrittenFloat) and not cell and re.match(r"[-.0]*[1-9]", cell.text):
+        raise BadCell(column, "a number too close to 0")
     return decimal_text(cell)
 
 
@@ -218,6 +252,9 @@ class WrittenFloat(float):
         number = super().__new__(cls, text)
         number.text = text
         return number
+
+
+JSON = json.JSONDecoder(parse_float=WrittenFloat)
 
 
 def decimal_text(number: int | float | Decimal) -> str:

@@ -23,7 +23,7 @@ _TEXT: dict[str, Callable[[Path], RowTable]] = {
     ".csv": CsvTable,
     ".tsv": CsvTable,
 }
-_OPENERS: dict[str, Callable[[Path], RowTable]] = {
+OPENERS: dict[str, Callable[[Path], RowTable]] = {
     ".parquet": ParquetTable,
     **_TEXT,
     ".arrow": lambda path: _open_arrow(path),
@@ -67,20 +67,23 @@ def open_local(
     Raises:
         UserError: there is no such file, configuration or split, or a file cannot be read.
     """
+    saved = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    saved = saved or (path / "dataset_dict.json").is_file()
+    if config is not None and (saved or path.is_file()):
+        raise UserError(f"{path}: no config {config!r}; only a clone of the Hub has any: leave config out")
     if path.is_file():
         names = _splits_in_name(path.name) if split is not None else ()
         _choose(path, names, split, split or usual_split)
         return str(path), (open_file(path),)
     if not path.is_dir():
         raise UserError(f"{path}: no such data file")
-    saved = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
-    if saved or (path / "dataset_dict.json").is_file():
+    if saved:
         return _open_saved(path, split, usual_split)
     base, splits = _files_by_split(path, config, usual_config)
     name = _choose(path, splits, split, usual_split)
     files = splits[name] if name is not None else _all_files(base)
     if not files:
-        raise UserError(f"{path}: holds no {', '.join(_OPENERS)} file")
+        raise UserError(f"{path}: holds no {', '.join(OPENERS)} file")
     tables = tuple(map(open_file, files))
     for table, file in zip(tables, files, strict=True):
         table.name = file.relative_to(base).as_posix() if file.is_relative_to(base) else file.name
@@ -101,7 +104,7 @@ def _choose(path: Path, splits: Collection[str], split: str | None, usual: str) 
 def _splits_in_name(name: str) -> list[str]:
     from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
 
-    words = set(re.split(f"[{NON_WORDS_CHARS.replace('-', '') + '-'}]+", name))
+    words = set(re.split(f"[{NON_WORDS_CHARS}]+", name))
     return [str(split) for split, keywords in SPLIT_KEYWORDS.items() if words.intersection(keywords)]
 
 
@@ -117,7 +120,7 @@ def _files_by_split(
     try:
         if card.is_file() and _CARD_WITH_CONFIGS.match(card.read_text(encoding="utf-8", errors="replace")):
             configs = get_dataset_config_names(str(path))
-            if len(configs) > 1 and wanted not in configs:
+            if wanted not in configs and (config is not None or len(configs) > 1):
                 raise UserError(f"{path}: no config {wanted!r}; set config to {' or '.join(configs)}")
             chosen = wanted if wanted in configs else None
             found = load_dataset_builder(str(path), chosen).config.data_files or {}
@@ -151,7 +154,7 @@ def _all_files(folder: Path) -> list[Path]:
 
 
 def _is_rows(file: Path) -> bool:
-    return file.is_file() and file.name not in _NOT_ROWS and file.name.endswith(tuple(_OPENERS))
+    return file.is_file() and file.name not in _NOT_ROWS and file.name.endswith(tuple(OPENERS))
 
 
 def open_file(path: Path) -> RowTable:
@@ -160,9 +163,9 @@ def open_file(path: Path) -> RowTable:
     Raises:
         UserError: its suffix is unknown, or its content does not match the suffix.
     """
-    ending = max((ending for ending in _OPENERS if path.name.endswith(ending)), key=len, default=None)
+    ending = max((ending for ending in OPENERS if path.name.endswith(ending)), key=len, default=None)
     if ending is None:
-        raise UserError(f"{path}: not one of {', '.join(_OPENERS)}; convert it")
+        raise UserError(f"{path}: not one of {', '.join(OPENERS)}; convert it")
     try:
         with path.open("rb") as file:
             is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
@@ -170,7 +173,7 @@ def open_file(path: Path) -> RowTable:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
     if is_pointer:
         raise UserError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull` in its folder")
-    return _OPENERS[ending](path)
+    return OPENERS[ending](path)
 
 
 def _open_arrow(path: Path) -> RowTable:
@@ -190,7 +193,8 @@ def _open_saved(path: Path, split: str | None, usual_split: str) -> tuple[str, t
         name = _choose(path, saved, split, usual_split)
         label = f"{path}, split {name}"
         return label, (ArrowTable(saved[name], label),)
-    _choose(path, (str(saved.split),) if saved.split and split else (), split, usual_split)
+    recorded = re.sub(r"\[[^]]*\]", "", str(saved.split or ""))  # of `train[:10%]` the name
+    _choose(path, (recorded,) if recorded else (), split, usual_split)
     return str(path), (ArrowTable(saved, str(path)),)
 
 

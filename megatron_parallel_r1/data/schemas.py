@@ -14,6 +14,7 @@ from megatron_parallel_r1.data.cells import (
     BadCell,
     CellReader,
     Cells,
+    after_mark,
     as_answers,
     as_context,
     as_question,
@@ -21,13 +22,13 @@ from megatron_parallel_r1.data.cells import (
     as_text,
     as_value,
     at_path,
+    boxed_answer,
     text,
     value,
 )
 from megatron_parallel_r1.data.problems import Message
 from megatron_parallel_r1.data.trace_text import canonical, describe_fault
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.utils.latex import last_box
 from megatron_parallel_r1.utils.settings import Settings
 
 CUSTOM = "custom"
@@ -78,7 +79,8 @@ class Columns(Settings):
     answer the final one is read: the last box, or a last line `#### 1,234`."""
     response: str | None = None
     """Column of the worked response: a trace with tags, or without any; of a list of messages, the
-    assistant's last one. White space between tags that no engine produces is removed."""
+    assistant's last reply to the user's last message. White space between tags that no engine produces is
+    removed."""
     source: str | None = None
     """Column of the row's own source, by which metrics are split; null: all rows have the data set's name."""
 
@@ -113,16 +115,14 @@ def schema_of(name: str, columns: Columns | None = None) -> Schema:
 
 
 def _gsm8k_answer(row: Cells) -> str:
-    """Returns the text after `####` at the end of the worked answer, without thousands separators."""
-    worked = as_text(row.get("answer"), "answer")
-    _, mark, answer = worked.rpartition("####")
-    if not mark or not answer.strip():
+    answer = after_mark(as_text(row.get("answer"), "answer"), "answer")
+    if answer is None:
         raise BadCell("answer", "no value after ####")
-    return answer.strip().replace(",", "")
+    return answer
 
 
 def _boxed_solution(row: Cells) -> str:
-    answer = last_box(as_text(row.get("solution"), "solution"))
+    answer = boxed_answer(as_text(row.get("solution"), "solution"), "solution")
     if answer is None:
         raise BadCell("solution", r"no \boxed value")
     return answer

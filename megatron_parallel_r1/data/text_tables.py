@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_parallel_r1.data.cells import Cells, NumberedRow, RowTable, UnusableRow, WrittenFloat
+from megatron_parallel_r1.data.cells import JSON, Cells, NumberedRow, RowTable, UnusableRow
 from megatron_parallel_r1.errors import UserError
 
 # Suffixes that may follow that of a text file; Arrow decompresses them.
@@ -24,7 +24,6 @@ _OFFSET_EVERY = 1024
 _BOM = b"\xef\xbb\xbf"
 _PEEK = 4096
 _LONGEST_CELL = 2**31 - 1
-_JSON = json.JSONDecoder(parse_float=WrittenFloat)
 
 
 @contextmanager
@@ -90,7 +89,7 @@ class JsonlTable:
 
 def _parse_line(line: bytes) -> Cells | UnusableRow:
     try:
-        return _as_cells(_JSON.decode(line.decode()))
+        return _as_cells(JSON.decode(line.decode()))
     except UnicodeDecodeError as error:
         return UnusableRow("text that is not UTF-8", f", at byte {error.start} of the line")
     except json.JSONDecodeError as error:
@@ -135,7 +134,7 @@ class JsonArrayTable(ScannedTable):
                 text = file.read().decode("utf-8-sig").strip()
             at = _past_blank(text, 1)
             while text[at : at + 1] != "]":
-                value, at = _JSON.raw_decode(text, at)
+                value, at = JSON.raw_decode(text, at)
                 yield number, _as_cells(value)
                 number += 1
                 at = _past_blank(text, at)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from megatron_parallel_r1.data.embedded.congruence import Difficulty
 
 EMBEDDED_PROBLEMS = 512
-_ENDINGS = (".parquet", ".jsonl", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +93,10 @@ def _read(word: str, data: Path | None, limit: int | None) -> Benchmark:
 def _copy(name: str, published: HubBenchmark, data: Path | None) -> Path | None:
     if data is None:
         return None
+    from megatron_parallel_r1.data.opening import OPENERS
+
     stems = (name, published.name.rpartition("/")[2])
-    files = [data / f"{stem}{ending}" for stem in stems for ending in _ENDINGS]
+    files = [data / f"{stem}{ending}" for stem in stems for ending in OPENERS]
     for file in files:
         if file.is_file():
             return file

@@ -149,11 +149,12 @@ def stored_decoding(file: Path) -> Decoding:
     known = Thinking.model_fields
     thinking = Thinking.read({k: v for k, v in values.items() if k in known}, str(file))
     template = values.get("prompt_template", TEMPLATES.get(str(values.get("prompt"))))
-    if not isinstance(template, str) or "{problem}" not in template:
+    try:
+        return Decoding(thinking, template_text(template if isinstance(template, str) else ""))
+    except UserError:
         raise UserError(
             f"{file}: prompt_template must be a text with {{problem}} in it; correct it or copy it again"
-        )
-    return Decoding(thinking, template)
+        ) from None
 
 
 def _stored_step(file: Path) -> int | None:

@@ -96,7 +96,10 @@ def evaluate(
         messages_of(decoding.template, problem)  # the prompt may show columns that a benchmark lacks
     setup = (fingerprint(checkpoint.folder), decoding.record(), plan.engine)
     cache = RecordFolder(plan.out, setup)
-    wanted = {b.name: sample_requests(b.name, b.problems, samples, plan.seed, setup) for b in benchmarks}
+    wanted = {
+        b.name: sample_requests(b.name, b.problems, samples, plan.seed, setup, decoding.template)
+        for b in benchmarks
+    }
     records = cache.read()
     # A problem of two benchmarks is drawn once.
     missing = {r.key: r for requests in wanted.values() for r in requests if r.key not in records}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.data.problems import Problem
-from megatron_parallel_r1.data.prompts import decode
+from megatron_parallel_r1.data.prompts import decode, messages_of, template_columns
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.output import RECORDS, records_under, writing
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -33,7 +33,7 @@ class SampleRequest:
     """A response to draw: one sample of one problem.
 
     Attributes:
-        identity: hash of the problem's text and right answers.
+        identity: hash of the problem's text, right answers and context.
     """
 
     key: str
@@ -83,7 +83,12 @@ class ResponseRecord:
 
 
 def sample_requests(
-    benchmark: str, problems: Sequence[Problem], samples: int, seed: int, setup: Sequence[Any]
+    benchmark: str,
+    problems: Sequence[Problem],
+    samples: int,
+    seed: int,
+    setup: Sequence[Any],
+    template: str = "plain",
 ) -> list[SampleRequest]:
     """`samples` responses to each problem, problem by problem.
 
@@ -92,13 +97,18 @@ def sample_requests(
 
     Args:
         setup: plain JSON values that decide a response beside the problem: weights, decoding, engine.
+        template: the prompt template, a name or a text.
     """
     requests = []
+    shows_columns = bool(template_columns(template))
     for problem in problems:
-        identity = _hash(problem.prompt, list(problem.answers))
+        # Of a plain problem, the parts that decided its key before there were context and columns.
+        context = [problem.context] if problem.context else []
+        shown = [messages_of(template, problem)] if context or shows_columns else []
+        identity = _hash(problem.prompt, list(problem.answers), *context)
         for sample in range(samples):
             drawn = int(_hash("seed", seed, problem.prompt, sample), 16) >> 1
-            key = _hash(list(setup), problem.prompt, list(problem.answers), sample, drawn)
+            key = _hash(list(setup), problem.prompt, list(problem.answers), sample, drawn, *shown)
             requests.append(SampleRequest(key, benchmark, problem, identity, sample, drawn))
     return requests
 

@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from megatron_parallel_r1.coldstart.report import Tally, tally_lines
 from megatron_parallel_r1.coldstart.run import SCHEMA, cold_start
+from megatron_parallel_r1.data.prompts import messages_of
 from megatron_parallel_r1.data.readers import read_examples
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.jsonl import read_jsonl
@@ -117,6 +118,36 @@ def test_a_data_set_of_the_users_own(tmp_path: Path) -> None:
     assert (outcome.problems, outcome.written.traces) == (1, 1)
     (row,) = parquet.read_table(tmp_path / "out" / "traces.parquet").to_pylist()
     assert (row["question"], row["answer"]) == ("What is 4 plus 4?", "8")
+
+
+def test_traces_hold_the_columns_that_the_template_shows(tmp_path: Path) -> None:
+    data, out = tmp_path / "own.jsonl", tmp_path / "out"
+    data.write_text(json.dumps({"ask": "What is 4 plus 4?", "a": 8, "extra": {"level": 2.0}}))
+    own = {"name": "custom", "path": str(data), "columns": {"prompt": "ask", "answer": "a"}}
+    changes = {"data": own, "template": "Level {extra.level}: {problem}"}
+    with FakeTeacher(lambda body, tried: chat(trace(answer_to(prompt_of(body))))).running() as teacher:
+        cold_start(settings_with(teacher.url, data, out, changes))
+        ((_, _, body),) = teacher.requests
+    (example,) = read_examples(PARALLEL, out / "traces.parquet", fields=("extra.level",)).items
+    assert messages_of(changes["template"], example.problem) == body["messages"]
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{problem}", r"own\.jsonl: row 0 has messages before the question, .* columns\.prompt"),
+        ("{question} {problem}", "template: traces.parquet has a column question of its own"),
+    ],
+)
+def test_traces_cannot_hold_everything(template: str, what: str, tmp_path: Path) -> None:
+    data = tmp_path / "own.jsonl"
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 plus 1?"}]
+    data.write_text(json.dumps({"ask": messages, "a": 2, "question": "x"}))
+    own = {"name": "custom", "path": str(data), "columns": {"prompt": "ask", "answer": "a"}}
+    changes = {"data": own, "template": template}
+    with pytest.raises(UserError, match=what):
+        cold_start(settings_with("http://127.0.0.1:9/v1", data, tmp_path / "out", changes))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_unanswered_are_asked_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, NamedSplit
 
 from megatron_parallel_r1.data.readers import read_problems, stream_problems
 from megatron_parallel_r1.data.schemas import Columns
@@ -107,6 +107,11 @@ def test_the_split_of_a_single_file(tmp_path: Path) -> None:
     write(tmp_path / "mine.parquet", "m")
     assert prompts(tmp_path / "mine_test.parquet") == ["t"], "a file is named by its whole path"
     assert prompts(tmp_path / "mine.parquet", split="train") == ["m"]
+    for name in ("x_test1", "aime_test2", "3test", "x-eval.2"):
+        write(tmp_path / f"{name}.parquet", name)
+        assert prompts(tmp_path / f"{name}.parquet", split="test") == [name]
+        with pytest.raises(UserError, match="no split 'train'; set split to test"):
+            prompts(tmp_path / f"{name}.parquet", split="train")
     with pytest.raises(UserError, match="no name there says a split"):
         prompts(tmp_path / "mine.parquet", split="test")
     with pytest.raises(UserError, match="no split 'nonsense'"):
@@ -114,6 +119,24 @@ def test_the_split_of_a_single_file(tmp_path: Path) -> None:
     write(tmp_path / "gsm8k_train.parquet", "x")
     with pytest.raises(UserError, match="no split 'test'; set split to train"):
         prompts(tmp_path / "gsm8k_train.parquet", split="test")
+
+
+def test_only_a_clone_of_the_hub_has_configurations(tmp_path: Path) -> None:
+    write(tmp_path / "mine.parquet", "m")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
+    for name in ("mine.parquet", "saved", "splits"):
+        with pytest.raises(UserError, match=f"{name}: no config 'main'; .* leave config out"):
+            prompts(tmp_path / name, config="main")
+
+
+def test_a_clone_with_a_single_configuration_has_no_other(tmp_path: Path) -> None:
+    write(tmp_path / "main/part.parquet", "m")
+    card = '---\nconfigs:\n- config_name: only\n  data_files: [{split: train, path: "main/part*"}]\n---\n'
+    (tmp_path / "README.md").write_text(card)
+    assert prompts(tmp_path) == prompts(tmp_path, config="only") == ["m"]
+    with pytest.raises(UserError, match="no config 'other'; set config to only"):
+        prompts(tmp_path, config="other")
 
 
 CARD = """---
@@ -152,6 +175,16 @@ def test_what_save_to_disk_wrote_for_several_splits(tmp_path: Path) -> None:
     assert prompts(tmp_path, split="test") == ["b"]
     with pytest.raises(UserError, match="no split 'validation'; set split to test or train"):
         prompts(tmp_path, split="validation")
+
+
+@pytest.mark.parametrize("recorded", ["test", "test[:10%]"])
+def test_a_saved_test_split_is_not_trained_on_by_accident(recorded: str, tmp_path: Path) -> None:
+    rows = [{"question": "t", "answer": "#### 1"}]
+    Dataset.from_list(rows, split=NamedSplit(recorded)).save_to_disk(tmp_path)
+    for split in (None, "train"):
+        with pytest.raises(UserError, match="no split 'train'; set split to test"):
+            prompts(tmp_path, split=split)
+    assert prompts(tmp_path, split="test") == ["t"]
 
 
 @pytest.mark.parametrize(
@@ -195,6 +228,15 @@ def test_numbers_of_json_keep_their_decimal_form(written: str, answer: str, tmp_
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"problem": "p", "answer": {written}}}\n')
     assert read_problems(AIME, path).items[0].answer == answer
+
+
+@pytest.mark.parametrize("written", ["1e-400", "-0.5e-999999999", "1e400"])
+def test_a_number_that_a_float_cannot_hold_costs_its_row(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"problem": "p", "answer": {written}}}\n{{"problem": "q", "answer": -0.0e-400}}\n')
+    with pytest.raises(UserError, match=r"row 0 \(from 0\), column 'answer': a number "):
+        read_problems(AIME, path)
+    assert [problem.answer for problem in read_problems(AIME, path, bad_rows="skip").items] == ["0"]
 
 
 def test_cells_of_csv_are_text(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_answers_kept_as_numbers(answer: object, read: str, tmp_path: Path) -> N
         (GSM8K, {"question": 7, "answer": "#### 1"}, "column 'question': int instead of text"),
         (GSM8K, {"problem": "q", "answer": "#### 1"}, "column 'question': missing"),
         (MATH, {"problem": "p", "solution": r"so \boxed{}"}, r"column 'solution': no \boxed value"),
+        (MATH, {"problem": "p", "solution": r"\boxed{1}, \boxed{2"}, r"column 'solution': a \boxed{ that is"),
         (DAPO, {"prompt": "p", "reward_model": {"ground_truth": "1"}}, "column 'prompt': not a list"),
         (DAPO, {"prompt": [], "reward_model": {"ground_truth": "1"}}, "column 'prompt': not a list"),
         (DAPO, dapo(" ", "1"), "column 'prompt': blank"),

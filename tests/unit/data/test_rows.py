@@ -74,9 +74,31 @@ def test_a_role_chooses_its_last_message(tmp_path: Path) -> None:
     assert (example.problem.prompt, example.response) == ("How many?", "7 cats")
 
 
+@pytest.mark.parametrize("where", [("prompt", "prompt"), ("prompt.user", "prompt.assistant")])
+def test_a_response_replies_to_the_last_message_of_the_user(where: tuple[str, str], tmp_path: Path) -> None:
+    replies = [{"role": "assistant", "content": text} for text in ("first", "second")]
+    columns = Columns(prompt=where[0], answer="a", response=where[1])
+    dialogues = [[USER, replies[0], USER], [USER, replies[0], USER, replies[1]]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": d, "a": 1}) for d in dialogues))
+    data = read_examples("custom", tmp_path / "rows.jsonl", columns=columns, bad_rows="skip")
+    assert [example.response for example in data.items] == ["second"]
+    assert str(data.bad[0]).endswith(f"column {where[1]!r}: no reply to the user's last message")
+
+
+def test_only_messages_that_are_used_need_a_content(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": ["f()"]}
+    dialogues = [[{"role": "system", "content": blank}, USER, call] for blank in ("", " ", None, [])]
+    rows = [{"prompt": dialogue, "a": 1} for dialogue in dialogues]
+    items = read(tmp_path, *rows, columns=Columns(prompt="prompt", answer="a"))
+    assert [(problem.prompt, problem.context) for problem in items] == [("How many?", ())] * 4
+
+
 @pytest.mark.parametrize(
     ("prompt", "what"),
     [
+        ([{"role": ["user"], "content": "x"}], "column 'prompt': a role that is a list"),
+        ([{"role": {"user": 1}, "content": "x"}], "column 'prompt': a role that is a dict"),
+        ([{"role": "assistant", "content": None}, USER], "column 'prompt': missing"),
         ([SYSTEM], "column 'prompt': no message of the user"),
         ([], "column 'prompt': not a list of messages"),
         (["text"], "column 'prompt': not a list of messages"),
@@ -106,6 +128,8 @@ def test_dapo_rows_with_a_system_prompt(tmp_path: Path) -> None:
         ("So both.\n#### 3, 5", ("3, 5",)),
         (r"First \boxed{1}, so it is $\boxed{\frac{1}{2}}$.", (r"\frac{1}{2}",)),
         ("#### Sum\nIt is 7", ("#### Sum\nIt is 7",)),
+        ("So it is\n####\n1,234,567", ("1234567",)),
+        ('["0.1234567890123456789", 0.1234567890123456789, 1e-7]', ("0.1234567890123456789", "0.0000001")),
         ([0.00001], ("0.00001",)),
     ],
 )
@@ -121,6 +145,9 @@ def test_right_answers(cell: object, answers: tuple[str, ...], tmp_path: Path) -
         (["1", None], "missing"),
         ([["1"]], "list instead of text"),
         ("worked\n####", "no value after ####"),
+        ('["' + '", ["' * 100_000, "nested too deep"),
+        (r"So it is \boxed{12", r"a \\boxed{ that is never closed"),
+        (r"First \boxed{1}, then $\boxed{\frac{1}{2}$.", r"a \\boxed{ that is never closed"),
         ({"x": 1}, "dict instead of text"),
     ],
 )

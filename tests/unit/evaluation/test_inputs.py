@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -35,6 +36,10 @@ def test_a_folder_of_copies(tmp_path: Path) -> None:
     assert aime.source == str(tmp_path / "aime24.jsonl") and math.source.endswith("MATH-500.jsonl")
     (own,) = read_benchmarks([f"aime25={tmp_path / 'own.jsonl'}"], tmp_path)
     assert (own.name, len(own.problems)) == ("aime25", 4)
+    with gzip.open(tmp_path / "aime25.jsonl.gz", "wt") as file:
+        file.write(json.dumps(rows[0]))
+    (zipped,) = read_benchmarks(["aime25"], tmp_path)
+    assert zipped.source == str(tmp_path / "aime25.jsonl.gz") and len(zipped.problems) == 1
     with pytest.raises(UserError, match=r"no copy of amc23 \(amc23.parquet, amc23.jsonl"):
         read_benchmarks(["amc23"], tmp_path)
 
@@ -122,6 +127,7 @@ def test_a_folder_that_does_not_gets_the_defaults(tmp_path: Path) -> None:
         ({"mode": "loops"}, "mode"),
         ({"prompt_template": "no place"}, r"prompt_template must be a text with \{problem\}"),
         ({"prompt_template": None}, "prompt_template"),
+        ({"prompt_template": "{{problem}}"}, r"prompt_template must be a text with \{problem\}"),
         ({"step": "200"}, "step must be a number of training steps"),
     ],
 )

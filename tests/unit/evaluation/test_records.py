@@ -39,6 +39,21 @@ def test_a_key_changes_with_all_that_decides_a_response_and_nothing_else() -> No
     assert keys(setup=[SETUP[0], {"paths": 2, "mode": "isolated"}, SETUP[2]]) == ours
 
 
+def test_a_key_changes_with_what_the_prompt_shows_beside_the_problem() -> None:
+    plain = PROBLEMS[0]
+    assert keys([plain], 1) == ["f7b27f5b573b0f59"], "records of older versions must be found again"
+    hinted = [replace(plain, context=(("system", text),)) for text in ("Be brief.", "Be exact.")]
+    levels = [replace(plain, columns={"level": level}) for level in (1, 2)]
+    template = "Level {level}: {problem}"
+    requests = [
+        *sample_requests("made", [plain, *hinted], 1, 0, SETUP),
+        *sample_requests("made", levels, 1, 0, SETUP, template),
+    ]
+    assert len({request.key for request in requests}) == 5
+    assert len({request.identity for request in requests}) == 3
+    assert keys([levels[0]]) == keys([plain]), "columns that the prompt does not show decide nothing"
+
+
 def test_more_samples_and_other_problems_leave_what_is_there() -> None:
     more = sample_requests("made", PROBLEMS[1:], 5, 0, SETUP)
     before = {attempt.key: attempt.seed for attempt in sample_requests("made", PROBLEMS, 2, 0, SETUP)}
