@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any, Protocol, TypeVar
 
 from megatron_parallel_r1.data.problems import Message
-from megatron_parallel_r1.utils.latex import last_box
+from megatron_parallel_r1.utils.latex import last_boxes
 
 T = TypeVar("T")
 
@@ -216,9 +216,10 @@ def _final_answer(cell: object, column: str) -> str:
 
 
 def boxed_answer(text: str, column: str) -> str | None:
-    """Returns the content of the last box; None without one."""
-    box = last_box(text)
-    if box != last_box(f"{text} ?{'}' * text.count('{')}"):  # all closed, another box is the last
+    """Returns the content of the last box and of those that `and` joins to it; None without one."""
+    box = last_boxes(text, alternatives=False)
+    closed = f"{text} ?{'}' * text.count('{')}"
+    if box != last_boxes(closed, alternatives=False):
         raise BadCell(column, r"a \boxed{ that is never closed")
     return box
 

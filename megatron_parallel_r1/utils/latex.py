@@ -12,61 +12,75 @@ _BRACES = re.compile(
     re.DOTALL,
 )
 
+HEDGES = frozenset({"alternatively", "maybe", "might", "or", "perhaps", "possibly", "probably"})
+"""Words beside an answer that keep another one open."""
+
+NAME = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?"
+"""Pattern of the name of a variable."""
+
 MAX_BETWEEN = 80
 """Boxes that are one answer are not farther apart, in characters."""
 
 _CONTENT = re.compile(r"\S")
-_ALSO = r"(?i:and|or|either|maybe|perhaps|possibly|alternatively|also|else|otherwise|both)(?![A-Za-z])"
-_TOGETHER = re.compile(
-    rf"(?:[\s$,;.:&/]|\\[,;:!()\[\] ]|\\q?quad|\\text\{{[^{{}}]*\}}|{_ALSO}"
-    r"|(?:[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s?=)*"
+_HEDGE = rf"(?:(?i:{'|'.join(sorted(HEDGES))})|\\lor|\\vee)(?![A-Za-z])"
+_ANY_HEDGE = re.compile(rf"(?<![A-Za-z]){_HEDGE}")
+_ALSO = rf"{_HEDGE}|(?i:and|either|also|else|otherwise|both)(?![A-Za-z])"
+_GAP = r"(?:[\s$,;:(){}*]|\\[,;:!()\[\] $]|\\q?quad|\\(?:text|textbf|mathrm|mbox)(?=\{))"
+_TOGETHER = re.compile(rf"(?:{_GAP}|[.&/]|\\text\{{[^{{}}]*\}}|{_ALSO}|{NAME}\s?=)*")
+_LAST_NAME = re.compile(rf"(?<![A-Za-z]){NAME}\s?=\s?$")
+_IS = rf"(?:{_GAP}|{_ALSO}|(?i:even|just|it|is|the|answer|[a-z](?= is))(?![A-Za-z]))*"
+_FORMULA = rf"(?:{NAME}\s?=\s?)?[^\n$=<>]{{1,40}}?"
+_SIDES_BEFORE = (  # an equation to solve, or words without a number, are prose
+    rf"\${_FORMULA}\$",
+    rf"\\[(\[]{_FORMULA}\\[)\]]",
+    rf"(?<![^\s$])(?<![=<>] )(?:{NAME}\s?=\s?|\\?\$)?"
+    r"(?![,;:)]|\(?[A-Za-z][a-z]|\S*\$)[^\s$=<>]{0,39}[^\s$=<>.?]",
+    r"(?<![^\s$])[^\s=<>]{0,39}\d[^\s=<>]{0,9} [A-Za-z]{1,20}",
+    r"(?<![A-Za-z])(?i:either)(?![A-Za-z])[^.\n]{1,40}?",
 )
-_NAME = re.compile(r"(?<![A-Za-z])(?:[A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s?=\s?$")
-_HEDGES = ("or", "maybe", "perhaps", "possibly", "alternatively")
 _ALTERNATIVE_BEFORE = re.compile(
-    r"(?<![^\s$])\$?-?(?:\d[\w./]*|[A-Z])\$? +or +(?:maybe +|perhaps +|possibly +)?\$*$"
+    rf"(?:{'|'.join(_SIDES_BEFORE)}){_GAP}*(?<![A-Za-z]){_HEDGE}{_IS}(?:{NAME}\s?=\s?)?$"
 )
-_ALTERNATIVE_AFTER = re.compile(r"\$* *,? *(?:or|maybe|perhaps|possibly|alternatively)(?![A-Za-z])[^\n]*")
+_LOOSE = rf"(?:{_GAP}|[-–—/`\[\]])"
+_ALTERNATIVE_AFTER = re.compile(  # on the same line anything, farther off only what looks like an answer
+    rf"(?:(?!\n){_LOOSE})*(?<![A-Za-z]){_HEDGE}[^\n]*"
+    rf"|(?:(?:{_LOOSE}|[.!?])*|[^\n.]{{0,20}}?)(?<![A-Za-z]){_HEDGE}{_IS}"
+    r"(?:[-+.\d\\({]|(?![aI] )[A-Za-z](?![A-Za-z]))[^\n]*"
+)
 
 
-def last_box(text: str, before: int | None = None) -> str | None:
-    r"""Returns the stripped content of the last closed, non-empty box; None without one.
+def last_boxes(text: str, before: int | None = None, *, alternatives: bool = True) -> str | None:
+    r"""Returns the content of the last box, or of several that are one answer: `\boxed{1} and \boxed{2}`.
 
-    `\boxed 9`, without braces, counts too; of nested boxes the inner one counts.
+    `\boxed 9`, without braces, counts too; of nested boxes the inner one counts. None without a closed,
+    non-empty box.
 
     Args:
         before: consider only boxes that open before this index; None: all.
-    """
-    boxes = _boxes(text, before)
-    return text[boxes[-1][1]].strip() if boxes else None
-
-
-def last_boxes(text: str, before: int | None = None) -> str | None:
-    r"""Returns the content of the last box, or of several that are one answer: `\boxed{1} and \boxed{2}`.
-
-    Alternatives are part of the answer: `\boxed{5} or \boxed{6}` is `5 or 6`, and so is `\boxed{5} or 6`.
+        alternatives: what `or` joins is part of the answer, `5 or 6` for `\boxed{5} or 6`. False, for worked
+            solutions, where `or` joins two spellings of one answer: the last box counts.
     """
     if not (boxes := _boxes(text, before)):
         return None
     whole, content = boxes[-1]
     around = text[max(0, whole.start - 60) : whole.stop + 40]
-    if len(boxes) == 1 and not any(word in around for word in _HEDGES):
+    if len(boxes) == 1 and (not alternatives or not _ANY_HEDGE.search(around)):
         return text[content].strip()
     first = last = len(boxes) - 1
     while first and 0 <= boxes[first][0].start - boxes[first - 1][0].stop < MAX_BETWEEN:
         between = text[boxes[first - 1][0].stop : boxes[first][0].start]
-        if not _TOGETHER.fullmatch(between):
+        if not _TOGETHER.fullmatch(between) or (not alternatives and _ANY_HEDGE.search(between)):
             break
         first -= 1
     start, stop = boxes[first][0].start, boxes[last][0].stop
     contents = {text[content].strip() for _, content in boxes[first:]}
-    first_half = _ALTERNATIVE_BEFORE.search(text, max(0, start - 60), start)
-    second_half = _ALTERNATIVE_AFTER.match(text, stop)
+    first_half = alternatives and _ALTERNATIVE_BEFORE.search(text, max(0, start - 60), start)
+    second_half = alternatives and _ALTERNATIVE_AFTER.match(text, stop)
     start = first_half.start() if first_half else start
     stop = second_half.end() if second_half else stop
     if not first_half and not second_half and len(contents) == 1:
         return contents.pop()
-    if first < last and (name := _NAME.search(text, max(0, start - 20), start)):
+    if first < last and (name := _LAST_NAME.search(text, max(0, start - 20), start)):
         start = name.start()
     pieces: list[str] = []
     for whole, content in boxes[first:]:

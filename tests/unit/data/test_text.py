@@ -8,7 +8,7 @@ from megatron_parallel_r1.data.prompts import TEMPLATES, render
 from megatron_parallel_r1.data.trace_text import canonical, describe_fault
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.tags import TAG_TEXTS
-from megatron_parallel_r1.utils.latex import last_box
+from megatron_parallel_r1.utils.latex import last_boxes
 
 
 def test_canonical_closes_the_gaps_that_an_engine_never_leaves() -> None:
@@ -66,7 +66,11 @@ def test_unknown_template() -> None:
         (r"\boxed{8}, never \boxed{}", "8"),
         (r"there are \boxed{} primes", None),
         ("nothing", None),
+        (r"$k = \boxed{12}$ and $k = \boxed{18}$.", "k = 12$ and $k = 18"),
+        (r"$\boxed{(1,2)}$ and $\boxed{(3,4)}$", "(1,2)$ and $(3,4)"),
+        (r"is $k = \boxed{5}$ or $k = \boxed{-3}$", "-3"),
+        (r"$5!$, or $\boxed{120}$", "120"),
     ],
 )
-def test_last_box(text: str, box: str | None) -> None:
-    assert last_box(text) == box
+def test_the_answer_of_a_worked_solution(text: str, box: str | None) -> None:
+    assert last_boxes(text, alternatives=False) == box
