@@ -16,8 +16,9 @@ from typing import Literal
 from megatron_parallel_r1.rewards.normalize import Canonical, canonical
 from megatron_parallel_r1.rewards.number import Number, read_number, same_number
 from megatron_parallel_r1.rewards.numeric import differ, read_value
-from megatron_parallel_r1.rewards.structure import every, read_parts, same_parts
+from megatron_parallel_r1.rewards.structure import OR, every, read_parts, same_parts
 from megatron_parallel_r1.rewards.units import CHANGES
+from megatron_parallel_r1.utils.latex import HEDGES, NAME
 
 MAX_CHARS = 1000
 """Longer text is compared literally; no useful answer is longer."""
@@ -28,13 +29,16 @@ MAX_DEPTH = 4
 MAX_SIDES = 8
 """Of a chain of equations."""
 
-_NAME = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?|\\[a-z]+|[A-Z]{2,3}")
+_NAME = re.compile(rf"(?:{NAME})(?:\([a-z]\))?|[A-Z]{{2,3}}")
 _BASE = re.compile(r"(?P<digits>[0-9A-Za-z]*\d[0-9A-Za-z]*)_\{?(?P<base>\d{1,2})\}?")
 _TIME = re.compile(r"(?P<hour>\d{1,2})(?::(?P<minute>\d\d))?(?:(?P<half>[ap])\.?m\.?)?")
 _OPTION = re.compile(r"(?P<only>[A-Ja-j])|\(?(?P<letter>[A-Ja-j])(?:\):?|[:.])(?P<text>.*)")
 _OTHER_OPTION = re.compile(
-    r"(?<![A-Za-z])(?:[A-J][).:]|(?:or|and|not|wrong|incorrect)(?![A-Za-z]))|^\(?[A-Za-z](?:\)?$|:)"
+    rf"(?<![A-Za-z])(?:[A-J][).:]|(?i:{'|'.join(HEDGES)}|and|also|not|wrong|incorrect)(?![A-Za-z]))"
+    r"|^\(?[A-Za-z](?:\)?$|:)"
 )
+_LETTER = r"(?:[A-J]|(?<![A-Za-z])[a-j](?![A-Za-z]))"
+_ONLY_OPTIONS = re.compile(rf"(?:[^A-Za-z0-9]|{_LETTER})+")
 _FOREIGN = re.compile(r"[^\w\\{}()\[\]+*/^=<>.,|!& -]|[^\x00-\x7f]")
 _LETTERS = re.compile(r"\\([A-Za-z]+)|([A-Za-z]{2,})")
 _NO_PRODUCT = CHANGES | set(["at", "for", "in", "inf", "nan", "of", "pm", "sec", "so", "the", "we"])
@@ -187,9 +191,10 @@ def _as_options(left: Canonical, right: Canonical, same: Same) -> tuple[bool, bo
 
 def _option(body: str) -> tuple[str, str] | None:
     found = _OPTION.fullmatch(body)
-    if not found or _OTHER_OPTION.search(found["text"] or ""):
+    text = (found["text"] or "") if found else ""
+    if not found or _OTHER_OPTION.search(text) or _ONLY_OPTIONS.fullmatch(text):
         return None
-    return (found["letter"] or found["only"]).upper(), found["text"] or ""
+    return (found["letter"] or found["only"]).upper(), text
 
 
 def _in_parts(left: Canonical, right: Canonical, same: Same) -> tuple[bool, bool | None]:
@@ -200,6 +205,8 @@ def _in_parts(left: Canonical, right: Canonical, same: Same) -> tuple[bool, bool
         return correct is not None or "union" not in (one.kind, other.kind), correct
     if not (parts := one or other):
         return False, None
+    if parts is one and parts.kind == "list" and OR.search(left.body):  # spellings of one answer
+        return True, every(same(item, right.body) for item in parts.items)
     if len(parts.items) == 1:  # a set
         return True, same(parts.items[0], right.body) if one else same(left.body, parts.items[0])
     return True, False

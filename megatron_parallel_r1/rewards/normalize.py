@@ -15,6 +15,7 @@ from fractions import Fraction
 
 from megatron_parallel_r1.rewards.number import Number, read_number
 from megatron_parallel_r1.rewards.units import CHANGES, COUNTS, Unit, read_unit
+from megatron_parallel_r1.utils.latex import HEDGES, NAME
 
 _UNICODE = {
     **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("·⋅∙", r"\cdot "), "×": r"\times ", "÷": r"\div ",
@@ -80,10 +81,10 @@ _LEAD = re.compile(
 )
 _BEFORE_COLON = frozenset({"answer", "result", "solution", "value", "total", "sum"})
 _NO_LEAD_TEXT = """
-if not no or when where suppose let unless wrong incorrect opposite negative reciprocal inverse half twice
-double triple thrice maybe perhaps possibly probably might never neither minus plus less more than false
+if not no when where suppose let unless wrong incorrect opposite negative reciprocal inverse half twice
+double triple thrice never neither minus plus less more than false
 """
-_NO_LEAD = frozenset(_NO_LEAD_TEXT.split())
+_NO_LEAD = frozenset(_NO_LEAD_TEXT.split()) | HEDGES
 _HOPE = re.compile(r"[.,;]\s?(?i:I hope (?:it|this) is correct)$")
 
 _SIZES = re.compile(r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])")
@@ -92,6 +93,7 @@ _ARGUMENT = r"\s?(?:([0-9A-Za-z])|\{\s?([^{}]*?)\s?\})"
 _FRACTION = re.compile(rf"\\frac{_ARGUMENT}{_ARGUMENT}")
 _ROOT = re.compile(r"\\sqrt\s?([0-9A-Za-z])")
 _VECTOR = re.compile(r"\\(?:vec|hat|mathbf|overrightarrow|boldsymbol)\s?\{?\s?\\?([ijk])(?:math)?\s?\}?")
+_BOLD_VARIABLE = re.compile(r"(?<=[\d}])\s?\\mathbf\s?\{\s?([a-z])\s?\}")
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s?\{(?P<text>[^{}]*)\}")
 _TEXT_UNIT = rf"{_TEXT.pattern.replace('?P<text>', '')}(?:\s?\^\s?\{{?-?[1-9]\}}?)?"
 _UNIT_FRACTION = re.compile(rf"\\frac\{{({_TEXT_UNIT})\}}\{{({_TEXT_UNIT})\}}$")
@@ -109,7 +111,7 @@ _PERCENT = re.compile(r"\s?(?:\\?%|(?<![A-Za-z])percent)$")
 _DEGREE = re.compile(r"\s?(?:\^\s?\{?\s?\\circ\s?\}?|\\degree)(?:\s?([CF]))?$")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _INNER_BLANK = re.compile(r"(?<!\d) (?![A-Za-z])|(?<![A-Za-z]) (?!\d)")
-_NAME = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([a-z]\))?|[A-Z]{2,3}|[A-Z]?[a-z]{3,9}"
+_NAME = rf"(?:{NAME})(?:\([a-z]\))?|[A-Z]{{2,3}}|[A-Z]?[a-z]{{3,9}}"
 _ASSIGNMENT = re.compile(
     rf"(?P<name>{_NAME})\s?(?:=|\\in(?![a-z]))\s?(?P<body>[^=<>,;]+|(?:[(\[]|\\\{{)[^=<>]+)"
 )
@@ -182,7 +184,7 @@ def canonical(text: str) -> Canonical:
     cleaned = clean(text)
     body = cleaned
     if "\\" in body:
-        body = _VECTOR.sub(r" \1 ", _SIZES.sub("", body))
+        body = _BOLD_VARIABLE.sub(r"\1", _VECTOR.sub(r" \1 ", _SIZES.sub("", body)))
         body = _FRACTION.sub(r"\\frac{\1\2}{\3\4}", _FRACTION_NAMES.sub(r"\\frac", body))
         body = _ROOT.sub(r"\\sqrt{\1}", body)
     name = None
@@ -237,8 +239,11 @@ def _measure(body: str) -> Canonical:
         unit = read_unit(after)
         if unit or not after:
             return Canonical(None, body, Number(number.value * times, False, 0), has_words, unit)
-    elif len(rest) > 1 or measured["blank"] or rest == "s":
-        unit = read_unit(rest) or (read_unit(rest + "s") if number and abs(number.value) == 1 else None)
+    else:
+        glued = not measured["blank"] or amount.endswith("\\pi")
+        unit = read_unit(rest, glued)
+        if not unit and not glued and number and abs(number.value) == 1:
+            unit = read_unit(rest + "s")
         if unit:
             return Canonical(None, amount, None, has_words, unit)
     return Canonical(None, body, None, has_words)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from megatron_parallel_r1.utils.latex import NAME
+
 MAX_PARTS = 40
 """Unordered answers of more parts are compared in the order in which they are written."""
 
@@ -18,12 +20,12 @@ _MATRIX = re.compile(
 )
 _ARRAY = re.compile(r"[(\[](\\begin\{array\}.*\\end\{array\})[)\]]")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![a-z])")
-_NAMED = re.compile(r"(?P<name>[A-Za-z](?:_\{?\w+\}?)?|[A-Z]{2}|\\[a-z]+)=(?P<value>[^=]+)")
+_NAMED = re.compile(rf"(?P<name>{NAME}|[A-Z]{{2}})=(?P<value>[^=]+)")
 _POINT = re.compile(r"\(([A-Za-z](?:,[A-Za-z])+)\)=\((.*)\)")
 _COMPARISON = re.compile(r"\\(le|ge|ne)(?![A-Za-z])|([<>])(=?)")
-_VARIABLE = re.compile(r"(?![ei]$)[A-Za-z](?:_\{?\w+\}?)?|\\(?!pi$|infty$)[a-z]+|[fg]\([a-z]\)")
+_VARIABLE = re.compile(rf"(?!(?:[ei]|\\pi|\\infty)$){NAME}|[fg]\([a-z]\)")
 _EITHER = re.compile(r"^(?:either|both) ?")
-_OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])")
+OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])")
 _LOWEST, _HIGHEST = r"-\infty", r"\infty"
 _BUILDER = re.compile(
     r"(?:\\\{)?(?P<name>[a-z])(?:\\in(?:\\mathbb\{R\}|R))?(?:\\mid|\||:)(?P<body>.*?)(?:\\\})?"
@@ -155,7 +157,7 @@ def _list(body: str, items: Sequence[str]) -> Parts:
     ranges = [parts for parts in map(_range, items) if parts and parts.kind != "union"]
     if len(ranges) == len(items) and len({parts.variable for parts in ranges}) == 1:
         pieces = [f"{parts.kind[0]}{','.join(parts.items)}{parts.kind[1]}" for parts in ranges]
-        if _OR.search(body):
+        if OR.search(body):
             return Parts("union", tuple(pieces), variable=ranges[0].variable)
         below, above = sorted(ranges, key=lambda parts: parts.items[0] != _LOWEST)[:2]
         if "and" in body and len(ranges) == 2 and below.items[0] == _LOWEST and above.items[1] == _HIGHEST:

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.utils.latex import last_boxes
 
 # kind: pairs of (reference, answer), right ones and wrong ones
 KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
@@ -75,6 +76,33 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("25^\\circ C", "25^\\circ F"),
         ],
     ),
+    "letters without a blank are variables": (
+        [
+            ("4 m^2", "4"), ("4 s", "4"), ("2 L", "2"), (r"4\text{m}^2", "4"), (r"4\mathrm{s}", "4"),
+            ("3cm", "3"),
+            ("3", "3cm"), ("20km", "20 km"), ("5hours", "5"), ("7mph", "7"), (r"20\pi cm", r"20\pi"),
+            ("2ab", "2ba"), ("2h30min", "150 minutes"),
+        ],
+        [
+            ("4m^2", "4"), ("9s^2", "9"), ("4s", "4"), ("4", "4s"), ("2ms", "2"), ("2h/g", "2"),
+            ("2L/W", "2"),
+            ("5m/ab", "5"), ("2hr", "2"), (r"2\pi hr", r"2\pi"), (r"9\pi h", r"9\pi"), ("3gm", "3"),
+            ("5abs", "5"), ("6cm^2/s", "6"), ("4", "4m"), (r"\frac{1}{2}mh", r"\frac12"), ("5 m/ab", "5"),
+            (r"5\mathbf{s}", "5"), ("A = 4s", "4"), ("2in^2", "2"),
+        ],
+    ),
+    "symbols of units": (
+        [
+            ("5 mg", "0.005 g"), ("5 mL", "5 ml"), ("5 kg", "5 kgs"), ("5 lbs", "5 lb"),
+            ("3 Hours", "3 hours"),
+            ("5 N", "5 newtons"), ("2 kJ", "2000 J"), ("60 Hz", "60 hertz"), ("5", "5 L"),
+        ],
+        [
+            ("5 m", "5 ms"), ("5 mg", "5 Mg"), ("5 g", "5 gs"), ("5", "5 ms"), ("5", "5 Mg"),
+            ("5 mm", "5 Mm"),
+            ("5", "5 hs"), ("5", "5 MS"), ("5", "5 S"), ("5 g", "5 G"), ("5 mg", "5 Mgs"), ("5", "5 n"),
+        ],
+    ),
     "words that change a number": (
         [
             ("3000000", "3 million"), ("36", "3 dozen"), (r"\frac{2}{3}", "2 thirds"), ("500", "5 hundred"),
@@ -88,7 +116,10 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("2", "2 billionths"), ("9", "9 halved"), ("5", "5 below zero"), ("5", "5 percent off"),
             ("4", "4 factorials"), ("6", "6 tens"), ("5", "5 bil"), ("3", "3 times 2"), ("5", "5 is wrong"),
             ("10", "10 choose 2"), ("2", "2 point five"), ("5", "5 and a half"), ("5", "negative 5"),
-            ("5", "twice 5"),
+            ("5", "twice 5"), ("5", "5 sevens"), ("5", "5 twenties"), ("4", "4 sixes"), ("10", "10 nines"),
+            ("5", "5 myriads"), ("5", "5 apples of six"), ("5", "5 out of eleven"), ("5", "5 zillions"),
+            ("5", "5 twos"), ("3", "3 fifteens"), ("5", "5 twenty-fives"),
+            ("5", "5 mils"), ("5", "5 percents"), ("5", "5 lots of six"),
         ],
     ),
     "times of day": (
@@ -140,7 +171,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     ),
     "hedges": (
         [
-            ("5, 6", "5 or 6"), ("42", "approximately 42"), ("42", r"\approx 42"),
+            ("5, 6", "5 or 6"), ("0.5", r"\frac12 or 0.5"), ("42", "approximately 42"), ("42", r"\approx 42"),
             ("3, -3", "either 3 or -3"), ("7", "about 7"),
         ],
         [
@@ -149,7 +180,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("5", r"5 \text{ or } 6"), ("5", "5 or so"), ("5", "at most 5"), ("5", "nearly 5"),
             ("B", "A or B"), ("B", "B, C"), ("B", "(A) or (B)"), ("5", "5?"),
             (r"\frac12", r"\frac12 \text{ or } \frac13"), ("5", "5/6 or 5"), ("B", "not B"),
-            ("5", "{5, 6}"),
+            ("5", "{5, 6}"), ("5", "5 or 5 or 6"), ("5", "probably 5"), ("5", "it might be 5"),
         ],
     ),
     "options": (
@@ -157,12 +188,15 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("C", r"\text{(C)}"), ("D", "(D) 17"), ("A", "A. 5"), ("C", "C) all of the above"),
             ("B", "option B"), ("E", r"\textbf{(E)}\ 7"), ("A", "Choice A"),
             ("D", "The correct answer is D"), ("B", "The answer is (B)"), (r"\text{(B) } 12", "B"),
-            ("C", "C: x+1"), ("b", "(B)"),
+            ("C", "C: x+1"), ("b", "(B)"), ("C", "(C) 2A"), (r"\text{(B) } AC", "(B) AC"), ("A", "A. Dad"),
         ],
         [
             ("C", "(D) 17"), ("A", "B. 5"), ("A", "A) 5, B) 6"), ("C", "C or D"), ("B", "AB"),
             ("A", "A) 5 or C) 7"), (r"\text{(B) } 12", "(B) 13"), ("D", "The answer is not D"),
             ("B", "option A"), ("A", "ABC"), ("12", "C"),
+            ("B", "B: C, D"), ("B", "B. C/D"), ("A", "A: BCD"), ("A", "(A) B C D"), ("A", "A) B / C"),
+            ("A", "A: (B), (C)"), ("A", "A) b, c"), ("A", "A: B & C"),
+            ("A", "A: maybe C"), ("A", "A. Or C"), ("A", "A: ?"), ("A", "A: also 5"),
         ],
     ),
     "intervals and inequalities": (
@@ -298,6 +332,43 @@ TEXTS = [
     ("7", "\\boxed{5}\n\n\\boxed{7}", False),
     ("5, 7", "\\boxed{5}\n\n\\boxed{7}", True),
     ("7", r"\boxed{7 \text{ or } 8}", False),
+    ("7", r"\sqrt{2} or \boxed{7}", False),
+    ("7", r"\frac12 or \boxed{7}", False),
+    ("7", r"$x=4$ or $\boxed{7}$", False),
+    ("7", r"\(x = 4\), or \(x = \boxed{7}\)", False),
+    ("7", r"(4) or \boxed{7}", False),
+    ("7", r"either 4, or \boxed{7}", False),
+    ("7", r"Either four apples or \boxed{7}", False),
+    ("7", r"4 or else \boxed{7}", False),
+    ("7", r"4, maybe \boxed{7}", False),
+    ("7", "4 or\n\\[\\boxed{7}\\]", False),
+    ("7", r"\(\boxed{7}\) or 6", False),
+    ("7", r"\[\boxed{7}\] or 6", False),
+    ("7", r"\boxed{7} (or 6)", False),
+    ("7", r"\boxed{7}; or 6", False),
+    ("7", "\\boxed{7}\nor 6", False),
+    ("7", r"\boxed{7}. Or 6", False),
+    ("7", r"\boxed{7}. Perhaps $6$.", False),
+    ("7", r"**\boxed{7}** or 6", False),
+    ("7", r"\boxed{7} \quad\text{or}\quad 6", False),
+    ("7", r"4 apples or \boxed{7}", False),
+    ("7", r"$4$ cm or it is $\boxed{7}$", False),
+    ("7", "\\[x=4\\]\nor\n\\[\\boxed{7}\\]", False),
+    ("7", r"\$4 or \$\boxed{7}", False),
+    ("7", r"\boxed{7} apples or 6", False),
+    ("7", r"\boxed{7} - or 6", False),
+    ("7", r"\boxed{7}? Perhaps it is 6", False),
+    ("7", r"\boxed{7} \lor 6", False),
+    ("7", r"x - 7 = 0, or x = \boxed{7}", True),
+    ("7", r"$7\cdot1=7$, or $\boxed{7}$.", True),
+    ("7", r"\boxed{7} is odd or even", True),
+    ("7", r"We can add, or we get \boxed{7}.", True),
+    ("7", r"Dividing, $2x = 14$, or $x = \boxed{7}$.", True),
+    ("7", r"This is the number of games, or $\boxed{7}$.", True),
+    ("7", r"That makes $\frac{14}{2}$, or $\boxed{7}$.", True),
+    ("7", r"\boxed{7}. Or we could count them.", True),
+    ("7", "\\boxed{7}\n\nOr a way with fewer steps", True),
+    ("7", r"a factor \boxed{7}", True),
     ("7", "Final Answer: 7 or 8", False),
     ("7", "Final Answer: not 7", False),
     ("7", "The answer is not 7.", False),
@@ -310,3 +381,18 @@ TEXTS = [
 @pytest.mark.parametrize(("reference", "text", "correct"), TEXTS)
 def test_texts(reference: str, text: str, correct: bool, verifier: Verifier) -> None:
     assert verifier.check(extract_answer(text), reference).correct is correct
+
+
+@pytest.mark.parametrize(
+    ("text", "correct"),
+    [
+        (r"\boxed{12} and \boxed{18}", True),
+        (r"$k=\boxed{18}$ and $k=\boxed{12}$", True),
+        (r"\boxed{12, 18}", True),
+        (r"\boxed{18}", False),
+        (r"\boxed{12} and \boxed{12}", False),
+    ],
+)
+def test_a_reference_of_several_boxes_needs_all(text: str, correct: bool, verifier: Verifier) -> None:
+    reference = last_boxes(r"so $k = \boxed{12}$ and $k = \boxed{18}$.", alternatives=False)
+    assert reference and verifier.check(extract_answer(text), reference).correct is correct

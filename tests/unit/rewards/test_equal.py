@@ -66,7 +66,7 @@ RESPELLED = [
     ("2*sqrt(3)/3", r"\frac{2}{\sqrt{3}}"),
     ("the answer is 1 + x", "x + 1"),
     ("bca", "abc"),
-    ("2", "2s"),
+    ("2", "2 s"),
     ("b", r"\text{(B)}"),
     (r"30^\circ, 60^\circ", "60, 30"),
     (r"x \in [0, 0.5]", r"\left[0, \frac12\right]"),
