@@ -29,7 +29,7 @@ from megatron_parallel_r1.train.checkpoints.sharded import live_parts, steps_tak
 from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Adam, Trainer
 from tests.parallel.launch import parallel_of
-from tests.parallel.steps import SHAPE, batch_of_rows
+from tests.parallel.steps import SHAPE, batch_of_rows, capacity
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def trainer_of(job: Job, parallel: ParallelConfig, untied: bool) -> tuple[Traine
     adam = Adam(lr=1e-3, eps=1e-6, weight_decay=0.1, sharded=parallel.sharded_optimizer)
     trainer = Trainer(model, adam)
     rows, _ = batch_of_rows()
-    capacity = sum(map(len, rows)) // 5
-    own = partition_rows(rows, capacity - capacity % parallel.row_multiple, trainer.partition)
+    own = partition_rows(rows, capacity(rows, parallel), trainer.partition)
     return trainer, [MicroBatch.of(row, trainer.device) for row in own]
 
 

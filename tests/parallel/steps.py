@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.config.objective import Objective
@@ -66,6 +67,12 @@ def batch_of_rows() -> tuple[list[Row], dict[str, list[list[float]]]]:
     return rows, values
 
 
+def capacity(rows: list[Row], parallel: ParallelConfig) -> int:
+    """Tokens of a micro-batch, so that there are four, of which the last holds little."""
+    tokens = sum(map(len, rows)) // 3
+    return tokens - tokens % parallel.row_multiple
+
+
 def three_steps(
     shape: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, loss_name: str
 ) -> dict[str, Any]:
@@ -76,8 +83,7 @@ def three_steps(
     # would blow that noise up to full steps, in a direction that depends on the order of sums.
     trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1, sharded=parallel.sharded_optimizer))
     rows, values = batch_of_rows()
-    capacity = sum(map(len, rows)) // 5
-    own = partition_rows(rows, capacity - capacity % parallel.row_multiple, trainer.partition)
+    own = partition_rows(rows, capacity(rows, parallel), trainer.partition)
     if loss_name == "on-policy":
         values = {name: values[name] for name in values.keys() - {"old"}}
     batches = [MicroBatch.of(row, trainer.device, values) for row in own]
@@ -103,11 +109,19 @@ def three_steps(
     }
 
 
-def variants(shape: ModelConfig, parallel: ParallelConfig) -> dict[str, dict[str, Any]]:
-    """What each of them measured, by its name: what is trained, comma, how."""
+def variants(shape: ModelConfig, parallel: ParallelConfig, processes: int) -> dict[str, dict[str, Any]]:
+    """What each of them measured, by its name: what is trained, comma, how.
+
+    Recomputation is the model's affair and a loss is none of its: from four processes on, whose steps cost
+    most, each way of recomputing meets one loss.
+    """
     found = {}
-    for recompute in ("none", "full", "selective"):
-        for loss in ("grpo", "sft"):
+    for recompute, losses in {
+        "none": ("grpo", "sft"),
+        "full": ("sft", "grpo"),
+        "selective": ("grpo", "sft"),
+    }.items():
+        for loss in losses if processes < 4 or recompute == "none" else losses[:1]:
             changed = parallel.replace(recompute=recompute)
             found[f"{loss}, recompute {recompute}"] = three_steps(shape, changed, torch.float32, loss)
     found["gspo, recompute none"] = three_steps(shape, parallel, torch.float32, "gspo")
@@ -115,7 +129,7 @@ def variants(shape: ModelConfig, parallel: ParallelConfig) -> dict[str, dict[str
         found[f"{name}, recompute none"] = three_lessons(shape, parallel, lesson)
     sharded = parallel.replace(sharded_optimizer=True)
     found["grpo, sharded optimizer"] = three_steps(shape, sharded, torch.float32, "grpo")
-    for loss in ("on-policy", "sft"):
+    for loss in ("on-policy", "sft")[: 2 if processes < 4 else 1]:
         found[f"{loss}, bfloat16"] = three_steps(shape, parallel, torch.bfloat16, loss)
     return found
 
@@ -129,7 +143,7 @@ def main() -> None:
         parallel, untied = parallel_of(layout)
         print(f"layout: {layout or 'data parallel'}", flush=True)
         with process.running(1, parallel):
-            found[layout] = variants(replace(SHAPE, tied=not untied), parallel)
+            found[layout] = variants(replace(SHAPE, tied=not untied), parallel, dist.get_world_size())
     if is_rank_zero():
         torch.save(found, out)
 
