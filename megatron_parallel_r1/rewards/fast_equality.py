@@ -91,6 +91,8 @@ def _decide(answer: str, reference: str, algebra: Algebra | None, depth: int) ->
     if answer == reference:
         return Verdict(True, "text")
     left, right = _canonical(answer), _canonical(reference)
+    if (left.unit is None) != (right.unit is None):
+        left, right = _canonical(answer, right.unit is not None), _canonical(reference, left.unit is not None)
     if left.name and right.name and left.name != right.name:
         if left.number or right.number:
             return Verdict(False, "normalised")

@@ -179,8 +179,12 @@ def clean(text: str) -> str:
     return _without_lead(_LIST_COMMA.sub(r"\1;", text) if ", " in text else text)
 
 
-def canonical(text: str) -> Canonical:
-    """Returns the canonical spelling of an answer of at most a few thousand characters."""
+def canonical(text: str, letters_are_units: bool = False) -> Canonical:
+    """Returns the canonical spelling of an answer of at most a few thousand characters.
+
+    Args:
+        letters_are_units: read `4m^2` as `4 m^2`, for comparison with an answer that has a unit.
+    """
     cleaned = clean(text)
     body = cleaned
     if "\\" in body:
@@ -192,7 +196,8 @@ def canonical(text: str) -> Canonical:
         found = _ASSIGNMENT.fullmatch(body) or _ASSIGNED.fullmatch(body)
         if found and (len(found["name"]) == 1 or found["name"] not in CHANGES):
             name, body = found["name"], found["body"]
-    measured = _measure(_ORDINAL.sub("", body) if body[-1:] in ("t", "d", "h", "}") else body)
+    body = _ORDINAL.sub("", body) if body[-1:] in ("t", "d", "h", "}") else body
+    measured = _measure(body, letters_are_units)
     body = _PERCENT.sub("%", measured.body) if measured.body[-1:] in ("%", "t") else measured.body
     body = _INNER_BLANK.sub("", body) if " " in body else body
     unit = measured.unit
@@ -216,7 +221,7 @@ def canonical(text: str) -> Canonical:
     return Canonical(name, body, measured.number or read_number(body), measured.has_words, unit)
 
 
-def _measure(body: str) -> Canonical:
+def _measure(body: str, letters_are_units: bool) -> Canonical:
     r"""Drops `\text{ cm}^2` after anything and ` cm^2` after a number; unwraps any other `\text`."""
     if _COMPOUND.fullmatch(written := _unwrapped(body)):
         return _compound(written)
@@ -224,7 +229,7 @@ def _measure(body: str) -> Canonical:
     if written != body:
         body = _UNIT_FRACTION.sub(r"\1/\2", body)
         if (tail := _UNIT_TAIL.search(body)) and (unit := read_unit(_unwrapped(tail[0]))):
-            return replace(_measure(body[: tail.start()]), unit=unit)
+            return replace(_measure(body[: tail.start()], letters_are_units), unit=unit)
         has_words = any(_WORD.search(match["text"]) for match in _TEXT.finditer(body))
         body = _unwrapped(body)
     body = _without_lead(body if body.endswith("...") else body.rstrip(_CLOSING))
@@ -240,7 +245,7 @@ def _measure(body: str) -> Canonical:
         if unit or not after:
             return Canonical(None, body, Number(number.value * times, False, 0), has_words, unit)
     else:
-        glued = not measured["blank"] or amount.endswith("\\pi")
+        glued = not letters_are_units and (not measured["blank"] or amount.endswith("\\pi"))
         unit = read_unit(rest, glued)
         if not unit and not glued and number and abs(number.value) == 1:
             unit = read_unit(rest + "s")

@@ -14,16 +14,16 @@ m: 1 m meter metre, 1000 km kilometer kilometre
 m: 1/100 cm centimeter centimetre, 1/1000 mm millimeter millimetre
 m: 0.0254 in inch inche, 0.3048 ft foot feet, 0.9144 yd yard, 1609.344 mi mile
 m m: 4046.8564224 acre
-m m m: 1/1000 l L liter litre, 1/1000000 ml mL milliliter millilitre cc, 0.003785411784 gal gallon
+m m m: 1/1000 l L liter litre, 1/1000000 ml milliliter millilitre cc, 0.003785411784 gal gallon
 g: 1 g gram gm, 1000 kg kilogram kilo, 1/1000 mg milligram, 1000000 tonne
 g: 28.349523125 oz ounce, 453.59237 lb pound gbp quid
 s: 1 s sec second, 60 min minute, 3600 h hr hour, 86400 day, 604800 wk week
 month: 1 month, 12 year yr
 m /s: 0.44704 mph, 5/18 kph kmh
 g m /s /s: 1000 N newton
-g m m /s /s: 1000 J joule, 1000000 kJ kilojoule
-g m m /s /s /s: 1000 W watt, 1000000 kW kilowatt
-/s: 1 Hz hertz
+g m m /s /s: 1000 J joule, 1000000 kj kilojoule
+g m m /s /s /s: 1000 W watt, 1000000 kw kilowatt
+/s: 1 hz hertz
 usd: 1 dollar usd buck, 1/100 cent
 eur: 1 euro eur
 yen: 1 yen jpy
@@ -76,7 +76,7 @@ _FACTOR = re.compile(
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _PLURAL = re.compile(r"[a-z ]{2,}[^suiS ]s")
 _SHARE = re.compile(r"(?:[enfdxh]th|illion)s?$")
-_PRODUCTS = frozenset({"gm", "hr", "lb", "ml"})  # rather letters than a unit, without a blank before
+_PRODUCTS = frozenset({"gm", "hr", "lb"})  # rather letters than a unit, without a blank before
 _CUT = frozenset(
     {"altogether", "at", "each", "for", "from", "in", "left", "long", "of", "on", "remaining", "total"}
 )
@@ -125,9 +125,10 @@ def _is_sure(factor: re.Match[str]) -> bool:
 
 
 def _known(name: str) -> Unit | None:
-    """Returns a unit of measure; symbols of up to two letters count in their own case and without plural."""
+    """Returns a unit of measure; symbols of one letter and `m`, no mega, before another keep their case."""
     for noun in (name, name.removesuffix("s") if len(name) > 2 else name):
-        if unit := _UNITS.get(noun if len(noun) <= 2 else noun.lower()):
+        has_case = len(noun) == 1 or (len(noun) == 2 and noun[0] == "M")
+        if unit := _UNITS.get(noun if has_case else noun.lower()):
             return unit
     return None
 

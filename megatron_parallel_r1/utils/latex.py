@@ -47,6 +47,7 @@ _ALTERNATIVE_AFTER = re.compile(  # on the same line anything, farther off only 
     rf"|(?:(?:{_LOOSE}|[.!?])*|[^\n.]{{0,20}}?)(?<![A-Za-z]){_HEDGE}{_IS}"
     r"(?:[-+.\d\\({]|(?![aI] )[A-Za-z](?![A-Za-z]))[^\n]*"
 )
+_IN_PARENTHESES = re.compile(r"^([\s$]*)\((.*)\)")
 
 
 def last_boxes(text: str, before: int | None = None, *, alternatives: bool = True) -> str | None:
@@ -87,7 +88,7 @@ def last_boxes(text: str, before: int | None = None, *, alternatives: bool = Tru
         between = text[start : whole.start]
         pieces += [between if not pieces or between.strip(" \n$") else ", ", text[content]]
         start = whole.stop
-    return "".join([*pieces, text[start:stop]]).strip()
+    return "".join([*pieces, _IN_PARENTHESES.sub(r"\1\2", text[start:stop])]).strip()
 
 
 def _boxes(text: str, before: int | None) -> list[tuple[slice, slice]]:
