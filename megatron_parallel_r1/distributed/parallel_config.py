@@ -27,7 +27,8 @@ class ParallelConfig(Settings):
     """Split norms and residuals along the tokens within a tensor-parallel group (sequence parallel)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward recomputes instead of storing it: `full`: each layer from its input; `selective`: the
-    inside of the MLP (attention stores no scores in any case)."""
+    inside of the MLP, or of the mixture of experts with its router (attention stores no scores in any
+    case)."""
     sharded_optimizer: bool = False
     """Shard Adam's state over the data-parallel ranks (Megatron's distributed optimizer) instead of
     replicating it."""

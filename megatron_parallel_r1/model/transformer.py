@@ -71,7 +71,8 @@ def transformer_config(
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,
-        recompute_modules=["mlp"] if parallel.recompute == "selective" else None,
+        # "mlp" is that of dense layers alone; "moe" is router, dispatch and experts.
+        recompute_modules=["mlp", "moe"] if parallel.recompute == "selective" else None,
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

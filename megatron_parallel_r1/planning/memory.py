@@ -24,7 +24,7 @@ from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.rollout.native.page_table import PageTable
 from megatron_parallel_r1.train.target_logprobs import CHUNK_LOGITS
 
-FLOAT32 = 4
+FLOAT32, INDEX = 4, 8
 # Float32 tensors of a chunk's size that exist at once in the backward of `target_logprobs`: logits and
 # gradient of a chunk, the logits of the next one, and a temporary.
 CHUNKS_ALIVE = 4
@@ -143,7 +143,9 @@ def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: 
     there are several groups; a scale of each head's norm; cosines and sines for both, 4 D b; the rotated
     query Q b and key K b; the output Q b and its sums. With context parallelism key and value are copies of
     the whole row. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b. Experts: the same for each
-    selected expert, a copy of the token before and after it, and the router's float32 scores, logits and map.
+    selected expert (k of n), the product scaled by the router's weight, and a copy of the token and of that
+    weight, (6 F + E + 1) b; the router's choice and its inverse as int64 and their softmax in float32 (of all
+    n where the weights are not renormalized), 20 k, and the weights and a mask of all experts, (b + 1) n.
     """
     tokens, narrow = _tokens(parallel, row)
     size = parallel.tensor
@@ -156,8 +158,10 @@ def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: 
     attention = normed + tokens * per_token + row * number * seen
     if shape.experts is None:
         return attention, normed, tokens * number * 5 * (shape.ffn // size)
-    chosen, routed = shape.experts, 3 * FLOAT32 * shape.experts.count
-    inside = number * (5 * (chosen.ffn // size) + 2 * shape.hidden)
+    chosen = shape.experts
+    inside = number * (6 * (chosen.ffn // size) + shape.hidden + 1)
+    scored = chosen.per_token if chosen.renormalized else chosen.count
+    routed = 2 * INDEX * chosen.per_token + FLOAT32 * scored + (number + 1) * chosen.count
     return attention, normed, tokens * chosen.per_token * inside + narrow * routed
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
@@ -27,19 +28,25 @@ from megatron_parallel_r1.train.trainer import Adam, wrap_for_training
 from megatron_parallel_r1.utils.rank import is_rank_zero
 
 SHAPE = ModelConfig(hidden=256, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=640, vocab=300)
+EXPERTS = ExpertsConfig(count=8, per_token=2, ffn=320)
+SHAPES = (
+    SHAPE,
+    replace(SHAPE, experts=EXPERTS),
+    replace(SHAPE, experts=replace(EXPERTS, renormalized=False)),
+)
 LENGTH = 128
 DTYPES = (torch.float32, torch.bfloat16)
 RECOMPUTE = ("none", "selective", "full")
 
 
-def compare(dtype: torch.dtype, parallel: ParallelConfig) -> tuple[int, int]:
+def compare(shape: ModelConfig, dtype: torch.dtype, parallel: ParallelConfig) -> tuple[int, int]:
     """Bytes kept of one row whose every token is a target, and bytes planned for it."""
-    model = build_model(SHAPE, dtype, parallel)
-    load_hf_tensors(model, random_hf_tensors(SHAPE, seed=0))
+    model = build_model(shape, dtype, parallel)
+    load_hf_tensors(model, random_hf_tensors(shape, seed=0))
     (wrapped,), _optimizer = wrap_for_training(model, Adam(lr=1e-3))
     held = torch.distributed.get_rank() if parallel.context > 1 else 0
     index_T = torch.from_numpy(np.asarray(context_indices(LENGTH, held, parallel.context)))
-    tokens_T = index_T % SHAPE.vocab
+    tokens_T = index_T % shape.vocab
     layout_2T = torch.stack([index_T, torch.zeros_like(index_T)]).int()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
@@ -54,16 +61,16 @@ def compare(dtype: torch.dtype, parallel: ParallelConfig) -> tuple[int, int]:
         target_logprobs(
             hidden_TE[torch.arange(len(tokens_T))],
             model[-1].head_weight(),
-            LogprobQuery(tokens_T, torch.full_like(tokens_T, -1), 1.0, SHAPE.vocab),
+            LogprobQuery(tokens_T, torch.full_like(tokens_T, -1), 1.0, shape.vocab),
         )
     number = dtype.itemsize
-    (part, *_) = pipeline_parts(SHAPE, parallel)
-    planned = activation_bytes(SHAPE, parallel, part, Workload(LENGTH, 1), number)
+    (part, *_) = pipeline_parts(shape, parallel)
+    planned = activation_bytes(shape, parallel, part, Workload(LENGTH, 1), number)
     # Of what is computed anew, nothing is there yet before backward.
-    attention, norm, mlp = layer_bytes(SHAPE, parallel, LENGTH, number)
+    attention, norm, mlp = layer_bytes(shape, parallel, LENGTH, number)
     planned -= {"none": 0, "selective": mlp, "full": attention + norm + mlp}[parallel.recompute]
     if dtype == torch.bfloat16 and parallel.recompute != "full":
-        planned += SHAPE.layers * widened(parallel, len(tokens_T))
+        planned += shape.layers * widened(parallel, len(tokens_T))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), planned
 
 
@@ -76,7 +83,13 @@ def widened(parallel: ParallelConfig, tokens: int) -> int:
 
 
 def compare_all(parallel: ParallelConfig) -> list[tuple[int, int]]:
-    return [compare(dtype, parallel.replace(recompute=way)) for dtype in DTYPES for way in RECOMPUTE]
+    ways = [parallel.replace(recompute=way) for way in RECOMPUTE]
+    return [compare(shape, dtype, way) for shape in shapes(parallel) for dtype in DTYPES for way in ways]
+
+
+def shapes(parallel: ParallelConfig) -> tuple[ModelConfig, ...]:
+    """Those that can be split so: Megatron splits experts over a tensor group only with sequence."""
+    return SHAPES if parallel.tensor == 1 or parallel.sequence else SHAPES[:1]
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train import target_logprobs as target_logprobs_module
 from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 from megatron_parallel_r1.train.trainer import Adam, wrap_for_training
-from tests.planning.kept_by_autograd import DTYPES, LENGTH, RECOMPUTE, SHAPE, compare_all
+from tests.planning.kept_by_autograd import DTYPES, LENGTH, RECOMPUTE, SHAPE, compare_all, shapes
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,7 +118,8 @@ def test_activations_of_a_split_model(tmp_path: Path, layout: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(found.read_text())
-    assert len(figures) == len(DTYPES) * len(RECOMPUTE)
+    split = ParallelConfig(tensor=2 if "tensor" in layout else 1, sequence="sequence" in layout)
+    assert len(figures) == len(shapes(split)) * len(DTYPES) * len(RECOMPUTE)
     # A context group also keeps the order of the row, 8 bytes a token, for the keys and values of a layer.
     left_out = INDEX_BYTES * LENGTH + (16 * LENGTH * SHAPE.layers if "context" in layout else 0)
     for kept, planned in figures:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder, save_hf_folder
+from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model import gpt, weights
 from tests.unit.model.family_models import VARIANTS, family_model
 from tests.unit.model.qwen3 import hf_logits
@@ -27,9 +28,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ours_of(folder: Path) -> gpt.Model:
+def ours_of(folder: Path, parallel: ParallelConfig | None = None) -> gpt.Model:
     shape, tensors = load_hf_folder(folder)
-    model = gpt.build_model(shape)
+    model = gpt.build_model(shape, parallel=parallel)
     weights.load_hf_tensors(model, tensors)
     return model
 
@@ -94,3 +95,22 @@ def test_gradients_of_experts_equal_transformers(folders: Path) -> None:
             name = f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight"
             grad = parameters[name].grad
             assert (grad - fused).abs().max() <= 1e-5 * fused.abs().max(), name
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "qwen3_moe", "qwen3_moe bare"])
+def test_recomputing_changes_neither_logits_nor_gradients(variant: str, folders: Path) -> None:
+    row = random_row(3)
+    tokens_1L = torch.randint(0, 97, (1, len(row)), generator=torch.Generator().manual_seed(1))
+    weight_1LV = torch.randn(1, len(row), 97, generator=torch.Generator().manual_seed(0))
+
+    def logits_and_gradients(recompute: str) -> dict[str, torch.Tensor]:
+        model = ours_of(folders / variant, ParallelConfig(recompute=recompute)).train()
+        logits_1LV = gpt.logits(model, tokens_1L, row.positions_1L, row.layout_KL)
+        (logits_1LV * weight_1LV).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in weights.own_parameters(model).items()}
+        return {"logits": logits_1LV.detach(), **gradients}
+
+    stored = logits_and_gradients("none")
+    for recompute in ("selective", "full"):
+        again = logits_and_gradients(recompute)
+        assert [name for name in stored if not torch.equal(stored[name], again[name])] == []
