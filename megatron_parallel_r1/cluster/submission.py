@@ -28,6 +28,7 @@ from megatron_parallel_r1.cluster.site import (
 )
 from megatron_parallel_r1.distributed.parallel_config import check_world
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.launcher.run import visible_gpus
 
 # Time limits of a local job; crash loops end by themselves.
 LOCAL_REQUEUES = 1000
@@ -87,8 +88,11 @@ class JobLauncher:
             UserError: SLURM would reject the job, or a spec could not run in it.
         """
         if self._local:
+            ranks, _ = self._local_size()
             for spec in specs:
-                check_world(spec.recipe.parallel, self._local_size()[0])
+                check_world(spec.recipe.parallel, ranks)
+                if gpus := visible_gpus():
+                    spec.recipe.rollout.check_gpus(ranks, len(gpus))
             return
         kind = specs[0].kind
         site = self._site if kind == "rl" else self._site | {"ROLLOUT_NODES": "0"}
@@ -99,6 +103,8 @@ class JobLauncher:
             check_world(spec.recipe.parallel, (header.nodes - server_nodes) * header.ranks_per_node)
             if server_nodes:
                 check_servers_fit(spec, site["ROLLOUT_ENGINE"])
+            if header.gpus_per_node:
+                spec.recipe.rollout.check_gpus(header.ranks_per_node, header.gpus_per_node)
         with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
             file.write(self.describe(specs, name))
             file.flush()
@@ -123,11 +129,12 @@ class JobLauncher:
 
     def _submit_local(self, specs: Sequence[JobSpec], name: str) -> str:
         ranks, minutes = self._local_size()
+        needed = [spec.recipe.rollout.needed_gpus(ranks) for spec in specs]
         executor = LocalExecutor(self.logs / "submitit/%j", max_num_timeout=LOCAL_REQUEUES)
         executor.update_parameters(
             timeout_min=minutes,
             tasks_per_node=1,
-            gpus_per_node=ranks if shutil.which("nvidia-smi") else 0,
+            gpus_per_node=max(needed) if shutil.which("nvidia-smi") else 0,
             signal_delay_s=min(LOCAL_SIGNAL_S, 30 * minutes),
             stderr_to_stdout=True,
         )

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.sync.settings import Sync
 from megatron_parallel_r1.utils.settings import Count, CountOrZero, Ranks, Seconds, Settings
 
@@ -30,14 +31,19 @@ class Rollout(Settings):
     """File with one base URL a line, as `parallel-r1 serve-rollout --urls-file` writes it; it is read again
     during the run, so that servers may join and leave."""
     servers: CountOrZero = 0
-    """Number of servers that the run starts."""
+    """Number of servers that the run starts, on GPUs of the first node that no rank has unless they are
+    `colocated`."""
     tensor: Ranks = 1
     """Tensor-parallel size of each server that the run starts."""
     memory_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of a GPU's memory for weights and cache of a server that the run starts; null: the engine's
     default."""
+    deterministic: bool = True
+    """Of servers that the run starts: kernels whose results do not depend on the batch, and draws fixed by
+    their seeds. false is faster on GPUs and costs exactness: log-probs of server and trainer differ more, and
+    neither a repeated or resumed run nor a request that is sent again draws the same traces."""
     colocated: bool = False
-    """Servers release their GPU memory while the trainer learns."""
+    """Servers share the ranks' GPUs, and release their memory while the trainer learns."""
     max_concurrent_requests: Count = 128
     """Most requests in flight to one server."""
     request_timeout_s: Seconds = 600.0
@@ -69,3 +75,24 @@ class Rollout(Settings):
                 "vllm takes new weights from disk only; set sync.transport to disk, with sync.folder"
             )
         return self
+
+    def needed_gpus(self, ranks: int) -> int:
+        """Returns the GPUs that `ranks` ranks and the servers that the run starts need on one node."""
+        servers = self.servers * self.tensor
+        return max(ranks, servers) if self.colocated else ranks + servers
+
+    def check_gpus(self, ranks: int, gpus: int) -> None:
+        """Checks that a node with `gpus` GPUs has enough for the servers that the run starts.
+
+        Raises:
+            UserError: it has too few.
+        """
+        needed = self.needed_gpus(ranks)
+        if self.servers and needed > gpus:
+            beside = "" if self.colocated else f"beside the {ranks} of the ranks "
+            share = "" if self.colocated else ", or set rollout.colocated=true, which shares the ranks' GPUs"
+            raise UserError(
+                f"rollout.servers: {self.servers} servers of tensor {self.tensor} need "
+                f"{self.servers * self.tensor} GPUs {beside}on the first node, which has {gpus}; lower "
+                f"rollout.servers or rollout.tensor, start fewer ranks on a node{share}"
+            )

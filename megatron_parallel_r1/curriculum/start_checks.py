@@ -25,6 +25,7 @@ from megatron_parallel_r1.run.datasets import evaluation_problems, problem_strea
 from megatron_parallel_r1.run.own_servers import launch_settings
 from megatron_parallel_r1.sft.loop import example_stream
 from megatron_parallel_r1.sync.sglang import check_copies
+from megatron_parallel_r1.utils.rank import local_world_size
 from megatron_parallel_r1.utils.settings import Settings
 
 # How long the start of a run waits for servers that no step needs yet.
@@ -119,7 +120,7 @@ def _check_servers(run: RunContext, stages: Sequence[SftStage | RlStage]) -> Non
         modes = STOCK_MODES | ({"isolated"} if rollout.engine == "sglang" else set())
         _check_modes(run, stages, f"{rollout.engine} servers", modes)
         isolated = any(run.recipe.thinking_of(stage).mode == "isolated" for stage in stages)
-        check_launch(launch_settings(rollout, run.folder, isolated, run.folder))
+        check_launch(launch_settings(rollout, run.folder, isolated, run.folder, local_world_size()))
         return
     settings = PoolSettings(patience_s=min(PATIENCE_S, rollout.patience_s))
     try:

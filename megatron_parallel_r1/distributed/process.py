@@ -54,9 +54,11 @@ def start(
     if torch.cuda.is_available():
         backend = "nccl"
         local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= visible:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        if ranks > visible:
             raise UserError(
-                f"local rank {local}: this node has {visible} visible GPUs; start as many ranks on it"
+                f"this node has {ranks} ranks, and each sees {visible} GPUs; start fewer ranks, or if SLURM "
+                "gives each its own GPU (--gpus-per-task, --gpu-bind), ask for --gpus-per-node instead"
             )
         torch.cuda.set_device(local)
     watchdog = Watchdog(rank(), world_size(), heartbeat_s)

@@ -14,6 +14,7 @@ import torch
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.config.data import BpeTokenizer
 from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.config.rollout import Rollout
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.distributed.parallel_config import (
     ParallelConfig,
@@ -135,7 +136,28 @@ def plan(
     if recipe.rollout.engine != "native":
         servers, tensor = planner.timing.engines, recipe.rollout.tensor
         notes.append(f"times are for {servers} servers of {_gpus(tensor)} each")
+        notes += _own_servers(recipe.rollout, world, machine.per_node)
     return Plan(recipe, shape, parallel, world, data, parts, stages, gpu, machine, tuple(notes))
+
+
+def _own_servers(rollout: Rollout, world: int, per_node: int) -> Iterator[str]:
+    """Yields where the servers that a run starts have their GPUs."""
+    servers = rollout.servers * rollout.tensor
+    if not servers:
+        return
+    ranks = min(world, per_node) if rollout.colocated else min(world, max(1, per_node - servers))
+    try:
+        rollout.check_gpus(ranks, per_node)
+    except UserError as error:
+        yield f"a run would end with: {error}"
+        return
+    if rollout.colocated:
+        yield "the servers share the GPUs of the first node's processes; their memory is not counted"
+        return
+    yield (
+        f"{rollout.needed_gpus(world)} GPUs: {world} of processes, {servers} of servers, which are on the "
+        f"first node beside at most {per_node - servers} processes"
+    )
 
 
 def _gpus(count: int) -> str:

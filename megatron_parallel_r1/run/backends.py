@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from megatron_parallel_r1.sync.publisher import Publisher, PublishResult
 from megatron_parallel_r1.sync.sglang import SglangControl, check_copies
 from megatron_parallel_r1.sync.vllm import VllmControl
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner, causal_logprobs, probe_texts
+from megatron_parallel_r1.utils.rank import local_world_size
 
 
 class Backend(Protocol):
@@ -120,7 +122,8 @@ class Backends:
     def __init__(self, run: RunContext) -> None:
         self._run = run
         logs = run.folder / "servers"
-        self._own = OwnServers(run.recipe.rollout, logs, lambda line: print(line, flush=True))
+        report = partial(print, flush=True)
+        self._own = OwnServers(run.recipe.rollout, logs, report, local_world_size())
 
     def __enter__(self) -> Backends:
         return self
@@ -205,7 +208,8 @@ def engine_of_checkpoint(recipe: Recipe, folder: Path, thinking: Thinking) -> It
         engine.load_weights(tensors, version=0)
         yield engine
         return
-    with OwnServers(rollout, Path("runs") / "servers", lambda line: print(line, flush=True)) as own:
+    # No rank holds a model here.
+    with OwnServers(rollout, Path("runs") / "servers", partial(print, flush=True), ranks=0) as own:
         urls = rollout.urls
         if rollout.servers:
             urls = run_on_rank_zero(lambda: own.urls(folder, thinking.mode == "isolated"))

@@ -9,23 +9,42 @@ from pathlib import Path
 from megatron_parallel_r1.config.rollout import Rollout
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
-from megatron_parallel_r1.rollout.launcher.run import build_servers
+from megatron_parallel_r1.rollout.launcher.run import build_servers, visible_gpus
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supervisor
 
 
-def launch_settings(rollout: Rollout, checkpoint: Path, isolated: bool, logs: Path) -> LaunchSettings:
-    """The settings of the servers that a run starts; arguments as those of `OwnServers`."""
+def launch_settings(
+    rollout: Rollout, checkpoint: Path, isolated: bool, logs: Path, ranks: int
+) -> LaunchSettings:
+    """The settings of the servers that a run starts; arguments as those of `OwnServers`.
+
+    Raises:
+        UserError: this node has too few GPUs.
+    """
     return LaunchSettings(
         checkpoint=checkpoint,
         engine="vllm" if rollout.engine == "vllm" else "sglang",
         servers=rollout.servers,
         tensor=rollout.tensor,
         port=0,
+        gpus=server_gpus(rollout, visible_gpus(), ranks),
         memory_share=rollout.memory_share,
+        deterministic=rollout.deterministic,
         isolated=isolated,
         colocated=rollout.colocated,
         log_dir=logs,
     )
+
+
+def server_gpus(rollout: Rollout, visible: tuple[str, ...], ranks: int) -> tuple[str, ...]:
+    """The GPUs of servers beside `ranks` ranks on this node, the i-th of which has the i-th visible GPU.
+
+    Raises:
+        UserError: there are GPUs, but too few.
+    """
+    if visible:
+        rollout.check_gpus(ranks, len(visible))
+    return visible if rollout.colocated else visible[ranks:]
 
 
 class OwnServers:
@@ -37,10 +56,11 @@ class OwnServers:
         rollout: the engine and the number of servers.
         logs: folder of the server logs.
         report: called with a line when a server becomes healthy or crashes.
+        ranks: ranks on this node that hold a model on their GPUs.
     """
 
-    def __init__(self, rollout: Rollout, logs: Path, report: Callable[[str], None]) -> None:
-        self._rollout = rollout
+    def __init__(self, rollout: Rollout, logs: Path, report: Callable[[str], None], ranks: int) -> None:
+        self._rollout, self._ranks = rollout, ranks
         self._logs = logs
         self._report = report
         self._urls: tuple[str, ...] = ()
@@ -59,7 +79,8 @@ class OwnServers:
             UserError: they cannot be started.
         """
         if self._thread is None:
-            children = build_servers(launch_settings(self._rollout, checkpoint, isolated, self._logs))
+            settings = launch_settings(self._rollout, checkpoint, isolated, self._logs, self._ranks)
+            children = build_servers(settings)
             self._urls = tuple(child.url for child in children)
             # One thread starts and watches the servers: the kernel kills them when that thread ends.
             self._thread = threading.Thread(target=self._keep, args=(children,), name="servers", daemon=True)

@@ -15,6 +15,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
+def local_world_size() -> int:
+    """Returns the number of ranks on this node; of the whole launch if the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+
+
 def is_rank_zero() -> bool:
     """Returns whether this is rank 0, which writes the run's files and prints."""
     return rank() == 0

@@ -47,6 +47,13 @@ def test_stages_yet_to_come(capsys, monkeypatch, tmp_path: Path, words: tuple[st
     assert not list(tmp_path.iterdir())
 
 
+def test_servers_without_gpus_of_their_own(capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    shown = fail(capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}/out", *OWN)
+    assert "1 servers of tensor 1 need 1 GPUs beside the 1 of the ranks" in shown, shown
+    assert not list(tmp_path.iterdir())
+
+
 def test_data_of_a_later_stage(capsys, monkeypatch, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "What is 1 plus 1?", "answer": "#### 2"}\n')

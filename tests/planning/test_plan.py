@@ -228,6 +228,19 @@ def test_what_does_not_fit_is_said() -> None:
     assert "rl: 6 rows an update leave some of 9 replicas idle" in rl
 
 
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        (("rollout.servers=4",), 4, "8 GPUs: 4 of processes, 4 of servers, which are on the first node"),
+        (("rollout.servers=4", "rollout.tensor=2"), 2, "would end with: rollout.servers: 4 servers of"),
+        (("rollout.servers=8", "rollout.colocated=true"), 8, "the servers share the GPUs of the first"),
+    ],
+)
+def test_the_gpus_of_servers_are_counted(overrides: tuple[str, ...], world: int, message: str) -> None:
+    notes = planned(CURRICULUM, "rollout.engine=sglang", *overrides, world=world).notes
+    assert any(message in note for note in notes), notes
+
+
 def test_dynamic_sampling_draws_more() -> None:
     once, more = (
         planned(MINI, *overrides).stages[1]

@@ -28,6 +28,7 @@ class LaunchSettings:
         tensor, data: parallel sizes of one server, which has `tensor` x `data` GPUs.
         host: address to listen on; 0.0.0.0 is published under this machine's name.
         port: that of the first server, the others follow; 0: free ports.
+        gpus: those to use, as CUDA_VISIBLE_DEVICES names them; None: all that are visible.
         device: None: the GPUs, if any.
         dtype: None: float32 on a CPU, the checkpoint's own on a GPU.
         memory_share: share of a GPU's memory for weights and cache; None: the engine's default.
@@ -51,6 +52,7 @@ class LaunchSettings:
     data: int = 1
     host: str = "127.0.0.1"
     port: int = 30000
+    gpus: tuple[str, ...] | None = None
     device: Device | None = None
     dtype: str | None = None
     memory_share: float | None = None

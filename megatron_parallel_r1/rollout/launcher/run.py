@@ -88,7 +88,8 @@ def check_launch(settings: LaunchSettings) -> tuple[Path, Device, list[tuple[str
         raise UserError(
             f"isolated: {settings.engine} cannot join isolated paths exactly; give --engine sglang"
         )
-    return find_python(settings), *assign_gpus(settings, visible_gpus())
+    gpus = visible_gpus() if settings.gpus is None else settings.gpus
+    return find_python(settings), *assign_gpus(settings, gpus)
 
 
 @contextmanager

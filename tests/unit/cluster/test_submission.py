@@ -60,6 +60,7 @@ def test_a_site_may_write_its_lines_as_sbatch_takes_them(repository: Path) -> No
         ((), {"ROLLOUT_NODES": "1", "ROLLOUT_ENGINE": "vllm"}, "vllm takes new weights from disk only; "),
         (("rollout.engine=sglang", "rollout.servers=8"), {"ROLLOUT_NODES": "1"}, "set ROLLOUT_NODES=0"),
         (("seeds=[1,2]",), {"ROLLOUT_NODES": "1"}, "set seed, not seeds"),
+        (("rollout.engine=sglang", "rollout.servers=1"), {}, "beside the 8 of the ranks on the first node, "),
         ((), {"ROLLOUT_NODES": "1", "ROLLOUT_TENSOR": "2"}, "need 16, a node has 8; lower one of the two"),
     ],
 )

@@ -44,6 +44,15 @@ def test_too_few_processes_are_named() -> None:
     assert not dist.is_initialized()
 
 
+def test_ranks_without_a_gpu_of_their_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"4 ranks, and each sees 1 GPUs; .* ask for --gpus-per-node"):
+        process.start(seed=1)
+    assert not dist.is_initialized()
+
+
 def test_the_launch_is_checked_before_the_processes_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "6")  # and no MASTER_ADDR: nothing could connect
