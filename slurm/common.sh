@@ -152,6 +152,15 @@ launch() {  # KIND ARGUMENTS...
     conclude rank "$CODE"
 }
 
+launch_doctor() {  # ARGUMENTS...: the checks of `parallel-r1 doctor` on all nodes; no requeue
+    ROLLOUT_NODES=0
+    enter_container
+    split_nodes
+    run_ranks "$PYTHON" -m megatron_parallel_r1.cli doctor "$@"
+    cat "$LOGS/rank_0.log"
+    exit "$CODE"
+}
+
 conclude() {  # STEP CODE: reports how the step ended; requeues or ends the job
     local code=0
     bookkeeping end "$JOB_LOGS" "$LOGS" "$@" || code=$?

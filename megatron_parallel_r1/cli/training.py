@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
     for command in (curriculum, sft, rl, plan, report, coldstart):
         app.command(rich_help_panel="Training")(command)
     app.command("eval", rich_help_panel="Training")(evaluate)
+    app.command(rich_help_panel="Jobs")(doctor)
 
 
 def curriculum(
@@ -88,6 +89,22 @@ def evaluate(
 
     record = evaluate_checkpoint(settings, checkpoint)
     open_console().print(evaluation_table([record]).terminal())
+
+
+def doctor(
+    out: Annotated[Path, typer.Option(help="Folder of the runs, which all nodes must share.")] = Path("runs"),
+    engine: Annotated[
+        Literal["auto", "native", "sglang", "vllm"],
+        typer.Option(help="What samples in the trial run. auto: SGLang where it is installed, else native."),
+    ] = "auto",
+) -> None:
+    """Try what the first hour of a run would find out, on this machine or on all ranks of a job."""
+    block_stop_signals()
+    from megatron_parallel_r1.curriculum.run import open_console
+    from megatron_parallel_r1.doctor.run import examine_all
+
+    if not examine_all(out, engine, open_console()):
+        raise typer.Exit(1)
 
 
 def coldstart(

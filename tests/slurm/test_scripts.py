@@ -1,4 +1,4 @@
-"""The four scripts on two nodes of a real SLURM."""
+"""The five scripts on two nodes of a real SLURM."""
 
 from __future__ import annotations
 
@@ -49,6 +49,17 @@ def test_a_container_is_entered_for_bookkeeping_and_ranks(site: Site) -> None:
     assert begin.startswith(f"{entered} {sys.executable} -m megatron_parallel_r1.cluster begin")
     assert rank.startswith(f"{entered} bash slurm/rank.sh {sys.executable} -m megatron_parallel_r1.cli sft")
     assert end.startswith(f"{entered} {sys.executable} -m megatron_parallel_r1.cluster end")
+
+
+def test_the_doctor_examines_all_nodes(site: Site) -> None:
+    job = site.submit("doctor.sh", "--engine", "native", "--out", str(site.folder / "runs"))
+    site.finish(job)
+    output = site.output(job)
+    assert "2 ranks on" in output and output.splitlines()[-1].startswith("ready"), output
+    # A node that cannot write there.
+    job = site.submit("doctor.sh", "--engine", "native", "--out", "/proc/runs")
+    assert site.wait(job) == "FAILED"
+    assert "error: /proc/runs" in site.output(job)
 
 
 def test_a_cancelled_job_leaves_no_process(site: Site) -> None:
