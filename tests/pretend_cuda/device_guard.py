@@ -30,9 +30,11 @@ def missing() -> str | None:
 
 
 def load_guard() -> None:
-    """Loads the guard before torch is imported; compiles it once for each version of torch (about 10 s)."""
+    """Loads the guard before torch is imported; compiles it once for each torch, which takes about 10 s."""
     assert "torch" not in sys.modules, "torch has already looked for its CUDA hooks"
-    key = hashlib.sha256(SOURCE.read_bytes() + version("torch").encode()).hexdigest()[:16]
+    # The library names the folder of the torch that it belongs to.
+    torch = f"{version('torch')} {_torch_home()}"
+    key = hashlib.sha256(SOURCE.read_bytes() + torch.encode()).hexdigest()[:16]
     library = CACHE / f"pretend-cuda-{key}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -43,10 +45,14 @@ def load_guard() -> None:
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
-def _compile(out: Path) -> None:
+def _torch_home() -> Path:
     spec = find_spec("torch")
     assert spec is not None and spec.origin is not None
-    home = Path(spec.origin).parent
+    return Path(spec.origin).resolve().parent
+
+
+def _compile(out: Path) -> None:
+    home = _torch_home()
     folders = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}", f"-L{home / 'lib'}"]
     compiler = shutil.which("c++") or "g++"
     flags = ["-O1", "-std=c++20", "-shared", "-fPIC", f"-Wl,-rpath,{home / 'lib'}"]
