@@ -23,8 +23,8 @@ from megatron_parallel_r1.conversion.checkpoint_source import CheckpointSource, 
 from megatron_parallel_r1.conversion.to_megatron import Advance
 from megatron_parallel_r1.errors import UserError, one_line
 from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.utils.rounding import rounding_limits
 
-TOLERANCE = 2e-5  # for float32 logits of order 1; relative to the largest beyond
 LENGTH = 64
 
 
@@ -71,7 +71,7 @@ def compare_logits(first: CheckpointSource, second: CheckpointSource) -> tuple[d
                 first_LV - _transformers_logits(source, tokens_1L)
             )
             break
-    allowed = TOLERANCE * max(1.0, _largest(first_LV))
+    allowed = rounding_limits(["float32"], first.config.layers, _largest(first_LV)).largest
     failures = [
         (f"logits of {what} differ by {gap:.2g}, and float32 rounding explains {allowed:.2g}")
         for what, gap in gaps.items()

@@ -31,6 +31,7 @@ from megatron_parallel_r1.report.series import (
     spans,
 )
 from megatron_parallel_r1.utils.formats import number, percent
+from megatron_parallel_r1.utils.rounding import EXACT
 
 HEX = {
     "ink": "#0a0b01",
@@ -43,7 +44,6 @@ HEX = {
 WIDTH, HEIGHT = 336, 204  # points, which are the units of the viewBox
 LEFT, RIGHT, BOTTOM, TOP = 50, 8, 34, 18
 FONT = 9.5
-EXACT = 2e-5  # largest difference of two float32 computations of a log-prob
 FLOOR = 1e-9  # replaces 0 on a logarithmic axis
 RC: dict[Any, object] = {  # the stub allows only literal keys
     "svg.fonttype": "none",
@@ -107,7 +107,7 @@ def _draw(run: RunFiles, panel: Panel, stages: tuple[StageSpan, ...]) -> Curve |
     if evals:
         _plot_evals(axes, evals)
     if panel.scale == "log":
-        _mark_exact(axes)
+        _mark_rounding(axes, run)
     _mark_stages(axes, stages)
     svg = _svg(figure, panel)
     return Curve(
@@ -179,12 +179,15 @@ def _plot_evals(axes: Axes, evals: Sequence[EvalPoint]) -> None:
     )
 
 
-def _mark_exact(axes: Axes) -> None:
-    axes.axhline(EXACT, color=HEX["ink"], linewidth=0.8, linestyle=(0, (1, 2)))
+def _mark_rounding(axes: Axes, run: RunFiles) -> None:
+    """Draws the largest difference that rounding explains, by dtype, depth and temperature of the run."""
+    limits = [row.get("mismatch_rounding") for stage in run.stages for row in stage.metrics]
+    most = max((limit for limit in limits if limit is not None), default=EXACT)
+    axes.axhline(most, color=HEX["ink"], linewidth=0.8, linestyle=(0, (1, 2)))
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, EXACT / 4), max(high, EXACT * 10))
+    axes.set_ylim(min(low, most / 4), max(high, most * 10))
     right = axes.get_yaxis_transform()
-    axes.text(1, EXACT * 1.2, "exact in float32", transform=right, ha="right", va="bottom", size=8)
+    axes.text(1, most * 1.2, "rounding", transform=right, ha="right", va="bottom", size=8)
 
 
 def _mark_stages(axes: Axes, stages: tuple[StageSpan, ...]) -> None:

@@ -13,6 +13,7 @@ Shapes: R traces of a step; N targets of a micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -46,6 +47,7 @@ from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Trainer, Update
+from megatron_parallel_r1.utils.rounding import Limits, rounding_limits
 from megatron_parallel_r1.utils.timers import Timers
 
 T = TypeVar("T")
@@ -352,4 +354,13 @@ class Learner:
             "mismatch_mean": apart.mean,
             "mismatch_k3": apart.k3,
             "mismatch_effective": apart.effective,
+            "mismatch_rounding": self._rounding.largest,
         }
+
+    @property
+    def _rounding(self) -> Limits:
+        """The mismatch that rounding explains at the log-probs of a uniform choice."""
+        model = self.trainer.model
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        nats = math.log(model.architecture.vocab) / self.trainer.temperature
+        return rounding_limits([dtype], model.architecture.layers, nats)

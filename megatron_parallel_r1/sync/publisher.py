@@ -84,7 +84,9 @@ class Publisher:
             ServersLost: no server is left.
             UserError: a server computes with other weights than the trainer.
         """
-        trained = TrainerScores(self._expected(self.rows, None), self._before, None, _name(self._dtype))
+        scores = self._expected(self.rows, None)
+        layers = self.model.architecture.layers
+        trained = TrainerScores(scores, self._before, None, _name(self._dtype), layers)
         started = time.perf_counter()
         wants_head = run_on_rank_zero(lambda: self._rank_zero_sender.pause())
         size = self._pass(version)

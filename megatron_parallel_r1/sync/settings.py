@@ -24,9 +24,9 @@ class Sync(Settings):
     in_flight: InFlightPolicy = "finish"
     """Requests that are running: `finish`: they end first; `retract`: they pause, then continue with the new
     weights and a recomputed cache; `abort`: they end at once."""
-    tolerance: Annotated[float, Field(gt=0), Unit("nats")] = 2e-5
-    """Largest difference between a server's log-probs and the trainer's. The default is for float32; bfloat16
-    rounds at 2^-9, and 0.1 is a good start there."""
+    tolerance: Annotated[float, Field(gt=0), Unit("nats")] | None = None
+    """Largest difference between a server's log-probs and the trainer's; null: what rounding explains in the
+    coarser of their dtypes, by the number of layers and the size of the log-probs, 2e-5 at least."""
     timeout_s: Annotated[float, Field(ge=1), Unit("seconds")] = 600.0
     """Timeout of one operation: a bucket received, or all running requests ended."""
     backend: Literal["nccl", "gloo"] | None = None

@@ -81,7 +81,7 @@ def publish(sender: Sender) -> tuple[float, list[str]]:
         sender.send(Bucket([], last=True))
         again = sender.close()
     sender.continue_generation()
-    worst, failed = sender.probe([(1, 2, 3)], TrainerScores(SCORES, None, None, "float32"))
+    worst, failed = sender.probe([(1, 2, 3)], TrainerScores(SCORES, None, None, "float32", 2))
     return worst, [server.url for server in failed]
 
 
