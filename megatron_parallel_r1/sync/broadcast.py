@@ -8,6 +8,7 @@ store, under the same prefixes, without registering it in torch's tables or touc
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from itertools import accumulate
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,6 +29,8 @@ from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.control import LiveServerControl, Rendezvous, ServerControl, WeightsInfo
 from megatron_parallel_r1.sync.sender import PassResult, collect_results, failed_urls, map_servers
 from megatron_parallel_r1.sync.settings import Sync
+
+LOG = logging.getLogger(__name__)
 
 
 class BroadcastTransport:
@@ -77,7 +81,8 @@ class BroadcastTransport:
                     [tensor for _name, tensor in bucket.tensors], lambda: bool(failed_urls(calls))
                 )
                 suspects = set(calls)
-            except GroupBroken:
+            except GroupBroken as error:
+                LOG.warning("the broadcast of weights broke off: %s", str(error))
                 suspects = failed_urls(calls)
                 self._disband()
         self._record_lost(calls, suspects)
@@ -121,7 +126,8 @@ class BroadcastTransport:
                 group.connect(lambda: bool(failed_urls(calls)))
                 self._group, self._members = group, members
                 suspects = set(calls)
-            except GroupBroken:
+            except GroupBroken as error:
+                LOG.warning("no process group for the weights: %s", str(error))
                 suspects = failed_urls(calls)
         self._record_lost(calls, suspects)
 
@@ -147,6 +153,8 @@ class BroadcastTransport:
 
 
 POLL_S = 0.0005
+# The group's own timeout comes first: it says more.
+LATE_S = 5.0
 
 
 class GroupBroken(Exception):
@@ -178,7 +186,6 @@ class SenderGroup:
         )
         self.port = self._host.port
         self._group: _Backend | None = None
-        self._connected = threading.Event()
 
     def connect(self, given_up: Callable[[], bool]) -> None:
         """Waits until all processes have joined; polls `given_up`, whether one will not.
@@ -186,55 +193,90 @@ class SenderGroup:
         Raises:
             GroupBroken: a process does not join, or not in time.
         """
-        errors: list[Exception] = []
-        thread = threading.Thread(
-            target=self._join, args=(errors,), daemon=True, name="weight sync rendezvous"
-        )
-        thread.start()
-        while not self._connected.wait(POLL_S):
-            if given_up():
-                self.close()
-                raise GroupBroken("a server did not join")
-        if errors:
+        try:
+            self._in_thread(self._join, given_up, "a server did not join")
+        except GroupBroken:
+            self.close()
+            raise
+        except RuntimeError as error:
             self.close()
             raise GroupBroken(
-                f"the servers did not join the sender at {self.address}:{self.port} ({errors[0]})"
-            )
+                f"the servers did not join the sender at {self.address}:{self.port} ({error})"
+            ) from error
 
-    def _join(self, errors: list[Exception]) -> None:
-        try:
-            store: dist.Store = dist.TCPStore(
-                self.address, self.port, self.size, is_master=False, timeout=self.timeout
-            )
-            device = "cuda" if self.backend == "nccl" else "cpu"
-            for prefix in (self.name, f"{self.name}/", f"{device}/"):
-                store = dist.PrefixStore(prefix, store)
-            backend = dist.ProcessGroupNCCL if self.backend == "nccl" else dist.ProcessGroupGloo
-            # torch's stubs lack what both have: a constructor with a timeout, and `broadcast`.
-            self._group = cast(Callable[..., _Backend], backend)(store, 0, self.size, self.timeout)
-        except Exception as error:  # `connect` raises it
-            errors.append(error)
-        self._connected.set()
+    def _join(self) -> None:
+        store: dist.Store = dist.TCPStore(
+            self.address, self.port, self.size, is_master=False, timeout=self.timeout
+        )
+        device = "cuda" if self.backend == "nccl" else "cpu"
+        for prefix in (self.name, f"{self.name}/", f"{device}/"):
+            store = dist.PrefixStore(prefix, store)
+        backend = dist.ProcessGroupNCCL if self.backend == "nccl" else dist.ProcessGroupGloo
+        # torch's stubs lack what both have: a constructor with a timeout, and `broadcast`.
+        self._group = cast(Callable[..., _Backend], backend)(store, 0, self.size, self.timeout)
 
     def broadcast(self, tensors: list[Tensor], given_up: Callable[[], bool]) -> None:
         """Sends tensors to all other processes, one after another; they may be changed afterwards.
 
         Raises:
-            GroupBroken: a process died, or `given_up` returns true.
+            GroupBroken: a process died, `given_up` returns true, or the time limit is over.
         """
-        if self._group is None:
+        group = self._group
+        if group is None:
             raise GroupBroken("the group is closed")
         options = dist.BroadcastOptions()
         options.rootRank = 0
+        stream = torch.cuda.current_stream() if self.backend == "nccl" else None
+        posted: list[dist.Work] = []
+
+        def post() -> None:
+            with torch.cuda.stream(stream):
+                posted.extend([group.broadcast([tensor], options) for tensor in tensors])
+
         try:
-            for work in [self._group.broadcast([tensor], options) for tensor in tensors]:
-                while not work.is_completed():
-                    if given_up():
-                        raise GroupBroken("a server failed")
-                    time.sleep(POLL_S)
+            # The first one over nccl creates the communicator and returns only once all others take part.
+            self._in_thread(post, given_up, "a server failed")
+            for work in posted:
+                self._wait(work.is_completed, given_up, "a server failed")
                 work.wait()
         except RuntimeError as error:
             raise GroupBroken(str(error).splitlines()[0]) from error
+
+    def _in_thread(self, work: Callable[[], None], given_up: Callable[[], bool], why: str) -> None:
+        """Runs `work`, which may block for ever, in a thread that nobody has to wait for.
+
+        Raises:
+            GroupBroken: as `_wait`.
+            RuntimeError: of `work`.
+        """
+        # Texts alone: a traceback would keep the group alive, and servers waiting for it.
+        errors: list[str] = []
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # raised below
+                errors.append(str(error) or type(error).__name__)
+
+        thread = threading.Thread(target=run, daemon=True, name="weight sync")
+        thread.start()
+        self._wait(lambda: not thread.is_alive(), given_up, why)
+        if errors:
+            raise RuntimeError(errors[0])
+
+    def _wait(self, done: Callable[[], bool], given_up: Callable[[], bool], why: str) -> None:
+        """Polls until `done`.
+
+        Raises:
+            GroupBroken: `given_up`, with the reason `why`, or the time limit is over.
+        """
+        end = time.monotonic() + self.timeout.total_seconds() + LATE_S
+        while not done():
+            if given_up():
+                raise GroupBroken(why)
+            if time.monotonic() > end:
+                raise GroupBroken(f"no answer within {self.timeout.total_seconds():g} s")
+            time.sleep(POLL_S)
 
     def close(self) -> None:
         """Closes the connections; processes that still wait for this one get an error."""

@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.errors import ServersLost, UserError
 from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.broadcast import BroadcastTransport
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.control import Rendezvous, WeightsInfo
+from megatron_parallel_r1.sync.sender import Sender
 from megatron_parallel_r1.sync.settings import Sync
 
 A, B = "http://127.0.0.1:1", "http://127.0.0.1:2"
@@ -26,8 +27,11 @@ PATIENCE = timedelta(seconds=20)
 class InThread:
     """Stands in for an SGLang server: what it was sent, and how it fails at which bucket."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    kinds, wants_head = frozenset({"distributed"}), False
+
+    def __init__(self, url: str, dies_at: str = "") -> None:
+        self.url, self.dies_at = url, dies_at
+        self.connected = threading.Event()
         self.version: int | None = None
         self.held: dict[str, torch.Tensor] = {}
         self.joined = 0
@@ -35,11 +39,21 @@ class InThread:
         self._groups: dict[str, dist.ProcessGroupGloo] = {}
         self._taken = 0
 
+    def info(self) -> WeightsInfo:
+        self._reach("info")
+        return WeightsInfo(self.version, 1, "float32")
+
+    def pause(self, in_flight: str) -> None: ...
+
+    def continue_generation(self) -> None: ...
+
     def join_group(self, rendezvous: Rendezvous) -> None:
+        self._reach("join")
         self.joined += 1
         where = (rendezvous.address, rendezvous.port, rendezvous.size)
         try:
             store: dist.Store = dist.TCPStore(*where, is_master=False, timeout=PATIENCE)
+            self.connected.set()
             for prefix in (rendezvous.name, f"{rendezvous.name}/", "cpu/"):
                 store = dist.PrefixStore(prefix, store)
             self._groups[rendezvous.name] = dist.ProcessGroupGloo(
@@ -52,12 +66,14 @@ class InThread:
         self._groups.pop(name, None)
 
     def begin_update(self) -> None:
+        self._reach("begin")
         self._taken = 0
 
     def receive_broadcast(
         self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, version: int | None
     ) -> None:
         self._taken += 1
+        self._reach(f"bucket {self._taken}")
         if self.fails and self.fails[0] == self._taken:
             self.fails[1]()
         options = dist.BroadcastOptions()
@@ -71,7 +87,14 @@ class InThread:
             self.held[name] = tensor
         self.version = self.version if version is None else version
 
-    def end_update(self) -> None: ...
+    def end_update(self) -> None:
+        self._reach("end")
+
+    def _reach(self, where: str) -> None:
+        """Dies for good at its place."""
+        if where == self.dies_at:
+            self.dies_at = "info"
+            self.die()
 
     def die(self) -> None:
         self._groups.clear()
@@ -91,13 +114,18 @@ def transport() -> Iterator[BroadcastTransport]:
             thread.join()
 
 
+def buckets(version: int) -> Iterator[Bucket]:
+    for number in range(3):
+        tensors = [(f"{number}.{name}", torch.full((4, 5), float(version + number))) for name in "ab"]
+        yield Bucket(tensors, last=number == 2)
+
+
 def one_pass(transport: BroadcastTransport, version: int, *servers: InThread) -> tuple[dict[str, str], bool]:
     transport.open(
         servers, {server.url: WeightsInfo(server.version, 1, "float32") for server in servers}, version
     )
-    for number in range(3):
-        tensors = [(f"{number}.{name}", torch.full((4, 5), float(version + number))) for name in "ab"]
-        transport.send(Bucket(tensors, last=number == 2))
+    for bucket in buckets(version):
+        transport.send(bucket)
     passed = transport.close()
     return dict(passed.lost), passed.again
 
@@ -145,3 +173,32 @@ def test_one_that_does_not_join_is_lost(transport: BroadcastTransport) -> None:
     lost, again = one_pass(transport, 1, one, other)
     assert again and list(lost) == [B]
     assert one_pass(transport, 1, one) == ({}, False) and holds(one, 1)
+
+
+def publish(transport: BroadcastTransport, *servers: InThread) -> Sender:
+    """The steps of a publication, with as many passes as it takes."""
+    sender = Sender(servers, transport, transport.settings)
+    sender.pause()
+    again = True
+    while again:
+        sender.open(1)
+        for bucket in buckets(1):
+            sender.send(bucket)
+        again = sender.close()
+    sender.continue_generation()
+    return sender
+
+
+PLACES = ("info", "join", "begin", "bucket 1", "bucket 2", "bucket 3", "end")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_one_lost_anywhere_leaves_the_others_whole(transport: BroadcastTransport, place: str) -> None:
+    """Or none: then that is the error. A wait for one that is gone would end at PATIENCE, as its failure."""
+    one, other = InThread(A), InThread(B, dies_at=place)
+    if place == "join":  # one that connects to a store that is gone tries for long
+        other.join_group = lambda rendezvous: one.connected.wait() and other.die()
+    sender = publish(transport, one, other)
+    assert sender.up_to_date == (A,) and holds(one, 1) and list(sender.failed) == [B]
+    with pytest.raises(ServersLost, match=rf"{B} is gone"):
+        publish(transport, InThread(B, dies_at=place))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_parallel_r1.sync import broadcast
 from megatron_parallel_r1.sync.broadcast import GroupBroken, SenderGroup, local_address
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -57,6 +60,32 @@ def test_those_that_do_not_come_in_time_are_an_error() -> None:
     group = SenderGroup("weights", 2, "gloo", "127.0.0.1", timeout_s=0.2)
     with pytest.raises(GroupBroken, match=r"the servers did not join the sender at 127.0.0.1"):
         group.connect(never)
+
+
+class BlocksInBroadcast:
+    """Stands in for a backend whose first broadcast creates a communicator, and waits for a lost server."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def broadcast(self, tensors: list[torch.Tensor], options: object) -> None:
+        self.released.wait()
+
+    def abort(self) -> None:
+        self.released.set()
+
+
+@pytest.mark.parametrize("way", ["a server failed", "no answer within 0.2 s"])
+def test_a_broadcast_that_blocks_does_not_block_the_sender(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broadcast, "LATE_S", 0.0)
+    group = SenderGroup("weights", 2, "gloo", "127.0.0.1", timeout_s=0.2)
+    group._group = blocking = BlocksInBroadcast()
+    answers = repeat(False) if way.startswith("no") else chain([False, False], repeat(True))
+    with pytest.raises(GroupBroken, match=way):
+        group.broadcast([torch.ones(3)], lambda: next(answers))
+    assert not blocking.released.is_set()
+    group.close()
+    assert blocking.released.is_set()
 
 
 def test_the_address_is_that_of_the_way_to_the_server() -> None:
