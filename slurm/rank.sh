@@ -3,5 +3,8 @@
 set -euo pipefail
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 export LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%[(,]*}
+# For ranks alone (docs/cluster.md, H100 nodes). A value that is set already stays, an empty one too.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS-1}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-expandable_segments:True}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # a container's Python does not have this package
 exec "$@"

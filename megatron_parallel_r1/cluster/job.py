@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from megatron_parallel_r1.cluster.job_spec import JobSpec
 
 POLL_S = 0.2
+# As in slurm/rank.sh.
+RANK_DEFAULTS = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 class JobFailed(RuntimeError):
@@ -129,7 +131,7 @@ class LocalRanks:
         self._processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "megatron_parallel_r1.cli", *arguments],
-                env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**RANK_DEFAULTS, **os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank in range(count)
         ]

@@ -47,6 +47,7 @@ from megatron_parallel_r1.run.save import save_model
 from megatron_parallel_r1.run.stage_loop import checkpoint_folder
 from megatron_parallel_r1.run.wandb_log import check_wandb
 from megatron_parallel_r1.sft.loop import train_sft
+from megatron_parallel_r1.utils.devices import keep_memory_shareable
 from megatron_parallel_r1.utils.exit import stop_signal_pending
 from megatron_parallel_r1.utils.files import check_writable
 from megatron_parallel_r1.utils.rank import is_rank_zero
@@ -137,6 +138,8 @@ def _run_seed(
         if report := data_report(recipe):
             (folder / "data.md").write_text(report)
 
+    if recipe.rollout.engine != "native" and recipe.rollout.sync.transport == "tensor":
+        keep_memory_shareable()
     with process.running(recipe.seed, recipe.parallel, recipe.collective_timeout_s) as watchdog:
         check_engine(run, names)
         with lock_folder(folder), Verifier(workers=_workers()) as verifier, Backends(run) as backends:

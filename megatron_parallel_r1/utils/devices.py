@@ -1,7 +1,8 @@
-"""Copies from the host to a device."""
+"""Copies from the host to a device, and the settings of CUDA's allocator."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -16,3 +17,17 @@ def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def keep_memory_shareable() -> None:
+    """Turns expandable segments of CUDA's allocator off, if the environment turns them on.
+
+    torch shares such memory by file descriptors, which another process may take only where it may trace this
+    one (pidfd_getfd(2)): neither in most containers nor from a parent. To be called before the first
+    allocation.
+    """
+    # The order in which torch reads them (c10/cuda/CUDAAllocatorConfig.h).
+    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", ""))
+    if "expandable_segments:True" in settings:
+        fixed = settings.replace("expandable_segments:True", "expandable_segments:False")
+        torch._C._accelerator_setAllocatorSettings(fixed)

@@ -21,6 +21,8 @@ from megatron_parallel_r1.rollout.launcher.guard import GRACE_SECONDS, adopt_orp
 GUARD = "megatron_parallel_r1.rollout.launcher.guard"
 # Variables by which torchrun describes a trainer's process group; an engine would take it for its own.
 LAUNCHER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+# A rank's own CUDA settings (slurm/rank.sh). SGLang's memory saver refuses expandable segments.
+OF_RANKS = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class ServerProcess:
@@ -39,7 +41,8 @@ class ServerProcess:
         """Starts or restarts it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         guarded = (sys.executable, "-m", GUARD, str(os.getpid()), *self._command.arguments)
-        own = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
+        left_out = LAUNCHER + (OF_RANKS if "RANK" in os.environ else ())
+        own = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
         with open(self.log, "ab") as log:
             self._guard = subprocess.Popen(
                 guarded,

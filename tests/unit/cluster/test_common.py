@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_parallel_r1.cluster.job import RANK_DEFAULTS
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
@@ -55,11 +57,16 @@ def test_zero_rollout_nodes_are_valid_and_settings_of_site_env_are_exported(tmp_
     assert (tmp_path / "logs/rl-7/attempt0").is_dir()
 
 
-def test_logs_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "logs").touch()
-    done = run_script(tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == f"error: LOG_DIR={tmp_path}/logs cannot be written"
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}])
+def test_a_rank_has_cuda_settings_of_its_own_unless_they_are_set(own: dict[str, str]) -> None:
+    step = {"SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1"}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "4(x1),3"}
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_DEFAULTS}
+    command = ["bash", "slurm/rank.sh", "env"]
+    output = subprocess.check_output(command, cwd=REPOSITORY, env=inherited | step | own, text=True)
+    environment = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+    place = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert (RANK_DEFAULTS | own | place).items() <= environment.items()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def test_the_headers_of_the_scripts_are_read(script: str) -> None:
     header = read_header(SLURM / script)
     assert header.ranks_per_node == header.gpus_per_node == 8
     assert header.signal_s == 300 and header.more["requeue"] is True
+    assert header.more["exclusive"] is True and header.more["mem"] == "0"
     assert "account" not in header.more  # a site takes its second # away
 
 

@@ -47,7 +47,7 @@ def test_a_site_may_write_its_lines_as_sbatch_takes_them(repository: Path) -> No
     edit(repository, "#SBATCH --nodes=2\n", "#SBATCH -N 4\n")
     edit(repository, "##SBATCH --account=yours\n", "#SBATCH -A physics\n")
     job = described(repository)
-    for line in ("--gpus-per-node=h100:8", "--nodes=4", "--account=physics"):
+    for line in ("--gpus-per-node=h100:8", "--nodes=4", "--account=physics", "--exclusive", "--mem=0"):
         assert f"#SBATCH {line}" in job
     assert "#SBATCH --gpus-per-node=h100:2" in described(repository, gpus=2)
 
