@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields
 from io import StringIO
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.config.data import data_sets
+from megatron_parallel_r1.config.rollout import Rollout
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import template_columns
@@ -23,7 +24,9 @@ from megatron_parallel_r1.rollout.servers.pool import PoolSettings
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.datasets import evaluation_problems, problem_stream, stage_items
 from megatron_parallel_r1.run.own_servers import launch_settings
+from megatron_parallel_r1.run.transport import usable_sync
 from megatron_parallel_r1.sft.loop import example_stream
+from megatron_parallel_r1.sync.settings import Sync
 from megatron_parallel_r1.sync.sglang import check_copies
 from megatron_parallel_r1.utils.rank import local_world_size
 from megatron_parallel_r1.utils.settings import Settings
@@ -121,6 +124,7 @@ def _check_servers(run: RunContext, stages: Sequence[SftStage | RlStage]) -> Non
         _check_modes(run, stages, f"{rollout.engine} servers", modes)
         isolated = any(run.recipe.thinking_of(stage).mode == "isolated" for stage in stages)
         check_launch(launch_settings(rollout, run.folder, isolated, run.folder, local_world_size()))
+        _check_transport(rollout, {})
         return
     settings = PoolSettings(patience_s=min(PATIENCE_S, rollout.patience_s))
     try:
@@ -130,8 +134,9 @@ def _check_servers(run: RunContext, stages: Sequence[SftStage | RlStage]) -> Non
         print(f"warning: {reason}; stage {stages[0].name} will need one", file=sys.stderr)
         return
     _check_modes(run, stages, f"the servers ({', '.join(pool.infos)})", pool.modes)
+    sync = _check_transport(rollout, pool.infos)
     for url, info in pool.infos.items():
-        check_copies(url, info.copies, rollout.sync.transport)
+        check_copies(url, info.copies, sync.transport)
         _check_model(run, url, info)
         for stage in stages:
             response = run.recipe.thinking_of(stage).max_response_tokens
@@ -141,6 +146,14 @@ def _check_servers(run: RunContext, stages: Sequence[SftStage | RlStage]) -> Non
                     f"together, and a response may have {response:,}; start it with a longer context, or "
                     "lower thinking.max_response_tokens"
                 )
+
+
+def _check_transport(rollout: Rollout, infos: Mapping[str, ServerInfo]) -> Sync:
+    """How the weights will travel, with a warning if the recipe says otherwise."""
+    sync, warning = usable_sync(rollout, infos)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    return sync
 
 
 def _check_modes(

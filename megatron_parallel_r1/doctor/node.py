@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -19,6 +18,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.layers import Layers, LayerSupport
 from megatron_parallel_r1.rollout.launcher.command import EngineName, LaunchSettings
 from megatron_parallel_r1.rollout.launcher.run import find_python, visible_gpus
+from megatron_parallel_r1.run.transport import engine_versions, trainer_nccl
 
 GB = 1e9
 DISK_BYTES = 256 * 2**20
@@ -134,31 +134,20 @@ def disk(folder: Path) -> list[Finding]:
     return findings
 
 
-# Run by the engine's interpreter, which may be that of another environment.
-_ENGINE_VERSIONS = """
-import importlib.metadata, json, sys, torch
-nccl = torch.cuda.nccl.version() if torch.version.cuda else ()
-engine = importlib.metadata.version(sys.argv[1])
-print(json.dumps({"engine": engine, "torch": torch.__version__, "nccl": nccl}))
-"""
-
-
 def engine(name: EngineName) -> list[Finding]:
     """The environment of rollout servers, and whether they can share an NCCL group with the trainer."""
     try:
         python = find_python(LaunchSettings(checkpoint=Path(), engine=name))
     except UserError as error:
         return [Finding("servers", str(error), "note", "the native engine needs none")]
-    done = subprocess.run(
-        [str(python), "-c", _ENGINE_VERSIONS, name], capture_output=True, text=True, timeout=120
-    )
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return [Finding("servers", f"{python}: {last}", "fault", "make engines builds it anew")]
-    found = json.loads(done.stdout.splitlines()[-1])
-    findings = [Finding("servers", f"{name} {found['engine']}, torch {found['torch']} ({python})")]
-    if torch.cuda.is_available() and found["nccl"] and tuple(found["nccl"]) != torch.cuda.nccl.version():
-        theirs, ours = (".".join(map(str, v)) for v in (found["nccl"], torch.cuda.nccl.version()))
+    try:
+        found = engine_versions(python, name)
+    except UserError as error:
+        return [Finding("servers", str(error), "fault", "make engines builds it anew")]
+    findings = [Finding("servers", f"{name} {found.engine}, torch {found.torch} ({python})")]
+    trainer = trainer_nccl()
+    if trainer and found.nccl and found.nccl != trainer:
+        theirs, ours = (".".join(map(str, v)) for v in (found.nccl, trainer))
         findings.append(
             Finding(
                 "NCCL",

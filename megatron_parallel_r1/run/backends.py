@@ -28,6 +28,7 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.run.context import RunContext, native_engine
 from megatron_parallel_r1.run.own_servers import OwnServers
 from megatron_parallel_r1.run.save import save_model
+from megatron_parallel_r1.run.transport import usable_sync
 from megatron_parallel_r1.sync.control import RowScores, ServerControl, TokenRow
 from megatron_parallel_r1.sync.probe import OutputHead
 from megatron_parallel_r1.sync.publisher import Publisher, PublishResult
@@ -151,6 +152,9 @@ class Backends:
             return
         urls = rollout.urls or (self._start_servers(model, thinking) if rollout.servers else ())
         pool = _shared_pool(rollout, urls, thinking)
+        # Where NCCL's versions differ it is not the recipe's; `check_engine` has warned of that.
+        sync, _ = run_on_rank_zero(lambda: usable_sync(rollout, pool.infos))
+        rollout = rollout.replace(sync=sync)
         for url, info in pool.infos.items():
             check_copies(url, info.copies, rollout.sync.transport)
         controls = [_control(rollout, url) for url in pool.infos]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ def launch_settings(
         servers=rollout.servers,
         tensor=rollout.tensor,
         port=0,
+        # The engines' own choice on GPUs for a checkpoint in float32 is float16.
+        dtype="float32" if _stored_dtype(checkpoint) == "float32" else None,
         gpus=server_gpus(rollout, visible_gpus(), ranks),
         memory_share=rollout.memory_share,
         deterministic=rollout.deterministic,
@@ -34,6 +37,13 @@ def launch_settings(
         colocated=rollout.colocated,
         log_dir=logs,
     )
+
+
+def _stored_dtype(checkpoint: Path) -> str | None:
+    """The dtype that a folder's config.json names, if there is one."""
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    return config.get("dtype") or config.get("torch_dtype")
 
 
 def server_gpus(rollout: Rollout, visible: tuple[str, ...], ranks: int) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class Sync(Settings):
     address: str | None = None
     """Address at which servers reach the sender; null: that of the route to the first server."""
     folder: Path | None = None
-    """Folder that `disk` writes to."""
+    """Folder that `disk` writes to; with it, `distributed` becomes `disk` where NCCL's versions differ."""
     keep: Count = 2
     """Versions that `disk` keeps in its folder."""
 

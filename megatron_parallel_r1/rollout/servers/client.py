@@ -85,6 +85,7 @@ class ServerInfo:
         cache_tokens: size of its KV cache; None: not reported.
         seeded: whether the seed fixes a draw: the same request, sent twice, drew the same tokens.
         copies: data-parallel copies of the model in an SGLang server.
+        nccl: version of its NCCL; None: not reported.
     """
 
     model: str
@@ -94,6 +95,7 @@ class ServerInfo:
     cache_tokens: int | None
     seeded: bool = True
     copies: int = 1
+    nccl: tuple[int, ...] | None = None
 
 
 class Server(Protocol):

@@ -55,6 +55,7 @@ class SglangClient(AsyncHttpClient):
                 cache_tokens=server.get("max_total_num_tokens"),
                 seeded=self._seeded,
                 copies=server.get("dp_size", 1),
+                nccl=_nccl(server),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise Unreachable(f"{self.url}/server_info: no SGLang server answers so: {error!r}") from error
@@ -113,6 +114,13 @@ class SglangClient(AsyncHttpClient):
         if reason == "length" and len(drawn) < left:
             raise Unreachable(f"{self.url}/generate: cut at {len(drawn)} of {left} tokens")
         return drawn, meta
+
+
+def _nccl(server_info: dict[str, Any]) -> tuple[int, ...] | None:
+    """The version that a server with the plugin reports; stock SGLang reports none."""
+    states = [state.get(FIELD, {}) for state in server_info.get("internal_states", [])]
+    versions = [state["nccl"] for state in states if state.get("nccl")]
+    return tuple(versions[0]) if versions else None
 
 
 def _body(request: GenerateRequest, tokens: tuple[int, ...], left: int) -> dict[str, Any]:

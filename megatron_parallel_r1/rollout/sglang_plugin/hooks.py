@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
@@ -42,6 +43,7 @@ def report_state(result: Any, scheduler: Any, *args: Any, **named: Any) -> None:
         "tested": list(TESTED),
         "modes": ["isolated"],
         "nesting": True,
+        "nccl": list(torch.cuda.nccl.version()[:3]) if torch.version.cuda else [],
         "missing": missing_hooks() + (["state"] if state is None else []),
         "counters": asdict(state.counters) if state is not None else {},
     }

@@ -11,6 +11,7 @@ import torch
 from megatron_parallel_r1.doctor import kernels, node, ranks
 from megatron_parallel_r1.doctor.findings import Finding
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.run import transport
 
 
 def levels(findings: list[Finding]) -> dict[str, str]:
@@ -56,7 +57,7 @@ def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path, monkeypatch: py
 def test_the_environment_of_servers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, level: str, text: str
 ) -> None:
-    monkeypatch.setattr(node, "_ENGINE_VERSIONS", program)
+    monkeypatch.setattr(transport, "_ENGINE_VERSIONS", program)
     monkeypatch.setattr(node, "find_python", lambda settings: Path(sys.executable))
     (found,) = node.engine("sglang")
     assert found.level == level and text in found.found

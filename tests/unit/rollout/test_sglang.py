@@ -173,9 +173,10 @@ def test_about() -> None:
     server = FakeSGLang()
     assert asyncio.run(server.client().info()) == ServerInfo("m", STOCK_MODES, INITIAL_VERSION, 58, 900, True)
     server.model_info = {"weight_version": "31"}
-    server.server_info["internal_states"] = [{"parallel_r1": {"protocol": 1, "missing": []}}]
+    plugin = {"protocol": 1, "missing": [], "nccl": [2, 30, 7]}
+    server.server_info["internal_states"] = [{"parallel_r1": plugin}]
     about = asyncio.run(server.client().info())
-    assert about.version == 31 and about.modes == STOCK_MODES | {"isolated"}
+    assert about.version == 31 and about.modes == STOCK_MODES | {"isolated"} and about.nccl == (2, 30, 7)
     server.server_info = {"model": "of another engine"}
     with pytest.raises(Unreachable, match="no SGLang server answers so"):
         asyncio.run(server.client().info())

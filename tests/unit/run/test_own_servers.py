@@ -88,3 +88,13 @@ def test_deterministic_inference_can_be_left_out(engine: str) -> None:
 
     option = {"sglang": "--enable-deterministic-inference", "vllm": "VLLM_BATCH_INVARIANT"}[engine]
     assert option in words(True) and option not in words(False)
+
+
+@pytest.mark.parametrize(("stored", "option"), [("float32", "float32"), ("bfloat16", "auto")])
+def test_a_float32_model_is_served_in_float32(tmp_path: Path, stored: str, option: str) -> None:
+    """The engines' own choice for it on a GPU is float16, which the probe would refuse."""
+    (tmp_path / "config.json").write_text(f'{{"torch_dtype": "{stored}"}}')
+    rollout = Rollout(engine="sglang", servers=4)
+    settings = launch_settings(rollout, tmp_path, False, tmp_path, 4)
+    command = build_command(settings, Path(sys.executable), "cuda", 30000, ("4",)).arguments
+    assert command[command.index("--dtype") + 1] == option
