@@ -22,12 +22,9 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import EMBEDDING, HEAD, padded_vocab, weight_table
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.rollout.native.page_table import PageTable
-from megatron_parallel_r1.train.target_logprobs import CHUNK_LOGITS
+from megatron_parallel_r1.train.target_logprobs import CHUNKS_ALIVE, chunk_targets
 
 FLOAT32, INDEX = 4, 8
-# Float32 tensors of a chunk's size that exist at once in the backward of `target_logprobs`: logits and
-# gradient of a chunk, the logits of the next one, and a temporary.
-CHUNKS_ALIVE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +176,16 @@ def chunks_in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) ->
 
 
 def logit_bytes(shape: ModelConfig, parallel: ParallelConfig, work: Workload, number: int) -> int:
-    """Returns the bytes of `target_logprobs`' backward: logit chunks, the head's gradient in both dtypes."""
-    rows = padded_vocab(shape.vocab, parallel.tensor) // parallel.tensor
-    targets = min(work.row // parallel.context, max(1, CHUNK_LOGITS // rows))
-    return CHUNKS_ALIVE * FLOAT32 * targets * rows + (FLOAT32 + number) * rows * shape.hidden
+    """Returns the bytes of `target_logprobs`' backward.
+
+    The gradients of the head in float32 and of the hidden states, beside either two chunks of logits or one
+    chunk with its gradient and its product for the head.
+    """
+    rows, own = padded_vocab(shape.vocab, parallel.tensor) // parallel.tensor, work.row // parallel.context
+    logits = rows * min(own, chunk_targets(rows, shape.hidden))
+    product = number * rows * shape.hidden + (FLOAT32 + number) * logits
+    gradients = (FLOAT32 * rows + number * own) * shape.hidden
+    return gradients + max(CHUNKS_ALIVE * FLOAT32 * logits, product)
 
 
 def cache_bytes(shape: ModelConfig, parallel: ParallelConfig, slots: int, number: int) -> int:

@@ -16,7 +16,8 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import padded_vocab
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.planning.machine import Cost, sent
-from megatron_parallel_r1.planning.memory import CHUNKS_ALIVE, FLOAT32, layer_bytes
+from megatron_parallel_r1.planning.memory import FLOAT32, layer_bytes
+from megatron_parallel_r1.train.target_logprobs import CHUNKS_ALIVE
 
 BACKWARD = 2.0  # times the forward
 ATTENTION_BACKWARD = 2.5

@@ -18,8 +18,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-# Logits of a chunk: 64 MiB in float32; on a CPU as many as its caches hold.
+# Logits of a chunk at least: 64 MiB in float32; on a CPU as many as its caches hold.
 CHUNK_LOGITS, CPU_CHUNK_LOGITS = 2**24, 2**20
+# Float32 tensors of a chunk's size that exist at once in backward: logits and gradient of a chunk, the logits
+# of the next one, and a temporary.
+CHUNKS_ALIVE = 4
 # Logit of a token that cannot be drawn; finite, so that its share 0 x logit of an entropy stays 0.
 NEVER = -1e30
 
@@ -33,7 +36,7 @@ class LogprobQuery:
         suppressed_N: the token that could not be drawn there, -1 where every token could.
         temperature: divisor of the logits.
         vocab: size of the vocabulary; further rows of the head are padding.
-        chunk: targets per chunk; None: as many as CHUNK_LOGITS allow.
+        chunk: targets per chunk; None: `chunk_targets`.
     """
 
     labels_N: Tensor
@@ -103,6 +106,15 @@ class _TargetLogprobs(torch.autograd.Function):
         return hidden_grad_NE, head_grad_VE.to(head_VE.dtype), None
 
 
+def chunk_targets(rows: int, hidden: int, logits: int = CHUNK_LOGITS) -> int:
+    """Returns the targets of a chunk for `rows` rows of the head: those of `logits` logits, or more.
+
+    Backward reads and writes the head's float32 gradient once a chunk, so a chunk may need as much memory as
+    that gradient: with a large vocabulary few chunks take the place of hundreds.
+    """
+    return max(1, logits // rows, hidden // CHUNKS_ALIVE)
+
+
 def _chunks(
     hidden_NE: Tensor, head_VE: Tensor, query: LogprobQuery
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -110,8 +122,8 @@ def _chunks(
     labels are among this rank's rows of the head; and their columns there, 0 if they are not."""
     rows = len(head_VE)
     first = parallel_state.get_tensor_model_parallel_rank() * rows
-    most = CPU_CHUNK_LOGITS if hidden_NE.device.type == "cpu" else CHUNK_LOGITS
-    size = query.chunk or max(1, most // rows)
+    logits = CPU_CHUNK_LOGITS if hidden_NE.device.type == "cpu" else CHUNK_LOGITS
+    size = query.chunk or chunk_targets(rows, hidden_NE.shape[1], logits)
     for start in range(0, len(hidden_NE), size):
         part = slice(start, min(start + size, len(hidden_NE)))
         logits_CV = (hidden_NE[part] @ head_VE.T).float()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,16 @@ def test_activations_of_a_split_model(tmp_path: Path, layout: str) -> None:
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors that were made within and still exist; `most` is their peak."""
+    """Counts the bytes of all tensors that were made within and still exist; `most` is their peak.
 
-    def __init__(self) -> None:
+    Args:
+        before: tensors that were made before, whose views do not count.
+    """
+
+    def __init__(self, *before: Tensor) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -152,15 +157,20 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_logits_chunks_are_those_of_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Chunks that are large beside everything else, as those of a real vocabulary are.
-    targets, hidden, vocab, chunk = 256, 16, 4096, 64
+@pytest.mark.parametrize(("hidden", "chunk"), [(16, 64), (256, 4)])
+def test_the_logits_chunks_are_those_of_the_loss(
+    hidden: int, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Chunks that are large beside everything else, as those of a real vocabulary are: of a number of logits,
+    # or as large as the head's gradient.
+    targets, vocab = 256, 4096
     monkeypatch.setattr(target_logprobs_module, "CPU_CHUNK_LOGITS", chunk * vocab)
-    monkeypatch.setattr("megatron_parallel_r1.planning.memory.CHUNK_LOGITS", chunk * vocab)
+    by_logits = partial(target_logprobs_module.chunk_targets, logits=chunk * vocab)
+    monkeypatch.setattr("megatron_parallel_r1.planning.memory.chunk_targets", by_logits)
     hidden_NE = torch.randn(targets, hidden).to(dtype).requires_grad_()
     head_VE = torch.randn(vocab, hidden).to(dtype).requires_grad_()
     ids_N = torch.arange(targets)
-    with Alive() as alive:
+    with Alive(hidden_NE, head_VE) as alive:
         question = LogprobQuery(ids_N, torch.full_like(ids_N, -1), 1.0, vocab)
         logprobs_N, entropies_N = target_logprobs(hidden_NE, head_VE, question)
         (logprobs_N.sum() + entropies_N.sum()).backward()
