@@ -177,6 +177,7 @@ def _number(value: Any) -> Any:
 
 def _install_nccl() -> None:
     """Groups of gloo that say `nccl`; CPU tensors in their collectives are faults."""
+    torch.cuda.nccl.version = lambda *args: (2, 30, 7)  # type: ignore[assignment]
     gloo: list[Any] = []  # groups that were asked to be gloo; keeps them alive, and their ids unique
     default: list[str] = []
     init, new_group = dist.init_process_group, dist.new_group

@@ -105,5 +105,6 @@ def test_a_split_model_mixes_no_devices(tmp_path: Path) -> None:
     ("processes", "layout"), [(2, "pipeline=2 virtual=2"), (2, "context=2"), (1, "experts")]
 )
 def test_steps_mix_no_devices(tmp_path: Path, processes: int, layout: str) -> None:
-    for ledger in under_pretend_cuda(tmp_path, processes, "tests.pretend_cuda.steps", layout):
+    program = ("tests.pretend_cuda.steps", layout, str(tmp_path / "out"))
+    for ledger in under_pretend_cuda(tmp_path, processes, *program):
         assert ledger["faults"] == []
