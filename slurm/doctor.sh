@@ -5,6 +5,8 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
 #SBATCH --time=00:20:00
 ##SBATCH --account=yours
 ##SBATCH --partition=yours
