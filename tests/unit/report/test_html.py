@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.report.curves import draw_curves
 from megatron_parallel_r1.report.html import build_report
 from megatron_parallel_r1.report.run_folder import read_run
 from megatron_parallel_r1.report.series import PANELS
@@ -170,3 +171,16 @@ def test_stages_come_as_listed_else_by_age(tmp_path: Path) -> None:
     (folder / "stages.json").write_text("{}")
     with pytest.raises(UserError, match=r"stages\.json: expected a list of stage names"):
         read_run(folder)
+
+
+def test_the_mismatch_is_marked_where_rounding_ends(tmp_path: Path) -> None:
+    """By dtype and depth of the run, as its steps say: not at 2e-5 in bfloat16."""
+    (tmp_path / "rl").mkdir()
+    record = {"kind": "rl", "step": 1, "steps": 1, "mismatch_max": 0.14, "mismatch_mean": 0.005}
+    texts = []
+    for limit in (2e-5, 0.4):
+        line = json.dumps(record | {"mismatch_rounding": limit}) + "\n"
+        (tmp_path / "rl/metrics.jsonl").write_text(line)
+        (curve,) = draw_curves(read_run(tmp_path))
+        texts.append(curve.points)
+    assert texts[0] != texts[1]

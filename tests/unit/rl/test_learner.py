@@ -262,4 +262,4 @@ def test_more_updates_than_groups_are_as_many_as_groups(trainer_of, traces) -> N
 
     trainer.update = count  # type: ignore[method-assign]
     metrics = learn(learner(trainer, Objective(), updates=5), traces, REWARDS, lr=1e-3)
-    assert updates_done == 2 and metrics["mismatch_max"] <= 2e-5
+    assert updates_done == 2 and metrics["mismatch_max"] <= metrics["mismatch_rounding"] == 2e-5
