@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Protocol, TypeVar
 
-from megatron_parallel_r1.data.problems import Message
+from megatron_parallel_r1.data.problems import ChatTurn
 from megatron_parallel_r1.utils.latex import last_boxes
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ def as_question(cell: object, column: str) -> str:
     return _content(turns[_question(turns, column)][1], column)
 
 
-def as_context(cell: object, column: str) -> tuple[Message, ...]:
+def as_context(cell: object, column: str) -> tuple[ChatTurn, ...]:
     """Returns the messages before the user's last one, without blank system prompts; none of a text."""
     if not isinstance(cell, list):
         return ()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Message = tuple[str, str]
+ChatTurn = tuple[str, str]
 """The role and the text of one turn of a conversation."""
 
 
@@ -28,7 +28,7 @@ class Problem:
     prompt: str
     answers: tuple[str, ...]
     source: str
-    context: tuple[Message, ...] = ()
+    context: tuple[ChatTurn, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from megatron_parallel_r1.data.cells import (
     text,
     value,
 )
-from megatron_parallel_r1.data.problems import Message
+from megatron_parallel_r1.data.problems import ChatTurn
 from megatron_parallel_r1.data.trace_text import canonical, describe_fault
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.settings import Settings
@@ -58,7 +58,7 @@ class Schema:
     prompt: CellReader
     answers: Callable[[Cells], tuple[str, ...]]
     response: CellReader | None = None
-    context: Callable[[Cells], tuple[Message, ...]] = lambda row: ()
+    context: Callable[[Cells], tuple[ChatTurn, ...]] = lambda row: ()
     source: CellReader | None = None
     repeats: bool = False
     secret: tuple[str, ...] = ("answer", "solution", "response", "reward_model")

@@ -31,10 +31,7 @@ class Finding:
     advice: str = ""
 
 
-Check = Callable[[], list[Finding]]
-
-
-def examine(subject: str, check: Check) -> list[Finding]:
+def examine(subject: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     """Runs a check. An error of it is a fault: a run would meet it too."""
     started = time.monotonic()
     try:
@@ -45,21 +42,21 @@ def examine(subject: str, check: Check) -> list[Finding]:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FindingRow:
     """A finding, and which ranks have it."""
 
     finding: Finding
     ranks: tuple[int, ...]
 
 
-def merge(by_rank: Sequence[Iterable[Finding]]) -> list[Row]:
+def merge(by_rank: Sequence[Iterable[Finding]]) -> list[FindingRow]:
     """Equal findings of several ranks become one row; rows keep the order in which checks ran."""
     ranks: dict[Finding, list[int]] = {}
     for rank, findings in enumerate(by_rank):
         for finding in findings:
             ranks.setdefault(finding, []).append(rank)
     subjects = list(dict.fromkeys(finding.subject for finding in ranks))
-    rows = [Row(finding, tuple(found)) for finding, found in ranks.items()]
+    rows = [FindingRow(finding, tuple(found)) for finding, found in ranks.items()]
     return sorted(rows, key=lambda row: subjects.index(row.finding.subject))
 
 
@@ -74,9 +71,9 @@ def rank_text(ranks: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
-def findings_table(rows: Sequence[Row]) -> Table:
+def findings_table(rows: Sequence[FindingRow]) -> Table:
     """The table of all findings, faults and notes with what to do."""
-    columns: tuple[Column[Row], ...] = (
+    columns: tuple[Column[FindingRow], ...] = (
         Column("check", "", lambda row: row.finding.subject, is_text=True),
         Column("ranks", "", lambda row: rank_text(row.ranks), is_text=True),
         Column("", "", lambda row: row.finding.level.upper().replace("OK", "ok"), is_text=True),
@@ -90,7 +87,7 @@ def findings_table(rows: Sequence[Row]) -> Table:
     return Table.of("doctor", "What the first hour of a run would find out.", columns, rows)
 
 
-def verdict(rows: Sequence[Row]) -> str:
+def verdict(rows: Sequence[FindingRow]) -> str:
     """One line: whether runs will work here, and what is in the way."""
     faults, notes = (
         list(dict.fromkeys(row.finding.subject for row in rows if row.finding.level == level))

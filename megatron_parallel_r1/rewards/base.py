@@ -90,7 +90,7 @@ class NoValue(Enum):
 
 
 TIMED_OUT = NoValue.TIMED_OUT
-Value = float | None | Literal[NoValue.TIMED_OUT]
+TermValue = float | None | Literal[NoValue.TIMED_OUT]
 
 
 class Term(Protocol):
@@ -105,7 +105,7 @@ class Term(Protocol):
 class BatchTerm(Protocol):
     """A term that scores many traces at once, and may have no value for some of them."""
 
-    def score_all(self, batch: Sequence[Judged], step: int, first: int = 0) -> list[Value]:
+    def score_all(self, batch: Sequence[Judged], step: int, first: int = 0) -> list[TermValue]:
         """Returns the value of each trace at `step`; `first` is the number of the first within the step."""
         ...
 
@@ -122,7 +122,7 @@ class Component:
     term: Term | BatchTerm
     weight: WeightSchedule = CONSTANT_ONE
 
-    def parts(self, batch: Sequence[Judged], step: int, first: int) -> Sequence[Value]:
+    def parts(self, batch: Sequence[Judged], step: int, first: int) -> Sequence[TermValue]:
         """Returns weight x value of each trace; a component of weight 0 is not computed."""
         weight = self.weight.at(step)
         if not weight:
@@ -149,7 +149,7 @@ class Score:
     timeouts: int = 0
 
     @classmethod
-    def of(cls, parts: Mapping[str, Value]) -> Score:
+    def of(cls, parts: Mapping[str, TermValue]) -> Score:
         """The score of a trace from the parts of its components."""
         known = [value for value in parts.values() if isinstance(value, float | int)]
         timeouts = sum(value is TIMED_OUT for value in parts.values())

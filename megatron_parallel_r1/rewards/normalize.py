@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from megatron_parallel_r1.rewards.number import Number, read_number
-from megatron_parallel_r1.rewards.units import CHANGES, COUNTS, Unit, read_unit
+from megatron_parallel_r1.rewards.units import CHANGES, COUNTS, PhysicalUnit, read_unit
 from megatron_parallel_r1.utils.latex import HEDGES, NAME
 
 _UNICODE = {
@@ -143,7 +143,7 @@ class Canonical:
     body: str
     number: Number | None
     has_words: bool
-    unit: Unit | None = None
+    unit: PhysicalUnit | None = None
 
     @property
     def is_words(self) -> bool:

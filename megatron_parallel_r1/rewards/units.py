@@ -87,14 +87,14 @@ _PLURALS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class PhysicalUnit:
     """A unit: its size in base units, and the powers of these, sorted by name."""
 
     size: Fraction
     powers: tuple[tuple[str, int], ...]
 
 
-def read_unit(text: str, glued: bool = False) -> Unit | None:
+def read_unit(text: str, glued: bool = False) -> PhysicalUnit | None:
     r"""Reads `cm`, `km/h`, `square feet`, `m^2`, `miles per hour`, `red apples`; None for other words.
 
     Args:
@@ -115,7 +115,7 @@ def read_unit(text: str, glued: bool = False) -> Unit | None:
             size *= unit.size**power
             for name, times in unit.powers:
                 powers[name] += times * power
-    return Unit(size, tuple(sorted((name, power) for name, power in powers.items() if power)))
+    return PhysicalUnit(size, tuple(sorted((name, power) for name, power in powers.items() if power)))
 
 
 def _is_sure(factor: re.Match[str]) -> bool:
@@ -124,7 +124,7 @@ def _is_sure(factor: re.Match[str]) -> bool:
     return len(name) > 1 and not power and name not in _PRODUCTS and _known(name) is not None
 
 
-def _known(name: str) -> Unit | None:
+def _known(name: str) -> PhysicalUnit | None:
     """Returns a unit of measure; symbols of one letter and `m`, no mega, before another keep their case."""
     for noun in (name, name.removesuffix("s") if len(name) > 2 else name):
         has_case = len(noun) == 1 or (len(noun) == 2 and noun[0] == "M")
@@ -133,7 +133,7 @@ def _known(name: str) -> Unit | None:
     return None
 
 
-def _named(name: str, any_noun: bool) -> Unit | None:
+def _named(name: str, any_noun: bool) -> PhysicalUnit | None:
     """Returns the unit of a name; nouns that are no unit of measure must be plural unless `any_noun`."""
     written = name.replace("-", " ").split()
     words = [word.lower() for word in written]
@@ -148,19 +148,19 @@ def _named(name: str, any_noun: bool) -> Unit | None:
     if len(noun) <= 2 or _SHARE.search(noun):
         return None
     if any_noun or noun.split()[-1] in _PLURALS or _PLURAL.fullmatch(noun):
-        return Unit(Fraction(1), ((noun.removesuffix("s"), 1),))
+        return PhysicalUnit(Fraction(1), ((noun.removesuffix("s"), 1),))
     return None
 
 
-def _units() -> dict[str, Unit]:
-    units: dict[str, Unit] = {}
+def _units() -> dict[str, PhysicalUnit]:
+    units: dict[str, PhysicalUnit] = {}
     for line in _TABLE.split("\n")[1:-1]:
         bases, listed = line.split(": ")
         powers = Counter[str]()
         for base in bases.split():
             powers[base.strip("/")] += -1 if base[0] == "/" else 1
         for size, *names in map(str.split, listed.split(", ")):
-            units |= dict.fromkeys(names, Unit(Fraction(size), tuple(sorted(powers.items()))))
+            units |= dict.fromkeys(names, PhysicalUnit(Fraction(size), tuple(sorted(powers.items()))))
     return units
 
 

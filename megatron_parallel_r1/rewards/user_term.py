@@ -18,7 +18,7 @@ from math import isfinite
 from typing import Any
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rewards.base import TIMED_OUT, Judged, JudgedTrace, Value
+from megatron_parallel_r1.rewards.base import TIMED_OUT, Judged, JudgedTrace, TermValue
 from megatron_parallel_r1.rewards.user_calls import (
     NO_LIMITS,
     Blocked,
@@ -66,7 +66,7 @@ class UserTerm:
     calls: UserCalls
     names: BatchNames | None
 
-    def score_all(self, batch: Sequence[Judged], step: int, first: int = 0) -> list[Value]:
+    def score_all(self, batch: Sequence[Judged], step: int, first: int = 0) -> list[TermValue]:
         """Returns the value of each trace: a number, None for no signal, or TIMED_OUT.
 
         Raises:
@@ -132,7 +132,7 @@ class UserTerm:
                 raise self._error(step, trace, what, last) from error
         return outcomes
 
-    def _value(self, value: Any, step: int, trace: int) -> Value:
+    def _value(self, value: Any, step: int, trace: int) -> TermValue:
         if value is None:
             return None
         if isinstance(value, TimedOut):

@@ -47,7 +47,7 @@ from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Trainer, Update
-from megatron_parallel_r1.utils.rounding import Limits, rounding_limits
+from megatron_parallel_r1.utils.rounding import RoundingLimits, rounding_limits
 from megatron_parallel_r1.utils.timers import Timers
 
 T = TypeVar("T")
@@ -358,7 +358,7 @@ class Learner:
         }
 
     @property
-    def _rounding(self) -> Limits:
+    def _rounding(self) -> RoundingLimits:
         """The mismatch that rounding explains at the log-probs of a uniform choice."""
         model = self.trainer.model
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

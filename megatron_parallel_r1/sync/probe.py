@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.sync.control import RowScores, TokenRow
-from megatron_parallel_r1.utils.rounding import Limits, rounding_limits
+from megatron_parallel_r1.utils.rounding import RoundingLimits, rounding_limits
 
 # The trainer's log-probs of rows, as `ServerControl.score` returns a server's. All ranks call it; the result
 # on rank 0 counts. A head replaces the model's.
@@ -76,10 +76,10 @@ def _differences(actual: Sequence[RowScores], expected: Sequence[RowScores]) -> 
     return [math.inf if math.isnan(value) else value for value in differences]
 
 
-def limits(answers: ServerScores, trained: TrainerScores, tolerance: float | None) -> Limits:
+def limits(answers: ServerScores, trained: TrainerScores, tolerance: float | None) -> RoundingLimits:
     """Most that the server's log-probs may differ from the trainer's; None: what rounding explains."""
     if tolerance is not None:
-        return Limits(tolerance, tolerance)
+        return RoundingLimits(tolerance, tolerance)
     sizes = (abs(score) for row in trained.scores for score in row if math.isfinite(score))
     return rounding_limits((answers.dtype, trained.dtype), trained.layers, max(sizes, default=0.0))
 
@@ -118,7 +118,7 @@ def failure(
     )
 
 
-def _cause(answers: ServerScores, trained: TrainerScores, most: Limits) -> str:
+def _cause(answers: ServerScores, trained: TrainerScores, most: RoundingLimits) -> str:
     if is_stale(answers, trained) or _fits(answers.scores, trained.before, most):
         return (
             "it still computes with the previous version's weights (stale weights); restart it, or set "
@@ -147,7 +147,7 @@ def _cause(answers: ServerScores, trained: TrainerScores, most: Limits) -> str:
     )
 
 
-def _fits(actual: Sequence[RowScores], expected: Sequence[RowScores] | None, most: Limits) -> bool:
+def _fits(actual: Sequence[RowScores], expected: Sequence[RowScores] | None, most: RoundingLimits) -> bool:
     return (
         expected is not None
         and difference(actual, expected) <= most.largest

@@ -30,14 +30,14 @@ EXACT = 2e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RoundingLimits:
     """Most that differences may be, in nats: the largest of them, and their mean."""
 
     largest: float
     mean: float
 
 
-def rounding_limits(dtypes: Iterable[str | None], layers: int, scale: float) -> Limits:
+def rounding_limits(dtypes: Iterable[str | None], layers: int, scale: float) -> RoundingLimits:
     """The differences that rounding explains.
 
     Args:
@@ -49,4 +49,4 @@ def rounding_limits(dtypes: Iterable[str | None], layers: int, scale: float) -> 
     roundoff = max((ROUNDOFF[dtype] for dtype in dtypes if dtype in ROUNDOFF), default=float32)
     unit = roundoff * (2 * layers + 2) ** 0.5 * scale
     largest = max(EXACT, LARGEST_UNITS * unit)
-    return Limits(largest, largest if roundoff <= float32 else MEAN_UNITS * unit)
+    return RoundingLimits(largest, largest if roundoff <= float32 else MEAN_UNITS * unit)

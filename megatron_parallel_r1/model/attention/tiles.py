@@ -142,7 +142,7 @@ def visible(layout_KM: Tensor, start: int, stop: int) -> Tensor:
     return seen_MS
 
 
-Value = TypeVar("Value")
+Cached = TypeVar("Cached")
 
 
 class LayoutCache:
@@ -157,13 +157,13 @@ class LayoutCache:
     def __len__(self) -> int:
         return len(self._values)
 
-    def get(self, layout_KQ: Tensor, key: Hashable, compute: Callable[[], Value]) -> Value:
+    def get(self, layout_KQ: Tensor, key: Hashable, compute: Callable[[], Cached]) -> Cached:
         """Returns the cached value, or computes it; a layout that was written to is computed again.
 
         Args:
             key: everything else that the value depends on.
         """
-        values: dict[Hashable, Value] = self._values.setdefault(layout_KQ, {})
+        values: dict[Hashable, Cached] = self._values.setdefault(layout_KQ, {})
         key = (layout_KQ._version, key)
         if key not in values:
             values[key] = compute()

@@ -13,7 +13,7 @@ from megatron_parallel_r1.sync.probe import (
     limits,
     passes,
 )
-from megatron_parallel_r1.utils.rounding import Limits
+from megatron_parallel_r1.utils.rounding import RoundingLimits
 
 OLD, NEW, MIXED = [(-1.0, -2.0)], [(-1.5, -2.5)], [(-1.2, -2.2)]
 
@@ -88,7 +88,7 @@ def test_the_tolerance_follows_from_dtype_depth_and_log_probs() -> None:
     assert passes(at("float32", 3e-5, 4.4e-5, 0, of=one), one, None)
     assert not passes(at("float32", 1e-3, 0, 0, of=one), one, None)
     shallow = TrainerScores(NEW, OLD, None, "float32", 2)
-    assert limits(answers(NEW), shallow, None) == Limits(2e-5, 2e-5)
+    assert limits(answers(NEW), shallow, None) == RoundingLimits(2e-5, 2e-5)
     tiny = TrainerScores([(-5.0, -4.0)] * 5, None, None, "bfloat16", 2)
     rounded = [(-5.053, -4.001), *tiny.scores[1:]]
     assert passes(ServerScores("http://a:1", rounded, None, "bfloat16"), tiny, None)
