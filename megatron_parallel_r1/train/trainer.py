@@ -131,7 +131,7 @@ def wrap_for_training(model: Model, adam: Adam) -> tuple[list[DistributedDataPar
     # Megatron marks norms with wd_mult = 0, but only its own scheduler would ever multiply by it.
     for group in optimizer.param_groups:
         group["weight_decay"] = adam.weight_decay * group["wd_mult"]
-        # torch's Adam is fused by default on a GPU only.
+        # On a GPU torch's default, foreach, keeps the count of steps on the host; fused would wait for it.
         if not torch.cuda.is_available():
             group["fused"] = True
     config.finalize_model_grads_func = _finalize_gradients
