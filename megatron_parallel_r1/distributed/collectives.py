@@ -5,6 +5,7 @@ All ranks of a replica (a data-parallel rank) work on the same part; its first r
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -48,7 +49,7 @@ def run_on_rank_zero(work: Callable[[], T]) -> T:
         try:
             outcome = [(work(), None)]
         except Exception as error:  # of any type: the other ranks would wait for ever
-            outcome = [(None, error)]
+            outcome = [(None, _sendable(error))]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome[0]
@@ -57,6 +58,15 @@ def run_on_rank_zero(work: Callable[[], T]) -> T:
             failure.on_all_ranks = True
         raise failure
     return cast(T, result)
+
+
+def _sendable(error: Exception) -> Exception:
+    """Returns the error, or one with its text if pickle cannot copy it: the others would wait for ever."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a class of the user's raises
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def all_ranks_true(flag: bool, device: torch.device) -> bool:

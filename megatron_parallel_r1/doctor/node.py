@@ -83,7 +83,7 @@ def gpus() -> list[Finding]:
     if support.engine is None:
         findings.append(Finding("FP8", "no Transformer Engine: model.layers local, bfloat16 alone", "note"))
     elif refusal := support.engine_refusal or support.fp8_refusal:
-        findings.append(Finding("FP8", refusal, "note", "keep model.fp8: none, or mend the installation"))
+        findings.append(Finding("FP8", refusal, "note", "keep model.fp8: none, or repair the installation"))
     else:
         findings.append(Finding("FP8", f"Transformer Engine {support.engine}"))
     return findings
@@ -125,7 +125,12 @@ def disk(folder: Path) -> list[Finding]:
     findings = [Finding("disk", f"{folder.resolve()}: {rate / 1e6:.0f} MB/s, {free / GB:.0f} GB free")]
     if rate < SLOW_DISK:
         findings.append(
-            Finding("disk rate", f"{rate / 1e6:.0f} MB/s", "note", "a 4B model's checkpoint takes over 5 min")
+            Finding(
+                "disk rate",
+                f"{rate / 1e6:.0f} MB/s",
+                "note",
+                "a 4B model's checkpoint takes 5 min or more",
+            )
         )
     if free < FULL_DISK:
         findings.append(

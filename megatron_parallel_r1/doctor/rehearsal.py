@@ -35,7 +35,7 @@ def rehearse(folder: Path, engine: str) -> list[Finding]:
         overrides.append("model.dtype=bfloat16")
     if engine == "vllm" or (engine != "native" and torch.cuda.is_available()):
         overrides.append(f"rollout.sync={{transport: disk, folder: {folder / f'doctor_{engine}_sync'}}}")
-    if engine == "sglang" and torch.cuda.is_available():
+    if engine != "native" and torch.cuda.is_available():
         overrides.append("rollout.colocated=true")
     recipe = read_recipe(RECIPE, overrides)
     started = time.monotonic()

@@ -47,7 +47,7 @@ def examine_all(out: Path, engine: EngineChoice, console: Console) -> bool:
     findings: list[Finding] = []
     with process.running(1, timeout_s=COLLECTIVE_S):
         out.mkdir(parents=True, exist_ok=True)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         show("the node")
         findings += examine("software", node.software)
         findings += examine("GPU", node.gpus)
@@ -61,7 +61,7 @@ def examine_all(out: Path, engine: EngineChoice, console: Console) -> bool:
         findings += examine("shared folder", partial(ranks.shared_folder, out))
         findings += examine("all-reduce", ranks.all_reduce)
         show("the attention kernels")
-        findings += examine("attention", partial(kernels.attention, torch.device(device)))
+        findings += examine("attention", partial(kernels.attention, device))
         by_rank = all_gather_objects(findings)
     show(f"a whole run with {chosen}")
     trial = examine(f"run with {chosen}", partial(rehearse, out.resolve(), chosen))

@@ -80,3 +80,5 @@ def test_a_folder_that_another_rank_does_not_share(tmp_path: Path, monkeypatch: 
     (found,) = ranks.shared_folder(tmp_path)
     assert found.level == "fault" and found.found.endswith("does not see what ranks 1, 2 write")
     assert not list(tmp_path.iterdir())
+    (found,) = ranks.shared_folder(tmp_path / "absent")  # after which the other ranks go on
+    assert found.level == "fault" and "cannot write there: No such file or directory" in found.found
