@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -256,11 +256,11 @@ async def _closed_at_exit(client: httpx.AsyncClient) -> AsyncGenerator[httpx.Asy
 
 
 # The highest temperature that vLLM takes. There a language model hardly draws the same HANDSHAKE_TOKENS twice
-# by chance, and what it draws has another log-prob than at temperature 1.
+# by chance.
 HANDSHAKE_TEMPERATURE = 2.0
 HANDSHAKE_TOKENS = 32
-# Nats. Far above rounding in bfloat16, far below the effect of doubling the temperature.
-HANDSHAKE_TOLERANCE = 1e-2
+# First tokens that are drawn to compare their log-probs at two temperatures.
+HANDSHAKE_DRAWS = 16
 
 
 async def draws_by_seed(server: Server) -> bool:
@@ -272,14 +272,34 @@ async def draws_by_seed(server: Server) -> bool:
         UserError: the log-probs leave the temperature out.
         Unreachable: no answer.
     """
-    sampling = Sampling(temperature=HANDSHAKE_TEMPERATURE, seed=20250909)
-    request = GenerateRequest((0,), sampling, HANDSHAKE_TOKENS, frozenset(), frozenset(), "handshake")
-    first, second = await asyncio.gather(server.generate(request), server.generate(request))
-    drawn = first.completion
-    scores = await server.score(request.tokens + drawn.tokens)
-    if max(abs(hot - cold) for hot, cold in zip(drawn.logprobs, scores, strict=True)) < HANDSHAKE_TOLERANCE:
+    whole = _handshake(seed=0, limit=HANDSHAKE_TOKENS)
+    first, second, *draws = await asyncio.gather(
+        server.generate(whole),
+        server.generate(whole),
+        *(server.generate(_handshake(seed, limit=1)) for seed in range(1, HANDSHAKE_DRAWS + 1)),
+    )
+    hot = {draw.completion.tokens[0]: draw.completion.logprobs[0] for draw in draws}
+    scores = await asyncio.gather(*(server.score((*whole.tokens, token)) for token in hot))
+    if _slope([score[0] for score in scores], list(hot.values())) > (1 + 1 / HANDSHAKE_TEMPERATURE) / 2:
         raise UserError(
             f"{server.url} returns log-probs that leave the temperature out; start vLLM with "
             "--logprobs-mode processed_logprobs, SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB"
         )
-    return drawn.tokens == second.completion.tokens
+    return first.completion.tokens == second.completion.tokens
+
+
+def _handshake(seed: int, limit: int) -> GenerateRequest:
+    sampling = Sampling(temperature=HANDSHAKE_TEMPERATURE, seed=20250909 + seed)
+    return GenerateRequest((0,), sampling, limit, frozenset(), frozenset(), "handshake")
+
+
+def _slope(cold: Sequence[float], hot: Sequence[float]) -> float:
+    """The slope of the line nearest to log-probs at temperature T over those at 1, of tokens in one context.
+
+    Two tokens' log-probs at T differ by 1/T of their difference at 1, whatever the distribution. The slope is
+    therefore 1/T, or 1 where T is left out; rounding moves it by its own size relative to the logits'
+    spread, in bfloat16 by some hundredths. 0 if all log-probs are the same.
+    """
+    middle = sum(cold) / len(cold)
+    spread = sum((value - middle) ** 2 for value in cold)
+    return sum((c - middle) * h for c, h in zip(cold, hot, strict=True)) / spread if spread else 0.0

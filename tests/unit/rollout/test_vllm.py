@@ -52,12 +52,16 @@ class FakeVLLM:
         if self.answers:
             answer = self.answers.pop(0)
             return answer if isinstance(answer, httpx.Response) else httpx.Response(200, json=answer)
-        # The handshake: draws, and a score.
-        if "prompt_logprobs" in body["sampling_params"]:
-            scored = [None, *({str(token): {"logprob": -2.0}} for token in body["token_ids"][1:])]
+        # The handshake: draws, and scores. A token's log-prob falls with its number.
+        params = body["sampling_params"]
+        if "prompt_logprobs" in params:
+            scored = [None, *({str(token): {"logprob": -float(token)}} for token in body["token_ids"][1:])]
             return httpx.Response(200, json={"prompt_logprobs": scored})
         drawn = [5] * 31 + [5 if self.seeds else len(self.bodies)]
-        return httpx.Response(200, json=answer_of(drawn, logprob=-2.5 if self.tempered else -2.0))
+        if params["max_tokens"] == 1:
+            drawn = [5 + params["seed"] % 4]
+        slope = 1 / params["temperature"] if self.tempered else 1.0
+        return httpx.Response(200, json=answer_of(drawn, logprob=-slope * drawn[-1]))
 
     def client(self) -> VllmClient:
         return VllmClient(URL + "/", Timeouts(1, 1, 1), httpx.MockTransport(self))
