@@ -21,7 +21,6 @@ from megatron_parallel_r1.run.folder import steps_done
 from megatron_parallel_r1.run.guard import Guard
 from megatron_parallel_r1.run.stage_log import StageLog
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
-from megatron_parallel_r1.train.checkpoints.sharded import steps_taken
 from megatron_parallel_r1.train.trainer import LrSchedule, Trainer
 from megatron_parallel_r1.utils.exit import stop_signal_pending
 from megatron_parallel_r1.utils.interrupts import interrupts_recorded
@@ -129,7 +128,7 @@ class StageLoop:
         metrics = metrics | {"skipped": int(self.guard.bad_in_a_row > 0)}
         self._log.step(step, metrics, traces)
         if not self.guard.bad_in_a_row:
-            self._finished, self._updates = step, steps_taken(self._trainer.optimizer)
+            self._finished, self._updates = step, self._trainer.optimizer_steps
         self.guard.watch(step, metrics)
         if stage.early_stopping and metrics.get(stage.early_stopping.metric) is not None:
             self._watched.append(metrics[stage.early_stopping.metric])
@@ -184,7 +183,7 @@ class StageLoop:
         step, on_all_ranks = self._finished, isinstance(error, UserError) and error.on_all_ranks
         if step <= self._saved or self.guard.bad_in_a_row or not (world_size() == 1 or on_all_ranks):
             return
-        if steps_taken(self._trainer.optimizer) != self._updates:
+        if self._trainer.optimizer_steps != self._updates:
             return
         with suppress(Exception):  # `error` says what was wrong first
             self._save(step, is_due=False, failed=True)

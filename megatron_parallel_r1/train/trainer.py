@@ -131,8 +131,9 @@ def wrap_for_training(model: Model, adam: Adam) -> tuple[list[DistributedDataPar
     # Megatron marks norms with wd_mult = 0, but only its own scheduler would ever multiply by it.
     for group in optimizer.param_groups:
         group["weight_decay"] = adam.weight_decay * group["wd_mult"]
-        # On a GPU torch's default, foreach, keeps the count of steps on the host; fused would wait for it.
-        if not torch.cuda.is_available():
+        # torch's Adam, where neither Transformer Engine nor Apex is installed: by default it goes tensor by
+        # tensor on a CPU, and on a GPU makes copies of all of them.
+        if "fused" in group:
             group["fused"] = True
     config.finalize_model_grads_func = _finalize_gradients
     syncs = [stage.no_sync for stage in wrapped]
@@ -165,11 +166,15 @@ class Trainer(LogprobRunner):
     """Trains a model and computes log-probs under its current weights.
 
     Arguments as for `LogprobRunner`; each update gets its own learning rate.
+
+    Attributes:
+        optimizer_steps: those that were begun. Adam's own count is on the device, and reading it would wait.
     """
 
     def __init__(self, model: Model, adam: Adam, temperature: float = 1.0) -> None:
         super().__init__(model, temperature)
         self.wrapped, self.optimizer = wrap_for_training(model, adam)
+        self.optimizer_steps = 0
         self._stages = list(self.wrapped)
 
     def update(self, batches: Sequence[MicroBatch], loss: Loss, lr: float) -> Update:
@@ -194,6 +199,7 @@ class Trainer(LogprobRunner):
         _clip(self.optimizer, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.optimizer_steps += 1
         self.optimizer.step_with_ready_grads()
         return Update(
             loss=means.pop("loss"),

@@ -25,7 +25,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
-from megatron_parallel_r1.train.checkpoints.sharded import live_parts, steps_taken
+from megatron_parallel_r1.train.checkpoints.sharded import live_parts
 from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Adam, Trainer
 from tests.parallel.launch import parallel_of
@@ -86,7 +86,7 @@ def work(job: Job, parallel: ParallelConfig, untied: bool) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
             checkpoints.save(trainer, found + job.save_after, {})
         state = (
-            steps_taken(trainer.optimizer),
+            trainer.optimizer_steps,
             [
                 (part.key, part.global_offset, tuple(part.global_shape), part.data.clone())
                 for part in live_parts(trainer)

@@ -33,8 +33,7 @@ from megatron_parallel_r1.train.checkpoints.sharded import (
     extra_states,
     live_parts,
     set_extra_states,
-    set_steps_taken,
-    steps_taken,
+    set_optimizer_steps,
 )
 from megatron_parallel_r1.train.checkpoints.writer import CheckpointWriter, WriteFailed
 from megatron_parallel_r1.train.trainer import Trainer
@@ -80,8 +79,7 @@ class Checkpoints:
         """
         self.settle()
         parts = live_parts(trainer)
-        taken = max(all_gather_objects(steps_taken(trainer.optimizer)))
-        about = Manifest(step, taken, score, json.loads(json.dumps(state)), files={})
+        about = Manifest(step, trainer.optimizer_steps, score, json.loads(json.dumps(state)), files={})
         final = self._folder / f"step_{step:06d}"
         try:
             work = run_on_rank_zero(self._new_work_folder)
@@ -253,4 +251,4 @@ def _load(trainer: Trainer, folder: Path, manifest: Manifest) -> None:
     dist_checkpointing.load({str(number): part for number, part in enumerate(parts)}, str(folder))
     if EXTRA in manifest.files:  # whose digest was therefore checked
         set_extra_states(trainer.model, load_file(folder / EXTRA))
-    set_steps_taken(trainer.optimizer, manifest.optimizer_steps)
+    set_optimizer_steps(trainer, manifest.optimizer_steps)

@@ -136,23 +136,14 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
         if not state:
             state.update({name: torch.zeros_like(parameter.data) for name in MOMENTS})
             if _counts_each(inner):
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                # On the device, where the fused Adam reads it.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
 
-def steps_taken(optimizer: MegatronOptimizer) -> int:
-    """Steps counted by Adam's bias correction, 0 if this rank trains nothing; call `begin_state` first."""
-    counts = {
-        int(inner.optimizer.state[parameter]["step"])
-        if _counts_each(inner)
-        else int(inner.optimizer.param_groups[0].get("step", 0))
-        for inner, parameter in _trained(optimizer)
-    }
-    return max(counts, default=0)
-
-
-def set_steps_taken(optimizer: MegatronOptimizer, steps: int) -> None:
-    """Sets the count that `steps_taken` returns."""
-    for inner, parameter in _trained(optimizer):
+def set_optimizer_steps(trainer: Trainer, steps: int) -> None:
+    """Sets the steps that Adam's bias correction counts; call `begin_state` first."""
+    trainer.optimizer_steps = steps
+    for inner, parameter in _trained(trainer.optimizer):
         if _counts_each(inner):
             inner.optimizer.state[parameter]["step"].fill_(steps)
         else:

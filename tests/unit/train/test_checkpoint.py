@@ -22,7 +22,7 @@ from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import load_hf_tensors
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
-from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_steps_taken, steps_taken
+from megatron_parallel_r1.train.checkpoints.sharded import live_parts, set_optimizer_steps
 from megatron_parallel_r1.train.checkpoints.writer import CheckpointWriter
 from megatron_parallel_r1.train.micro_batch import MicroBatch
 from megatron_parallel_r1.train.trainer import Adam, Trainer
@@ -53,7 +53,7 @@ def train(trainer_of) -> Train:
 def memory(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A copy of all that a checkpoint holds."""
     found = {f"{part.key} {part.global_offset}": part.data.clone() for part in live_parts(trainer)}
-    return found | {"steps": torch.tensor(steps_taken(trainer.optimizer))}
+    return found | {"steps": torch.tensor(trainer.optimizer_steps)}
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -106,7 +106,7 @@ def test_a_checkpoint_before_any_step_and_into_a_trained_optimizer(
     trained = trainer_of(seed=5)
     train(trained, 3)
     assert checkpoints.restore(trained) == (0, {})
-    assert steps_taken(trained.optimizer) == 0
+    assert trained.optimizer_steps == 0
     assert train(trained, 2) == expected == train(trainer_of(), 2)
 
 
@@ -121,9 +121,10 @@ def test_all_that_adam_remembers_is_kept(trainer_of, train: Train) -> None:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert sum(part.data.numel() for part in parts if not part.key.startswith("optimizer")) == parameters
     assert {*next(iter(inner.optimizer.state.values()))} == {"step", "exp_avg", "exp_avg_sq"}
-    set_steps_taken(trainer.optimizer, 7)
+    set_optimizer_steps(trainer, 7)
     train(trainer, 1)
     assert {int(state["step"]) for state in inner.optimizer.state.values()} == {8}
+    assert trainer.optimizer_steps == 8
 
 
 def test_steps_taken_while_it_is_written_change_nothing_of_it(
