@@ -1,11 +1,13 @@
 """Reads a recipe from a YAML file and the overrides of a command line.
 
-A file with the two keys `recipe` and `stage` stands for one stage of another file's recipe.
+A file with the key `recipe` has the recipe of another file, except for the keys that it sets itself; with the
+key `stage` it stands for one stage of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,7 @@ def read_tree(
     Raises:
         UserError: the file is missing or no YAML, or an override names nothing.
     """
-    tree = _mapping(path)
-    if "recipe" in tree:
-        tree = _mapping(_whole_recipe(path, tree))
+    tree = _whole_tree(path)
     renamed = renamed or {}
     tree = with_new_keys(tree, str(path), renamed)
     for override in overrides:
@@ -93,8 +93,8 @@ def refuse_single_stage(path: Path) -> None:
         UserError: the file stands for one stage, and all of a recipe are to run.
     """
     tree = _mapping(path)
-    if "recipe" in tree:
-        whole = _whole_recipe(path, tree)
+    if "stage" in tree:
+        whole = _base(path, tree)
         raise UserError(f"{path} is the stage {tree['stage']} alone; run sft or rl with it, or take {whole}")
 
 
@@ -107,11 +107,43 @@ def find_recipe(path: Path) -> Path:
     return named if named.is_file() else path
 
 
-def _whole_recipe(path: Path, tree: dict[str, Any]) -> Path:
-    """The recipe that the file of a single stage names, relative to its own folder."""
-    if set(tree) != {"recipe", "stage"} or not all(isinstance(value, str) for value in tree.values()):
-        raise UserError(f"{path}: the file of one stage has two keys, `recipe` (a path) and `stage` (a name)")
+def _whole_tree(path: Path, variants: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a file, with that of the recipe that it names below it.
+
+    Args:
+        variants: the files that lead to this one.
+    """
+    tree = _mapping(path)
+    if "recipe" not in tree:
+        return tree
+    file = find_recipe(path).resolve()
+    if file in variants:
+        raise UserError(f"{path}: its `recipe` leads back to itself")
+    base = _whole_tree(_base(path, tree), (*variants, file))
+    changes = {key: value for key, value in tree.items() if key not in ("recipe", "stage")}
+    return _merged(base, changes, str(path))
+
+
+def _base(path: Path, tree: dict[str, Any]) -> Path:
+    """The file that another one names as its `recipe`, relative to its own folder."""
+    if not {"recipe"} < set(tree) or not isinstance(tree["recipe"], str):
+        raise UserError(
+            f"{path}: beside `recipe` (a path) a file has `stage` (a name), or the keys that it changes"
+        )
     return find_recipe(path).parent / tree["recipe"]
+
+
+def _merged(here: Any, changes: Any, where: str) -> Any:
+    """`here` with changes: mappings key by key, lists by their members' names; anything else is replaced."""
+    if not isinstance(changes, dict) or not isinstance(here, dict | list):
+        return deepcopy(changes)  # aliases of YAML are one object
+    for key, value in changes.items():
+        if isinstance(here, list):
+            index = _index(here, str(key), where)
+            here[index] = _merged(here[index], value, where)
+        else:
+            here[key] = _merged(here.get(key), value, where)
+    return here
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -141,7 +173,7 @@ def _override(tree: dict[str, Any], override: str, renamed: Mapping[str, str]) -
     for part in way:
         here = _step_into(here, part, override)
     if isinstance(here, list):
-        here[_index(here, last, override)] = value
+        here[_index(here, last, f"override {override!r}")] = value
     elif isinstance(here, dict):
         here[last] = value
     else:
@@ -150,17 +182,17 @@ def _override(tree: dict[str, Any], override: str, renamed: Mapping[str, str]) -
 
 def _step_into(here: Any, part: str, override: str) -> Any:
     if isinstance(here, list):
-        return here[_index(here, part, override)]
+        return here[_index(here, part, f"override {override!r}")]
     if not isinstance(here, dict):
         raise UserError(f"override {override!r}: there is nothing inside {part}")
     return here.setdefault(part, {})
 
 
-def _index(items: list[Any], part: str, override: str) -> int:
+def _index(items: list[Any], part: str, where: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
     if part.isdigit() and int(part) < len(items):
         return int(part)
     known = ", ".join(str(name) for name in names if name) or f"0..{len(items) - 1}"
-    raise UserError(f"override {override!r}: no {part} in the list, it has {known}")
+    raise UserError(f"{where}: no {part} in the list, it has {known}")

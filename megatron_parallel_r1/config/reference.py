@@ -19,6 +19,10 @@ Every key of a recipe, generated from the settings types by `python -m megatron_
 do not edit it by hand. `parallel-r1 schema` prints the JSON schema for editors. Any key can be set on the
 command line by its path, such as `stages.rl_hard.optimizer.lr=1.0e-6`; a member of a list is addressed by its
 `name` or its index. A default of "–" means that the key is required.
+
+A file with the key `recipe`, a path relative to its own folder, has that file's recipe with its own keys laid
+over it: mappings key by key, stages by their names. With the key `stage` it stands for one stage of it.
+`recipes/qwen3_8b/` has examples.
 """
 
 

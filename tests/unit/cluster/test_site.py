@@ -179,7 +179,7 @@ def test_the_file_of_one_stage_selects_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the stage rl alone; .* or take .*whole\.yaml"):
         JobSpec.read("curriculum", [stage_file])
     (tmp_path / "rl.yaml").write_text("recipe: whole.yaml\n")
-    with pytest.raises(UserError, match="has two keys"):
+    with pytest.raises(UserError, match="or the keys that it changes"):
         JobSpec.read("rl", [stage_file])
 
 
