@@ -24,6 +24,7 @@ def recipe_with(out: Path, *words: str):
     return read_recipe(RECIPE, [*QUICK, "stages.cold_start.steps=6", *words, f"out={out}"])
 
 
+@pytest.mark.slow
 def test_a_lower_rate_after_bad_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_parallel_r1.sft import loop
     from megatron_parallel_r1.train.trainer import NotFinite

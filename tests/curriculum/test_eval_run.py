@@ -233,6 +233,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         evaluate_command(["--checkpoint", "nowhere", *ASKED, "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_what_was_drawn_is_kept(trained: Path, tmp_path: Path) -> None:
     words = ("run.py", "--checkpoint", trained, *ASKED, "--out", tmp_path)
 

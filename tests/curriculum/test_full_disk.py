@@ -18,7 +18,10 @@ RECIPE = ROOT / "tests/curriculum/mini.yaml"
 
 @pytest.mark.parametrize(
     ("most", "message"),
-    [(50_000, "cold_start/model could not be written"), (500, "a file could not be written")],
+    [
+        (50_000, "cold_start/model could not be written"),
+        pytest.param(500, "a file could not be written", marks=pytest.mark.slow),
+    ],
 )
 def test_what_cannot_be_written_is_one_line(most: int, message: str, tmp_path: Path) -> None:
     train = [sys.executable, "-m", "megatron_parallel_r1.cli", "sft", str(RECIPE), "--stage", "cold_start"]

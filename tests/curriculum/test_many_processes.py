@@ -51,7 +51,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("processes", "layout"),
     [
         pytest.param(2, "parallel.tensor=2", marks=pytest.mark.slow),
-        (2, "parallel.sharded_optimizer=true"),
+        pytest.param(2, "parallel.sharded_optimizer=true", marks=pytest.mark.slow),
         pytest.param(4, "parallel.tensor=2", marks=pytest.mark.slow),
     ],
 )

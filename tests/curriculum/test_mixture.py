@@ -129,6 +129,7 @@ def test_what_is_wrong_with_the_data_is_said_once_and_reported(
     assert all(f"- {line}\n" in report for line in lines)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_tells_its_sources_apart(tmp_path: Path) -> None:
     held_out = tmp_path / "held_out"
     held_out.mkdir()

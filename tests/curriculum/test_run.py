@@ -121,9 +121,8 @@ def test_the_release_is_a_hugging_face_model(whole: Path) -> None:
     assert "| rl | rl | embedded (easy) | 8 |" in (whole / "release/README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("stage", "step"), [pytest.param("cold_start", 14, marks=pytest.mark.slow), ("rl", 5)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "step"), [("cold_start", 14), ("rl", 5)])
 def test_killed_and_started_again_it_ends_the_same(
     whole: Path, tmp_path: Path, stage: str, step: int
 ) -> None:
@@ -166,6 +165,7 @@ def test_eval_and_report_on_a_finished_run(whole: Path) -> None:
     assert done.returncode == 0 and done.stdout.strip() == str(whole / "report.html")
 
 
+@pytest.mark.slow
 def test_single_stages_chain(whole: Path, tmp_path: Path) -> None:
     words = ("stages.cold_start.steps=2", "stages.rl.steps=1", "evaluation.problems=4")
     early = subprocess.run(command(tmp_path, "rl", str(RECIPE), *words), capture_output=True, text=True)

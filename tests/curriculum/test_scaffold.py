@@ -36,6 +36,7 @@ def run_stages(out: Path, *settings: str) -> Path:
     return outcome.folder
 
 
+@pytest.mark.slow
 def test_a_carried_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     fresh = run_stages(tmp_path / "fresh")
     carried = run_stages(tmp_path / "carried", "carry_optimizer: true")
@@ -87,6 +88,7 @@ def test_the_first_stage_has_no_optimizer_to_carry_on(tmp_path: Path) -> None:
         read_recipe(RECIPE, ["stages.cold_start.carry_optimizer=true", f"out={tmp_path}"])
 
 
+@pytest.mark.slow
 def test_a_renewed_reference_goes_on_where_it_was(tmp_path: Path) -> None:
     """Stopped between two renewals, the run goes on against the same reference: its KL is the same."""
     rl = "stages.rl.objective={kl: k3, kl_coefficient: 0.1}"

@@ -64,7 +64,7 @@ def test_python_without_venv(tmp_path: Path) -> None:
     assert output.count("\n") == 1
 
 
-@pytest.mark.parametrize("was_ready", [False, True])
+@pytest.mark.parametrize("was_ready", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_network(tmp_path: Path, was_ready: bool) -> None:
     """An interrupted install is begun anew; one that was whole is kept, to be brought up to date later."""
     folder = tmp_path / "venv"

@@ -33,13 +33,14 @@ def launched(
     return launch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "case"),
     [
         (2, "team=2"),
-        pytest.param(2, "team=2 tied", marks=pytest.mark.slow),
-        pytest.param(4, "team=4", marks=pytest.mark.slow),
-        pytest.param(4, "team=2", marks=pytest.mark.slow),
+        (2, "team=2 tied"),
+        (4, "team=4"),
+        (4, "team=2"),
     ],
 )
 def test_a_team_decodes_what_one_process_does(launched, processes: int, case: str) -> None:

@@ -88,6 +88,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_killed_rank_is_named_before_the_agent_ends_the_others() -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
     done = subprocess.run(
@@ -104,6 +105,7 @@ def test_under_torchrun_a_killed_rank_is_named_before_the_agent_ends_the_others(
         assert "(stage rl, step 3): rank 1 has sent no heartbeat for" in line
 
 
+@pytest.mark.slow
 def test_an_error_of_a_rank_keeps_its_message_and_is_told_to_the_others(tmp_path: Path) -> None:
     found = ended(tmp_path, 1, "refuse")
     assert found[1].code == 2

@@ -133,7 +133,7 @@ slow = pytest.mark.slow
     ("before", "after"),
     [
         ("", "tensor=2"),
-        ("sharded_optimizer", ""),
+        pytest.param("sharded_optimizer", "", marks=slow),
         pytest.param("pipeline=2 virtual=2", "tensor=2", marks=slow),
         pytest.param("", "tensor=2 pipeline=2", marks=slow),
         pytest.param("", "sharded_optimizer", marks=slow),

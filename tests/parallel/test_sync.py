@@ -35,9 +35,9 @@ def launched(
     ("processes", "layout"),
     [
         (1, ""),
-        (2, "tensor=2"),
-        (2, "pipeline=2 virtual=2"),
-        (4, "tensor=2 pipeline=2"),
+        pytest.param(2, "tensor=2", marks=pytest.mark.slow),
+        pytest.param(2, "pipeline=2 virtual=2", marks=pytest.mark.slow),
+        pytest.param(4, "tensor=2 pipeline=2", marks=pytest.mark.slow),
         pytest.param(2, "pipeline=2", marks=pytest.mark.slow),
         pytest.param(4, "tensor=2", marks=pytest.mark.slow),
         pytest.param(4, "context=2 pipeline=2", marks=pytest.mark.slow),

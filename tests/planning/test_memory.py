@@ -98,12 +98,13 @@ def test_activations_are_what_autograd_keeps() -> None:
         assert 0 <= kept - planned <= INDEX_BYTES * LENGTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
         "--tensor 2 --sequence",
         "--context 2",
-        pytest.param("--tensor 2", marks=pytest.mark.slow),
+        "--tensor 2",
     ],
 )
 def test_activations_of_a_split_model(tmp_path: Path, layout: str) -> None:

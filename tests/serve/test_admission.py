@@ -72,6 +72,7 @@ def test_those_at_once_share_the_cache_in_the_order_of_their_arrival() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["isolated", "replay", "causal", "sequential"])
 def test_no_answer_holds_more_than_it_is_counted_with(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []

@@ -46,6 +46,7 @@ def test_a_full_queue_sends_away_and_the_time_limit_ends_the_rest(narrow: httpx.
     assert post(narrow, chat(seed=1, max_tokens=5)).status_code == 200
 
 
+@pytest.mark.slow
 def test_requests_wait_for_room_in_the_cache(release: Path) -> None:
     limits = {"cache_tokens": 6100, "waiting": 1, "seconds": 2.0}
     with running(release, limits=limits) as client, ThreadPoolExecutor(6) as pool:
@@ -126,6 +127,7 @@ def test_the_port_is_held_from_the_start() -> None:
             _listen("127.0.0.1", port)
 
 
+@pytest.mark.slow
 def test_an_open_address_without_a_key_is_warned_of(release: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with running(release, host="0.0.0.0") as client:
         url = f"http://127.0.0.1:{client.base_url.port}/v1/models"
@@ -137,8 +139,8 @@ def test_an_open_address_without_a_key_is_warned_of(release: Path, capfd: pytest
     ("settings", "message"),
     [
         ('{"host": "256.0.0.1"}', "cannot listen"),
-        ('{"api_key": " "}', "API key is empty"),
-        ('{"device": "abacus"}', "device abacus"),
+        pytest.param('{"api_key": " "}', "API key is empty", marks=pytest.mark.slow),
+        pytest.param('{"device": "abacus"}', "device abacus", marks=pytest.mark.slow),
         ('{"limits": {"running": 0}}', "running must be at least 1"),
     ],
 )

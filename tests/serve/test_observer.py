@@ -38,7 +38,7 @@ async def plain(thinking: Thinking, seed: int) -> Trace:
     return trace
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("mode", ["isolated", "replay", "causal", "sequential"])
 def test_an_assembled_response_is_its_trace(mode: Mode, depth: int) -> None:
     thinking = THINKING.replace(mode=mode, max_depth=depth, max_response_tokens=110)

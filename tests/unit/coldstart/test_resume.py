@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.unit.coldstart.fake_teacher import Body, FakeTeacher, Reply, chat, fault
 from tests.unit.coldstart.written_traces import answer_to, gsm8k_file, settings_tree, trace
 
@@ -38,6 +40,7 @@ def start(tree: dict) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(tree)], env=environment)
 
 
+@pytest.mark.slow
 def test_kills_leave_no_trace(tmp_path: Path) -> None:
     data = gsm8k_file(tmp_path, 60)
     changes = {"samples": 2, "balance": {"per_problem": 2, "ratio": 1.2}}

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 def test_it_prints_a_row_for_each_kind_of_pairs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.verifier", "--pairs", "4", "--repeats", "2"]
     environment = {**os.environ, "MPR1_SHARED": str(tmp_path)}

@@ -131,6 +131,7 @@ def test_a_hard_time_out_costs_the_worker_and_nothing_else() -> None:
         assert len(verifier.pids) == 1 and verifier.pids != (first,)
 
 
+@pytest.mark.slow
 def test_towers_of_powers_are_wrong_and_cost_one_time_out_each() -> None:
     towers = ["10^{10^{10}}", "2^{2^{2^{2^{2^2}}}}", "x^{" * 100 + "2" + "}" * 100, "(9^9)^{9^9}!"]
     with Verifier(limit_s=1.0) as verifier:
@@ -140,6 +141,7 @@ def test_towers_of_powers_are_wrong_and_cost_one_time_out_each() -> None:
     assert not any(verdict.correct for verdict in verdicts)
 
 
+@pytest.mark.slow
 def test_a_call_full_of_towers_is_given_up_and_the_next_one_is_not() -> None:
     towers = [(f"{base}^{{9^{{9^9}}}}", "3") for base in range(2, 10)]
     with Verifier(limit_s=1.0, most_timeouts=2) as verifier:

@@ -165,6 +165,7 @@ def test_an_empty_micro_batch_has_a_loss_of_nothing() -> None:
     assert loss.item() == 0 and empty_N.grad.shape == (0,) and not any(s.item() for s in sums.values())
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_rows_have_the_loss_and_gradient_of_one(tmp_path: Path) -> None:
     """Not covered: NCCL, and Megatron's schedule around it (tests/parallel)."""
     alone = two_processes.losses(None)
