@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+import aiohttp
 import httpx
 
 from megatron_parallel_r1.coldstart.settings import Api, TeacherEndpoint
@@ -55,24 +56,28 @@ async def open_endpoint(endpoint: TeacherEndpoint, concurrency: int) -> AsyncIte
     """
     key = _read_key(endpoint.key_variable)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(
-        max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=KEEPALIVE_S
+    connector = aiohttp.TCPConnector(
+        limit=concurrency,
+        keepalive_timeout=KEEPALIVE_S,
+        ssl=httpx.create_ssl_context(),  # with certifi's authorities: some Pythons find none of the system
     )
-    async with httpx.AsyncClient(headers=headers, timeout=endpoint.timeout_s, limits=limits) as client:
-        yield EndpointTeacher(endpoint, client, key)
+    async with aiohttp.ClientSession(connector=connector, headers=headers, trust_env=True) as session:
+        yield EndpointTeacher(endpoint, session, key)
 
 
 class EndpointTeacher:
     """Sends one HTTP request per sample, with retries.
 
     Args:
-        client: sends the key with each request.
+        session: sends the key with each request.
         key: removed from the endpoint's messages before they are shown.
     """
 
-    def __init__(self, endpoint: TeacherEndpoint, client: httpx.AsyncClient, key: str | None = None) -> None:
+    def __init__(
+        self, endpoint: TeacherEndpoint, session: aiohttp.ClientSession, key: str | None = None
+    ) -> None:
         self._endpoint = endpoint
-        self._client = client
+        self._session = session
         self._key = key
         path = "chat/completions" if endpoint.api == "chat" else "completions"
         self._url = f"{endpoint.url.rstrip('/')}/{path}"
@@ -112,21 +117,24 @@ class EndpointTeacher:
 
     async def _send(self, request: TeacherRequest) -> TeacherAnswer:
         timeout_s = self._endpoint.timeout_s
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        body = self._body(request)
         try:
-            # httpx's time-out restarts with every byte, so a slow drip would never time out.
-            sending = self._client.post(self._url, json=self._body(request))
-            response = await asyncio.wait_for(sending, timeout_s)
-        except (asyncio.TimeoutError, httpx.TimeoutException):
+            async with self._session.post(
+                self._url, json=body, timeout=timeout, allow_redirects=False
+            ) as response:
+                content = await response.read()
+        except asyncio.TimeoutError:
             raise _Transient(f"no answer within {timeout_s:g} s") from None
-        except httpx.RequestError as error:
+        except aiohttp.ClientError as error:
             raise _Transient(f"{type(error).__name__} {error}".strip()) from None
-        status = response.status_code
+        status = response.status
         if status >= 500 or status in TRANSIENT_STATUSES:
             raise _Transient(f"status {status}", retry_after_s(response.headers.get("Retry-After")))
-        if not response.is_success:
-            return self._handle_error(response)
+        if not 200 <= status < 300:
+            return self._handle_error(status, response.headers.get("Location"), content)
         try:
-            return read_reply(response.content, self._endpoint.api)
+            return read_reply(content, self._endpoint.api)
         except BadReply as error:
             raise _Transient(str(error)) from None
 
@@ -148,16 +156,16 @@ class EndpointTeacher:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _handle_error(self, response: httpx.Response) -> TeacherAnswer:
+    def _handle_error(self, status: int, location: str | None, content: bytes) -> TeacherAnswer:
         """Returns a refusal for a filtered prompt.
 
         Raises:
             UserError: any other error status.
         """
-        code, message = error_of(response.content)
+        code, message = error_of(content)
         if code == "content_filter":
             return TeacherAnswer("", "refused")
-        endpoint, status = self._endpoint, response.status_code
+        endpoint = self._endpoint
         if status in (401, 403):
             key = (
                 f"the key in {endpoint.key_variable}" if endpoint.key_variable else "a request without a key"
@@ -167,8 +175,8 @@ class EndpointTeacher:
             advice = (
                 f"it has no model {endpoint.model!r} or no such address; fix teacher.model or teacher.url"
             )
-        elif response.is_redirect:
-            advice = f"it redirects to {response.headers.get('Location')}; set teacher.url to that"
+        elif 300 <= status < 400:
+            advice = f"it redirects to {location}; set teacher.url to that"
         else:
             shown = message.replace(self._key, "…") if self._key else message
             advice = f"it refuses the request ({shown[:200] or 'no message'}); fix the settings of teacher"

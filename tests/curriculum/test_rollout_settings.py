@@ -10,10 +10,10 @@ import pytest
 
 from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.servers import engine
 from megatron_parallel_r1.run.folder import is_resumable, open_run_folder
 from tests.curriculum.test_bad_input import RECIPE, fail
-from tests.unit.rollout.test_sglang import URL, FakeSGLang
+from tests.unit.rollout.scripted_server import scripted_server
+from tests.unit.rollout.test_sglang import FakeSGLang
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,11 @@ def test_servers_of_several_copies_are_refused_when_the_run_meets_them(
 ) -> None:
     server = FakeSGLang()
     server.server_info["dp_size"] = 2
-    monkeypatch.setattr(engine, "CLIENTS", {"sglang": lambda url, timeouts: server.client()})
     words = [f"out={tmp_path}", "thinking.mode=replay", "stages.cold_start.steps=2"]
-    words += ["rollout.engine=sglang", f"rollout.urls=[{URL}]", "rollout.patience_s=1"]
-    shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
-    assert f"{URL} has 2 copies of the model" in shown and "start more servers instead of --dp" in shown
+    words += ["rollout.engine=sglang", "rollout.patience_s=1"]
+    with scripted_server(server) as url:
+        shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words, f"rollout.urls=[{url}]")
+    assert f"{url} has 2 copies of the model" in shown and "start more servers instead of --dp" in shown
 
 
 def test_who_decodes_may_change_when_a_run_goes_on(tmp_path: Path) -> None:

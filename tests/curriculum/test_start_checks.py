@@ -12,10 +12,10 @@ from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.curriculum.run import run
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher import run as launcher
-from megatron_parallel_r1.rollout.servers import engine
 from megatron_parallel_r1.run import transport
 from tests.curriculum.test_bad_input import RECIPE, fail
-from tests.unit.rollout.test_sglang import URL, FakeSGLang
+from tests.unit.rollout.scripted_server import scripted_server
+from tests.unit.rollout.test_sglang import FakeSGLang
 
 OWN = ("rollout.engine=sglang", "rollout.servers=1")
 
@@ -77,9 +77,9 @@ def test_servers_that_cannot_serve(capsys, monkeypatch, tmp_path: Path, info: di
     capsys.readouterr()
     server = FakeSGLang()
     server.server_info |= {key: str(tmp_path / "served") if v == "MODEL" else v for key, v in info.items()}
-    monkeypatch.setattr(engine, "CLIENTS", {"sglang": lambda url, timeouts: server.client()})
-    words = [f"out={tmp_path}/out", "thinking.mode=replay", "rollout.engine=sglang", f"rollout.urls=[{URL}]"]
-    assert named in fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
+    words = [f"out={tmp_path}/out", "thinking.mode=replay", "rollout.engine=sglang"]
+    with scripted_server(server) as url:
+        assert named in fail(capsys, monkeypatch, "curriculum", RECIPE, *words, f"rollout.urls=[{url}]")
     assert not (tmp_path / "out").exists()
 
 
@@ -87,11 +87,11 @@ def test_another_nccl(capsys, monkeypatch, tmp_path: Path) -> None:
     server = FakeSGLang()
     server.server_info["context_length"] = server.server_info["max_req_input_len"] = 90
     server.server_info["internal_states"] = [{"parallel_r1": {"nccl": [2, 30, 7]}}]
-    monkeypatch.setattr(engine, "CLIENTS", {"sglang": lambda url, timeouts: server.client()})
     monkeypatch.setattr(transport, "trainer_nccl", lambda: (2, 27, 3))
-    words = [f"out={tmp_path}/out", "thinking.mode=replay", "rollout.engine=sglang", f"rollout.urls=[{URL}]"]
-    shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
-    assert "NCCL is 2.27.3 here and 2.30.7 in " + URL in shown and not (tmp_path / "out").exists()
+    words = [f"out={tmp_path}/out", "thinking.mode=replay", "rollout.engine=sglang"]
+    with scripted_server(server) as url:
+        shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words, f"rollout.urls=[{url}]")
+    assert f"NCCL is 2.27.3 here and 2.30.7 in {url}" in shown and not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import httpx
+import aiohttp
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
@@ -156,32 +157,25 @@ RETRYABLE_STATUSES = frozenset({408, 425, 429})
 
 KEEPALIVE_S = 2.0
 """How long an unused connection is kept, in seconds: less than servers do. SGLang and vLLM close theirs after
-5 s, httpx by default too, and a request sent at that very moment is lost."""
+5 s, and a request sent at that very moment is lost."""
 
 
 class AsyncHttpClient:
     """JSON requests to one base address; the base of each engine's `Server`.
 
+    A request costs the same however many are in flight: see `benchmarks/client.py`.
+
     Connections belong to an event loop, and each rollout batch may have its own. They are opened in the
     running loop and closed when it ends: `asyncio.run` closes an unfinished async generator before the loop.
-
-    Args:
-        transport: replaces the network in tests.
     """
 
-    def __init__(
-        self,
-        url: str,
-        timeouts: Timeouts | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
+    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
         self.url = url.rstrip("/")
         self.timeouts = timeouts or Timeouts()
         self._seeded: bool | None = None
-        self._transport = transport
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._client: httpx.AsyncClient | None = None
-        self._closer: AsyncGenerator[httpx.AsyncClient, None] | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._closer: AsyncGenerator[None, None] | None = None
 
     async def get(self, path: str) -> Any:
         """The JSON answer to a question about the server; times out after `check_s`."""
@@ -203,56 +197,60 @@ class AsyncHttpClient:
         return True
 
     async def close(self) -> None:
-        closer, self._closer, self._client, self._loop = self._closer, None, None, None
+        closer, self._closer, self._session, self._loop = self._closer, None, None, None
         if closer is not None:
             await closer.aclose()
 
     async def _json(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
-        response = await self._checked(method, path, body, timeout_s)
+        content = await self._checked(method, path, body, timeout_s)
         try:
-            return response.json()
+            return json.loads(content)
         except ValueError as error:
-            raise Unreachable(f"{self.url}{path}: the answer is no JSON: {response.text[:200]!r}") from error
+            text = content[:200].decode(errors="replace")
+            raise Unreachable(f"{self.url}{path}: the answer is no JSON: {text!r}") from error
 
     async def _checked(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
-    ) -> httpx.Response:
-        client = await self._open()
-        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self.timeouts.connect_s), pool=None)
+    ) -> bytes:
+        """The body of a successful answer."""
+        session = await self._open()
+        connect_s = min(timeout_s, self.timeouts.connect_s)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=timeout_s)
         try:
-            response = await client.request(method, self.url + path, json=body, timeout=timeout)
-        except httpx.TimeoutException as error:
+            async with session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                content = await response.read()
+        except asyncio.TimeoutError as error:
             raise Unreachable(f"{self.url}{path}: no answer within {timeout_s:g} s") from error
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise UserError(
                 f"{self.url} is no address ({error}); give servers as http://host:port"
             ) from error
-        except httpx.TransportError as error:
+        except aiohttp.ClientError as error:
             raise Unreachable(f"{self.url}{path}: {error or type(error).__name__}") from error
-        if response.is_success:
-            return response
-        text = " ".join(response.text.split())[:400]
-        message = f"{self.url}{path} answered {response.status_code}: {text}"
-        if response.status_code >= 500 or response.status_code in RETRYABLE_STATUSES:
+        if 200 <= response.status < 300:
+            return content
+        text = " ".join(content.decode(errors="replace").split())[:400]
+        message = f"{self.url}{path} answered {response.status}: {text}"
+        if response.status >= 500 or response.status in RETRYABLE_STATUSES:
             raise Unreachable(message)
         raise UserError(f"{message}; change the recipe, or how the server was started")
 
-    async def _open(self) -> httpx.AsyncClient:
+    async def _open(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
-        if self._client is None or self._loop is not loop:
+        if self._session is None or self._loop is not loop:
             self._loop = loop
-            limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S)
-            self._client = httpx.AsyncClient(transport=self._transport, limits=limits, trust_env=False)
-            self._closer = _closed_at_exit(self._client)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            self._closer = _closed_at_exit(self._session)
             await self._closer.__anext__()
-        return self._client
+        return self._session
 
 
-async def _closed_at_exit(client: httpx.AsyncClient) -> AsyncGenerator[httpx.AsyncClient, None]:
+async def _closed_at_exit(session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:
     try:
-        yield client
+        yield
     finally:
-        await client.aclose()
+        await session.close()
 
 
 # The highest temperature that vLLM takes. There a language model hardly draws the same HANDSHAKE_TOKENS twice

@@ -18,8 +18,6 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-import httpx
-
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion
 from megatron_parallel_r1.rollout.servers.client import (
@@ -45,13 +43,8 @@ NO_LOGPROB = -9999.0
 class VllmClient(AsyncHttpClient):
     """Implements `Server`."""
 
-    def __init__(
-        self,
-        url: str,
-        timeouts: Timeouts | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        super().__init__(url, timeouts, transport)
+    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
+        super().__init__(url, timeouts)
         self._in_flight: set[str] = set()
 
     async def info(self) -> ServerInfo:

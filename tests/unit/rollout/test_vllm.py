@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import threading
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import pytest
 
 from megatron_parallel_r1.errors import UserError
@@ -20,54 +19,43 @@ from megatron_parallel_r1.rollout.servers.client import (
     GenerateRequest,
     GenerateResult,
     ServerInfo,
-    Timeouts,
     Unreachable,
 )
 from megatron_parallel_r1.rollout.servers.vllm import VllmClient
+from tests.unit.rollout.scripted_server import Answer, FakeEngine, as_json, scripted_server
 
-URL = "http://a:8000"
 GENERATE = "/inference/v1/generate"
 REQUEST = GenerateRequest(
     (7, 8, 9), Sampling(0.5, seed=(1 << 62) + 3), 4, frozenset({3, 6}), frozenset({0}), "t"
 )
 
 
-class FakeVLLM:
-    """Answers by script; `bodies` are what it was sent."""
+class FakeVLLM(FakeEngine[VllmClient]):
+    client = VllmClient
 
     def __init__(self, *answers: Any, seeds: bool = True, tempered: bool = True) -> None:
-        self.answers = list(answers)
-        self.bodies: list[dict[str, Any]] = []
-        self.weight_info = httpx.Response(200, json={"weight_version": "5"})
+        super().__init__(*answers)
+        self.weight_info = as_json({"weight_version": "5"})
         self.models: Any = {"data": [{"root": "m", "max_model_len": 64}]}
         self.seeds, self.tempered = seeds, tempered
 
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        if request.url.path == "/v1/models":
-            return httpx.Response(200, json=self.models)
-        if request.url.path == "/weight_info":
-            return self.weight_info
-        body = json.loads(request.content)
-        self.bodies.append(body)
-        if self.answers:
-            answer = self.answers.pop(0)
-            return answer if isinstance(answer, httpx.Response) else httpx.Response(200, json=answer)
-        # The handshake: draws, and scores. A token's log-prob falls with its number.
+    def inform(self, path: str) -> Any:
+        return {"/v1/models": self.models, "/weight_info": self.weight_info}.get(path)
+
+    def handshake(self, body: dict[str, Any]) -> Any:
+        # A token's log-prob falls with its number.
         params = body["sampling_params"]
         if "prompt_logprobs" in params:
             scored = [None, *({str(token): {"logprob": -float(token)}} for token in body["token_ids"][1:])]
-            return httpx.Response(200, json={"prompt_logprobs": scored})
+            return {"prompt_logprobs": scored}
         drawn = [5] * 31 + [5 if self.seeds else len(self.bodies)]
         if params["max_tokens"] == 1:
             drawn = [5 + params["seed"] % 4]
         slope = 1 / params["temperature"] if self.tempered else 1.0
-        return httpx.Response(200, json=answer_of(drawn, logprob=-slope * drawn[-1]))
-
-    def client(self) -> VllmClient:
-        return VllmClient(URL + "/", Timeouts(1, 1, 1), httpx.MockTransport(self))
+        return answer_of(drawn, logprob=-slope * drawn[-1])
 
     def ask(self, request: GenerateRequest = REQUEST) -> GenerateResult:
-        return asyncio.run(self.client().generate(request))
+        return self.do(lambda client: client.generate(request))
 
 
 def answer_of(
@@ -112,7 +100,7 @@ def test_continuations_of_one_branch_have_seeds_of_their_own() -> None:
 def test_what_vllm_cannot_give_is_refused_before_it_is_sent() -> None:
     server = FakeVLLM()
     for sampling in (Sampling(top_k=5), Sampling(top_p=0.9)):
-        with pytest.raises(UserError, match=r"http://a:8000: .*after top-k and top-p.*roll out with SGLang"):
+        with pytest.raises(UserError, match=r"127.0.0.1:\d+: .*after top-k and top-p.*roll out with SGLang"):
             server.ask(replace(REQUEST, sampling=sampling))
     with pytest.raises(UserError, match="no mode isolated; use replay"):
         server.ask(replace(REQUEST, joined=(JoinedBlock(1, (2,)),)))
@@ -132,20 +120,21 @@ def test_what_vllm_cannot_give_is_refused_before_it_is_sent() -> None:
         (answer_of([1] * 4, logprobs=None), "without TypeError"),
         ({"choices": []}, "without ValueError"),
         ([], "without TypeError"),
-        (httpx.Response(200, text="<html>"), "no JSON: '<html>'"),
-        (httpx.Response(500, text="EngineCore died"), "answered 500: EngineCore died"),
+        (Answer(b"<html>"), "no JSON: '<html>'"),
+        (Answer(b"EngineCore died", 500), "answered 500: EngineCore died"),
     ],
 )
 def test_what_another_server_may_answer(answer: Any, message: str) -> None:
+    server = FakeVLLM(answer)
     with pytest.raises(Unreachable, match=message) as raised:
-        FakeVLLM(answer).ask()
-    assert URL in str(raised.value)
+        server.ask()
+    assert server.url in str(raised.value)
 
 
 def test_what_the_server_refuses_ends_the_run_in_one_line() -> None:
-    answer = httpx.Response(403, json={"error": {"message": "Restart with\n--enable-scale-out"}})
+    answer = as_json({"error": {"message": "Restart with\n--enable-scale-out"}}, 403)
     with pytest.raises(
-        UserError, match=rf"{URL}{GENERATE} answered 403: .*enable-scale-out.*; change"
+        UserError, match=rf"http://127.0.0.1:\d+{GENERATE} answered 403: .*enable-scale-out.*; change"
     ) as raised:
         FakeVLLM(answer).ask()
     assert "\n" not in str(raised.value)
@@ -153,52 +142,51 @@ def test_what_the_server_refuses_ends_the_run_in_one_line() -> None:
 
 def test_about() -> None:
     server = FakeVLLM()
-    assert asyncio.run(server.client().info()) == ServerInfo("m", STOCK_MODES, 5, 64, None, True)
+    assert server.do(VllmClient.info) == ServerInfo("m", STOCK_MODES, 5, 64, None, True)
     # Out of its development mode it has no such path.
-    server.weight_info = httpx.Response(404, json={"detail": "Not Found"})
-    assert asyncio.run(server.client().info()).version == INITIAL_VERSION
+    server.weight_info = as_json({"detail": "Not Found"}, 404)
+    assert server.do(VllmClient.info).version == INITIAL_VERSION
     server.models = {"data": []}
     with pytest.raises(Unreachable, match="no vLLM server answers so"):
-        asyncio.run(server.client().info())
+        server.do(VllmClient.info)
 
 
 def test_the_handshake_sees_seeds_that_are_ignored_and_raw_log_probs() -> None:
-    assert not asyncio.run(FakeVLLM(seeds=False).client().info()).seeded
+    assert not FakeVLLM(seeds=False).do(VllmClient.info).seeded
     with pytest.raises(UserError, match="start vLLM with --logprobs-mode processed_logprobs"):
-        asyncio.run(FakeVLLM(tempered=False).client().info())
+        FakeVLLM(tempered=False).do(VllmClient.info)
 
 
 def test_score() -> None:
     scored = [None, {"8": {"logprob": -1.5}, "3": {"logprob": -0.1}}, {"9": {"logprob": -2.0}}]
     server = FakeVLLM({"prompt_logprobs": scored}, {"prompt_logprobs": scored[:2]})
-    assert asyncio.run(server.client().score((7, 8, 9))) == (-1.5, -2.0)
+    assert server.do(lambda client: client.score((7, 8, 9))) == (-1.5, -2.0)
     with pytest.raises(Unreachable, match="no log-probs of the prompt"):
-        asyncio.run(server.client().score((7, 8, 9)))
+        server.do(lambda client: client.score((7, 8, 9)))
 
 
 def test_abort_all_names_what_is_under_way() -> None:
     names: list[list[str]] = []
 
-    async def answer(request: httpx.Request) -> httpx.Response:
-        body = json.loads(request.content)
-        if request.url.path != GENERATE:
+    def answer(path: str, body: Any) -> Answer:
+        if path != GENERATE:
             names.append(body["request_ids"])
             aborted.set()
-            return httpx.Response(200)
+            return Answer()
         requests.append(body["request_id"])
-        await aborted.wait()
-        return httpx.Response(200, json=answer_of([11], "abort"))
+        aborted.wait(60)
+        return as_json(answer_of([11], "abort"))
 
-    async def work() -> None:
+    async def work(client: VllmClient) -> None:
         answers = [asyncio.ensure_future(client.generate(REQUEST)) for _ in range(2)]
         while len(requests) < 2:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
         await client.abort_all()
         results = await asyncio.gather(*answers, return_exceptions=True)
         assert [type(result) for result in results] == [Unreachable] * 2
 
     requests: list[str] = []
-    aborted = asyncio.Event()
-    client = VllmClient(URL, transport=httpx.MockTransport(answer))
-    asyncio.run(work())
+    aborted = threading.Event()
+    with scripted_server(answer) as url:
+        asyncio.run(work(VllmClient(url)))
     assert {*names[0]} == {f"generate-tokens-{name}" for name in requests}
