@@ -105,6 +105,8 @@ class Recipe(Settings):
     """Removal of training problems that overlap with evaluation problems; null: none."""
     wandb: Wandb | None = None
     """Logging to Weights & Biases; null: none."""
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of rank 0's host at which Prometheus finds the run's metrics under `/metrics`; null: none."""
 
     @model_validator(mode="after")
     def _check_settings(self) -> Recipe:

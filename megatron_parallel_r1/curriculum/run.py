@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,13 @@ def _run_seed(
         keep_memory_shareable()
     with process.running(recipe.seed, recipe.parallel, recipe.collective_timeout_s) as watchdog:
         check_engine(run, names)
-        with lock_folder(folder), Verifier(workers=_workers()) as verifier, Backends(run) as backends:
+        with (
+            lock_folder(folder),
+            Verifier(workers=_workers()) as verifier,
+            Backends(run) as backends,
+            run.exporter,
+        ):
+            run_on_rank_zero(partial(run.exporter.serve, recipe.metrics_port))
             run_on_rank_zero(open_folder)
             last: Model | None = None
             for stage in recipe.stages:

@@ -80,11 +80,16 @@ def all_ranks_true(flag: bool, device: torch.device) -> bool:
 
 def any_rank_true(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """All-reduces each of `flags` with a logical OR over all ranks."""
+    return [bool(flag) for flag in largest_each([float(flag) for flag in flags], device)]
+
+
+def largest_each(values: Sequence[float], device: torch.device) -> list[float]:
+    """Returns the largest of all ranks at each place of `values`, rounded to float32; one collective."""
     if dist.get_world_size() == 1:
-        return list(flags)
-    reduced = torch.tensor([float(flag) for flag in flags], device=device)
+        return list(values)
+    reduced = torch.tensor(values, dtype=torch.float32, device=device)
     dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in reduced.tolist()]
+    return reduced.tolist()
 
 
 def all_reduce_max(value: float, device: torch.device) -> float:

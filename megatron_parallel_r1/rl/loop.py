@@ -44,7 +44,10 @@ def train_rl(
         loop.restore("stream", problems)
         worker = RolloutWorker.of(run, stage, backend.engine, problems, verifier, timers, world)
         learner = Learner.of(run, stage, trainer, timers, loop.done)
-        with open_queue(worker, stage, loop.done, loop.restored("in_flight")) as rollouts:
+        with (
+            open_queue(worker, stage, loop.done, loop.restored("in_flight")) as rollouts,
+            run.exporter.following(rollouts, backend),
+        ):
             for step, lr in loop.steps({"in_flight": rollouts, "stream": problems}):
                 with timers.of("rollout"):
                     rollouts.update_weights(hf_tensors(trainer.model), version=step - 1)

@@ -65,6 +65,10 @@ class RolloutQueue(Protocol):
         """
         ...
 
+    def gauges(self) -> dict[str, float]:
+        """`queue_batches`: batches that are ready and wait for their step. Any thread may call it."""
+        ...
+
     def __enter__(self) -> RolloutQueue: ...
 
     def __exit__(
@@ -124,6 +128,9 @@ class SyncRollouts:
 
     def state_after(self, step: int) -> list[dict[str, Any]]:
         return []
+
+    def gauges(self) -> dict[str, float]:
+        return {"queue_batches": 0.0}
 
     def __enter__(self) -> SyncRollouts:
         return self
@@ -212,6 +219,9 @@ class AsyncRollouts:
 
     def state_after(self, step: int) -> list[dict[str, Any]]:
         return []
+
+    def gauges(self) -> dict[str, float]:
+        return {"queue_batches": float(len(self._ready))}
 
     def __enter__(self) -> AsyncRollouts:
         self._thread.start()

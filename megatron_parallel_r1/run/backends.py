@@ -52,6 +52,10 @@ class Backend(Protocol):
         """Returns the metrics since the last call; every rank calls it."""
         ...
 
+    def gauges(self) -> dict[str, float]:
+        """The state of the servers now; any thread may call it."""
+        ...
+
 
 class NativeBackend:
     """The native engine, inside the training processes."""
@@ -63,6 +67,9 @@ class NativeBackend:
         return None
 
     def metrics(self) -> dict[str, float]:
+        return {}
+
+    def gauges(self) -> dict[str, float]:
         return {}
 
 
@@ -101,6 +108,9 @@ class ServerBackend:
             "sync_mb_s": sent.bytes / 1e6 / sent.seconds,
             "sync_difference": sent.difference,
         }
+
+    def gauges(self) -> dict[str, float]:
+        return self._pool.gauges()
 
     def _publish(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Publishes the model's weights, which the publisher reads itself: `tensors` is not iterated."""

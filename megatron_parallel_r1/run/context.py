@@ -28,6 +28,7 @@ from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensor
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.run.datasets import load_tokenizer
+from megatron_parallel_r1.run.exporter import Exporter
 from megatron_parallel_r1.run.folder import has_checkpoint
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags, eos_ids, spread_new_embeddings, tag_subwords
@@ -49,6 +50,7 @@ class RunContext:
         shape: the model configuration; its vocabulary is at least as large as the tokenizer's.
         new_ids: ids of tags that the tokenizer of `model.path` lacks; their embeddings are initialized anew.
         resumes: whether what the folder holds is kept when the run begins.
+        exporter: the run's metrics for Prometheus.
     """
 
     recipe: Recipe
@@ -58,6 +60,7 @@ class RunContext:
     shape: ModelConfig
     new_ids: tuple[int, ...]
     resumes: bool
+    exporter: Exporter
 
     @classmethod
     def set_up(cls, recipe: Recipe, folder: Path, resume: bool) -> RunContext:
@@ -89,7 +92,7 @@ class RunContext:
             assert recipe.model.path is not None, "a recipe has a shape or a path"
             shape, _ = load_hf_folder(recipe.model.path)
             shape = replace(shape, vocab=max(shape.vocab, rows))
-        return cls(recipe, folder, tokenizer, tags, shape, new_ids, resume)
+        return cls(recipe, folder, tokenizer, tags, shape, new_ids, resume, Exporter.of(recipe))
 
     def was_finished(self, stage: str) -> bool:
         """Returns whether the run that this one resumes has saved the stage's model."""

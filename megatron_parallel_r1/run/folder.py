@@ -242,6 +242,7 @@ HARMLESS = frozenset(
         "collective_timeout_s",
         "keep_last",
         "keep_traces",
+        "metrics_port",
         "new_rows",  # kept as it was: `as_begun`
         "out",
         "parallel",

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
 from megatron_parallel_r1.report.progress import StageProgress
+from megatron_parallel_r1.run.exporter import Exporter
 from megatron_parallel_r1.run.wandb_log import open_wandb
 from megatron_parallel_r1.utils.jsonl import JsonlWriter, jsonable
 from megatron_parallel_r1.utils.rank import is_rank_zero
@@ -63,12 +64,17 @@ class StageLog:
     Args:
         folder: the stage's folder.
         done: last finished step; records of later steps are dropped.
+        exporter: shows the last record.
     """
 
-    def __init__(self, recipe: Recipe, stage: SftStage | RlStage, folder: Path, done: int) -> None:
+    def __init__(
+        self, recipe: Recipe, stage: SftStage | RlStage, folder: Path, done: int, exporter: Exporter
+    ) -> None:
         self._heading = {"stage": stage.name, "kind": stage.kind}
         self._steps = stage.steps
         self._open = ExitStack()
+        self._exporter = exporter
+        exporter.update(self._heading | {"step": done, "steps": stage.steps})
         self._writes = is_rank_zero()
         if self._writes:
             self._metrics = self._open.enter_context(MetricsWriter(folder, resume_step=done))
@@ -83,6 +89,7 @@ class StageLog:
         record = self._heading | {"step": step, "steps": self._steps} | metrics
         self._metrics.write(record)
         self._wandb.log(record)
+        self._exporter.update(jsonable(record))
         for trace in traces:
             self._traces.write({"stage": self._heading["stage"], "step": step, **trace})
         self._progress.update(step, record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -13,7 +14,8 @@ from typing import Any, Literal, NoReturn, Protocol
 
 from megatron_parallel_r1.config.early_stopping import FALLING
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.distributed.collectives import any_rank_true
+from megatron_parallel_r1.distributed.collectives import all_gather_objects, largest_each
+from megatron_parallel_r1.distributed.stragglers import StragglerWatch
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import Stopped, UserError
 from megatron_parallel_r1.run.context import RunContext
@@ -24,7 +26,7 @@ from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.trainer import LrSchedule, Trainer
 from megatron_parallel_r1.utils.exit import stop_signal_pending
 from megatron_parallel_r1.utils.interrupts import interrupts_recorded
-from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
+from megatron_parallel_r1.utils.rank import is_rank_zero, rank, world_size
 
 
 class Stateful(Protocol):
@@ -84,7 +86,9 @@ class StageLoop:
         self._updates = 0
         self.guard = Guard(stage, folder, self.done)
         self.restore("guard", self.guard)
-        self._log = StageLog(run.recipe, stage, folder, self.done)
+        self._log = StageLog(run.recipe, stage, folder, self.done, run.exporter)
+        self._stragglers = StragglerWatch(all_gather_objects(platform.node()))
+        self._slowest: dict[str, Any] = {}
         self._ended = self.done >= stage.steps or self._may_end()
         self._interrupts = ExitStack()
 
@@ -114,7 +118,7 @@ class StageLoop:
             is_late = (
                 is_rank_zero() and 0 < self._stage.save_every_minutes * 60 <= monotonic() - self._saved_at
             )
-            stops, saves = any_rank_true((stop_signal_pending(), is_late), self._trainer.device)
+            stops, saves = self._meet((stop_signal_pending(), is_late))
             if stops:
                 self._stop_after(step - 1)
             if saves:
@@ -125,7 +129,7 @@ class StageLoop:
     def end(self, step: int, metrics: dict[str, Any], traces: Sequence[dict[str, Any]] = ()) -> None:
         """Logs a step, saves a checkpoint if one is due, and decides whether the stage ends here."""
         stage = self._stage
-        metrics = metrics | {"skipped": int(self.guard.bad_in_a_row > 0)}
+        metrics = metrics | {"skipped": int(self.guard.bad_in_a_row > 0)} | self._slowest
         self._log.step(step, metrics, traces)
         if not self.guard.bad_in_a_row:
             self._finished, self._updates = step, self._trainer.optimizer_steps
@@ -145,6 +149,17 @@ class StageLoop:
         # While steps are being skipped, the weights themselves may be the cause: save none of them.
         if is_due and not self.guard.bad_in_a_row:
             self._save(step)
+
+    def _meet(self, flags: Sequence[bool]) -> list[bool]:
+        """Reduces `flags` with a logical OR over all ranks, and compares the ranks' last steps on the way."""
+        seconds_W = [0.0] * world_size()
+        seconds_W[rank()] = self._trainer.passes.take()
+        largest = largest_each([*(float(flag) for flag in flags), *seconds_W], self._trainer.device)
+        if world_size() > 1:
+            self._slowest = self._stragglers.metrics(largest[len(flags) :])
+            if is_rank_zero() and (warning := self._stragglers.warning(self._slowest)):
+                print(f"warning: stage {self._stage.name}, {warning}", file=sys.stderr)
+        return [bool(flag) for flag in largest[: len(flags)]]
 
     def _carry_over(self, run: RunContext, before: str) -> None:
         """Loads weights and optimizer state from the end of the previous stage."""

@@ -24,6 +24,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_parallel_r1.distributed.collectives import sum_metrics
+from megatron_parallel_r1.distributed.stragglers import PassTimer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner
@@ -90,7 +91,9 @@ class Adam:
     sharded: bool = False
 
 
-def wrap_for_training(model: Model, adam: Adam) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+def wrap_for_training(
+    model: Model, adam: Adam, timer: PassTimer | None = None
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Wraps each stage for gradient accumulation in float32 and creates their optimizer.
 
     A step is `zero_grad_buffer()` of each stage, `optimizer.zero_grad()`, Megatron's
@@ -98,6 +101,9 @@ def wrap_for_training(model: Model, adam: Adam) -> tuple[list[DistributedDataPar
     (int32) and a dict to report, and `optimizer.step()`. The pipeline schedule calls `finalize_model_grads`,
     which divides by the tokens of all micro-batches and ranks. A learning-rate schedule sets `group["lr"]` of
     `optimizer.param_groups`.
+
+    Args:
+        timer: its pass ends where the reduction of the gradients begins.
 
     Raises:
         UserError: matrices are stored in FP8, and the optimizer's state is not sharded.
@@ -135,18 +141,22 @@ def wrap_for_training(model: Model, adam: Adam) -> tuple[list[DistributedDataPar
         # tensor on a CPU, and on a GPU makes copies of all of them.
         if "fused" in group:
             group["fused"] = True
-    config.finalize_model_grads_func = _finalize_gradients
+    config.finalize_model_grads_func = partial(_finalize_gradients, timer)
     syncs = [stage.no_sync for stage in wrapped]
     config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer
 
 
-def _finalize_gradients(model: list[DistributedDataParallel], targets: torch.Tensor, **options: Any) -> None:
+def _finalize_gradients(
+    timer: PassTimer | None, model: list[DistributedDataParallel], targets: torch.Tensor, **options: Any
+) -> None:
     """Reduces the gradients by Megatron's function and divides them by the number of targets of all ranks.
 
     Megatron's own division first asks whether the number is positive, and the host would wait for the answer.
     """
+    if timer is not None:
+        timer.end()
     finalize_model_grads(model, None, **options)
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast(targets, last, group=parallel_state.get_pipeline_model_parallel_group())
@@ -169,11 +179,13 @@ class Trainer(LogprobRunner):
 
     Attributes:
         optimizer_steps: those that were begun. Adam's own count is on the device, and reading it would wait.
+        passes: times the forward and backward passes of updates.
     """
 
     def __init__(self, model: Model, adam: Adam, temperature: float = 1.0) -> None:
         super().__init__(model, temperature)
-        self.wrapped, self.optimizer = wrap_for_training(model, adam)
+        self.passes = PassTimer(self.device)
+        self.wrapped, self.optimizer = wrap_for_training(model, adam, self.passes)
         self.optimizer_steps = 0
         self._stages = list(self.wrapped)
 
@@ -186,6 +198,7 @@ class Trainer(LogprobRunner):
         for stage in self.wrapped:
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.passes.begin()
         reports = self._run(batches, partial(self._with_loss, loss), forward_only=False)
         sums = sum_metrics([report for report, _ in reports], self.device)
         targets = sums.pop("targets")

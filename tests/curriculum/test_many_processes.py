@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,9 @@ def test_a_run_over_processes_is_the_run_of_one(
     steps = metrics(folder, "rl")
     assert [step["step"] for step in steps] == [1, 2]
     assert max(step["mismatch_max"] for step in steps) <= 2e-5
+    assert "slowest_rank" not in steps[0] and steps[1]["slowest_rank"] in range(processes)
+    assert steps[1]["slowest_host"] == platform.node()
+    assert steps[1]["time_pass_max_s"] >= steps[1]["time_pass_median_s"] > 0
     # The first step's draws come from the same weights but for rounding, each with its own seed.
     assert steps[0]["tokens"] == metrics(alone, "rl")[0]["tokens"]
     assert len((folder / "eval.jsonl").read_text().splitlines()) == 2

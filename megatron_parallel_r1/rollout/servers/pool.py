@@ -72,7 +72,7 @@ class _LoopState:
 
 class ServerPool:
     """Sends requests to servers. Use it in one event loop after another, one at a time; any thread may call
-    `interrupt`, `set_version`, `add`, `remove` and `metrics`.
+    `interrupt`, `set_version`, `add`, `remove`, `metrics` and `gauges`.
 
     Args:
         connect: creates a client for the server at an address.
@@ -169,6 +169,18 @@ class ServerPool:
         metrics["servers_up"] = float(len(up))
         metrics["servers_unseeded"] = float(sum(info is not None and not info.seeded for info in up))
         return metrics
+
+    def gauges(self) -> dict[str, float]:
+        """Returns the state now: `servers`, `servers_up`; of this process `requests_running` and
+        `requests_waiting`.
+        """
+        servers, state = self._registry.servers(), self._state
+        return {
+            "servers": float(len(servers)),
+            "servers_up": float(sum(server.status == "up" for server in servers)),
+            "requests_running": float(sum(len(server.in_flight) for server in servers)),
+            "requests_waiting": float(len(state.waiting) if state else 0),
+        }
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """One continuation, retried until some server returns it.
