@@ -27,26 +27,27 @@ RELATIVE_BFLOAT16 = (2**-7, 2**-6, 2**-5)
 Figures = dict[str, Any]
 Launched = Callable[[int], dict[str, dict[str, Figures]]]
 
-slow = pytest.mark.slow
+# The quick tier has `test_resume`, whose steps under another layout are compared with one process too.
+pytestmark = pytest.mark.slow
 LAYOUTS = [
-    pytest.param(1, "", marks=slow),
+    (1, ""),
     (1, "untied"),
     (2, "tensor=2 sequence untied"),
-    pytest.param(2, "pipeline=2 virtual=2", marks=slow),
-    pytest.param(2, "context=2", marks=slow),
-    pytest.param(2, "", marks=slow),
-    pytest.param(2, "tensor=2", marks=slow),
-    pytest.param(2, "pipeline=2", marks=slow),
-    pytest.param(2, "pipeline=2 untied", marks=slow),
-    pytest.param(4, "tensor=2 pipeline=2", marks=slow),
-    pytest.param(4, "tensor=2 pipeline=2 virtual=2 sequence", marks=slow),
-    pytest.param(4, "tensor=2", marks=slow),
-    pytest.param(4, "pipeline=2", marks=slow),
-    pytest.param(4, "context=2", marks=slow),
-    pytest.param(4, "tensor=2 context=2 sequence", marks=slow),
-    pytest.param(4, "pipeline=4 untied", marks=slow),
-    pytest.param(8, "tensor=2 pipeline=2", marks=slow),
-    pytest.param(8, "tensor=2 pipeline=2 virtual=2 context=2", marks=slow),
+    (2, "pipeline=2 virtual=2"),
+    (2, "context=2"),
+    (2, ""),
+    (2, "tensor=2"),
+    (2, "pipeline=2"),
+    (2, "pipeline=2 untied"),
+    (4, "tensor=2 pipeline=2"),
+    (4, "tensor=2 pipeline=2 virtual=2 sequence"),
+    (4, "tensor=2"),
+    (4, "pipeline=2"),
+    (4, "context=2"),
+    (4, "tensor=2 context=2 sequence"),
+    (4, "pipeline=4 untied"),
+    (8, "tensor=2 pipeline=2"),
+    (8, "tensor=2 pipeline=2 virtual=2 context=2"),
 ]
 
 

@@ -15,10 +15,6 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = [sys.executable, "-m", "tests.unit.train.full_disk"]
 
 
-def slow(*values: str | int) -> list[object]:
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
 def outcome(command: list[str]) -> dict[str, object]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -44,7 +40,8 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     return {file.name: -(-file.stat().st_size // 4096) * 4 for file in (folder / "step_000001").iterdir()}
 
 
-@pytest.mark.parametrize("fits", ["half the shards", *slow("the shards", "all but the manifest's digest")])
+@pytest.mark.slow
+@pytest.mark.parametrize("fits", ["half the shards", "the shards", "all but the manifest's digest"])
 def test_a_full_disk(blocks, tmp_path: Path, fits: str) -> None:
     """A small file system of our own, where the kernel lets us have one."""
     if (
@@ -64,7 +61,7 @@ def test_a_full_disk(blocks, tmp_path: Path, fits: str) -> None:
     check(found, tmp_path / "checkpoints", "the disk is full")
 
 
-@pytest.mark.parametrize("limit", [4096, *slow(0, 500_000)])
+@pytest.mark.parametrize("limit", [4096, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 500_000))])
 def test_files_that_may_not_grow(tmp_path: Path, limit: int) -> None:
     found = outcome([*SCRIPT, str(tmp_path), str(limit)])
     assert found["saved"] == 1
