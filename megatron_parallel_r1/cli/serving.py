@@ -105,6 +105,9 @@ def serve_rollout(
         Path | None, typer.Option(help="File to write the URLs to once all servers are healthy.")
     ] = None,
     crashes: Annotated[int, typer.Option(min=1, help="Consecutive crashes before giving up.")] = 3,
+    hang_seconds: Annotated[
+        float, typer.Option(min=1, help="Restart a server that gives no answer for so long.")
+    ] = 600,
 ) -> None:
     """Start rollout servers of a checkpoint, restart those that crash, and stop all on exit."""
     from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
@@ -130,6 +133,7 @@ def serve_rollout(
         log_dir=log_dir,
         urls_file=urls_file,
         crashes=crashes,
+        hang_seconds=hang_seconds,
         options=tuple(options or ()),
     )
     run_servers(serving, tell=typer.echo)

@@ -111,7 +111,9 @@ class OwnServers:
     def _keep(self, children: list[ServerProcess]) -> None:
         settings = LaunchSettings(checkpoint=self._logs)
         try:
-            with Supervisor(children, settings.crashes, settings.start_seconds, self._report) as supervisor:
+            with Supervisor(
+                children, settings.crashes, settings.start_seconds, settings.hang_seconds, self._report
+            ) as supervisor:
                 while not self._ending.is_set():
                     supervisor.poll()
                     if supervisor.healthy:

@@ -17,7 +17,6 @@ import pytest
 from megatron_parallel_r1.rollout.launcher.command import (
     EngineName,
     LaunchSettings,
-    ServerCommand,
     build_command,
 )
 from megatron_parallel_r1.rollout.launcher.run import pick_ports, server_url
@@ -116,7 +115,7 @@ def _running(serving: LaunchSettings, env: Mapping[str, str]) -> Iterator[str]:
     python = python_of(serving.engine)
     (port,) = pick_ports(serving)
     command = build_command(serving, python, "cpu", port)
-    command = ServerCommand(command.arguments, command.environment | env)
+    command = replace(command, environment=command.environment | env)
     with TemporaryDirectory() as folder:
         child = ServerProcess(command, server_url(serving.host, port), Path(folder) / "server.log")
         child.start()

@@ -42,6 +42,7 @@ class LaunchSettings:
         urls_file: file for the base URLs, one a line, once all servers are healthy; removed with the servers.
         crashes: consecutive crashes of one server, never healthy in between, before giving up.
         start_seconds: time limit for a server to become healthy; later counts as a crash.
+        hang_seconds: a healthy server that gives no answer for so long counts as crashed.
         options: further options of the engine's command line; they override the usual ones.
     """
 
@@ -66,6 +67,7 @@ class LaunchSettings:
     urls_file: Path | None = None
     crashes: int = 3
     start_seconds: float = 1800.0
+    hang_seconds: float = 600.0
     options: tuple[str, ...] = ()
 
 
@@ -79,10 +81,12 @@ class ServerCommand:
     """Attributes:
     arguments: program first.
     environment: added to this process's own.
+    probe: path that is answered only while both the HTTP server and the scheduler behind it run.
     """
 
     arguments: tuple[str, ...]
     environment: dict[str, str]
+    probe: str = "/health"
 
 
 def build_command(
@@ -106,7 +110,8 @@ def build_command(
         # Engines compile small functions during the first request that needs them. That requires a C++
         # compiler, and on a busy machine takes longer than a client waits.
         environment["TORCH_COMPILE_DISABLE"] = "1"
-    return ServerCommand((str(python), *command.arguments, *listen, *settings.options), environment)
+    arguments = (str(python), *command.arguments, *listen, *settings.options)
+    return ServerCommand(arguments, environment, command.probe)
 
 
 def _sglang(settings: LaunchSettings, device: Device) -> ServerCommand:
@@ -135,7 +140,7 @@ def _sglang(settings: LaunchSettings, device: Device) -> ServerCommand:
         arguments += ["--enable-deterministic-inference"] if settings.deterministic else []
         arguments += ["--enable-memory-saver"] if settings.colocated else []
     environment["SGLANG_PLUGINS"] = ",".join(plugins) or NO_PLUGIN
-    return ServerCommand(tuple(arguments), environment)
+    return ServerCommand(tuple(arguments), environment, probe="/server_info")
 
 
 def _vllm(settings: LaunchSettings, device: Device) -> ServerCommand:
@@ -158,4 +163,4 @@ def _vllm(settings: LaunchSettings, device: Device) -> ServerCommand:
         arguments += ["--enable-sleep-mode"] if settings.colocated else []
         if settings.deterministic:
             environment["VLLM_BATCH_INVARIANT"] = "1"
-    return ServerCommand(tuple(arguments), environment)
+    return ServerCommand(tuple(arguments), environment, probe="/health")

@@ -28,7 +28,7 @@ def serve_rollout(settings: LaunchSettings, tell: Callable[[str], None]) -> None
     """Serves until SIGTERM or SIGINT, then ends all servers and returns. For the main thread.
 
     Args:
-        tell: receives a line about each server that becomes healthy or crashes.
+        tell: receives a line about each server that becomes healthy, crashes or hangs.
 
     Raises:
         UserError: the servers cannot be started, or one crashes repeatedly.
@@ -40,7 +40,7 @@ def serve_rollout(settings: LaunchSettings, tell: Callable[[str], None]) -> None
     with _until_signal() as stopped:
         try:
             with Supervisor(
-                children, settings.crashes, settings.start_seconds, tell, alone=True
+                children, settings.crashes, settings.start_seconds, settings.hang_seconds, tell, alone=True
             ) as supervisor:
                 while not stopped():
                     supervisor.poll()

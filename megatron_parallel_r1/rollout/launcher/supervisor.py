@@ -1,4 +1,4 @@
-"""Server processes, and the supervisor that waits until they are healthy and restarts crashed ones."""
+"""Server processes, and the supervisor that waits until they are healthy and restarts those that fail."""
 
 from __future__ import annotations
 
@@ -81,13 +81,20 @@ class ServerProcess:
         return None
 
     def healthy(self) -> bool:
-        """Whether it answers."""
+        """Whether it is ready for requests."""
+        return self._ask("/health") == 200
+
+    def answers(self) -> bool:
+        """Whether it gives any answer that its scheduler takes part in; also while its memory is released."""
+        return self._ask(self._command.probe) is not None
+
+    def _ask(self, path: str) -> int | None:
+        """The status of the answer; None without one."""
         # Local: no proxy; no certificates, whose loading takes fifty times as long as the request.
         try:
-            response = httpx.get(f"{self.url}/health", timeout=5, trust_env=False, verify=False)
+            return httpx.get(self.url + path, timeout=5, trust_env=False, verify=False).status_code
         except httpx.HTTPError:
-            return False
-        return response.status_code == 200
+            return None
 
     def terminate(self) -> None:
         """Asks it to end and returns at once; `end` waits."""
@@ -113,6 +120,8 @@ class ServerProcess:
 
 
 POLL_SECONDS = 0.2
+# A healthy server is asked this often whether it still answers; each call may take 5 s.
+PROBE_SECONDS = 30.0
 
 
 class Supervisor:
@@ -123,10 +132,11 @@ class Supervisor:
         servers: Sequence[ServerProcess],
         crashes: int,
         start_seconds: float,
+        hang_seconds: float,
         tell: Callable[[str], None],
         alone: bool = False,
     ) -> None:
-        """Starts nothing yet; `crashes` and `start_seconds` as in `LaunchSettings`.
+        """Starts nothing yet; `crashes`, `start_seconds` and `hang_seconds` as in `LaunchSettings`.
 
         Args:
             tell: receives a line about each event.
@@ -135,6 +145,9 @@ class Supervisor:
         self._servers = servers
         self._crashes = crashes
         self._start_seconds = start_seconds
+        self._hang_seconds = hang_seconds
+        self._answered_at = [0.0] * len(servers)
+        self._probed_at = [0.0] * len(servers)
         self._tell = tell
         self._alone = alone
         self._healthy = [False] * len(servers)
@@ -159,7 +172,7 @@ class Supervisor:
         return all(self._healthy)
 
     def poll(self) -> None:
-        """Checks each server once and restarts crashed ones.
+        """Checks each server once and restarts those that crashed or hang.
 
         Raises:
             UserError: one crashed too often.
@@ -170,10 +183,23 @@ class Supervisor:
             elif not self._healthy[index] and server.healthy():
                 self._healthy[index] = True
                 self._crash_counts[index] = 0
+                self._answered_at[index] = self._probed_at[index] = time.monotonic()
                 self._tell(f"server {index}  {server.url}  pid {server.pid}  log {server.log}")
             elif not self._healthy[index] and server.age > self._start_seconds:
                 self._on_crash(index, f"is not healthy after {self._start_seconds:g} s")
+            elif self._healthy[index] and self._hangs(index):
+                self._on_crash(index, f"has given no answer for {self._hang_seconds:g} s")
         time.sleep(POLL_SECONDS)
+
+    def _hangs(self, index: int) -> bool:
+        """Probes a healthy server if it is time to."""
+        now = time.monotonic()
+        if now - self._probed_at[index] < min(PROBE_SECONDS, self._hang_seconds / 2):
+            return False
+        self._probed_at[index] = now
+        if self._servers[index].answers():
+            self._answered_at[index] = now
+        return now - self._answered_at[index] > self._hang_seconds
 
     def _on_crash(self, index: int, reason: str) -> None:
         server = self._servers[index]

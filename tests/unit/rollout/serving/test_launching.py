@@ -55,6 +55,15 @@ def test_a_killed_server_comes_back_at_its_address(settings: dict[str, object]) 
         assert Path(str(settings["urls_file"])).read_text() == f"{urls[0]}\n{urls[1]}\n"
 
 
+def test_a_server_that_hangs_is_restarted(settings: dict[str, object]) -> None:
+    with launched(**settings | {"servers": 1, "hang_seconds": 8}) as it:
+        index, url, pid = it.next_healthy(SECONDS)
+        os.kill(pid, signal.SIGSTOP)
+        assert it.next_line(SECONDS) == "server 0 has given no answer for 8 s; restarting it"
+        again = it.next_healthy(SECONDS)
+        assert again[:2] == (index, url) and again[2] != pid
+
+
 def test_a_server_is_told_nothing_of_a_trainers_process_group(
     settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
