@@ -74,13 +74,24 @@ class ModelSource(Settings):
     current largest, or by that of blocks of 128 (arXiv 2412.19437)."""
     fp8_params: bool = False
     """Keep the layers' matrices in FP8; the optimizer's copies stay float32."""
+    bf16_first_layers: Annotated[int, Field(ge=0)] = 0
+    """Number of first layers whose products stay in bfloat16; needs `fp8: current` or `blockwise`."""
+    bf16_last_layers: Annotated[int, Field(ge=0)] = 0
+    """Number of last layers whose products stay in bfloat16; needs `fp8: current` or `blockwise`."""
 
     @property
     def made_of(self) -> Layers:
         # Imported here: reading a recipe must not import torch.
         from megatron_parallel_r1.model.layers import Layers
 
-        return Layers(self.layers, self.attention, self.fp8, self.fp8_params)
+        return Layers(
+            self.layers,
+            self.attention,
+            self.fp8,
+            self.fp8_params,
+            self.bf16_first_layers,
+            self.bf16_last_layers,
+        )
 
     @model_validator(mode="after")
     def _check_fp8(self) -> ModelSource:
@@ -88,6 +99,8 @@ class ModelSource(Settings):
             raise ValueError("fp8: only Transformer Engine has FP8; set model.layers to transformer_engine")
         if self.fp8_params and self.fp8 == "none":
             raise ValueError("fp8_params: needs scaling; set model.fp8 to delayed, current or blockwise")
+        if (self.bf16_first_layers or self.bf16_last_layers) and self.fp8 not in ("current", "blockwise"):
+            raise ValueError("bf16_first_layers, bf16_last_layers: set model.fp8 to current or blockwise")
         return self
 
     @model_validator(mode="after")

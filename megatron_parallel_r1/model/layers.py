@@ -6,12 +6,15 @@ start what cannot run. Attention under the layout is this package's own and stay
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.attention.dispatch import Kernel, check_kernel
 
@@ -25,12 +28,15 @@ FP8_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """A recipe's `model.layers`, `model.attention`, `model.fp8` and `model.fp8_params` (config/model.py)."""
+    """A recipe's `model.layers`, `attention`, `fp8`, `fp8_params`, `bf16_first_layers` and `bf16_last_layers`
+    (config/model.py)."""
 
     kind: LayerKind = "local"
     attention: Kernel = "auto"
     fp8: Scaling = "none"
     fp8_params: bool = False
+    bf16_first: int = 0
+    bf16_last: int = 0
 
     def __post_init__(self) -> None:
         if self.fp8 != "none" and self.kind != "transformer_engine":
@@ -39,6 +45,11 @@ class Layers:
             )
         if self.fp8_params and self.fp8 == "none":
             raise UserError("model.fp8_params: needs scaling; set model.fp8 to delayed, current or blockwise")
+        if (self.bf16_first or self.bf16_last) and self.fp8 not in ("current", "blockwise"):
+            raise UserError(
+                "model.bf16_first_layers, bf16_last_layers: need FP8 that is not delayed, which takes all "
+                "layers or none; set model.fp8 to current or blockwise"
+            )
 
     @property
     def row_multiple(self) -> int:
@@ -59,6 +70,9 @@ class Layers:
             "fp8_param": self.fp8_params,
             "fp8_amax_history_len": 1024,
             "fp8_amax_compute_algo": "max",
+            "first_last_layers_bf16": bool(self.bf16_first or self.bf16_last),
+            "num_layers_at_start_in_bf16": self.bf16_first,
+            "num_layers_at_end_in_bf16": self.bf16_last,
         }
 
 
@@ -135,6 +149,52 @@ def check_layers(layers: Layers, dim: int, dtype: torch.dtype, support: LayerSup
         raise UserError("model.fp8: FP8 layers need bfloat16 parameters; set dtype to bfloat16")
     if support.fp8_refusal:
         raise UserError(f"model.fp8: {layers.fp8}: {support.fp8_refusal.rstrip('.')}; set it to none")
+
+
+def check_fp8(layers: Layers, model: ModelConfig, tensor: int, pipeline: int) -> None:
+    """Checks that the products of a model can be in FP8 under a tensor and a pipeline group of these sizes.
+
+    Raises:
+        UserError: a rank's part of a matrix has a size that FP8 GEMMs do not take, or more layers are to stay
+            in bfloat16 than Megatron allows.
+    """
+    if layers.fp8 == "none":
+        return
+    split = {
+        "heads x head_dim": model.heads * model.head_dim // tensor,
+        "(heads + 2 kv_heads) x head_dim": (model.heads + 2 * model.kv_heads) * model.head_dim // tensor,
+        "ffn": (model.experts.ffn if model.experts else model.ffn) // tensor,
+    }
+    for name, size in {"hidden": model.hidden, **split}.items():
+        if size % FP8_ROWS:
+            raise UserError(
+                f"model.fp8: {name} is {size} on each rank, and FP8 needs multiples of {FP8_ROWS}; "
+                "set model.fp8 to none, or choose another size or parallel.tensor"
+            )
+    for name, count in (("bf16_first_layers", layers.bf16_first), ("bf16_last_layers", layers.bf16_last)):
+        if count > (limit := model.layers // pipeline):
+            raise UserError(
+                f"model.{name}: {count} is more than the {limit} layers of a pipeline rank; set at most "
+                f"{limit}"
+            )
+
+
+@contextmanager
+def without_fp8(model: torch.nn.Module) -> Iterator[None]:
+    """Makes the products of a model with a Megatron `config` bfloat16's within.
+
+    A layer that has computed so would save no history of delayed scaling; afterwards it does again.
+    """
+    config: Any = model.config
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "fp8_meta")]
+    before = [(layer.fp8, layer.fp8_initialized, layer.fp8_meta["fp8_checkpoint"]) for layer in layers]
+    fp8, config.fp8 = config.fp8, None
+    try:
+        yield
+    finally:
+        config.fp8 = fp8
+        for layer, state in zip(layers, before, strict=True):
+            layer.fp8, layer.fp8_initialized, layer.fp8_meta["fp8_checkpoint"] = state
 
 
 def _too_old(engine: str) -> bool:

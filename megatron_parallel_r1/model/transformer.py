@@ -30,6 +30,8 @@ def transformer_config(
     parallel = parallel or ParallelConfig()
     full = parallel.recompute == "full"
     experts = architecture.experts
+    # A matrix stored in FP8 counts in delayed scaling's history from its first value on.
+    initialize = torch.nn.init.zeros_ if layers.fp8_params else _leave_unset
     config = TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden,
@@ -51,9 +53,9 @@ def transformer_config(
         pipeline_dtype=dtype,
         # Weights come from Hugging Face tensors or a seed, the same under every parallel layout. Without
         # perform_initialization Megatron would not mark which weights are split over a tensor group.
-        init_method=_leave_unset,
-        output_layer_init_method=_leave_unset,
-        embedding_init_method=_leave_unset,
+        init_method=initialize,
+        output_layer_init_method=initialize,
+        embedding_init_method=initialize,
         # A step's gradient is the sum over its tokens divided by their number, whatever the packing.
         calculate_per_token_loss=True,
         variable_seq_lengths=parallel.virtual == 1,

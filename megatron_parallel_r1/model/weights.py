@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -67,9 +68,11 @@ def hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     for owner, weight in owned_weights(model, own):
         if pipeline.size() == 1 or pipeline.rank() == owner:
-            shard = own[weight.name].detach()
+            shard = plain(own[weight.name])
         else:
-            shard = next(model.parameters()).new_empty(weight.shard_shape(tensor_group.size()))
+            size = weight.shard_shape(tensor_group.size())
+            like = next(model.parameters())
+            shard = torch.empty(size, dtype=like.dtype, device=like.device)
         if pipeline.size() > 1:
             dist.broadcast(shard, dist.get_global_rank(pipeline, owner), group=pipeline)
         shards = [shard]
@@ -121,6 +124,12 @@ FUSED = {
 def local_name(name: str) -> str:
     """Returns the local layers' name for a parameter of a layer; both names are relative to the layer."""
     return FUSED.get(name, name)
+
+
+def plain(parameter: Tensor) -> Tensor:
+    """Returns a parameter's values, detached; of a matrix stored in FP8 a copy in its nominal dtype."""
+    values = parameter.detach()
+    return dequantize_fp8_tensor(values) if is_float8tensor(parameter) else values
 
 
 def set_weight(parameter: Parameter, value: Tensor) -> None:

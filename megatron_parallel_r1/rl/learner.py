@@ -361,6 +361,6 @@ class Learner:
     def _rounding(self) -> RoundingLimits:
         """The mismatch that rounding explains at the log-probs of a uniform choice."""
         model = self.trainer.model
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        dtype = "float8_e4m3fn" if model.config.fp8 else str(model.config.params_dtype).removeprefix("torch.")
         nats = math.log(model.architecture.vocab) / self.trainer.temperature
         return rounding_limits([dtype], model.architecture.layers, nats)

@@ -23,7 +23,7 @@ from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.distributed.parallel_config import check_native_split, check_parallel
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model
-from megatron_parallel_r1.model.layers import check_layers
+from megatron_parallel_r1.model.layers import check_fp8, check_layers
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
@@ -128,6 +128,7 @@ class RunContext:
         check_parallel(self.shape, parallel, world, self.recipe.max_tokens_per_micro_batch)
         layers = self.recipe.model.made_of
         check_layers(layers, self.shape.head_dim, self.dtype)
+        check_fp8(layers, self.shape, parallel.tensor, parallel.pipeline)
         if self.recipe.max_tokens_per_micro_batch % (multiple := parallel.row_multiple * layers.row_multiple):
             raise UserError(f"max_tokens_per_micro_batch: FP8 rows need a multiple of {multiple} here")
         if self.recipe.rollout.engine != "native":

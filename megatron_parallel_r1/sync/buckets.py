@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_parallel_r1.architecture.weight_table import WeightMapping
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.weights import own_parameters, owned_weights
+from megatron_parallel_r1.model.weights import own_parameters, owned_weights, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def gather_buckets(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
         tensors: list[tuple[str, Tensor]] = []
         if planned.owner == pipeline.rank():
             for weight in planned.weights:
-                tensors += _gather_shards(weight, own[weight.name].detach(), tensor)
+                tensors += _gather_shards(weight, plain(own[weight.name]), tensor)
         if planned.owner != 0 and tensor.rank() == 0:
             _send_to_rank_zero(planned, tensors, like, pipeline)
         if is_sender():
@@ -130,6 +130,6 @@ def _send_to_rank_zero(
     if dist.get_rank() == sender:
         for weight in planned.weights:
             for name, shape in weight.parts:
-                tensor = like.new_empty(shape)
+                tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
                 dist.recv(tensor, owner, pipeline)
                 tensors.append((name, tensor))

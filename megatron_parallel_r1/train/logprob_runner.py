@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_parallel_r1.distributed.collectives import all_gather_objects
 from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.model.layers import without_fp8
 from megatron_parallel_r1.thought.layout import lay_out
 from megatron_parallel_r1.thought.tree import Tree
 from megatron_parallel_r1.train.micro_batch import BatchPartition, MicroBatch, partition_rows
@@ -101,7 +102,8 @@ def causal_logprobs(
 ) -> list[tuple[float, ...]]:
     """Natural log-probs of `text[1:]` of each text under a causal mask, on every rank.
 
-    All ranks call it; each replica computes all texts.
+    All ranks call it; each replica computes all texts. FP8 layers compute in bfloat16 here: what is compared
+    with servers are the weights, and FP8's rounding would hide a wrong one.
 
     Args:
         texts: token ids, at least two per text.
@@ -112,8 +114,10 @@ def causal_logprobs(
     alone = replace(runner.partition, data=0, data_size=1)
     batches = [MicroBatch.of(row, runner.device) for row in partition_rows(rows, capacity, alone)]
     entries: list[tuple[int, int, float]] = []
+    with without_fp8(runner.model):
+        found = runner.logprobs(batches)
     # Only the last pipeline stage has log-probs, and with context parallelism each rank has part of a row.
-    for batch, logprobs_N in zip(batches, runner.logprobs(batches), strict=False):
+    for batch, logprobs_N in zip(batches, found, strict=False):
         at_N = batch.at_N.cpu().numpy()
         segment_ids = [batch.row.segment_ids[place] for place in batch.row.segment_L[at_N]]
         entries += zip(segment_ids, batch.row.source_L[at_N].tolist(), logprobs_N.tolist(), strict=True)

@@ -30,6 +30,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.train.checkpoints.manifest import Damaged, Manifest, file_fault, read_manifest
 from megatron_parallel_r1.train.checkpoints.sharded import EXTRA as EXTRA
 from megatron_parallel_r1.train.checkpoints.sharded import (
+    cast_matrices,
     extra_states,
     live_parts,
     set_extra_states,
@@ -251,4 +252,5 @@ def _load(trainer: Trainer, folder: Path, manifest: Manifest) -> None:
     dist_checkpointing.load({str(number): part for number, part in enumerate(parts)}, str(folder))
     if EXTRA in manifest.files:  # whose digest was therefore checked
         set_extra_states(trainer.model, load_file(folder / EXTRA))
+    cast_matrices(trainer)
     set_optimizer_steps(trainer, manifest.optimizer_steps)

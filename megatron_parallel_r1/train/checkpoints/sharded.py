@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_parallel_r1.model.gpt import Model, PathGPT
+from megatron_parallel_r1.model.weights import plain
 from megatron_parallel_r1.train.trainer import Trainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,7 +59,7 @@ class TensorBlock:
     leading: int = 0
 
     @classmethod
-    def of(cls, described: ShardedTensor, parameter: Parameter, vocabulary: int) -> TensorBlock:
+    def of(cls, described: ShardedTensor, origin: int, vocabulary: int) -> TensorBlock:
         """From Megatron's description. A block of an embedding ends with the vocabulary: the padding rows
         after it are zero and stay so."""
         whole, (*rows, width) = described.global_shape, described.local_shape
@@ -73,7 +74,7 @@ class TensorBlock:
             corner=described.global_offset,
             rows=rows,
             width=width,
-            origin=described.data.storage_offset() - parameter.storage_offset(),
+            origin=origin,
             replica=described.replica_id,
         )
 
@@ -116,11 +117,14 @@ class TensorBlock:
 
 
 def live_parts(trainer: Trainer) -> list[ShardedTensor]:
-    """Everything of a trainer that a checkpoint holds; the `data` of a part is the live memory."""
+    """Everything of a trainer that a checkpoint holds; the `data` of a part is the live memory.
+
+    That of a matrix stored in FP8 is a copy: `cast_matrices` restores the matrix from the optimizer's.
+    """
     begin_state(trainer.optimizer)
     parts: list[ShardedTensor] = []
     for parameter, block in _blocks(trainer.model):
-        parts += block.parts(_flat(parameter))
+        parts += block.parts(_flat(plain(parameter)))
         for inner in _inner(trainer.optimizer):
             if isinstance(inner, DistributedOptimizer):
                 parts += _shared_state(inner, parameter, block)
@@ -174,8 +178,11 @@ def _blocks(model: Model) -> Iterator[tuple[Parameter, TensorBlock]]:
         for entry in stage.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():
             if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
                 blocks = [entry] if isinstance(entry, ShardedTensor) else entry.build()
+                # One after the other; a matrix stored in FP8 has no offsets in memory.
+                origin = 0
                 for block in blocks:
-                    yield entry.data, TensorBlock.of(block, entry.data, model.architecture.vocab)
+                    yield entry.data, TensorBlock.of(block, origin, model.architecture.vocab)
+                    origin += block.data.numel()
 
 
 def _own_state(inner: MegatronOptimizer, parameter: Parameter, block: TensorBlock) -> Iterator[ShardedTensor]:
@@ -208,6 +215,16 @@ def _state(inner: MegatronOptimizer, main: Tensor, dtype: torch.dtype) -> Iterat
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1)
+
+
+def cast_matrices(trainer: Trainer) -> None:
+    """Casts the matrices that are stored in FP8 from the optimizer's float32 copies, as its step does."""
+    if not trainer.model.config.fp8_param:
+        return
+    for inner in _inner(trainer.optimizer):
+        inner._copy_main_params_to_model_params()
+    for stage in trainer.wrapped:
+        stage.start_param_sync()
 
 
 EXTRA = "extra_states.safetensors"
