@@ -201,6 +201,7 @@ class StageLoop:
         if self._trainer.optimizer_steps != self._updates:
             return
         with suppress(Exception):  # `error` says what was wrong first
+            self._trainer.memory.onload()
             self._save(step, is_due=False, failed=True)
             self._checkpoints.settle()
             saved = f"the stage's steps through {step} are saved"

@@ -29,6 +29,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.micro_batch import MicroBatch
+from megatron_parallel_r1.train.offload import TrainerMemory
 
 # Takes log-probs and entropies of the targets and their micro-batch; returns the loss summed over targets,
 # and sums to report.
@@ -180,6 +181,7 @@ class Trainer(LogprobRunner):
     Attributes:
         optimizer_steps: those that were begun. Adam's own count is on the device, and reading it would wait.
         passes: times the forward and backward passes of updates.
+        memory: takes gradients and optimizer off the device; log-probs need neither.
     """
 
     def __init__(self, model: Model, adam: Adam, temperature: float = 1.0) -> None:
@@ -187,6 +189,7 @@ class Trainer(LogprobRunner):
         self.passes = PassTimer(self.device)
         self.wrapped, self.optimizer = wrap_for_training(model, adam, self.passes)
         self.optimizer_steps = 0
+        self.memory = TrainerMemory(self.wrapped, self.optimizer)
         self._stages = list(self.wrapped)
 
     def update(self, batches: Sequence[MicroBatch], loss: Loss, lr: float) -> Update:

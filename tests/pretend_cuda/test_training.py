@@ -108,3 +108,8 @@ def test_steps_mix_no_devices(tmp_path: Path, processes: int, layout: str) -> No
     program = ("tests.pretend_cuda.steps", layout, str(tmp_path / "out"))
     for ledger in under_pretend_cuda(tmp_path, processes, *program):
         assert ledger["faults"] == []
+
+
+def test_gradients_and_optimizer_leave_the_device_and_come_back(tmp_path: Path) -> None:
+    (ledger,) = under_pretend_cuda(tmp_path, 1, "tests.pretend_cuda.turns")
+    assert ledger["faults"] == []
