@@ -60,6 +60,30 @@ def run_on_rank_zero(work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def run_on_ranks(work: Callable[[], T] | None) -> list[T]:
+    """Runs `work` on the ranks where it is not None.
+
+    Returns:
+        On every rank, the picklable results in the order of the ranks.
+
+    Raises:
+        Exception: `work` raised it on one rank; every rank then raises it.
+    """
+    outcome: tuple[list[T], Exception | None] = ([], None)
+    if work is not None:
+        try:
+            outcome = ([work()], None)
+        except Exception as error:  # of any type: the other ranks would wait for ever
+            outcome = ([], _sendable(error))
+    outcomes = all_gather_objects(outcome)
+    for _, failure in outcomes:
+        if failure is not None:
+            if isinstance(failure, UserError):
+                failure.on_all_ranks = True
+            raise failure
+    return [result for results, _ in outcomes for result in results]
+
+
 def _sendable(error: Exception) -> Exception:
     """Returns the error, or one with its text if pickle cannot copy it: the others would wait for ever."""
     try:

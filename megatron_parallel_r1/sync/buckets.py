@@ -1,7 +1,8 @@
 """Gathers a split model's weights, under their Hugging Face names, on the sender, one bucket at a time.
 
 The sender is the first rank of the first replica. Each stage's tensor group gathers the shards of one
-parameter on its first rank, and later stages send whole tensors to the sender.
+parameter on its first rank, and later stages send whole tensors to the sender. With servers beside every
+rank, every rank is a sender: each replica gathers for itself, on all of its ranks.
 """
 
 from __future__ import annotations
@@ -76,12 +77,15 @@ def plan_buckets(
 
 
 @torch.no_grad()
-def gather_buckets(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
+def gather_buckets(model: Model, bucket_bytes: int, everywhere: bool = False) -> Iterator[Bucket]:
     """Yields the model's weights on the sender, and nothing on other ranks; all must iterate to the end.
 
     Beside its shards a rank holds at most one bucket and the shards of one parameter.
+
+    Args:
+        everywhere: yield them on every rank.
     """
-    if not in_first_replica():
+    if not (everywhere or in_first_replica()):
         return
     own = own_parameters(model)
     tensor = parallel_state.get_tensor_model_parallel_group()
@@ -92,31 +96,48 @@ def gather_buckets(model: Model, bucket_bytes: int) -> Iterator[Bucket]:
         tensors: list[tuple[str, Tensor]] = []
         if planned.owner == pipeline.rank():
             for weight in planned.weights:
-                tensors += _gather_shards(weight, plain(own[weight.name]), tensor)
-        if planned.owner != 0 and tensor.rank() == 0:
+                tensors += _gather_shards(weight, plain(own[weight.name]), tensor, everywhere)
+        if everywhere:
+            _broadcast_from(planned, tensors, like, pipeline)
+        elif planned.owner != 0 and tensor.rank() == 0:
             _send_to_rank_zero(planned, tensors, like, pipeline)
-        if is_sender():
+        if everywhere or is_sender():
             yield Bucket(tensors, number == len(buckets))
         # The consumer may still hold the bucket while the next one is filled.
         tensors.clear()
 
 
 def _gather_shards(
-    weight: WeightMapping, shard: Tensor, group: dist.ProcessGroup
+    weight: WeightMapping, shard: Tensor, group: dist.ProcessGroup, everywhere: bool
 ) -> list[tuple[str, Tensor]]:
-    """One parameter's tensors on the first rank of a tensor group, nothing on the others."""
-    first = group.rank() == 0
+    """One parameter's tensors on the first rank of a tensor group, nothing on the others; or on all."""
+    gets = everywhere or group.rank() == 0
     shards = [shard]
     if group.size() > 1 and weight.split_dim is not None:
         shards = [
-            torch.empty_like(shard, memory_format=torch.contiguous_format)
-            for _ in range(group.size() * first)
+            torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(group.size() * gets)
         ]
-        dist.gather(shard.contiguous(), shards or None, dist.get_global_rank(group, 0), group)
-    if not first:
+        if everywhere:
+            dist.all_gather(shards, shard.contiguous(), group)
+        else:
+            dist.gather(shard.contiguous(), shards or None, dist.get_global_rank(group, 0), group)
+    if not gets:
         return []
     names = (name for name, _shape in weight.parts)
     return [(name, part.contiguous()) for name, part in zip(names, weight.split(shards), strict=True)]
+
+
+def _broadcast_from(
+    planned: BucketPlan, tensors: list[tuple[str, Tensor]], like: Tensor, pipeline: dist.ProcessGroup
+) -> None:
+    """Sends a bucket from its owner to the other stages, which append it to `tensors`."""
+    if pipeline.size() == 1:
+        return
+    if planned.owner != pipeline.rank():
+        parts = (part for weight in planned.weights for part in weight.parts)
+        tensors += [(name, like.new_empty(shape)) for name, shape in parts]
+    for _name, tensor in tensors:
+        dist.broadcast(tensor, dist.get_global_rank(pipeline, planned.owner), group=pipeline)
 
 
 def _send_to_rank_zero(

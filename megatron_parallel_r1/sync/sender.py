@@ -1,4 +1,4 @@
-"""The rank that speaks to the servers: which of them are up to date, and the steps of a publication."""
+"""A rank that speaks to servers: which of them are up to date, and the steps of a publication."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from typing import Protocol, TypeVar
 from megatron_parallel_r1.errors import ServersLost, UserError
 from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.buckets import Bucket
-from megatron_parallel_r1.sync.control import RowScores, ServerControl, TokenRow, WeightsInfo
+from megatron_parallel_r1.sync.control import MemoryPart, RowScores, ServerControl, TokenRow, WeightsInfo
 from megatron_parallel_r1.sync.probe import ServerScores, TrainerScores, difference, passes
 from megatron_parallel_r1.sync.settings import Sync
 
 LOG = logging.getLogger(__name__)
 R = TypeVar("R")
+PARTS: tuple[MemoryPart, ...] = ("weights", "kv_cache")
 
 
 class Sender:
-    """The servers and what they hold. Only rank 0 has one."""
+    """The servers of this rank and what they hold.
 
-    def __init__(self, servers: Sequence[ServerControl], transport: Transport, settings: Sync) -> None:
+    Args:
+        asleep: whether they have released their memory.
+    """
+
+    def __init__(
+        self, servers: Sequence[ServerControl], transport: Transport, settings: Sync, asleep: bool = False
+    ) -> None:
         self.servers = {server.url: server for server in servers}
         self.transport, self.settings = transport, settings
         self.failed: dict[str, str] = {}
@@ -31,6 +38,10 @@ class Sender:
         self._scores: dict[str, Sequence[RowScores]] = {}
         self._broken: Exception | None = None
         self._passes = 0
+        # Parts of memory that a server has released. SGLang ends if asked to resume any other.
+        self._released: dict[str, set[MemoryPart]] = {}
+        if asleep:
+            self._released = {url: set(PARTS) for url in self.servers}
 
     @property
     def up_to_date(self) -> tuple[str, ...]:
@@ -38,7 +49,11 @@ class Sender:
         return tuple(server.url for server in self._active)
 
     def pause(self) -> bool:
-        """Pauses the servers that answer; returns whether some need the output matrix under its own name."""
+        """Pauses the servers that answer; sleeping ones get memory for weights, undefined ones, and no more.
+
+        Returns:
+            Whether some need the output matrix under its own name.
+        """
         self.failed, self._passes = {}, 0
         self._active = list(self.servers.values())
         if wrong := [server.url for server in self._active if self.settings.transport not in server.kinds]:
@@ -47,6 +62,10 @@ class Sender:
                 f"set it to one of {', '.join(sorted(self.servers[wrong[0]].kinds))}"
             )
         self._infos = self._try(lambda server: server.info())
+        for url, info in self._infos.items():
+            if info.version is None:  # restarted: it has all its memory
+                self._released.pop(url, None)
+        self.resume_memory("weights")
         self._try(lambda server: server.pause(self.settings.in_flight))
         return any(server.wants_head for server in self._active)
 
@@ -96,15 +115,26 @@ class Sender:
         return worst, [a for a in answers if not passes(a, trained, self.settings.tolerance)]
 
     def release_memory(self) -> None:
-        """Pauses the servers and frees their memory."""
-        self._active = list(self.servers.values())
-        self._try(lambda server: server.pause(self.settings.in_flight))
-        self._try(lambda server: server.release_memory())
+        """Pauses the servers and frees their memory; the next publication decides whether enough are left."""
+        awake = [server for server in self.servers.values() if server.url not in self._released]
+        _, lost = map_servers(awake, self._sleep)
+        self._log(lost)
+        self._released |= {server.url: set(PARTS) for server in awake if server.url not in lost}
 
-    def resume_memory(self) -> None:
-        """Allocates their memory again; they wait for weights."""
-        self._try(lambda server: server.resume_memory("weights"))
-        self._try(lambda server: server.resume_memory("kv_cache"))
+    def _sleep(self, server: ServerControl) -> None:
+        server.pause(self.settings.in_flight)
+        server.release_memory()
+
+    def resume_memory(self, part: MemoryPart) -> None:
+        """Allocates memory of the servers that had released it."""
+
+        def resume(server: ServerControl) -> None:
+            if part in self._released.get(server.url, ()):
+                server.resume_memory(part)
+                self._released[server.url].discard(part)
+
+        self._try(resume)
+        self._released = {url: parts for url, parts in self._released.items() if parts}
 
     def end(self) -> None:
         self.transport.end()
@@ -122,13 +152,16 @@ class Sender:
         Raises:
             ServersLost: none is left.
         """
-        for url, why in reasons.items():
-            LOG.warning("%s is out of date and gets no requests until it takes a whole update: %s", url, why)
+        self._log(reasons)
         self.failed |= reasons
         self._active = [server for server in self._active if server.url not in reasons]
         if not self._active:
-            url, why = next(reversed(self.failed.items()))
+            why = next(reversed(self.failed.values()))
             raise ServersLost(f"no rollout server is left that takes weights; the last failed with: {why}")
+
+    def _log(self, reasons: Mapping[str, str]) -> None:
+        for url, why in reasons.items():
+            LOG.warning("%s is out of date and gets no requests until it takes a whole update: %s", url, why)
 
 
 C = TypeVar("C", bound=ServerControl)
@@ -168,7 +201,7 @@ class PassResult:
 
 
 class Transport(Protocol):
-    """A way to the servers, on rank 0 only. A pass is `open`, `send` of every bucket, `close`.
+    """A way to the servers of a sender. A pass is `open`, `send` of every bucket, `close`.
 
     A failure of one server does not raise; `close` returns it.
     """

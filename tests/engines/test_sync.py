@@ -144,8 +144,9 @@ def test_what_becomes_of_requests_under_way(
 
 def test_memory_is_given_back_and_taken_again(server: str, model: Model, tmp_path: Path) -> None:
     with publishing(model, tmp_path, server) as publisher:
+        draw(model, 40)
+        publisher.publish(40)
         publisher.release()
-        publisher.resume()
         draw(model, 41)
         assert publisher.publish(41).difference <= EXACT
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.collectives import all_gather_objects
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import Model, build_model
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, own_parameters, random_hf_tensors
@@ -42,7 +42,9 @@ def counted(model: Model) -> Iterator[Peak]:
         yield peak
 
 
-def gathered(shape: ModelConfig, parallel: ParallelConfig, bucket_bytes: int) -> dict[str, Any]:
+def gathered(
+    shape: ModelConfig, parallel: ParallelConfig, bucket_bytes: int, everywhere: bool = False
+) -> dict[str, Any]:
     """How a pass went on this process: sizes of the buckets, memory, and what differed from `hf_tensors`."""
     model = build_model(shape, torch.float32, parallel)
     load_hf_tensors(model, random_hf_tensors(shape, seed=3, std=0.2))
@@ -52,7 +54,7 @@ def gathered(shape: ModelConfig, parallel: ParallelConfig, bucket_bytes: int) ->
     differing: list[str] = []
     lasts: list[bool] = []
     with counted(model) as peak:
-        for bucket in gather_buckets(model, bucket_bytes):
+        for bucket in gather_buckets(model, bucket_bytes, everywhere):
             sizes.append(bucket.bytes)
             lasts.append(bucket.last)
             for name, tensor in bucket.tensors:
@@ -79,10 +81,9 @@ def passes(parallel: ParallelConfig) -> dict[str, Any]:
             4 * sum(torch.Size(size).numel() for _, size in weight.parts) for weight in weight_table(shape)
         ]
         for bucket_bytes in BUCKETS:
-            everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, gathered(shape, parallel, bucket_bytes))
             found[f"{tied} {bucket_bytes}"] = {
-                "ranks": everyone,
+                "ranks": all_gather_objects(gathered(shape, parallel, bucket_bytes)),
+                "everywhere": all_gather_objects(gathered(shape, parallel, bucket_bytes, everywhere=True)),
                 "bucket": bucket_bytes,
                 "largest": max(weights),
                 "all": sum(weights),

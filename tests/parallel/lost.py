@@ -11,14 +11,21 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, PeerLost, UserError
+from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.sync.control import RowScores, TokenRow, WeightsInfo
+from megatron_parallel_r1.sync.publisher import Publisher
+from megatron_parallel_r1.sync.settings import Sync
 from megatron_parallel_r1.utils.exit import block_stop_signals
+from tests.parallel.steps import SHAPE
 
+SCORES = [(-1.0,)]
 LAST = 3  # the step in which the told rank does it
 
 
@@ -47,6 +54,44 @@ def loop(watchdog: process.Watchdog, unlucky: bool, what: str) -> None:
         time.sleep(3)  # work after the last collective, which the store's host must wait for
 
 
+class Beside:
+    """A server beside a rank, which is killed as it hands over the weights of version `strikes_at`."""
+
+    kinds, wants_head = frozenset({"tensor"}), False
+
+    def __init__(self, strikes_at: int | None) -> None:
+        self.url, self._left, self._version = "http://beside", strikes_at, None
+
+    def info(self) -> WeightsInfo:
+        return WeightsInfo(self._version, 1, "float32")
+
+    def receive_shared(self, payloads: Sequence[str], version: int | None) -> None:
+        if version == self._left:
+            time.sleep(2)  # for its beat to tell the step
+            do("kill")
+        self._version = version
+
+    def score(self, rows: Sequence[TokenRow]) -> Sequence[RowScores]:
+        return SCORES
+
+    def _nothing(self, *_: object) -> None: ...
+
+    pause = continue_generation = release_memory = resume_memory = begin_update = end_update = close = (
+        _nothing
+    )
+
+
+def hand_over(watchdog: process.Watchdog, unlucky: bool) -> None:
+    """Each rank hands its weights to a server of its own, which sleeps from one step to the next."""
+    servers = [Beside(LAST if unlucky else None)]
+    sync = Sync(transport="tensor", bucket_bytes=2**20)
+    publisher = Publisher(servers, build_model(SHAPE), sync, [(1, 2)], lambda *_: SCORES, colocated=True)
+    for step in range(LAST + 2):
+        watchdog.set_location(f"stage rl, step {step}")
+        publisher.publish(step)
+        publisher.release()
+
+
 def again(arguments: argparse.Namespace, lags: bool) -> None:
     """Joins and leaves twice; in between the ranks drift apart by more than two beats."""
     for session in (1, 2):
@@ -62,7 +107,7 @@ def again(arguments: argparse.Namespace, lags: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("unlucky", type=int)
-    parser.add_argument("what", choices=("kill", "stop", "sleep", "refuse", "late", "again"))
+    parser.add_argument("what", choices=("kill", "stop", "sleep", "refuse", "late", "again", "hand_over"))
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--heartbeat", type=float, default=60)
     arguments = parser.parse_args()
@@ -77,7 +122,10 @@ def main() -> None:
         with process.running(
             1, timeout_s=arguments.timeout, heartbeat_s=arguments.heartbeat, join_s=200
         ) as watchdog:
-            loop(watchdog, unlucky, arguments.what)
+            if arguments.what == "hand_over":
+                hand_over(watchdog, unlucky)
+            else:
+                loop(watchdog, unlucky, arguments.what)
     except PeerLost as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(LOST_EXIT_CODE)

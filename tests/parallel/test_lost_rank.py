@@ -50,7 +50,7 @@ def ended(folder: Path, unlucky: int, what: str, *more: str) -> dict[int, Ended]
                 )
             )
     # A stopped rank cannot end, and a killed one has.
-    awaited = [rank for rank in range(RANKS) if rank != unlucky or what not in ("stop", "kill")]
+    awaited = [rank for rank in range(RANKS) if rank != unlucky or what not in ("stop", "kill", "hand_over")]
     ends: dict[int, float] = {}
     try:
         give_up = time.monotonic() + 300
@@ -112,6 +112,12 @@ def test_an_error_of_a_rank_keeps_its_message_and_is_told_to_the_others(tmp_path
     assert found[1].error.splitlines()[-1] == "rewards: no such term; choose another"
     message = "rank 1 left from stage rl, step 3 by its own error, UserError: rewards: no such term"
     check(found, (0, 2), 0, message)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_as_it_hands_weights_to_its_server_is_named(tmp_path: Path) -> None:
+    found = ended(tmp_path, 1, "hand_over")
+    check(found, (0, 2), 0, "(stage rl, step 3): rank 1 has sent no heartbeat", "last in stage rl, step 3")
 
 
 @pytest.mark.slow

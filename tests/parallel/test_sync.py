@@ -54,6 +54,9 @@ def test_buckets_hold_all_weights_once(launched, processes: int, layout: str) ->
             # One from each stage, none from the same one twice.
             assert len(sender["sizes"]) <= (2 if "pipeline=2" in layout else 1)
         assert not any(other["sent"] for other in others), "only the sender has buckets"
+        for rank in found["everywhere"]:
+            assert rank["names"] and not rank["differing"] and rank["sizes"] == sender["sizes"], case
+            assert rank["lasts"] == sender["lasts"], case
         # A bucket, the parts of one parameter, and what came of them before they are let go.
         bound = min(max(found["bucket"], found["largest"]), found["all"]) + 2 * found["largest"]
         for rank, result in enumerate(found["ranks"]):

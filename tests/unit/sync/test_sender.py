@@ -25,13 +25,15 @@ class Recorder:
     kinds = frozenset({"tensor"})
     wants_head = False
 
-    def __init__(self, url: str, fails_at: str = "", scores: Sequence[RowScores] = SCORES) -> None:
-        self.url, self.fails_at, self.scores = url, fails_at, scores
+    def __init__(
+        self, url: str, fails_at: str = "", scores: Sequence[RowScores] = SCORES, version: int | None = None
+    ) -> None:
+        self.url, self.fails_at, self.scores, self.version = url, fails_at, scores, version
         self.calls: list[str] = []
 
     def info(self) -> WeightsInfo:
         self._note("info")
-        return WeightsInfo(None, 1, "float32")
+        return WeightsInfo(self.version, 1, "float32")
 
     def pause(self, in_flight: InFlightPolicy) -> None:
         self._note("pause")
@@ -80,6 +82,7 @@ def publish(sender: Sender) -> tuple[float, list[str]]:
         sender.open(1)
         sender.send(Bucket([], last=True))
         again = sender.close()
+    sender.resume_memory("kv_cache")
     sender.continue_generation()
     worst, failed = sender.probe([(1, 2, 3)], TrainerScores(SCORES, None, None, "float32", 2))
     return worst, [server.url for server in failed]
@@ -165,9 +168,51 @@ def test_other_log_probs_are_told() -> None:
     assert publish(of(Scripted(PassResult({})), Recorder(A), other)) == (0.5, [B])
 
 
-def test_memory_is_given_back_only_by_stopped_servers_and_taken_for_weights_first() -> None:
-    server = Recorder(A)
-    sender = of(Scripted(), server)
+def test_memory_is_given_back_by_stopped_servers_and_taken_for_weights_first() -> None:
+    server = Recorder(A, version=1)
+    sender = of(Scripted(PassResult({})), server)
     sender.release_memory()
-    sender.resume_memory()
-    assert server.calls == ["pause", "release", "weights", "kv_cache"]
+    sender.release_memory()
+    assert server.calls == ["pause", "release"]  # once: asleep it has nothing to release
+    publish(sender)
+    assert server.calls[2:] == ["info", "weights", "pause", "kv_cache", "continue_generation", "score"]
+
+
+def test_a_restarted_server_has_all_its_memory() -> None:
+    """SGLang ends if it is asked to resume what it has not released."""
+    server = Recorder(A, version=1)
+    sender = of(Scripted(PassResult({})), server)
+    sender.release_memory()
+    server.version = None
+    publish(sender)
+    assert not {"weights", "kv_cache"} & set(server.calls)
+
+
+def test_a_server_lost_between_its_weights_and_its_cache_resumes_each_once() -> None:
+    server = Recorder(B, "kv_cache", version=1)
+    sender = of(Scripted(PassResult({}), PassResult({})), Recorder(A), server)
+    sender.release_memory()
+    publish(sender)
+    assert sender.up_to_date == (A,)
+    server.fails_at = ""
+    publish(sender)
+    assert sender.up_to_date == (A, B)
+    assert server.calls.count("weights") == 1 and server.calls.count("kv_cache") == 2
+
+
+def test_a_server_lost_as_it_falls_asleep_is_missed_by_the_next_publication(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = Recorder(A, "release", version=1)
+    sender = of(Scripted(PassResult({})), server)
+    sender.release_memory()
+    assert f"{A} is out of date" in caplog.text
+    server.fails_at = "info"
+    with pytest.raises(UserError, match="no rollout server is left"):
+        publish(sender)
+
+
+def test_servers_may_be_asleep_from_the_start() -> None:
+    server = Recorder(A, version=1)
+    publish(Sender([server], Scripted(PassResult({})), Sync(transport="tensor"), asleep=True))
+    assert server.calls[:2] == ["info", "weights"]
