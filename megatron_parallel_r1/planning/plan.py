@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 
 import torch
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.config.data import BpeTokenizer
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.rollout import Rollout
@@ -34,6 +35,8 @@ from megatron_parallel_r1.thought.tags import TAG_TEXTS
 from megatron_parallel_r1.thought.tokenizer import add_tags
 
 GIB = 2**30
+# A CUDA context with its libraries, which a sleeping process keeps; an estimate.
+CONTEXT = GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,7 @@ def plan(
         servers, tensor = planner.timing.engines, recipe.rollout.tensor
         notes.append(f"times are for {servers} servers of {_gpus(tensor)} each")
         notes += _own_servers(recipe.rollout, world, machine.per_node)
+        notes += [planner.turns(stage, gpu) for stage in stages if isinstance(stage.stage, RlStage)]
     return Plan(recipe, shape, parallel, world, data, parts, stages, gpu, machine, tuple(notes))
 
 
@@ -152,7 +156,7 @@ def _own_servers(rollout: Rollout, world: int, per_node: int) -> Iterator[str]:
         yield f"a run would end with: {error}"
         return
     if rollout.colocated:
-        yield "the servers share the GPUs of the first node's processes; their memory is not counted"
+        yield f"the {rollout.servers} servers of each node share the GPUs of its processes"
         return
     yield (
         f"{rollout.needed_gpus(world)} GPUs: {world} of processes, {servers} of servers, which are on the "
@@ -246,6 +250,25 @@ class _Planner:
     def _memory(self, part: PipelinePart, work: Workload) -> MemoryUse:
         number = getattr(torch, self.recipe.model.dtype).itemsize
         return memory_use(self.shape, self.recipe.parallel, part, self.data, number, work)
+
+    def turns(self, planned: StagePlan, gpu: int) -> str:
+        """Says whether servers may share the GPUs of an RL stage: what the two phases of a step need."""
+        recipe, shape, trainer = self.recipe, self.shape, planned.memories[planned.fullest]
+        number, size = getattr(torch, recipe.model.dtype).itemsize, recipe.rollout.tensor
+        server = number * sum(prod(s) for weight in weight_table(shape) for _, s in weight.parts) // size
+        learning = trainer.total + CONTEXT
+        drawing = trainer.weights + trainer.reference + server + 2 * CONTEXT
+        a_token = shape.layers * 2 * ceil(shape.kv_heads / size) * shape.head_dim * number
+        tokens = max(0, gpu - drawing) // a_token
+        thinking = recipe.thinking_of(planned.stage)
+        traces = tokens // longest_row(thinking, self._prompt(thinking))
+        fits = learning <= gpu and traces > 0
+        return (
+            f"stage {planned.stage.name}: {'colocated servers fit' if fits else 'wants servers apart'}; of "
+            f"{gpu / GIB:.0f} GiB a GPU needs {learning / GIB:.0f} while the trainer learns, and "
+            f"{drawing / GIB:.0f} while servers draw, beside their cache: room for {tokens:,} tokens, or "
+            f"{traces:,} of the longest traces"
+        )
 
     def _evaluation(self, thinking: Thinking) -> MemoryUse:
         """The stage's idle trainer remains in memory beside the engine of the evaluation."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
@@ -58,7 +59,8 @@ class Timing:
         if rollout.engine == "native":
             return self.data
         processes = self.data * self.recipe.parallel.replica_size
-        return rollout.servers or len(rollout.urls) or max(1, processes // rollout.tensor)
+        nodes = ceil(processes / self.machine.per_node) if rollout.colocated else 1
+        return rollout.servers * nodes or len(rollout.urls) or max(1, processes // rollout.tensor)
 
     def of(
         self,

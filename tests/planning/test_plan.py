@@ -236,12 +236,31 @@ def test_what_does_not_fit_is_said() -> None:
     [
         (("rollout.servers=4",), 4, "8 GPUs: 4 of processes, 4 of servers, which are on the first node"),
         (("rollout.servers=4", "rollout.tensor=2"), 2, "would end with: rollout.servers: 4 servers of"),
-        (("rollout.servers=8", "rollout.colocated=true"), 8, "the servers share the GPUs of the first"),
+        (
+            ("rollout.servers=8", "rollout.colocated=true", "rollout.sync.transport=tensor"),
+            16,
+            "the 8 servers of each node share the GPUs of its processes",
+        ),
+        (("rollout.servers=8", "rollout.colocated=true"), 8, "would end with: rollout.colocated: NCCL takes"),
     ],
 )
 def test_the_gpus_of_servers_are_counted(overrides: tuple[str, ...], world: int, message: str) -> None:
     notes = planned(CURRICULUM, "rollout.engine=sglang", *overrides, world=world).notes
     assert any(message in note for note in notes), notes
+
+
+def test_a_layout_fits_colocated_servers_or_wants_them_apart() -> None:
+    def notes(*overrides: str, world: int) -> list[str]:
+        words = ("rollout.engine=sglang", "rollout.servers=8", "rollout.colocated=true")
+        found = planned(CURRICULUM, *words, "rollout.sync.transport=tensor", *overrides, world=world)
+        return [note for note in found.notes if "while servers draw" in note]
+
+    fits = notes("parallel.tensor=2", "parallel.sharded_optimizer=true", world=16)
+    assert fits and all("colocated servers fit; of 80 GiB" in note for note in fits)
+    # Adam whole on each GPU: 4B weights, gradients and optimizer are 18 bytes a weight.
+    whole = ("parallel.tensor=1", "parallel.sequence=false", "parallel.sharded_optimizer=false")
+    apart = notes(*whole, world=8)
+    assert apart and all("wants servers apart" in note for note in apart)
 
 
 def test_dynamic_sampling_draws_more() -> None:
