@@ -27,8 +27,13 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 class ServersLost(UserError):
     """No rollout server is left.
 
-    In a job that started them itself the exit code is LOST_EXIT_CODE: a restarted job has fresh servers.
+    If the run or its job started them, the exit code is LOST_EXIT_CODE: started again, it has fresh servers.
+
+    Attributes:
+        own: whether the run started them.
     """
+
+    own = False
 
 
 class PeerLost(RuntimeError):

@@ -136,6 +136,11 @@ class Recipe(Settings):
                 )
             if stage.carry_optimizer and not names:
                 raise ValueError(f"stage {stage.name} is the first: there is no optimizer to carry over")
+            if self.rollout.colocated and isinstance(stage, RlStage) and stage.max_off_policy_steps:
+                raise ValueError(
+                    f"stage {stage.name}: max_off_policy_steps draws while the trainer learns, but colocated "
+                    "servers sleep then; set it to 0 or rollout.colocated to false"
+                )
             thinking = self.thinking_of(stage)
             try:
                 stage.check_thinking(thinking)

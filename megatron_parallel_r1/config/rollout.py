@@ -31,8 +31,8 @@ class Rollout(Settings):
     """File with one base URL a line, as `parallel-r1 serve-rollout --urls-file` writes it; it is read again
     during the run, so that servers may join and leave."""
     servers: CountOrZero = 0
-    """Number of servers that the run starts, on GPUs of the first node that no rank has unless they are
-    `colocated`."""
+    """Number of servers that the run starts: on GPUs of the first node that no rank has, or `colocated` on
+    each node."""
     tensor: Ranks = 1
     """Tensor-parallel size of each server that the run starts."""
     memory_share: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -43,7 +43,8 @@ class Rollout(Settings):
     their seeds. false is faster on GPUs and costs exactness: log-probs of server and trainer differ more, and
     neither a repeated or resumed run nor a request that is sent again draws the same traces."""
     colocated: bool = False
-    """Servers share the ranks' GPUs, and release their memory while the trainer learns."""
+    """Servers share the ranks' GPUs: servers release their memory while the trainer learns, and the trainer
+    that of gradients and optimizer while they draw. On GPUs it needs `sync.transport` tensor or disk."""
     max_concurrent_requests: Count = 128
     """Most requests in flight to one server."""
     request_timeout_s: Seconds = 600.0
@@ -82,10 +83,10 @@ class Rollout(Settings):
         return max(ranks, servers) if self.colocated else ranks + servers
 
     def check_gpus(self, ranks: int, gpus: int) -> None:
-        """Checks that a node with `gpus` GPUs has enough for the servers that the run starts.
+        """Checks that a node with `gpus` GPUs can have the servers that the run starts beside `ranks` ranks.
 
         Raises:
-            UserError: it has too few.
+            UserError: it has too few, or weights cannot reach the servers as `sync.transport` says.
         """
         needed = self.needed_gpus(ranks)
         if self.servers and needed > gpus:
@@ -95,4 +96,26 @@ class Rollout(Settings):
                 f"rollout.servers: {self.servers} servers of tensor {self.tensor} need "
                 f"{self.servers * self.tensor} GPUs {beside}on the first node, which has {gpus}; lower "
                 f"rollout.servers or rollout.tensor, start fewer ranks on a node{share}"
+            )
+        if self.servers and ranks:
+            self._check_shared_gpus(ranks)
+
+    def _check_shared_gpus(self, ranks: int) -> None:
+        """Checks that weights can pass between processes that share GPUs, or share none."""
+        kind = self.sync.transport
+        if self.colocated and kind == "distributed" and self.sync.backend != "gloo":
+            raise UserError(
+                "rollout.colocated: NCCL takes one process a GPU, so sync.transport distributed reaches no "
+                "server on a rank's GPU; set rollout.sync.transport to tensor, or to disk with a folder"
+            )
+        if kind == "tensor" and not self.colocated:
+            raise UserError(
+                "rollout.sync.transport tensor shares GPU memory, which a server on other GPUs cannot see; "
+                "set it to distributed or disk, or rollout.colocated to true"
+            )
+        if kind == "tensor" and self.servers * self.tensor > ranks:
+            raise UserError(
+                f"rollout.servers: {self.servers} servers of tensor {self.tensor} are not all beside one of "
+                f"{ranks} ranks of a node, and those get no weights by sync.transport tensor; lower "
+                "rollout.servers, or set sync.transport to disk"
             )

@@ -195,6 +195,8 @@ def _run_stage(
         save_model(run, model, folder / "model", {"thinking.json": settings})
         if any(any_rank_true([stop_signal_pending()], trainer.device)):
             raise Stopped(f"stage {stage.name}: stopped by a signal after its last step, saved")
+        if run.recipe.rollout.colocated:
+            trainer.memory.offload()  # the model keeps its gradients otherwise, and servers want their memory
         del trainer  # its optimizer and gradients
     else:
         console.print(f"{stage.name}  already done", highlight=False)

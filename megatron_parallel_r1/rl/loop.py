@@ -31,10 +31,11 @@ def train_rl(
     run: RunContext, stage: RlStage, verifier: Verifier, backends: Backends, watchdog: Watchdog
 ) -> Trainer:
     """Trains an RL stage and returns its trainer."""
-    trainer, timers = run.trainer(stage), Timers()
+    trainer, timers, colocated = run.trainer(stage), Timers(), run.recipe.rollout.colocated
     problems = problem_stream(run.recipe, stage, run.seed_of(stage.name, "data"), run.prompt_tokens)
     with (
         StageLoop(run, stage, trainer, watchdog) as loop,
+        trainer.memory.offloaded_around(colocated),
         background_groups(run.recipe.collective_timeout_s, stage.max_off_policy_steps > 0) as (
             tensor_group,
             world,
@@ -50,11 +51,17 @@ def train_rl(
         ):
             for step, lr in loop.steps({"in_flight": rollouts, "stream": problems}):
                 with timers.of("rollout"):
+                    # Colocated servers and the trainer take turns with the GPUs' memory, line by line.
+                    if colocated:
+                        trainer.memory.offload()  # gradients and optimizer leave the GPU
+                    # Servers resume their weights, take the new ones, resume their cache.
                     rollouts.update_weights(hf_tensors(trainer.model), version=step - 1)
                     batch = rollouts.next_batch(step)  # prompts -> responses -> rewards
+                    backend.sleep()  # colocated servers release all memory
+                    if colocated:
+                        trainer.memory.onload()
                     batch = drop_stale(batch, step, stage.max_off_policy_steps, stage.samples_per_prompt)
                 with timers.of("train"):
-                    backend.sleep()
                     metrics = SKIPPED
                     with loop.guard.skip_if_not_finite(step, batch):
                         policy_batch = learner.prepare(batch.trained.traces)  # old and reference log-probs

@@ -16,9 +16,14 @@ from torch import Tensor
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.rollout import Rollout
-from megatron_parallel_r1.distributed.collectives import all_gather_objects, run_on_rank_zero
+from megatron_parallel_r1.distributed.collectives import (
+    all_gather_objects,
+    barrier,
+    run_on_rank_zero,
+    run_on_ranks,
+)
 from megatron_parallel_r1.distributed.parallel_config import check_native_split
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.errors import ServersLost, UserError
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.rollout.servers.client import Timeouts
@@ -35,7 +40,7 @@ from megatron_parallel_r1.sync.publisher import Publisher, PublishResult
 from megatron_parallel_r1.sync.sglang import SglangControl, check_copies
 from megatron_parallel_r1.sync.vllm import VllmControl
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner, causal_logprobs, probe_texts
-from megatron_parallel_r1.utils.rank import local_world_size
+from megatron_parallel_r1.utils.rank import is_rank_zero, local_rank, local_world_size, rank
 
 
 class Backend(Protocol):
@@ -74,24 +79,28 @@ class NativeBackend:
 
 
 class ServerBackend:
-    """Rollout servers to which the trainer's weights are published."""
+    """Rollout servers to which the trainer's weights are published.
 
-    def __init__(self, pool: ServerPool, publisher: Publisher, rollout: Rollout) -> None:
+    Args:
+        own: the servers that the run started; they are not restarted while they sleep.
+    """
+
+    def __init__(self, pool: ServerPool, publisher: Publisher, rollout: Rollout, own: OwnServers) -> None:
         self.engine = ServerEngine(pool, self._publish)
-        self._pool, self._publisher, self._rollout = pool, publisher, rollout
+        self._pool, self._publisher, self._rollout, self._own = pool, publisher, rollout, own
         self._published: PublishResult | None = None
         self._known = set(pool.infos)
         self._asleep = False
 
     def sleep(self) -> None:
-        if self._rollout.colocated:
+        if self._rollout.colocated and not self._asleep:
             self._publisher.release()
+            self._own.rest()
             self._asleep = True
 
     def end(self) -> None:
-        """Wakes sleeping servers with the last weights, so that they are ready for other uses."""
-        if self._asleep:
-            self._publish((), self.engine.version + 1)
+        """Leaves colocated servers asleep."""
+        self.sleep()
         self._publisher.end()
 
     def metrics(self) -> dict[str, float]:
@@ -115,15 +124,16 @@ class ServerBackend:
     def _publish(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Publishes the model's weights, which the publisher reads itself: `tensors` is not iterated."""
         if self._asleep:
-            self._publisher.resume()
-            self._asleep = False
-        urls = set(self._pool.infos)
+            self._own.wake(self._rollout.patience_s)
+        # The run's own servers are known from the start.
+        urls = self._known if self._rollout.servers else set(self._pool.infos)
         for url in self._known - urls:
             self._publisher.remove(url)
         for url in urls - self._known:
             self._publisher.add(_control(self._rollout, url))
         self._known = urls
         self._published = self._publisher.publish(version)
+        self._asleep = False
         self._pool.set_version(version, self._published.up_to_date)
 
 
@@ -135,6 +145,8 @@ class Backends:
         logs = run.folder / "servers"
         report = partial(print, flush=True)
         self._own = OwnServers(run.recipe.rollout, logs, report, local_world_size())
+        # Version of the weights with which colocated servers went to sleep.
+        self._slept: int | None = None
 
     def __enter__(self) -> Backends:
         return self
@@ -160,40 +172,63 @@ class Backends:
         if rollout.engine == "native":
             yield NativeBackend(self._run, tensor_group)
             return
-        urls = rollout.urls or (self._start_servers(model, thinking) if rollout.servers else ())
-        pool = _shared_pool(rollout, urls, thinking)
+        pool: ServerPool | None = None
+        if rollout.servers:
+            urls, beside = self._start_servers(model, thinking)
+        else:
+            pool = _shared_pool(rollout, rollout.urls, thinking)
+            urls, beside = tuple(pool.infos), ()
+            for url, info in pool.infos.items():
+                check_copies(url, info.copies, rollout.sync.transport)
         # Where NCCL's versions differ it is not the recipe's; `check_engine` has warned of that.
-        sync, _ = run_on_rank_zero(lambda: usable_sync(rollout, pool.infos))
+        sync, _ = run_on_rank_zero(lambda: usable_sync(rollout, pool.infos if pool else {}))
         rollout = rollout.replace(sync=sync)
-        for url, info in pool.infos.items():
-            check_copies(url, info.copies, rollout.sync.transport)
-        controls = [_control(rollout, url) for url in pool.infos]
-        publisher = Publisher(
-            controls,
-            model,
-            rollout.sync,
-            probe_texts(self._run.shape.vocab),
-            _TrainerLogprobs(model, self._run),
-        )
-        backend = ServerBackend(pool, publisher, rollout)
+        each = rollout.colocated and sync.transport == "tensor"
+        controls = [_control(rollout, url) for url in (beside if each else urls)]
+        probe, scorer = probe_texts(self._run.shape.vocab), _TrainerLogprobs(model, self._run)
+        asleep = self._slept is not None
+        publisher = Publisher(controls, model, rollout.sync, probe, scorer, rollout.colocated, asleep)
         try:
+            if self._slept is not None:
+                self._own.wake(rollout.patience_s)
+                publisher.publish(self._slept + 1)
+            pool = pool or _shared_pool(rollout, urls, thinking)
+            backend = ServerBackend(pool, publisher, rollout, self._own)
             yield backend
-        except BaseException:
+        except BaseException as error:
             # Other ranks may be gone: avoid collectives.
             for control in controls:
                 control.close()
+            if rollout.colocated:
+                # Their memory, for the checkpoint of the last finished step.
+                self._own.__exit__()
+                if isinstance(error, UserError) and error.on_all_ranks:
+                    barrier()
+            if isinstance(error, ServersLost):
+                error.own = bool(rollout.servers)
             raise
         backend.end()
+        self._slept = backend.engine.version if rollout.colocated else None
 
-    def _start_servers(self, model: Model, thinking: Thinking) -> tuple[str, ...]:
-        """Starts this run's servers with the current weights, and returns their URLs."""
+    def _start_servers(self, model: Model, thinking: Thinking) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Starts servers with the current weights; returns the URLs of all, and of those beside this rank."""
         folder = self._run.folder / "servers" / "model"
         if not folder.is_dir():
             save_model(self._run, model, folder)
         recipe = self._run.recipe
         # The servers outlive this stage.
         modes = {thinking.mode, *(recipe.thinking_of(stage).mode for stage in recipe.stages)}
-        return run_on_rank_zero(lambda: self._own.urls(folder, "isolated" in modes))
+        starts = local_rank() == 0 if recipe.rollout.colocated else is_rank_zero()
+
+        def start() -> tuple[int, tuple[str, ...]]:
+            return rank(), self._own.urls(folder, "isolated" in modes)
+
+        started = run_on_ranks(start if starts else None)
+        first, here = next(node for node in reversed(started) if node[0] <= rank())
+        # Server i has the GPUs from i x tensor on, and is beside the rank that has the first of them.
+        places = [index * recipe.rollout.tensor % local_world_size() for index in range(len(here))]
+        beside = tuple(url for url, place in zip(here, places, strict=True) if place == rank() - first)
+        return tuple(url for _rank, some in started for url in some), beside
 
 
 class _TrainerLogprobs:

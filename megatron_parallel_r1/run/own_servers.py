@@ -1,8 +1,10 @@
-"""Rollout servers that a run starts on the node of rank zero, and stops when it ends."""
+"""Rollout servers that a run starts, on the node of rank zero or beside every node's ranks, and stops when it
+ends."""
 
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
 from megatron_parallel_r1.rollout.launcher.run import build_servers, visible_gpus
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supervisor
+from megatron_parallel_r1.utils.rank import world_size
 
 
 def launch_settings(
@@ -22,9 +25,12 @@ def launch_settings(
     Raises:
         UserError: this node has too few GPUs.
     """
+    spread = rollout.colocated and 0 < ranks < world_size()
     return LaunchSettings(
         checkpoint=checkpoint,
         engine="vllm" if rollout.engine == "vllm" else "sglang",
+        # Ranks of all nodes send requests to colocated servers.
+        host="0.0.0.0" if spread else "127.0.0.1",
         servers=rollout.servers,
         tensor=rollout.tensor,
         port=0,
@@ -35,7 +41,7 @@ def launch_settings(
         deterministic=rollout.deterministic,
         isolated=isolated,
         colocated=rollout.colocated,
-        log_dir=logs,
+        log_dir=logs / socket.gethostname() if spread else logs,
     )
 
 
@@ -60,7 +66,7 @@ def server_gpus(rollout: Rollout, visible: tuple[str, ...], ranks: int) -> tuple
 class OwnServers:
     """Starts rollout servers at the first call of `urls`, stops them at the end of the `with` block.
 
-    For rank zero.
+    For rank zero, or the first rank of each node for colocated servers; on other ranks it does nothing.
 
     Args:
         rollout: the engine and the number of servers.
@@ -76,6 +82,7 @@ class OwnServers:
         self._urls: tuple[str, ...] = ()
         self._thread: threading.Thread | None = None
         self._ending, self._settled = threading.Event(), threading.Event()
+        self._resting, self._healthy = threading.Event(), threading.Event()
         self._error: UserError | None = None
 
     def urls(self, checkpoint: Path, isolated: bool) -> tuple[str, ...]:
@@ -100,6 +107,17 @@ class OwnServers:
             raise self._error
         return self._urls
 
+    def rest(self) -> None:
+        """Restarts no server until `wake`: the trainer uses its memory."""
+        self._resting.set()
+
+    def wake(self, patience_s: float) -> None:
+        """Restarts servers that were lost meanwhile, and waits until all are healthy, or `patience_s`."""
+        self._resting.clear()
+        if self._thread is not None and self._thread.is_alive():
+            self._healthy.clear()
+            self._healthy.wait(patience_s)
+
     def __enter__(self) -> OwnServers:
         return self
 
@@ -115,12 +133,16 @@ class OwnServers:
                 children, settings.crashes, settings.start_seconds, settings.hang_seconds, self._report
             ) as supervisor:
                 while not self._ending.is_set():
-                    supervisor.poll()
+                    supervisor.poll(restarts=not self._resting.is_set())
                     if supervisor.healthy:
                         self._settled.set()
+                    # A guard ends later than its server.
+                    if not self._healthy.is_set() and supervisor.healthy and all(c.pid for c in children):
+                        self._healthy.set()
         except UserError as error:
             # Once `urls` has returned, the pool reports that no server is left.
             self._error = error
             self._report(str(error))
         finally:
+            self._healthy.set()
             self._settled.set()

@@ -46,7 +46,7 @@ def one_line_exit(resume: str = "the same command continues where it was") -> It
     | error | exit code |
     |---|---|
     | `UserError`, a full disk, a file that this user may not read or write | 2 |
-    | `ServersLost` in a job that started the servers, `PeerLost` | LOST_EXIT_CODE |
+    | `ServersLost` of servers that the run or job started, `PeerLost` | LOST_EXIT_CODE |
     | `Stopped` | STOPPED_EXIT_CODE |
     | Ctrl-C | 130 |
 
@@ -70,7 +70,7 @@ def one_line_exit(resume: str = "the same command continues where it was") -> It
         raise ReportedExit(STOPPED_EXIT_CODE) from None
     except UserError as error:
         _report_error(str(error))
-        is_lost = isinstance(error, ServersLost) and "SERVERS_OF_JOB" in os.environ
+        is_lost = isinstance(error, ServersLost) and (error.own or "SERVERS_OF_JOB" in os.environ)
         raise ReportedExit(LOST_EXIT_CODE if is_lost else USER_ERROR_EXIT_CODE) from None
     except OSError as error:
         if error.errno in _NO_ACCESS and error.filename is not None:  # not those of a signal or a socket

@@ -20,6 +20,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
 
 
+def local_rank() -> int:
+    """Returns this process's rank on its node; its rank if the launcher does not say."""
+    return int(os.environ.get("LOCAL_RANK", rank())) if world_size() > 1 else 0
+
+
 def is_rank_zero() -> bool:
     """Returns whether this is rank 0, which writes the run's files and prints."""
     return rank() == 0

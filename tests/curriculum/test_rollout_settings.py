@@ -30,6 +30,13 @@ from tests.unit.rollout.test_sglang import FakeSGLang
             "colocated: only for servers that the run starts",
         ),
         (
+            (
+                *("rollout.engine=sglang", "rollout.servers=1", "rollout.colocated=true"),
+                "stages.rl.max_off_policy_steps=1",
+            ),
+            "stage rl: max_off_policy_steps draws while the trainer learns, but colocated servers sleep then",
+        ),
+        (
             ("rollout.engine=sglang", "rollout.servers=1", "rollout.compiled=true"),
             "compiled: only the native engine's layers; sglang has its own",
         ),

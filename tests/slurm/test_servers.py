@@ -1,4 +1,4 @@
-"""Trainers on one node, a rollout server on the other."""
+"""Trainers on one node, a rollout server on the other; or both on each node."""
 
 from __future__ import annotations
 
@@ -21,11 +21,38 @@ WORDS = (
 )
 
 
-def test_a_node_serves_what_the_other_trains(site: Site) -> None:
+COLOCATED = (
+    *("rollout.servers=1", "rollout.colocated=true", "rollout.sync.transport=tensor"),
+    *("rollout.patience_s=600", "thinking.mode=replay", "rollout.engine=sglang", "evaluation=null"),
+    *("stages.cold_start.steps=2", "stages.cold_start.evaluate=false"),
+    *("stages.rl.steps=2", "stages.rl.evaluate=false"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _engine() -> None:
     try:
         find_python(LaunchSettings(checkpoint=Path("any"), engine="sglang"))
     except UserError as error:
         pytest.skip(str(error))
+
+
+def test_each_node_serves_what_it_trains(site: Site) -> None:
+    words = (str(RECIPE), *COLOCATED, f"out={site.folder}/runs")
+    site.finish(site.submit("curriculum.sh", *words, TORCHDYNAMO_DISABLE="0"))  # SGLang needs it
+    run = site.folder / "runs/mini"
+    steps = [json.loads(line) for line in (run / "rl/metrics.jsonl").read_text().splitlines()]
+    for step in steps:
+        assert step["mismatch_max"] <= 2e-5 and step["sync_difference"] <= 2e-5 and step["servers_up"] == 2
+    for node in ("n1", "n2"):
+        log = (run / f"servers/{node}/server-0.log").read_text()
+        assert log.count('"POST /update_weights_from_tensor HTTP/1.1" 200') == len(steps) == 2, node
+        assert log.count('"POST /generate HTTP/1.1" 200') > 12, node  # more than probes and handshakes
+        assert '"POST /release_memory_occupation HTTP/1.1" 200' in log, node
+    site.assert_no_process_left()
+
+
+def test_a_node_serves_what_the_other_trains(site: Site) -> None:
     words = (str(RECIPE), *WORDS, f"out={site.folder}/runs")
     site.finish(site.submit("sft_stage.sh", *words, header=ONE_NODE))
     servers = {"ROLLOUT_NODES": "1", "ROLLOUT_SERVERS": "1", "ROLLOUT_WAIT_S": "550"}

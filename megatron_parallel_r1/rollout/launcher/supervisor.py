@@ -171,14 +171,19 @@ class Supervisor:
         """Whether all were at the last `poll`."""
         return all(self._healthy)
 
-    def poll(self) -> None:
+    def poll(self, restarts: bool = True) -> None:
         """Checks each server once and restarts those that crashed or hang.
+
+        Args:
+            restarts: otherwise a later poll restarts them.
 
         Raises:
             UserError: one crashed too often.
         """
         for index, server in enumerate(self._servers):
-            if server.status is not None:
+            if server.status is not None and not restarts:
+                self._healthy[index] = False
+            elif server.status is not None:
                 self._on_crash(index, f"ended with status {server.status}")
             elif not self._healthy[index] and server.healthy():
                 self._healthy[index] = True

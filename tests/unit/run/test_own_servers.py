@@ -27,6 +27,9 @@ def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", EIGHT)
 
 
+TENSOR = {"transport": "tensor"}
+
+
 def gpus_of(ranks: int | None = None, **keys: Any) -> list[tuple[str, ...]]:
     rollout = Rollout(engine="sglang", **keys)
     settings = launch_settings(rollout, Path(), False, Path(), local_world_size() if ranks is None else ranks)
@@ -40,7 +43,18 @@ def test_servers_have_the_gpus_of_no_rank() -> None:
 
 
 def test_colocated_servers_have_the_gpus_of_the_ranks() -> None:
-    assert gpus_of(servers=4, colocated=True) == [("0",), ("1",), ("2",), ("3",)]
+    assert gpus_of(servers=4, colocated=True, sync=TENSOR) == [("0",), ("1",), ("2",), ("3",)]
+    assert gpus_of(servers=2, tensor=2, colocated=True, sync=TENSOR) == [("0", "1"), ("2", "3")]
+
+
+def test_colocated_servers_of_several_nodes_listen_to_all() -> None:
+    def host(**keys: Any) -> str:
+        rollout = Rollout(engine="sglang", servers=4, sync=TENSOR | {"folder": "f"}, **keys)
+        return launch_settings(rollout, Path(), False, Path("logs"), 4).host
+
+    assert host(colocated=True) == "0.0.0.0"
+    with pytest.raises(UserError, match="transport tensor shares GPU memory, which a server on other GPUs"):
+        host()
 
 
 def test_without_the_launchers_word_every_rank_is_on_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +74,12 @@ def test_without_the_launchers_word_every_rank_is_on_this_node(monkeypatch: pyte
             EIGHT,
             {"servers": 9, "colocated": True},
             "need 9 GPUs on the first node, which has 8; lower ",
+        ),
+        (EIGHT, {"servers": 4, "colocated": True}, "distributed reaches no server on a rank's GPU; set"),
+        (
+            EIGHT,
+            {"servers": 3, "tensor": 2, "colocated": True, "sync": TENSOR},
+            "3 servers of tensor 2 are not all beside one of 4 ranks of a node",
         ),
     ],
 )
