@@ -136,8 +136,9 @@ class OwnServers:
                     supervisor.poll(restarts=not self._resting.is_set())
                     if supervisor.healthy:
                         self._settled.set()
+                    waited_for = supervisor.healthy and not self._healthy.is_set()
                     # A guard ends later than its server.
-                    if not self._healthy.is_set() and supervisor.healthy and all(c.pid for c in children):
+                    if waited_for and all(child.answers() for child in children):
                         self._healthy.set()
         except UserError as error:
             # Once `urls` has returned, the pool reports that no server is left.

@@ -63,6 +63,19 @@ def test_trainer_and_server_take_turns(tmp_path: Path, whole: Path) -> None:
     assert_equal(folder, whole)
 
 
+def test_servers_sleep_from_one_stage_to_the_next(tmp_path: Path) -> None:
+    """The fakes see to it that nothing touches memory that was released."""
+    fakes = Fakes(1)
+    evaluated = ("stages.cold_start.evaluate=true", "stages.rl.evaluate=true", "stages.rl.steps=1")
+    settings = "evaluation={data: {source: embedded, kind: hard}, problems: 2}"
+    folder = go(recipe_of(tmp_path, settings, *evaluated), fakes)
+    assert len((folder / "eval.jsonl").read_text().splitlines()) == 2
+    # Evaluation, the RL stage's only step, evaluation: each begins with sleeping servers but the first.
+    assert fakes.calls.count("release") == 3 and fakes.calls.count("weights") == 2
+    # Also that of SFT, whose model keeps its gradients otherwise.
+    assert fakes.calls[0] == "offload"
+
+
 @pytest.mark.parametrize("point", ["receive", "kv_cache", "draw", "release"])
 def test_one_of_two_servers_lost_at_any_point_costs_nothing(point: str, tmp_path: Path, whole: Path) -> None:
     fakes = Fakes(2, point, skips=1)

@@ -181,8 +181,8 @@ class Supervisor:
             UserError: one crashed too often.
         """
         for index, server in enumerate(self._servers):
-            if server.status is not None and not restarts:
-                self._healthy[index] = False
+            if not restarts:
+                self._healthy[index] &= server.status is None and not self._hangs(index)
             elif server.status is not None:
                 self._on_crash(index, f"ended with status {server.status}")
             elif not self._healthy[index] and server.healthy():
