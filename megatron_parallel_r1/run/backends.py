@@ -271,8 +271,8 @@ def _shared_pool(rollout: Rollout, urls: Sequence[str], thinking: Thinking) -> S
     """Connects this rank to the servers and checks that they decode in `thinking.mode`."""
     settings = PoolSettings(concurrent=rollout.max_concurrent_requests, patience_s=rollout.patience_s)
     timeouts = Timeouts(answer_s=rollout.request_timeout_s)
-    pool = connect_pool(rollout.engine, urls, timeouts, settings, rollout.urls_file)
-    pool.share(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
+    share = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    pool = connect_pool(rollout.engine, urls, timeouts, settings, rollout.urls_file, share)
     if thinking.mode not in pool.modes:
         raise UserError(
             f"thinking.mode {thinking.mode}: the servers ({', '.join(pool.infos)}) are exact in "

@@ -150,13 +150,18 @@ def connect_pool(
     timeouts: Timeouts,
     settings: PoolSettings,
     urls_file: Path | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> ServerPool:
     """A pool of the servers at these addresses, ready to use; warns of servers that ignore seeds.
+
+    Args:
+        share: rank and number of the processes that use the same servers; see `ServerPool.share`.
 
     Raises:
         UserError: none answers within `settings.patience_s`, or their log-probs are not as required.
     """
     pool = ServerPool(lambda url: CLIENTS[engine](url, timeouts), urls, settings, urls_file)
+    pool.share(*share)
     pool.wait_ready()
     unseeded = [url for url, info in pool.infos.items() if not info.seeded]
     if unseeded and is_rank_zero():

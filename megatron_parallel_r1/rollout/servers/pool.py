@@ -127,7 +127,8 @@ class ServerPool:
         """Sets which of `size` processes that use the same servers this one is.
 
         With at least as many servers as processes, each process has servers of its own; with fewer, several
-        share one, and its `concurrent`. Other servers serve as a fallback while none of its own is usable.
+        share one, and its `concurrent`. Other servers serve as a fallback while none of its own is usable;
+        only then, and by rank 0, are they checked at all. Call this before `wait_ready`.
         """
         processes = self._registry.share(rank, size)
         self._router = CacheAwareRouter(max(1, self._settings.concurrent // processes))
@@ -214,7 +215,7 @@ class ServerPool:
 
     async def _wait_ready(self) -> None:
         state = self._entered()
-        while not self._registry.usable() or any(s.status == "new" for s in self._registry.servers()):
+        while not self._registry.usable() or any(s.status == "new" for s in self._registry.watched()):
             failure = self._registry.failure(self._settings.patience_s)
             if failure:
                 raise failure

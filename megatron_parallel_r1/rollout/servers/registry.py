@@ -27,7 +27,7 @@ MAX_MISSES = 2
 
 
 class ServerRegistry:
-    """The servers of a pool, each checked periodically while `watch` runs.
+    """The servers of a pool; those that this process may need are checked periodically while `watch` runs.
 
     A server is usable if it is up, holds the pool's weights, and is exact in the pool's modes.
 
@@ -90,23 +90,36 @@ class ServerRegistry:
         self.version = version
 
     def fix_modes(self) -> None:
-        """From now on a server must be exact in the modes that all servers usable now share."""
-        infos = [self._servers[url].info for url in self.usable()]
-        modes = [info.modes for info in infos if info is not None]
+        """From now on a server must be exact in the modes that all watched servers usable now share."""
+        usable = [server for server in self.watched() if self._why_unusable(server) is None]
+        modes = [server.info.modes for server in usable if server.info is not None]
         self.modes = frozenset.intersection(*modes) if modes else STOCK_MODES
 
     def usable(self) -> tuple[str, ...]:
         """Addresses of usable servers: this process's own, or all others if none of its own is usable."""
-        servers = self.servers()
+        servers, own = self.servers(), self._own()
         if self.version is None:
             versions = [server.info.version for server in servers if server.status == "up" and server.info]
             self.version = max(versions, default=None)
-        # With more processes than servers a process has one server, which it shares with others.
+        rotated = [servers[(self._rank + i) % len(servers)] for i in range(len(servers))]
+        usable = [server.url for server in own if self._why_unusable(server) is None]
+        return tuple(usable or [server.url for server in rotated if self._why_unusable(server) is None])
+
+    def watched(self) -> list[ServerState]:
+        """The servers to check: this process's own, and while none of them is usable all others.
+
+        The first process checks all, for it publishes weights to them. So each server is checked by few
+        processes, however many there are.
+        """
+        own = self._own()
+        may_do = any(server.status == "new" or self._why_unusable(server) is None for server in own)
+        return own if self._rank and may_do else self.servers()
+
+    def _own(self) -> list[ServerState]:
+        """This process's servers; with more processes than servers it is one, which it shares with others."""
+        servers = self.servers()
         size = min(self._size, max(1, len(servers)))
-        own = [i for i in range(len(servers)) if i % size == self._rank % size]
-        rotated = [(self._rank + i) % len(servers) for i in range(len(servers))]
-        usable = [servers[i].url for i in own if self._why_unusable(servers[i]) is None]
-        return tuple(usable or [servers[i].url for i in rotated if self._why_unusable(servers[i]) is None])
+        return servers[self._rank % size :: size]
 
     def failure(self, patience_s: float) -> UserError | None:
         """The error to give up with: all servers refuse, or none was usable for `patience_s`; None: go on."""
@@ -130,23 +143,32 @@ class ServerRegistry:
         """Checks each server every `every_s`, and doubted ones as soon as `wake` is set; never returns.
 
         Args:
-            changed: called after each check, and each time the file of addresses was read.
+            changed: called after each check that changed a server's state, and each time the file of
+                addresses was read.
         """
         self._unusable_since = None
         due: dict[ServerState, float] = {}
         checks: dict[ServerState, asyncio.Task[None]] = {}
+        watched = 0
 
         async def check(server: ServerState) -> None:
+            before = server.status, server.info
             lost = await server.check(self.version)
             self.lost += lost  # After the wait: other checks count too.
             del checks[server]
-            changed()
+            # It looks at all servers: a round of checks that change nothing must not cost their square.
+            if (server.status, server.info) != before:
+                changed()
+                if len(self.watched()) > watched:
+                    wake.set()
 
         while True:
             wake.clear()
             self.read_urls()
             now = time.monotonic()
-            for server in self.servers():
+            servers = self.watched()
+            watched = len(servers)
+            for server in servers:
                 is_due = due.get(server, now) <= now
                 if server not in checks and (is_due or server.status == "doubted"):
                     due[server] = now + every_s

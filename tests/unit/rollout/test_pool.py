@@ -43,8 +43,19 @@ PROMPTS = random_prompts(24)
 def pool_of(
     servers: Sequence[FakeServer], settings: PoolSettings = QUICK, version: int | None = None
 ) -> ServerPool:
+    return shared_pool(servers, 0, 1, settings, version)
+
+
+def shared_pool(
+    servers: Sequence[FakeServer],
+    rank: int,
+    size: int,
+    settings: PoolSettings = QUICK,
+    version: int | None = None,
+) -> ServerPool:
     known = {server.url: server for server in servers}
     pool = ServerPool(known.__getitem__, list(known), settings, version=version)
+    pool.share(rank, size)
     pool.wait_ready()
     return pool
 
@@ -358,8 +369,8 @@ def test_a_later_server_must_be_exact_in_the_modes_of_the_first() -> None:
 
 def test_processes_have_servers_of_their_own_and_use_others_in_need() -> None:
     servers = [FakeServer(f"http://{name}") for name in "abcd"]
-    pool = pool_of(servers)
-    pool.share(1, 2)
+    pool = shared_pool(servers, 1, 2)
+    assert {*pool.infos} == {"http://b", "http://d"}  # nothing is asked of the others
     asyncio.run(rolled(pool))
     assert [bool(server.seen) for server in servers] == [False, True, False, True]
     for server in (servers[1], servers[3]):
@@ -370,8 +381,7 @@ def test_processes_have_servers_of_their_own_and_use_others_in_need() -> None:
 
 def test_processes_share_a_server_and_its_bound() -> None:
     a, b = two()
-    pool = pool_of([a, b], replace(QUICK, concurrent=8))
-    pool.share(3, 4)
+    pool = shared_pool([a, b], 3, 4, replace(QUICK, concurrent=8))
     a.holds_s = b.holds_s = 0.002
     asyncio.run(rolled(pool))
     assert not a.seen and b.most == 4
