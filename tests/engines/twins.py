@@ -68,9 +68,9 @@ SHRUNK: Mapping[str, Any] = MappingProxyType(
         "max_example_tokens": 360,
         "thinking.max_path_tokens": 16,
         "thinking.max_response_tokens": 60,
-        "stages.sft.steps": 30,
+        "stages.sft.steps": 16,
         "stages.sft.optimizer.lr": 1e-2,
-        "stages.*.steps": 2,
+        "stages.*.steps": 1,
         "stages.*.optimizer.lr": 1e-3,
         "stages.*.examples_per_step": 8,
         "stages.*.prompts_per_step": 4,
@@ -87,6 +87,7 @@ SHRUNK: Mapping[str, Any] = MappingProxyType(
 
 def twin_of(flagship: Flagship, folder: Path) -> Path:
     """Writes the twin's recipe, model and data into a folder, where it will run; returns the recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
     tree = read_tree(flagship.path)
     for key, _ in leaves(tree):
         if rule := rule_of(key):
