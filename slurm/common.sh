@@ -5,23 +5,26 @@
 
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the repository}" || exit
 source slurm/site.env
+# Seconds that a requeue may take before SLURM ends the job.
+MARGIN_S=10
 
 refuse() {
     echo "error: $*" >&2
     exit 2
 }
 
-for name in ROLLOUT_NODES ROLLOUT_SERVERS ROLLOUT_TENSOR ROLLOUT_WAIT_S GRACE_S MAX_FAILURES; do
+for name in ROLLOUT_NODES ROLLOUT_SERVERS ROLLOUT_TENSOR ROLLOUT_WAIT_S GRACE_S MAX_FAILURES MAX_STOPS; do
     [[ ${!name:-} =~ ^[1-9][0-9]*$ || $name=${!name:-} == ROLLOUT_NODES=0 ]] ||
         refuse "$name=${!name:-} is not an integer >= 1; edit slurm/site.env"
 done
 [[ ${ROLLOUT_ENGINE:-} =~ ^(sglang|vllm)$ ]] ||
     refuse "ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-} is not one of sglang, vllm; edit slurm/site.env"
-export MAX_FAILURES  # for the bookkeeping
+export MAX_FAILURES MAX_STOPS GRACE_S  # for the bookkeeping
 
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
-# Array jobs: the id that squeue and launch.py show.
-JOB_LOGS=$LOG_DIR/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+# The id that squeue and launch.py show. SLURM_JOB_ID of the last task of an array stands for the whole array.
+JOB=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+JOB_LOGS=$LOG_DIR/$SLURM_JOB_NAME-$JOB
 LOGS=$JOB_LOGS/attempt$ATTEMPT
 mkdir -p "$LOGS" || refuse "LOG_DIR=$LOG_DIR cannot be written"
 
@@ -97,20 +100,65 @@ fail_servers() {
     conclude server 1
 }
 
-# The signal before the time limit: the ranks save and exit. If they take longer, the job is requeued anyway.
+# The signal before the time limit or of a preemption: the ranks save and exit. If that takes longer than GRACE_S, or than
+# SLURM leaves them, the step under way is given up for the last checkpoint.
 forward_stop() {
     SIGNALLED=yes
     echo "stop requested: the ranks save and exit"
     kill -USR1 "$RANKS" 2>/dev/null || true
     [[ -z ${TIMER:-} ]] || return 0
-    # A timeout of `read`, because a `sleep` process would outlive the job.
-    (read -r -t "$GRACE_S" <> <(:) || requeue_unsaved) &
+    ask_controller
+    GRACE_LEFT_S=$((LEFT_S - MARGIN_S < GRACE_S ? LEFT_S - MARGIN_S : GRACE_S))
+    {
+        # A timeout of `read`, because a `sleep` process would outlive the job.
+        ((GRACE_LEFT_S <= 0)) || read -r -t "$GRACE_LEFT_S" <> <(:) || true
+        give_up_step
+    } &
     TIMER=$!
 }
 
-requeue_unsaved() {
-    echo "not saved within $GRACE_S s; requeued unsaved"
-    scontrol requeue "$SLURM_JOB_ID"
+give_up_step() {
+    local why="not saved within $GRACE_LEFT_S s"
+    echo "$why; requeued unsaved"
+    echo "$why" >"$LOGS/stopped"
+    requeue
+}
+
+# Sets LEFT_S, the seconds until SLURM ends the job, JOB_LIMIT_S, those from the job's start to its end, and PREEMPTED if
+# it is being preempted. Without an answer there is time enough.
+ask_controller() {
+    local job
+    LEFT_S=999999999 JOB_LIMIT_S='' PREEMPTED=''
+    job=$(timeout 10 scontrol show job --oneliner "$JOB" 2>/dev/null) || return 0
+    if [[ $job == *" PreemptTime="[0-9]* ]]; then PREEMPTED=yes; fi
+    if [[ $job =~ \ EndTime=([0-9T:-]+) ]]; then
+        LEFT_S=$(($(date -d "${BASH_REMATCH[1]}" +%s) - $(date +%s))) JOB_LIMIT_S=$((LEFT_S + SECONDS))
+    fi
+}
+
+# SLURM ends the job: a preemption without grace, a requeue, a lost node, `scancel`. The next attempt reads the reason.
+ended_by_slurm() {
+    echo "ended by SLURM: preempted, requeued or out of time" >"$LOGS/stopped"
+    exit 143
+}
+
+# A stop signal while there is nothing to save.
+stop_early() {
+    trap '' USR1 USR2
+    echo "stopped by a signal before the ranks started" >"$LOGS/stopped"
+    ask_controller
+    conclude stop 85
+}
+
+# Repeats while the controller does not answer, even beyond the time limit, which it could not enforce meanwhile.
+requeue() {
+    local answer
+    trap '' TERM
+    until answer=$(scontrol requeue "$JOB" 2>&1); do
+        [[ $answer =~ [Uu]nable\ to\ contact|connect|[Tt]imed\ out|[Cc]ommunication ]] || refuse "not requeued: $answer"
+        echo "not requeued yet, for the controller does not answer: $answer"
+        sleep 2
+    done
 }
 
 run_ranks() {  # COMMAND...: sets CODE to srun's exit code
@@ -138,10 +186,13 @@ end_servers() {
 }
 
 launch() {  # KIND ARGUMENTS...
-    trap 'scontrol requeue "$SLURM_JOB_ID"; exit 85' USR1 USR2  # nothing to save yet
+    trap ended_by_slurm TERM
+    trap stop_early USR1 USR2
     [[ $1 == rl ]] || ROLLOUT_NODES=0  # other jobs use no servers
     enter_container
     split_nodes
+    ask_controller
+    export JOB_LIMIT_S PREEMPTED JOB_RANKS=$((${#TRAINERS[@]} * ${SLURM_NTASKS_PER_NODE:-1}))
     bookkeeping begin "$JOB_LOGS" "$@"
     SERVER_OVERRIDES=()
     ((ROLLOUT_NODES == 0)) || start_servers "$@"
@@ -163,7 +214,8 @@ launch_doctor() {  # ARGUMENTS...: the checks of `parallel-r1 doctor` on all nod
 
 conclude() {  # STEP CODE: reports how the step ended; requeues or ends the job
     local code=0
+    trap '' TERM  # of a preemption, or of this function's own requeue
     bookkeeping end "$JOB_LOGS" "$LOGS" "$@" || code=$?
-    [[ $code != 75 && $code != 85 ]] || scontrol requeue "$SLURM_JOB_ID"
+    [[ $code != 75 && $code != 85 ]] || requeue
     exit "$code"
 }

@@ -14,6 +14,8 @@ from megatron_parallel_r1.utils.files import write_atomically
 
 AttemptOutcome = Literal["running", "done", "stopped", "failed"]
 FILE = "attempts.json"
+# In an attempt's log folder: why slurm/common.sh was stopped, if that was no failure.
+STOP_REASON = "stopped"
 LAST_LINES = 15
 # srun reports failed tasks in the order of their ends; those killed by --kill-on-bad-exit follow the first.
 _TASK = re.compile(r"^srun: error: (\S+): tasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.M)
@@ -25,7 +27,7 @@ class JobAttempt:
     """
     Attributes:
         outcome: `running` until the attempt ends; stays so if its node is lost.
-        why: the reason of a failure, in one line.
+        why: the reason of a failure or a stop, in one line; may be empty for a stop.
         steps: training steps on disk when the attempt ended.
     """
 
@@ -68,19 +70,38 @@ def write_attempts(logs: Path, attempts: Sequence[JobAttempt]) -> None:
     write_atomically(logs / FILE, json.dumps([asdict(attempt) for attempt in attempts], indent=1) + "\n")
 
 
-def begin_attempt(logs: Path, steps: int) -> list[JobAttempt]:
-    """Appends a running attempt. One that is still recorded as running was cut off and counts as failed."""
+def begin_attempt(logs: Path, steps: int, previous_logs: Path | None = None) -> list[JobAttempt]:
+    """Appends a running attempt. One that is still recorded as running was cut off.
+
+    Args:
+        previous_logs: the log folder of the attempt before, which may say why.
+    """
     attempts = read_attempts(logs)
     if attempts and attempts[-1].outcome == "running":
-        attempts[-1] = JobAttempt("failed", "ended without a report: lost node or time limit", steps)
+        attempts[-1] = _cut_off(previous_logs, steps)
     attempts.append(JobAttempt("running", steps=steps))
     write_attempts(logs, attempts)
     return attempts
 
 
+def _cut_off(attempt_logs: Path | None, steps: int) -> JobAttempt:
+    """A stop if slurm/common.sh has left a reason, unless a node was lost; otherwise a failure."""
+    lost = JobAttempt("failed", "ended without a report: lost node or time limit", steps)
+    if attempt_logs is None or not (reason := attempt_logs / STOP_REASON).is_file():
+        return lost
+    srun = attempt_logs / "srun_rank.log"
+    node = _NODE.search(srun.read_text(errors="replace")) if srun.is_file() else None
+    if node:
+        return JobAttempt("failed", f"node {node[1]} failed", steps)
+    return JobAttempt("stopped", reason.read_text().strip(), steps)
+
+
 def end_attempt(logs: Path, attempt: JobAttempt) -> list[JobAttempt]:
-    """Replaces the last, running attempt by how it ended."""
-    attempts = [*read_attempts(logs)[:-1], attempt]
+    """Records how the running attempt ended, or one that ended before it was recorded as running."""
+    attempts = read_attempts(logs)
+    if attempts and attempts[-1].outcome == "running":
+        attempts.pop()
+    attempts.append(attempt)
     write_attempts(logs, attempts)
     return attempts
 
@@ -94,6 +115,17 @@ def failures_without_progress(attempts: Iterable[JobAttempt]) -> int:
         if attempt.steps > best:
             best, count = attempt.steps, 0
         count += attempt.outcome == "failed"
+    return count
+
+
+def stops_without_progress(attempts: Iterable[JobAttempt]) -> int:
+    """Counts stops since an attempt last got further than all before it, excluding that attempt."""
+    best = count = 0
+    for attempt in attempts:
+        if attempt.steps > best:
+            best, count = attempt.steps, 0
+        else:
+            count += attempt.outcome == "stopped"
     return count
 
 

@@ -1,6 +1,6 @@
 """The commands that submit and inspect jobs: submit, curriculum (a chain of jobs), status, cancel, logs.
 
-Function bodies import what they need, so that `--help` is fast; none of it imports torch.
+Function bodies import what they need, so that `--help` is fast; only the step times of GPU jobs import torch.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _submit_jobs(
     is_local = local or not has_slurm()
     launcher = JobLauncher(REPOSITORY, request, is_local)
     name = specs[0].stage or kind
-    launcher.check(specs, name)
+    _print_notes(launcher.check(specs, name))
     if dry_run:
         typer.echo(launcher.describe(specs, name))
         return
@@ -217,7 +217,7 @@ def _submit_chain(
     launcher = JobLauncher(REPOSITORY, request, is_local)
     names = [f"{whole.name}-{spec.stage or 'release'}" for spec in specs]
     for spec, name in zip(specs, names, strict=True):
-        launcher.check([spec], name)
+        _print_notes(launcher.check([spec], name))
     if dry_run:
         dependencies = [None, *(f"JOB OF {name}" for name in names)]
         for spec, name, dependency in zip(specs, names, dependencies, strict=False):
@@ -243,6 +243,11 @@ def _register(logs: Path, jobs: Sequence[RegisteredJob]) -> None:
     register_jobs(logs, jobs)
     for job in jobs:
         typer.echo(f"{job.id}  {job.what}" + (f"  (after {job.after})" if job.after else ""))
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        typer.echo(note, err=True)
 
 
 def _log_folder() -> Path:

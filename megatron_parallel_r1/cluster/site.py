@@ -23,6 +23,7 @@ NUMBERS = {
     "ROLLOUT_WAIT_S": 1,
     "GRACE_S": 1,
     "MAX_FAILURES": 1,
+    "MAX_STOPS": 1,
 }
 # Short forms of the options that are parsed here or that a site is expected to edit.
 SHORT = {

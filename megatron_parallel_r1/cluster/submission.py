@@ -18,6 +18,7 @@ from submitit import LocalExecutor, SlurmExecutor
 
 from megatron_parallel_r1.cluster.job import LocalJob, ScriptJob
 from megatron_parallel_r1.cluster.job_spec import JobSpec, check_servers_fit
+from megatron_parallel_r1.cluster.limits import check_limit, slow_step_note
 from megatron_parallel_r1.cluster.site import (
     SCRIPTS,
     SbatchHeader,
@@ -82,8 +83,9 @@ class JobLauncher:
         text = executor._make_submission_file_text(executor._submitit_command_str, "")
         return "\n".join([text, *(f"# runs: bash {shlex.join(script_of(spec))}" for spec in specs)])
 
-    def check(self, specs: Sequence[JobSpec], name: str) -> None:
-        """
+    def check(self, specs: Sequence[JobSpec], name: str) -> list[str]:
+        """Returns notes on what would run, but badly.
+
         Raises:
             UserError: SLURM would reject the job, or a spec could not run in it.
         """
@@ -93,14 +95,16 @@ class JobLauncher:
                 check_world(spec.recipe.parallel, ranks)
                 if gpus := visible_gpus():
                     spec.recipe.rollout.check_gpus(ranks, len(gpus))
-            return
+            return []
         kind = specs[0].kind
         site = self._site if kind == "rl" else self._site | {"ROLLOUT_NODES": "0"}
         header = self._header(kind)
         check_site(site, header)
+        check_limit(60 * header.minutes, header.signal_s)
         server_nodes = int(site["ROLLOUT_NODES"])
+        ranks = (header.nodes - server_nodes) * header.ranks_per_node
         for spec in specs:
-            check_world(spec.recipe.parallel, (header.nodes - server_nodes) * header.ranks_per_node)
+            check_world(spec.recipe.parallel, ranks)
             if server_nodes:
                 check_servers_fit(spec, site["ROLLOUT_ENGINE"])
             if header.gpus_per_node:
@@ -112,6 +116,9 @@ class JobLauncher:
         if sbatch.returncode:
             why = " ".join(sbatch.stderr.split())
             raise UserError(f"SLURM rejects the job: {why}; --local runs it on this machine")
+        has_gpus = header.gpus_per_node > 0
+        notes = (slow_step_note(spec, ranks, has_gpus, header.signal_s) for spec in specs)
+        return [note for note in notes if note]
 
     def submit(self, specs: Sequence[JobSpec], name: str, after: str | None = None) -> list[str]:
         """Returns the job ids: one per spec on SLURM; one for all on this machine, whose GPUs they share.

@@ -176,7 +176,7 @@ class Watchdog:
                 self._end(reason)
 
     def _find_loss(self, now: float) -> str | None:
-        # A blocked SIGTERM: torchrun misses a process too, and kills this one 30 s later.
+        # A blocked SIGTERM: the launcher misses a process too, and kills this one 30 s later.
         is_suspect = self._failure or self._own_failure or signal.SIGTERM in signal.sigpending()
         timeout_s = SUSPECT_TIMEOUT_S if is_suspect else self._timeout_s
         last = f"; rank 0 was last in {self._monitor.last(0).location}"

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -104,6 +104,19 @@ def lock_folder(folder: Path) -> Iterator[None]:
                     (folder / LOCK).unlink()
             with suppress(OSError):  # nothing was written
                 folder.rmdir()
+
+
+def check_lock(folder: Path) -> None:
+    """Checks, before this process writes to a folder that it has locked, that nobody has taken it over.
+
+    SLURM requeues the job of a node that hangs; when the node goes on, so do its processes for a while.
+
+    Raises:
+        UserError: another process has the folder now.
+    """
+    found = _read(folder / LOCK)
+    if found is not None and replace(found, since=0.0) != replace(Holder.this_process(), since=0.0):
+        raise UserError(f"{folder} was taken over by {found} while this process or its node hung")
 
 
 def is_lock(file: Path) -> bool:

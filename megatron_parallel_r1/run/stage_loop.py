@@ -21,6 +21,7 @@ from megatron_parallel_r1.errors import Stopped, UserError
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.folder import steps_done
 from megatron_parallel_r1.run.guard import Guard
+from megatron_parallel_r1.run.lock import check_lock
 from megatron_parallel_r1.run.stage_log import StageLog
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.trainer import LrSchedule, Trainer
@@ -65,6 +66,7 @@ class StageLoop:
         self, run: RunContext, stage: SftStage | RlStage, trainer: Trainer, watchdog: Watchdog
     ) -> None:
         self._stage, self._trainer, self._watchdog = stage, trainer, watchdog
+        self._run_folder = run.folder
         self._schedule = LrSchedule(
             stage.optimizer.lr, stage.optimizer.warmup_steps, stage.optimizer.final_lr_fraction
         )
@@ -130,6 +132,7 @@ class StageLoop:
         """Logs a step, saves a checkpoint if one is due, and decides whether the stage ends here."""
         stage = self._stage
         metrics = metrics | {"skipped": int(self.guard.bad_in_a_row > 0)} | self._slowest
+        self._check_lock()
         self._log.step(step, metrics, traces)
         if not self.guard.bad_in_a_row:
             self._finished, self._updates = step, self._trainer.optimizer_steps
@@ -210,7 +213,12 @@ class StageLoop:
             else:
                 print(f"stage {self._stage.name}: {saved}", file=sys.stderr)
 
+    def _check_lock(self) -> None:
+        if is_rank_zero():
+            check_lock(self._run_folder)
+
     def _save(self, step: int, is_due: bool = True, failed: bool = False) -> None:
+        self._check_lock()
         state = {
             name: part.state_after(step) if failed else part.state() for name, part in self._stateful.items()
         }

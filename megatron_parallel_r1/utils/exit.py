@@ -20,7 +20,7 @@ from megatron_parallel_r1.errors import (
     UserError,
 )
 from megatron_parallel_r1.utils.imports import prepare_imports
-from megatron_parallel_r1.utils.interrupts import INTERRUPTS, UNDER_TORCHRUN, interrupt_recorded
+from megatron_parallel_r1.utils.interrupts import INTERRUPTS, UNDER_LAUNCHER, interrupt_recorded
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -71,7 +71,10 @@ def one_line_exit(resume: str = "the same command continues where it was") -> It
     except UserError as error:
         _report_error(str(error))
         is_lost = isinstance(error, ServersLost) and (error.own or "SERVERS_OF_JOB" in os.environ)
-        raise ReportedExit(LOST_EXIT_CODE if is_lost else USER_ERROR_EXIT_CODE) from None
+        code = LOST_EXIT_CODE if is_lost else USER_ERROR_EXIT_CODE
+        if is_lost and stop_signal_pending():  # servers may end with the job before the ranks do
+            code = STOPPED_EXIT_CODE
+        raise ReportedExit(code) from None
     except OSError as error:
         if error.errno in _NO_ACCESS and error.filename is not None:  # not those of a signal or a socket
             advice = "change its permissions or choose another place"
@@ -120,13 +123,13 @@ def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-# Signals by which a cluster asks a run to stop: before its time limit, or to preempt it. Under torchrun
-# SIGINT and SIGTERM are too: it sends them to all processes when one has failed or it is stopped itself, and
-# kills what remains 30 s later, which leaves time to name the lost rank, or to save. They are blocked, not
-# handled: nothing interrupts a step, and the run checks between steps whether one is pending. Threads and
-# child processes inherit the block, so a signal to the whole process tree ends no worker.
+# Signals by which a cluster asks a run to stop: before its time limit, or to preempt it. Under torchrun and
+# srun SIGINT and SIGTERM are too: all processes get them when one has failed, the launcher is stopped, or the
+# job is preempted. What remains is killed 30 s later, which leaves time to name the lost rank, or to save.
+# They are blocked, not handled: nothing interrupts a step, and the run checks between steps whether one is
+# pending. Threads and child processes inherit the block, so a signal to the whole tree ends no worker.
 STOP_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGUSR2})
-_BLOCKED = STOP_SIGNALS | (INTERRUPTS if UNDER_TORCHRUN else frozenset())
+_BLOCKED = STOP_SIGNALS | (INTERRUPTS if UNDER_LAUNCHER else frozenset())
 
 
 def block_stop_signals() -> None:

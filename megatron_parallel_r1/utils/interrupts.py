@@ -13,8 +13,8 @@ from types import FrameType
 from megatron_parallel_r1.utils.rank import is_rank_zero
 
 INTERRUPTS = frozenset({signal.SIGINT, signal.SIGTERM})
-# Which then come from torchrun: it ends what remains 30 s later.
-UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+# Which then come from torchrun or SLURM: it ends what remains 30 s (KillWait) or a preemption's grace later.
+UNDER_LAUNCHER = "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "SLURM_STEP_ID"} <= os.environ.keys()
 
 # Those since the last `interrupts_recorded` began.
 _recorded: list[int] = []
@@ -30,10 +30,10 @@ def interrupts_recorded() -> Iterator[None]:
 
     A thread counts them, because a signal handler waits for the main thread to leave C code, such as a
     collective. With several ranks SIGTERM keeps its handler: their launcher sends it when one has failed.
-    Does nothing under torchrun, or in another thread than the main one, which cannot set handlers.
+    Does nothing under torchrun and srun, or in another thread than the main one, which cannot set handlers.
     """
     _recorded.clear()
-    if UNDER_TORCHRUN or threading.current_thread() is not threading.main_thread():
+    if UNDER_LAUNCHER or threading.current_thread() is not threading.main_thread():
         yield
         return
     reader, writer = os.pipe()

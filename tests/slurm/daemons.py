@@ -58,7 +58,12 @@ KillWait=5
 MessageTimeout=100
 SlurmdTimeout=120
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=graced Nodes=ALL MaxTime=INFINITE State=UP GraceTime=600
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 NODE = "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=4 State=UNKNOWN\n"
 ACCOUNTING = """\
@@ -130,11 +135,21 @@ class Daemons:
         self.wait_for(lambda: (self.folder / "mariadb.socket").exists(), "mariadbd")
         self._spawn("slurmdbd", "slurmdbd", "-D")
         self.wait_for(lambda: _accepts_connections(ports[1]), "slurmdbd")
-        self._spawn("slurmctld", "slurmctld", "-D", "-i", "-f", f"{self.folder}/slurm.conf")
-        self.wait_for(lambda: _accepts_connections(ports[0]), "slurmctld")
+        self._controller_port = ports[0]
+        self.start_controller()
         for node in self.nodes:
             self.start_node(node)
         self.wait_for(self.all_idle, "the nodes")
+
+    def start_controller(self) -> None:
+        """Starts the controller, for the first time or with the jobs that it had."""
+        self._spawn("slurmctld", "slurmctld", "-D", "-i", "-f", f"{self.folder}/slurm.conf")
+        self.wait_for(lambda: _accepts_connections(self._controller_port), "slurmctld")
+
+    def stop_controller(self) -> None:
+        process = self._processes.pop("slurmctld")
+        process.terminate()
+        process.wait()
 
     def start_node(self, name: str) -> None:
         """Starts a node for the first time or after a kill."""
@@ -149,6 +164,19 @@ class Daemons:
         process.wait()
         self.client("scontrol", "update", f"nodename={name}", "state=down", "reason=crashed")
 
+    def hang_node(self, name: str) -> None:
+        """Halts all processes of a node, which is then reported as down."""
+        for process in self._tree(name):
+            process.suspend()
+        self.client("scontrol", "update", f"nodename={name}", "state=down", "reason=hangs")
+
+    def wake_node(self, name: str) -> None:
+        for process in self._tree(name):
+            process.resume()
+
+    def _tree(self, name: str) -> list[psutil.Process]:
+        return psutil.Process(self._processes[name].pid).children(recursive=True)
+
     def revive_node(self, name: str) -> None:
         self.start_node(name)
         with suppress(subprocess.CalledProcessError):  # it may have returned by itself
@@ -156,7 +184,7 @@ class Daemons:
         self.wait_for(self.all_idle, name)
 
     def all_idle(self) -> bool:
-        states = self.client("sinfo", "--noheader", "--Node", "--format=%T").split()
+        states = self.client("sinfo", "--noheader", "--partition=main", "--Node", "--format=%T").split()
         return states == ["idle"] * len(self.nodes)
 
     def client(self, *command: str, cwd: Path | None = None, **environment: str) -> str:

@@ -58,7 +58,7 @@ class Site:
                 "--parsable",
                 f"--output={self.folder}/%j.out",
                 *header,
-                f"slurm/{script}",
+                script if "/" in script else f"slurm/{script}",
                 *arguments,
             ),
             cwd=REPOSITORY,
@@ -70,6 +70,10 @@ class Site:
     def state(self, job: str) -> str:
         output = self.slurm.client("scontrol", "show", "job", "--oneliner", job)
         return re.search(r"JobState=(\S+)", output)[1]
+
+    def node_of(self, job: str) -> str:
+        output = self.slurm.client("scontrol", "show", "job", "--oneliner", job)
+        return re.search(r" NodeList=(\S+)", output)[1]
 
     def output(self, job: str) -> str:
         file = self.folder / f"{job}.out"
@@ -98,8 +102,8 @@ class Site:
         """Waits until the RL stage has recorded exactly these steps."""
         self.wait(job, lambda: steps_of(self.folder / "runs/mini/rl") == steps)
 
-    def kill_rank(self, job: str, rank: int) -> None:
-        """Sends SIGKILL to one rank of a job, whichever node it is on."""
+    def rank(self, job: str, rank: int) -> psutil.Process:
+        """The process of one rank of a job, whichever node it is on."""
         variables = {"SLURM_JOB_ID": job, "SLURM_PROCID": str(rank)}
         (process,) = (
             process
@@ -107,7 +111,19 @@ class Site:
             if "megatron_parallel_r1.cli" in (process.info["cmdline"] or ())
             and variables.items() <= (process.info["environ"] or {}).items()
         )
-        process.kill()
+        return process
+
+    def batch_shell(self, job: str) -> psutil.Process:
+        """The shell that runs a job's script."""
+        (process,) = (
+            process
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if (process.info["cmdline"] or ("",))[0].endswith("bash")
+            and (process.info["environ"] or {}).get("SLURM_JOB_ID") == job
+            and "SLURM_STEP_ID" not in process.info["environ"]
+            and not [child for child in (process.parent(),) if child and child.name() == "bash"]
+        )
+        return process
 
     def rank_logs(self, job: str) -> str:
         logs = sorted((self.folder / "logs").glob(f"*-{job}/attempt*/*.log"))

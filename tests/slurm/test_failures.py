@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 def test_a_dead_rank_ends_the_job_and_its_last_lines_are_shown(site: Site) -> None:
     job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs", MAX_FAILURES="1", HOLD="end")
     site.wait_for_steps(job, [1, 2])
-    site.kill_rank(job, 1)
+    site.rank(job, 1).kill()
     assert site.wait(job) == "FAILED"
     output = site.output(job)
     assert "rank 1 on n2 was ended by a signal: Killed; its last lines" in output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from tests.parallel.launch import ENVIRONMENT
 from tests.slurm.jobs import (
     LAUNCH_TWO_NODES,
+    PATIENCE_S,
     RECIPE,
     REPOSITORY,
     RUN,
@@ -50,8 +52,13 @@ def test_a_curriculum_is_a_chain_of_jobs_that_survive_preemption(undisturbed: Pa
     assert len(jobs) == 3
     run = site.folder / "runs/mini"
     site.wait_for_steps(jobs[1], [1, 2])
-    site.slurm.client("scancel", "--signal=USR2", "--batch", jobs[1])
-    site.wait(jobs[1], lambda: (run / "rl/checkpoints/step_000003").is_dir())
+    # The controller is away when the job asks to be requeued.
+    site.slurm.stop_controller()
+    site.batch_shell(jobs[1]).send_signal(signal.SIGUSR2)
+    log = site.folder / f"logs/submitit/{jobs[1]}/{jobs[1]}_0_log.out"
+    site.slurm.wait_for(lambda: "the controller does not answer" in log.read_text(), "a requeue", PATIENCE_S)
+    assert (run / "rl/checkpoints/step_000003").is_dir()
+    site.slurm.start_controller()
     site.wait(jobs[2])
     output = launch(site, "status")
     assert [line.split()[:3] for line in output.splitlines()] == [
@@ -64,16 +71,19 @@ def test_a_curriculum_is_a_chain_of_jobs_that_survive_preemption(undisturbed: Pa
     assert "rl  step 6/6" in launch(site, "logs", jobs[1])
 
 
-def test_a_stopped_job_saves_and_resumes(undisturbed: Path, site: Site) -> None:
+def test_a_job_stopped_by_its_time_limit_resumes_beside_a_drained_node(undisturbed: Path, site: Site) -> None:
     job = site.submit("curriculum.sh", *RUN, f"out={site.folder}/runs", HOLD="stop")
     run = site.folder / "runs/mini"
     site.wait_for_steps(job, [1, 2])
-    # As the controller does --signal seconds before the time limit.
-    site.slurm.client("scancel", "--signal=USR1", "--batch", job)
+    site.slurm.client("scontrol", "update", "nodename=n2", "state=drain", "reason=test")
+    site.slurm.client("scontrol", "update", f"jobid={job}", "timelimit=6")  # less --signal: now
     site.wait(job, lambda: "stopped after 7 steps, saved; requeued" in site.output(job))  # 4 of them of SFT
+    site.slurm.client("scontrol", "update", f"jobid={job}", "timelimit=60")
     assert (run / "rl/checkpoints/step_000003").is_dir()
     site.finish(job)
     assert (site.logs(job) / "attempt1/rank_0.log").is_file()
+    assert site.node_of(job) == "n[1,3]"
+    site.slurm.client("scontrol", "update", "nodename=n2", "state=resume")
     assert_equal(run, undisturbed)
 
 

@@ -69,6 +69,64 @@ def test_a_rank_has_cuda_settings_of_its_own_unless_they_are_set(own: dict[str, 
     assert (RANK_DEFAULTS | own | place).items() <= environment.items()
 
 
+AWAY = "slurm_requeue error: Unable to contact slurm controller (connect failure)"
+
+
+def test_a_requeue_is_repeated_until_the_controller_answers(tmp_path: Path) -> None:
+    """With a fake `scontrol` that fails twice and records what it is asked."""
+    asked = tmp_path / "asked"
+    scontrol = (
+        f'scontrol() {{ echo "$*" >>{asked}; (($(wc -l <{asked}) > 2)) || {{ echo "{AWAY}"; return 1; }}; }}'
+    )
+    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+    done = run_script(tmp_path, commands=f"sleep() {{ :; }}; {scontrol}; requeue", **array)
+    assert done.returncode == 0, done.stderr
+    # Not the id of the last task of an array, which stands for the whole array.
+    assert asked.read_text() == "requeue 5_2\n" * 3
+    assert done.stdout.count("the controller does not answer") == 2
+
+
+def test_a_requeue_that_slurm_refuses_is_an_error(tmp_path: Path) -> None:
+    scontrol = "scontrol() { echo 'Requested operation is presently disabled for job 7'; return 1; }"
+    done = run_script(tmp_path, commands=f"{scontrol}; requeue")
+    assert done.returncode == 2
+    assert done.stderr == "error: not requeued: Requested operation is presently disabled for job 7\n"
+
+
+@pytest.mark.parametrize(
+    ("left", "said"), [("now + 5 seconds", "given up after -"), ("now + 1 hour", "given up after 1:")]
+)
+def test_the_grace_is_capped_at_what_slurm_leaves(left: str, said: str, tmp_path: Path) -> None:
+    job = f"PreemptTime=None StartTime=1 EndTime=$(date -d '{left}' +%FT%T) Deadline=N/A"
+    commands = (
+        f'scontrol() {{ echo "JobId=7 {job}"; }}; timeout() {{ shift; "$@"; }}; sleep 60 & RANKS=$!; '
+        'give_up_step() { echo "given up after $GRACE_LEFT_S:"; }; forward_stop; wait $TIMER'
+    )
+    done = run_script(tmp_path, commands=commands, GRACE_S="1")
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        ("JobId=7 PreemptTime=2026-01-01T00:00:00 EndTime=Unknown", "999999999::yes"),
+        ("JobId=7 PreemptTime=None EndTime=Unknown", "999999999::"),
+        ("", "999999999::"),
+    ],
+)
+def test_a_controller_without_an_answer_leaves_time_enough(output: str, found: str, tmp_path: Path) -> None:
+    fake = f'timeout() {{ echo "{output}"; [[ "{output}" ]]; }}'
+    commands = f"{fake}; ask_controller; echo $LEFT_S:$JOB_LIMIT_S:$PREEMPTED"
+    assert run_script(tmp_path, commands=commands).stdout == f"{found}\n"
+
+
+def test_a_job_that_slurm_ends_leaves_the_reason(tmp_path: Path) -> None:
+    done = run_script(tmp_path, commands="trap ended_by_slurm TERM; kill $$; sleep 5")
+    assert done.returncode == 143
+    assert (tmp_path / "logs/rl-7/attempt0/stopped").read_text().startswith("ended by SLURM: preempted")
+
+
 @pytest.mark.parametrize(
     ("servers", "message"),
     [("1", "ROLLOUT_NODES=1 of 1 nodes leaves none for training"), ("0", "")],

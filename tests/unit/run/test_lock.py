@@ -16,7 +16,7 @@ import pytest
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run import lock
-from megatron_parallel_r1.run.lock import LOCK, Holder, lock_folder
+from megatron_parallel_r1.run.lock import LOCK, Holder, check_lock, lock_folder
 
 OTHER = Holder("another-host", pid=1, since=0.0)
 
@@ -58,6 +58,15 @@ def test_a_dead_process_of_this_machine_holds_nothing(tmp_path: Path) -> None:
     held_by(tmp_path, replace(Holder.this_process(), pid=dead.pid))
     with lock_folder(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_a_process_that_was_taken_over_writes_no_more(tmp_path: Path) -> None:
+    check_lock(tmp_path)
+    with lock_folder(tmp_path):
+        check_lock(tmp_path)
+        held_by(tmp_path, OTHER)
+        with pytest.raises(UserError, match="was taken over by process 1 on another-host"):
+            check_lock(tmp_path)
 
 
 def test_a_number_that_another_process_has_now_holds_nothing(tmp_path: Path) -> None:
