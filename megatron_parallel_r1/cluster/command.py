@@ -16,6 +16,7 @@ from megatron_parallel_r1.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_parallel_r1.cluster.job_registry import RegisteredJob
+    from megatron_parallel_r1.cluster.job_spec import JobSpec
     from megatron_parallel_r1.cluster.submission import ResourceRequest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,8 +57,11 @@ ActiveJobsArgument = Annotated[
 
 @app.command()
 def submit(
-    kind: Annotated[str, typer.Argument(help="sft, rl, or curriculum (all stages).")],
-    recipe: RecipeArgument,
+    kind: Annotated[str, typer.Argument(help="sft, rl, curriculum (all stages), eval or doctor.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="As elsewhere; for eval and doctor: -- OPTIONS."),
+    ] = None,
     overrides: OverridesArgument = None,
     stage: Annotated[str | None, typer.Option(help="Stage, if the recipe has several of the kind.")] = None,
     sweep: Annotated[
@@ -67,7 +71,8 @@ def submit(
         ),
     ] = None,
     chain: Annotated[
-        bool, typer.Option("--chain", help="A job per stage, each after the previous one; then the release.")
+        bool,
+        typer.Option("--chain", help="A job per stage, as the command `curriculum`."),
     ] = False,
     nodes: NodesOption = None,
     ranks: RanksOption = None,
@@ -79,13 +84,21 @@ def submit(
     local: LocalOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Submit a stage, a whole curriculum, or a sweep of either."""
-    from megatron_parallel_r1.cluster.job_spec import KINDS
+    """Submit a stage, a whole curriculum, a sweep of either, an evaluation, or the doctor."""
+    from megatron_parallel_r1.cluster.job_spec import KINDS, RECIPE_KINDS, JobSpec
     from megatron_parallel_r1.cluster.submission import ResourceRequest
 
     if kind not in KINDS:
         raise UserError(f"unknown kind of job {kind}; choose from {', '.join(KINDS)}")
     request = ResourceRequest(nodes, ranks, gpus, cpus, time, partition, account)
+    if kind not in RECIPE_KINDS:
+        if chain or stage or sweep:
+            raise UserError(f"{kind} has no stages to chain or sweep; drop --chain, --stage and --sweep")
+        arguments = [*([recipe] if recipe else []), *(overrides or ())]
+        _submit_specs([JobSpec.read(kind, arguments)], kind, request, local, dry_run)
+        return
+    if recipe is None:
+        raise UserError(f"submit {kind}: give a RECIPE")
     if not chain:
         _submit_jobs(kind, recipe, overrides or (), stage, sweep or (), request, local, dry_run)
     elif kind != "curriculum" or stage or sweep:
@@ -108,7 +121,7 @@ def curriculum(
     local: LocalOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Submit one job per stage, each after the previous one, then the release; as `submit --chain`."""
+    """Submit one job per stage, each after the stage that it starts from, then the release."""
     from megatron_parallel_r1.cluster.submission import ResourceRequest
 
     request = ResourceRequest(nodes, ranks, gpus, cpus, time, partition, account)
@@ -173,27 +186,41 @@ def _submit_jobs(
     local: bool,
     dry_run: bool,
 ) -> None:
-    from megatron_parallel_r1.cluster.job_registry import RegisteredJob
-    from megatron_parallel_r1.cluster.job_spec import JobSpec, sweep_overrides
-    from megatron_parallel_r1.cluster.site import has_slurm
-    from megatron_parallel_r1.cluster.submission import JobLauncher
+    from megatron_parallel_r1.cluster.job_spec import JobSpec, check_sweep, shared_start, sweep_overrides
     from megatron_parallel_r1.config.reader import find_recipe
 
     path = find_recipe(Path(recipe)).resolve()  # the job's working directory is the repository
     arguments = [str(path), *overrides, *(("--stage", stage) if stage else ())]
-    specs = [JobSpec.read(kind, [*arguments, *extra]) for extra in sweep_overrides(path, overrides, sweeps)]
+    if not sweeps:
+        specs = [JobSpec.read(kind, arguments)]
+    else:
+        members = sweep_overrides(path, overrides, sweeps)
+        specs = [JobSpec.read(kind, [*arguments, *extra]) for extra in members]
+        check_sweep(specs)
+        if start := shared_start(JobSpec.read(kind, arguments)):
+            specs = [JobSpec.read(kind, [*spec.arguments, *start]) for spec in specs]
+    _submit_specs(specs, specs[0].stage or kind, request, local, dry_run)
+
+
+def _submit_specs(
+    specs: Sequence[JobSpec], name: str, request: ResourceRequest, local: bool, dry_run: bool
+) -> None:
+    """Submits one job, or several as an array."""
+    from megatron_parallel_r1.cluster.job_registry import RegisteredJob
+    from megatron_parallel_r1.cluster.site import has_slurm
+    from megatron_parallel_r1.cluster.submission import JobLauncher
+
     is_local = local or not has_slurm()
     launcher = JobLauncher(REPOSITORY, request, is_local)
-    name = specs[0].stage or kind
     _print_notes(launcher.check(specs, name))
     if dry_run:
         typer.echo(launcher.describe(specs, name))
         return
-    commands = [spec.arguments for spec in specs]
+    commands = [f"{spec.kind} {shlex.join(spec.arguments)}" for spec in specs]
     if is_local:  # one job runs all of them
-        commands = [(*arguments, *(f"--sweep={sweep}" for sweep in sweeps))]
+        commands = [" && ".join(commands)]
     jobs = [
-        RegisteredJob(id, name, f"{kind} {shlex.join(command)}", None, is_local)
+        RegisteredJob(id, name, command, (), is_local)
         for id, command in zip(launcher.submit(specs, name), commands, strict=True)
     ]
     _register(launcher.logs, jobs)
@@ -211,29 +238,38 @@ def _submit_chain(
     path = find_recipe(Path(recipe)).resolve()  # the job's working directory is the repository
     arguments = [str(path), *overrides]
     whole = read_recipe(path, overrides)
-    specs = [JobSpec.read(stage.kind, [*arguments, "--stage", stage.name]) for stage in whole.stages]
+    starts = {stage.name: whole.start_of(stage) for stage in whole.stages}
+    specs = []
+    for stage in whole.stages:
+        words = [*arguments, "--stage", stage.name]
+        if whole.rollout.sync.folder and list(starts.values()).count(starts[stage.name]) > 1:
+            # Stages side by side publish weights side by side.
+            words.append(f"rollout.sync.folder={whole.rollout.sync.folder / stage.name}")
+        specs.append(JobSpec.read(stage.kind, words))
     specs.append(JobSpec.read("curriculum", arguments))
     is_local = local or not has_slurm()
     launcher = JobLauncher(REPOSITORY, request, is_local)
     names = [f"{whole.name}-{spec.stage or 'release'}" for spec in specs]
     for spec, name in zip(specs, names, strict=True):
         _print_notes(launcher.check([spec], name))
+    ends = [stage for stage in starts if stage not in starts.values()]
+    before = [*([start] if start else [] for start in starts.values()), ends]
     if dry_run:
-        dependencies = [None, *(f"JOB OF {name}" for name in names)]
-        for spec, name, dependency in zip(specs, names, dependencies, strict=False):
-            typer.echo(launcher.describe([spec], name, dependency))
+        for spec, name, stages in zip(specs, names, before, strict=True):
+            typer.echo(launcher.describe([spec], name, [f"JOB OF {whole.name}-{stage}" for stage in stages]))
         return
     if is_local:
         (id,) = launcher.submit(specs, whole.name)
-        job = RegisteredJob(id, whole.name, f"curriculum {shlex.join(arguments)}", None, True)
+        job = RegisteredJob(id, whole.name, f"curriculum {shlex.join(arguments)}", (), True)
         _register(launcher.logs, [job])
         return
-    after: str | None = None
-    for spec, name in zip(specs, names, strict=True):
+    ids: dict[str | None, str] = {}
+    for spec, name, stages in zip(specs, names, before, strict=True):
+        after = tuple(ids[stage] for stage in stages)
         (id,) = launcher.submit([spec], name, after)
         command = f"{spec.kind} {shlex.join(spec.arguments)}"
         _register(launcher.logs, [RegisteredJob(id, name, command, after, False)])
-        after = id
+        ids[spec.stage] = id
 
 
 def _register(logs: Path, jobs: Sequence[RegisteredJob]) -> None:
@@ -242,7 +278,7 @@ def _register(logs: Path, jobs: Sequence[RegisteredJob]) -> None:
 
     register_jobs(logs, jobs)
     for job in jobs:
-        typer.echo(f"{job.id}  {job.what}" + (f"  (after {job.after})" if job.after else ""))
+        typer.echo(f"{job.id}  {job.what}" + (f"  (after {', '.join(job.after)})" if job.after else ""))
 
 
 def _print_notes(notes: Sequence[str]) -> None:

@@ -94,7 +94,8 @@ class LocalJob:
                 end_attempt(self._folder, JobAttempt("stopped", steps=self._steps()))
                 sys.exit(STOPPED_EXIT_CODE)
             if code:
-                why = f"{spec.recipe.name}: {spec.stage or spec.kind} ended with exit code {code}"
+                run = f"{spec.recipe.name}: " if spec.recipe else ""
+                why = f"{run}{spec.stage or spec.kind} ended with exit code {code}"
                 end_attempt(self._folder, JobAttempt("failed", why, self._steps()))
                 raise JobFailed(why)
         end_attempt(self._folder, JobAttempt("done", steps=self._steps()))

@@ -24,14 +24,14 @@ class RegisteredJob:
     """
     Attributes:
         what: the command that the job runs.
-        after: the id of the job that it depends on.
+        after: the ids of the jobs that it depends on.
         local: runs on this machine, without SLURM; the id is a process id.
     """
 
     id: str
     name: str
     what: str
-    after: str | None
+    after: tuple[str, ...]
     local: bool
 
 
@@ -58,7 +58,10 @@ def register_jobs(logs: Path, jobs: Sequence[RegisteredJob]) -> None:
 
 def registered_jobs(logs: Path) -> list[RegisteredJob]:
     """All submitted jobs, oldest first."""
-    return [RegisteredJob(**record) for record in read_jsonl(logs / FILE, missing_ok=True)]
+    return [
+        RegisteredJob(**record | {"after": tuple(record["after"] or ())})
+        for record in read_jsonl(logs / FILE, missing_ok=True)
+    ]
 
 
 def select_jobs(jobs: Sequence[RegisteredJob], ids: Sequence[str] | None) -> list[RegisteredJob]:
@@ -85,11 +88,12 @@ def job_statuses(logs: Path, jobs: Sequence[RegisteredJob]) -> list[JobStatus]:
             state = slurm.get(job.id, "UNKNOWN")
         steps = attempts[-1].steps if attempts else 0
         reason = attempts[-1].why if attempts and state == "FAILED" else ""
-        dependency = statuses.get(job.after or "")
-        if dependency and not attempts and dependency.state not in (*ACTIVE_STATES, "COMPLETED"):
-            name, id = dependency.job.name, dependency.job.id
-            reason = dependency.reason if dependency.state == "CANCELLED" else ""
-            reason = reason or f"depends on {name} (job {id}), which is {dependency.state}"
+        before = [statuses[id] for id in job.after if id in statuses]
+        lost = [status for status in before if status.state not in (*ACTIVE_STATES, "COMPLETED")]
+        if lost and not attempts:
+            name, id = lost[0].job.name, lost[0].job.id
+            reason = lost[0].reason if lost[0].state == "CANCELLED" else ""
+            reason = reason or f"depends on {name} (job {id}), which is {lost[0].state}"
         statuses[job.id] = JobStatus(job, state, steps, reason)
     return list(statuses.values())
 

@@ -14,7 +14,9 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.output import DEFAULT_OUT, records_under
 
-KINDS = ("sft", "rl", "curriculum")
+# Kinds that take a recipe, and all.
+RECIPE_KINDS = ("sft", "rl", "curriculum")
+KINDS = (*RECIPE_KINDS, "eval", "doctor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +25,15 @@ class JobSpec:
     Attributes:
         kind: one of KINDS, the command of `parallel-r1`.
         arguments: of that command.
-        recipe: the recipe that the arguments name.
+        recipe: the recipe that the arguments name; None for an evaluation and the doctor, which validate
+            their arguments themselves.
         stage: the stage to train; None for all stages.
         folders: where the steps are recorded.
     """
 
     kind: str
     arguments: tuple[str, ...]
-    recipe: Recipe
+    recipe: Recipe | None
     stage: str | None
     folders: tuple[Path, ...]
 
@@ -40,6 +43,9 @@ class JobSpec:
         Raises:
             UserError: `parallel-r1` would reject the arguments, or they do not survive a requeue.
         """
+        if kind not in RECIPE_KINDS:
+            folders = (evaluation_records(arguments),) if kind == "eval" else ()
+            return cls(kind, tuple(arguments), None, None, folders)
         parser = _Parser("RECIPE [--stage NAME] [KEY=VALUE]...")
         parser.add_argument("recipe", type=Path)
         parser.add_argument("overrides", nargs="*")
@@ -65,12 +71,14 @@ def evaluation_records(arguments: Sequence[str]) -> Path:
     """Returns the records folder of an evaluation.
 
     Args:
-        arguments: of `eval/run.py`, which validates all but `--out`.
+        arguments: of `eval/run.py`, which validates the values.
 
     Raises:
-        UserError: `--out` has no value.
+        UserError: a required option or a value is missing.
     """
-    parser = _Parser("--out FOLDER")
+    parser = _Parser("--checkpoint FOLDER --benchmarks NAMES [--out FOLDER]...")
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--benchmarks", required=True)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     return records_under(parser.parse_known_args(list(arguments))[0].out)
 
@@ -84,10 +92,10 @@ def server_arguments(spec: JobSpec, engine: str) -> list[str]:
         UserError: as `check_servers_fit`, or there is no checkpoint to start the servers from.
     """
     check_servers_fit(spec, engine)
-    assert spec.kind == "rl", "only RL jobs have servers"
+    assert spec.kind == "rl" and spec.recipe, "only RL jobs have servers"
     (stage,) = (stage for stage in spec.recipe.stages if stage.name == spec.stage)
     recipe, previous = spec.recipe, spec.recipe.start_of(stage)
-    folder = recipe.model.path if previous is None else recipe.out / recipe.name / previous / "model"
+    folder = recipe.model.path if previous is None else start_of(recipe, previous) / "model"
     if folder is None:
         raise UserError(f"stage {stage.name} starts from a fresh model, which servers cannot load")
     if not (Path(folder) / "config.json").is_file():
@@ -101,7 +109,7 @@ def check_servers_fit(spec: JobSpec, engine: str) -> None:
     Raises:
         UserError: the recipe cannot use the servers that the job starts for it.
     """
-    if spec.recipe.seeds is not None:
+    if spec.recipe and spec.recipe.seeds is not None:
         raise UserError("ROLLOUT_NODES: the servers load the weights of one run; set seed, not seeds")
     added = (f"rollout.engine={engine}", "rollout.urls_file=urls")
     try:
@@ -136,6 +144,52 @@ def sweep_overrides(recipe: Path, overrides: Sequence[str], sweeps: Sequence[str
         suffix = "_".join(f"{key.rpartition('.')[2]}{value}" for key, value in point)
         members.append([*(f"{key}={value}" for key, value in point), f"name={name}_{suffix}"])
     return members
+
+
+def start_of(recipe: Recipe, stage: str) -> Path:
+    """The folder of a finished stage that another one starts from: this run's, or that of `start_run`."""
+    own = recipe.out / recipe.name / stage
+    return own if recipe.start_run is None or (own / "model").is_dir() else recipe.start_run / stage
+
+
+def shared_start(spec: JobSpec) -> list[str]:
+    """Returns the override by which all members of a stage's sweep start from what one run has finished.
+
+    Args:
+        spec: the stage as it is without the sweep.
+
+    Raises:
+        UserError: the stage that it starts from is not finished.
+    """
+    if spec.recipe is None or spec.stage is None or spec.recipe.start_run is not None:
+        return []
+    (stage,) = (stage for stage in spec.recipe.stages if stage.name == spec.stage)
+    if (before := spec.recipe.start_of(stage)) is None:
+        return []
+    if not (start_of(spec.recipe, before) / "model").is_dir():
+        raise UserError(
+            f"--sweep: stage {stage.name} starts from {start_of(spec.recipe, before)}, which is not "
+            "finished; run that stage first, once for all members"
+        )
+    return [f"start_run={spec.recipe.out / spec.recipe.name}"]
+
+
+def check_sweep(specs: Sequence[JobSpec]) -> None:
+    """
+    Raises:
+        UserError: two members would train the same.
+    """
+    seen: dict[str, str] = {}
+    for spec in specs:
+        assert spec.recipe, "only recipes are swept"
+        stages = [stage for stage in spec.recipe.stages if spec.stage in (None, stage.name)]
+        trained = spec.recipe.model_copy(update={"name": "", "stages": tuple(stages)}).yaml()
+        if other := seen.get(trained):
+            raise UserError(
+                f"--sweep: {other} and {spec.recipe.name} would train the same; give each value once, of a "
+                f"key that {f'stage {spec.stage}' if spec.stage else 'the recipe'} depends on"
+            )
+        seen[trained] = spec.recipe.name
 
 
 class _Parser(argparse.ArgumentParser):

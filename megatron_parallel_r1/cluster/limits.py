@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from megatron_parallel_r1.cluster.job_spec import JobSpec
+from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.jsonl import read_jsonl
 
@@ -38,7 +39,9 @@ def slow_step_note(spec: JobSpec, ranks: int, has_gpus: bool, signal_s: int) -> 
         ranks: of the training.
         has_gpus: without, `plan` knows no times.
     """
-    found = _last_steps(spec) or (_planned_steps(spec, ranks) if has_gpus else None)
+    if spec.recipe is None:
+        return None
+    found = _last_steps(spec, spec.recipe) or (_planned_steps(spec, spec.recipe, ranks) if has_gpus else None)
     if found is None or found[0] < signal_s:
         return None
     seconds, source = found
@@ -49,9 +52,9 @@ def slow_step_note(spec: JobSpec, ranks: int, has_gpus: bool, signal_s: int) -> 
     )
 
 
-def _last_steps(spec: JobSpec) -> tuple[float, str] | None:
+def _last_steps(spec: JobSpec, recipe: Recipe) -> tuple[float, str] | None:
     """The longest of the last steps that the run has recorded."""
-    stages = [stage.name for stage in spec.recipe.stages if spec.stage in (None, stage.name)]
+    stages = [stage.name for stage in recipe.stages if spec.stage in (None, stage.name)]
     seconds = [
         sum(record.get(name) or 0 for name in _TIMES)
         for folder in spec.folders
@@ -63,10 +66,10 @@ def _last_steps(spec: JobSpec) -> tuple[float, str] | None:
     return (max(seconds), "the last attempt") if seconds else None
 
 
-def _planned_steps(spec: JobSpec, ranks: int) -> tuple[float, str] | None:
+def _planned_steps(spec: JobSpec, recipe: Recipe, ranks: int) -> tuple[float, str] | None:
     from megatron_parallel_r1.planning.plan import plan  # imports torch
 
     with suppress(UserError):  # the model's folder may be missing on this machine
-        stages = plan(spec.recipe, ranks).stages
+        stages = plan(recipe, ranks).stages
         return max(each.time.total for each in stages if spec.stage in (None, each.stage.name)), "`plan`"
     return None

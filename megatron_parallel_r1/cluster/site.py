@@ -14,7 +14,13 @@ from typing import get_args
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import EngineName
 
-SCRIPTS = {"sft": "sft_stage.sh", "rl": "rl_stage.sh", "curriculum": "curriculum.sh", "eval": "eval.sh"}
+SCRIPTS = {
+    "sft": "sft_stage.sh",
+    "rl": "rl_stage.sh",
+    "curriculum": "curriculum.sh",
+    "eval": "eval.sh",
+    "doctor": "doctor.sh",
+}
 # Integer settings and their minimum.
 NUMBERS = {
     "ROLLOUT_NODES": 0,
@@ -177,7 +183,7 @@ def check_site(site: dict[str, str], header: SbatchHeader) -> None:
         raise UserError(f"CONTAINER={container}: no such file")
     if not container and shutil.which(site["PYTHON"]) is None:
         raise UserError(f"PYTHON={site['PYTHON']}: no such program; `make test` creates .venv, or set PYTHON")
-    if int(site["GRACE_S"]) >= header.signal_s:
+    if int(site["GRACE_S"]) >= header.signal_s and "no-requeue" not in header.more:
         raise UserError(
             f"GRACE_S={site['GRACE_S']} must be less than the {header.signal_s} s of #SBATCH --signal"
         )

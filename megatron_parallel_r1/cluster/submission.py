@@ -69,7 +69,7 @@ class JobLauncher:
         self.logs = repository / self._site["LOG_DIR"]
         self._settings = self._site | {"LOG_DIR": str(self.logs)}
 
-    def describe(self, specs: Sequence[JobSpec], name: str, after: str | None = None) -> str:
+    def describe(self, specs: Sequence[JobSpec], name: str, after: Sequence[str] = ()) -> str:
         """The job exactly as `submit` would submit it; several specs form an array."""
         if self._local:
             ranks, minutes = self._local_size()
@@ -92,6 +92,8 @@ class JobLauncher:
         if self._local:
             ranks, _ = self._local_size()
             for spec in specs:
+                if spec.recipe is None:
+                    continue
                 check_world(spec.recipe.parallel, ranks)
                 if gpus := visible_gpus():
                     spec.recipe.rollout.check_gpus(ranks, len(gpus))
@@ -104,6 +106,8 @@ class JobLauncher:
         server_nodes = int(site["ROLLOUT_NODES"])
         ranks = (header.nodes - server_nodes) * header.ranks_per_node
         for spec in specs:
+            if spec.recipe is None:
+                continue
             check_world(spec.recipe.parallel, ranks)
             if server_nodes:
                 check_servers_fit(spec, site["ROLLOUT_ENGINE"])
@@ -120,11 +124,11 @@ class JobLauncher:
         notes = (slow_step_note(spec, ranks, has_gpus, header.signal_s) for spec in specs)
         return [note for note in notes if note]
 
-    def submit(self, specs: Sequence[JobSpec], name: str, after: str | None = None) -> list[str]:
+    def submit(self, specs: Sequence[JobSpec], name: str, after: Sequence[str] = ()) -> list[str]:
         """Returns the job ids: one per spec on SLURM; one for all on this machine, whose GPUs they share.
 
         Args:
-            after: id of a job that must succeed first; if it fails, SLURM cancels these jobs.
+            after: ids of the jobs that must succeed first; if one fails, SLURM cancels these jobs.
         """
         if self._local:
             return [self._submit_local(specs, name)]
@@ -136,7 +140,7 @@ class JobLauncher:
 
     def _submit_local(self, specs: Sequence[JobSpec], name: str) -> str:
         ranks, minutes = self._local_size()
-        needed = [spec.recipe.rollout.needed_gpus(ranks) for spec in specs]
+        needed = [spec.recipe.rollout.needed_gpus(ranks) if spec.recipe else ranks for spec in specs]
         executor = LocalExecutor(self.logs / "submitit/%j", max_num_timeout=LOCAL_REQUEUES)
         executor.update_parameters(
             timeout_min=minutes,
@@ -155,20 +159,21 @@ class JobLauncher:
             raise UserError(f"--nodes {self._request.nodes}: a local job has one node; submit it to SLURM")
         return self._request.ranks or 1, requested_minutes(self._request.time or "7-0")
 
-    def _slurm_executor(self, kind: str, name: str, after: str | None) -> SlurmExecutor:
+    def _slurm_executor(self, kind: str, name: str, after: Sequence[str]) -> SlurmExecutor:
         header = self._header(kind)
         options: dict[str, Any] = header.more | {
             "signal": f"B:USR2@{header.signal_s}",
-            "requeue": True,
             "kill-on-invalid-dep": "yes",
         }
+        if "no-requeue" not in options:
+            options["requeue"] = True
         for key, value in (("partition", self._request.partition), ("account", self._request.account)):
             if value:
                 options[key] = value
         if header.gpus_per_node:
             options["gpus-per-node"] = f"{header.gpu_type}{header.gpus_per_node}"
         if after:
-            options["dependency"] = f"afterok:{after}"
+            options["dependency"] = f"afterok:{':'.join(after)}"
         # exec: signals go to the batch shell, which becomes submitit's process and then the script.
         executor = SlurmExecutor(self.logs / "submitit/%j", python=f"exec {shlex.quote(sys.executable)}")
         executor.update_parameters(

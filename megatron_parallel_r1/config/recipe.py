@@ -73,6 +73,9 @@ class Recipe(Settings):
     """Repeat the run once for each of these seeds, each in a folder of its own; null: one run with `seed`."""
     out: Path = Path("runs")
     """Folder that holds the run's folder."""
+    start_run: Path | None = None
+    """Folder of another run, from whose finished stages this run's start where it has not trained them;
+    `submit --sweep` sets it. null: none."""
     model: ModelSource
     """Model to train."""
     tokenizer: Tokenizer

@@ -43,7 +43,7 @@ from megatron_parallel_r1.run.folder import (
     open_run_folder,
     past_evaluations,
 )
-from megatron_parallel_r1.run.lock import lock_folder
+from megatron_parallel_r1.run.lock import LOCK, lock_folder, stage_lock
 from megatron_parallel_r1.run.save import save_model
 from megatron_parallel_r1.run.stage_loop import checkpoint_folder
 from megatron_parallel_r1.run.wandb_log import check_wandb
@@ -143,8 +143,9 @@ def _run_seed(
         keep_memory_shareable()
     with process.running(recipe.seed, recipe.parallel, recipe.collective_timeout_s) as watchdog:
         check_engine(run, names)
+        locks = [*map(stage_lock, sorted(names)), *([LOCK] if only is None else [])]
         with (
-            lock_folder(folder),
+            lock_folder(folder, locks),
             Verifier(workers=_workers()) as verifier,
             Backends(run) as backends,
             run.exporter,

@@ -108,11 +108,13 @@ class RunContext:
             before = self.recipe.start_of(stage)
             if stage.name not in names or before is None:
                 continue
-            is_done = self.was_finished(before)
+            other = self.recipe.start_run
+            is_done = self.was_finished(before) or (other is not None and (other / before / "model").is_dir())
             if not is_done and before not in names:
                 raise UserError(f"stage {stage.name} starts from {before}, which is not done; run that first")
             begun = self.was_finished(stage.name) or has_checkpoint(self.folder, stage.name)
-            if stage.carry_optimizer and is_done and not (begun or has_checkpoint(self.folder, before)):
+            kept = has_checkpoint(self.start_folder(before).parent, before)
+            if stage.carry_optimizer and is_done and not (begun or kept):
                 raise UserError(
                     f"stage {stage.name}: carry_optimizer, but the checkpoints of {before} were deleted at "
                     "its end; start with a fresh optimizer, or choose another name to train both"
@@ -160,6 +162,11 @@ class RunContext:
     def stage_folder(self, name: str) -> Path:
         return self.folder / name
 
+    def start_folder(self, name: str) -> Path:
+        """The folder of a stage that another one starts from: this run's, or that of `start_run`."""
+        own, start_run = self.stage_folder(name), self.recipe.start_run
+        return own if start_run is None or (own / "model").is_dir() else start_run / name
+
     def seed_of(self, *words: str) -> int:
         """Derives the run's seed for one purpose, such as `(stage, "rollout")`."""
         return derive_seed(self.recipe.seed, *words)
@@ -198,7 +205,7 @@ class RunContext:
     def _start_tensors(self, stage: Stage) -> Iterable[tuple[str, Tensor]]:
         before = self.recipe.start_of(stage)
         if before is not None:
-            return load_hf_folder(self.stage_folder(before) / "model")[1]
+            return load_hf_folder(self.start_folder(before) / "model")[1]
         if self.recipe.model.shape is not None:
             return random_hf_tensors(self.shape, self.recipe.seed, self.recipe.model.shape.init_std)
         assert self.recipe.model.path is not None, "a recipe has a shape or a path"

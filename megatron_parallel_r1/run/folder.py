@@ -2,7 +2,7 @@
 
 <out>/<name>/config.yaml   the recipe, defaults included     stages.json   names of the stages, in order
              seeds.json    all seeds                         eval.jsonl    one record per evaluation
-             state.json    the run's id, digests of data     run.lock      while a command uses it
+             state.json    the run's id, digests of data     run.lock*     while commands use it
              tokenizer/    with the tags
              <stage>/      metrics.jsonl, tensorboard/, traces.jsonl, eval_traces.jsonl,
                            checkpoints/ while it runs, model/ once it is finished
@@ -27,7 +27,7 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run.datasets import EVALUATION, DataDigest
-from megatron_parallel_r1.run.lock import LOCK, is_lock
+from megatron_parallel_r1.run.lock import is_lock
 from megatron_parallel_r1.thought.tokenizer import save_tokenizer
 from megatron_parallel_r1.utils.files import write_atomically
 from megatron_parallel_r1.utils.jsonl import read_jsonl
@@ -180,7 +180,7 @@ def open_run_folder(
         folder.mkdir(parents=True, exist_ok=True)
         derived = ("tokenizer", "servers")
         for path in folder.iterdir() if not resume else ():
-            if path.name == LOCK or not (fresh or path.name in derived):
+            if is_lock(path) or not (fresh or path.name in derived):
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomically(folder / "config.yaml", recipe.yaml())

@@ -1,8 +1,10 @@
-"""The lock of a run folder: one command at a time, also among machines that share a file system.
+"""The locks of a run folder: one command at a time, also among machines that share a file system.
 
-`run.lock` names the process that uses the folder. It is created exclusively, which NFS and Lustre do too, and
-deleted at the end. A killed process leaves it; the next command takes it over where it can tell that the
-process is gone: on the same machine, in a requeued SLURM job, or if SLURM no longer runs the job.
+`run.lock` names the process that uses the whole run, `run.lock.STAGE` the one that trains a stage: stages of
+one run may be trained side by side. A command for the whole run takes all. A lock is created exclusively, on
+NFS and Lustre too, and deleted at the end. A killed process leaves it; the next command takes it over where
+it can tell that the process is gone: on the same machine, in a requeued SLURM job, or if SLURM no longer runs
+the job.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -87,26 +89,41 @@ class Holder:
         return f"process {self.pid} on {self.host}{job} since {since}"
 
 
+def stage_lock(stage: str) -> str:
+    """The name of a stage's lock."""
+    return f"{LOCK}.{stage}"
+
+
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Locks a run folder, which is created if need be, for the block. A collective over all ranks.
+def lock_folder(folder: Path, names: Sequence[str] = (LOCK,)) -> Iterator[None]:
+    """Takes locks of a run folder, which is created if need be, for the block. A collective over all ranks.
+
+    Args:
+        names: of the locks.
 
     Raises:
-        UserError: another process uses it, or it cannot be written; on every rank.
+        UserError: another process has one of them, or the folder cannot be written; on every rank.
     """
-    own = run_on_rank_zero(lambda: _acquire(folder))
+    held: dict[str, Holder] = {}
+
+    def acquire() -> None:
+        for name in names:
+            held[name] = _acquire(folder, name)
+
     try:
+        run_on_rank_zero(acquire)
         yield
     finally:
-        if is_rank_zero():
+        for name, own in held.items():
             with suppress(OSError, UserError):
-                if _read(folder / LOCK) == own:  # nobody deleted it, as a refusal advises
-                    (folder / LOCK).unlink()
+                if _read(folder / name) == own:  # nobody deleted it, as a refusal advises
+                    (folder / name).unlink()
+        if is_rank_zero():
             with suppress(OSError):  # nothing was written
                 folder.rmdir()
 
 
-def check_lock(folder: Path) -> None:
+def check_lock(folder: Path, name: str = LOCK) -> None:
     """Checks, before this process writes to a folder that it has locked, that nobody has taken it over.
 
     SLURM requeues the job of a node that hangs; when the node goes on, so do its processes for a while.
@@ -114,18 +131,18 @@ def check_lock(folder: Path) -> None:
     Raises:
         UserError: another process has the folder now.
     """
-    found = _read(folder / LOCK)
+    found = _read(folder / name)
     if found is not None and replace(found, since=0.0) != replace(Holder.this_process(), since=0.0):
         raise UserError(f"{folder} was taken over by {found} while this process or its node hung")
 
 
 def is_lock(file: Path) -> bool:
     """Returns whether a file is the lock of its folder, or one that a command was taking over."""
-    return file.name == LOCK or file.name.startswith(f".{LOCK}.")
+    return file.name == LOCK or file.name.startswith((f"{LOCK}.", f".{LOCK}."))
 
 
-def _acquire(folder: Path) -> Holder:
-    file, own = folder / LOCK, Holder.this_process()
+def _acquire(folder: Path, name: str = LOCK) -> Holder:
+    file, own = folder / name, Holder.this_process()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while True:

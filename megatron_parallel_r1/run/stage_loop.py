@@ -21,7 +21,7 @@ from megatron_parallel_r1.errors import Stopped, UserError
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.folder import steps_done
 from megatron_parallel_r1.run.guard import Guard
-from megatron_parallel_r1.run.lock import check_lock
+from megatron_parallel_r1.run.lock import check_lock, stage_lock
 from megatron_parallel_r1.run.stage_log import StageLog
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.trainer import LrSchedule, Trainer
@@ -167,8 +167,9 @@ class StageLoop:
     def _carry_over(self, run: RunContext, before: str) -> None:
         """Loads weights and optimizer state from the end of the previous stage."""
         stage = next(other for other in run.recipe.stages if other.name == before)
-        folder = checkpoint_folder(run.stage_folder(before))
-        end = steps_done(run.folder, stage)
+        start = run.start_folder(before)
+        folder = checkpoint_folder(start)
+        end = steps_done(start.parent, stage)
         if Checkpoints(folder).restore(self._trainer)[0] != end:
             raise UserError(
                 f"stage {self._stage.name}: carry_optimizer, but {folder} has no intact checkpoint of step "
@@ -215,7 +216,7 @@ class StageLoop:
 
     def _check_lock(self) -> None:
         if is_rank_zero():
-            check_lock(self._run_folder)
+            check_lock(self._run_folder, stage_lock(self._stage.name))
 
     def _save(self, step: int, is_due: bool = True, failed: bool = False) -> None:
         self._check_lock()

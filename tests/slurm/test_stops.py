@@ -21,7 +21,7 @@ def test_preempted_jobs_and_one_of_a_hung_node_end_like_an_undisturbed_one(site:
 
     def submit(name: str, *header: str, script: str = "curriculum.sh", hold: str = "") -> str:
         words = (str(RECIPE), *SHORT, "stages.rl.save_every=1", f"out={site.folder}/{name}")
-        return site.submit(script, *words, header=(*ONE_NODE, "--oversubscribe", *header), **({"HOLD": hold} if hold else {}))
+        return site.submit(script, *words, header=(*ONE_NODE, "--oversubscribe", *header), HOLD=hold)
 
     jobs = {
         # SIGKILL soon follows SIGTERM.

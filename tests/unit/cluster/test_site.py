@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_parallel_r1.cluster.job_spec import JobSpec, sweep_overrides
+from megatron_parallel_r1.cluster.job_spec import (
+    JobSpec,
+    check_sweep,
+    server_arguments,
+    shared_start,
+    sweep_overrides,
+)
 from megatron_parallel_r1.cluster.site import (
     SCRIPTS,
     check_site,
@@ -28,7 +34,10 @@ SLURM = Path(__file__).resolve().parents[3] / "slurm"
 def test_the_headers_of_the_scripts_are_read(script: str) -> None:
     header = read_header(SLURM / script)
     assert header.ranks_per_node == header.gpus_per_node == 8
-    assert header.signal_s == 300 and header.more["requeue"] is True
+    if script == "doctor.sh":
+        assert header.more["no-requeue"] is True
+    else:
+        assert header.signal_s == 300 and header.more["requeue"] is True
     assert header.more["exclusive"] is True and header.more["mem"] == "0"
     assert "account" not in header.more  # a site takes its second # away
 
@@ -191,3 +200,45 @@ def test_sweeps_span_their_product_under_names_of_their_own() -> None:
     ]
     with pytest.raises(UserError, match="write KEY=A,B"):
         sweep_overrides(RECIPE, (), ("seed",))
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "names"),
+    [
+        (("seed=1,1",), "mini_seed1 and mini_seed1"),
+        (("stages.rl.optimizer.lr=1e-3,0.001",), "mini_lr1e-3 and mini_lr0.001"),
+        (("stages.cold_start.steps=3,4",), "mini_steps3 and mini_steps4"),  # another stage's key
+        (("name=a,b",), "mini_namea and mini_nameb"),
+    ],
+)
+def test_members_that_would_train_the_same_are_refused(sweeps: tuple[str, ...], names: str) -> None:
+    members = [JobSpec.read("rl", [str(RECIPE), *extra]) for extra in sweep_overrides(RECIPE, (), sweeps)]
+    with pytest.raises(UserError, match=f"--sweep: {names} would train the same; .* stage rl depends on"):
+        check_sweep(members)
+
+
+def test_a_stage_is_swept_from_what_one_run_has_finished(tmp_path: Path) -> None:
+    words = (str(RECIPE), f"out={tmp_path}")
+    assert shared_start(JobSpec.read("sft", words)) == shared_start(JobSpec.read("curriculum", words)) == []
+    rl = JobSpec.read("rl", words)
+    with pytest.raises(UserError, match=r"starts from .*mini/cold_start, which is not finished; run that"):
+        shared_start(rl)
+    (tmp_path / "mini/cold_start/model").mkdir(parents=True)
+    (start,) = shared_start(rl)
+    assert start == f"start_run={tmp_path}/mini"
+    member = JobSpec.read("rl", [*words, "name=mini_seed2", start])
+    (tmp_path / "mini/cold_start/model/config.json").touch()
+    model = str(tmp_path / "mini/cold_start/model")
+    assert server_arguments(member, "sglang") == ["--checkpoint", model, "--isolated"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "are required: --checkpoint, --benchmarks; give --checkpoint FOLDER --benchmarks NAMES"),
+        (("--checkpoint", "x"), "are required: --benchmarks"),
+    ],
+)
+def test_an_evaluation_without_its_options_is_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        JobSpec.read("eval", words)

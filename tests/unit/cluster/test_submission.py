@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_parallel_r1.cluster import command
 from megatron_parallel_r1.cluster.job_spec import JobSpec
 from megatron_parallel_r1.cluster.submission import JobLauncher, ResourceRequest
 from megatron_parallel_r1.errors import UserError
@@ -76,4 +78,57 @@ def test_what_ranks_would_refuse_is_refused_at_submission(
     with pytest.raises(UserError, match=re.escape(message)):
         JobLauncher(repository, ResourceRequest(), local=False).check(
             [JobSpec.read("rl", [str(RECIPE), *overrides])], "rl"
+        )
+
+
+BRANCH = """\
+  - name: rl_again
+    kind: rl
+    start_from: cold_start
+    data: {source: embedded, kind: easy}
+    steps: 2
+    prompts_per_step: 3
+    samples_per_prompt: 4
+    reward: {name: accuracy}
+    optimizer: {lr: 1.0e-3}
+"""
+
+
+def dry_run(repository: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """What launch.py would submit, with a fake `sbatch` that accepts everything."""
+    monkeypatch.setattr(command, "REPOSITORY", repository)
+    (repository / "sbatch").write_text("#!/bin/sh\n")
+    (repository / "sbatch").chmod(0o755)
+    done = CliRunner().invoke(command.app, [*words[:1], "--dry-run", *words[1:]], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def test_a_stage_waits_for_the_one_that_it_starts_from(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = repository / "branched.yaml"
+    recipe.write_text(RECIPE.read_text().replace("evaluation: {data", f"{BRANCH}evaluation: {{data"))
+    output = dry_run(repository, monkeypatch, "curriculum", str(recipe))
+    names = re.findall(r"^#SBATCH --job-name=(.*)$", output, re.M)
+    assert names == ["mini-cold_start", "mini-rl", "mini-rl_again", "mini-release"]
+    assert re.findall(r"^#SBATCH --dependency='(.*)'$", output, re.M) == [
+        *["afterok:JOB OF mini-cold_start"] * 2,
+        "afterok:JOB OF mini-rl:JOB OF mini-rl_again",
+    ]
+
+
+def test_evaluations_and_the_doctor_are_jobs_too(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--checkpoint", "runs/mini/rl", "--benchmarks", "embedded_hard")
+    output = dry_run(repository, monkeypatch, "submit", "eval", "--", *words)
+    assert f"# runs: bash slurm/eval.sh {' '.join(words)}" in output and "#SBATCH --requeue\n" in output
+    output = dry_run(repository, monkeypatch, "submit", "doctor", "--", "--out", "runs")
+    assert "# runs: bash slurm/doctor.sh --out runs" in output
+    assert "#SBATCH --no-requeue\n" in output and "#SBATCH --requeue\n" not in output
+
+
+def test_a_time_limit_within_the_lead_of_the_signal_is_refused(repository: Path) -> None:
+    with pytest.raises(UserError, match="the time limit of 300 s leaves no time for a step"):
+        JobLauncher(repository, ResourceRequest(time="5"), local=False).check(
+            [JobSpec.read("rl", [str(RECIPE)])], "rl"
         )

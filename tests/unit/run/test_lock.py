@@ -16,7 +16,7 @@ import pytest
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run import lock
-from megatron_parallel_r1.run.lock import LOCK, Holder, check_lock, lock_folder
+from megatron_parallel_r1.run.lock import LOCK, Holder, check_lock, is_lock, lock_folder, stage_lock
 
 OTHER = Holder("another-host", pid=1, since=0.0)
 
@@ -58,6 +58,20 @@ def test_a_dead_process_of_this_machine_holds_nothing(tmp_path: Path) -> None:
     held_by(tmp_path, replace(Holder.this_process(), pid=dead.pid))
     with lock_folder(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_stages_have_locks_of_their_own_which_the_whole_run_takes(tmp_path: Path) -> None:
+    first, second = map(stage_lock, ("rl_s1", "rl_s2"))
+    with lock_folder(tmp_path, [first]), lock_folder(tmp_path, [second]):
+        assert sorted(map(is_lock, tmp_path.iterdir())) == [True, True]
+        with (
+            pytest.raises(UserError, match="is in use by"),
+            lock_folder(tmp_path, [stage_lock("sft"), second]),
+        ):
+            pass
+        assert sorted(file.name for file in tmp_path.iterdir()) == [first, second]
+    with lock_folder(tmp_path, [first, second, LOCK]):
+        assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_process_that_was_taken_over_writes_no_more(tmp_path: Path) -> None:
