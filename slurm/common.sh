@@ -1,12 +1,17 @@
 # shellcheck shell=bash
-# The launcher of all jobs, submitted by sbatch or by launch.py: `launch KIND ARGUMENTS...` runs one.
+# The launcher of all jobs, submitted by sbatch or by launch.py: `launch KIND ARGUMENTS...` runs one. REPOSITORY is set.
 #
 # begin (validate, record the attempt) -> rollout servers, if any -> ranks -> end (report; requeue or give up)
 
-cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the repository}" || exit
-source slurm/site.env
+cd "$SLURM_SUBMIT_DIR" || exit
+source "$REPOSITORY/slurm/site.env"
+# With `sbatch --export=NONE` srun would start tasks without this environment.
+export SLURM_EXPORT_ENV=ALL REPOSITORY PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 # Seconds that a requeue may take before SLURM ends the job.
 MARGIN_S=10
+# Seconds that the controller has to answer: its clients alone wait for minutes. SIGKILL, for they may inherit that SIGTERM
+# is ignored.
+ANSWER_S=10
 
 refuse() {
     echo "error: $*" >&2
@@ -19,7 +24,15 @@ for name in ROLLOUT_NODES ROLLOUT_SERVERS ROLLOUT_TENSOR ROLLOUT_WAIT_S GRACE_S 
 done
 [[ ${ROLLOUT_ENGINE:-} =~ ^(sglang|vllm)$ ]] ||
     refuse "ROLLOUT_ENGINE=${ROLLOUT_ENGINE:-} is not one of sglang, vllm; edit slurm/site.env"
-export MAX_FAILURES MAX_STOPS GRACE_S  # for the bookkeeping
+export MAX_FAILURES MAX_STOPS  # for the bookkeeping
+[[ -z ${SLURM_HET_SIZE:-} ]] || refuse "a heterogeneous job has $SLURM_HET_SIZE parts, this script runs in one; drop the :"
+TASKS=$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
+[[ ${SLURM_NTASKS:-$TASKS} == "$TASKS" ]] || refuse "--ntasks=$SLURM_NTASKS, but ${SLURM_JOB_NUM_NODES:-1} nodes of" \
+    "--ntasks-per-node=${SLURM_NTASKS_PER_NODE:-1} have $TASKS tasks; give --nodes and --ntasks-per-node alone"
+# Programs of the repository, for jobs submitted from elsewhere.
+for name in PYTHON ROLLOUT_PYTHON; do
+    [[ ! -x $REPOSITORY/${!name} || ${!name} != */* || -z ${!name} ]] || declare "$name=$REPOSITORY/${!name}"
+done
 
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
 # The id that squeue and launch.py show. SLURM_JOB_ID of the last task of an array stands for the whole array.
@@ -32,6 +45,7 @@ mkdir -p "$LOGS" || refuse "LOG_DIR=$LOG_DIR cannot be written"
 IN_CONTAINER=() CONTAINER_OPTIONS=()
 enter_container() {
     local mounts="$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+    [[ $PWD/ == "$REPOSITORY"/* ]] || mounts+=",$REPOSITORY:$REPOSITORY"
     case $CONTAINER in
         "") ;;
         *.sif)
@@ -79,7 +93,7 @@ start_servers() {  # KIND ARGUMENTS...
     mapfile -t arguments <<<"$arguments"
     # All servers of a node are one task and share all CPUs that the job has there.
     prepare_step server $((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1})) "${SERVERS[@]}"
-    "${STEP[@]}" --ntasks="${#SERVERS[@]}" --ntasks-per-node=1 "${IN_CONTAINER[@]}" bash slurm/server.sh \
+    "${STEP[@]}" --ntasks="${#SERVERS[@]}" --ntasks-per-node=1 "${IN_CONTAINER[@]}" bash "$REPOSITORY/slurm/server.sh" \
         "$PYTHON" -m megatron_parallel_r1.cli serve-rollout "${arguments[@]}" --engine "$ROLLOUT_ENGINE" \
         --servers "$ROLLOUT_SERVERS" --tp "$ROLLOUT_TENSOR" \
         ${ROLLOUT_PYTHON:+--python "$ROLLOUT_PYTHON"} 2>"$LOGS/srun_server.log" &
@@ -124,13 +138,14 @@ give_up_step() {
     requeue
 }
 
-# Sets LEFT_S, the seconds until SLURM ends the job, JOB_LIMIT_S, those from the job's start to its end, and PREEMPTED if
-# it is being preempted. Without an answer there is time enough.
+# Sets LEFT_S, the seconds until SLURM ends the job, JOB_LIMIT_S, those from the job's start to its end, PREEMPTED if it is
+# being preempted, and RESTARTS, how often SLURM has requeued it. Without an answer there is time enough.
 ask_controller() {
     local job
-    LEFT_S=999999999 JOB_LIMIT_S='' PREEMPTED=''
-    job=$(timeout 10 scontrol show job --oneliner "$JOB" 2>/dev/null) || return 0
+    LEFT_S=999999999 JOB_LIMIT_S='' PREEMPTED='' RESTARTS=$ATTEMPT
+    job=$(timeout -s KILL "$ANSWER_S" scontrol show job --oneliner "$JOB" 2>/dev/null) || return 0
     if [[ $job == *" PreemptTime="[0-9]* ]]; then PREEMPTED=yes; fi
+    if [[ $job =~ \ Restarts=([0-9]+) ]]; then RESTARTS=${BASH_REMATCH[1]}; fi
     if [[ $job =~ \ EndTime=([0-9T:-]+) ]]; then
         LEFT_S=$(($(date -d "${BASH_REMATCH[1]}" +%s) - $(date +%s))) JOB_LIMIT_S=$((LEFT_S + SECONDS))
     fi
@@ -138,7 +153,7 @@ ask_controller() {
 
 # SLURM ends the job: a preemption without grace, a requeue, a lost node, `scancel`. The next attempt reads the reason.
 ended_by_slurm() {
-    echo "ended by SLURM: preempted, requeued or out of time" >"$LOGS/stopped"
+    [[ -f $LOGS/stopped ]] || echo "ended by SLURM: preempted, requeued or out of time" >"$LOGS/stopped"
     exit 143
 }
 
@@ -146,17 +161,20 @@ ended_by_slurm() {
 stop_early() {
     trap '' USR1 USR2
     echo "stopped by a signal before the ranks started" >"$LOGS/stopped"
-    ask_controller
     conclude stop 85
 }
 
 # Repeats while the controller does not answer, even beyond the time limit, which it could not enforce meanwhile.
 requeue() {
-    local answer
+    local answer code
     trap '' TERM
-    until answer=$(scontrol requeue "$JOB" 2>&1); do
-        [[ $answer =~ [Uu]nable\ to\ contact|connect|[Tt]imed\ out|[Cc]ommunication ]] || refuse "not requeued: $answer"
-        echo "not requeued yet, for the controller does not answer: $answer"
+    while :; do
+        code=0
+        answer=$(timeout -s KILL "$ANSWER_S" scontrol requeue "$JOB" 2>&1) || code=$?
+        [[ $code != 0 && $answer != *"pending execution"* ]] || return 0  # SLURM may have requeued it meanwhile
+        [[ $code == 137 || $answer =~ [Uu]nable\ to\ contact|connect|[Tt]imed\ out|[Cc]ommunication ]] ||
+            refuse "not requeued: $answer"
+        echo "not requeued yet, for the controller does not answer${answer:+: $answer}"
         sleep 2
     done
 }
@@ -166,7 +184,7 @@ run_ranks() {  # COMMAND...: sets CODE to srun's exit code
     # shellcheck disable=SC2206
     local options=($SRUN_WORDS)
     "${STEP[@]}" --ntasks=$((${#TRAINERS[@]} * ${SLURM_NTASKS_PER_NODE:-1})) "${options[@]}" \
-        "${IN_CONTAINER[@]}" bash slurm/rank.sh "$@" 2>"$LOGS/srun_rank.log" &
+        "${IN_CONTAINER[@]}" bash "$REPOSITORY/slurm/rank.sh" "$@" 2>"$LOGS/srun_rank.log" &
     RANKS=$!
     trap forward_stop USR1 USR2
     while :; do
@@ -197,7 +215,7 @@ launch() {  # KIND ARGUMENTS...
     SERVER_OVERRIDES=()
     ((ROLLOUT_NODES == 0)) || start_servers "$@"
     local program=(-m megatron_parallel_r1.cli)
-    [[ $1 == eval ]] && program=(eval/run.py) && shift
+    [[ $1 == eval ]] && program=("$REPOSITORY/eval/run.py") && shift
     run_ranks "$PYTHON" "${program[@]}" "$@" "${SERVER_OVERRIDES[@]}"
     end_servers
     conclude rank "$CODE"
@@ -215,6 +233,8 @@ launch_doctor() {  # ARGUMENTS...: the checks of `parallel-r1 doctor` on all nod
 conclude() {  # STEP CODE: reports how the step ended; requeues or ends the job
     local code=0
     trap '' TERM  # of a preemption, or of this function's own requeue
+    ask_controller
+    [[ $RESTARTS == "$ATTEMPT" ]] || ended_by_slurm  # also if this node hung, and the job runs elsewhere meanwhile
     bookkeeping end "$JOB_LOGS" "$LOGS" "$@" || code=$?
     [[ $code != 75 && $code != 85 ]] || requeue
     exit "$code"

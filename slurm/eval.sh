@@ -15,5 +15,9 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 set -euo pipefail
-source "${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the repository}/slurm/common.sh"
+# sbatch runs a copy of this script: the repository is where it was submitted from, or where it lies.
+lies=$(scontrol show job --oneliner "${SLURM_JOB_ID:?submit this script with sbatch}" |
+    sed -En '1s|.* Command=(/\S*)/slurm/.*|\1|p') || true
+for REPOSITORY in "$SLURM_SUBMIT_DIR" "$lies"; do [[ ! -f $REPOSITORY/slurm/common.sh ]] || break; done
+source "$REPOSITORY/slurm/common.sh"
 launch eval "$@"

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_parallel_r1.cluster.attempts import (
     JobAttempt,
@@ -35,7 +37,7 @@ from megatron_parallel_r1.utils.exit import STOP_SIGNALS, one_line_exit
 
 SPEC_FILE = "job.json"
 STOP_CAUSES = ("Terminated", "User defined signal 1", "User defined signal 2")
-STOP_CODES = (STOPPED_EXIT_CODE, *(128 + number for number in STOP_SIGNALS))
+STOP_CODES = (STOPPED_EXIT_CODE, *(128 + number for number in (*STOP_SIGNALS, signal.SIGTERM)))
 
 
 def begin(logs: Path, kind: str, arguments: Sequence[str], max_failures: int, max_stops: int = 10) -> None:
@@ -65,7 +67,7 @@ def begin(logs: Path, kind: str, arguments: Sequence[str], max_failures: int, ma
         from megatron_parallel_r1.cluster.limits import slow_step_note
 
         gpus = os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"
-        signal_s = read_header(Path("slurm") / SCRIPTS[kind]).signal_s
+        signal_s = read_header(_scripts() / SCRIPTS[kind]).signal_s
         if note := slow_step_note(spec, int(os.environ["JOB_RANKS"]), gpus, signal_s):
             print(note)
 
@@ -79,7 +81,7 @@ def end(logs: Path, attempt_logs: Path, step: str, code: int, max_failures: int,
         code: the step's exit code.
     """
     file = logs / SPEC_FILE  # absent if the attempt was stopped before it began
-    job = json.loads(file.read_text()) if file.is_file() else {"kind": "", "folders": []}
+    job: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"kind": "", "folders": []}
     steps = steps_written(Path(folder) for folder in job["folders"])
     if code == 0:
         end_attempt(logs, JobAttempt("done", steps=steps))
@@ -139,13 +141,17 @@ def endless(attempts: Sequence[JobAttempt], max_failures: int, max_stops: int) -
     return None
 
 
+def _scripts() -> Path:
+    return Path(os.environ.get("REPOSITORY", ".")) / "slurm"
+
+
 def limit_without_step(kind: str) -> str | None:
     """Returns why the stop signal of a job's own time limit comes before any step, or None."""
     limit_s = os.environ.get("JOB_LIMIT_S")
     if not limit_s or os.environ.get("PREEMPTED") or kind not in SCRIPTS:
         return None
     try:
-        check_limit(int(limit_s), read_header(Path("slurm") / SCRIPTS[kind]).signal_s)
+        check_limit(int(limit_s), read_header(_scripts() / SCRIPTS[kind]).signal_s)
     except UserError as error:
         return str(error)
     return None

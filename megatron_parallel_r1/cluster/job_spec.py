@@ -44,8 +44,11 @@ class JobSpec:
             UserError: `parallel-r1` would reject the arguments, or they do not survive a requeue.
         """
         if kind not in RECIPE_KINDS:
-            folders = (evaluation_records(arguments),) if kind == "eval" else ()
-            return cls(kind, tuple(arguments), None, None, folders)
+            options = {word.partition("=")[0] for word in arguments}
+            if kind == "eval" and not {"--checkpoint", "--benchmarks"} <= options:
+                raise UserError("an evaluation needs --checkpoint FOLDER and --benchmarks NAMES, after --")
+            records = [evaluation_records(arguments)] if kind == "eval" else []
+            return cls(kind, tuple(arguments), None, None, tuple(records))
         parser = _Parser("RECIPE [--stage NAME] [KEY=VALUE]...")
         parser.add_argument("recipe", type=Path)
         parser.add_argument("overrides", nargs="*")
@@ -71,14 +74,12 @@ def evaluation_records(arguments: Sequence[str]) -> Path:
     """Returns the records folder of an evaluation.
 
     Args:
-        arguments: of `eval/run.py`, which validates the values.
+        arguments: of `eval/run.py`, which validates all but `--out`.
 
     Raises:
-        UserError: a required option or a value is missing.
+        UserError: `--out` has no value.
     """
-    parser = _Parser("--checkpoint FOLDER --benchmarks NAMES [--out FOLDER]...")
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--benchmarks", required=True)
+    parser = _Parser("--out FOLDER")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     return records_under(parser.parse_known_args(list(arguments))[0].out)
 

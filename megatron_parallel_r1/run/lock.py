@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -127,13 +128,20 @@ def check_lock(folder: Path, name: str = LOCK) -> None:
     """Checks, before this process writes to a folder that it has locked, that nobody has taken it over.
 
     SLURM requeues the job of a node that hangs; when the node goes on, so do its processes for a while.
+    These end at once, with exit code 0: with any other, srun would end the new attempt's step, whose id is
+    the same.
 
     Raises:
-        UserError: another process has the folder now.
+        UserError: another job, or another process of this machine, has the folder now.
     """
-    found = _read(folder / name)
-    if found is not None and replace(found, since=0.0) != replace(Holder.this_process(), since=0.0):
-        raise UserError(f"{folder} was taken over by {found} while this process or its node hung")
+    found, own = _read(folder / name), Holder.this_process()
+    if found is None or replace(found, since=0.0) == replace(own, since=0.0):
+        return
+    message = f"{folder} was taken over by {found} while this process or its node hung"
+    if own.slurm_job and found.slurm_job == own.slurm_job:
+        print(message, file=sys.stderr, flush=True)
+        os._exit(0)
+    raise UserError(message)
 
 
 def is_lock(file: Path) -> bool:

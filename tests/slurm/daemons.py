@@ -54,7 +54,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 JobRequeue=1
-KillWait=5
+KillWait=2
 MessageTimeout=100
 SlurmdTimeout=120
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0
@@ -173,15 +173,19 @@ class Daemons:
     def wake_node(self, name: str) -> None:
         for process in self._tree(name):
             process.resume()
+        self._return_node(name)
 
     def _tree(self, name: str) -> list[psutil.Process]:
         return psutil.Process(self._processes[name].pid).children(recursive=True)
 
     def revive_node(self, name: str) -> None:
         self.start_node(name)
+        self._return_node(name)
+        self.wait_for(self.all_idle, name)
+
+    def _return_node(self, name: str) -> None:
         with suppress(subprocess.CalledProcessError):  # it may have returned by itself
             self.client("scontrol", "update", f"nodename={name}", "state=resume")
-        self.wait_for(self.all_idle, name)
 
     def all_idle(self) -> bool:
         states = self.client("sinfo", "--noheader", "--partition=main", "--Node", "--format=%T").split()

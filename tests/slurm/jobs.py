@@ -41,6 +41,17 @@ LAUNCH_TWO_NODES = ("--nodes", "2", "--ranks", "1", "--gpus", "0", "--cpus", "1"
 LAUNCH_ONE_NODE = ("--nodes", "1", *LAUNCH_TWO_NODES[2:])
 FAILING = "stages.rl.reward={name: 'tests.slurm.rewards:third_step'}"
 RUN = (str(RECIPE), *SHORT, "parallel.sharded_optimizer=true")
+BRANCH = """\
+  - name: rl_again
+    kind: rl
+    start_from: cold_start
+    data: {source: embedded, kind: easy}
+    steps: 2
+    prompts_per_step: 3
+    samples_per_prompt: 4
+    reward: {name: accuracy}
+    optimizer: {lr: 1.0e-3}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +61,15 @@ class Site:
     slurm: Daemons
     folder: Path
 
-    def submit(self, script: str, *arguments: str, header: tuple[str, ...] = HEADER, **settings: str) -> str:
-        """Submits a script of `slurm/` with settings of site.env; returns the job id."""
+    def submit(
+        self,
+        script: str,
+        *arguments: str,
+        header: tuple[str, ...] = HEADER,
+        cwd: Path = REPOSITORY,
+        **settings: str,
+    ) -> str:
+        """Submits a script of `slurm/`, or by its path, with settings of site.env; returns the job id."""
         return self.slurm.client(
             *(
                 "sbatch",
@@ -61,7 +79,7 @@ class Site:
                 script if "/" in script else f"slurm/{script}",
                 *arguments,
             ),
-            cwd=REPOSITORY,
+            cwd=cwd,
             PYTHON=sys.executable,
             LOG_DIR=str(self.folder / "logs"),
             **(ENVIRONMENT | settings),
@@ -109,6 +127,7 @@ class Site:
             process
             for process in psutil.process_iter(["cmdline", "environ"])
             if "megatron_parallel_r1.cli" in (process.info["cmdline"] or ())
+            and "SLURM_STEP_ID" in (process.info["environ"] or {})  # not srun
             and variables.items() <= (process.info["environ"] or {}).items()
         )
         return process
@@ -135,6 +154,13 @@ class Site:
             "the end of all processes of jobs",
             30,
         )
+
+
+def branched_recipe(folder: Path) -> Path:
+    """The recipe with a second RL stage, which starts where the first one does."""
+    recipe = folder / "branched.yaml"
+    recipe.write_text(RECIPE.read_text().replace("evaluation: {data", f"{BRANCH}evaluation: {{data"))
+    return recipe
 
 
 def assert_equal(run: Path, other: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -18,6 +20,7 @@ from tests.slurm.jobs import (
     RUN,
     SHORT,
     Site,
+    branched_recipe,
     ids_of,
     launch,
     launch_environment,
@@ -26,18 +29,21 @@ from tests.slurm.jobs import (
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 
-def test_a_failed_stage_ends_the_chain_with_its_reason(site: Site) -> None:
+def test_a_failed_stage_ends_what_depends_on_it_with_its_reason(site: Site) -> None:
     words = (FAILING, f"out={site.folder}/runs")
-    output = launch(site, "curriculum", str(RECIPE), *SHORT, *words, *LAUNCH_ONE_NODE, MAX_FAILURES="1")
+    recipe = str(branched_recipe(site.folder))
+    output = launch(site, "curriculum", recipe, *SHORT, *words, *LAUNCH_ONE_NODE, MAX_FAILURES="1")
     jobs = ids_of(output)
-    assert site.wait(jobs[2]) == "CANCELLED"
-    first, second, third = launch(site, "status").splitlines()
-    assert "COMPLETED" in first and "FAILED" in second and "CANCELLED" in third
-    assert "rank 0 on n1 ended with exit code 1" in second
-    assert f"depends on mini-rl (job {jobs[1]}), which is FAILED" in third
+    assert site.wait(jobs[2]) == "COMPLETED"
+    assert site.wait(jobs[3]) == "CANCELLED"
+    first, second, third, fourth = launch(site, "status").splitlines()
+    assert "COMPLETED" in first and "FAILED" in second and "COMPLETED" in third and "CANCELLED" in fourth
+    assert re.search(r"rank 0 on n\d ended with exit code 1", second)
+    assert f"depends on mini-rl (job {jobs[1]}), which is FAILED" in fourth
+    assert steps_of(site.folder / "runs/mini/rl_again") == [1, 2]
     assert "deliberate failure in the third step" in launch(site, "logs", jobs[1])
     assert not (site.folder / "runs/mini/release").exists()
-    expected = ("COMPLETED", "FAILED", "CANCELLED")
+    expected = ("COMPLETED", "FAILED", "COMPLETED", "CANCELLED")
     site.slurm.wait_for(lambda: states_from_accounting(site, len(jobs)) == expected, "accounting")
 
 
@@ -52,15 +58,28 @@ def states_from_accounting(site: Site, jobs: int) -> tuple[str, ...]:
     return tuple(line.split()[2] for line in lines)
 
 
-def test_a_sweep_is_an_array(site: Site) -> None:
-    words = ("submit", "sft", str(RECIPE), "stages.cold_start.steps=2", "stages.cold_start.evaluate=false")
-    output = launch(site, *words, f"out={site.folder}/runs", "--sweep", "seed=1,2", *LAUNCH_ONE_NODE)
+def test_a_sweep_is_an_array_whose_members_share_a_finished_stage(site: Site) -> None:
+    words = (str(RECIPE), *SHORT, "stages.rl.steps=4", f"out={site.folder}/runs", *LAUNCH_ONE_NODE)
+    (base,) = ids_of(launch(site, "submit", "sft", *words))
+    assert site.wait(base) == "COMPLETED"
+    output = launch(site, "submit", "rl", *words, "--sweep", "seed=1,2", HOLD="stop")
     first, second = ids_of(output)
     assert first.endswith("_0") and second == first.replace("_0", "_1")
-    for job in (first, second):
-        assert site.wait(job) == "COMPLETED"
-    assert steps_of(site.folder / "runs/mini_seed1/cold_start") == [1, 2]
-    assert steps_of(site.folder / "runs/mini_seed2/cold_start") == [1, 2]
+    runs = {job: site.folder / f"runs/mini_seed{seed}" for seed, job in enumerate((first, second), 1)}
+    for job, run in runs.items():
+        site.wait(job, lambda run=run: steps_of(run / "rl") == [1, 2])
+    # The last task, whose SLURM_JOB_ID is that of the array: the requeue is its own.
+    for stopped, other in ((second, ["running"]), (first, ["stopped", "done"])):
+        site.slurm.client("scancel", "--signal=USR2", "--batch", stopped)
+        site.finish(stopped)
+        assert outcomes(site, stopped) == ["stopped", "done"]
+        assert outcomes(site, first if stopped == second else second) == other
+    for run in runs.values():
+        assert steps_of(run / "rl") == [1, 2, 3, 4] and not (run / "cold_start").exists()
+
+
+def outcomes(site: Site, job: str) -> list[str]:
+    return [attempt["outcome"] for attempt in json.loads((site.logs(job) / "attempts.json").read_text())]
 
 
 def test_cancelled_jobs_end(site: Site) -> None:
@@ -104,6 +123,21 @@ def test_a_dry_run_prints_the_job_and_submits_nothing(site: Site) -> None:
         (("submit", "rl", str(RECIPE)), {"MAX_FAILURES": "few"}, "MAX_FAILURES=few is not an integer"),
         (("submit", "rl", str(RECIPE), "--time", "soon"), {}, "--time soon: write minutes, H:M:S or D-H"),
         (("submit", "serve", str(RECIPE)), {}, "unknown kind of job serve"),
+        (
+            ("submit", "rl", str(RECIPE), "--sweep", "seed=1,1"),
+            {},
+            "mini_seed1 and mini_seed1 would train",
+        ),
+        (
+            ("submit", "rl", str(RECIPE), "out=nowhere", "--sweep", "seed=1,2"),
+            {},
+            "which is not finished; run",
+        ),
+        (
+            ("submit", "rl", str(RECIPE), "--time", "5"),
+            {},
+            "the time limit of 300 s leaves no time for",
+        ),
         (("cancel", "12345"), {}, "unknown job 12345"),
     ],
 )

@@ -48,16 +48,21 @@ def test_two_nodes_train_what_one_process_does(undisturbed: Path, tmp_path: Path
 
 
 def test_a_curriculum_is_a_chain_of_jobs_that_survive_preemption(undisturbed: Path, site: Site) -> None:
-    jobs = ids_of(launch(site, "curriculum", *RUN, f"out={site.folder}/runs", *LAUNCH_TWO_NODES, HOLD="stop"))
+    jobs = ids_of(
+        launch(
+            site, "curriculum", *RUN, f"out={site.folder}/runs", *LAUNCH_TWO_NODES, HOLD="stop", GRACE_S="2"
+        )
+    )
     assert len(jobs) == 3
     run = site.folder / "runs/mini"
     site.wait_for_steps(jobs[1], [1, 2])
-    # The controller is away when the job asks to be requeued.
+    # The controller is away when the job asks to be requeued: srun waits for it, too, so the grace ends.
     site.slurm.stop_controller()
     site.batch_shell(jobs[1]).send_signal(signal.SIGUSR2)
     log = site.folder / f"logs/submitit/{jobs[1]}/{jobs[1]}_0_log.out"
     site.slurm.wait_for(lambda: "the controller does not answer" in log.read_text(), "a requeue", PATIENCE_S)
-    assert (run / "rl/checkpoints/step_000003").is_dir()
+    saved = run / "rl/checkpoints/step_000003"
+    site.slurm.wait_for(saved.is_dir, "the step under way", PATIENCE_S)
     site.slurm.start_controller()
     site.wait(jobs[2])
     output = launch(site, "status")

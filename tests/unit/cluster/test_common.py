@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 def run_script(folder: Path, *, commands: str = "env", **settings: str) -> subprocess.CompletedProcess[str]:
     """Runs bash commands after sourcing common.sh, as in a job."""
     job = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_NAME": "rl", "SLURM_JOB_ID": "7"}
+    job["REPOSITORY"] = str(REPOSITORY)
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", f"source slurm/common.sh; {commands}"],
         cwd=REPOSITORY,
@@ -57,6 +58,40 @@ def test_zero_rollout_nodes_are_valid_and_settings_of_site_env_are_exported(tmp_
     assert (tmp_path / "logs/rl-7/attempt0").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"SLURM_NTASKS": "16"}, ""),
+        (
+            {"SLURM_NTASKS": "4"},
+            "--ntasks=4, but 2 nodes of --ntasks-per-node=8 have 16 tasks; give",
+        ),
+        ({"SLURM_HET_SIZE": "2"}, "a heterogeneous job has 2 parts, this script runs in one; drop the :"),
+    ],
+)
+def test_a_job_of_another_shape_is_refused(size: dict[str, str], message: str, tmp_path: Path) -> None:
+    done = run_script(tmp_path, SLURM_JOB_NUM_NODES="2", SLURM_NTASKS_PER_NODE="8", **size)
+    assert done.returncode == (2 if message else 0)
+    assert done.stderr.startswith(f"error: {message}" if message else "")
+    assert len(done.stderr.splitlines()) == bool(message)
+
+
+def test_a_job_from_another_folder_uses_the_programs_of_the_repository(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    for name in ("common.sh", "site.env"):
+        (tmp_path / "slurm" / name).write_text((REPOSITORY / "slurm" / name).read_text())
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("")
+    python.chmod(0o755)
+    (tmp_path / "elsewhere").mkdir()
+    script = f"source {tmp_path}/slurm/common.sh; echo $PWD $PYTHON $PYTHONPATH $SLURM_EXPORT_ENV"
+    job = {"SLURM_SUBMIT_DIR": f"{tmp_path}/elsewhere", "REPOSITORY": str(tmp_path)}
+    job |= {"SLURM_JOB_NAME": "rl", "SLURM_JOB_ID": "7", "PATH": os.environ["PATH"], "LOG_DIR": "logs"}
+    output = subprocess.check_output(["bash", "-euc", script], env=job, text=True)
+    assert output.split() == [f"{tmp_path}/elsewhere", str(python), str(tmp_path), "ALL"]
+
+
 @pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}])
 def test_a_rank_has_cuda_settings_of_its_own_unless_they_are_set(own: dict[str, str]) -> None:
     step = {"SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1"}
@@ -69,6 +104,7 @@ def test_a_rank_has_cuda_settings_of_its_own_unless_they_are_set(own: dict[str, 
     assert (RANK_DEFAULTS | own | place).items() <= environment.items()
 
 
+PATIENT = 'timeout() { shift 3; "$@"; }'  # which runs functions of the shell too
 AWAY = "slurm_requeue error: Unable to contact slurm controller (connect failure)"
 
 
@@ -79,7 +115,7 @@ def test_a_requeue_is_repeated_until_the_controller_answers(tmp_path: Path) -> N
         f'scontrol() {{ echo "$*" >>{asked}; (($(wc -l <{asked}) > 2)) || {{ echo "{AWAY}"; return 1; }}; }}'
     )
     array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
-    done = run_script(tmp_path, commands=f"sleep() {{ :; }}; {scontrol}; requeue", **array)
+    done = run_script(tmp_path, commands=f"sleep() {{ :; }}; {PATIENT}; {scontrol}; requeue", **array)
     assert done.returncode == 0, done.stderr
     # Not the id of the last task of an array, which stands for the whole array.
     assert asked.read_text() == "requeue 5_2\n" * 3
@@ -88,7 +124,7 @@ def test_a_requeue_is_repeated_until_the_controller_answers(tmp_path: Path) -> N
 
 def test_a_requeue_that_slurm_refuses_is_an_error(tmp_path: Path) -> None:
     scontrol = "scontrol() { echo 'Requested operation is presently disabled for job 7'; return 1; }"
-    done = run_script(tmp_path, commands=f"{scontrol}; requeue")
+    done = run_script(tmp_path, commands=f"{PATIENT}; {scontrol}; requeue")
     assert done.returncode == 2
     assert done.stderr == "error: not requeued: Requested operation is presently disabled for job 7\n"
 
@@ -99,7 +135,7 @@ def test_a_requeue_that_slurm_refuses_is_an_error(tmp_path: Path) -> None:
 def test_the_grace_is_capped_at_what_slurm_leaves(left: str, said: str, tmp_path: Path) -> None:
     job = f"PreemptTime=None StartTime=1 EndTime=$(date -d '{left}' +%FT%T) Deadline=N/A"
     commands = (
-        f'scontrol() {{ echo "JobId=7 {job}"; }}; timeout() {{ shift; "$@"; }}; sleep 60 & RANKS=$!; '
+        f'scontrol() {{ echo "JobId=7 {job}"; }}; {PATIENT}; sleep 60 & RANKS=$!; '
         'give_up_step() { echo "given up after $GRACE_LEFT_S:"; }; forward_stop; wait $TIMER'
     )
     done = run_script(tmp_path, commands=commands, GRACE_S="1")
@@ -119,6 +155,16 @@ def test_a_controller_without_an_answer_leaves_time_enough(output: str, found: s
     fake = f'timeout() {{ echo "{output}"; [[ "{output}" ]]; }}'
     commands = f"{fake}; ask_controller; echo $LEFT_S:$JOB_LIMIT_S:$PREEMPTED"
     assert run_script(tmp_path, commands=commands).stdout == f"{found}\n"
+
+
+def test_a_script_whose_job_slurm_has_requeued_does_not_touch_the_next_attempt(tmp_path: Path) -> None:
+    fakes = (
+        'timeout() { echo "JobId=7 Restarts=1 "; }; bookkeeping() { echo booked; }; requeue() { echo again; }'
+    )
+    done = run_script(tmp_path, commands=f"{fakes}; conclude rank 85")
+    assert (done.returncode, done.stdout) == (143, "")
+    done = run_script(tmp_path, commands=f"{fakes}; conclude rank 85", SLURM_RESTART_COUNT="1")
+    assert (done.returncode, done.stdout) == (0, "booked\n")
 
 
 def test_a_job_that_slurm_ends_leaves_the_reason(tmp_path: Path) -> None:

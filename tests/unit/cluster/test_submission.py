@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from typer.testing import CliRunner
 
 from megatron_parallel_r1.cluster import command
 from megatron_parallel_r1.cluster.job_spec import JobSpec
+from megatron_parallel_r1.cluster.site import SCRIPTS
 from megatron_parallel_r1.cluster.submission import JobLauncher, ResourceRequest
 from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_run import RECIPE
+from tests.slurm.jobs import branched_recipe
 
 SLURM = Path(__file__).resolve().parents[3] / "slurm"
 
@@ -81,19 +84,6 @@ def test_what_ranks_would_refuse_is_refused_at_submission(
         )
 
 
-BRANCH = """\
-  - name: rl_again
-    kind: rl
-    start_from: cold_start
-    data: {source: embedded, kind: easy}
-    steps: 2
-    prompts_per_step: 3
-    samples_per_prompt: 4
-    reward: {name: accuracy}
-    optimizer: {lr: 1.0e-3}
-"""
-
-
 def dry_run(repository: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     """What launch.py would submit, with a fake `sbatch` that accepts everything."""
     monkeypatch.setattr(command, "REPOSITORY", repository)
@@ -107,9 +97,7 @@ def dry_run(repository: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> s
 def test_a_stage_waits_for_the_one_that_it_starts_from(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = repository / "branched.yaml"
-    recipe.write_text(RECIPE.read_text().replace("evaluation: {data", f"{BRANCH}evaluation: {{data"))
-    output = dry_run(repository, monkeypatch, "curriculum", str(recipe))
+    output = dry_run(repository, monkeypatch, "curriculum", str(branched_recipe(repository)))
     names = re.findall(r"^#SBATCH --job-name=(.*)$", output, re.M)
     assert names == ["mini-cold_start", "mini-rl", "mini-rl_again", "mini-release"]
     assert re.findall(r"^#SBATCH --dependency='(.*)'$", output, re.M) == [
@@ -125,6 +113,30 @@ def test_evaluations_and_the_doctor_are_jobs_too(repository: Path, monkeypatch: 
     output = dry_run(repository, monkeypatch, "submit", "doctor", "--", "--out", "runs")
     assert "# runs: bash slurm/doctor.sh --out runs" in output
     assert "#SBATCH --no-requeue\n" in output and "#SBATCH --requeue\n" not in output
+
+
+def commands_of_docs() -> list[list[str]]:
+    """The commands of docs/cluster.md that submit jobs."""
+    text = (SLURM.parent / "docs/cluster.md").read_text()
+    lines = re.findall(r"^(?:sbatch|python slurm/launch\.py) .+$", text, re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("words", commands_of_docs(), ids=" ".join)
+def test_every_job_of_the_docs_is_valid(
+    words: list[str], repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    shutil.copytree(SLURM.parent / "recipes", repository / "recipes")
+    (repository / "runs/qwen3_4b/rl_easy/model").mkdir(parents=True)
+    if words[0] == "sbatch":
+        (kind,) = (kind for kind, script in SCRIPTS.items() if words[1] == f"slurm/{script}")
+        spec = JobSpec.read(kind, words[2:])
+        assert JobLauncher(repository, ResourceRequest(), local=False).describe([spec], kind)
+    elif "|" not in words:  # the other verbs look at jobs that exist
+        assert "#SBATCH" in dry_run(
+            repository, monkeypatch, *(word for word in words[2:] if word != "--dry-run")
+        )
 
 
 def test_a_time_limit_within_the_lead_of_the_signal_is_refused(repository: Path) -> None:
