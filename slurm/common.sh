@@ -230,6 +230,24 @@ launch_doctor() {  # ARGUMENTS...: the checks of `parallel-r1 doctor` on all nod
     exit "$CODE"
 }
 
+# Leaves nodes on which this job has failed twice out of its next attempt, if the partition has enough others. Only a job
+# that is queued may change.
+exclude_nodes() {
+    local bad job excluded others
+    bad=$(<"$JOB_LOGS/bad_nodes")
+    others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,alloc,mix,comp --format=%N |
+        sort -u | grep -cvxF "${bad//,/$'\n'}") || true
+    if ((others < SLURM_JOB_NUM_NODES)); then
+        echo "failed twice on $bad, which stays in use: the partition has only $others other nodes"
+        return
+    fi
+    job=$(scontrol show job --oneliner "$JOB") || return 0
+    [[ ! $job =~ \ ExcNodeList=([^\ \(]+) ]] || excluded=${BASH_REMATCH[1]},
+    if scontrol update JobId="$JOB" ExcNodeList="${excluded:-}$bad"; then
+        echo "failed twice on $bad: left out of the next attempt"
+    fi
+}
+
 conclude() {  # STEP CODE: reports how the step ended; requeues or ends the job
     local code=0
     trap '' TERM  # of a preemption, or of this function's own requeue
@@ -237,5 +255,6 @@ conclude() {  # STEP CODE: reports how the step ended; requeues or ends the job
     [[ $RESTARTS == "$ATTEMPT" ]] || ended_by_slurm  # also if this node hung, and the job runs elsewhere meanwhile
     bookkeeping end "$JOB_LOGS" "$LOGS" "$@" || code=$?
     [[ $code != 75 && $code != 85 ]] || requeue
+    [[ $code != 75 || ! -s $JOB_LOGS/bad_nodes ]] || exclude_nodes
     exit "$code"
 }

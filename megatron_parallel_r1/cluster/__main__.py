@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_parallel_r1.cluster.attempts import (
+    BAD_NODES_FILE,
+    SPEC_FILE,
     JobAttempt,
     RankFailure,
+    bad_nodes,
     begin_attempt,
     end_attempt,
     failures_without_progress,
@@ -30,12 +33,12 @@ from megatron_parallel_r1.cluster.attempts import (
     steps_written,
     stops_without_progress,
 )
+from megatron_parallel_r1.cluster.job_progress import last_error
 from megatron_parallel_r1.cluster.limits import check_limit
 from megatron_parallel_r1.cluster.site import SCRIPTS, read_header
 from megatron_parallel_r1.errors import LOST_EXIT_CODE, STOPPED_EXIT_CODE, UserError
 from megatron_parallel_r1.utils.exit import STOP_SIGNALS, one_line_exit
 
-SPEC_FILE = "job.json"
 STOP_CAUSES = ("Terminated", "User defined signal 1", "User defined signal 2")
 STOP_CODES = (STOPPED_EXIT_CODE, *(128 + number for number in (*STOP_SIGNALS, signal.SIGTERM)))
 
@@ -54,7 +57,8 @@ def begin(logs: Path, kind: str, arguments: Sequence[str], max_failures: int, ma
     # An evaluation validates its own arguments.
     spec = None if kind == "eval" else JobSpec.read(kind, arguments)
     folders = (evaluation_records(arguments),) if spec is None else spec.folders
-    written = {"kind": kind, "arguments": list(arguments), "folders": [str(folder) for folder in folders]}
+    names = [str(folder.resolve()) for folder in folders]
+    written = {"kind": kind, "arguments": list(arguments), "folders": names}
     (logs / SPEC_FILE).write_text(json.dumps(written, indent=1) + "\n")
     previous = logs / f"attempt{int(os.environ.get('SLURM_RESTART_COUNT', 0)) - 1}"
     attempts = begin_attempt(logs, steps_written(folders), previous)
@@ -106,11 +110,14 @@ def end(logs: Path, attempt_logs: Path, step: str, code: int, max_failures: int,
         print(f"stopped after {steps} steps, {said}; requeued")
         return STOPPED_EXIT_CODE
     print(f"error: {failure.what}; its last lines ({attempt_logs}):", file=sys.stderr)
-    print(last_lines(attempt_logs / f"{step}_{failure.rank or 0}.log"), file=sys.stderr)
-    attempts = end_attempt(logs, JobAttempt("failed", failure.what, steps))
+    log = attempt_logs / f"{step}_{failure.rank or 0}.log"
+    print(last_lines(log), file=sys.stderr)
+    why = ": ".join(filter(None, (failure.what, last_error(log))))
+    attempts = end_attempt(logs, JobAttempt("failed", why, steps))
     if failure.code == 2:  # an error that the user can fix
         return 2
     if failures_without_progress(attempts) < max_failures:
+        (logs / BAD_NODES_FILE).write_text(",".join(bad_nodes(attempts)))
         print(f"failed after {steps} steps; requeued", file=sys.stderr)
         return LOST_EXIT_CODE
     print(f"error: {endless(attempts, max_failures, max_stops)}", file=sys.stderr)

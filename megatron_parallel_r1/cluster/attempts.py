@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +15,16 @@ from megatron_parallel_r1.utils.files import write_atomically
 
 AttemptOutcome = Literal["running", "done", "stopped", "failed"]
 FILE = "attempts.json"
+SPEC_FILE = "job.json"
+# Nodes that a requeued job leaves out, comma-separated; slurm/common.sh reads it.
+BAD_NODES_FILE = "bad_nodes"
 # In an attempt's log folder: why slurm/common.sh was stopped, if that was no failure.
 STOP_REASON = "stopped"
 LAST_LINES = 15
 # srun reports failed tasks in the order of their ends; those killed by --kill-on-bad-exit follow the first.
 _TASK = re.compile(r"^srun: error: (\S+): tasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.M)
+# In the reason of a failed attempt: the one node to blame. Exit code 75 blames the rollout servers.
+_BLAMED = re.compile(r"^(?:rank \d+ on|node) ([^\s\[,]+) (?!ended with exit code 75\b)")
 _NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.M)
 
 
@@ -127,6 +133,12 @@ def stops_without_progress(attempts: Iterable[JobAttempt]) -> int:
         else:
             count += attempt.outcome == "stopped"
     return count
+
+
+def bad_nodes(attempts: Iterable[JobAttempt]) -> list[str]:
+    """Nodes that were the first to fail in two or more attempts."""
+    blamed = (_BLAMED.match(attempt.why) for attempt in attempts if attempt.outcome == "failed")
+    return sorted(node for node, count in Counter(match[1] for match in blamed if match).items() if count > 1)
 
 
 def first_failure(srun_stderr: str) -> RankFailure | None:

@@ -130,14 +130,14 @@ def curriculum(
 
 @app.command()
 def status(ids: JobsArgument = None) -> None:
-    """Show jobs: state, steps done, and why a job failed or never started."""
+    """Show jobs: state, steps, stage, tokens per second, the last error, and what a pending job waits for."""
     from megatron_parallel_r1.cluster.job_registry import job_statuses, registered_jobs
 
     logs = _log_folder()
     for status in job_statuses(logs, registered_jobs(logs)):
         if not ids or status.job.id in ids:
             columns = f"{status.job.id:>10}  {status.job.name:<24} {status.state:<10} {status.steps:>6} steps"
-            typer.echo(f"{columns}  {status.reason}".rstrip())
+            typer.echo("  ".join(filter(None, (columns, status.progress, status.reason))))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,14 @@ from typing import TYPE_CHECKING, NoReturn
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 
-from megatron_parallel_r1.cluster.attempts import JobAttempt, begin_attempt, end_attempt, steps_written
+from megatron_parallel_r1.cluster.attempts import (
+    SPEC_FILE,
+    JobAttempt,
+    begin_attempt,
+    end_attempt,
+    steps_written,
+)
+from megatron_parallel_r1.cluster.job_progress import last_error
 from megatron_parallel_r1.errors import STOPPED_EXIT_CODE
 from megatron_parallel_r1.utils.exit import unblock_stop_signals
 
@@ -83,6 +91,8 @@ class LocalJob:
         unblock_stop_signals()
         os.chdir(self.repository)
         self._folder.mkdir(parents=True, exist_ok=True)
+        folders = sorted({str(folder.resolve()) for spec in self.specs for folder in spec.folders})
+        (self._folder / SPEC_FILE).write_text(json.dumps({"folders": folders}) + "\n")
         begin_attempt(self._folder, self._steps())
         for spec in self.specs:
             self._running = LocalRanks((spec.kind, *spec.arguments), self.ranks)
@@ -96,6 +106,9 @@ class LocalJob:
             if code:
                 run = f"{spec.recipe.name}: " if spec.recipe else ""
                 why = f"{run}{spec.stage or spec.kind} ended with exit code {code}"
+                job = JobEnvironment().job_id
+                if error := last_error(self.logs / f"submitit/{job}/{job}_0_log.out"):
+                    why += f": {error}"
                 end_attempt(self._folder, JobAttempt("failed", why, self._steps()))
                 raise JobFailed(why)
         end_attempt(self._folder, JobAttempt("done", steps=self._steps()))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_parallel_r1.cluster.attempts import read_attempts
+from megatron_parallel_r1.cluster.attempts import read_attempts, steps_written
+from megatron_parallel_r1.cluster.job_progress import job_progress, run_folders
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.jsonl import JsonlWriter, read_jsonl
 
@@ -41,12 +42,14 @@ class JobStatus:
     Attributes:
         state: SLURM's name of the state.
         steps: training steps on disk.
-        reason: why the job failed or never started; else empty.
+        progress: the stage, step and tokens per second of the last step; empty before the first.
+        reason: why the job failed last, or what it waits for; else empty.
     """
 
     job: RegisteredJob
     state: str
     steps: int
+    progress: str
     reason: str
 
 
@@ -77,32 +80,44 @@ def select_jobs(jobs: Sequence[RegisteredJob], ids: Sequence[str] | None) -> lis
 
 
 def job_statuses(logs: Path, jobs: Sequence[RegisteredJob]) -> list[JobStatus]:
-    """In the order of the jobs. A job that never started because its dependency failed names that one."""
+    """In the order of the jobs. One that waits for another, or never started as that failed, names it."""
     slurm = slurm_states([job.id for job in jobs if not job.local])
     statuses: dict[str, JobStatus] = {}
     for job in jobs:
-        attempts = read_attempts(logs / f"{job.name}-{job.id}")
+        attempts, waits = read_attempts(logs / f"{job.name}-{job.id}"), ""
         if job.local:
             state = local_state(job, [attempt.outcome for attempt in attempts])
         else:
-            state = slurm.get(job.id, "UNKNOWN")
-        steps = attempts[-1].steps if attempts else 0
-        reason = attempts[-1].why if attempts and state == "FAILED" else ""
+            state, waits = slurm.get(job.id, ("UNKNOWN", ""))
+        is_active, is_done = state in ACTIVE_STATES, state == "COMPLETED"
+        folders = [] if is_done else run_folders(logs / f"{job.name}-{job.id}")
+        steps = steps_written(folders) if is_active else attempts[-1].steps if attempts else 0
+        failed = [attempt.why for attempt in attempts if attempt.outcome == "failed"]
+        reason = failed[-1] if failed and not is_done else ""
+        if reason and is_active:
+            reason = f"last failure: {reason}"
         before = [statuses[id] for id in job.after if id in statuses]
+        if state == "PENDING":
+            awaited = [f"{s.job.name} (job {s.job.id}, {s.state})" for s in before if s.state != "COMPLETED"]
+            pending = f"waits for {', '.join(awaited)}" if awaited else f"pending: {waits}"
+            reason = "; ".join(filter(None, (pending, reason)))
         lost = [status for status in before if status.state not in (*ACTIVE_STATES, "COMPLETED")]
         if lost and not attempts:
             name, id = lost[0].job.name, lost[0].job.id
             reason = lost[0].reason if lost[0].state == "CANCELLED" else ""
             reason = reason or f"depends on {name} (job {id}), which is {lost[0].state}"
-        statuses[job.id] = JobStatus(job, state, steps, reason)
+        statuses[job.id] = JobStatus(job, state, steps, job_progress(folders), reason)
     return list(statuses.values())
 
 
-def slurm_states(ids: Sequence[str]) -> dict[str, str]:
-    """States by id, from the controller, else from accounting, which keeps old jobs but lags by seconds."""
+def slurm_states(ids: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """States and their reasons by id, from the controller, else from accounting.
+
+    Accounting keeps old jobs, but lags by seconds and has no reasons.
+    """
     if not ids:
         return {}
-    options = ["--array", "--states=all", "--noheader", "--format=%i|%T"]
+    options = ["--array", "--states=all", "--noheader", "--format=%i|%T|%r"]
     states = query_states(["squeue", *options, f"--jobs={','.join(ids)}"])
     if forgotten := [id for id in ids if id not in states]:
         options = ["-X", "--noheader", "--parsable2", "--format=JobID,State"]
@@ -110,11 +125,12 @@ def slurm_states(ids: Sequence[str]) -> dict[str, str]:
     return states
 
 
-def query_states(command: Sequence[str]) -> dict[str, str]:
-    """Runs a SLURM client that prints `id|state` lines; jobs it does not know are absent."""
+def query_states(command: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Runs a SLURM client that prints lines `id|state|reason` or `id|state`; unknown jobs are absent."""
     output = subprocess.run(command, capture_output=True, text=True).stdout
-    pairs = (line.split("|") for line in output.splitlines() if "|" in line)
-    return {id: state.split()[0] for id, state in pairs}  # `CANCELLED by 0`
+    lines = (line.split("|", 2) for line in output.splitlines() if "|" in line)
+    # `CANCELLED by 0`
+    return {id: (state.split()[0], reason[0] if reason else "") for id, state, *reason in lines}
 
 
 def local_state(job: RegisteredJob, outcomes: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.curriculum.test_run import steps_of
-from tests.slurm.jobs import FAILING, ONE_NODE, RECIPE, RUN, SHORT, Site
+from tests.slurm.jobs import FAILING, ONE_NODE, RECIPE, REPOSITORY, RUN, SHORT, Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
@@ -54,3 +54,20 @@ def test_lost_servers_are_started_anew(site: Site) -> None:
     assert output.count("error: no rollout server usable for") == 2
     assert (site.logs(job) / "attempt1/urls").is_file()
     site.assert_no_process_left()
+
+
+def test_a_node_that_failed_twice_is_left_out_of_the_next_attempt(site: Site) -> None:
+    """The bookkeeping's verdict is written by the job itself; no rank starts."""
+    script = site.folder / "failing.sh"
+    script.write_text(
+        "#!/bin/bash\nset -euo pipefail\nsource slurm/common.sh\n"
+        "bookkeeping() {\n"
+        '[[ $ATTEMPT == 0 ]] || return 0\necho "$SLURMD_NODENAME" >"$JOB_LOGS/bad_nodes"\nreturn 75\n}\n'
+        "conclude rank 1\n"
+    )
+    header = (*ONE_NODE, "--requeue", "--open-mode=append", "--exclude=n3")
+    job = site.submit(str(script), header=header, REPOSITORY=str(REPOSITORY))
+    site.finish(job)
+    bad = (site.logs(job) / "bad_nodes").read_text().strip()
+    assert {bad, site.node_of(job)} == {"n1", "n2"}
+    assert f"failed twice on {bad}: left out of the next attempt" in site.output(job)

@@ -12,6 +12,7 @@ from megatron_parallel_r1.cluster.attempts import (
     AttemptOutcome,
     JobAttempt,
     RankFailure,
+    bad_nodes,
     begin_attempt,
     failures_without_progress,
     first_failure,
@@ -64,6 +65,28 @@ def test_failures_count_until_one_gets_further(history: list[tuple[AttemptOutcom
 )
 def test_the_first_failure_is_the_cause(stderr: str, failure: RankFailure | None) -> None:
     assert first_failure(stderr) == failure
+
+
+@pytest.mark.parametrize(
+    ("reasons", "nodes"),
+    [
+        (["rank 3 on n1 ended with exit code 1: RuntimeError: CUDA error"] * 2, ["n1"]),
+        (
+            [
+                "node n1 failed",
+                "rank 0 on n2 ended with exit code 1",
+                "rank 1 on n1 was ended by a signal: Killed",
+            ],
+            ["n1"],
+        ),
+        (["node n1 failed", "node n2 failed"], []),
+        (["rank 0 on n1 ended with exit code 75: error: no rollout server usable"] * 2, []),
+        (["rank 0 on n[1-2] ended with exit code 1", "the ranks ended with exit code 1"] * 2, []),
+    ],
+)
+def test_a_node_is_bad_when_it_failed_first_in_two_attempts(reasons: list[str], nodes: list[str]) -> None:
+    assert bad_nodes([JobAttempt("failed", why, 3) for why in reasons]) == nodes
+    assert not bad_nodes([JobAttempt("stopped", why, 3) for why in reasons])
 
 
 def test_an_attempt_that_never_ended_was_cut_off(tmp_path: Path) -> None:

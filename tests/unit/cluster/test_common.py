@@ -220,3 +220,32 @@ def test_servers_that_end_before_successful_ranks_are_an_error(
     commands = f'conclude() {{ echo "$@"; exit 1; }}; {ended_server}'
     done = run_script(tmp_path, commands=f"{commands}; CODE={code}; end_servers")
     assert (done.stdout, done.stderr) == (stdout, stderr)
+
+
+@pytest.mark.parametrize(
+    ("before", "others", "said", "excluded"),
+    [
+        ("(null)", "n1 n3", "failed twice on n2,n4: left out of the next attempt", "n2,n4"),
+        ("n9", "n1 n3", "failed twice on n2,n4: left out of the next attempt", "n9,n2,n4"),
+        (
+            "(null)",
+            "n3",
+            "failed twice on n2,n4, which stays in use: the partition has only 1 other nodes",
+            None,
+        ),
+    ],
+)
+def test_nodes_that_failed_twice_are_left_out_if_enough_others_are_there(
+    before: str, others: str, said: str, excluded: str | None, tmp_path: Path
+) -> None:
+    """With fakes of SLURM's clients; a real one: tests/slurm/test_failures.py."""
+    fakes = f"""
+        bookkeeping() {{ echo n2,n4 | tr -d '\\n' >"$JOB_LOGS/bad_nodes"; return 75; }}
+        requeue() {{ echo requeued; }}
+        sinfo() {{ printf '%s\\n' {others} n2 n4 n4; }}
+        scontrol() {{ [[ $1 == show ]] && echo "JobId=7 ExcNodeList={before} Restarts=1" || echo "$*" >&2; }}
+    """
+    settings = {"SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "2"}
+    done = run_script(tmp_path, commands=f"{fakes}\nconclude rank 1", **settings)
+    assert done.returncode == 75 and done.stdout == f"requeued\n{said}\n"
+    assert done.stderr == (f"update JobId=7 ExcNodeList={excluded}\n" if excluded else "")

@@ -86,7 +86,8 @@ def test_a_failed_stage_ends_the_job_with_its_reason(tmp_path: Path) -> None:
     bad = "stages.cold_start.optimizer.lr=1.0e+30"
     launch(tmp_path, "curriculum", str(RECIPE), bad, f"out={tmp_path}/runs", "--local")
     wait_for(tmp_path, lambda: "FAILED" in launch(tmp_path, "status"))
-    assert "mini: cold_start ended with exit code 2" in launch(tmp_path, "status")
+    shown = launch(tmp_path, "status")
+    assert "mini: cold_start ended with exit code 2: error: stage cold_start, step" in shown
     assert not (tmp_path / "runs/mini/rl").exists()
 
 
