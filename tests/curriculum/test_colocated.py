@@ -76,7 +76,7 @@ def test_servers_sleep_from_one_stage_to_the_next(tmp_path: Path) -> None:
     assert fakes.calls[0] == "offload"
 
 
-@pytest.mark.parametrize("point", ["receive", "kv_cache", "draw", "release"])
+@pytest.mark.parametrize("point", ["kv_cache", "draw", "release"])
 def test_one_of_two_servers_lost_at_any_point_costs_nothing(point: str, tmp_path: Path, whole: Path) -> None:
     fakes = Fakes(2, point, skips=1)
     assert_equal(go(recipe_of(tmp_path, "rollout.servers=2"), fakes), whole)
