@@ -1,10 +1,10 @@
 """What FP8 training does to RL whose rollouts are bfloat16's: mismatch and accuracy, over seeds.
 
-    TRANSFORMER_ENGINE_SOURCE=$(.ci/transformer_engine) python -m benchmarks.fp8 [--seeds 1 2 3] [--steps 40]
+    TRANSFORMER_ENGINE_SOURCE=$(.ci/transformer_engine) python -m benchmarks.fp8 [--seeds 1 2 3] [--steps 30]
 
-The tiny curriculum: a base by SFT, of which copies go on with GRPO in bfloat16, and in FP8 with and without
-truncated importance sampling (docs/rl.md). Without a GPU FP8 is computed by the fake of Transformer Engine's
-library (tests/fake_engine/): the arithmetic of FP8, and not its speed.
+The tiny curriculum: one base by SFT, of which copies go on with GRPO in bfloat16, and in FP8 with and without
+truncated importance sampling (docs/rl.md), for each seed. Without a GPU the fake of Transformer Engine's
+library computes FP8 (tests/fake_engine/): its arithmetic, and not its speed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_parallel_r1.utils.imports import prepare_imports
 
 COMPARE = Path(__file__).parents[1] / "recipes/tiny/compare.yaml"
 FP8 = {"model.layers": "transformer_engine", "model.fp8": "current"}
-TRUNCATED = {"stages.rl.objective.correction": "truncate"}
+TRUNCATED = {"stages.rl_parallel.objective.correction": "truncate"}
 VARIANTS: dict[str, dict[str, str]] = {
     "bfloat16": {},
     "FP8": FP8,
@@ -44,29 +44,30 @@ def train(folder: Path, content: dict[str, object], settings: dict[str, object])
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(content))
     words = [f"{name}={value}" for name, value in settings.items()]
-    stages = {stage["name"] for stage in content["stages"]}
-    (done,) = run(read_recipe(file, [*words, f"out={folder}"]), only=stages, console=Console(quiet=True))
+    names = {stage["name"] for stage in content["stages"]}
+    (done,) = run(read_recipe(file, [*words, f"out={folder}"]), only=names, console=Console(quiet=True))
     return done.folder
 
 
-def measure(folder: Path, seed: int, steps: int, problems: int) -> dict[str, dict[str, float]]:
+def stages(recipe: dict[str, object], names: Sequence[str]) -> dict[str, object]:
+    chosen = [stage for stage in recipe["stages"] if stage["name"] in names]
+    return recipe | {
+        "stages": [{key: stage[key] for key in stage if key != "start_from"} for stage in chosen]
+    }
+
+
+def measure(
+    folder: Path, base: Path, recipe: dict[str, object], settings: dict[str, object]
+) -> dict[str, dict[str, float]]:
     """Each variant's metrics and final accuracy, from one base."""
     from megatron_parallel_r1.report.run_folder import read_run
 
-    whole = yaml.safe_load(COMPARE.read_text())
-    del whole["seeds"]
-    *sft, rl, _sequential = whole["stages"]
-    common: dict[str, object] = {"seed": seed, "evaluation.problems": problems}
-    base = train(folder, whole | {"stages": sft, "name": "base"}, common)
-    found = {"base": {"accuracy": read_run(base).evals[-1]["accuracy"]}}
-    content = whole | {
-        "model": {"path": str(base / "base/model"), "dtype": "bfloat16"},
-        "tokenizer": whole["tokenizer"],
-        "stages": [{key: value for key, value in rl.items() if key != "start_from"} | {"name": "rl"}],
-    }
-    common["stages.rl.steps"] = steps
-    for number, (name, settings) in enumerate(VARIANTS.items()):
-        read = read_run(train(folder, content | {"name": f"rl{number}"}, common | settings))
+    found = {}
+    content = stages(recipe, ["rl_parallel"]) | {"model": {"path": str(base), "dtype": "bfloat16"}}
+    # Another tokenizer than the folder's would set its tags' rows anew.
+    content |= {"tokenizer": {"kind": "folder"}}
+    for number, (name, own) in enumerate(VARIANTS.items()):
+        read = read_run(train(folder, content | {"name": f"rl{number}"}, settings | own))
         rows = read.stages[-1].metrics
         found[name] = {
             metric: (max if metric == "mismatch_max" else statistics.fmean)(row[metric] for row in rows)
@@ -99,8 +100,11 @@ def table(by_seed: Sequence[dict[str, dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=40, help="of RL")
-    parser.add_argument("--problems", type=int, default=512, help="of the evaluation")
+    parser.add_argument("--steps", type=int, default=30, help="of RL")
+    parser.add_argument(
+        "--sft-steps", type=int, nargs=2, default=[250, 200], help="of both stages of the base"
+    )
+    parser.add_argument("--problems", type=int, default=256, help="of the evaluation")
     arguments = parser.parse_args()
     prepare_imports()
     warnings.simplefilter("ignore")
@@ -110,11 +114,24 @@ def main() -> None:
         if "TRANSFORMER_ENGINE_SOURCE" not in os.environ:
             parser.exit(2, "set TRANSFORMER_ENGINE_SOURCE to Transformer Engine's unpacked Python\n")
         install(Path(os.environ["TRANSFORMER_ENGINE_SOURCE"]))
-    found = []
-    for seed in arguments.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(measure(Path(folder), seed, arguments.steps, arguments.problems))
-        print(table(found), flush=True)
+    from megatron_parallel_r1.report.run_folder import read_run
+
+    recipe = yaml.safe_load(COMPARE.read_text())
+    del recipe["seeds"]
+    common: dict[str, object] = {"evaluation.problems": arguments.problems}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        content = stages(recipe, ["arithmetic", "base"]) | {"name": "base"}
+        for stage, count in zip(content["stages"], arguments.sft_steps, strict=True):
+            stage["steps"] = count
+        base = train(folder, content, common | {"seed": arguments.seeds[0]})
+        print(f"base: accuracy {read_run(base).evals[-1]['accuracy']:.1%}", flush=True)
+        common["stages.rl_parallel.steps"] = arguments.steps
+        found = []
+        for seed in arguments.seeds:
+            (own := folder / f"seed{seed}").mkdir()
+            found.append(measure(own, base / "base/model", recipe, common | {"seed": seed}))
+            print(table(found), flush=True)
 
 
 if __name__ == "__main__":

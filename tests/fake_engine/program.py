@@ -298,6 +298,8 @@ def split(layout: dict[str, Any]) -> dict[str, Any]:
             "losses": ours["losses"],
             "right": right["losses"],
             "weights_apart": apart(*flat),
+            # Adam moves no weight further in a step than by the learning rate.
+            "weights_apart_at_most": 2 * 3 * LR * len(flat[1]) ** 0.5 / flat[1].norm().item(),
             "same_scales": first[scaling]["weight_scales"] == second[scaling]["weight_scales"],
             "scales": ours["weight_scales"],
             "right_scales": right["weight_scales"],
