@@ -1,6 +1,6 @@
 """What FP8 training does to RL whose rollouts are bfloat16's: mismatch and accuracy, over seeds.
 
-    TRANSFORMER_ENGINE_SOURCE=$(.ci/transformer_engine) python -m benchmarks.fp8 [--seeds 1 2 3] [--steps 30]
+    TRANSFORMER_ENGINE_SOURCE=$(.ci/transformer_engine) python -m benchmarks.fp8 [--seeds 1 2 3] [--steps 12]
 
 The tiny curriculum: one base by SFT, of which copies go on with GRPO in bfloat16, and in FP8 with and without
 truncated importance sampling (docs/rl.md), for each seed. Without a GPU the fake of Transformer Engine's
@@ -100,7 +100,7 @@ def table(by_seed: Sequence[dict[str, dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=30, help="of RL")
+    parser.add_argument("--steps", type=int, default=12, help="of RL, each of six prompts")
     parser.add_argument(
         "--sft-steps", type=int, nargs=2, default=[250, 200], help="of both stages of the base"
     )
@@ -126,7 +126,7 @@ def main() -> None:
             stage["steps"] = count
         base = train(folder, content, common | {"seed": arguments.seeds[0]})
         print(f"base: accuracy {read_run(base).evals[-1]['accuracy']:.1%}", flush=True)
-        common["stages.rl_parallel.steps"] = arguments.steps
+        common |= {"stages.rl_parallel.steps": arguments.steps, "stages.rl_parallel.prompts_per_step": 6}
         found = []
         for seed in arguments.seeds:
             (own := folder / f"seed{seed}").mkdir()

@@ -222,7 +222,8 @@ def cast_matrices(trainer: Trainer) -> None:
     if not trainer.model.config.fp8_param:
         return
     for inner in _inner(trainer.optimizer):
-        inner._copy_main_params_to_model_params()
+        if isinstance(inner, DistributedOptimizer):  # others are refused
+            inner._copy_main_params_to_model_params()
     for stage in trainer.wrapped:
         stage.start_param_sync()
 
