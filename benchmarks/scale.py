@@ -24,6 +24,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -51,13 +52,15 @@ Row = dict[str, float]
 # Heartbeats.
 
 
+def connect(port: int) -> dist.Store:
+    return dist.PrefixStore("watchdog", dist.TCPStore("127.0.0.1", port, is_master=False))
+
+
 def beat(port: int, ranks: int, ready: Connection) -> None:
     """Does what the watchdogs of ranks 1 to `ranks` - 1 do, until the store is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch prints a stack where a connection ends
-    stores = [
-        dist.PrefixStore("watchdog", dist.TCPStore("127.0.0.1", port, is_master=False))
-        for _ in range(1, ranks)
-    ]
+    with ThreadPoolExecutor(64) as pool:  # for each, torch may ask a slow name server
+        stores = list(pool.map(lambda _: connect(port), range(1, ranks)))
     ready.send(len(stores))
     count = 0
     while True:
