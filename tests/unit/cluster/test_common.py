@@ -243,7 +243,7 @@ def test_nodes_that_failed_twice_are_left_out_if_enough_others_are_there(
         bookkeeping() {{ echo n2,n4 | tr -d '\\n' >"$JOB_LOGS/bad_nodes"; return 75; }}
         requeue() {{ echo requeued; }}
         sinfo() {{ printf '%s\\n' {others} n2 n4 n4; }}
-        scontrol() {{ [[ $1 == show ]] && echo "JobId=7 ExcNodeList={before} Restarts=1" || echo "$*" >&2; }}
+        scontrol() {{ [[ $1 == show ]] && echo "JobId=7 ExcNodeList={before} Restarts=0" || echo "$*" >&2; }}
     """
     settings = {"SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "2"}
     done = run_script(tmp_path, commands=f"{fakes}\nconclude rank 1", **settings)
