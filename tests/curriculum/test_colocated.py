@@ -19,6 +19,7 @@ from megatron_parallel_r1.errors import ServersLost, Stopped
 from tests.curriculum.fake_colocated import Fakes
 from tests.curriculum.test_run_folder import assert_equal, recipe_with, saved
 
+pytestmark = pytest.mark.slow
 # A reward that an untrained model gets parts of.
 SHORT = (
     "thinking.mode=replay",
