@@ -74,7 +74,6 @@ class LaunchSettings:
 CPU_SHARE = 0.9
 # SGLang loads every plugin that it finds unless names are set.
 NO_PLUGIN = "none"
-MODELS = "megatron_parallel_r1.rollout.sglang_plugin.models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +133,6 @@ def _sglang(settings: LaunchSettings, device: Device) -> ServerCommand:
         # Otherwise it polls for requests, and takes a core from a trainer beside it.
         arguments += ["--sleep-on-idle"]
         environment["SGLANG_USE_CPU_ENGINE"] = "0"
-        # A third of a server's start would be the import of models that it does not run.
-        environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = MODELS
         plugins += [SEEDS] if settings.deterministic else []
     else:
         if settings.memory_share is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,6 @@ def test_sglang_on_a_cpu_draws_by_seed_through_the_plugin() -> None:
     assert value(command.arguments, "--dtype") == "float32"
     assert value(command.arguments, "--sampling-backend") == "pytorch"
     assert command.environment["SGLANG_PLUGINS"] == "parallel_r1_seeds"
-    assert find_spec(command.environment["SGLANG_EXTERNAL_MODEL_PACKAGE"]) is not None
     assert command.environment["OMP_NUM_THREADS"] == "1"
     assert command.environment["TORCH_COMPILE_DISABLE"] == "1"
     assert "--sleep-on-idle" in command.arguments
