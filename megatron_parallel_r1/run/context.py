@@ -74,7 +74,7 @@ class RunContext:
         """
         saved = open_tokenizer(folder / "tokenizer") if resume else None
         untagged = load_tokenizer(recipe) if recipe.model.path or saved is None else saved
-        known = untagged.get_vocab() if untagged is not saved else {}
+        known = _known_tokens(recipe, untagged) if untagged is not saved else {}
         tokenizer = saved or untagged
         try:
             ends = eos_ids(base) if (base := _base(recipe)) else []
@@ -82,7 +82,7 @@ class RunContext:
         except ValueError as error:
             raise UserError(f"tokenizer: {error}; use another tokenizer") from None
         vocabulary = tokenizer.get_vocab()
-        new_ids = tuple(vocabulary[text] for text in TAG_TEXTS if text not in known)
+        new_ids = tuple(vocabulary[text] for text in TAG_TEXTS if known.get(text) != vocabulary[text])
         rows = max(vocabulary.values()) + 1
         if beyond := [token for token in ends if token >= rows]:
             raise UserError(f"{base}: eos_token_id {beyond[0]} is beyond the tokenizer's {rows} tokens")
@@ -228,6 +228,21 @@ class RunContext:
         subwords = tag_subwords(self.tokenizer) if self.recipe.model.new_rows == "subwords" else None
         spread_new_embeddings(grown_VE, sorted(fresh), self.recipe.seed, subwords)
         return grown_VE
+
+
+def _known_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of the tokens that the model has rows for.
+
+    They are those of the tokenizer in the model's folder, if there is one and the recipe names another: a
+    release keeps its trained tags under any tokenizer that gives them the same ids.
+    """
+    path, settings = recipe.model.path, recipe.tokenizer
+    if path is None or (isinstance(settings, FolderTokenizer) and settings.path in (None, path)):
+        return tokenizer.get_vocab()
+    try:
+        return open_tokenizer(path).get_vocab()
+    except UserError:
+        return tokenizer.get_vocab()
 
 
 def _base(recipe: Recipe) -> Path | None:

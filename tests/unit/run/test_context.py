@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.config.reader import read_recipe
+from megatron_parallel_r1.data.embedded.generate import build_tokenizer as build_embedded_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run.context import RunContext
-from megatron_parallel_r1.thought.tokenizer import tag_subwords
+from megatron_parallel_r1.thought.tokenizer import add_tags, tag_subwords
 from tests.unit.conversion.folders import write_hf
 from tests.unit.data.test_tokenizer_trials import byte_tokenizer
 
@@ -67,6 +68,21 @@ def test_new_rows_begin_as_the_recipe_says(way: str, base: Path) -> None:
     for tag, subwords in tag_subwords(run.tokenizer).items():
         centre_D = old_VD[subwords if way == "subwords" else slice(0, first)].mean(0)
         assert ((new_VD[tag] - centre_D) / spread_D).std() < 0.15, tag
+
+
+def test_a_release_keeps_its_tags_under_another_tokenizer_with_the_same_ids(base: Path) -> None:
+    tokenizer = build_embedded_tokenizer()
+    add_tags(tokenizer)
+    tokenizer.save_pretrained(base)
+    run = context(base, "tokenizer={kind: embedded}")
+    name = "model.embed_tokens.weight"
+    assert run.new_ids == ()
+    assert torch.equal(
+        dict(run._start_tensors(run.recipe.stages[0]))[name], load_file(base / "model.safetensors")[name]
+    )
+    # Of a tokenizer whose ids are others all tags are new.
+    byte_tokenizer().save_pretrained(base)
+    assert len(context(base, "tokenizer={kind: embedded}").new_ids) == 6
 
 
 def test_weights_that_do_not_fit_are_named_before_the_run(base: Path) -> None:
