@@ -50,8 +50,10 @@ def test_lost_servers_are_started_anew(site: Site) -> None:
     job = site.submit("rl_stage.sh", *words, ROLLOUT_NODES="1", MAX_FAILURES="2", **engine)
     assert site.wait(job) == "FAILED"
     output = site.output(job)
-    assert "failed after 0 steps; requeued" in output and "crash loop: 2 failures" in output
-    assert output.count("error: no rollout server usable for") == 2
+    assert "failed after 0 steps; requeued" in output
+    # The last lines of both attempts; and the reason with which the job is given up.
+    assert output.count("\n    error: no rollout server usable for") == 2
+    assert "crash loop: 2 failures" in output and "exit code 75: error: no rollout server usable" in output
     assert (site.logs(job) / "attempt1/urls").is_file()
     site.assert_no_process_left()
 
