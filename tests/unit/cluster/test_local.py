@@ -96,7 +96,8 @@ def test_the_members_of_a_sweep_run_in_sequence(tmp_path: Path) -> None:
     short = ("stages.cold_start.steps=2", "stages.cold_start.evaluate=false", f"out={tmp_path}/runs")
     output = launch(tmp_path, "submit", "sft", str(RECIPE), *short, "--sweep", "seed=1,2", "--local")
     (job,) = output.splitlines()
-    assert job.endswith("--sweep=seed=1,2")
+    first_command, second_command = job.split(" && ")
+    assert first_command.endswith("seed=1 name=mini_seed1") and second_command.endswith("name=mini_seed2")
     wait_for(tmp_path, lambda: "COMPLETED" in launch(tmp_path, "status"))
     first, second = (tmp_path / f"runs/mini_seed{seed}/cold_start" for seed in (1, 2))
     assert steps_of(first) == steps_of(second) == [1, 2]
