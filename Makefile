@@ -19,7 +19,8 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SHORT := name=tiny_short stages.arithmetic.steps=30 stages.cold_start.steps=20 stages.rl_easy.steps=2 \
 	stages.rl_hard.steps=3 evaluation.problems=64
 
-.PHONY: demo demo-short test test-all test-pythons engines engines-sglang engines-vllm test-engines bench lint clean
+.PHONY: demo demo-short test test-all test-most test-slurm test-pythons engines engines-sglang engines-vllm test-engines \
+	bench lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/parallel-r1 curriculum recipes/tiny/demo.yaml
@@ -30,9 +31,16 @@ demo-short: $(VENV)/ready
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow and not engines and not slurm"
 
-test-all: $(VENV)/ready
+test-all: test-most test-slurm
+
+test-most: $(VENV)/ready
 	$(PYTEST) -m "not engines and not slurm"
-	$(PYTEST) -m "slurm and not engines"
+
+# Each worker has a cluster of its own. These tests wait for a good part of their time, so one worker may well run
+# beside the others: make -j 2 SLURM_WORKERS=1 test-all
+SLURM_WORKERS ?= $(WORKERS)
+test-slurm: $(VENV)/ready
+	$(BIN)/python -m pytest -n $(SLURM_WORKERS) --dist loadfile -m "slurm and not engines"
 
 # Installs for each Python of this machine, or for PYTHONS, and tries what is installed; see tests/install/try.
 test-pythons:
