@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,24 @@ class Recorder:
         buffers = [b for stage in self._memory._wrapped for b in stage.buffers] if self._memory else []
         self.gradients.append(sum(b.grad_data.untyped_storage().nbytes() for b in buffers))
         own = psutil.Process()
-        sizes = [p.memory_info().rss for p in own.children(recursive=True) if p.is_running()]
-        self.resident.append((own.memory_info().rss, sum(sizes)))
+        self.resident.append((resident(own), sum(map(resident, own.children(recursive=True)))))
         if call == "onload" and self.calls.count(call) == 2:
             kill_server()
 
 
+def resident(process: psutil.Process) -> int:
+    """Bytes; 0 of one that has just ended, as those of the test before may."""
+    with suppress(psutil.NoSuchProcess):
+        return process.memory_info().rss
+    return 0
+
+
 def kill_server() -> None:
     for process in psutil.Process().children(recursive=True):
-        if "sglang.launch_server" in process.cmdline() and "guard" not in " ".join(process.cmdline()):
-            process.kill()
+        with suppress(psutil.NoSuchProcess):
+            words = process.cmdline()
+            if "sglang.launch_server" in words and "guard" not in " ".join(words):
+                process.kill()
 
 
 def test_a_server_that_shares_and_is_lost_in_its_sleep(
