@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import httpx
@@ -61,7 +63,7 @@ async def open_endpoint(endpoint: TeacherEndpoint, concurrency: int) -> AsyncIte
         keepalive_timeout=KEEPALIVE_S,
         ssl=httpx.create_ssl_context(),  # with certifi's authorities: some Pythons find none of the system
     )
-    async with aiohttp.ClientSession(connector=connector, headers=headers, trust_env=True) as session:
+    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
         yield EndpointTeacher(endpoint, session, key)
 
 
@@ -81,6 +83,7 @@ class EndpointTeacher:
         self._key = key
         path = "chat/completions" if endpoint.api == "chat" else "completions"
         self._url = f"{endpoint.url.rstrip('/')}/{path}"
+        self._proxy = _proxy_of(self._url)
         self._failures_in_a_row = 0
 
     @property
@@ -121,7 +124,7 @@ class EndpointTeacher:
         body = self._body(request)
         try:
             async with self._session.post(
-                self._url, json=body, timeout=timeout, allow_redirects=False
+                self._url, json=body, timeout=timeout, proxy=self._proxy, allow_redirects=False
             ) as response:
                 content = await response.read()
         except asyncio.TimeoutError:
@@ -181,6 +184,17 @@ class EndpointTeacher:
             shown = message.replace(self._key, "…") if self._key else message
             advice = f"it refuses the request ({shown[:200] or 'no message'}); fix the settings of teacher"
         raise UserError(f"{self._url}: status {status}, {advice}")
+
+
+def _proxy_of(url: str) -> str | None:
+    """The environment's proxy for an address (HTTPS_PROXY, NO_PROXY and the like), if any.
+
+    aiohttp's own `trust_env` also takes credentials from a netrc, and fails where there is a key too.
+    """
+    address, proxies = urlsplit(url), getproxies()
+    if proxy_bypass(address.netloc):
+        return None
+    return proxies.get(address.scheme) or proxies.get("all")
 
 
 def _read_key(variable: str | None) -> str | None:

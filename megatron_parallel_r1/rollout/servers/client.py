@@ -217,7 +217,9 @@ class AsyncHttpClient:
         connect_s = min(timeout_s, self.timeouts.connect_s)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=timeout_s)
         try:
-            async with session.request(method, self.url + path, json=body, timeout=timeout) as response:
+            async with session.request(
+                method, self.url + path, json=body, timeout=timeout, allow_redirects=False
+            ) as response:
                 content = await response.read()
         except asyncio.TimeoutError as error:
             raise Unreachable(f"{self.url}{path}: no answer within {timeout_s:g} s") from error

@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,35 @@ def test_a_pause_beyond_patience_is_not_waited_for() -> None:
     with FakeTeacher(lambda body, tried: fault(429, Retry_After="7200")).running() as teacher:
         (failure,) = ask(endpoint_settings(teacher.url))
     assert isinstance(failure, NoAnswer) and len(teacher.requests) == 1
+
+
+def test_a_netrc_does_not_replace_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text("default login someone password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret")
+    with FakeTeacher(lambda body, tried: GOOD).running() as teacher:
+        assert ask(endpoint_settings(teacher.url, {"key_variable": "TEACHER_KEY"})) == [
+            TeacherAnswer("Final Answer: 6", "stop")
+        ]
+    assert teacher.requests[0][1]["Authorization"] == "Bearer sk-secret"
+
+
+def test_the_environments_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with FakeTeacher(lambda body, tried: GOOD).running() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        assert ask(endpoint_settings("http://teacher.invalid/v1")) == [
+            TeacherAnswer("Final Answer: 6", "stop")
+        ]
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert ask(endpoint_settings(proxy.url)) == [TeacherAnswer("Final Answer: 6", "stop")]
+    assert [path for path, _, _ in proxy.requests] == [
+        "http://teacher.invalid/v1/chat/completions",
+        "/v1/chat/completions",
+    ]
 
 
 def test_unanswered_after_all_tries() -> None:

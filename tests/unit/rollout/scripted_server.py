@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ class Answer:
     """What is sent back.
 
     Attributes:
+        location: that of a redirect.
         fault: `silent` sends nothing until the client gives up; `cut` ends the connection half way through
             the body, `reset` before anything is sent.
     """
 
     body: bytes = b""
     status: int = 200
+    location: str = ""
     fault: Literal["", "silent", "cut", "reset"] = ""
 
 
@@ -53,6 +56,8 @@ def scripted_server(script: Script) -> Iterator[str]:
                 return
             self.send_response(answer.status)
             self.send_header("content-length", str(len(answer.body)))
+            if answer.location:
+                self.send_header("location", answer.location)
             self.end_headers()
             half = answer.fault == "cut"
             self.wfile.write(answer.body[: len(answer.body) // 2] if half else answer.body)
@@ -83,7 +88,7 @@ Client = TypeVar("Client", bound=AsyncHttpClient)
 Result = TypeVar("Result")
 
 
-class FakeEngine(Generic[Client]):
+class FakeEngine(ABC, Generic[Client]):
     """An engine's server that answers by script.
 
     Attributes:
@@ -105,13 +110,13 @@ class FakeEngine(Generic[Client]):
             found = self.answers.pop(0) if self.answers else self.handshake(body)
         return found if isinstance(found, Answer) else as_json(found)
 
+    @abstractmethod
     def inform(self, path: str) -> Any:
         """The answer to a question about the server; None if `path` asks for work."""
-        raise NotImplementedError
 
+    @abstractmethod
     def handshake(self, body: dict[str, Any]) -> Any:
         """Draws and scores, after the script has ended."""
-        raise NotImplementedError
 
     def do(self, work: Callable[[Client], Coroutine[Any, Any, Result]], timeout_s: float = 60) -> Result:
         with scripted_server(self) as self.url:

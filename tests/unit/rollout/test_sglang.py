@@ -160,6 +160,13 @@ def test_what_the_server_refuses_ends_the_run_in_one_line() -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_redirect_is_not_followed() -> None:
+    """A proxy's page for signing in is no server."""
+    server = FakeSGLang(Answer(status=302, location="/server_info"))
+    with pytest.raises(UserError, match=r"/generate answered 302: .*change the recipe"):
+        server.ask()
+
+
 def test_about() -> None:
     server = FakeSGLang()
     assert server.do(SglangClient.info) == ServerInfo("m", STOCK_MODES, INITIAL_VERSION, 58, 900, True)
