@@ -106,14 +106,14 @@ async def cost_ms(client: SglangClient, in_flight: int, tokens: int) -> float:
 
 
 async def measure(url: str, in_flight: int, tokens: int) -> tuple[float, float]:
-    theirs = math.nan
+    httpx_ms = math.nan
     if in_flight <= MOST_HTTPX:
         async with OverHttpx(url) as other:
-            theirs = await cost_ms(other, in_flight, tokens)
+            httpx_ms = await cost_ms(other, in_flight, tokens)
     client = SglangClient(url)
-    ours = await cost_ms(client, in_flight, tokens)
+    aiohttp_ms = await cost_ms(client, in_flight, tokens)
     await client.close()
-    return theirs, ours
+    return httpx_ms, aiohttp_ms
 
 
 def main() -> None:
@@ -132,14 +132,17 @@ def main() -> None:
     server.start()
     url = f"http://127.0.0.1:{port.recv()}"
     print(
-        "| in flight | httpx, CPU ms a request | ours | ratio | tokens/s of one process |",
+        "| in flight | httpx, CPU ms a request | aiohttp | ratio | tokens/s of one process |",
         "|---|---|---|---|---|",
         sep="\n",
     )
     for in_flight in arguments.in_flight:
-        theirs, ours = asyncio.run(measure(url, in_flight, arguments.tokens))
-        rate = arguments.tokens * 1e3 / ours
-        print(f"| {in_flight} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.1f} | {rate:,.0f} |", flush=True)
+        httpx_ms, aiohttp_ms = asyncio.run(measure(url, in_flight, arguments.tokens))
+        rate, ratio = arguments.tokens * 1e3 / aiohttp_ms, httpx_ms / aiohttp_ms
+        print(
+            f"| {in_flight} | {httpx_ms:.2f} | {aiohttp_ms:.2f} | {ratio:.1f} | {rate:,.0f} |",
+            flush=True,
+        )
     server.terminate()
     server.join()
 

@@ -64,8 +64,6 @@ def measure(
 
     found = {}
     content = stages(recipe, ["rl_parallel"]) | {"model": {"path": str(base), "dtype": "bfloat16"}}
-    # Another tokenizer than the folder's would set its tags' rows anew.
-    content |= {"tokenizer": {"kind": "folder"}}
     for number, (name, own) in enumerate(VARIANTS.items()):
         read = read_run(train(folder, content | {"name": f"rl{number}"}, settings | own))
         rows = read.stages[-1].metrics
@@ -109,7 +107,7 @@ def main() -> None:
     prepare_imports()
     warnings.simplefilter("ignore")
     if not torch.cuda.is_available():
-        from tests.fake_engine.library import install
+        from tests.fake_engine.extension import install
 
         if "TRANSFORMER_ENGINE_SOURCE" not in os.environ:
             parser.exit(2, "set TRANSFORMER_ENGINE_SOURCE to Transformer Engine's unpacked Python\n")

@@ -39,8 +39,8 @@ from megatron_parallel_r1.rollout.servers.client import GenerateRequest, Timeout
 from megatron_parallel_r1.rollout.servers.pool import PoolSettings, ServerPool
 from megatron_parallel_r1.rollout.servers.registry import ServerRegistry
 from megatron_parallel_r1.rollout.servers.sglang import SglangClient
-from megatron_parallel_r1.sync.control import HttpClient
 from megatron_parallel_r1.sync.sender import map_servers
+from megatron_parallel_r1.sync.sglang import SglangControl
 
 SPAWN = multiprocessing.get_context("spawn")
 WATCHED_S = 5.0
@@ -190,11 +190,13 @@ def servers(count: int) -> Row:
         pool = ServerPool(lambda url: SglangClient(url, timeouts), urls, settings)
         connected = cpu_seconds(pool.wait_ready)
         checked = cpu_seconds(lambda: asyncio.run(idle(pool))) / ROUNDS
-        controls = [HttpClient(url) for url in urls]
-        bucket = {"names": [f"layers.{i}.mlp.weight" for i in range(8)], "dtypes": ["bfloat16"] * 8}
+        controls = [SglangControl(url) for url in urls]
+        bucket = [f"layers.{i}.mlp.weight" for i in range(8)], ["bfloat16"] * 8, [[9728, 2560]] * 8
 
         def send() -> None:
-            _, failed = map_servers(controls, lambda control: control.post("/update", bucket))  # type: ignore[type-var]
+            _, failed = map_servers(
+                controls, lambda control: control.receive_broadcast(*bucket, "group", None)
+            )
             assert not failed, failed
 
         send()

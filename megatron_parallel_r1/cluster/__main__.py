@@ -43,7 +43,7 @@ STOP_CAUSES = ("Terminated", "User defined signal 1", "User defined signal 2")
 STOP_CODES = (STOPPED_EXIT_CODE, *(128 + number for number in (*STOP_SIGNALS, signal.SIGTERM)))
 
 
-def begin(logs: Path, kind: str, arguments: Sequence[str], max_failures: int, max_stops: int = 10) -> None:
+def begin(logs: Path, kind: str, arguments: Sequence[str], max_failures: int, max_stops: int) -> None:
     """
     Args:
         logs: the job's log folder.
@@ -76,7 +76,7 @@ def begin(logs: Path, kind: str, arguments: Sequence[str], max_failures: int, ma
             print(note)
 
 
-def end(logs: Path, attempt_logs: Path, step: str, code: int, max_failures: int, max_stops: int = 10) -> int:
+def end(logs: Path, attempt_logs: Path, step: str, code: int, max_failures: int, max_stops: int) -> int:
     """Records and prints how an attempt ended; returns this program's exit code.
 
     Args:
@@ -104,10 +104,10 @@ def end(logs: Path, attempt_logs: Path, step: str, code: int, max_failures: int,
             end_attempt(logs, JobAttempt("failed", hopeless, steps))
             print(f"error: {hopeless}", file=sys.stderr)
             return 2
-        said = why or "saved"
+        remark = why or "saved"
         if count := stops_without_progress(attempts):
-            said += f", stop {count} of {max_stops} without progress"
-        print(f"stopped after {steps} steps, {said}; requeued")
+            remark += f", stop {count} of {max_stops} without progress"
+        print(f"stopped after {steps} steps, {remark}; requeued")
         return STOPPED_EXIT_CODE
     print(f"error: {failure.what}; its last lines ({attempt_logs}):", file=sys.stderr)
     log = attempt_logs / f"{step}_{failure.rank or 0}.log"
@@ -165,8 +165,8 @@ def limit_without_step(kind: str) -> str | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    # Validated by slurm/common.sh.
-    max_failures, max_stops = (int(os.environ.get(name, "3")) for name in ("MAX_FAILURES", "MAX_STOPS"))
+    # Set and validated by slurm/site.env and common.sh.
+    max_failures, max_stops = (int(os.environ[name]) for name in ("MAX_FAILURES", "MAX_STOPS"))
     verb, *rest = arguments
     if verb == "begin":
         begin(Path(rest[0]), rest[1], rest[2:], max_failures, max_stops)

@@ -96,7 +96,8 @@ def server_arguments(spec: JobSpec, engine: str) -> list[str]:
     assert spec.kind == "rl" and spec.recipe, "only RL jobs have servers"
     (stage,) = (stage for stage in spec.recipe.stages if stage.name == spec.stage)
     recipe, previous = spec.recipe, spec.recipe.start_of(stage)
-    folder = recipe.model.path if previous is None else start_of(recipe, previous) / "model"
+    run = recipe.out / recipe.name
+    folder = recipe.model.path if previous is None else recipe.start_folder(run, previous) / "model"
     if folder is None:
         raise UserError(f"stage {stage.name} starts from a fresh model, which servers cannot load")
     if not (Path(folder) / "config.json").is_file():
@@ -147,17 +148,11 @@ def sweep_overrides(recipe: Path, overrides: Sequence[str], sweeps: Sequence[str
     return members
 
 
-def start_of(recipe: Recipe, stage: str) -> Path:
-    """The folder of a finished stage that another one starts from: this run's, or that of `start_run`."""
-    own = recipe.out / recipe.name / stage
-    return own if recipe.start_run is None or (own / "model").is_dir() else recipe.start_run / stage
-
-
 def shared_start(spec: JobSpec) -> list[str]:
     """Returns the override by which all members of a stage's sweep start from what one run has finished.
 
     Args:
-        spec: the stage as it is without the sweep.
+        spec: the stage without the sweep.
 
     Raises:
         UserError: the stage that it starts from is not finished.
@@ -167,12 +162,14 @@ def shared_start(spec: JobSpec) -> list[str]:
     (stage,) = (stage for stage in spec.recipe.stages if stage.name == spec.stage)
     if (before := spec.recipe.start_of(stage)) is None:
         return []
-    if not (start_of(spec.recipe, before) / "model").is_dir():
+    run = spec.recipe.out / spec.recipe.name
+    start = spec.recipe.start_folder(run, before)
+    if not (start / "model").is_dir():
         raise UserError(
-            f"--sweep: stage {stage.name} starts from {start_of(spec.recipe, before)}, which is not "
-            "finished; run that stage first, once for all members"
+            f"--sweep: stage {stage.name} starts from {start}, which is not finished; run that stage first, "
+            "once for all members"
         )
-    return [f"start_run={spec.recipe.out / spec.recipe.name}"]
+    return [f"start_run={run}"]
 
 
 def check_sweep(specs: Sequence[JobSpec]) -> None:

@@ -172,6 +172,11 @@ class Recipe(Settings):
         place = names.index(stage.name)
         return stage.start_from or (names[place - 1] if place else None)
 
+    def start_folder(self, run: Path, stage: str) -> Path:
+        """The folder of a finished stage that another one starts from: that of the run, or of `start_run`."""
+        own = run / stage
+        return own if self.start_run is None or (own / "model").is_dir() else self.start_run / stage
+
     def yaml(self) -> str:
         """The whole recipe, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

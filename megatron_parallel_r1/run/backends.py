@@ -154,7 +154,7 @@ class Backends:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._own.__exit__(kind, error, trace)
+        self._own.end()
 
     @contextmanager
     def open(
@@ -201,7 +201,7 @@ class Backends:
                 control.close()
             if rollout.colocated:
                 # Their memory, for the checkpoint of the last finished step.
-                self._own.__exit__()
+                self._own.end()
                 if isinstance(error, UserError) and error.on_all_ranks:
                     barrier()
             if isinstance(error, ServersLost):

@@ -108,12 +108,13 @@ class RunContext:
             before = self.recipe.start_of(stage)
             if stage.name not in names or before is None:
                 continue
-            other = self.recipe.start_run
-            is_done = self.was_finished(before) or (other is not None and (other / before / "model").is_dir())
+            start = self.start_folder(before)
+            is_elsewhere = start != self.stage_folder(before) and (start / "model").is_dir()
+            is_done = is_elsewhere or self.was_finished(before)
             if not is_done and before not in names:
                 raise UserError(f"stage {stage.name} starts from {before}, which is not done; run that first")
             begun = self.was_finished(stage.name) or has_checkpoint(self.folder, stage.name)
-            kept = has_checkpoint(self.start_folder(before).parent, before)
+            kept = has_checkpoint(start.parent, before)
             if stage.carry_optimizer and is_done and not (begun or kept):
                 raise UserError(
                     f"stage {stage.name}: carry_optimizer, but the checkpoints of {before} were deleted at "
@@ -163,9 +164,8 @@ class RunContext:
         return self.folder / name
 
     def start_folder(self, name: str) -> Path:
-        """The folder of a stage that another one starts from: this run's, or that of `start_run`."""
-        own, start_run = self.stage_folder(name), self.recipe.start_run
-        return own if start_run is None or (own / "model").is_dir() else start_run / name
+        """The folder of a stage that another one starts from."""
+        return self.recipe.start_folder(self.folder, name)
 
     def seed_of(self, *words: str) -> int:
         """Derives the run's seed for one purpose, such as `(stage, "rollout")`."""

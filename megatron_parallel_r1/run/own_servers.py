@@ -100,7 +100,9 @@ class OwnServers:
             children = build_servers(settings)
             self._urls = tuple(child.url for child in children)
             # One thread starts and watches the servers: the kernel kills them when that thread ends.
-            self._thread = threading.Thread(target=self._keep, args=(children,), name="servers", daemon=True)
+            self._thread = threading.Thread(
+                target=self._keep, args=(children, settings), name="servers", daemon=True
+            )
             self._thread.start()
         self._settled.wait()
         if self._error is not None:
@@ -122,16 +124,17 @@ class OwnServers:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Stops the servers, if they were started."""
         self._ending.set()
         if self._thread is not None:
             self._thread.join()
 
-    def _keep(self, children: list[ServerProcess]) -> None:
-        settings = LaunchSettings(checkpoint=self._logs)
+    def _keep(self, children: list[ServerProcess], settings: LaunchSettings) -> None:
         try:
-            with Supervisor(
-                children, settings.crashes, settings.start_seconds, settings.hang_seconds, self._report
-            ) as supervisor:
+            with Supervisor(children, settings, self._report) as supervisor:
                 while not self._ending.is_set():
                     supervisor.poll(restarts=not self._resting.is_set())
                     if supervisor.healthy:

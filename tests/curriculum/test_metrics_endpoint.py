@@ -77,12 +77,17 @@ def queries(node: Any) -> Iterator[str]:
 def test_the_dashboard_asks_for_metrics_that_exist(scraped: dict[tuple[str, int], dict[str, float]]) -> None:
     several = StragglerWatch(["n1", "n2"]).metrics([1.0, 2.0])
     names = {*ServerPool(FakeServer, ["http://a"]).gauges(), *several}.union(*scraped.values())
-    asked = {
+    queried = {
         name
         for query in queries(json.loads(DASHBOARD.read_text()))
         for name in re.findall(r"parallel_r1_(\w+)", query)
     }
-    assert asked <= names, asked - names
+    assert queried <= names, queried - names
     # What an operator watches.
-    assert asked >= {"step", "seconds_since_step", "rollout_tokens_per_second", "training_tokens_per_second"}
-    assert asked >= {"queue_batches", "staleness", "mismatch_max", "servers_up", "time_pass_max_s"}
+    assert queried >= {
+        "step",
+        "seconds_since_step",
+        "rollout_tokens_per_second",
+        "training_tokens_per_second",
+    }
+    assert queried >= {"queue_batches", "staleness", "mismatch_max", "servers_up", "time_pass_max_s"}

@@ -15,7 +15,7 @@ from megatron_parallel_r1.utils.imports import prepare_imports
 
 def main() -> None:
     prepare_imports()
-    from tests.fake_engine.library import install  # imports torch
+    from tests.fake_engine.extension import install  # imports torch
 
     install(Path(os.environ["TRANSFORMER_ENGINE_SOURCE"]))
     _, module, *arguments = sys.argv

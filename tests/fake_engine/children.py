@@ -12,7 +12,7 @@ from typing import Any
 
 
 def in_children(processes: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Runs a task in so many new processes, the ranks of one launch, and returns their results by rank.
+    """Runs a task in new processes, the ranks of one launch; returns their results in the ranks' order.
 
     Call it before this process has threads.
 

@@ -14,7 +14,7 @@ from tests.fake_engine.quantized import create_empty_quantized_tensor, quantize,
 
 
 def read(operand: Any, by_columns: bool) -> Tensor:
-    """A matrix [R, C] in float32 as it is, from the copy by rows or the one by columns (quantized.py).
+    """A matrix [R, C] in float32, from the copy by rows or the one by columns (quantized.py).
 
     Raises:
         RuntimeError: Transformer Engine's Python did not make that copy.

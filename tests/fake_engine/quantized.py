@@ -1,6 +1,6 @@
 """The fake library's tensors in FP8: to make, fill, transpose and read them.
 
-Transformer Engine's classes hold two copies of a matrix: by rows as it is, by columns transposed. On Hopper a
+Transformer Engine's classes hold two copies of a matrix: by rows, and by columns transposed. On Hopper a
 product takes only copies whose rows are what it sums over, so a copy that its Python forgot is an error here.
 
 Shapes: R rows, C columns, N elements of a flat part of a matrix.

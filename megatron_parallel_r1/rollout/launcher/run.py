@@ -39,9 +39,7 @@ def serve_rollout(settings: LaunchSettings, tell: Callable[[str], None]) -> None
         urls_file.unlink(missing_ok=True)
     with _until_signal() as stopped:
         try:
-            with Supervisor(
-                children, settings.crashes, settings.start_seconds, settings.hang_seconds, tell, alone=True
-            ) as supervisor:
+            with Supervisor(children, settings, tell, alone=True) as supervisor:
                 while not stopped():
                     supervisor.poll()
                     if supervisor.healthy and urls_file is not None and not written:

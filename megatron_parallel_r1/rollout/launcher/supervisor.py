@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.rollout.launcher.command import ServerCommand
+from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, ServerCommand
 from megatron_parallel_r1.rollout.launcher.guard import GRACE_SECONDS, adopt_orphans, end_descendants
 
 GUARD = "megatron_parallel_r1.rollout.launcher.guard"
@@ -130,22 +130,19 @@ class Supervisor:
     def __init__(
         self,
         servers: Sequence[ServerProcess],
-        crashes: int,
-        start_seconds: float,
-        hang_seconds: float,
+        settings: LaunchSettings,
         tell: Callable[[str], None],
         alone: bool = False,
     ) -> None:
-        """Starts nothing yet; `crashes`, `start_seconds` and `hang_seconds` as in `LaunchSettings`.
+        """Starts nothing yet.
 
         Args:
+            settings: of the servers; their `crashes`, `start_seconds` and `hang_seconds` count here.
             tell: receives a line about each event.
             alone: this process has no other children, so that it may end whatever a killed guard leaves.
         """
         self._servers = servers
-        self._crashes = crashes
-        self._start_seconds = start_seconds
-        self._hang_seconds = hang_seconds
+        self._settings = settings
         self._answered_at = [0.0] * len(servers)
         self._probed_at = [0.0] * len(servers)
         self._tell = tell
@@ -190,21 +187,21 @@ class Supervisor:
                 self._crash_counts[index] = 0
                 self._answered_at[index] = self._probed_at[index] = time.monotonic()
                 self._tell(f"server {index}  {server.url}  pid {server.pid}  log {server.log}")
-            elif not self._healthy[index] and server.age > self._start_seconds:
-                self._on_crash(index, f"is not healthy after {self._start_seconds:g} s")
+            elif not self._healthy[index] and server.age > self._settings.start_seconds:
+                self._on_crash(index, f"is not healthy after {self._settings.start_seconds:g} s")
             elif self._healthy[index] and self._hangs(index):
-                self._on_crash(index, f"has given no answer for {self._hang_seconds:g} s")
+                self._on_crash(index, f"has given no answer for {self._settings.hang_seconds:g} s")
         time.sleep(POLL_SECONDS)
 
     def _hangs(self, index: int) -> bool:
         """Probes a healthy server if it is time to."""
         now = time.monotonic()
-        if now - self._probed_at[index] < min(PROBE_SECONDS, self._hang_seconds / 2):
+        if now - self._probed_at[index] < min(PROBE_SECONDS, self._settings.hang_seconds / 2):
             return False
         self._probed_at[index] = now
         if self._servers[index].answers():
             self._answered_at[index] = now
-        return now - self._answered_at[index] > self._hang_seconds
+        return now - self._answered_at[index] > self._settings.hang_seconds
 
     def _on_crash(self, index: int, reason: str) -> None:
         server = self._servers[index]
@@ -213,7 +210,7 @@ class Supervisor:
             end_descendants(keep=frozenset(other.guard_pid for other in self._servers if other is not server))
         self._healthy[index] = False
         self._crash_counts[index] += 1
-        if self._crash_counts[index] >= self._crashes:
+        if self._crash_counts[index] >= self._settings.crashes:
             last = " ".join(server.last_lines(1))
             raise UserError(
                 f"server {index} {reason}, {self._crash_counts[index]} times without being healthy in "

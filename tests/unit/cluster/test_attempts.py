@@ -139,11 +139,13 @@ def test_a_time_limit_within_the_lead_of_the_signal_is_refused_by_its_first_stop
 ) -> None:
     monkeypatch.setenv("JOB_LIMIT_S", limit_s)
     monkeypatch.setenv("PREEMPTED", preempted)
-    bookkeeping.begin(tmp_path, "curriculum", [str(RECIPE), f"out={tmp_path}/runs"], max_failures=3)
+    bookkeeping.begin(
+        tmp_path, "curriculum", [str(RECIPE), f"out={tmp_path}/runs"], max_failures=3, max_stops=10
+    )
     stage = tmp_path / "runs/mini/rl"
     stage.mkdir(parents=True)
     (stage / "metrics.jsonl").write_text("{}\n" * steps)
-    assert bookkeeping.end(tmp_path, tmp_path, "rank", 85, max_failures=3) == verdict
+    assert bookkeeping.end(tmp_path, tmp_path, "rank", 85, max_failures=3, max_stops=10) == verdict
     message = "the time limit of 350 s leaves no time for a step: #SBATCH --signal stops the job 300 to 360 s"
     assert (f"error: {message}" in capsys.readouterr().err) == (verdict == 2)
 
@@ -172,9 +174,9 @@ def test_the_plan_says_what_a_step_takes_on_gpus(tmp_path: Path) -> None:
 def test_nodes_lost_repeatedly_without_progress_are_a_crash_loop(tmp_path: Path) -> None:
     arguments = [str(RECIPE), f"out={tmp_path}/runs"]
     for _ in range(2):
-        bookkeeping.begin(tmp_path, "curriculum", arguments, max_failures=2)
+        bookkeeping.begin(tmp_path, "curriculum", arguments, max_failures=2, max_stops=10)
     with pytest.raises(UserError, match="crash loop: 2 failures without progress beyond 0 steps"):
-        bookkeeping.begin(tmp_path, "curriculum", arguments, max_failures=2)
+        bookkeeping.begin(tmp_path, "curriculum", arguments, max_failures=2, max_stops=10)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +189,12 @@ def test_an_evaluation_that_is_cut_off_goes_on_while_it_writes_records(
     monkeypatch.chdir(tmp_path)
     required = ["--checkpoint", "release", "--benchmarks", "embedded_hard"]
     for key in "abcd":
-        bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2)
+        bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2, max_stops=10)
         with RecordFolder(Path(out), ["weights"]).writer(0) as write:
             write(record(key))
-    bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2)
+    bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2, max_stops=10)
     with pytest.raises(UserError, match="crash loop: 2 failures without progress beyond 4 steps"):
-        bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2)
+        bookkeeping.begin(tmp_path, "eval", [*required, *options], max_failures=2, max_stops=10)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +223,8 @@ def test_an_exit_code_decides_whether_a_job_is_requeued(
     logs.mkdir()
     (logs / "srun_rank.log").write_text(stderr)
     (logs / "rank_1.log").write_text("one\ntwo\n")
-    bookkeeping.begin(tmp_path, "eval", [], max_failures=3)
-    assert bookkeeping.end(tmp_path, logs, "rank", code, max_failures=3) == verdict
+    bookkeeping.begin(tmp_path, "eval", [], max_failures=3, max_stops=10)
+    assert bookkeeping.end(tmp_path, logs, "rank", code, max_failures=3, max_stops=10) == verdict
     assert read_attempts(tmp_path)[-1].outcome == outcome
     assert ("    one\n    two" in capsys.readouterr().err) == (stderr == KILLED)
 

@@ -109,16 +109,16 @@ AWAY = "slurm_requeue error: Unable to contact slurm controller (connect failure
 
 
 def test_a_requeue_is_repeated_until_the_controller_answers(tmp_path: Path) -> None:
-    """With a fake `scontrol` that fails twice and records what it is asked."""
-    asked = tmp_path / "asked"
+    """With a fake `scontrol` that fails twice and records its arguments."""
+    calls = tmp_path / "calls"
     scontrol = (
-        f'scontrol() {{ echo "$*" >>{asked}; (($(wc -l <{asked}) > 2)) || {{ echo "{AWAY}"; return 1; }}; }}'
+        f'scontrol() {{ echo "$*" >>{calls}; (($(wc -l <{calls}) > 2)) || {{ echo "{AWAY}"; return 1; }}; }}'
     )
     array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
     done = run_script(tmp_path, commands=f"sleep() {{ :; }}; {PATIENT}; {scontrol}; requeue", **array)
     assert done.returncode == 0, done.stderr
     # Not the id of the last task of an array, which stands for the whole array.
-    assert asked.read_text() == "requeue 5_2\n" * 3
+    assert calls.read_text() == "requeue 5_2\n" * 3
     assert done.stdout.count("the controller does not answer") == 2
 
 
@@ -130,9 +130,9 @@ def test_a_requeue_that_slurm_refuses_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "said"), [("now + 5 seconds", "given up after -"), ("now + 1 hour", "given up after 1:")]
+    ("left", "shown"), [("now + 5 seconds", "given up after -"), ("now + 1 hour", "given up after 1:")]
 )
-def test_the_grace_is_capped_at_what_slurm_leaves(left: str, said: str, tmp_path: Path) -> None:
+def test_the_grace_is_capped_at_what_slurm_leaves(left: str, shown: str, tmp_path: Path) -> None:
     job = f"PreemptTime=None StartTime=1 EndTime=$(date -d '{left}' +%FT%T) Deadline=N/A"
     commands = (
         f'scontrol() {{ echo "JobId=7 {job}"; }}; {PATIENT}; sleep 60 & RANKS=$!; '
@@ -140,7 +140,7 @@ def test_the_grace_is_capped_at_what_slurm_leaves(left: str, said: str, tmp_path
     )
     done = run_script(tmp_path, commands=commands, GRACE_S="1")
     assert done.returncode == 0, done.stderr
-    assert said in done.stdout
+    assert shown in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_servers_that_end_before_successful_ranks_are_an_error(
 
 
 @pytest.mark.parametrize(
-    ("before", "others", "said", "excluded"),
+    ("before", "others", "shown", "excluded"),
     [
         ("(null)", "n1 n3", "failed twice on n2,n4: left out of the next attempt", "n2,n4"),
         ("n9", "n1 n3", "failed twice on n2,n4: left out of the next attempt", "n9,n2,n4"),
@@ -236,7 +236,7 @@ def test_servers_that_end_before_successful_ranks_are_an_error(
     ],
 )
 def test_nodes_that_failed_twice_are_left_out_if_enough_others_are_there(
-    before: str, others: str, said: str, excluded: str | None, tmp_path: Path
+    before: str, others: str, shown: str, excluded: str | None, tmp_path: Path
 ) -> None:
     """With fakes of SLURM's clients; a real one: tests/slurm/test_failures.py."""
     fakes = f"""
@@ -247,5 +247,5 @@ def test_nodes_that_failed_twice_are_left_out_if_enough_others_are_there(
     """
     settings = {"SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "2"}
     done = run_script(tmp_path, commands=f"{fakes}\nconclude rank 1", **settings)
-    assert done.returncode == 75 and done.stdout == f"requeued\n{said}\n"
+    assert done.returncode == 75 and done.stdout == f"requeued\n{shown}\n"
     assert done.stderr == (f"update JobId=7 ExcNodeList={excluded}\n" if excluded else "")

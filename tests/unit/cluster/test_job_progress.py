@@ -66,8 +66,8 @@ def test_a_failure_is_recorded_with_the_own_line_of_its_error(tmp_path: Path) ->
     logs.mkdir()
     (logs / "srun_rank.log").write_text("srun: error: n1: task 3: Exited with exit code 1\n")
     (logs / "rank_3.log").write_text(TRACEBACK)
-    bookkeeping.begin(tmp_path, "sft", [str(RECIPE), f"out={tmp_path}"], max_failures=3)
-    assert bookkeeping.end(tmp_path, logs, "rank", 1, max_failures=3) == 75
+    bookkeeping.begin(tmp_path, "sft", [str(RECIPE), f"out={tmp_path}"], max_failures=3, max_stops=10)
+    assert bookkeeping.end(tmp_path, logs, "rank", 1, max_failures=3, max_stops=10) == 75
     assert read_attempts(tmp_path)[-1].why == (
         "rank 3 on n1 ended with exit code 1: "
         "torch.distributed.DistBackendError: NCCL error: unhandled system error"

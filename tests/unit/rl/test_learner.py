@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -263,3 +264,11 @@ def test_more_updates_than_groups_are_as_many_as_groups(trainer_of, traces) -> N
     trainer.update = count  # type: ignore[method-assign]
     metrics = learn(learner(trainer, Objective(), updates=5), traces, REWARDS, lr=1e-3)
     assert updates_done == 2 and metrics["mismatch_max"] <= metrics["mismatch_rounding"] == 2e-5
+
+
+def test_training_in_fp8_may_be_as_far_from_rollouts_as_fp8_rounds(trainer_of) -> None:
+    trainer = trainer_of()
+    shape, trainer.model.config.fp8 = trainer.model.architecture, "hybrid"
+    # 8 u sqrt(2 L + 2) s, with the roundoff 2^-4 of e4m3.
+    right = 8 * 2**-4 * math.sqrt(2 * shape.layers + 2) * math.log(shape.vocab) / trainer.temperature
+    assert learner(trainer, Objective())._rounding.largest == pytest.approx(right)
