@@ -45,6 +45,7 @@ def to_json(batch: RolloutBatch) -> dict[str, Any]:
         "scores": SCORES.dump_python(rollouts.scores, mode="json"),
         "kept": [places[id(trace)] for trace in batch.trained.traces],
         "rounds": batch.rounds,
+        "times": dict(batch.times),
     }
 
 
@@ -57,7 +58,9 @@ def from_json(written: dict[str, Any]) -> RolloutBatch:
         JUDGED.validate_python(written["judged"]),
         SCORES.validate_python(written["scores"]),
     )
-    return RolloutBatch(rollouts, rollouts.groups(written["kept"], 1), written["rounds"])
+    trained = rollouts.groups(written["kept"], 1)
+    times = written.get("times", {})  # not written before 0.2
+    return RolloutBatch(rollouts, trained, written["rounds"], times)
 
 
 def _traces_to_json(traces: Sequence[Trace]) -> dict[str, Any]:

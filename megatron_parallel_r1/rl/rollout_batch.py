@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from megatron_parallel_r1.data.problems import Problem
@@ -58,11 +58,13 @@ class RolloutBatch:
         all: every response.
         trained: the responses to train on; all of them without dynamic sampling.
         rounds: rounds of dynamic sampling.
+        times: seconds of its phases, as metrics.
     """
 
     all: Rollouts
     trained: Rollouts
     rounds: int
+    times: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def records(self) -> list[dict[str, Any]]:
         """Everything needed to repeat the step's updates, JSON-ready."""

@@ -69,7 +69,7 @@ class RolloutWorker:
         folder: of the stage, for traces that could not be scored.
         template: name of the prompt template.
         read_result: reads the result off the text of a path or a summary.
-        timers: `draw` times sampling, `verify` verification.
+        timers: of the training thread; `verify_paths` times the verification of paths.
         world: process group of all ranks for a second thread; None: the default group.
     """
 
@@ -133,12 +133,13 @@ class RolloutWorker:
         )
         self.problems.begin_step(step)
         everything, trained = Rollouts([], [], [], []), Rollouts([], [], [], [])
-        rounds = 0
+        rounds, timers = 0, Timers()
         for _ in range(dynamic.max_rounds if dynamic else 1):
             rounds += 1
             missing = prompts - len(trained) // samples
             count = missing if dynamic is None else math.ceil(missing * dynamic.oversampling)
-            fresh = self._score(self._generate(step, count, first_response=len(everything)), everything, step)
+            fresh = self._generate(step, count, len(everything), timers)
+            fresh = self._score(fresh, everything, step, timers)
             everything = everything + fresh
             useful = np.ones(count, bool)
             if dynamic is not None:
@@ -146,7 +147,7 @@ class RolloutWorker:
             trained = trained + fresh.groups(np.flatnonzero(useful)[:missing].tolist(), samples)
             if len(trained) == prompts * samples:
                 break
-        batch = RolloutBatch(everything, trained if len(trained) else everything, rounds)
+        batch = RolloutBatch(everything, trained if len(trained) else everything, rounds, timers.take())
         if all(reward is None for reward in batch.trained.rewards):
             path = keep_unscored(everything, step, self.folder, self.tokenizer)
             raise UserError(
@@ -158,7 +159,7 @@ class RolloutWorker:
     def judge_paths(self, batch: RolloutBatch) -> list[PathVerdicts]:
         """Verifies the result of each path of the trained traces, for per-path credit."""
         trained = batch.trained
-        with self.timers.of("verify"):
+        with self.timers.of("verify_paths"):
             return judge_paths(
                 trained.traces, trained.problems, self.tokenizer, self.verifier, self.read_result
             )
@@ -180,9 +181,10 @@ class RolloutWorker:
             "groups_dropped": (len(everything) - len(batch.trained)) // samples,
             "rounds": batch.rounds,
             "tokens": sum(len(trace.tokens) for trace in everything.traces),
+            **batch.times,
         }
 
-    def _generate(self, step: int, count: int, first_response: int) -> Rollouts:
+    def _generate(self, step: int, count: int, first_response: int, timers: Timers) -> Rollouts:
         """Generates and verifies a group of responses to each of the next `count` problems; no scores yet.
 
         Args:
@@ -201,11 +203,11 @@ class RolloutWorker:
             self.verifier,
             self.stage.max_concurrent_rollouts,
             self.world,
-            self.timers,
+            timers,
         )
         return Rollouts(problems, traces, judged, [])
 
-    def _score(self, fresh: Rollouts, earlier: Rollouts, step: int) -> Rollouts:
+    def _score(self, fresh: Rollouts, earlier: Rollouts, step: int, timers: Timers) -> Rollouts:
         """Adds the scores to the traces of a round.
 
         Args:
@@ -213,7 +215,7 @@ class RolloutWorker:
         """
         samples = self.stage.samples_per_prompt
         try:
-            with self.timers.of("score"):
+            with timers.of("score"):
                 scores = score(
                     self.reward, fresh, samples, step - 1, self.tokenizer, len(earlier), self.world
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,15 +9,10 @@ from typing import Any
 
 
 class Timers:
-    """Sums seconds by name until they are taken; all threads add to the same sums.
-
-    With a rollout thread, the phases of a step overlap: they sum to more than its time, and rollout phases
-    are those of the batch that was under way.
-    """
+    """Sums the seconds of one thread by name until they are taken."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._lock = threading.Lock()
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -27,14 +21,11 @@ class Timers:
         try:
             yield
         finally:
-            spent = time.monotonic() - began
-            with self._lock:
-                self._seconds[name] = self._seconds.get(name, 0.0) + spent
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began
 
     def take(self) -> dict[str, float]:
         """Returns all sums as metrics `time_NAME_s` and resets them."""
-        with self._lock:
-            taken, self._seconds = self._seconds, {}
+        taken, self._seconds = self._seconds, {}
         return {f"time_{name}_s": seconds for name, seconds in taken.items()}
 
 

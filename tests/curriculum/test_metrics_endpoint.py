@@ -52,6 +52,7 @@ def test_each_step_can_be_read_when_it_has_ended(scraped: dict[tuple[str, int], 
     assert list(scraped) == [("cold_start", 1), ("rl", 1), ("rl", 2)]
     assert [metrics["step"] for metrics in scraped.values()] == [1, 1, 2]
     assert scraped["cold_start", 1]["training_tokens_per_second"] > 0
+    # The second batch may have been rolled out during the first step.
     last = scraped["rl", 2]
     assert last["rollout_tokens_per_second"] > 0 and last["training_tokens_per_second"] > 0
     assert last["staleness"] == 1 and last["queue_batches"] == 0 and last["mismatch_max"] <= 2e-5

@@ -23,6 +23,7 @@ PROGRAMS = ("munged", "mungekey", "mariadbd", "slurmdbd", "slurmctld", "slurmd",
 PACKAGES = "slurmctld slurmd slurm-client slurmdbd mariadb-server-core munge"
 PATIENCE_S = 120.0
 
+# KillWait, between SIGTERM and SIGKILL: a job's script writes meanwhile why it ends, on a busy machine too.
 CONTROLLER = """\
 ClusterName=tests
 FirstJobId={first_job}
@@ -54,7 +55,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 JobRequeue=1
-KillWait=2
+KillWait=15
 MessageTimeout=100
 SlurmdTimeout=120
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0

@@ -233,7 +233,7 @@ def tiny_batch(mode: str = "isolated") -> RolloutBatch:
         [rollouts.judged[0]] * 12,
         [Score(value, {"a": value, "b": -value}) for value in values * 2],
     )
-    return RolloutBatch(every, every.groups([0, 2], 4), rounds=2)
+    return RolloutBatch(every, every.groups([0, 2], 4), rounds=2, times={"time_draw_s": 1.5})
 
 
 def test_a_batch_in_flight_comes_back_from_json() -> None:
@@ -250,7 +250,9 @@ def test_a_batch_that_an_earlier_release_wrote_is_read_under_its_old_field_name(
     assert any(any(trace.suppressed) for trace in batch.all.traces)
     written = json.loads(json.dumps(to_json(batch)))
     written["traces"]["barred"] = written["traces"].pop("suppressed")
-    assert from_json(written) == batch
+    del written["times"]
+    found = from_json(written)
+    assert found == batch and found.times == {}
 
 
 def test_groups_with_one_stale_trace_are_dropped_whole() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import threading
 import time
 
 import pytest
@@ -19,19 +18,3 @@ def test_a_name_has_the_sum_of_its_blocks_and_begins_anew_once_taken() -> None:
     assert set(taken) == {"time_draw_s", "time_update_s"}
     assert taken["time_draw_s"] >= 0.04 > taken["time_update_s"] >= 0
     assert phases.take() == {}
-
-
-def test_threads_add_to_the_same_sums() -> None:
-    phases, both = Timers(), threading.Barrier(2)
-
-    def work() -> None:
-        with phases.of("draw"):
-            both.wait()
-            time.sleep(0.02)
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert phases.take()["time_draw_s"] >= 0.04
