@@ -85,9 +85,24 @@ prepare_step() {  # NAME CPUS NODES...: sets STEP to the srun command; CPUs per 
         --unbuffered --output="$LOGS/${name}_%t.log" "${CONTAINER_OPTIONS[@]}")
 }
 
+# Sets SPAN, the nodes that one rollout server takes: several if it has more GPUs than a node.
+span_nodes() {
+    local gpus=${SLURM_GPUS_ON_NODE:-0}
+    export SPAN=1
+    ((gpus > 0 && ROLLOUT_TENSOR > gpus)) || return 0
+    SPAN=$((ROLLOUT_TENSOR / gpus))
+    [[ $ROLLOUT_ENGINE == sglang ]] || refuse "ROLLOUT_TENSOR=$ROLLOUT_TENSOR is more than the $gpus GPUs of a node," \
+        "which only ROLLOUT_ENGINE=sglang can have"
+    ((ROLLOUT_TENSOR % gpus == 0)) || refuse "ROLLOUT_TENSOR=$ROLLOUT_TENSOR does not divide into nodes of $gpus GPUs"
+    ((ROLLOUT_SERVERS == 1)) || refuse "a server of ROLLOUT_TENSOR=$ROLLOUT_TENSOR takes $SPAN nodes of $gpus GPUs whole;" \
+        "set ROLLOUT_SERVERS=1"
+    ((ROLLOUT_NODES % SPAN == 0)) || refuse "ROLLOUT_NODES=$ROLLOUT_NODES is not a multiple of the $SPAN nodes that a" \
+        "server of ROLLOUT_TENSOR=$ROLLOUT_TENSOR takes"
+}
+
 start_servers() {  # KIND ARGUMENTS...
     local arguments waited=0
-    export URLS=$PWD/$LOGS/urls ROLLOUT_ENGINE
+    export URLS=$PWD/$LOGS/urls ROLLOUT_ENGINE SERVER_NODES="${SERVERS[*]}"
     [[ $LOGS != /* ]] || URLS=$LOGS/urls
     arguments=$(bookkeeping servers "$@")
     mapfile -t arguments <<<"$arguments"
@@ -98,7 +113,7 @@ start_servers() {  # KIND ARGUMENTS...
         --servers "$ROLLOUT_SERVERS" --tp "$ROLLOUT_TENSOR" \
         ${ROLLOUT_PYTHON:+--python "$ROLLOUT_PYTHON"} 2>"$LOGS/srun_server.log" &
     SERVING=$!
-    until (($(find "$LOGS" -name 'urls.[0-9]*' -type f | wc -l) == ${#SERVERS[@]})); do
+    until (($(find "$LOGS" -name 'urls.[0-9]*' -type f | wc -l) == ${#SERVERS[@]} / SPAN)); do
         kill -0 "$SERVING" 2>/dev/null || fail_servers "ended before they were ready"
         ((waited < ROLLOUT_WAIT_S)) || fail_servers "are not ready after ROLLOUT_WAIT_S=$ROLLOUT_WAIT_S s"
         sleep 1
@@ -209,6 +224,7 @@ launch() {  # KIND ARGUMENTS...
     [[ $1 == rl ]] || ROLLOUT_NODES=0  # other jobs use no servers
     enter_container
     split_nodes
+    ((ROLLOUT_NODES == 0)) || span_nodes
     ask_controller
     export JOB_LIMIT_S PREEMPTED JOB_RANKS=$((${#TRAINERS[@]} * ${SLURM_NTASKS_PER_NODE:-1}))
     bookkeeping begin "$JOB_LOGS" "$@"

@@ -64,6 +64,13 @@ def serve_rollout(
     dp: Annotated[
         int, typer.Option(min=1, help="Replicas in one server; above 1, weights travel by disk only.")
     ] = 1,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Machines that one server extends over; run this command on each.")
+    ] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of these machines this is.")] = 0,
+    rendezvous: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the first of these machines; a free port.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0: reachable from other nodes.")
     ] = "127.0.0.1",
@@ -119,6 +126,9 @@ def serve_rollout(
         servers=servers,
         tensor=tp,
         data=dp,
+        nodes=nodes,
+        node_rank=node_rank,
+        rendezvous=rendezvous,
         host=host,
         port=port,
         device=device,

@@ -203,9 +203,18 @@ def check_servers(site: dict[str, str], header: SbatchHeader) -> None:
     # Only a node can check an absolute path, and only the container a path inside it.
     if python and not container and not Path(python).is_absolute() and not os.access(python, os.X_OK):
         raise UserError(f"ROLLOUT_PYTHON={python}: no such program; `make engines` creates it")
-    needed = int(site["ROLLOUT_SERVERS"]) * int(site["ROLLOUT_TENSOR"])
-    if header.gpus_per_node and needed > header.gpus_per_node:
+    servers, tensor, gpus = int(site["ROLLOUT_SERVERS"]), int(site["ROLLOUT_TENSOR"]), header.gpus_per_node
+    if not gpus or servers * tensor <= gpus:
+        return
+    nodes, odd = divmod(tensor, gpus)
+    if engine != "sglang" or odd or servers > 1:
         raise UserError(
-            f"ROLLOUT_SERVERS={site['ROLLOUT_SERVERS']} of ROLLOUT_TENSOR={site['ROLLOUT_TENSOR']} GPUs need "
-            f"{needed}, a node has {header.gpus_per_node}; lower one of the two"
+            f"ROLLOUT_SERVERS={servers} of ROLLOUT_TENSOR={tensor} GPUs need {servers * tensor}, a node has "
+            f"{gpus}; lower one of the two, or have one SGLang server take whole nodes: ROLLOUT_SERVERS=1, "
+            f"ROLLOUT_TENSOR a multiple of {gpus}"
+        )
+    if int(site["ROLLOUT_NODES"]) % nodes:
+        raise UserError(
+            f"ROLLOUT_NODES={site['ROLLOUT_NODES']} is not a multiple of the {nodes} nodes that a server of "
+            f"ROLLOUT_TENSOR={tensor} takes"
         )

@@ -27,7 +27,7 @@ from megatron_parallel_r1.run.own_servers import launch_settings
 from megatron_parallel_r1.run.transport import usable_sync
 from megatron_parallel_r1.sft.loop import example_stream
 from megatron_parallel_r1.sync.settings import Sync
-from megatron_parallel_r1.sync.sglang import check_copies
+from megatron_parallel_r1.sync.sglang import check_transport
 from megatron_parallel_r1.utils.rank import local_world_size
 from megatron_parallel_r1.utils.settings import Settings
 
@@ -136,7 +136,7 @@ def _check_servers(run: RunContext, stages: Sequence[SftStage | RlStage]) -> Non
     _check_modes(run, stages, f"the servers ({', '.join(pool.infos)})", pool.modes)
     sync = _check_transport(rollout, pool.infos)
     for url, info in pool.infos.items():
-        check_copies(url, info.copies, sync.transport)
+        check_transport(url, info.copies, info.nodes, sync.transport)
         _check_model(run, url, info)
         for stage in stages:
             response = run.recipe.thinking_of(stage).max_response_tokens

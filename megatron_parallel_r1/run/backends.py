@@ -37,7 +37,7 @@ from megatron_parallel_r1.run.transport import usable_sync
 from megatron_parallel_r1.sync.control import RowScores, ServerControl, TokenRow
 from megatron_parallel_r1.sync.probe import OutputHead
 from megatron_parallel_r1.sync.publisher import Publisher, PublishResult
-from megatron_parallel_r1.sync.sglang import SglangControl, check_copies
+from megatron_parallel_r1.sync.sglang import SglangControl, check_transport
 from megatron_parallel_r1.sync.vllm import VllmControl
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner, causal_logprobs, probe_texts
 from megatron_parallel_r1.utils.rank import is_rank_zero, local_rank, local_world_size, rank
@@ -179,7 +179,7 @@ class Backends:
             pool = _shared_pool(rollout, rollout.urls, thinking)
             urls, beside = tuple(pool.infos), ()
             for url, info in pool.infos.items():
-                check_copies(url, info.copies, rollout.sync.transport)
+                check_transport(url, info.copies, info.nodes, rollout.sync.transport)
         # Where NCCL's versions differ it is not the recipe's; `check_engine` has warned of that.
         sync, _ = run_on_rank_zero(lambda: usable_sync(rollout, pool.infos if pool else {}))
         rollout = rollout.replace(sync=sync)

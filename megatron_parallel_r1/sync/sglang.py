@@ -35,6 +35,7 @@ class SglangControl(HttpClient):
         try:
             version, tensor = str(model["weight_version"]), int(server["tp_size"])
             stages, copies, dtype = int(server["pp_size"]), int(server["dp_size"]), str(server["dtype"])
+            nodes = int(server.get("nnodes") or 1)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.url}/server_info: no SGLang server answers like this ({error!r})"
@@ -44,7 +45,7 @@ class SglangControl(HttpClient):
                 f"{self.url}: a server with pipeline parallelism cannot take a trainer's weights; start "
                 "it with pp-size 1 and a larger tp-size instead"
             )
-        check_copies(self.url, copies, self._transport)
+        check_transport(self.url, copies, nodes, self._transport)
         return WeightsInfo(
             int(version) if version.isdecimal() else None, tensor, None if dtype == "auto" else dtype
         )
@@ -131,13 +132,20 @@ class SglangControl(HttpClient):
         self.post("/resume_memory_occupation", {"tags": tags})
 
 
-def check_copies(url: str, copies: int, transport: TransportKind) -> None:
-    """Refuses a server with several data-parallel copies, which takes weights only from disk (assertions in
-    SGLang's `managers/tokenizer_control_mixin.py`).
+def check_transport(url: str, copies: int, nodes: int, transport: TransportKind) -> None:
+    """Checks that a server can take weights so.
+
+    With several data-parallel copies it takes them only from disk (assertions in SGLang's
+    `managers/tokenizer_control_mixin.py`), and over several nodes not from the memory of one.
 
     Raises:
-        UserError: `transport` is another.
+        UserError: it cannot.
     """
+    if nodes > 1 and transport == "tensor":
+        raise UserError(
+            f"{url} extends over {nodes} nodes, and sync.transport tensor shares memory within one; set it "
+            "to distributed or disk"
+        )
     if copies > 1 and transport != "disk":
         raise UserError(
             f"{url} has {copies} copies of the model, and SGLang takes weights by sync.transport {transport} "

@@ -14,7 +14,8 @@ import httpx
 
 from megatron_parallel_r1.rollout.joined_blocks import FIELD, supports_joined_blocks
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, ServerCommand, build_command
-from megatron_parallel_r1.rollout.launcher.run import pick_ports, server_url
+from megatron_parallel_r1.rollout.launcher.ports import pick_ports
+from megatron_parallel_r1.rollout.launcher.run import server_url
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess
 from megatron_parallel_r1.rollout.servers.client import GenerateRequest, GenerateResult
 from megatron_parallel_r1.rollout.servers.engine import ServerContext, ServerEngine

@@ -19,7 +19,8 @@ from megatron_parallel_r1.rollout.launcher.command import (
     LaunchSettings,
     build_command,
 )
-from megatron_parallel_r1.rollout.launcher.run import pick_ports, server_url
+from megatron_parallel_r1.rollout.launcher.ports import pick_ports
+from megatron_parallel_r1.rollout.launcher.run import server_url
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess
 from tests.unit.rollout.serving.launched import Launched, launched
 

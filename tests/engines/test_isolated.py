@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from megatron_parallel_r1.rollout.joined_blocks import FIELD, JoinedBlock, encode_blocks
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
+from megatron_parallel_r1.rollout.launcher.ports import bind_free
 from megatron_parallel_r1.rollout.servers.sglang import SglangClient
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
+from megatron_parallel_r1.sync.broadcast import BroadcastTransport
+from megatron_parallel_r1.sync.buckets import Bucket
+from megatron_parallel_r1.sync.settings import Sync
+from megatron_parallel_r1.sync.sglang import SglangControl
 from megatron_parallel_r1.thought.trace import Trace
 from tests.engines.folders import untied_model, write_folder
 from tests.engines.isolated import (
     HTTP_SECONDS,
     RETRACTING,
+    STRICT,
     Flat,
     Reached,
     ask,
@@ -31,8 +40,9 @@ from tests.engines.isolated import (
     rolled_out,
     started,
 )
-from tests.engines.servers import START_SECONDS, Shared, python_of
+from tests.engines.servers import CONTEXT_TOKENS, START_SECONDS, Shared, python_of
 from tests.reference.traces import TAGS
+from tests.unit.rollout.serving.launched import launched
 from tests.unit.rollout.test_exactness import TOLERANCE, largest_difference
 from tests.unit.rollout.tiny import native_engine, random_prompts
 
@@ -190,23 +200,61 @@ def test_requests_without_blocks_are_a_stock_servers(url: str, sglang_server: Sh
     assert answers(stock) == answers(url)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_cache_too_small_for_all_finishes_every_trace_exactly(folder: Path, ranks: int) -> None:
-    """Live traces of 32 want 3.5 times the cache; requests are retracted and long prompts cut into chunks."""
-    env = RETRACTING | ({"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if ranks == 2 else {})
-    options = ("--chunked-prefill-size", "64")
-    serving = LaunchSettings(folder, tensor=ranks, cache_tokens=1100, options=options)
+# Live traces of 32 want 3.5 times the cache; requests are retracted and long prompts cut into chunks.
+SMALL = {"cache_tokens": 1100, "options": ("--chunked-prefill-size", "64")}
+
+
+def assert_a_small_cache_is_exact(url: str, ranks: int, log: Callable[[], str]) -> None:
     thinking = Thinking(max_blocks=4, max_depth=2, max_path_tokens=40, max_response_tokens=300)
-    # One rank schedules ahead as on a GPU.
-    with healthy(serving, env, overlap=ranks == 1) as server:
-        rolled = rolled_out(server.url, thinking, 32, seed=500)
-        log = "\n".join(server.last_lines(10**6))
+    rolled = rolled_out(url, thinking, 32, seed=500)
     assert_exact(f"a small cache, {ranks} ranks", rolled.traces, rolled.counters)
     assert sum(len(trace.prompt) + len(trace.tokens) for trace in rolled.traces) > 3.5 * 1100
     assert rolled.counters["rebuilds"] > 10 and rolled.counters["rebuilt_tokens"] > 300
     # Each is told in the log too, by every rank.
-    assert log.count("lost paths from the cache") == ranks * rolled.counters["rebuilds"]
-    assert log.count("lost tokens of") == ranks * rolled.counters["rebuilt_paths"]
+    assert log().count("lost paths from the cache") == ranks * rolled.counters["rebuilds"]
+    assert log().count("lost tokens of") == ranks * rolled.counters["rebuilt_paths"]
+
+
+def test_a_cache_too_small_for_all_finishes_every_trace_exactly(folder: Path) -> None:
+    # It schedules ahead as on a GPU.
+    with healthy(LaunchSettings(folder, **SMALL), RETRACTING, overlap=True) as server:
+        assert_a_small_cache_is_exact(server.url, 1, lambda: "\n".join(server.last_lines(10**6)))
+
+
+def test_two_ranks_on_two_nodes_do_too_and_take_weights(folder: Path, tmp_path: Path) -> None:
+    """Of one server, each under a supervisor of its own; both on this machine."""
+    env = STRICT | RETRACTING | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    with socket.socket() as listener:
+        meeting = {"nodes": 2, "rendezvous": f"127.0.0.1:{bind_free(listener, '127.0.0.1')}"}
+    usual = {"checkpoint": folder, "isolated": True, "port": 0, "context_tokens": CONTEXT_TOKENS, "tensor": 2}
+    both = usual | meeting | SMALL | {"python": python_of("sglang"), "device": "cpu"}
+    logs = [tmp_path / "0", tmp_path / "1"]
+    with (
+        launched(env, **both, log_dir=logs[0]) as first,
+        launched(env, **both, node_rank=1, log_dir=logs[1]),
+    ):
+        _, url, _ = first.next_healthy(START_SECONDS)
+
+        def log() -> str:
+            return "".join((folder / "server-0.log").read_text() for folder in logs)
+
+        assert_a_small_cache_is_exact(url, 2, log)
+        control, model = SglangControl(url), untied_model(1)
+        assert control.info().processes == 2
+        rows = [tuple(prompt) for prompt in random_prompts(3, seed=9)]
+        control.pause("retract")
+        transport = BroadcastTransport(Sync(timeout_s=HTTP_SECONDS), "gloo")
+        transport.open([control], {url: control.info()}, version=7)
+        transport.send(Bucket(list(model.state_dict().items()), last=True))
+        assert not transport.close().lost
+        control.continue_generation()
+        transport.end()
+        assert control.info().version == 7
+        for row, scores in zip(rows, control.score(rows), strict=True):
+            with torch.no_grad():
+                logprobs_LV = model(torch.tensor([row])).logits[0].log_softmax(-1)
+            expected = [float(logprobs_LV[place, token]) for place, token in enumerate(row[1:])]
+            assert scores == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_what_it_cannot_serve_is_refused_at_start(folder: Path) -> None:

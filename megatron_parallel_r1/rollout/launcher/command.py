@@ -7,7 +7,7 @@ processed_logprobs` (which takes them after top-k and top-p: the client sends ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,9 @@ class LaunchSettings:
         checkpoint: a Hugging Face folder.
         servers: number of servers.
         tensor, data: parallel sizes of one server, which has `tensor` x `data` GPUs.
+        nodes, node_rank: over how many machines the one server extends, and which of them this is.
+        rendezvous: `HOST:PORT` of the first of several machines, by which the supervisors on the others find
+            it; free there.
         host: address to listen on; 0.0.0.0 is published under this machine's name.
         port: that of the first server, the others follow; 0: free ports.
         gpus: those to use, as CUDA_VISIBLE_DEVICES names them; None: all that are visible.
@@ -51,6 +54,9 @@ class LaunchSettings:
     servers: int = 1
     tensor: int = 1
     data: int = 1
+    nodes: int = 1
+    node_rank: int = 0
+    rendezvous: str | None = None
     host: str = "127.0.0.1"
     port: int = 30000
     gpus: tuple[str, ...] | None = None
@@ -88,6 +94,10 @@ class ServerCommand:
     environment: dict[str, str]
     probe: str = "/health"
 
+    def meeting(self, address: str) -> ServerCommand:
+        """The command of a part of a server that meets the other parts at `HOST:PORT`."""
+        return replace(self, arguments=(*self.arguments, "--dist-init-addr", address))
+
 
 def build_command(
     settings: LaunchSettings, python: Path, device: Device, port: int, gpus: tuple[str, ...] = ()
@@ -117,6 +127,8 @@ def build_command(
 def _sglang(settings: LaunchSettings, device: Device) -> ServerCommand:
     arguments = ["-m", "sglang.launch_server", "--model-path", str(settings.checkpoint)]
     arguments += ["--tp-size", str(settings.tensor), "--dp-size", str(settings.data)]
+    if settings.nodes > 1:
+        arguments += ["--nnodes", str(settings.nodes), "--node-rank", str(settings.node_rank)]
     arguments += ["--dtype", settings.dtype or ("float32" if device == "cpu" else "auto")]
     if settings.context_tokens is not None:
         arguments += ["--context-length", str(settings.context_tokens)]

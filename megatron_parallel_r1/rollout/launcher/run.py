@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import random
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import Device, LaunchSettings, build_command
 from megatron_parallel_r1.rollout.launcher.guard import SUPPORTED
+from megatron_parallel_r1.rollout.launcher.nodes import FirstPart, Rendezvous, check_nodes, serve_part
+from megatron_parallel_r1.rollout.launcher.ports import pick_ports
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supervisor
 from megatron_parallel_r1.utils.files import write_atomically
 
@@ -27,6 +28,8 @@ STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 def serve_rollout(settings: LaunchSettings, tell: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then ends all servers and returns. For the main thread.
 
+    Of one server over several machines, the first one's process decides, and writes `urls_file`.
+
     Args:
         tell: receives a line about each server that becomes healthy, crashes or hangs.
 
@@ -34,11 +37,18 @@ def serve_rollout(settings: LaunchSettings, tell: Callable[[str], None]) -> None
         UserError: the servers cannot be started, or one crashes repeatedly.
     """
     children = build_servers(settings)
+    if settings.node_rank:
+        with _until_signal() as stopped:
+            serve_part(settings, children[0], tell, stopped)
+        return
     urls_file, written = settings.urls_file, False
     if urls_file is not None:
         urls_file.unlink(missing_ok=True)
-    with _until_signal() as stopped:
+    with _until_signal() as stopped, ExitStack() as stack:
         try:
+            if settings.nodes > 1:
+                rendezvous = stack.enter_context(Rendezvous(settings))
+                children = [FirstPart(child, rendezvous) for child in children]
             with Supervisor(children, settings, tell, alone=True) as supervisor:
                 while not stopped():
                     supervisor.poll()
@@ -82,6 +92,7 @@ def check_launch(settings: LaunchSettings) -> tuple[Path, Device, list[tuple[str
     Raises:
         UserError: the servers cannot be started on this machine.
     """
+    check_nodes(settings)
     if settings.isolated and settings.engine != "sglang":
         raise UserError(
             f"isolated: {settings.engine} cannot join isolated paths exactly; give --engine sglang"
@@ -104,11 +115,6 @@ def _until_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# Linux assigns ephemeral ports from 32768 on (net.ipv4.ip_local_port_range).
-FREE_PORTS = range(20000, 32000)
-TRIES = 50
 
 
 def find_python(settings: LaunchSettings) -> Path:
@@ -157,57 +163,14 @@ def assign_gpus(settings: LaunchSettings, visible: tuple[str, ...]) -> tuple[Dev
     device = settings.device or ("cuda" if visible else "cpu")
     if device == "cpu":
         return device, [()] * settings.servers
-    gpus = settings.tensor * settings.data
+    gpus = settings.tensor * settings.data // settings.nodes
     if settings.servers * gpus > len(visible):
         raise UserError(
             f"{settings.servers} servers of {gpus} GPUs need {settings.servers * gpus}, and "
-            f"{len(visible)} are visible; lower --servers, --tp or --dp, or give --device cpu"
+            f"{len(visible)} are visible; lower --servers, --tp or --dp, start one server over "
+            "several --nodes, or give --device cpu"
         )
     return device, [visible[index * gpus : (index + 1) * gpus] for index in range(settings.servers)]
-
-
-def pick_ports(settings: LaunchSettings) -> list[int]:
-    """One free port for each server.
-
-    Raises:
-        UserError: a given port is taken.
-    """
-    requested = [settings.port + index if settings.port else 0 for index in range(settings.servers)]
-    listeners = [socket.socket() for _ in requested]
-    try:
-        # All stay bound until the last is known, or two servers could get the same free port.
-        return [
-            _bind(listener, settings.host, port) if port else _bind_free(listener, settings.host)
-            for listener, port in zip(listeners, requested, strict=True)
-        ]
-    finally:
-        for listener in listeners:
-            listener.close()
-
-
-def _bind_free(listener: socket.socket, host: str) -> int:
-    """A port below the ephemeral range: a server binds its port only once its model is loaded, and by then an
-    ephemeral port may be in use by some connection."""
-    # Not from the random stream of a run.
-    for port in random.SystemRandom().sample(FREE_PORTS, TRIES):
-        with suppress(UserError):
-            return _bind(listener, host, port)
-    return _bind(listener, host, 0)
-
-
-def _bind(listener: socket.socket, host: str, port: int) -> int:
-    # As servers do: a port with only lingering connections is free.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        # With this option two sockets may bind one address, but not both listen.
-        listener.listen()
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"port {port} on {host}: {reason}; give another --port, or 0 for a free one"
-        ) from None
-    return listener.getsockname()[1]
 
 
 def server_url(host: str, port: int) -> str:

@@ -33,14 +33,14 @@ class ServerProcess:
         """Starts nothing yet; appends its output to `log`."""
         self.url = url
         self.log = log
-        self._command = command
+        self.command = command
         self._guard: subprocess.Popen[bytes] | None = None
         self._started = 0.0
 
     def start(self) -> None:
         """Starts or restarts it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        guarded = (sys.executable, "-m", GUARD, str(os.getpid()), *self._command.arguments)
+        guarded = (sys.executable, "-m", GUARD, str(os.getpid()), *self.command.arguments)
         left_out = LAUNCHER + (OF_RANKS if "RANK" in os.environ else ())
         own = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
         with open(self.log, "ab") as log:
@@ -49,7 +49,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=own | self._command.environment,
+                env=own | self.command.environment,
                 start_new_session=True,
             )
         self._started = time.monotonic()
@@ -60,6 +60,10 @@ class ServerProcess:
         assert self._guard is not None, "not started"
         code = self._guard.poll()
         return 128 - code if code is not None and code < 0 else code
+
+    def failure(self) -> str | None:
+        """Why it must be restarted; None while it runs."""
+        return None if self.status is None else f"ended with status {self.status}"
 
     @property
     def age(self) -> float:
@@ -86,7 +90,7 @@ class ServerProcess:
 
     def answers(self) -> bool:
         """Whether it gives any answer that its scheduler takes part in; also while its memory is released."""
-        return self._ask(self._command.probe) is not None
+        return self._ask(self.command.probe) is not None
 
     def _ask(self, path: str) -> int | None:
         """The status of the answer; None without one."""
@@ -179,9 +183,9 @@ class Supervisor:
         """
         for index, server in enumerate(self._servers):
             if not restarts:
-                self._healthy[index] &= server.status is None and not self._hangs(index)
-            elif server.status is not None:
-                self._on_crash(index, f"ended with status {server.status}")
+                self._healthy[index] &= server.failure() is None and not self._hangs(index)
+            elif (reason := server.failure()) is not None:
+                self._on_crash(index, reason)
             elif not self._healthy[index] and server.healthy():
                 self._healthy[index] = True
                 self._crash_counts[index] = 0

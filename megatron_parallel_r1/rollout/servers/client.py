@@ -85,7 +85,7 @@ class ServerInfo:
         max_tokens: prompt and continuation of one request together.
         cache_tokens: size of its KV cache; None: not reported.
         seeded: whether the seed fixes a draw: the same request, sent twice, drew the same tokens.
-        copies: data-parallel copies of the model in an SGLang server.
+        copies, nodes: of an SGLang server, data-parallel copies of the model, and machines that it is on.
         nccl: version of its NCCL; None: not reported.
     """
 
@@ -96,6 +96,7 @@ class ServerInfo:
     cache_tokens: int | None
     seeded: bool = True
     copies: int = 1
+    nodes: int = 1
     nccl: tuple[int, ...] | None = None
 
 

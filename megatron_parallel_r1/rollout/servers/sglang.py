@@ -55,6 +55,7 @@ class SglangClient(AsyncHttpClient):
                 cache_tokens=server.get("max_total_num_tokens"),
                 seeded=self._seeded,
                 copies=server.get("dp_size", 1),
+                nodes=server.get("nnodes", 1),
                 nccl=_nccl(server),
             )
         except (KeyError, TypeError, AttributeError) as error:

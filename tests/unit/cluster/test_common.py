@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -201,11 +202,58 @@ def test_servers_get_all_cpus_of_the_job_on_their_node(
 ) -> None:
     """With a fake `srun` that records its arguments and serves."""
     srun = 'srun() { echo "$*" >"$LOGS/called"; touch "$LOGS/urls.0"; exec sleep 60; }'
-    commands = f"{srun}; bookkeeping() {{ echo --checkpoint=any; }}; SERVERS=(n2); start_servers rl any.yaml"
+    commands = (
+        f"{srun}; bookkeeping() {{ echo --checkpoint=any; }}; SERVERS=(n2); SPAN=1; start_servers rl any.yaml"
+    )
     done = run_script(tmp_path, commands=f"{commands}; kill $SERVING", **size)
     assert done.returncode == 0, done.stderr
     called = (tmp_path / "logs/rl-7/attempt0/called").read_text().split()
     assert f"--cpus-per-task={cpus}" in called and "--ntasks-per-node=1" in called
+
+
+def test_a_server_takes_several_nodes_whole(tmp_path: Path) -> None:
+    """With a fake `srun` that runs the step's tasks as SLURM does."""
+    srun = """srun() {
+        while [[ $1 != bash ]]; do shift; done
+        for ((task = 0; task < 4; task++)); do SLURM_PROCID=$task "$@"; done >"$LOGS/called"
+        touch "$LOGS"/urls.{0,2}
+        exec sleep 60
+    }"""
+    commands = f"{srun}; bookkeeping() {{ echo --checkpoint=any; }}; SERVERS=(n2 n3 n4 n5) MASTER_PORT=20007"
+    settings = {"SLURM_GPUS_ON_NODE": "8", "ROLLOUT_TENSOR": "16", "ROLLOUT_SERVERS": "1", "PYTHON": "echo"}
+    commands += "; export MASTER_PORT; span_nodes; start_servers rl any.yaml; kill $SERVING"
+    done = run_script(tmp_path, commands=commands, ROLLOUT_NODES="4", **settings)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "logs/rl-7/attempt0/called").read_text().splitlines()
+    parts = [re.search(r"--tp 16 --nodes 2 --node-rank (\d) --rendezvous (\S+) ", line) for line in lines]
+    first, second = "n2:20007", "n4:20007"
+    assert [part.groups() for part in parts] == [("0", first), ("1", first), ("0", second), ("1", second)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ROLLOUT_TENSOR": "12"}, "ROLLOUT_TENSOR=12 does not divide into nodes of 8 GPUs"),
+        (
+            {"ROLLOUT_SERVERS": "2"},
+            "takes 2 nodes of 8 GPUs whole; set ROLLOUT_SERVERS=1",
+        ),
+        (
+            {"ROLLOUT_NODES": "3"},
+            "ROLLOUT_NODES=3 is not a multiple of the 2 nodes that a server",
+        ),
+        (
+            {"ROLLOUT_ENGINE": "vllm"},
+            "more than the 8 GPUs of a node, which only ROLLOUT_ENGINE=sglang",
+        ),
+    ],
+)
+def test_a_server_that_does_not_fit_nodes_is_refused(
+    settings: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    fits = {"ROLLOUT_NODES": "4", "ROLLOUT_TENSOR": "16", "ROLLOUT_SERVERS": "1", "SLURM_GPUS_ON_NODE": "8"}
+    done = run_script(tmp_path, commands="span_nodes", **fits | settings)
+    assert done.returncode == 2 and message in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,8 @@ def test_invalid_server_settings_are_refused() -> None:
         {"ROLLOUT_ENGINE": "sglnag"},
         {"ROLLOUT_PYTHON": "no/such"},
         {"ROLLOUT_SERVERS": "4", "ROLLOUT_TENSOR": "3"},
+        {"ROLLOUT_SERVERS": "1", "ROLLOUT_TENSOR": "12"},
+        {"ROLLOUT_SERVERS": "1", "ROLLOUT_TENSOR": "16", "ROLLOUT_ENGINE": "vllm"},
     ):
         check_site(site | wrong, header)  # without servers they do not matter
         with pytest.raises(UserError, match=next(iter(wrong))):
@@ -125,6 +127,11 @@ def test_invalid_server_settings_are_refused() -> None:
     ):
         check_site(site | right | {"ROLLOUT_NODES": "1"}, header)
     check_site(site | {"ROLLOUT_NODES": "1", "ROLLOUT_TENSOR": "3"}, replace(header, gpus_per_node=0))
+    # One server over two nodes of eight GPUs.
+    over, header = {"ROLLOUT_SERVERS": "1", "ROLLOUT_TENSOR": "16"}, replace(header, nodes=6)
+    check_site(site | over | {"ROLLOUT_NODES": "4"}, header)
+    with pytest.raises(UserError, match="ROLLOUT_NODES=3 is not a multiple of the 2 nodes that a server"):
+        check_site(site | over | {"ROLLOUT_NODES": "3"}, header)
 
 
 def test_the_environment_overrides_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

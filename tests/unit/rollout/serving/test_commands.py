@@ -11,11 +11,11 @@ import pytest
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher import run
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, build_command
+from megatron_parallel_r1.rollout.launcher.ports import pick_ports
 from megatron_parallel_r1.rollout.launcher.run import (
     assign_gpus,
     build_servers,
     find_python,
-    pick_ports,
     server_url,
     visible_gpus,
 )
