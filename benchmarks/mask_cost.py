@@ -161,7 +161,7 @@ def _sdpa(query_LHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, **sight: bool |
 def _fill(traces: Traces, length: int) -> list[int]:
     """Indices of traces, repeated if needed, that pack into a row of nearly `length` tokens."""
     rows = traces.rows * (1 + length // sum(map(len, traces.rows)))
-    chosen = first_fit(rows, length)
+    chosen = first_fit([len(row) for row in rows], length)
     return [index % len(traces.rows) for index in chosen[(len(chosen) - 1) // 2]]
 
 

@@ -189,8 +189,8 @@ def steps(size: Size, count: int, staleness: int = 0) -> list[Step]:
                 policy_batch = learner.prepare(batch.trained.traces)
                 advantages_R = learner.advantages(policy_batch, batch.trained.rewards)
                 learner.update(policy_batch, advantages_R, lr=1e-5)
-                phases = {name[5:-2]: seconds for name, seconds in timers.take().items()}
-                lengths = {len(trace.tokens) for trace in batch.all.traces}
+                phases = {name[5:-2]: seconds for name, seconds in {**batch.times, **timers.take()}.items()}
+                lengths = {outline.length for outline in batch.all.outlines}
                 assert lengths == {size.tokens}, lengths
                 measured.append(Step(time.perf_counter() - began, time.process_time() - worked, phases))
     return measured[1:]

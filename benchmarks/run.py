@@ -37,6 +37,7 @@ ALL = (
     Benchmark("native_engine"),
     Benchmark("critical_path"),
     Benchmark("rl_step"),
+    Benchmark("trace_exchange", ("--ranks", "1", "2", "4")),
     Benchmark("weight_sync", environment=".venv-sglang"),
     Benchmark("conversion"),
     Benchmark("verifier", ("--pairs", "200")),

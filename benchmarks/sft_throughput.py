@@ -137,7 +137,10 @@ def measure(data: Path | None, tokens: int, layers: int, repeats: int) -> Table:
     traces = load_traces(data)
     shape = ModelConfig(256, layers, 8, 4, 32, ffn=768, vocab=VOCAB, max_positions=max(4096, tokens))
     fitting = [row for row in traces.rows if len(row) <= tokens]
-    packed_rows = [fitting[index] for index in first_fit(fitting, tokens)[-1 if len(fitting) < 20 else 5]]
+    packed_rows = [
+        fitting[index]
+        for index in first_fit([len(row) for row in fitting], tokens)[-1 if len(fitting) < 20 else 5]
+    ]
     mean = sum(map(len, fitting)) / len(fitting)
     alone = min(fitting, key=lambda row: abs(len(row) - mean))
     with process.running(seed=1):

@@ -23,13 +23,13 @@ from megatron_parallel_r1.report.traces import trace_record
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.metrics import trace_metrics
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.rl.rollout_worker import sample_and_verify
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.run.backends import Backends, engine_of_checkpoint
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.datasets import evaluation_problems
 from megatron_parallel_r1.run.folder import steps_done
-from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.jsonl import JsonlWriter
 from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
 from megatron_parallel_r1.utils.seeding import derive_seed, seed_series
@@ -45,7 +45,7 @@ class HeldOutResult:
     """A record for `eval.jsonl`, and the traces with their verdicts, problem by problem."""
 
     record: dict[str, Any]
-    traces: list[Trace]
+    traces: list[PackedTrace]
     judged: list[Judged]
 
 
@@ -76,7 +76,7 @@ def evaluate_held_out(
         sum(j.correct for j in judged[start : start + samples]) for start in range(0, len(judged), samples)
     ]
     scores = _interval(problems, right, samples)
-    metrics = trace_metrics(traces, judged)
+    metrics = trace_metrics([trace.outline for trace in traces], judged)
     metrics["well_formed_blocks"] = metrics.pop("well_formed")
     record = {
         "kind": "eval",
@@ -123,7 +123,8 @@ def evaluate_stage(
     with JsonlWriter(run.stage_folder(stage.name) / "eval_traces.jsonl", through=0) as traces:
         for index in range(0, len(result.traces), max(1, len(result.traces) // TRACES_IN_REPORT)):
             problem = problems[index // settings.samples_per_problem]
-            line = trace_record(result.traces[index], problem, result.judged[index], None, run.tokenizer)
+            trace = result.traces[index].unpack()
+            line = trace_record(trace, problem, result.judged[index], None, run.tokenizer)
             traces.write({"stage": stage.name, "step": step, **line})
     with JsonlWriter(run.folder / "eval.jsonl") as lines:
         lines.write(record)

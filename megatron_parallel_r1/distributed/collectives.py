@@ -33,6 +33,29 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
     return values
 
 
+def gather_bytes(payload: bytes, group: dist.ProcessGroup | None = None) -> list[memoryview]:
+    """Returns every rank's bytes, in rank order, on every rank; those of a rank without any cost nothing.
+
+    Args:
+        group: a group of all ranks to use instead of the default one.
+    """
+    if dist.get_world_size() == 1:
+        return [memoryview(payload)]
+    device = torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda")
+    sizes_W = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes_W[dist.get_rank()] = len(payload)
+    dist.all_reduce(sizes_W, group=group)
+    found = []
+    for source, size in enumerate(sizes_W.tolist()):
+        buffer_B = torch.empty(size, dtype=torch.uint8, device=device)
+        if size and source == dist.get_rank():
+            buffer_B.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        if size:
+            dist.broadcast(buffer_B, source, group=group)
+        found.append(buffer_B.cpu().numpy().data)
+    return found
+
+
 def gather_objects(value: T) -> list[T]:
     """Returns every rank's picklable `value`, in rank order, on rank 0, and an empty list elsewhere."""
     if dist.get_world_size() == 1:
@@ -186,8 +209,10 @@ def gather_from_replicas(work: Callable[[], Sequence[T]], group: dist.ProcessGro
         part = work()
     except Exception as error:  # of any type: the other ranks would wait for ever
         problem = error
+    outcome = (part if is_replica_leader() else (), problem and _sendable(problem))
     # Among leaders, global ranks rise with the data-parallel rank.
-    results = all_gather_objects((part if is_replica_leader() else (), problem), group)
+    parts = gather_bytes(pickle.dumps(outcome) if is_replica_leader() or problem else b"", group)
+    results = [pickle.loads(part) for part in parts if len(part)]
     problems = [problem for _, problem in results if problem is not None]
     if problems:
         if isinstance(problems[0], UserError):

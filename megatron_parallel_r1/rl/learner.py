@@ -39,13 +39,14 @@ from megatron_parallel_r1.rl.objective.kl import kl_penalties
 from megatron_parallel_r1.rl.objective.loss import policy_loss
 from megatron_parallel_r1.rl.objective.mismatch import Mismatch, largest_apart, mismatch_sums
 from megatron_parallel_r1.rl.objective.overlong import complete, overlong_penalties
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.rl.path_results import PathVerdicts
 from megatron_parallel_r1.rl.reference import Reference, make_reference
 from megatron_parallel_r1.run.context import RunContext
-from megatron_parallel_r1.thought.layout import Mode, lay_out
+from megatron_parallel_r1.thought.layout import Mode, lay_out, row_length
 from megatron_parallel_r1.thought.tags import Tags
-from megatron_parallel_r1.thought.trace import Trace
-from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
+from megatron_parallel_r1.thought.trace import Outline
+from megatron_parallel_r1.train.micro_batch import MicroBatch, pack_share, partition
 from megatron_parallel_r1.train.trainer import Trainer, Update
 from megatron_parallel_r1.utils.rounding import RoundingLimits, rounding_limits
 from megatron_parallel_r1.utils.timers import Timers
@@ -78,10 +79,12 @@ class MiniBatch:
 
     Attributes:
         traces: indices into the step's traces, the same on every rank.
+        own: those that this rank trains.
         micro_batches: this rank's packed rows.
     """
 
     traces: np.ndarray
+    own: list[int]
     micro_batches: list[MicroBatch]
 
 
@@ -90,10 +93,11 @@ class PolicyBatch:
     """The traces of a step, packed, with the log-probs from before the step.
 
     Attributes:
+        outlines: of all traces, the same on every rank.
         penalties: float64 [R] each, added to the rewards; keyed by metric name.
     """
 
-    traces: Sequence[Trace]
+    outlines: Sequence[Outline]
     mini_batches: list[MiniBatch]
     penalties: dict[str, Float64]
 
@@ -143,7 +147,7 @@ class Learner:
             timers,
         )
 
-    def prepare(self, traces: Sequence[Trace]) -> PolicyBatch:
+    def prepare(self, traces: Sequence[PackedTrace]) -> PolicyBatch:
         """Packs traces into micro-batches and computes the log-probs and penalties that the step needs.
 
         Args:
@@ -152,7 +156,8 @@ class Learner:
         mini_batches = self._pack(traces)
         with self.timers.of("logprobs"):
             self._compute_logprobs(mini_batches)
-        return PolicyBatch(traces, mini_batches, self._penalties(traces, mini_batches))
+        outlines = [trace.outline for trace in traces]
+        return PolicyBatch(outlines, mini_batches, self._penalties(outlines, mini_batches))
 
     def advantages(self, batch: PolicyBatch, rewards: Sequence[float | None]) -> Float64 | np.ma.MaskedArray:
         """Computes the advantages of the traces, float64 [R], from rewards plus penalties.
@@ -209,21 +214,28 @@ class Learner:
         penalties = {name: float(penalties_R.mean()) for name, penalties_R in batch.penalties.items()}
         return self._metrics(updates) | penalties | self._mismatch(batch, updates)
 
-    def _pack(self, traces: Sequence[Trace]) -> list[MiniBatch]:
-        """Packs the mini-batches. Groups stay whole, so that the advantages of each mini-batch sum to 0."""
-        rows = [lay_out(t.prompt, t.tokens, t.sampled, t.tree, self.mode) for t in traces]
+    def _pack(self, traces: Sequence[PackedTrace]) -> list[MiniBatch]:
+        """Packs the mini-batches. Groups stay whole, so that the advantages of each mini-batch sum to 0.
+
+        A rank unpacks and lays out the traces alone that it trains.
+        """
+        lengths = [row_length(t.outline.prompt_length, t.outline.tree, self.mode) for t in traces]
         groups = np.arange(len(traces)).reshape(-1, self.batch.samples)
         count = min(self.batch.mini_batches, len(groups))
-        engine, suppressed = {"engine": [t.logprobs for t in traces]}, [t.suppressed for t in traces]
-        device, partition = self.trainer.device, self.trainer.partition
+        device, place = self.trainer.device, self.trainer.partition
         mini_batches = []
         for part in np.array_split(groups, count):
             indices = part.ravel()
-            packed = partition_rows(rows, self.batch.micro_tokens, partition, indices.tolist())
+            share = partition(lengths, self.batch.micro_tokens, place, indices.tolist())
+            own = {i: traces[i].unpack() for chosen in share for i in chosen}
+            rows = {i: lay_out(t.prompt, t.tokens, t.sampled, t.tree, self.mode) for i, t in own.items()}
+            engine = {"engine": {i: t.logprobs for i, t in own.items()}}
+            suppressed = {i: t.suppressed for i, t in own.items()}
             micro_batches = [
-                MicroBatch.of(row, device, engine, suppressed, self.tags.parallel) for row in packed
+                MicroBatch.of(row, device, engine, suppressed, self.tags.parallel)
+                for row in pack_share(rows, share, place)
             ]
-            mini_batches.append(MiniBatch(indices, micro_batches))
+            mini_batches.append(MiniBatch(indices, list(own), micro_batches))
         return mini_batches
 
     def _compute_logprobs(self, mini_batches: Sequence[MiniBatch]) -> None:
@@ -239,11 +251,13 @@ class Learner:
             for mini_batch in mini_batches:
                 self.reference.score(mini_batch.micro_batches)
 
-    def _penalties(self, traces: Sequence[Trace], mini_batches: Sequence[MiniBatch]) -> dict[str, Float64]:
+    def _penalties(
+        self, outlines: Sequence[Outline], mini_batches: Sequence[MiniBatch]
+    ) -> dict[str, Float64]:
         objective = self.objective
         penalties: dict[str, Float64] = {}
         if objective.overlong_cache:
-            lengths_R = np.array([len(trace.tokens) for trace in traces])
+            lengths_R = np.array([outline.length for outline in outlines])
             penalties["penalty_overlong"] = overlong_penalties(
                 lengths_R,
                 self.batch.max_response_tokens,
@@ -252,7 +266,7 @@ class Learner:
             )
         if objective.kl != "none" and objective.kl_in == "reward":
             micro_batches = [micro_batch for mini in mini_batches for micro_batch in mini.micro_batches]
-            penalties["penalty_kl"] = self._kl_penalties(len(traces), micro_batches)
+            penalties["penalty_kl"] = self._kl_penalties(len(outlines), micro_batches)
         return penalties
 
     def _kl_penalties(self, count: int, micro_batches: Sequence[MicroBatch]) -> Float64:
@@ -285,30 +299,33 @@ class Learner:
         path_verdicts: Sequence[PathVerdicts] | None,
     ) -> None:
         """Adds each target's advantage and its weight in the loss to the micro-batches."""
-        objective, traces = self.objective, batch.traces
+        objective, outlines = self.objective, batch.outlines
         kept_R = ~np.ma.getmaskarray(advantages_R)
         advantages_R = np.ma.filled(advantages_R, 0.0)
+        own = [index for mini_batch in batch.mini_batches for index in mini_batch.own]
         if objective.path_credit:
             assert path_verdicts is not None, "per-path credit needs each path's verdict"
-            judged = list(zip(traces, path_verdicts, advantages_R, strict=True))
+            # A user's estimator runs on one rank, for the traces of all.
+            indices = own if objective.advantage in ADVANTAGES else range(len(outlines))
+            judged = list(zip(outlines, path_verdicts, advantages_R, strict=True))
             advantages = self._on_one_rank(
-                lambda: [
-                    path_advantages(trace.tree, verdicts, advantage, objective.advantage)
-                    for trace, verdicts, advantage in judged
-                ]
+                lambda: {
+                    index: path_advantages(outline.tree, verdicts, advantage, objective.advantage)
+                    for index, (outline, verdicts, advantage) in ((index, judged[index]) for index in indices)
+                }
             )
         else:
-            advantages = [np.full(len(t.tokens), a) for t, a in zip(traces, advantages_R, strict=True)]
-        targets_R = np.array([trace.sampled_count for trace in traces])
+            advantages = {index: np.full(outlines[index].length, advantages_R[index]) for index in own}
+        targets_R = np.array([outline.sampled_count for outline in outlines])
         if objective.mask_truncated:
-            kept_R &= complete(traces)
+            kept_R &= complete(outlines)
         for mini_batch in batch.mini_batches:
             chosen = mini_batch.traces
-            weights_R = np.zeros(len(traces))
+            weights_R = np.zeros(len(outlines))
             weights_R[chosen] = target_weights(
                 targets_R[chosen], objective.aggregation, objective.constant_length, kept_R[chosen]
             )
-            weights = [np.full(len(t.tokens), w) for t, w in zip(traces, weights_R, strict=True)]
+            weights = {index: np.full(outlines[index].length, weights_R[index]) for index in mini_batch.own}
             for micro_batch in mini_batch.micro_batches:
                 micro_batch.spread("advantage", advantages)
                 micro_batch.spread("weight", weights)

@@ -14,8 +14,7 @@ from megatron_parallel_r1.rewards.verification import ResponseToJudge, judge
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.path_results import mean, path_lengths
 from megatron_parallel_r1.rl.rollout_batch import Rollouts, stale_groups, staleness
-from megatron_parallel_r1.thought.layout import critical_length
-from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.thought.trace import Outline, Trace
 from megatron_parallel_r1.utils.rank import is_rank_zero
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def group_metrics(judged: Sequence[Judged], size: int) -> dict[str, float]:
     }
 
 
-def trace_metrics(traces: Sequence[Trace], judged: Sequence[Judged]) -> dict[str, float | None]:
+def trace_metrics(outlines: Sequence[Outline], judged: Sequence[Judged]) -> dict[str, float | None]:
     """Means over traces; those over blocks are None if no trace has a block.
 
     `first_block` is the relative position of a trace's first block, 0 at its start and 1 at its end: early
@@ -61,21 +60,21 @@ def trace_metrics(traces: Sequence[Trace], judged: Sequence[Judged]) -> dict[str
     of traces whose verification timed out, crashed or was given up; both count as wrong.
     """
     blocks = sum(j.format.blocks for j in judged)
-    places = [t.tree.blocks[0].start / len(t.tokens) for t in traces if t.tree.blocks]
+    places = [outline.tree.blocks[0].start / outline.length for outline in outlines if outline.tree.blocks]
     return {
         "accuracy": fmean(j.correct for j in judged),
         "unanswered": fmean(j.extracted is None for j in judged),
         "unverified": fmean(j.reason in ("timeout", "crash") for j in judged),
         "parallel_ratio": fmean(j.format.parallel for j in judged),
         "well_formed": sum(j.format.well_formed_blocks for j in judged) / blocks if blocks else None,
-        "blocks_per_trace": blocks / len(traces),
+        "blocks_per_trace": blocks / len(outlines),
         "paths_per_block": sum(j.format.paths for j in judged) / blocks if blocks else None,
-        "path_length": mean(length for trace in traces for length in path_lengths(trace.tree)),
+        "path_length": mean(length for outline in outlines for length in path_lengths(outline.tree)),
         "path_difference": mean(j.difference for j in judged if j.difference is not None),
         "first_block": fmean(places) if places else None,
-        "length": fmean(len(t.tokens) for t in traces),
-        "critical_length": fmean(critical_length(t.tree) for t in traces),
-        "truncated": fmean(t.finish == "length" for t in traces),
+        "length": fmean(outline.length for outline in outlines),
+        "critical_length": fmean(j.critical_length for j in judged),
+        "truncated": fmean(outline.finish == "length" for outline in outlines),
     }
 
 
@@ -92,13 +91,13 @@ def source_metrics(rollouts: Rollouts) -> dict[str, float]:
     return metrics
 
 
-def staleness_metrics(traces: Sequence[Trace], step: int, most: int, size: int) -> dict[str, float]:
+def staleness_metrics(outlines: Sequence[Outline], step: int, most: int, size: int) -> dict[str, float]:
     """Mean and largest staleness of a step's traces, in updates, and the number of groups above `most`."""
-    ages = [staleness(trace, step) for trace in traces]
+    ages = [staleness(outline, step) for outline in outlines]
     return {
         "staleness": fmean(ages),
         "staleness_max": max(ages),
-        "groups_stale": sum(stale_groups(traces, step, most, size)),
+        "groups_stale": sum(stale_groups(outlines, step, most, size)),
     }
 
 
@@ -120,7 +119,8 @@ def sample_traces(
     chosen = [*pairs, *right[len(wrong) :], *wrong[len(right) :]][:count]
     return [
         trace_record(
-            rollouts.traces[i], rollouts.problems[i], rollouts.judged[i], rollouts.rewards[i], tokenizer
+            *(rollouts.traces[i].unpack(), rollouts.problems[i], rollouts.judged[i]),
+            *(rollouts.rewards[i], tokenizer),
         )
         for i in chosen
     ]

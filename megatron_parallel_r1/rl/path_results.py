@@ -18,6 +18,7 @@ from megatron_parallel_r1.rewards.fast_equality import decide_without_algebra
 from megatron_parallel_r1.rewards.path_diversity import content_span
 from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.thought.tree import Block, Tree
 
@@ -57,9 +58,9 @@ def path_lengths(tree: Tree) -> Iterator[int]:
 
 
 def summary_metrics(
-    traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, read_result: ReadResult = stated_value
+    traces: Sequence[PackedTrace], tokenizer: PreTrainedTokenizerBase, read_result: ReadResult = stated_value
 ) -> dict[str, float | None]:
-    """Agreement of summaries with the results of their paths.
+    """Agreement of summaries with the results of their paths. Replicas share the work.
 
     Over blocks with two or more paths in which the summary and at least one path state a result:
     `summary_agreement` is the share whose summary states the result of some path, `summary_majority` the
@@ -69,12 +70,15 @@ def summary_metrics(
     Returns:
         None for both if there is no such block.
     """
-    supports = [
-        support
-        for trace in traces
-        for _, block in trace.tree.all_blocks()
-        if (support := _summary_support(block, trace, tokenizer, read_result)) is not None
-    ]
+    own = [packed.unpack() for packed in replica_slice(traces)] if is_replica_leader() else []
+    supports = gather_from_replicas(
+        lambda: [
+            support
+            for trace in own
+            for _, block in trace.tree.all_blocks()
+            if (support := _summary_support(block, trace, tokenizer, read_result)) is not None
+        ]
+    )
     return {
         "summary_agreement": mean(agreeing > 0 for agreeing, _ in supports),
         "summary_majority": mean(agreeing == most for agreeing, most in supports),
@@ -114,7 +118,7 @@ def _are_equal(first: str, second: str) -> bool:
 
 
 def judge_paths(
-    traces: Sequence[Trace],
+    traces: Sequence[PackedTrace],
     problems: Sequence[Problem],
     tokenizer: PreTrainedTokenizerBase,
     verifier: Verifier,
@@ -127,7 +131,7 @@ def judge_paths(
     own = replica_slice(list(zip(traces, problems, strict=True)))
     if not is_replica_leader():
         return gather_from_replicas(lambda: [])
-    results = [_path_results(trace, tokenizer, read_result) for trace, _ in own]
+    results = [_path_results(trace.unpack(), tokenizer, read_result) for trace, _ in own]
     pairs = [
         (answer, reference)
         for (_, problem), blocks in zip(own, results, strict=True)

@@ -14,16 +14,16 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged, Score
+from megatron_parallel_r1.rl.packed_trace import COLUMNS, PackedTrace
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts
 from megatron_parallel_r1.thought.trace import Finish, Trace
 from megatron_parallel_r1.thought.tree import Tree
 
-# Per-token values of a trace, and their dtypes.
-COLUMNS = {"tokens": "<i4", "sampled": "|b1", "suppressed": "|b1", "logprobs": "<f8", "versions": "<i4"}
 PROBLEMS, TREES = TypeAdapter(list[Problem]), TypeAdapter(list[Tree])
 JUDGED, SCORES = TypeAdapter(list[Judged]), TypeAdapter(list[Score])
 FINISHES = TypeAdapter(list[Finish])
@@ -63,18 +63,18 @@ def from_json(written: dict[str, Any]) -> RolloutBatch:
     return RolloutBatch(rollouts, trained, written["rounds"], times)
 
 
-def _traces_to_json(traces: Sequence[Trace]) -> dict[str, Any]:
-    columns = {name: [value for t in traces for value in getattr(t, name)] for name in COLUMNS}
+def _traces_to_json(traces: Sequence[PackedTrace]) -> dict[str, Any]:
+    outlines = [trace.outline for trace in traces]
     return {
-        "lengths": [len(trace.tokens) for trace in traces],
-        "prompts": [list(trace.prompt) for trace in traces],
-        "finishes": [trace.finish for trace in traces],
-        "trees": TREES.dump_python([trace.tree for trace in traces], mode="json"),
-        **{name: _packed(values, COLUMNS[name]) for name, values in columns.items()},
+        "lengths": [outline.length for outline in outlines],
+        "prompts": [trace.prompt.tolist() for trace in traces],
+        "finishes": [outline.finish for outline in outlines],
+        "trees": TREES.dump_python([outline.tree for outline in outlines], mode="json"),
+        **{name: _compressed([trace.column(name) for trace in traces]) for name in COLUMNS},
     }
 
 
-def _traces_from_json(written: dict[str, Any]) -> list[Trace]:
+def _traces_from_json(written: dict[str, Any]) -> list[PackedTrace]:
     stops = list(accumulate(written["lengths"]))
     spans = list(zip([0, *stops], stops, strict=False))
     if "barred" in written:  # its name before 0.2
@@ -87,12 +87,13 @@ def _traces_from_json(written: dict[str, Any]) -> list[Trace]:
         tokens, sampled, suppressed, logprobs, versions = (
             tuple(columns[name][start:stop]) for name in COLUMNS
         )
-        traces.append(Trace(tuple(prompt), tokens, sampled, suppressed, logprobs, finish, tree, versions))
+        trace = Trace(tuple(prompt), tokens, sampled, suppressed, logprobs, finish, tree, versions)
+        traces.append(PackedTrace.of(trace))
     return traces
 
 
-def _packed(values: Sequence[float], kind: str) -> str:
-    return b64encode(zlib.compress(np.asarray(values, kind).tobytes())).decode()
+def _compressed(columns: Sequence[NDArray]) -> str:
+    return b64encode(zlib.compress(b"".join(column.tobytes() for column in columns))).decode()
 
 
 def _unpacked(text: str, kind: str) -> list[Any]:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged, Score
-from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
+from megatron_parallel_r1.thought.trace import Outline
 
 T = TypeVar("T")
 # Fields of a trace that the record of a skipped step keeps, enough to repeat its updates.
@@ -17,15 +18,19 @@ KEPT = ("prompt", "tokens", "sampled", "suppressed", "logprobs", "versions", "fi
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """Parallel lists over responses; the responses of a group are adjacent."""
+    """Parallel lists over responses, the same on every rank; the responses of a group are adjacent."""
 
     problems: list[Problem]
-    traces: list[Trace]
+    traces: list[PackedTrace]
     judged: list[Judged]
     scores: list[Score]
 
     def __len__(self) -> int:
         return len(self.traces)
+
+    @property
+    def outlines(self) -> list[Outline]:
+        return [trace.outline for trace in self.traces]
 
     @property
     def rewards(self) -> list[float | None]:
@@ -68,18 +73,19 @@ class RolloutBatch:
 
     def records(self) -> list[dict[str, Any]]:
         """Everything needed to repeat the step's updates, JSON-ready."""
-        pairs = zip(self.trained.traces, self.trained.rewards, strict=True)
+        traces = [trace.unpack() for trace in self.trained.traces]
+        pairs = zip(traces, self.trained.rewards, strict=True)
         return [{name: getattr(trace, name) for name in KEPT} | {"reward": reward} for trace, reward in pairs]
 
 
-def staleness(trace: Trace, step: int) -> int:
+def staleness(outline: Outline, step: int) -> int:
     """Number of updates between the weights that sampled the trace and those that `step` trains."""
-    return step - 1 - trace.version
+    return step - 1 - outline.version
 
 
-def stale_groups(traces: Sequence[Trace], step: int, most: int, size: int) -> list[bool]:
+def stale_groups(outlines: Sequence[Outline], step: int, most: int, size: int) -> list[bool]:
     """Returns for each group of `size` traces whether one of them is more than `most` updates old."""
-    old = [staleness(trace, step) > most for trace in traces]
+    old = [staleness(outline, step) > most for outline in outlines]
     return [any(old[start : start + size]) for start in range(0, len(old), size)]
 
 
@@ -89,7 +95,7 @@ def drop_stale(batch: RolloutBatch, step: int, most: int, size: int) -> RolloutB
     Raises:
         RuntimeError: no group is left.
     """
-    stale = stale_groups(batch.trained.traces, step, most, size)
+    stale = stale_groups(batch.trained.outlines, step, most, size)
     if not any(stale):
         return batch
     fresh = [group for group, is_stale in enumerate(stale) if not is_stale]

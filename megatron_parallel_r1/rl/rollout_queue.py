@@ -33,6 +33,7 @@ from megatron_parallel_r1.rl.pending import from_json, to_json
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.rollout.engine import Engine
+from megatron_parallel_r1.utils.rank import is_rank_zero
 from megatron_parallel_r1.utils.timers import Timers
 
 WeightTensors = Iterable[tuple[str, torch.Tensor]]
@@ -52,7 +53,7 @@ class RolloutQueue(Protocol):
         ...
 
     def state(self) -> list[dict[str, Any]]:
-        """All pending batches of the published weights, JSON-ready, for a checkpoint.
+        """All pending batches of the published weights, JSON-ready, for a checkpoint that rank zero writes.
 
         No rollout is under way when this returns, until the next weights are published.
         """
@@ -215,7 +216,7 @@ class AsyncRollouts:
     def state(self) -> list[dict[str, Any]]:
         with self._changed:
             batches = self._pending()
-        return [to_json(batch) for batch in batches]
+        return [to_json(batch) for batch in batches] if is_rank_zero() else []
 
     def state_after(self, step: int) -> list[dict[str, Any]]:
         return []

@@ -39,6 +39,7 @@ from megatron_parallel_r1.rl.metrics import (
     trace_metrics,
 )
 from megatron_parallel_r1.rl.objective.advantage import informative
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.rl.path_results import (
     PathVerdicts,
     ReadResult,
@@ -51,7 +52,6 @@ from megatron_parallel_r1.rl.scoring import keep_unscored, score
 from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.run.context import RunContext
-from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.seeding import seed_series
 from megatron_parallel_r1.utils.timers import Timers
 
@@ -172,15 +172,15 @@ class RolloutWorker:
             "unscored": fmean(reward is None for reward in everything.rewards),
             "scoring_timeouts": sum(score.timeouts for score in everything.scores),
             "reward_term": self.reward.term(step - 1),
-            **trace_metrics(everything.traces, everything.judged),
+            **trace_metrics(everything.outlines, everything.judged),
             **group_metrics(everything.judged, samples),
             **(source_metrics(everything) if has_sources(self.stage.data) else {}),
             **summary_metrics(everything.traces, self.tokenizer, self.read_result),
-            **staleness_metrics(everything.traces, step, self.stage.max_off_policy_steps, samples),
+            **staleness_metrics(everything.outlines, step, self.stage.max_off_policy_steps, samples),
             "groups": len(everything) // samples,
             "groups_dropped": (len(everything) - len(batch.trained)) // samples,
             "rounds": batch.rounds,
-            "tokens": sum(len(trace.tokens) for trace in everything.traces),
+            "tokens": sum(outline.length for outline in everything.outlines),
             **batch.times,
         }
 
@@ -235,7 +235,7 @@ def sample_and_verify(
     concurrent: int,
     world: dist.ProcessGroup | None = None,
     timers: Timers | None = None,
-) -> tuple[list[Trace], list[Judged]]:
+) -> tuple[list[PackedTrace], list[Judged]]:
     """Samples and verifies a response to each problem; replicas share the work, every rank gets all.
 
     Args:
@@ -247,16 +247,18 @@ def sample_and_verify(
     own_problems, own_seeds = replica_slice(problems), replica_slice(seeds)
     timers = timers or Timers()
 
-    def work() -> list[tuple[Trace, Judged]]:
+    def work() -> list[tuple[PackedTrace, Judged]]:
         if not (is_replica_leader() or thinker.engine.runs_on_all_ranks):
             return []
         prompts = [encode_prompt(tokenizer, template, problem) for problem in own_problems]
         with timers.of("draw"):
             traces = asyncio.run(roll_out(thinker, prompts, own_seeds, concurrent))
         # The leader verifies for all ranks of its replica: with time-outs, verdicts could differ.
+        if not is_replica_leader():
+            return []
         with timers.of("verify"):
-            judged = judge_traces(traces, own_problems, tokenizer, verifier) if is_replica_leader() else []
-        return list(zip(traces, judged, strict=False))
+            judged = judge_traces(traces, own_problems, tokenizer, verifier)
+        return list(zip(map(PackedTrace.of, traces), judged, strict=True))
 
     pairs = gather_from_replicas(work, world)
     return [trace for trace, _ in pairs], [judgement for _, judgement in pairs]

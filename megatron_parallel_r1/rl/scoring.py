@@ -61,7 +61,8 @@ def score(
             return []
         own = range(groups[0] * size, (groups[-1] + 1) * size)
         batch = [
-            judged_trace(rollouts.judged[i], rollouts.traces[i], rollouts.problems[i], tokenizer) for i in own
+            judged_trace(rollouts.judged[i], rollouts.traces[i].unpack(), rollouts.problems[i], tokenizer)
+            for i in own
         ]
         return reward.score_all(batch, step, first + own.start)
 
@@ -105,7 +106,8 @@ def keep_unscored(rollouts: Rollouts, step: int, folder: Path, tokenizer: PreTra
     path = folder / UNSCORED_FILE
     if is_rank_zero():
         with JsonlWriter(path, through=0) as lines:
-            for number, (trace, problem) in enumerate(zip(rollouts.traces, rollouts.problems, strict=True)):
+            traces = (trace.unpack() for trace in rollouts.traces)
+            for number, (trace, problem) in enumerate(zip(traces, rollouts.problems, strict=True)):
                 lines.write(
                     {
                         "step": step,

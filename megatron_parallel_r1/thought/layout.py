@@ -95,6 +95,20 @@ def lay_out(
     return _flat(prompt, tokens, sampled)
 
 
+def row_length(prompt_length: int, tree: Tree, mode: Mode) -> int:
+    """Returns the length of the row of `lay_out`."""
+    return prompt_length + tree.length + (_branch_tokens(tree.blocks) if mode == "replay" else 0)
+
+
+def _branch_tokens(blocks: tuple[Block, ...]) -> int:
+    """Tokens of all branches of `blocks`, nested ones included."""
+    return sum(
+        _branch_tokens(path.blocks) + (path.stop - path.start if number else 0)
+        for block in blocks
+        for number, path in enumerate(block.paths)
+    )
+
+
 def isolated_positions(tree: Tree) -> Int32:
     """Returns the positions of the response's tokens in `isolated` mode, from 0."""
     positions = np.zeros(tree.length, np.int32)

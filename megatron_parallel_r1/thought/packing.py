@@ -5,13 +5,18 @@ Shapes: L tokens of a packed row, D hidden intervals per token, K = 2 + 2 D.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_parallel_r1.thought.layout import Int32, Row
+
+PerToken = Sequence[float] | NDArray[np.float64]
+"""One value per response token of a trace."""
+PerTrace = Sequence[PerToken] | Mapping[int, PerToken]
+"""Such values of traces, by their index."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -44,11 +49,11 @@ class PackedRow:
         """The number of tokens with loss."""
         return int((self.labels_L >= 0).sum())
 
-    def gather(self, values: Sequence[Sequence[float] | NDArray[np.float64]]) -> NDArray[np.float32]:
+    def gather(self, values: PerTrace) -> NDArray[np.float32]:
         """Gathers per-token values of the original traces along the row; 0 where nothing is predicted.
 
         Args:
-            values: for each row passed to `pack`, one value per response token.
+            values: one value per response token, by index of the row; at least of the rows of this one.
         """
         values_L = np.zeros(len(self), np.float32)
         for place, segment_id in enumerate(self.segment_ids):
@@ -65,15 +70,19 @@ def pack(rows: Sequence[Row], capacity: int, indices: Sequence[int] | None = Non
     Args:
         indices: of the rows to pack; None: all.
     """
-    return [concatenate(rows, chosen) for chosen in first_fit(rows, capacity, indices)]
+    return [concatenate(rows, chosen) for chosen in first_fit([len(row) for row in rows], capacity, indices)]
 
 
-def first_fit(rows: Sequence[Row], capacity: int, indices: Sequence[int] | None = None) -> list[list[int]]:
-    """Returns the indices of the rows that `pack` concatenates, each list in rising order."""
+def first_fit(lengths: Sequence[int], capacity: int, indices: Sequence[int] | None = None) -> list[list[int]]:
+    """Returns the indices of the rows that `pack` concatenates, each list in rising order.
+
+    Args:
+        lengths: of all rows.
+    """
     chosen: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(indices if indices is not None else range(len(rows)), key=lambda i: -len(rows[i])):
-        size = len(rows[index])
+    for index in sorted(indices if indices is not None else range(len(lengths)), key=lambda i: -lengths[i]):
+        size = lengths[index]
         place = next((place for place, free in enumerate(room) if free >= size), None)
         if place is None:
             chosen.append([index])
@@ -149,7 +158,7 @@ def context_shard(row: PackedRow, rank: int, size: int) -> PackedRow:
     )
 
 
-def concatenate(rows: Sequence[Row], indices: Sequence[int]) -> PackedRow:
+def concatenate(rows: Sequence[Row] | Mapping[int, Row], indices: Sequence[int]) -> PackedRow:
     """Concatenates `rows[i] for i in indices`."""
     chosen = [rows[index] for index in indices]
     starts = np.cumsum([0, *(len(row) for row in chosen)])

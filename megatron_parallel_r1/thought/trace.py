@@ -11,6 +11,28 @@ Finish = Literal["eos", "length"]
 
 
 @dataclass(frozen=True, slots=True)
+class Outline:
+    """What every rank knows of a trace: all but its tokens.
+
+    Attributes:
+        prompt_length: tokens of the prompt.
+        sampled_count: response tokens that the policy sampled.
+        finish, tree, version: as of `Trace`.
+    """
+
+    prompt_length: int
+    sampled_count: int
+    finish: Finish
+    tree: Tree
+    version: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the response."""
+        return self.tree.length
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """One response.
 
@@ -43,6 +65,10 @@ class Trace:
         lengths = {len(part) for part in (self.tokens, self.sampled, self.suppressed, self.logprobs)}
         assert lengths == {self.tree.length}, lengths
         assert len(self.versions) in (0, self.tree.length), len(self.versions)
+
+    @property
+    def outline(self) -> Outline:
+        return Outline(len(self.prompt), self.sampled_count, self.finish, self.tree, self.version)
 
     @property
     def sampled_count(self) -> int:

@@ -26,6 +26,7 @@ from megatron_parallel_r1.model.layers import FP8_ROWS
 from megatron_parallel_r1.thought.layout import Row
 from megatron_parallel_r1.thought.packing import (
     PackedRow,
+    PerTrace,
     balanced_partition,
     concatenate,
     context_shard,
@@ -71,30 +72,41 @@ class BatchPartition:
         )
 
 
-def partition_rows(
-    rows: Sequence[Row], capacity: int, place: BatchPartition, indices: Sequence[int] | None = None
-) -> list[PackedRow]:
-    """Returns this rank's packed rows. Every rank gets equally many; the rest are filler rows.
+def partition(
+    lengths: Sequence[int], capacity: int, place: BatchPartition, indices: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Returns which rows each packed row of this rank holds. Every rank gets equally many; some may be empty.
 
     Args:
-        rows: rows of the whole batch, the same on every rank.
+        lengths: of the rows of the whole batch, the same on every rank.
         capacity: tokens of a packed row, a multiple of `place.multiple`.
         indices: of the rows to partition; None: all.
     """
-    indices = range(len(rows)) if indices is None else indices
-    hands = balanced_partition([len(rows[index]) for index in indices], place.data_size)
-    packed = [first_fit(rows, capacity, [indices[i] for i in hand]) for hand in hands]
+    indices = range(len(lengths)) if indices is None else indices
+    hands = balanced_partition([lengths[index] for index in indices], place.data_size)
+    packed = [first_fit(lengths, capacity, [indices[i] for i in hand]) for hand in hands]
     count = max(map(len, packed))
     count += -count % place.rounds
-    own = packed[place.data] + [[]] * (count - len(packed[place.data]))
-    whole = [pad(concatenate(rows, chosen), place.multiple) for chosen in own]
+    return packed[place.data] + [[]] * (count - len(packed[place.data]))
+
+
+def pack_share(
+    rows: Sequence[Row] | Mapping[int, Row], share: Sequence[Sequence[int]], place: BatchPartition
+) -> list[PackedRow]:
+    """Packs the rows of this rank as `partition` says; an empty one becomes a row of padding.
+
+    Args:
+        rows: by index, at least those of the share.
+    """
+    whole = [pad(concatenate(rows, chosen), place.multiple) for chosen in share]
     if place.rounds > 1:
         whole = [pad(row, max(map(len, whole))) for row in whole]
     return [context_shard(row, place.context, place.context_size) for row in whole]
 
 
-# One value per response token of a trace.
-PerToken = Sequence[float] | NDArray[np.float64]
+def partition_rows(rows: Sequence[Row], capacity: int, place: BatchPartition) -> list[PackedRow]:
+    """Packs this rank's share of rows that every rank has laid out."""
+    return pack_share(rows, partition([len(row) for row in rows], capacity, place), place)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -165,15 +177,15 @@ class MicroBatch:
         cls,
         row: PackedRow,
         device: torch.device,
-        values: Mapping[str, Sequence[PerToken]] | None = None,
-        suppressed: Sequence[Sequence[bool]] | None = None,
+        values: Mapping[str, PerTrace] | None = None,
+        suppressed: PerTrace | None = None,
         suppressed_token: int = -1,
     ) -> MicroBatch:
         """Copies a row and the values of its targets to a device.
 
         Args:
-            values: by name, per-token values of all traces of the batch.
-            suppressed: of all those traces, where `suppressed_token` could not be drawn.
+            values: by name, per-token values of the row's traces.
+            suppressed: of those traces, where `suppressed_token` could not be drawn.
         """
         at_N = np.flatnonzero(row.labels_L >= 0)
         suppressed_L = np.zeros(len(row)) if suppressed is None else row.gather(suppressed)
@@ -200,7 +212,7 @@ class MicroBatch:
             batch.spread(name, per_trace)
         return batch
 
-    def spread(self, name: str, per_trace: Sequence[PerToken]) -> None:
-        """Sets a named value of the targets from one per response token of every trace of the batch."""
+    def spread(self, name: str, per_trace: PerTrace) -> None:
+        """Sets a named value of the targets from one per response token of the row's traces."""
         values_N = self.row.gather(per_trace)[self.row.labels_L >= 0]
         self.values[name] = to_device(values_N, self.at_N.device)

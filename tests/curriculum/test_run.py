@@ -84,7 +84,7 @@ def test_every_metric_is_documented_and_every_documented_one_is_logged(whole: Pa
         assert set(json.loads(line)) == expected | {"reward_accuracy", "reward_parallel_bonus"}
     assert documented("`rl`, depending on the objective") - {"reward"} == (
         {"kl", "penalty_kl", "penalty_overlong", "clip_dual"}
-        | {"correction", "corrected", "correction_effective"}
+        | {"correction", "corrected", "correction_effective", "time_verify_paths_s"}
     )
 
 

@@ -114,7 +114,8 @@ def stage(team: TensorParallelGroup, world: dist.ProcessGroup, k: int) -> list[A
                 assert {round(1e3 * (reward % 0.5)) for reward in rewards[0]} == set(range(copies()))
                 for _ in range(50):
                     dist.all_reduce(torch.ones(1))
-                traces = [(t.tokens, t.versions, t.logprobs) for t in batch.all.traces]
+                unpacked = [trace.unpack() for trace in batch.all.traces]
+                traces = [(t.tokens, t.versions, t.logprobs) for t in unpacked]
                 found.append((batch.rounds, [p.id for p in batch.trained.problems], traces))
     return found
 

@@ -19,6 +19,7 @@ from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, rand
 from megatron_parallel_r1.rewards.path_diversity import content_span
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.learner import BatchConfig, Learner
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.rl.path_results import PathVerdicts, judge_paths
 from megatron_parallel_r1.rl.reference import Reference
 from megatron_parallel_r1.thought.parser import parse
@@ -90,7 +91,9 @@ def verdicts_of(traces: Sequence[Trace], verifier: Verifier) -> list[PathVerdict
     """
     answers = [tuple(str(token) for token in range(41) if (token + i) % 2) for i in range(len(traces))]
     problems = [Problem(str(i), "?", right, "made up") for i, right in enumerate(answers)]
-    judged = judge_paths(traces, problems, Numbers(), verifier, last_word)
+    judged = judge_paths(
+        [PackedTrace.of(trace) for trace in traces], problems, Numbers(), verifier, last_word
+    )
     for trace, right, verdicts in zip(traces, answers, judged, strict=True):
         paths = [[slice(*content_span(path)) for path in block.paths] for _, block in trace.tree.all_blocks()]
         read = [[last_word(" ".join(map(str, trace.tokens[path]))) for path in block] for block in paths]

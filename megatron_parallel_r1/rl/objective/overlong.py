@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.thought.trace import Outline
 
 
 def overlong_penalties(
@@ -37,10 +37,10 @@ def overlong_penalties(
     return penalty * np.clip((limit - cache - lengths_T) / cache, -1.0, 0.0)
 
 
-def complete(traces: Sequence[Trace]) -> NDArray[np.bool_]:
+def complete(outlines: Sequence[Outline]) -> NDArray[np.bool_]:
     """Returns for each trace whether the policy ended it, not a limit.
 
     Over-long filtering trains on these only (DAPO, arXiv 2503.14476, section 3.4). The others still count
     in their group's mean and standard deviation: they are masked in the loss, not dropped.
     """
-    return np.array([trace.finish != "length" for trace in traces], bool)
+    return np.array([outline.finish != "length" for outline in outlines], bool)

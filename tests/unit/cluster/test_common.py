@@ -137,6 +137,8 @@ def test_the_grace_is_capped_at_what_slurm_leaves(left: str, shown: str, tmp_pat
     job = f"PreemptTime=None StartTime=1 EndTime=$(date -d '{left}' +%FT%T) Deadline=N/A"
     commands = (
         f'scontrol() {{ echo "JobId=7 {job}"; }}; {PATIENT}; sleep 60 & RANKS=$!; '
+        # A signal between fork and exec would be lost.
+        "until [[ $(</proc/$RANKS/comm) == sleep ]]; do :; done; "
         'give_up_step() { echo "given up after $GRACE_LEFT_S:"; }; forward_stop; wait $TIMER'
     )
     done = run_script(tmp_path, commands=commands, GRACE_S="1")
@@ -205,7 +207,7 @@ def test_servers_get_all_cpus_of_the_job_on_their_node(
     commands = (
         f"{srun}; bookkeeping() {{ echo --checkpoint=any; }}; SERVERS=(n2); SPAN=1; start_servers rl any.yaml"
     )
-    done = run_script(tmp_path, commands=f"{commands}; kill $SERVING", **size)
+    done = run_script(tmp_path, commands=f"{commands}; kill -KILL $SERVING", **size)
     assert done.returncode == 0, done.stderr
     called = (tmp_path / "logs/rl-7/attempt0/called").read_text().split()
     assert f"--cpus-per-task={cpus}" in called and "--ntasks-per-node=1" in called

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
 
 def test_tensorboard_shows_the_resumed_curve(tmp_path: Path) -> None:
     _write(tmp_path, range(1, 7), resume_step=0)
+    time.sleep(1)  # files are read in the order of their names, which hold the second of their creation
     _write(tmp_path, range(4, 8), resume_step=3, shift=0.5)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()

@@ -15,6 +15,7 @@ from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.rewards.base import Judged, Score
 from megatron_parallel_r1.rewards.format_check import Format
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts
 from megatron_parallel_r1.rl.rollout_queue import AsyncRollouts, RolloutQueue, SyncRollouts
 from megatron_parallel_r1.thought.trace import Trace
@@ -80,8 +81,9 @@ class Flight:
         for number, problem in enumerate(self.stream.next_batch(1 + step % 3)):
             logprob = self.engine.weight + 0.1 * number + 1 / step
             token = int(problem.id)
+            version = (self.engine.version,)
             traces = [
-                Trace((1,), (token,), (True,), (False,), (value,), "eos", Tree(1), (self.engine.version,))
+                PackedTrace.of(Trace((1,), (token,), (True,), (False,), (value,), "eos", Tree(1), version))
                 for value in (logprob, logprob / 3)
             ]
             judged = Judged(token % 2 == 0, Format(), problem.id, "text", length=1)

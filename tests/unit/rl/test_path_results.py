@@ -8,6 +8,7 @@ from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.format_check import Format
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.metrics import judge_traces, trace_metrics
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.rl.path_results import path_lengths, stated_value, summary_metrics
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags
@@ -90,7 +91,7 @@ def test_stated_value(text: str, value: str | None) -> None:
     ],
 )
 def test_summaries_against_their_paths(text: str, agreement: float | None, majority: float | None) -> None:
-    assert summary_metrics([trace(text)], WORDS) == {
+    assert summary_metrics([PackedTrace.of(trace(text))], WORDS) == {
         "summary_agreement": agreement,
         "summary_majority": majority,
     }
@@ -102,7 +103,7 @@ def test_blocks_are_pooled_over_traces_and_results_read_as_asked() -> None:
         trace("P p found=4 /p p found=5 /p /P S found=6 /S P p found=1 /p p 3 /p /P S found=1 /S"),
         trace("found=4"),
     ]
-    measured = summary_metrics(traces, WORDS, stated_result)
+    measured = summary_metrics([PackedTrace.of(t) for t in traces], WORDS, stated_result)
     assert measured == {"summary_agreement": pytest.approx(2 / 3), "summary_majority": pytest.approx(2 / 3)}
 
 
@@ -120,14 +121,15 @@ def test_lengths_and_differences_among_a_steps_metrics() -> None:
     assert [(verdict.length, verdict.critical_length) for verdict in judged] == [(16, 12), (3, 3)]
     assert [verdict.difference for verdict in judged] == [pytest.approx(1 - 2 * 1 / 6), None]
     assert judged[0].references == ("5",) and judged[1].text == "a b"
-    metrics = trace_metrics(traces, judged)
+    outlines = [t.outline for t in traces]
+    metrics = trace_metrics(outlines, judged)
     assert metrics["path_length"] == 3.0 and metrics["path_difference"] == pytest.approx(2 / 3)
-    alone = trace_metrics(traces[1:], judged[1:])
+    alone = trace_metrics(outlines[1:], judged[1:])
     assert alone["path_length"] is None and alone["path_difference"] is None
 
 
 def test_what_has_no_answer_or_could_not_be_judged_is_counted() -> None:
     facts = [(None, "empty"), ("9^{9^{9^9}}", "timeout"), ("5", "number"), ("x", "crash")]
     judged = [Judged(answer == "5", Format(), answer, reason) for answer, reason in facts]
-    metrics = trace_metrics([trace("a $")] * 4, judged)
+    metrics = trace_metrics([trace("a $").outline] * 4, judged)
     assert (metrics["accuracy"], metrics["unanswered"], metrics["unverified"]) == (0.25, 0.25, 0.5)

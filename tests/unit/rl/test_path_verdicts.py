@@ -10,6 +10,7 @@ from megatron_parallel_r1.data.embedded.generate import build_tokenizer
 from megatron_parallel_r1.data.embedded.traces import stated_result
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.rl.path_results import PathVerdicts, judge_paths
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tokenizer import add_tags
@@ -42,7 +43,7 @@ def trace(text: str) -> Trace:
 
 def judged(verifier: Verifier, *questions: tuple[str, tuple[str, ...]]) -> list[PathVerdicts]:
     """Of traces by their texts, each with its problem's answers."""
-    traces = [trace(text) for text, _ in questions]
+    traces = [PackedTrace.of(trace(text)) for text, _ in questions]
     problems = [Problem(str(i), "?", answers, "made up") for i, (_, answers) in enumerate(questions)]
     return judge_paths(traces, problems, TOKENIZER, verifier, stated_result)
 

@@ -21,6 +21,7 @@ from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rewards.base import Score
 from megatron_parallel_r1.rl.learner import BatchConfig, Learner
 from megatron_parallel_r1.rl.metrics import staleness_metrics
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.rl.pending import from_json, to_json
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts, drop_stale, stale_groups, staleness
 from megatron_parallel_r1.rl.rollout_queue import SyncRollouts
@@ -50,8 +51,8 @@ def test_each_batch_is_rolled_out_by_the_weights_that_k_says(k: int, together: b
     flight.run()
     assert list(flight.taken) == [1, 2, 3, 4, 5, 6]
     for step, batch in flight.taken.items():
-        assert {trace.version for trace in batch.all.traces} == {max(0, step - 1 - k)}
-        assert max(staleness(trace, step) for trace in batch.all.traces) == min(k, step - 1)
+        assert {outline.version for outline in batch.all.outlines} == {max(0, step - 1 - k)}
+        assert max(staleness(outline, step) for outline in batch.all.outlines) == min(k, step - 1)
     assert set(flight.threads.values()) == ({"rollout"} if k else {"MainThread"})
     assert not alive()
 
@@ -219,6 +220,10 @@ def test_copies_of_weights_do_not_pile_up() -> None:
         assert not copies
 
 
+def unpacked(rollouts: Rollouts) -> list[Trace]:
+    return [trace.unpack() for trace in rollouts.traces]
+
+
 def tiny_batch(mode: str = "isolated") -> RolloutBatch:
     """Real traces with blocks, nested ones too; of three groups two are kept."""
     thinking = Thinking(mode=mode, max_depth=2, max_path_tokens=12, max_response_tokens=70)
@@ -229,7 +234,7 @@ def tiny_batch(mode: str = "isolated") -> RolloutBatch:
     values = [0.1, 1 / 3, -0.0, 1e-310, 5e300, 2.0**-1074]
     every = Rollouts(
         [rollouts.problems[0]] * 6 + [rollouts.problems[2]] * 6,
-        traces,
+        [PackedTrace.of(trace) for trace in traces],
         [rollouts.judged[0]] * 12,
         [Score(value, {"a": value, "b": -value}) for value in values * 2],
     )
@@ -238,7 +243,7 @@ def tiny_batch(mode: str = "isolated") -> RolloutBatch:
 
 def test_a_batch_in_flight_comes_back_from_json() -> None:
     batch = tiny_batch()
-    assert max(trace.tree.depth for trace in batch.all.traces) == 2
+    assert max(outline.tree.depth for outline in batch.all.outlines) == 2
     written = json.dumps(to_json(batch))
     found = from_json(json.loads(written))
     assert found == batch and repr(found) == repr(batch)
@@ -247,7 +252,7 @@ def test_a_batch_in_flight_comes_back_from_json() -> None:
 
 def test_a_batch_that_an_earlier_release_wrote_is_read_under_its_old_field_name() -> None:
     batch = tiny_batch()
-    assert any(any(trace.suppressed) for trace in batch.all.traces)
+    assert any(trace.column("suppressed").any() for trace in batch.all.traces)
     written = json.loads(json.dumps(to_json(batch)))
     written["traces"]["barred"] = written["traces"].pop("suppressed")
     del written["times"]
@@ -267,14 +272,14 @@ def test_groups_with_one_stale_trace_are_dropped_whole() -> None:
 
     fresh, half, old = group(5, 5), group(5, 3), group(2, 4)
     every = fresh + half + old
-    assert [staleness(trace, 6) for trace in every.traces] == [0, 0, 0, 2, 3, 1]
-    assert stale_groups(every.traces, 6, most=2, size=2) == [False, False, True]
+    assert [staleness(outline, 6) for outline in every.outlines] == [0, 0, 0, 2, 3, 1]
+    assert stale_groups(every.outlines, 6, most=2, size=2) == [False, False, True]
     batch = RolloutBatch(every, every, 1)
     assert drop_stale(batch, 6, most=3, size=2) is batch
     assert drop_stale(batch, 6, most=2, size=2) == RolloutBatch(every, fresh + half, 1)
     assert drop_stale(batch, 6, most=1, size=2) == RolloutBatch(every, fresh, 1)
     expected = {"staleness": 1.0, "staleness_max": 3, "groups_stale": 2}
-    assert staleness_metrics(every.traces, 6, most=1, size=2) == expected
+    assert staleness_metrics(every.outlines, 6, most=1, size=2) == expected
     with pytest.raises(RuntimeError, match="step 9: all its 3 groups are more than 1 updates old"):
         drop_stale(batch, 9, most=1, size=2)
 
@@ -295,7 +300,8 @@ def trained(
         traces = asyncio.run(roll_out(thinker, prompts, list(range(100 * step, 100 * step + 24))))
         rollouts = Flight(0).roll_out(1).all
         scores = [Score(value := float(trace.tokens.count(7)), {"sevens": value}) for trace in traces]
-        every = Rollouts(rollouts.problems[:1] * 24, traces, rollouts.judged[:1] * 24, scores)
+        packed = [PackedTrace.of(trace) for trace in traces]
+        every = Rollouts(rollouts.problems[:1] * 24, packed, rollouts.judged[:1] * 24, scores)
         return RolloutBatch(every, every, 1)
 
     found, weights = {}, []
@@ -304,7 +310,7 @@ def trained(
             weights.append({name: tensor.clone() for name, tensor in hf_tensors(trainer.model)})
             ahead.update_weights(hf_tensors(trainer.model), version=step - 1)
             found[step] = ahead.next_batch(step)
-            learn(learner, found[step].trained.traces, found[step].trained.rewards, lr=1e-2)
+            learn(learner, unpacked(found[step].trained), found[step].trained.rewards, lr=1e-2)
     return found, weights
 
 
@@ -319,16 +325,16 @@ def test_a_real_engine_is_exact_under_its_version_while_the_trainer_goes_on(
     for step, batch in found.items():
         model.load_state_dict(weights[max(0, step - 1 - k)])
         # As in tests/unit/rollout/test_exactness.py: float32 and logits of some units.
-        assert largest_difference(model, batch.all.traces, "isolated") <= 2e-5
+        assert largest_difference(model, unpacked(batch.all), "isolated") <= 2e-5
     if k:
         model.load_state_dict(weights[3])
-        assert largest_difference(model, found[4].all.traces, "isolated") > 1e-3
+        assert largest_difference(model, unpacked(found[4].all), "isolated") > 1e-3
 
 
 def test_partial_rollouts_train_and_no_token_is_too_old(trainer_of: Callable[..., Trainer]) -> None:
     found, _ = trained(trainer_of(), k=1, partial_rollout=True)
     for step, batch in found.items():
-        versions = [version for trace in batch.all.traces for version in trace.versions]
+        versions = [version for trace in unpacked(batch.all) for version in trace.versions]
         assert step - 2 <= min(versions) and max(versions) <= step, step
 
 
@@ -353,16 +359,17 @@ def test_a_partial_batch_meets_weights_that_are_published_meanwhile() -> None:
         nothing = ((False,) * 6, (0.0,) * 6, "length", Tree(6))
         trace = Trace((9, 10), (*before.tokens, *after.tokens), (True,) * 6, *nothing, versions)
         rollouts = Flight(0).roll_out(1).all.groups([0], 1)
-        return RolloutBatch(replace(rollouts, traces=[trace]), replace(rollouts, traces=[trace]), 1)
+        only = replace(rollouts, traces=[PackedTrace.of(trace)])
+        return RolloutBatch(only, only, 1)
 
     weights = tiny_qwen3(seed=1).state_dict()
     with open_queue(make, engine, max_off_policy_steps=1, partial_rollout=True, steps=3) as ahead:
         ahead.update_weights(weights.items(), version=0)
-        assert ahead.next_batch(1).all.traces[0].versions == (0,) * 6
+        assert ahead.next_batch(1).all.traces[0].unpack().versions == (0,) * 6
         assert begun.wait(PATIENCE_S)
         ahead.update_weights(weights.items(), version=1)
         published.set()
         (second,) = ahead.next_batch(2).all.traces
-        assert second.versions == (0, 0, 0, 1, 1, 1) and staleness(second, 2) == 1
+        assert second.unpack().versions == (0, 0, 0, 1, 1, 1) and staleness(second.outline, 2) == 1
         ahead.update_weights(weights.items(), version=2)
-        assert min(ahead.next_batch(3).all.traces[0].versions) >= 1
+        assert min(ahead.next_batch(3).all.traces[0].unpack().versions) >= 1

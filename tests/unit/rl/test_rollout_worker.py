@@ -17,6 +17,7 @@ from megatron_parallel_r1.rewards.format_check import Format
 from megatron_parallel_r1.rewards.registry import make_reward
 from megatron_parallel_r1.rl import rollout_worker
 from megatron_parallel_r1.rl.metrics import group_metrics
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.thought.trace import Trace
@@ -59,12 +60,12 @@ class FakeSampling:
 
     def sample(
         self, thinker: Any, problems: Sequence[Problem], seeds: Sequence[int], *rest: object
-    ) -> tuple[list[Trace], list[Judged]]:
+    ) -> tuple[list[PackedTrace], list[Judged]]:
         self.seeds += seeds
         tree = Tree(length=1, blocks=())
         traces = [Trace((0,), (int(p.id),), (True,), (False,), (0.0,), "eos", tree) for p in problems]
         right = [int(p.id) in self.mixed and index % SAMPLES == 0 for index, p in enumerate(problems)]
-        return traces, [judged(correct) for correct in right]
+        return [PackedTrace.of(trace) for trace in traces], [judged(correct) for correct in right]
 
     def next_batch(self, dynamic: DynamicSampling | None, prompts: int = 3) -> RolloutBatch:
         stage = RlStage(
@@ -97,7 +98,7 @@ class FakeSampling:
 
 
 def trained(batch: RolloutBatch) -> list[int]:
-    return [trace.tokens[0] for trace in batch.trained.traces[::SAMPLES]]
+    return [trace.unpack().tokens[0] for trace in batch.trained.traces[::SAMPLES]]
 
 
 def test_without_dynamic_sampling_every_group_is_kept() -> None:

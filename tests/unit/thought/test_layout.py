@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_parallel_r1.thought.layout import critical_length, lay_out
+from megatron_parallel_r1.thought.layout import critical_length, lay_out, row_length
 from megatron_parallel_r1.thought.packing import PackedRow, concatenate, pack, pad
 from megatron_parallel_r1.thought.parser import parse
 from tests.reference.dense import (
@@ -47,6 +47,13 @@ def test_replay_by_hand() -> None:
     assert packed.positions_L.tolist() == [*range(13), 4, 5, 6]
     assert packed.layout_KL[2:, 13:].tolist() == [[4, 4, 4], [13, 13, 13]]
     assert packed.source_L.tolist() == [-1, -1, 0, -1, 2, 3, -1, -1, -1, -1, -1, 9, -1, 5, 6, -1]
+
+
+@given(seeds, st.booleans(), st.sampled_from(["isolated", "replay", "causal"]))
+def test_a_rows_length_is_known_before_it_is_laid_out(seed: int, truncate: bool, mode: str) -> None:
+    trace = random_trace(seed, truncate=truncate)
+    tree = parse(trace, TAGS)
+    assert row_length(len(PROMPT), tree, mode) == len(alone(trace, mode))
 
 
 @given(seeds, st.booleans())

@@ -17,7 +17,7 @@ from megatron_parallel_r1.rl.objective.advantage import (
 )
 from megatron_parallel_r1.rl.objective.overlong import complete, overlong_penalties
 from megatron_parallel_r1.thought.parser import parse
-from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.thought.trace import Outline, Trace
 from megatron_parallel_r1.thought.tree import Tree
 from tests.reference.traces import TAGS
 
@@ -70,10 +70,10 @@ def test_overlong_cache_must_fit(cache: int) -> None:
 
 
 def test_complete_traces_end_by_themselves() -> None:
-    def trace(finish: str) -> Trace:
-        return Trace((1,), (9,), (True,), (False,), (-1.0,), finish, Tree(1))
+    def outline(finish: str) -> Outline:
+        return Trace((1,), (9,), (True,), (False,), (-1.0,), finish, Tree(1)).outline
 
-    assert complete([trace("eos"), trace("length"), trace("eos")]).tolist() == [True, False, True]
+    assert complete([outline("eos"), outline("length"), outline("eos")]).tolist() == [True, False, True]
 
 
 # main <Parallel> <Path> a </Path> <Path> b </Path> <Path> c </Path> </Parallel> <Summary> s </Summary> main

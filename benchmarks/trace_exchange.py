@@ -1,0 +1,139 @@
+"""CPU seconds of a rank for the traces of an RL step, by the number of ranks.
+
+    python -m benchmarks.trace_exchange [--traces 2048] [--tokens 3000] [--ranks 1 2 4 8]
+
+Each rank is a process (gloo) and a replica of its own. It packs the traces that it drew, gathers those of all
+ranks, computes the step's metrics, and lays out and packs the rows that it trains; nothing is sampled or
+trained. Beside it, in the same process, what traces exchanged as Python objects cost a rank of any number of
+ranks: to unpickle and lay out all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from benchmarks.page import Table, add_write_option, publish
+from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.config.objective import Objective
+from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.collectives import gather_from_replicas, gather_objects, replica_slice
+from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.rewards.base import Judged
+from megatron_parallel_r1.rewards.format_check import Format
+from megatron_parallel_r1.rl.learner import BatchConfig, Learner
+from megatron_parallel_r1.rl.metrics import group_metrics, staleness_metrics, trace_metrics
+from megatron_parallel_r1.rl.packed_trace import PackedTrace
+from megatron_parallel_r1.thought.layout import lay_out
+from megatron_parallel_r1.thought.parser import parse
+from megatron_parallel_r1.thought.tags import Tags
+from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.train.trainer import Adam, Trainer
+from megatron_parallel_r1.utils.rank import is_rank_zero
+
+ROOT = Path(__file__).resolve().parents[1]
+TAGS, VOCABULARY, SAMPLES = Tags(0, 1, 2, 3, 4, 5, 6), 1000, 8
+PHASES = ("pack", "exchange", "metrics", "lay out", "all as objects")
+
+
+def trace_of(seed: int, tokens: int) -> Trace:
+    """A trace of about `tokens` tokens: a main chain, and a block of four paths with a summary."""
+    rng = random.Random(seed)
+
+    def text(count: int) -> list[int]:
+        return rng.choices(range(7, VOCABULARY), k=count)
+
+    part = (tokens - 13) // 6
+    paths = [token for _ in range(4) for token in (TAGS.path, *text(part), TAGS.path_end)]
+    inner = [TAGS.parallel, *paths, TAGS.parallel_end, TAGS.summary, *text(part), TAGS.summary_end]
+    flat = (*text(part), *inner, TAGS.eos)
+    tree = parse(flat, TAGS)
+    forced = tree.forced()
+    sampled = tuple(index not in forced for index in range(len(flat)))
+    logprobs = tuple(-rng.random() if is_sampled else 0.0 for is_sampled in sampled)
+    nothing = (False,) * len(flat)
+    return Trace(tuple(text(100)), flat, sampled, nothing, logprobs, "eos", tree, (3,) * len(flat))
+
+
+def measure(count: int, tokens: int) -> list[float]:
+    """CPU seconds of this rank for each of PHASES."""
+    shape = ModelConfig(16, 1, 2, 1, 8, 16, vocab=VOCABULARY, max_positions=2 * tokens)
+    trainer = Trainer(build_model(shape), Adam(lr=1.0))
+    batch = BatchConfig(SAMPLES, 1, 1, micro_tokens=4 * tokens, max_response_tokens=tokens)
+    learner = Learner(trainer, Objective(), batch, "isolated", TAGS)
+    own = [trace_of(seed, tokens) for seed in replica_slice(range(count))]
+    verdict = Judged(True, Format(blocks=1, well_formed_blocks=1, paths=4), "42", "number", "text " * 100)
+    times = [time.process_time()]
+    packed = [(PackedTrace.of(trace), verdict) for trace in own]
+    times.append(time.process_time())
+    pairs = gather_from_replicas(lambda: packed)
+    times.append(time.process_time())
+    traces, judged = [trace for trace, _ in pairs], [judgement for _, judgement in pairs]
+    outlines = [trace.outline for trace in traces]
+    trace_metrics(outlines, judged)
+    group_metrics(judged, SAMPLES)
+    staleness_metrics(outlines, 4, 1, SAMPLES)
+    times.append(time.process_time())
+    learner.prepare(traces)
+    times.append(time.process_time())
+    sample = [pickle.dumps(trace) for trace in own[:32]]
+    began = time.process_time()
+    for trace in map(pickle.loads, sample):
+        lay_out(trace.prompt, trace.tokens, trace.sampled, trace.tree, "isolated")
+    alone = (time.process_time() - began) / len(sample) * count
+    return [*(after - before for before, after in pairwise(times)), alone]
+
+
+def row_of(ranks: int, count: int, tokens: int) -> list[str]:
+    """Runs `ranks` processes under torchrun; returns a row of the table."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    words += ["-m", "benchmarks.trace_exchange", "--as-rank", "--traces", str(count), "--tokens", str(tokens)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *words],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    *parts, alone = (max(of_phase) for of_phase in zip(*seconds, strict=True))
+    total = max(sum(of_rank[:-1]) for of_rank in seconds)
+    return [str(ranks), *(f"{part:.2f}" for part in parts), f"{total:.2f}", f"{alone:.2f}"]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--traces", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=3000)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    add_write_option(parser)
+    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)  # started by itself
+    args = parser.parse_args(words)
+    if args.as_rank:
+        with process.running(seed=0):
+            found = gather_objects(measure(args.traces, args.tokens))
+            if is_rank_zero():
+                print(json.dumps(found), flush=True)
+        return
+    rows = [row_of(ranks, args.traces, args.tokens) for ranks in args.ranks]
+    note = (
+        "CPU seconds of the slowest rank. Packing and laying out fall with the number of ranks; the exchange "
+        "copies the bytes of all traces and unpickles their outlines and verdicts."
+    )
+    title = f"{args.traces} traces of {args.tokens} tokens"
+    columns = ("ranks", *PHASES[:-1], "in all", PHASES[-1])
+    publish("trace exchange", [Table(title, columns, rows, note)], f"{os.cpu_count()} CPU cores", args.write)
+
+
+if __name__ == "__main__":
+    main()

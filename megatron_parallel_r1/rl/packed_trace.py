@@ -1,0 +1,56 @@
+"""Traces as columns of bytes: what ranks exchange, and unpack only where a trace is trained or judged.
+
+A token takes 18 bytes here. As Python objects it takes some 100, and a rank that unpickled and laid out the
+traces of all others would spend more time on them than on its own the more ranks there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_parallel_r1.thought.trace import Outline, Trace
+
+# Per-token values of a trace, and their dtypes.
+COLUMNS = {"tokens": "<i4", "sampled": "|b1", "suppressed": "|b1", "logprobs": "<f8", "versions": "<i4"}
+PROMPT = np.dtype("<i4")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTrace:
+    """A trace whose tokens and their values are bytes.
+
+    Attributes:
+        columns: the prompt's token ids, then each of COLUMNS; `versions` may be missing.
+    """
+
+    outline: Outline
+    columns: bytes
+
+    @classmethod
+    def of(cls, trace: Trace) -> PackedTrace:
+        values = [np.asarray(getattr(trace, name), kind) for name, kind in COLUMNS.items()]
+        columns = [np.asarray(trace.prompt, PROMPT), *values]
+        return cls(trace.outline, b"".join(column.tobytes() for column in columns))
+
+    @property
+    def prompt(self) -> NDArray[np.int32]:
+        return np.frombuffer(self.columns, PROMPT, self.outline.prompt_length)
+
+    def column(self, name: str) -> NDArray:
+        """The values of one of COLUMNS, one per response token."""
+        start, length = PROMPT.itemsize * self.outline.prompt_length, self.outline.length
+        for other, kind in COLUMNS.items():
+            if other == name:
+                there = length if start < len(self.columns) else 0
+                return np.frombuffer(self.columns, kind, there, start)
+            start += np.dtype(kind).itemsize * length
+        raise KeyError(name)
+
+    def unpack(self) -> Trace:
+        """Returns the trace, equal to the packed one."""
+        values = {name: tuple(self.column(name).tolist()) for name in COLUMNS}
+        outline = self.outline
+        return Trace(tuple(self.prompt.tolist()), finish=outline.finish, tree=outline.tree, **values)
