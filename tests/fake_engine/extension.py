@@ -114,7 +114,7 @@ def install(source: Path) -> None:
 
 def _run_on_cpu() -> None:
     """Redirects to the CPU what Transformer Engine's Python asks of CUDA; it computes as for a Hopper."""
-    from transformer_engine.pytorch import quantization
+    from transformer_engine.pytorch import distributed, quantization
     from transformer_engine.pytorch.module import base
     from transformer_engine.pytorch.optimizers import fused_adam
 
@@ -128,6 +128,9 @@ def _run_on_cpu() -> None:
     quantization.RecipeState.create = staticmethod(
         partial(quantization.RecipeState.create, device=quantized.CPU)
     )
+    # What a checkpointed layer saves and restores around its second forward pass.
+    distributed._get_cuda_rng_state = lambda graph_safe=True: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, graph_safe=True: torch.set_rng_state(state)
     # Its modules ask whether there is CUDA when they are made, and whether their input is on it.
     base.torch = fused_adam.torch = _CpuTorch()
     base.torch.cuda = SimpleNamespace(is_available=lambda: True, synchronize=lambda: None)

@@ -86,7 +86,7 @@ def generic_gemm(
         result += bias.float()
     dtype = torch_dtype(out_dtype) if out_dtype is not None else (left.dtype if out is None else out.dtype)
     if not transpose_right:
-        result = result.view(*right.shape[:-1], -1)
+        result = result.view(*right.shape[:-1], result.shape[-1])
     bias_grad = right_RC.sum(0).to(dtype) if grad and bias is not None else None
     if out is not None:
         result = out.copy_(result.view_as(out) + (out.float() if accumulate else 0.0))

@@ -12,6 +12,7 @@ import runpy
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,22 @@ from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, own_
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.checkpoints.sharded import extra_states
 from megatron_parallel_r1.train.logprob_runner import causal_logprobs, probe_texts
-from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
-from megatron_parallel_r1.train.trainer import Adam, Trainer
 from tests.fake_engine.children import in_children
-from tests.parallel.steps import batch_of_rows
+from tests.fake_engine.layouts import beside_one_process
+from tests.fake_engine.models import (
+    BF16,
+    EXPERTS,
+    SCALINGS,
+    SHAPE,
+    apart,
+    fp8_layers,
+    gradients,
+    histories,
+    train,
+    trainer_of,
+    weights_of,
+)
 from tests.reference import fp8
-
-# Sizes of each rank's parts are multiples of 16, also over two ranks.
-SHAPE = ModelConfig(hidden=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=41, rope_theta=1e3)
-SCALINGS = ("delayed", "current", "blockwise")
-BF16 = Layers("transformer_engine")
-LR = 1e-3
-ROWS = 8
-
-
-def fp8_layers(scaling: str, **others: Any) -> Layers:
-    return Layers("transformer_engine", fp8=scaling, **others)
 
 
 def products(scaling: str) -> dict[str, float]:
@@ -85,53 +86,10 @@ def products(scaling: str) -> dict[str, float]:
     return worst
 
 
-def trainer_of(layers: Layers, parallel: ParallelConfig | None = None) -> tuple[Trainer, list[MicroBatch]]:
-    """A fresh trainer and its micro-batches; forgets the layers of former ones."""
-    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-    FP8GlobalStateManager.reset()
-    parallel = parallel or ParallelConfig(sharded_optimizer=layers.fp8_params)
-    model = build_model(SHAPE, torch.bfloat16, parallel, layers)
-    load_hf_tensors(model, random_hf_tensors(SHAPE, seed=7, std=0.2))
-    adam = Adam(lr=LR, eps=1e-6, weight_decay=0.1, clip=0.0, sharded=parallel.sharded_optimizer)
-    trainer = Trainer(model, adam)
-    rows = batch_of_rows()[0][:ROWS]
-    tokens = sum(map(len, rows)) * 2 // 3
-    own = partition_rows(rows, tokens - tokens % 32, trainer.partition)
-    return trainer, [MicroBatch.of(row, trainer.device) for row in own]
-
-
-def train(trainer: Trainer, batches: list[MicroBatch], steps: int) -> list[float]:
-    return [
-        trainer.update(batches, lambda logprobs_N, *_: (-logprobs_N.sum(), {}), LR).loss for _ in range(steps)
-    ]
-
-
-def weights_of(model: Model) -> dict[str, Tensor]:
-    return {name: weight.float().clone() for name, weight in hf_tensors(model)}
-
-
-def histories(model: Model) -> list[Tensor]:
-    """Scales and histories of delayed scaling, of all layers."""
-    return [
-        tensor.clone()
-        for layer in model.modules()
-        if hasattr(layer, "fp8_meta")
-        for way in ("scaling_fwd", "scaling_bwd")
-        if hasattr(layer.fp8_meta.get(way), "scale")
-        for tensor in (layer.fp8_meta[way].scale, layer.fp8_meta[way].amax_history)
-    ]
-
-
-def gradients(trainer: Trainer) -> Tensor:
-    """All gradients of the last update."""
-    return torch.cat([p.main_grad.flatten() for p in trainer.model.parameters()])
-
-
 @cache
-def in_bfloat16() -> tuple[list[float], Tensor, list[Tensor], float]:
+def in_bfloat16(shape: ModelConfig = SHAPE) -> tuple[list[float], Tensor, list[Tensor], float]:
     """Losses of three steps in bfloat16, the first gradient, log-probs before it, and the size of logits."""
-    trainer, batches = trainer_of(BF16)
+    trainer, batches = trainer_of(BF16, shape=shape, routed_by_place=True)
     before = trainer.logprobs(batches)
     with torch.no_grad():
         batch = batches[0]
@@ -142,17 +100,13 @@ def in_bfloat16() -> tuple[list[float], Tensor, list[Tensor], float]:
     return losses, first, before, found_1LV.std(-1).square().mean().sqrt().item()
 
 
-def apart(found: Tensor, right: Tensor) -> float:
-    """The norm of the difference relative to the norm of `right`."""
-    return ((found - right).norm() / right.norm()).item()
-
-
-def steps(scaling: str, fp8_params: bool) -> dict[str, Any]:
+def steps(scaling: str, fp8_params: bool, shape: ModelConfig) -> dict[str, Any]:
     """Three steps in FP8 beside those in bfloat16 from the same weights."""
-    losses, gradient, before, size = in_bfloat16()
-    trainer, batches = trainer_of(fp8_layers(scaling, fp8_params=fp8_params))
+    losses, gradient, before, size = in_bfloat16(shape)
+    layers = fp8_layers(scaling, fp8_params=fp8_params)
+    trainer, batches = trainer_of(layers, shape=shape, routed_by_place=True)
     if scaling == "delayed":
-        train_nothing(trainer, batches)  # the first scales
+        train(trainer, batches, 1, lr=0.0)  # the first scales
     found_before = trainer.logprobs(batches)
     found = train(trainer, batches, 1)
     gradient_apart = apart(gradients(trainer), gradient)
@@ -165,11 +119,6 @@ def steps(scaling: str, fp8_params: bool) -> dict[str, Any]:
         "logits": size,
         "matrices": matrices(trainer.model),
     }
-
-
-def train_nothing(trainer: Trainer, batches: list[MicroBatch]) -> None:
-    """A step of learning rate 0."""
-    trainer.update(batches, lambda logprobs_N, *_: (-logprobs_N.sum(), {}), 0.0)
 
 
 def matrices(model: Model) -> list[str]:
@@ -190,19 +139,19 @@ def fresh_weights(scaling: str) -> bool:
     return all(map(torch.equal, found, other.logprobs(batches)))
 
 
-def resumed(scaling: str, fp8_params: bool) -> dict[str, bool]:
+def resumed(scaling: str, fp8_params: bool, shape: ModelConfig = SHAPE) -> dict[str, bool]:
     """Whether a trainer restored after two of four steps ends as one that was not interrupted."""
     layers = fp8_layers(scaling, fp8_params=fp8_params)
-    whole, batches = trainer_of(layers)
+    whole, batches = trainer_of(layers, shape=shape)
     losses = train(whole, batches, 4)
     right = (weights_of(whole.model), histories(whole.model))
     with tempfile.TemporaryDirectory() as folder:
-        trainer, batches = trainer_of(layers)
+        trainer, batches = trainer_of(layers, shape=shape)
         train(trainer, batches, 2)
         checkpoints = Checkpoints(Path(folder))
         checkpoints.save(trainer, 2, {})
         checkpoints.settle()
-        other, batches = trainer_of(layers)
+        other, batches = trainer_of(layers, shape=shape)
         Checkpoints(Path(folder)).restore(other)
     after = train(other, batches, 2)
     found = (weights_of(other.model), histories(other.model))
@@ -213,18 +162,42 @@ def resumed(scaling: str, fp8_params: bool) -> dict[str, bool]:
     }
 
 
-def probed(scaling: str) -> dict[str, bool]:
+def recomputed(scaling: str, shape: ModelConfig) -> dict[str, bool]:
+    """Whether two steps under each way of recomputation end as without: losses, weights, and delayed
+    scaling's scales and largest numbers. (A history has more rows: each recomputed layer adds one of zeros.)
+    """
+
+    def end(recompute: str) -> tuple[list[float], list[Tensor]]:
+        trainer, batches = trainer_of(
+            fp8_layers(scaling), ParallelConfig(recompute=recompute), replace(shape, layers=2)
+        )
+        losses = train(trainer, batches, 2)
+        model = trainer.model
+        kept = [tensor.amax(0) if tensor.dim() == 2 else tensor for tensor in histories(model)]
+        return losses, [*weights_of(model).values(), *kept]
+
+    losses, tensors = end("none")
+    found = {way: end(way) for way in ("full", "selective")}
+    return {
+        way: ours[0] == losses and len(ours[1]) == len(tensors) and all(map(torch.equal, ours[1], tensors))
+        for way, ours in found.items()
+    }
+
+
+def probed(scaling: str, shape: ModelConfig) -> dict[str, bool]:
     """Whether the probe's log-probs are those in bfloat16, and a checkpoint after it keeps the histories."""
-    texts = probe_texts(SHAPE.vocab)
-    plain, _ = trainer_of(BF16)
+    texts = probe_texts(shape.vocab)
+    plain, _ = trainer_of(BF16, shape=shape)
     right = causal_logprobs(plain, texts, 256)
-    trainer, batches = trainer_of(fp8_layers(scaling))
-    train_nothing(trainer, batches)
+    trainer, batches = trainer_of(fp8_layers(scaling), shape=shape)
+    train(trainer, batches, 1, lr=0.0)
     before = (set(extra_states(trainer.model)), histories(trainer.model))
     found = causal_logprobs(trainer, texts, 256)
     after = (set(extra_states(trainer.model)), histories(trainer.model))
     same = before[0] == after[0] and all(map(torch.equal, before[1], after[1]))
-    return {"equal": found == right, "kept": same and len(after[0]) == 12 * (scaling == "delayed")}
+    # qkv and projection, and two of each expert or the MLP.
+    layers = shape.layers * (2 + 2 * (shape.experts.count if shape.experts else 1))
+    return {"equal": found == right, "kept": same and len(after[0]) == layers * (scaling == "delayed")}
 
 
 def beside_local_layers() -> dict[str, Any]:
@@ -261,52 +234,6 @@ def first_and_last(scaling: str) -> dict[str, Any]:
     return {"fp8": found, "exempt_equal": train(trainer, batches, 3) == in_bfloat16()[0]}
 
 
-def over_ranks(layout: dict[str, Any], scalings: tuple[str, ...]) -> dict[str, Any]:
-    """Losses of three steps, final weights and histories under a parallel layout."""
-    torch.set_num_threads(1)
-    found = {}
-    parallel = ParallelConfig(**layout)
-    with process.running(1, parallel):
-        for scaling in scalings:
-            trainer, batches = trainer_of(fp8_layers(scaling), parallel)
-            losses = train(trainer, batches, 3)
-            found[scaling] = {
-                "losses": losses,
-                "weights": {name: value.numpy() for name, value in weights_of(trainer.model).items()},
-                # Of each layer's [input, weight, output]: what the next step scales weights by.
-                "weight_scales": [
-                    layer.fp8_meta["scaling_fwd"].scale[1].item()
-                    for layer in trainer.model.modules()
-                    if getattr(layer, "fp8_meta", {}).get("num_gemms") and scaling == "delayed"
-                ],
-            }
-    return found
-
-
-def split(layout: dict[str, Any]) -> dict[str, Any]:
-    """How far two tensor-parallel ranks end from one process."""
-    (whole,) = in_children(1, over_ranks, {}, SCALINGS)
-    first, second = in_children(2, over_ranks, {"tensor": 2, **layout}, SCALINGS)
-    result = {}
-    for scaling in SCALINGS:
-        right, ours = whole[scaling], first[scaling]
-        flat = [
-            torch.cat([torch.from_numpy(run["weights"][name]).flatten() for name in right["weights"]])
-            for run in (ours, right)
-        ]
-        result[scaling] = {
-            "losses": ours["losses"],
-            "right": right["losses"],
-            "weights_apart": apart(*flat),
-            # Adam moves no weight further in a step than by the learning rate.
-            "weights_apart_at_most": 2 * 3 * LR * len(flat[1]) ** 0.5 / flat[1].norm().item(),
-            "same_scales": first[scaling]["weight_scales"] == second[scaling]["weight_scales"],
-            "scales": ours["weight_scales"],
-            "right_scales": right["weight_scales"],
-        }
-    return result
-
-
 def curriculum(folder: str, settings: list[str]) -> None:
     """The whole command on the recipe of tests/curriculum, with three steps of SFT and two of RL."""
     sys.argv = [
@@ -325,18 +252,30 @@ def main() -> None:
     folder = Path(sys.argv[1])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    measured: dict[str, Any] = {"split": split({}), "split_sequence": split({"sequence": True})}
-    for scaling in SCALINGS:
-        in_children(1, curriculum, str(folder / scaling), [f"model.fp8={scaling}"])
+    measured: dict[str, Any] = {"beside_one_process": beside_one_process()}
+    for scaling, recompute in zip(SCALINGS, ("none", "full", "selective"), strict=True):
+        settings = [f"model.fp8={scaling}", f"parallel.recompute={recompute}"]
+        in_children(1, curriculum, str(folder / scaling), settings)
     with process.running(1):
         measured["beside_local_layers"] = beside_local_layers()
         measured["products"] = {scaling: products(scaling) for scaling in SCALINGS}
-        for kept in (False, True):
-            for scaling in SCALINGS:
+        for scaling in SCALINGS:
+            for kept in (False, True):
                 name = f"{scaling}, matrices in FP8" if kept else scaling
-                measured.setdefault("steps", {})[name] = steps(scaling, kept)
+                measured.setdefault("steps", {})[name] = steps(scaling, kept, SHAPE)
                 measured.setdefault("resumed", {})[name] = resumed(scaling, kept)
-        measured["probed"] = {scaling: probed(scaling) for scaling in ("delayed", "current")}
+            name = f"{scaling}, experts"
+            measured["steps"][name] = steps(scaling, False, EXPERTS)
+            measured["recomputed"] = measured.get("recomputed", {}) | {
+                scaling: recomputed(scaling, SHAPE),
+                name: recomputed(scaling, EXPERTS),
+            }
+        measured["resumed"]["delayed, experts"] = resumed("delayed", True, EXPERTS)
+        measured["probed"] = {
+            "delayed": probed("delayed", SHAPE),
+            "current": probed("current", SHAPE),
+            "delayed, experts": probed("delayed", EXPERTS),
+        }
         for scaling in ("current", "blockwise"):
             measured.setdefault("fresh_weights", {})[scaling] = fresh_weights(scaling)
             measured.setdefault("first_and_last", {})[scaling] = first_and_last(scaling)

@@ -90,6 +90,8 @@ def quantize(values: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     values = values.detach().contiguous()
     if output is None:
         output = create_empty_quantized_tensor(quantizer, values.shape, values.dtype)
+    if not values.numel():  # of an expert without tokens
+        return output
     if isinstance(quantizer, classes.Float8BlockQuantizer):
         _fill_blocks(values, quantizer, output)
     elif isinstance(quantizer, (classes.Float8Quantizer, classes.Float8CurrentScalingQuantizer)):
@@ -102,7 +104,7 @@ def quantize(values: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 def _fill(values: Tensor, quantizer: Any, output: Any) -> None:
     """One scale a tensor: the quantizer's, by earlier amaxes, or that of the values' own amax."""
     dtype = torch_dtype(quantizer.dtype)
-    amax = values.abs().amax().float() if values.numel() else torch.zeros(())
+    amax = values.abs().amax().float()
     if hasattr(quantizer, "scale"):
         scale = quantizer.scale.detach().reshape(1)
         if quantizer.amax.numel():

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests.fake_engine.layouts import CASES
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = os.environ.get("TRANSFORMER_ENGINE_SOURCE")
 pytestmark = [
@@ -28,6 +30,7 @@ pytestmark = [
 ]
 SCALINGS = ("delayed", "current", "blockwise")
 VARIANTS = [*SCALINGS, *(f"{scaling}, matrices in FP8" for scaling in SCALINGS)]
+WITH_EXPERTS = [f"{scaling}, experts" for scaling in SCALINGS]
 E4M3, E5M2 = 2.0**-4 / math.sqrt(3), 2.0**-3 / math.sqrt(3)
 # Of program.py: qkv, projection and two of the MLP in each layer.
 LAYERS, PRODUCTS, ROWS = 3, 4, 8
@@ -69,7 +72,7 @@ def test_products_are_those_of_the_definition(measured: dict[str, Any], scaling:
     assert max(measured["products"][scaling].values()) <= 1.0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *WITH_EXPERTS])
 def test_loss_and_gradients_are_as_far_from_bfloat16_as_the_mantissa_explains(
     measured: dict[str, Any], variant: str
 ) -> None:
@@ -81,7 +84,7 @@ def test_loss_and_gradients_are_as_far_from_bfloat16_as_the_mantissa_explains(
     assert found["losses"][2] < found["losses"][0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "delayed, experts"])
 def test_a_resumed_run_is_the_uninterrupted_one(measured: dict[str, Any], variant: str) -> None:
     """Bit for bit, with the histories of delayed scaling."""
     assert measured["resumed"][variant] == {"losses": True, "weights": True, "histories": True}
@@ -92,25 +95,44 @@ def test_matrices_are_kept_in_fp8(measured: dict[str, Any]) -> None:
     assert kept == [["Tensor"]] * 3 + [["Float8Tensor"], ["Float8Tensor"], ["Float8BlockwiseQTensor"]]
 
 
-@pytest.mark.parametrize("layout", ["split", "split_sequence"])
+@pytest.mark.parametrize("layout", [name for name in CASES if "pipeline" not in name])
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_two_tensor_parallel_ranks_train_as_one_process(
+def test_two_tensor_or_context_parallel_ranks_train_as_one_process(
     measured: dict[str, Any], scaling: str, layout: str
 ) -> None:
     """A rank's scales are those of its own part (with delayed scaling of the whole), so casts differ; no more
     is apart than FP8 is from bfloat16."""
-    found = measured[layout][scaling]
+    found = measured["beside_one_process"][layout][scaling]
+    model = f"{scaling}, experts" if "experts" in layout else scaling
     for loss, right in zip(found["losses"], found["right"], strict=True):
-        assert abs(loss - right) < logprob_error(measured["steps"][scaling]) / math.sqrt(ROWS)
+        assert abs(loss - right) < logprob_error(measured["steps"][model]) / math.sqrt(ROWS)
     assert found["weights_apart"] < found["weights_apart_at_most"]
-    assert found["same_scales"] and len(found["scales"]) == (PRODUCTS * LAYERS if scaling == "delayed" else 0)
+    first, second = found["scales"]
+    assert first == second and len(first) == len(found["right_scales"])
+    assert bool(first) == (scaling == "delayed")
 
 
-def test_the_largest_numbers_of_all_ranks_make_the_scales(measured: dict[str, Any]) -> None:
+@pytest.mark.parametrize("layout", [name for name in CASES if "pipeline" not in name])
+def test_the_largest_numbers_of_all_ranks_make_the_scales(measured: dict[str, Any], layout: str) -> None:
     """Weights' scales are those of whole matrices, as in one process."""
-    for layout in ("split", "split_sequence"):
-        found = measured[layout]["delayed"]
-        assert found["scales"] == pytest.approx(found["right_scales"], rel=0.01)
+    found = measured["beside_one_process"][layout]["delayed"]
+    assert found["scales"][0] == pytest.approx(found["right_scales"], rel=0.01)
+
+
+@pytest.mark.parametrize("layout", [name for name in CASES if "pipeline" in name])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_two_pipeline_ranks_are_one_process(measured: dict[str, Any], scaling: str, layout: str) -> None:
+    """Bit for bit: a stage's products and histories are its own."""
+    found = measured["beside_one_process"][layout][scaling]
+    assert found["losses"] == found["right"] and found["weights_apart"] == 0.0
+    first, second = found["scales"]
+    assert first + second == found["right_scales"]
+
+
+@pytest.mark.parametrize("variant", [*SCALINGS, *WITH_EXPERTS])
+def test_recomputation_changes_nothing(measured: dict[str, Any], variant: str) -> None:
+    """Bit for bit: the second forward pass scales as the first did, and adds no number to the histories."""
+    assert measured["recomputed"][variant] == {"full": True, "selective": True}
 
 
 def test_log_probs_after_an_update_are_of_its_weights(measured: dict[str, Any]) -> None:
@@ -120,7 +142,7 @@ def test_log_probs_after_an_update_are_of_its_weights(measured: dict[str, Any]) 
 def test_the_probe_of_servers_computes_in_bfloat16(measured: dict[str, Any]) -> None:
     """FP8's rounding would hide a wrong weight; and the histories are not lost to the next checkpoint."""
     assert measured["probed"] == {
-        scaling: {"equal": True, "kept": True} for scaling in ("delayed", "current")
+        variant: {"equal": True, "kept": True} for variant in ("delayed", "current", "delayed, experts")
     }
 
 
