@@ -147,7 +147,7 @@ def plan(
 
     planned = plan(
         settings,
-        world=gpus or settings.parallel.replica_size,
+        world=gpus or settings.parallel.smallest_world,
         gpu=round(gpu_memory * GIB),
         longest=LengthLimits(prompt_tokens, example_tokens),
         machine=read_machine(machine),

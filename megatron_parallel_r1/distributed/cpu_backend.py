@@ -62,6 +62,11 @@ def _cpu_device() -> torch.device:
 def _counts_on_cpu(
     dispatcher: MoEAlltoAllTokenDispatcher, point: str, tokens_per_expert: torch.Tensor | None = None
 ) -> torch.Tensor | None:
+    """Gives the numbers of tokens to exchange the types that Megatron's copy to the CPU would."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            if isinstance(splits := getattr(dispatcher, name), torch.Tensor):
+                setattr(dispatcher, name, splits.numpy())
     return tokens_per_expert
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Literal
 
 from pydantic import model_validator
@@ -23,6 +24,9 @@ class ParallelConfig(Settings):
     pipeline's idle time."""
     context: Ranks = 1
     """Context-parallel size; the group splits each row."""
+    expert: Ranks = 1
+    """Expert-parallel size: the experts of each layer are distributed, whole, over as many ranks, across the
+    tensor-, context- and data-parallel groups. With 1, `tensor` splits each expert."""
     sequence: bool = False
     """Split norms and residuals along the tokens within a tensor-parallel group (sequence parallel)."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -45,9 +49,19 @@ class ParallelConfig(Settings):
         return self
 
     @property
+    def expert_split(self) -> int:
+        """Ranks that split the matrices of an expert (Megatron's expert tensor parallel size)."""
+        return 1 if self.expert > 1 else self.tensor
+
+    @property
     def replica_size(self) -> int:
         """Ranks that hold one replica of the model."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def smallest_world(self) -> int:
+        """Ranks of the smallest launch: whole replicas, and whole sets of experts."""
+        return lcm(self.replica_size, self.pipeline * self.expert * self.expert_split)
 
     @property
     def row_multiple(self) -> int:
@@ -70,12 +84,15 @@ def check_parallel(
         UserError: something does not divide; the message names the setting and a value that does.
     """
     tensor, stages = parallel.tensor, parallel.pipeline * parallel.virtual
-    ffn = model.experts.ffn if model.experts else model.ffn
-    for name, size in (("heads", model.heads), ("kv_heads", model.kv_heads), ("ffn", ffn)):
+    _check_experts(model, parallel)
+    sizes = {"heads": model.heads, "kv_heads": model.kv_heads}
+    if parallel.expert == 1:
+        sizes["ffn"] = model.experts.ffn if model.experts else model.ffn
+    for name, size in sizes.items():
         if size % tensor:
             raise UserError(
                 f"parallel: tensor {tensor} does not divide the model's {name} {size}; "
-                f"set tensor to {_divisor(tensor, model.heads, model.kv_heads, ffn)}"
+                f"set tensor to {_divisor(tensor, *sizes.values())}"
             )
     if model.experts and tensor > 1 and not parallel.sequence:
         raise UserError(
@@ -98,8 +115,22 @@ def check_parallel(
         )
 
 
+def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
+    if parallel.expert == 1:
+        return
+    if model.experts is None:
+        raise UserError(
+            f"parallel: expert {parallel.expert} distributes experts, and the model has none; set expert to 1"
+        )
+    if model.experts.count % parallel.expert:
+        raise UserError(
+            f"parallel: expert {parallel.expert} does not divide the model's {model.experts.count} experts; "
+            f"set expert to {_divisor(parallel.expert, model.experts.count)}"
+        )
+
+
 def check_world(parallel: ParallelConfig, world_size: int) -> None:
-    """Checks that `world_size` ranks form whole replicas of the model.
+    """Checks that `world_size` ranks form whole replicas of the model, and hold all experts equally often.
 
     Raises:
         UserError: they do not.
@@ -108,7 +139,12 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
         raise UserError(
             f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} "
             f"= {parallel.replica_size} does not divide the {world_size} processes; "
-            f"start a multiple of {parallel.replica_size}"
+            f"start a multiple of {parallel.smallest_world}"
+        )
+    if world_size % parallel.smallest_world:
+        raise UserError(
+            f"parallel: expert {parallel.expert} x pipeline {parallel.pipeline} does not divide the "
+            f"{world_size} processes; start a multiple of {parallel.smallest_world}"
         )
 
 

@@ -43,7 +43,7 @@ def start(
         error.
 
     Raises:
-        UserError: the number of ranks is no multiple of tensor x pipeline x context, or a node has more ranks
+        UserError: the number of ranks is no multiple of `parallel.smallest_world`, or a node has more ranks
             than GPUs.
         PeerLost: a rank did not connect, or went away.
     """
@@ -76,6 +76,8 @@ def start(
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
             context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_split,
             distributed_timeout_minutes=timeout_s / 60,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)

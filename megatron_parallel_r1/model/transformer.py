@@ -70,6 +70,8 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_split,
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,

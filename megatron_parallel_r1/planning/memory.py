@@ -85,23 +85,34 @@ def memory_use(
         number: bytes of a weight and of an activation, 4 or 2.
     """
     weights = number * part.elements
-    whole = number * sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts)
+    table = weight_table(shape)
+    whole = number * sum(prod(size) for weight in table for _, size in weight.parts)
     copies = (work.staleness + 1) * whole if work.staleness else 0
+    # An in-process engine has all layers, and all experts.
+    engine = number * sum(prod(weight.shard_shape(parallel.tensor)) for weight in table)
+    sharers, expert_sharers = optimizer_sharers(parallel, data)
+    shards = ((part.elements - part.expert_elements, sharers), (part.expert_elements, expert_sharers))
     return MemoryUse(
         weights=weights,
         gradients=FLOAT32 * part.elements,
-        optimizer=optimizer_bytes(part.elements, number, data * parallel.context, parallel.sharded_optimizer),
+        optimizer=sum(optimizer_bytes(*shard, number, parallel.sharded_optimizer) for shard in shards),
         activations=activation_bytes(shape, parallel, part, work, number),
         logits=logit_bytes(shape, parallel, work, number) if part.last else 0,
         reference=weights if work.reference else 0,
-        # An in-process engine has all layers, and so has the trainer's part then.
-        engine=(weights + copies) if work.slots is not None else 0,
+        engine=(engine + copies) if work.slots is not None else 0,
         cache=cache_bytes(shape, parallel, work.slots, number) if work.slots is not None else 0,
     )
 
 
-def optimizer_bytes(elements: int, number: int, sharers: int, sharded: bool) -> int:
-    """Returns the bytes of Adam's state, or of a shard of it over data and context ranks."""
+def optimizer_sharers(parallel: ParallelConfig, data: int) -> tuple[int, int]:
+    """Returns over how many ranks Adam's state may be sharded: data and context ranks, and for experts those
+    that hold the same ones."""
+    sharers = data * parallel.context
+    return sharers, sharers * parallel.tensor // (parallel.expert * parallel.expert_split)
+
+
+def optimizer_bytes(elements: int, sharers: int, number: int, sharded: bool) -> int:
+    """Returns the bytes of Adam's state, or of a shard of it."""
     master = FLOAT32 if number < FLOAT32 else 0
     return (2 * FLOAT32 + master) * (-(-elements // sharers) if sharded else elements)
 
@@ -143,6 +154,7 @@ def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: 
     selected expert (k of n), the product scaled by the router's weight, and a copy of the token and of that
     weight, (6 F + E + 1) b; the router's choice and its inverse as int64 and their softmax in float32 (of all
     n where the weights are not renormalized), 20 k, and the weights and a mask of all experts, (b + 1) n.
+    Under expert parallelism a rank gets as many tokens as it sends, if they are evenly routed.
     """
     tokens, narrow = _tokens(parallel, row)
     size = parallel.tensor
@@ -156,10 +168,12 @@ def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: 
     if shape.experts is None:
         return attention, normed, tokens * number * 5 * (shape.ffn // size)
     chosen = shape.experts
-    inside = number * (6 * (chosen.ffn // size) + shape.hidden + 1)
+    inside = number * (6 * (chosen.ffn // parallel.expert_split) + shape.hidden + 1)
     scored = chosen.per_token if chosen.renormalized else chosen.count
     routed = 2 * INDEX * chosen.per_token + FLOAT32 * scored + (number + 1) * chosen.count
-    return attention, normed, tokens * chosen.per_token * inside + narrow * routed
+    # Ranks that split each expert all get the tokens of the tensor group.
+    arriving = narrow if parallel.expert > 1 else tokens
+    return attention, normed, arriving * chosen.per_token * inside + narrow * routed
 
 
 def chunks_in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> int:
@@ -213,7 +227,7 @@ FINAL_NORM = "decoder.final_layernorm.weight"
 
 @dataclass(frozen=True, slots=True)
 class PipelinePart:
-    """The weights of one pipeline rank; all tensor-parallel ranks have the same shapes.
+    """The weights of one pipeline rank; all tensor- and expert-parallel ranks have the same shapes.
 
     Attributes:
         rank: in the pipeline.
@@ -235,6 +249,11 @@ class PipelinePart:
     def elements(self) -> int:
         return sum(prod(size) for _, size in self.weights)
 
+    @property
+    def expert_elements(self) -> int:
+        """Those of experts."""
+        return sum(prod(size) for name, size in self.weights if ".experts." in name)
+
 
 def pipeline_parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[PipelinePart, ...]:
     """Returns the part of each pipeline rank; the layout must divide the model (`check_parallel`).
@@ -243,7 +262,12 @@ def pipeline_parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[Pipeli
     The last stage of a tied model has a copy of the embedding for its logits, unless it also embeds.
     """
     each = shape.layers // (parallel.pipeline * parallel.virtual)
-    sizes = {weight.name: weight.shard_shape(parallel.tensor) for weight in weight_table(shape)}
+    experts = shape.experts.count // parallel.expert if shape.experts else 0
+    sizes = {
+        weight.name: weight.shard_shape(parallel.tensor if weight.expert is None else parallel.expert_split)
+        for weight in weight_table(shape)
+        if weight.expert is None or weight.expert < experts
+    }
     parts = []
     for rank in range(parallel.pipeline):
         starts = [(rank + turn * parallel.pipeline) * each for turn in range(parallel.virtual)]

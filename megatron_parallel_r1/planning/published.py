@@ -31,6 +31,14 @@ _QWEN3 = {
 }
 _WITHOUT_BASE = {
     "Qwen3-32B": ModelConfig(5120, 64, 64, 8, 128, 25600, vocab=151936, tied=False, max_positions=40960),
+    "Qwen3-235B-A22B": ModelConfig(
+        *(4096, 94, 64, 4, 128, 12288),
+        vocab=151936,
+        tied=False,
+        max_positions=40960,
+        family="qwen3_moe",
+        experts=ExpertsConfig(count=128, per_token=8, ffn=1536),
+    ),
 }
 PUBLISHED: Mapping[str, ModelConfig] = MappingProxyType(
     {f"{name}-Base": replace(shape, max_positions=32768) for name, shape in _QWEN3.items()}

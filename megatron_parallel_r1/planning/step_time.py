@@ -86,10 +86,10 @@ class Timing:
         tokens = trained / self.data / work.micro_batches
         # A token sees the earlier ones of its own document.
         batch = MicroBatches(work.micro_batches, tokens, longest / 2, tokens)
-        elements = max(part.elements for part in self.parts)
+        part = max(self.parts, key=lambda part: part.elements)
         sync, rollout, scores_itself = Cost(), Cost(), updates > 1
         if isinstance(stage, RlStage):
-            sync = self._sync_cost(split, elements)
+            sync = self._sync_cost(split, part)
             rollout = self._rollout_cost(stage, thinking, problems, prompt)
             # The policy before the step scores the traces in a separate pass.
             scores_itself = scores_itself or stage.objective.kl_in == "reward"
@@ -98,7 +98,7 @@ class Timing:
             sync=seconds(sync),
             rollout=seconds(rollout),
             logprobs=seconds(passes * scoring_cost(split, batch), fp8),
-            update=seconds(updates * update_cost(split, batch, elements), fp8),
+            update=seconds(updates * update_cost(split, batch, part.elements, part.expert_elements), fp8),
             overlaps=work.staleness > 0,
         )
 
@@ -106,12 +106,17 @@ class Timing:
         number = getattr(torch, self.recipe.model.dtype).itemsize
         return Split(self.shape, parallel, replicas, number, self.machine.per_node)
 
-    def _sync_cost(self, split: Split, elements: int) -> Cost:
-        """In process, weights are gathered over the tensor group, resplit and copied; servers get all."""
-        size = split.parallel.tensor
-        whole = split.number * elements * size * split.parallel.pipeline
+    def _sync_cost(self, split: Split, part: PipelinePart) -> Cost:
+        """In process, weights are gathered over the groups that split them, resplit and copied; servers get
+        all."""
+        parallel, size = split.parallel, split.parallel.tensor
+        dense = (part.elements - part.expert_elements) * size
+        elements = dense + part.expert_elements * parallel.expert * parallel.expert_split
+        whole = split.number * elements * parallel.pipeline
         if self.recipe.rollout.engine == "native":
-            return Cost(node=whole * (size - 1) / size, stream=2 * whole / size + 2 * FLOAT32 * elements)
+            got = whole - split.number * part.elements * parallel.pipeline
+            copied = 2 * whole / size + 2 * FLOAT32 * elements / size
+            return Cost(node=got, stream=copied)
         return Cost(net=whole, stream=2 * whole)
 
     def _rollout_cost(self, stage: RlStage, thinking: Thinking, problems: int, prompt: int) -> Cost:

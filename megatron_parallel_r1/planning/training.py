@@ -16,7 +16,7 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import padded_vocab
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.planning.machine import Cost, sent
-from megatron_parallel_r1.planning.memory import FLOAT32, layer_bytes
+from megatron_parallel_r1.planning.memory import FLOAT32, layer_bytes, optimizer_sharers
 from megatron_parallel_r1.train.target_logprobs import CHUNKS_ALIVE
 
 BACKWARD = 2.0  # times the forward
@@ -67,8 +67,8 @@ def forward_cost(split: Split, tokens: float, visible: float) -> Cost:
     return split.layers * (attention + mlp + experts)
 
 
-def update_cost(split: Split, batch: MicroBatches, elements: int) -> Cost:
-    """Returns the cost of one optimizer step; `elements`: weights of the rank."""
+def update_cost(split: Split, batch: MicroBatches, elements: int, expert_elements: int = 0) -> Cost:
+    """Returns the cost of one optimizer step; `elements`: weights of the rank, with those of experts."""
     parallel = split.parallel
     attention, mlp, experts = _layer_forward(split, batch.tokens, batch.visible)
     forward = attention + mlp + experts
@@ -79,7 +79,11 @@ def update_cost(split: Split, batch: MicroBatches, elements: int) -> Cost:
     micro_batch += _between_stages(split, batch.tokens)
     # The pipeline bubble (arXiv 2104.04473, section 2.2).
     turns = batch.micro_batches + (parallel.pipeline - 1) / parallel.virtual
-    return turns * micro_batch + _step(split, elements)
+    sharers, expert_sharers = optimizer_sharers(parallel, split.data)
+    place = parallel.tensor * sharers
+    step = _step(split, elements - expert_elements, sharers, place)
+    step += _step(split, expert_elements, expert_sharers, place) + Cost(updates=1)
+    return turns * micro_batch + step
 
 
 def scoring_cost(split: Split, batch: MicroBatches) -> Cost:
@@ -114,7 +118,14 @@ def _layer_forward(split: Split, tokens: float, visible: float) -> tuple[Cost, C
     )
     attention += sent(summed, size, split.per_node)
     attention += sent(gathered, size * parallel.context, split.per_node)
-    mlp = Cost(products=2 * own * second / size, stream=2 * inside) + sent(summed, size, split.per_node)
+    mlp = Cost(products=2 * own * second / size, stream=2 * inside)
+    if parallel.expert > 1 and shape.experts is not None:
+        # Each token's hidden state goes to its experts, evenly distributed, and back.
+        routed = own / size * shape.experts.per_token * shape.hidden * number
+        away = (parallel.expert - 1) / parallel.expert
+        mlp += sent(2 * routed * away, parallel.expert, split.per_node)
+    else:
+        mlp += sent(summed, size, split.per_node)
     return attention, mlp, Cost(experts=2 * own * chosen / size)
 
 
@@ -129,16 +140,14 @@ def _between_stages(split: Split, tokens: float) -> Cost:
     return sent(amount, world, split.per_node)
 
 
-def _step(split: Split, elements: int) -> Cost:
-    """Returns the cost of reducing gradients over data and context ranks, their norm, and Adam."""
+def _step(split: Split, elements: int, sharers: int, place: int) -> Cost:
+    """Returns the cost of reducing gradients over `sharers` ranks out of `place`, their norm, and Adam."""
     parallel = split.parallel
-    sharers = split.data * parallel.context
-    place = parallel.tensor * sharers
     if parallel.sharded_optimizer:
         # Reduce-scatter of gradients, then all-gather of weights.
         exchanged = (FLOAT32 + split.number) * elements * (sharers - 1) / sharers
     else:
         exchanged = 2 * FLOAT32 * elements * (sharers - 1) / sharers
     own = elements / sharers if parallel.sharded_optimizer else elements
-    adam = Cost(stream=3 * FLOAT32 * elements + (ADAM_BYTES + split.number) * own, updates=1)
+    adam = Cost(stream=3 * FLOAT32 * elements + (ADAM_BYTES + split.number) * own)
     return adam + sent(exchanged, place, split.per_node)

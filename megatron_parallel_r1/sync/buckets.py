@@ -1,8 +1,9 @@
 """Gathers a split model's weights, under their Hugging Face names, on the sender, one bucket at a time.
 
 The sender is the first rank of the first replica. Each stage's tensor group gathers the shards of one
-parameter on its first rank, and later stages send whole tensors to the sender. With servers beside every
-rank, every rank is a sender: each replica gathers for itself, on all of its ranks.
+parameter on its first rank, and later stages send whole tensors to the sender. An expert that other ranks
+hold comes, whole, from the first of them to the first rank of its stage. With servers beside every rank,
+every rank is a sender: each replica gathers for itself, on all of its ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from torch import Tensor
 
 from megatron_parallel_r1.architecture.weight_table import WeightMapping
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.weights import own_parameters, owned_weights, plain
+from megatron_parallel_r1.model.weights import (
+    expert_rank,
+    own_parameters,
+    owned_weights,
+    plain,
+    split_group,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,9 @@ class Bucket:
         return sum(tensor.nbytes for _name, tensor in self.tensors)
 
 
+Part = tuple[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class BucketPlan:
     """The content of a bucket: consecutive parameters that one pipeline rank owns."""
@@ -44,10 +54,20 @@ class BucketPlan:
     owner: int
     weights: tuple[WeightMapping, ...]
 
+    @property
+    def parts(self) -> list[Part]:
+        """Names and shapes of the Hugging Face tensors."""
+        return [part for weight in self.weights for part in weight.parts]
+
 
 def in_first_replica() -> bool:
     """Whether this rank's shard is sent; the other replicas hold the same."""
     return not (parallel_state.get_data_parallel_rank() or parallel_state.get_context_parallel_rank())
+
+
+def in_first_experts() -> bool:
+    """Whether this rank's shards of experts are sent; other ranks may hold the same."""
+    return parallel_state.get_expert_data_parallel_rank() == 0
 
 
 def is_sender() -> bool:
@@ -85,10 +105,11 @@ def gather_buckets(model: Model, bucket_bytes: int, everywhere: bool = False) ->
     Args:
         everywhere: yield them on every rank.
     """
-    if not (everywhere or in_first_replica()):
+    dense, experts = (everywhere or first for first in (in_first_replica(), in_first_experts()))
+    if not (dense or experts):
         return
     own = own_parameters(model)
-    tensor = parallel_state.get_tensor_model_parallel_group()
+    leads = in_first_replica() and parallel_state.get_tensor_model_parallel_rank() == 0
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     like = next(model.parameters())
     buckets = plan_buckets(owned_weights(model, own), like.itemsize, bucket_bytes)
@@ -96,21 +117,24 @@ def gather_buckets(model: Model, bucket_bytes: int, everywhere: bool = False) ->
         tensors: list[tuple[str, Tensor]] = []
         if planned.owner == pipeline.rank():
             for weight in planned.weights:
-                tensors += _gather_shards(weight, plain(own[weight.name]), tensor, everywhere)
+                if (holder := expert_rank(model, weight)) is None:
+                    if dense:
+                        tensors += _gather_shards(weight, plain(own[weight.name]), everywhere)
+                elif experts:
+                    tensors += _gather_expert(weight, holder, own.get(weight.name), like, everywhere)
         if everywhere:
-            _broadcast_from(planned, tensors, like, pipeline)
-        elif planned.owner != 0 and tensor.rank() == 0:
-            _send_to_rank_zero(planned, tensors, like, pipeline)
+            _broadcast(planned.parts, tensors, like, pipeline, planned.owner)
+        elif leads:
+            _send_to_first(planned.parts, tensors, like, pipeline, planned.owner)
         if everywhere or is_sender():
             yield Bucket(tensors, number == len(buckets))
         # The consumer may still hold the bucket while the next one is filled.
         tensors.clear()
 
 
-def _gather_shards(
-    weight: WeightMapping, shard: Tensor, group: dist.ProcessGroup, everywhere: bool
-) -> list[tuple[str, Tensor]]:
-    """One parameter's tensors on the first rank of a tensor group, nothing on the others; or on all."""
+def _gather_shards(weight: WeightMapping, shard: Tensor, everywhere: bool) -> list[tuple[str, Tensor]]:
+    """One parameter's tensors on the first of the ranks that split it, nothing on the others; or on all."""
+    group = split_group(weight)
     gets = everywhere or group.rank() == 0
     shards = [shard]
     if group.size() > 1 and weight.split_dim is not None:
@@ -127,30 +151,57 @@ def _gather_shards(
     return [(name, part.contiguous()) for name, part in zip(names, weight.split(shards), strict=True)]
 
 
-def _broadcast_from(
-    planned: BucketPlan, tensors: list[tuple[str, Tensor]], like: Tensor, pipeline: dist.ProcessGroup
+def _gather_expert(
+    weight: WeightMapping, holder: int, parameter: Tensor | None, like: Tensor, everywhere: bool
+) -> list[tuple[str, Tensor]]:
+    """An expert's tensors on the first rank of its stage, or on all ranks.
+
+    Args:
+        holder: the expert-parallel rank that has the expert.
+        parameter: this rank's shard, if it has one.
+    """
+    tensors: list[tuple[str, Tensor]] = []
+    if parameter is not None:
+        tensors = _gather_shards(weight, plain(parameter), everywhere)
+    group = parallel_state.get_expert_model_parallel_group()
+    if everywhere:
+        _broadcast(weight.parts, tensors, like, group, holder)
+    elif parallel_state.get_expert_tensor_parallel_rank() == 0:
+        _send_to_first(weight.parts, tensors, like, group, holder)
+    return tensors if everywhere or group.rank() == 0 else []
+
+
+def _broadcast(
+    parts: Sequence[Part],
+    tensors: list[tuple[str, Tensor]],
+    like: Tensor,
+    group: dist.ProcessGroup,
+    owner: int,
 ) -> None:
-    """Sends a bucket from its owner to the other stages, which append it to `tensors`."""
-    if pipeline.size() == 1:
+    """Sends tensors from rank `owner` of a group to the others, which append them to `tensors`."""
+    if group.size() == 1:
         return
-    if planned.owner != pipeline.rank():
-        parts = (part for weight in planned.weights for part in weight.parts)
+    if owner != group.rank():
         tensors += [(name, like.new_empty(shape)) for name, shape in parts]
     for _name, tensor in tensors:
-        dist.broadcast(tensor, dist.get_global_rank(pipeline, planned.owner), group=pipeline)
+        dist.broadcast(tensor, dist.get_global_rank(group, owner), group=group)
 
 
-def _send_to_rank_zero(
-    planned: BucketPlan, tensors: list[tuple[str, Tensor]], like: Tensor, pipeline: dist.ProcessGroup
+def _send_to_first(
+    parts: Sequence[Part],
+    tensors: list[tuple[str, Tensor]],
+    like: Tensor,
+    group: dist.ProcessGroup,
+    owner: int,
 ) -> None:
-    """Sends a bucket from its owner to the sender, which appends it to `tensors`."""
-    owner, sender = (dist.get_global_rank(pipeline, rank) for rank in (planned.owner, 0))
-    if dist.get_rank() == owner:
+    """Sends tensors from rank `owner` of a group to its first one, which appends them to `tensors`."""
+    if owner == 0:
+        return
+    if group.rank() == owner:
         for _name, tensor in tensors:
-            dist.send(tensor, sender, pipeline)
-    if dist.get_rank() == sender:
-        for weight in planned.weights:
-            for name, shape in weight.parts:
-                tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
-                dist.recv(tensor, owner, pipeline)
-                tensors.append((name, tensor))
+            dist.send(tensor, dist.get_global_rank(group, 0), group)
+    if group.rank() == 0:
+        for name, shape in parts:
+            tensor = like.new_empty(shape)
+            dist.recv(tensor, dist.get_global_rank(group, owner), group)
+            tensors.append((name, tensor))

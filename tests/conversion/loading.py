@@ -1,16 +1,16 @@
-"""Run by torchrun: each rank loads a converted checkpoint by Megatron's own loader and tells what came of it.
+"""Run by torchrun: each rank loads converted checkpoints by Megatron's own loader and tells what came of it.
 
-    torchrun --nproc-per-node 4 -m tests.conversion.loading MEGATRON HF OUT --tensor 2 --pipeline 2
+    torchrun --nproc-per-node 4 -m tests.conversion.loading FOLDER NAME:TENSOR:PIPELINE:EXPERT ...
 
-Rank 0 writes OUT: whether the model has the Hugging Face folder's weights bit for bit, and which slices that
-Megatron would have a rank save are not in that rank's files; then all save it again, as Megatron does, to
-OUT.again.
+Rank 0 writes FOLDER/NAME/found.json: whether the model has the weights of FOLDER/NAME/hf bit for bit, and
+which slices that Megatron would have a rank save are not in that rank's files; then all save it again, as
+Megatron does, to FOLDER/NAME/again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder, re
 from megatron_parallel_r1.conversion.to_megatron import RELEASE
 from megatron_parallel_r1.conversion.verify import load_with_megatron
 from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.collectives import all_gather_objects
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import hf_tensors
-from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 
 def astray(state: dict[str, Any], release: Path) -> list[str]:
@@ -46,35 +47,40 @@ def astray(state: dict[str, Any], release: Path) -> list[str]:
     return found
 
 
+def load(folder: Path, parallel: ParallelConfig) -> None:
+    hf, megatron = folder / "hf", folder / "megatron"
+    model = build_model(read_config(hf), torch.float32, parallel)
+    load_with_megatron(model, megatron)
+    expected = dict(load_hf_folder(hf)[1])
+    wrong = [name for name, tensor in hf_tensors(model) if not torch.equal(expected.pop(name), tensor)]
+    state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    each = all_gather_objects(astray(state, megatron / RELEASE))
+    if is_rank_zero():
+        found = {
+            "wrong": wrong,
+            "missing": list(expected),
+            "astray": [name for some in each for name in some],
+        }
+        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "again").mkdir()
+    torch.distributed.barrier()
+    state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    dist_checkpointing.save(state, str(folder / "again"))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("megatron", "hf", "out"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--pipeline", type=int, default=1)
-    arguments = parser.parse_args()
-    parallel = ParallelConfig(
-        tensor=arguments.tensor, pipeline=arguments.pipeline, sequence=arguments.tensor > 1
-    )
-    with process.running(seed=0, parallel=parallel):
-        model = build_model(read_config(arguments.hf), torch.float32, parallel)
-        load_with_megatron(model, arguments.megatron)
-        expected = dict(load_hf_folder(arguments.hf)[1])
-        wrong = [name for name, tensor in hf_tensors(model) if not torch.equal(expected.pop(name), tensor)]
-        state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
-        each: list[list[str]] = [[] for _ in range(world_size())]
-        torch.distributed.all_gather_object(each, astray(state, arguments.megatron / RELEASE))
-        if is_rank_zero():
-            found = {
-                "wrong": wrong,
-                "missing": list(expected),
-                "astray": [name for some in each for name in some],
-            }
-            arguments.out.write_text(json.dumps(found))
-            arguments.out.with_suffix(".again").mkdir()
-        torch.distributed.barrier()
-        state = model[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
-        dist_checkpointing.save(state, str(arguments.out.with_suffix(".again")))
+    folder = Path(sys.argv[1])
+    for case in sys.argv[2:]:
+        name, *sizes = case.split(":")
+        tensor, pipeline, expert = map(int, sizes)
+        parallel = ParallelConfig(
+            tensor=tensor,
+            pipeline=pipeline,
+            expert=expert,
+            sequence=tensor > 1,
+        )
+        with process.running(seed=0, parallel=parallel):
+            load(folder / name, parallel)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Four ranks of Megatron, two pipeline stages of two tensor ranks, load what one process converted."""
+"""Four ranks of Megatron, split in several ways, load what one process converted; in one launch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,24 @@ from tests.unit.conversion.folders import assert_equal, tensors_of, write_hf
 ROOT = Path(__file__).resolve().parents[2]
 
 
+CASES = {
+    "dense": ("qwen2", Target(2, 2)),
+    "split": ("qwen3_moe", Target(2, 2)),
+    "stages": ("qwen3_moe", Target(1, 2, 2)),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["qwen2", "qwen3_moe"])
-def test_ranks_load_it_and_what_they_save_is_the_same(variant: str, tmp_path: Path) -> None:
-    write_hf(tmp_path / "hf", variant, vocab_size=101)
-    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", Target(2, 2))
+def test_ranks_load_it_and_what_they_save_is_the_same(tmp_path: Path) -> None:
+    for name, (variant, target) in CASES.items():
+        write_hf(tmp_path / name / "hf", variant, vocab_size=101)
+        hf_to_megatron(tmp_path / name / "hf", tmp_path / name / "megatron", target)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
-    out = tmp_path / "told.json"
-    paths = [str(path) for path in (tmp_path / "megatron", tmp_path / "hf", out)]
+    layouts = [
+        f"{name}:{target.tensor}:{target.pipeline}:{target.expert}" for name, (_, target) in CASES.items()
+    ]
     done = subprocess.run(
-        [*torchrun, "-m", "tests.conversion.loading", *paths, "--tensor", "2", "--pipeline", "2"],
+        [*torchrun, "-m", "tests.conversion.loading", str(tmp_path), *layouts],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
@@ -36,6 +44,9 @@ def test_ranks_load_it_and_what_they_save_is_the_same(variant: str, tmp_path: Pa
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(out.read_text()) == {"wrong": [], "missing": [], "astray": []}
-    megatron_to_hf(out.with_suffix(".again"), tmp_path / "back", like=tmp_path / "hf")
-    assert_equal(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
+    for name in CASES:
+        folder = tmp_path / name
+        found = json.loads((folder / "found.json").read_text())
+        assert found == {"wrong": [], "missing": [], "astray": []}, name
+        megatron_to_hf(folder / "again", folder / "back", like=folder / "hf")
+        assert_equal(tensors_of(folder / "hf"), tensors_of(folder / "back"))

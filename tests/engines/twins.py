@@ -51,12 +51,28 @@ class Flagship:
         return 8 * (self.nodes - int(self.site.get("ROLLOUT_NODES", 0)))
 
 
-_APART = {"site": {"ROLLOUT_NODES": "1"}, "added": ("rollout.engine=sglang", "rollout.urls_file=urls")}
+_ADDED = ("rollout.engine=sglang", "rollout.urls_file=urls")
 FLAGSHIPS = (
     Flagship("qwen3_4b/one_node", nodes=1),
-    Flagship("qwen3_4b/servers", nodes=2, **_APART),
+    Flagship("qwen3_4b/servers", nodes=2, site={"ROLLOUT_NODES": "1"}, added=_ADDED),
     Flagship("qwen3_8b/one_node", nodes=1),
-    Flagship("qwen3_8b/servers", nodes=2, **_APART),
+    Flagship("qwen3_8b/servers", nodes=2, site={"ROLLOUT_NODES": "1"}, added=_ADDED),
+)
+# Mixtures of experts, which have no twin: tests/parallel trains one under expert parallelism.
+MIXTURES = (
+    Flagship("qwen3_30b_a3b/one_node", nodes=1),
+    Flagship(
+        "qwen3_30b_a3b/servers",
+        nodes=2,
+        site={"ROLLOUT_NODES": "1", "ROLLOUT_SERVERS": "4", "ROLLOUT_TENSOR": "2"},
+        added=_ADDED,
+    ),
+    Flagship(
+        "qwen3_235b_a22b/servers",
+        nodes=16,
+        site={"ROLLOUT_NODES": "8", "ROLLOUT_SERVERS": "1", "ROLLOUT_TENSOR": "8"},
+        added=_ADDED,
+    ),
 )
 
 # Values of a twin that are not its flagship's, besides paths; `*` is any stage.

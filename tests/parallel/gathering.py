@@ -28,8 +28,6 @@ from megatron_parallel_r1.utils.rank import is_rank_zero
 from tests.parallel.launch import parallel_of
 from tests.reference.peak import Peak
 
-# 41 tokens: no tensor group divides them.
-SHAPE = ModelConfig(hidden=32, layers=4, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=41, rope_theta=1e3)
 BUCKETS = (1, 20_000, 10**9)
 
 
@@ -72,11 +70,11 @@ def gathered(
     }
 
 
-def passes(parallel: ParallelConfig) -> dict[str, Any]:
+def passes(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     """How passes went on all processes, by model and size of the buckets."""
     found: dict[str, Any] = {}
     for tied in (True, False):
-        shape = replace(SHAPE, tied=tied)
+        shape = replace(model, tied=tied)
         weights = [
             4 * sum(torch.Size(size).numel() for _, size in weight.parts) for weight in weight_table(shape)
         ]
@@ -96,9 +94,9 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     for layout in layouts:
-        parallel, _ = parallel_of(layout)
+        parallel, shape = parallel_of(layout)
         with process.running(1, parallel):
-            found[layout] = passes(parallel)
+            found[layout] = passes(shape, parallel)
     if is_rank_zero():
         Path(out).write_text(json.dumps(found))
 

@@ -9,13 +9,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 # Nothing here is compiled, and to load torch's compiler is a third of the work of a process that starts.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+# 41 tokens: no tensor group divides them.
+SHAPE = ModelConfig(hidden=32, layers=4, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=41, rope_theta=1e3)
+# Few layers, since a choice of experts that hangs on a rounding error shows in every figure.
+EXPERTS: dict[str, Any] = {
+    "family": "qwen3_moe",
+    "layers": 2,
+    "experts": ExpertsConfig(count=8, per_token=2, ffn=24),
+}
 HANGS_S = 1500  # a launch that has not ended by then never will
 
 
@@ -39,8 +50,14 @@ def settings_of(layout: str) -> dict[str, int | bool]:
     return {name: int(value) if value else True for name, _, value in pairs}
 
 
-def parallel_of(layout: str) -> tuple[ParallelConfig, bool]:
-    """A layout, and whether its model has an output matrix of its own, which the word `untied` says."""
+# The words that are no key of `parallel`.
+MODELS = ("untied", "experts")
+
+
+def parallel_of(layout: str) -> tuple[ParallelConfig, ModelConfig]:
+    """A layout and its model, `SHAPE`: the word `untied` gives it an output matrix of its own, `experts`
+    two layers of experts."""
     settings = settings_of(layout)
-    untied = bool(settings.pop("untied", False))
-    return ParallelConfig(**settings), untied
+    untied, experts = (bool(settings.pop(word, False)) for word in MODELS)
+    shape = replace(SHAPE, tied=not untied)
+    return ParallelConfig(**settings), replace(shape, **EXPERTS) if experts else shape

@@ -23,7 +23,7 @@ from megatron_parallel_r1.sync.control import RowScores, TokenRow, WeightsInfo
 from megatron_parallel_r1.sync.publisher import Publisher
 from megatron_parallel_r1.sync.settings import Sync
 from megatron_parallel_r1.utils.exit import block_stop_signals
-from tests.parallel.steps import SHAPE
+from tests.parallel.launch import SHAPE
 
 SCORES = [(-1.0,)]
 LAST = 3  # the step in which the told rank does it

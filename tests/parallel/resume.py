@@ -13,12 +13,13 @@ import json
 import resource
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
@@ -29,7 +30,7 @@ from megatron_parallel_r1.train.checkpoints.sharded import live_parts
 from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Adam, Trainer
 from tests.parallel.launch import parallel_of
-from tests.parallel.steps import SHAPE, batch_of_rows, capacity
+from tests.parallel.steps import batch_of_rows, capacity
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,8 @@ class Job:
     full_disk: int | None = None
 
 
-def trainer_of(job: Job, parallel: ParallelConfig, untied: bool) -> tuple[Trainer, list[MicroBatch]]:
+def trainer_of(job: Job, parallel: ParallelConfig, shape: ModelConfig) -> tuple[Trainer, list[MicroBatch]]:
     """A fresh trainer and this process's share of the rows."""
-    shape = replace(SHAPE, tied=not untied)
     model = build_model(shape, getattr(torch, job.dtype), parallel)
     load_hf_tensors(model, random_hf_tensors(shape, seed=7, std=0.2))
     # eps: see steps.py.
@@ -65,9 +65,9 @@ def trainer_of(job: Job, parallel: ParallelConfig, untied: bool) -> tuple[Traine
     return trainer, [MicroBatch.of(row, trainer.device) for row in own]
 
 
-def work(job: Job, parallel: ParallelConfig, untied: bool) -> None:
+def work(job: Job, parallel: ParallelConfig, shape: ModelConfig) -> None:
     out = Path(job.out)
-    trainer, batches = trainer_of(job, parallel, untied)
+    trainer, batches = trainer_of(job, parallel, shape)
 
     def train(steps: int) -> list[list[float]]:
         done = [
@@ -113,9 +113,9 @@ def main() -> None:
     for job in [Job(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]:
         print(job, flush=True)
         Path(job.out).mkdir(exist_ok=True)
-        parallel, untied = parallel_of(job.layout)
+        parallel, shape = parallel_of(job.layout)
         with process.running(1, parallel):
-            work(job, parallel, untied)
+            work(job, parallel, shape)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -36,8 +35,6 @@ from tests.parallel.launch import parallel_of
 from tests.parallel.learning import LESSONS, three_lessons
 from tests.reference.traces import TAGS, random_trace
 
-# 41 tokens: no tensor group divides them.
-SHAPE = ModelConfig(hidden=32, layers=4, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=41, rope_theta=1e3)
 OBJECTIVES = {
     "grpo": Objective(),
     # Without a ratio that a rounding can push over its bound, which switches a token's gradient off.
@@ -113,9 +110,19 @@ def variants(shape: ModelConfig, parallel: ParallelConfig, processes: int) -> di
     """What each of them measured, by its name: what is trained, comma, how.
 
     Recomputation is the model's affair and a loss is none of its: from four processes on, whose steps cost
-    most, each way of recomputing meets one loss.
+    most, each way of recomputing meets one loss. A model with experts goes through less: the losses are shown
+    by the dense one, and bfloat16 changes the choice of experts.
     """
     found = {}
+    if shape.experts:
+        for recompute in ("none", "selective")[: 2 if processes < 4 else 1]:
+            changed = parallel.replace(recompute=recompute)
+            found[f"grpo, recompute {recompute}"] = three_steps(shape, changed, torch.float32, "grpo")
+        lesson = "path credit"
+        found[f"{lesson}, recompute none"] = three_lessons(shape, parallel, LESSONS[lesson])
+        sharded = parallel.replace(sharded_optimizer=True)
+        found["grpo, sharded optimizer"] = three_steps(shape, sharded, torch.float32, "grpo")
+        return found
     for recompute, losses in {
         "none": ("grpo", "sft"),
         "full": ("sft", "grpo"),
@@ -140,10 +147,10 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     for layout in layouts:
-        parallel, untied = parallel_of(layout)
+        parallel, shape = parallel_of(layout)
         print(f"layout: {layout or 'data parallel'}", flush=True)
         with process.running(1, parallel):
-            found[layout] = variants(replace(SHAPE, tied=not untied), parallel, dist.get_world_size())
+            found[layout] = variants(shape, parallel, dist.get_world_size())
     if is_rank_zero():
         torch.save(found, out)
 

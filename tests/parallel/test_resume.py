@@ -31,6 +31,10 @@ PROCESSES = {
     "tensor=2 pipeline=2": 4,
     "tensor=2 sharded_optimizer": 4,
     "context=2 sharded_optimizer": 2,
+    "experts": 1,
+    "experts expert=2 sharded_optimizer": 2,
+    "experts expert=4": 4,
+    "experts expert=2 tensor=2 sequence": 4,
 }
 
 
@@ -141,6 +145,10 @@ slow = pytest.mark.slow
         pytest.param("tensor=2 sharded_optimizer", "pipeline=2 virtual=2", marks=slow),
         pytest.param("tensor=2 sharded_optimizer", "context=2 sharded_optimizer", marks=slow),
         pytest.param("tensor=2 pipeline=2", "", marks=slow),
+        pytest.param("experts expert=2 sharded_optimizer", "experts", marks=slow),
+        pytest.param("experts expert=2 sharded_optimizer", "experts expert=4", marks=slow),
+        pytest.param("experts expert=4", "experts expert=2 sharded_optimizer", marks=slow),
+        pytest.param("experts expert=2 sharded_optimizer", "experts expert=2 tensor=2 sequence", marks=slow),
     ],
 )
 def test_another_layout_goes_on(changed, before: str, after: str, dtype: str) -> None:
@@ -161,6 +169,7 @@ def test_another_layout_goes_on(changed, before: str, after: str, dtype: str) ->
         ("tensor=2 sharded_optimizer", "tensor=2 sharded_optimizer", "float32"),
         ("pipeline=2 virtual=2 untied", "pipeline=2 virtual=2 untied", "float32"),
         ("sharded_optimizer", "sharded_optimizer", "bfloat16"),
+        ("experts expert=2 sharded_optimizer", "experts expert=2 sharded_optimizer", "float32"),
     ],
 )
 def test_the_same_layout_goes_on_bit_for_bit(changed, before: str, after: str, dtype: str) -> None:

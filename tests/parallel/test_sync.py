@@ -41,6 +41,9 @@ def launched(
         pytest.param(2, "pipeline=2", marks=pytest.mark.slow),
         pytest.param(4, "tensor=2", marks=pytest.mark.slow),
         pytest.param(4, "context=2 pipeline=2", marks=pytest.mark.slow),
+        pytest.param(2, "experts expert=2", marks=pytest.mark.slow),
+        pytest.param(4, "experts expert=2 pipeline=2", marks=pytest.mark.slow),
+        pytest.param(4, "experts expert=4 tensor=2 sequence", marks=pytest.mark.slow),
     ],
 )
 def test_buckets_hold_all_weights_once(launched, processes: int, layout: str) -> None:

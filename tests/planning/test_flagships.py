@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from megatron_parallel_r1.cluster.command import app
 from megatron_parallel_r1.config.reader import read_recipe, read_tree
 from megatron_parallel_r1.planning.plan import GIB, plan
-from tests.engines.twins import FLAGSHIPS, SHRUNK, Flagship, leaves, rule_of, twin_of
+from tests.engines.twins import FLAGSHIPS, MIXTURES, SHRUNK, Flagship, leaves, rule_of, twin_of
 
 ADDED = (
     "out",
@@ -19,9 +19,10 @@ ADDED = (
 )  # what a twin has beside its flagship's keys: where it runs, and the files of its data
 
 flagships = pytest.mark.parametrize("flagship", FLAGSHIPS, ids=lambda each: each.name)
+with_mixtures = pytest.mark.parametrize("flagship", (*FLAGSHIPS, *MIXTURES), ids=lambda each: each.name)
 
 
-@flagships
+@with_mixtures
 def test_it_fits_its_gpus(flagship: Flagship) -> None:
     planned = plan(read_recipe(flagship.path, flagship.added), flagship.training_gpus)
     assert not any("GiB are needed" in note or "would end with" in note for note in planned.notes)
@@ -34,13 +35,13 @@ def test_it_fits_its_gpus(flagship: Flagship) -> None:
         assert memory.weights + server < 70 * GIB
 
 
-@flagships
+@with_mixtures
 def test_sft_evaluates_where_it_has_no_servers(flagship: Flagship) -> None:
     sft = plan(read_recipe(flagship.path), flagship.training_gpus).stages[0]
     assert sft.evaluation is None or sft.evaluation.total < 80 * GIB
 
 
-@flagships
+@with_mixtures
 def test_launch_would_submit_it(flagship: Flagship, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sbatch", "srun"):
         (tmp_path / name).write_text("#!/bin/sh\n")

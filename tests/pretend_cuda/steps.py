@@ -1,18 +1,17 @@
 """Optimizer steps of SFT and GRPO under a layout, or of a mixture of experts, as a program; then the weights
 are published, and with a pipeline another trainer goes on from a checkpoint.
 
-python -m tests.pretend_cuda FOLDER tests.pretend_cuda.steps LAYOUT OUT, LAYOUT as "pipeline=2", or `experts`.
+python -m tests.pretend_cuda FOLDER tests.pretend_cuda.steps LAYOUT OUT, LAYOUT as "pipeline=2" (launch.py).
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
+from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import Model, build_model
@@ -22,9 +21,7 @@ from megatron_parallel_r1.sync.disk import DiskTransport
 from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from tests.parallel.launch import parallel_of
 from tests.parallel.resume import Job, trainer_of
-from tests.parallel.steps import SHAPE, three_steps
-
-EXPERTS = replace(SHAPE, family="qwen3_moe", experts=ExpertsConfig(count=4, per_token=2, ffn=32))
+from tests.parallel.steps import three_steps
 
 
 def publish(model: Model, shape: ModelConfig, folder: Path) -> None:
@@ -40,11 +37,11 @@ def publish(model: Model, shape: ModelConfig, folder: Path) -> None:
         assert not transport.close().lost and (folder / "version-1/config.json").is_file()
 
 
-def save_and_go_on(layout: str, parallel: ParallelConfig, folder: Path) -> None:
+def save_and_go_on(layout: str, parallel: ParallelConfig, shape: ModelConfig, folder: Path) -> None:
     """Saves a trainer after a step, restores another one from it, and trains that."""
     job = Job(str(folder), str(folder / "checkpoints"), layout, "bfloat16")
     for expected in (0, 1):
-        trainer, batches = trainer_of(job, parallel, untied=False)
+        trainer, batches = trainer_of(job, parallel, shape)
         checkpoints = Checkpoints(Path(job.checkpoints))
         assert checkpoints.restore(trainer)[0] == expected
         trainer.update(batches, lambda logprobs_N, *_: (-logprobs_N.sum(), {}), 1e-3)
@@ -54,8 +51,7 @@ def save_and_go_on(layout: str, parallel: ParallelConfig, folder: Path) -> None:
 
 def main() -> None:
     layout, out = sys.argv[1], Path(sys.argv[2])
-    shape, layout = (EXPERTS, "") if layout == "experts" else (SHAPE, layout)
-    parallel, _ = parallel_of(layout)
+    parallel, shape = parallel_of(layout)
     with process.running(1, parallel):
         for loss in ("sft", "grpo"):
             three_steps(shape, parallel, torch.bfloat16, loss)
@@ -63,7 +59,7 @@ def main() -> None:
         load_hf_tensors(model, random_hf_tensors(shape, seed=7, std=0.2))
         publish(model, shape, out / "weights")
         if parallel.pipeline > 1:
-            save_and_go_on(layout, parallel, out)
+            save_and_go_on(layout, parallel, shape, out)
 
 
 if __name__ == "__main__":

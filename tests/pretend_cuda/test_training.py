@@ -102,7 +102,7 @@ def test_a_split_model_mixes_no_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "layout"), [(2, "pipeline=2 virtual=2"), (2, "context=2"), (1, "experts")]
+    ("processes", "layout"), [(2, "pipeline=2 virtual=2"), (2, "context=2"), (2, "experts expert=2")]
 )
 def test_steps_mix_no_devices(tmp_path: Path, processes: int, layout: str) -> None:
     program = ("tests.pretend_cuda.steps", layout, str(tmp_path / "out"))

@@ -19,7 +19,7 @@ from megatron_parallel_r1.sync.buckets import gather_buckets
 from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.offload import _device_tensors
 from megatron_parallel_r1.train.trainer import Adam, Trainer
-from tests.parallel.steps import SHAPE as FOUR_LAYERS
+from tests.parallel.launch import SHAPE as FOUR_LAYERS
 from tests.parallel.steps import batch_of_rows
 from tests.pretend_cuda.tensor import PretendTensor
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_parallel_r1.architecture.model_config import ModelConfig
+from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
 from megatron_parallel_r1.errors import UserError
 
 SHAPE = ModelConfig(hidden=48, layers=6, heads=6, kv_heads=3, head_dim=8, ffn=96, vocab=101)
+
+EXPERTS = replace(SHAPE, family="qwen3_moe", experts=ExpertsConfig(count=6, per_token=2, ffn=40))
 
 
 @pytest.mark.parametrize(
@@ -38,6 +42,37 @@ SHAPE = ModelConfig(hidden=48, layers=6, heads=6, kv_heads=3, head_dim=8, ffn=96
 def test_what_does_not_divide_is_refused(parallel: ParallelConfig, world: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_parallel(SHAPE, parallel, world, max_tokens_per_micro_batch=1001)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "message"),
+    [
+        (ParallelConfig(expert=4), 4, "expert 4 does not divide the model's 6 experts; set expert to 3"),
+        (ParallelConfig(expert=3), 4, "expert 3 x pipeline 1 does not divide the 4 processes; start a multi"),
+        (
+            ParallelConfig(context=3, expert=2, pipeline=2),
+            6,
+            "pipeline 2 .* start a multiple of 12",
+        ),
+        (ParallelConfig(tensor=3), 3, "tensor 3 does not divide the model's ffn 40; set tensor to 1"),
+        (ParallelConfig(tensor=3, expert=3), 3, "Megatron trains experts only with sequence"),
+    ],
+)
+def test_experts_that_cannot_be_distributed_are_refused(
+    parallel: ParallelConfig, world: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_parallel(EXPERTS, parallel, world)
+
+
+def test_a_dense_model_has_no_experts_to_distribute() -> None:
+    with pytest.raises(UserError, match="expert 2 distributes experts, and the model has none"):
+        check_parallel(SHAPE, ParallelConfig(expert=2), 2)
+
+
+def test_the_group_of_experts_spans_the_others() -> None:
+    check_parallel(EXPERTS, ParallelConfig(tensor=3, sequence=True, expert=6), 6)
+    check_parallel(EXPERTS, ParallelConfig(context=2, pipeline=2, expert=2), 4)
 
 
 @pytest.mark.parametrize(
