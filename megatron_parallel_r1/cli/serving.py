@@ -112,6 +112,10 @@ def serve_rollout(
         Path | None, typer.Option(help="File to write the URLs to once all servers are healthy.")
     ] = None,
     crashes: Annotated[int, typer.Option(min=1, help="Consecutive crashes before giving up.")] = 3,
+    key_variable: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key that servers ask for.")
+    ] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with that key, instead.")] = None,
     hang_seconds: Annotated[
         float, typer.Option(min=1, help="Restart a server that gives no answer for so long.")
     ] = 600,
@@ -144,6 +148,8 @@ def serve_rollout(
         urls_file=urls_file,
         crashes=crashes,
         hang_seconds=hang_seconds,
+        key_variable=key_variable,
+        key_file=key_file,
         options=tuple(options or ()),
     )
     run_servers(serving, tell=typer.echo)

@@ -103,7 +103,9 @@ def server_arguments(spec: JobSpec, engine: str) -> list[str]:
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"stage {stage.name} starts from {folder}, which is missing; run that stage first")
     isolated = engine == "sglang" and recipe.thinking_of(stage).mode == "isolated"
-    return ["--checkpoint", str(folder), *(["--isolated"] if isolated else [])]
+    named = {"--key-variable": recipe.rollout.key_variable, "--key-file": recipe.rollout.key_file}
+    key = [f"{option}={value}" for option, value in named.items() if value is not None]
+    return ["--checkpoint", str(folder), *(["--isolated"] if isolated else []), *key]
 
 
 def check_servers_fit(spec: JobSpec, engine: str) -> None:

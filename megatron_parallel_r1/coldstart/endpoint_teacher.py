@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,6 +25,7 @@ from megatron_parallel_r1.coldstart.teacher import NoAnswer, TeacherAnswer, Teac
 from megatron_parallel_r1.data.prompts import messages_of, render
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import KEEPALIVE_S
+from megatron_parallel_r1.utils.api_key import bearer, read_key
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
 """Statuses below 500 that are worth a retry."""
@@ -56,8 +56,8 @@ async def open_endpoint(endpoint: TeacherEndpoint, concurrency: int) -> AsyncIte
     Raises:
         UserError: the environment variable of the key is not set, or holds no key.
     """
-    key = _read_key(endpoint.key_variable)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    key = read_key(endpoint.key_variable, where="teacher.")
+    headers = bearer(key)
     connector = aiohttp.TCPConnector(
         limit=concurrency,
         keepalive_timeout=KEEPALIVE_S,
@@ -195,17 +195,6 @@ def _proxy_of(url: str) -> str | None:
     if proxy_bypass(address.netloc):
         return None
     return proxies.get(address.scheme) or proxies.get("all")
-
-
-def _read_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(f"teacher.key_variable: {variable} is not set in the environment; set it to the key")
-    if not (key.isascii() and key.isprintable()):
-        raise UserError(f"teacher.key_variable: {variable} holds no valid key; set it to printable ASCII")
-    return key
 
 
 def read_reply(body: bytes, api: Api) -> TeacherAnswer:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.sync.settings import Sync
+from megatron_parallel_r1.utils.api_key import read_key
 from megatron_parallel_r1.utils.settings import Count, CountOrZero, Ranks, Seconds, Settings
 
 Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]
@@ -45,6 +46,10 @@ class Rollout(Settings):
     colocated: bool = False
     """Servers share the ranks' GPUs: servers release their memory while the trainer learns, and the trainer
     that of gradients and optimizer while they draw. On GPUs it needs `sync.transport` tensor or disk."""
+    key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Environment variable with the servers' API key, on every rank; also of servers that the run starts."""
+    key_file: Path | None = None
+    """File with the servers' API key, instead of `key_variable`."""
     max_concurrent_requests: Count = 128
     """Most requests in flight to one server."""
     request_timeout_s: Seconds = 600.0
@@ -76,6 +81,15 @@ class Rollout(Settings):
                 "vllm takes new weights from disk only; set sync.transport to disk, with sync.folder"
             )
         return self
+
+    @property
+    def api_key(self) -> str | None:
+        """The key that `key_variable` or `key_file` names.
+
+        Raises:
+            UserError: there is none.
+        """
+        return read_key(self.key_variable, self.key_file, "rollout.")
 
     def needed_gpus(self, ranks: int) -> int:
         """Returns the GPUs that `ranks` ranks and the servers that the run starts need on one node."""

@@ -122,6 +122,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--server", dest="servers", action="append", default=[], help="URL of a rollout server; repeatable"
     )
+    parser.add_argument("--key-variable", help="environment variable with the servers' API key")
+    parser.add_argument("--key-file", type=Path, help="file with that key, instead")
     parser.add_argument("--tensor", type=int, default=1, help="processes that share one copy of the model")
     parser.add_argument("--concurrent", type=int, default=256, help="responses in flight, per model copy")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for records and tables")
@@ -147,6 +149,8 @@ def _plan(args: argparse.Namespace) -> EvaluationPlan:
         engine=args.engine,
         tensor=args.tensor,
         servers=tuple(args.servers),
+        key_variable=args.key_variable,
+        key_file=args.key_file,
         concurrent=args.concurrent,
     )
 

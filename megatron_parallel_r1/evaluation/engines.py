@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.api_key import read_key
 from megatron_parallel_r1.utils.rank import world_size
 
 if TYPE_CHECKING:
@@ -32,12 +33,15 @@ class EngineSpec:
         seed: of this process's random number generators.
         tensor: processes that share one copy of the model (native).
         servers: base addresses (server engines).
+        key_variable, key_file: where their API key is.
     """
 
     folder: Path
     seed: int = 0
     tensor: int = 1
     servers: tuple[str, ...] = ()
+    key_variable: str | None = None
+    key_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,8 @@ def _served(engine: str, spec: EngineSpec) -> Iterator[OpenedEngine]:
         )
     if world_size() > 1:
         raise UserError(f"engine {engine}: one process uses all servers; start it without torchrun")
-    pool = connect_pool(engine, spec.servers, Timeouts(), PoolSettings(patience_s=PATIENCE_S))
+    key = read_key(spec.key_variable, spec.key_file)
+    pool = connect_pool(engine, spec.servers, Timeouts(), PoolSettings(patience_s=PATIENCE_S), key=key)
     check_checkpoint(pool, spec.folder)
     yield OpenedEngine(ServerEngine(pool))
 

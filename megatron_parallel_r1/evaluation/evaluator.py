@@ -54,6 +54,8 @@ class EvaluationPlan:
     engine: str = "native"
     tensor: int = 1
     servers: tuple[str, ...] = ()
+    key_variable: str | None = None
+    key_file: Path | None = None
     concurrent: int = 256
 
     def samples_in(self, mode: EvaluationMode) -> int:
@@ -110,7 +112,9 @@ def evaluate(
     with Verifier() as verifier:
         if missing:
             tokenizer, tags = open_thinking_tokenizer(checkpoint.folder)
-            with opener(EngineSpec(checkpoint.folder, plan.seed, plan.tensor, plan.servers)) as opened:
+            key = plan.key_variable, plan.key_file
+            spec = EngineSpec(checkpoint.folder, plan.seed, plan.tensor, plan.servers, *key)
+            with opener(spec) as opened:
                 try:
                     thinker = Thinker(opened.engine, tags, decoding.thinking)
                 except ValueError as error:

@@ -272,7 +272,8 @@ def _shared_pool(rollout: Rollout, urls: Sequence[str], thinking: Thinking) -> S
     settings = PoolSettings(concurrent=rollout.max_concurrent_requests, patience_s=rollout.patience_s)
     timeouts = Timeouts(answer_s=rollout.request_timeout_s)
     share = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    pool = connect_pool(rollout.engine, urls, timeouts, settings, rollout.urls_file, share)
+    key = rollout.api_key
+    pool = connect_pool(rollout.engine, urls, timeouts, settings, rollout.urls_file, share, key)
     if thinking.mode not in pool.modes:
         raise UserError(
             f"thinking.mode {thinking.mode}: the servers ({', '.join(pool.infos)}) are exact in "
@@ -284,5 +285,5 @@ def _shared_pool(rollout: Rollout, urls: Sequence[str], thinking: Thinking) -> S
 def _control(rollout: Rollout, url: str) -> ServerControl:
     timeout_s = rollout.sync.timeout_s
     if rollout.engine == "vllm":
-        return VllmControl(url, timeout_s)
-    return SglangControl(url, timeout_s, rollout.sync.transport)
+        return VllmControl(url, timeout_s, rollout.api_key)
+    return SglangControl(url, timeout_s, rollout.sync.transport, rollout.api_key)

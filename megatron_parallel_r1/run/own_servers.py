@@ -41,6 +41,8 @@ def launch_settings(
         deterministic=rollout.deterministic,
         isolated=isolated,
         colocated=rollout.colocated,
+        key_variable=rollout.key_variable,
+        key_file=rollout.key_file,
         log_dir=logs / socket.gethostname() if spread else logs,
     )
 

@@ -13,6 +13,7 @@ import httpx
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import KEEPALIVE_S, Unreachable
 from megatron_parallel_r1.sync.settings import InFlightPolicy, TransportKind
+from megatron_parallel_r1.utils.api_key import bearer, refusal
 
 TokenRow = tuple[int, ...]
 RowScores = tuple[float, ...]
@@ -133,12 +134,13 @@ class HttpClient:
     `timeout_s` is that of an answer, except to `quick` requests, which need no work.
     """
 
-    def __init__(self, url: str, timeout_s: float = 600.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 600.0, key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
+        self._key = key
         # Proxies of the environment are for the outside world, not for servers of the cluster.
         limits = httpx.Limits(keepalive_expiry=KEEPALIVE_S)
-        self._client = httpx.Client(base_url=self.url, limits=limits, trust_env=False)
+        self._client = httpx.Client(base_url=self.url, limits=limits, trust_env=False, headers=bearer(key))
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, quick: bool = False) -> Any:
         """The answer's JSON, or its text if it is not JSON."""
@@ -160,7 +162,8 @@ class HttpClient:
             # It may work on another server, or after a restart.
             raise Unreachable(f"{self.url}{path}: {response.status_code} {_error_text(response)}")
         if response.status_code >= 400:
-            raise UserError(f"{self.url}{path} refused: {_error_text(response)}")
+            advice = refusal(response.status_code, self._key)
+            raise UserError(f"{self.url}{path} refused: {_error_text(response)}" + (advice and f"; {advice}"))
         try:
             return response.json()
         except json.JSONDecodeError:

@@ -25,8 +25,14 @@ class SglangControl(HttpClient):
     kinds: frozenset[TransportKind] = frozenset({"distributed", "tensor", "disk"})
     wants_head = False
 
-    def __init__(self, url: str, timeout_s: float = 600.0, transport: TransportKind = "distributed") -> None:
-        super().__init__(url, timeout_s)
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float = 600.0,
+        transport: TransportKind = "distributed",
+        key: str | None = None,
+    ) -> None:
+        super().__init__(url, timeout_s, key)
         self._transport: TransportKind = transport
 
     def info(self) -> WeightsInfo:

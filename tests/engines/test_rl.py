@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 DEMO, RECIPE = ROOT / "recipes" / "tiny" / "demo.yaml", ROOT / "tests" / "engines" / "rl.yaml"
 # As rl.yaml has them.
 PROMPTS, SAMPLES, STEPS = 4, 4, 20
+# The servers ask for it.
+KEY = "k-3c1f9ad2"
 # The promise of docs/architecture.md for float32: rollout and trainer agree to this, in nats.
 EXACT = 2e-5
 
@@ -69,6 +71,14 @@ class Servers:
     pids: list[int]
     file: Path
 
+    @property
+    def key(self) -> str:
+        return f"rollout.key_file={self.file.with_name('key')}"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return "rollout.engine=sglang", f"rollout.urls_file={self.file}", self.key
+
 
 @pytest.fixture(scope="module")
 def cold_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -93,11 +103,13 @@ def servers(cold_start: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "port": 0,
         "device": "cpu",
     }
-    more = {"isolated": True, "log_dir": place, "urls_file": place / "urls"}
+    (place / "key").write_text(f"{KEY}\n")
+    more = {"isolated": True, "log_dir": place, "urls_file": place / "urls", "key_file": place / "key"}
     with launched(**settings, **more) as supervisor:
         healthy = sorted(supervisor.next_healthy(START_SECONDS) for _ in range(2))
         urls, pids = [url for _, url, _ in healthy], [pid for *_, pid in healthy]
         yield Servers(supervisor, urls, pids, place / "urls")
+        assert all(KEY not in log.read_text() for log in place.glob("server-*.log"))
 
 
 def start(model: Path, out: Path, *words: str) -> subprocess.Popen[str]:
@@ -157,7 +169,8 @@ def test_a_server_teaches_as_the_native_engine(
     # One server is the run's own, and gives its memory up while the trainer learns.
     where = ["rollout.servers=1", "rollout.colocated=true"]
     if mode == "isolated":
-        where = [f"rollout.urls=[{request.getfixturevalue('servers').urls[0]}]"]
+        servers = request.getfixturevalue("servers")
+        where = [f"rollout.urls=[{servers.urls[0]}]", servers.key]
     wanted = run(cold_start, tmp_path / "native", f"thinking.mode={mode}")
     found = run(cold_start, tmp_path / "server", f"thinking.mode={mode}", "rollout.engine=sglang", *where)
     wanted.show(f"native, {mode}")
@@ -176,7 +189,7 @@ def test_a_server_teaches_as_the_native_engine(
 
 def test_one_of_two_servers_killed_costs_no_trace(cold_start: Path, servers: Servers, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    process = start(cold_start, out, "rollout.engine=sglang", f"rollout.urls_file={servers.file}")
+    process = start(cold_start, out, *servers.words)
     in_the_midst(process, out, 10, lambda: os.kill(servers.pids[1], signal.SIGKILL))
     found = finished(process, out)
     found.show("SGLang, two servers, one killed at step 10")
@@ -192,7 +205,7 @@ def test_a_run_whose_servers_are_all_gone_can_be_gone_on_with(
 ) -> None:
     out = tmp_path / "gone"
     few = ("stages.rl.steps=6", "stages.rl.save_every=1")
-    served = ("rollout.engine=sglang", f"rollout.urls_file={servers.file}", "rollout.patience_s=10")
+    served = (*servers.words, "rollout.patience_s=10")
     process = start(cold_start, out, *few, *served)
     family = servers.supervisor.family()
     in_the_midst(process, out, 3, servers.supervisor.process.kill)

@@ -7,7 +7,7 @@ processed_logprobs` (which takes them after top-k and top-p: the client sends ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,7 @@ class LaunchSettings:
         crashes: consecutive crashes of one server, never healthy in between, before giving up.
         start_seconds: time limit for a server to become healthy; later counts as a crash.
         hang_seconds: a healthy server that gives no answer for so long counts as crashed.
+        key_variable, key_file: where the API key that the servers ask for is; None: they ask for none.
         options: further options of the engine's command line; they override the usual ones.
     """
 
@@ -74,6 +75,8 @@ class LaunchSettings:
     crashes: int = 3
     start_seconds: float = 1800.0
     hang_seconds: float = 600.0
+    key_variable: str | None = None
+    key_file: Path | None = None
     options: tuple[str, ...] = ()
 
 
@@ -82,17 +85,36 @@ CPU_SHARE = 0.9
 NO_PLUGIN = "none"
 
 
+KEY_VARIABLES = {"sglang": "PARALLEL_R1_SERVER_KEY", "vllm": "VLLM_API_KEY"}
+# SGLang takes a key only from its command line, which all users of a machine see, and logs it.
+SGLANG_WITH_KEY = """
+import logging, os, runpy, sys
+key = os.environ.pop("PARALLEL_R1_SERVER_KEY")
+plain = logging.getLogRecordFactory()
+def hidden(*args, **more):
+    record = plain(*args, **more)
+    if key in record.getMessage():
+        record.msg, record.args = record.getMessage().replace(key, "***"), ()
+    return record
+logging.setLogRecordFactory(hidden)
+sys.argv += ["--api-key", key]
+runpy.run_module("sglang.launch_server", run_name="__main__")
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerCommand:
     """Attributes:
     arguments: program first.
     environment: added to this process's own.
     probe: path that is answered only while both the HTTP server and the scheduler behind it run.
+    key: that the server asks for; None: none.
     """
 
     arguments: tuple[str, ...]
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)
     probe: str = "/health"
+    key: str | None = field(default=None, repr=False)
 
     def meeting(self, address: str) -> ServerCommand:
         """The command of a part of a server that meets the other parts at `HOST:PORT`."""
@@ -100,13 +122,19 @@ class ServerCommand:
 
 
 def build_command(
-    settings: LaunchSettings, python: Path, device: Device, port: int, gpus: tuple[str, ...] = ()
+    settings: LaunchSettings,
+    python: Path,
+    device: Device,
+    port: int,
+    gpus: tuple[str, ...] = (),
+    key: str | None = None,
 ) -> ServerCommand:
     """The command of one server.
 
     Args:
         python: of the engine's environment.
         gpus: as CUDA_VISIBLE_DEVICES names them; none on a CPU.
+        key: that the server asks for; it is in its environment, not on its command line, which all users see.
     """
     builders = {"sglang": _sglang, "vllm": _vllm}
     command = builders[settings.engine](settings, device)
@@ -120,8 +148,12 @@ def build_command(
         # Engines compile small functions during the first request that needs them. That requires a C++
         # compiler, and on a busy machine takes longer than a client waits.
         environment["TORCH_COMPILE_DISABLE"] = "1"
-    arguments = (str(python), *command.arguments, *listen, *settings.options)
-    return ServerCommand(arguments, environment, command.probe)
+    program = command.arguments
+    if key is not None:
+        environment[KEY_VARIABLES[settings.engine]] = key
+    if key is not None and settings.engine == "sglang":
+        program = ("-c", SGLANG_WITH_KEY, *program[2:])
+    return ServerCommand((str(python), *program, *listen, *settings.options), environment, command.probe, key)
 
 
 def _sglang(settings: LaunchSettings, device: Device) -> ServerCommand:

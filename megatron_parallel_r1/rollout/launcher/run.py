@@ -20,6 +20,7 @@ from megatron_parallel_r1.rollout.launcher.guard import SUPPORTED
 from megatron_parallel_r1.rollout.launcher.nodes import FirstPart, Rendezvous, check_nodes, serve_part
 from megatron_parallel_r1.rollout.launcher.ports import pick_ports
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supervisor
+from megatron_parallel_r1.utils.api_key import read_key
 from megatron_parallel_r1.utils.files import write_atomically
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
@@ -76,9 +77,10 @@ def build_servers(settings: LaunchSettings) -> list[ServerProcess]:
     if not (settings.checkpoint / "config.json").is_file():
         raise UserError(f"{settings.checkpoint}: no config.json; give --checkpoint a Hugging Face folder")
     python, device, gpus = check_launch(settings)
+    key = read_key(settings.key_variable, settings.key_file)
     return [
         ServerProcess(
-            build_command(settings, python, device, port, gpus[index]),
+            build_command(settings, python, device, port, gpus[index], key),
             server_url(settings.host, port),
             settings.log_dir / f"server-{index}.log",
         )
@@ -97,6 +99,7 @@ def check_launch(settings: LaunchSettings) -> tuple[Path, Device, list[tuple[str
         raise UserError(
             f"isolated: {settings.engine} cannot join isolated paths exactly; give --engine sglang"
         )
+    read_key(settings.key_variable, settings.key_file)
     gpus = visible_gpus() if settings.gpus is None else settings.gpus
     return find_python(settings), *assign_gpus(settings, gpus)
 

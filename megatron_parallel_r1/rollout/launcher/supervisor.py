@@ -17,6 +17,7 @@ import psutil
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, ServerCommand
 from megatron_parallel_r1.rollout.launcher.guard import GRACE_SECONDS, adopt_orphans, end_descendants
+from megatron_parallel_r1.utils.api_key import bearer
 
 GUARD = "megatron_parallel_r1.rollout.launcher.guard"
 # Variables by which torchrun describes a trainer's process group; an engine would take it for its own.
@@ -96,7 +97,9 @@ class ServerProcess:
         """The status of the answer; None without one."""
         # Local: no proxy; no certificates, whose loading takes fifty times as long as the request.
         try:
-            return httpx.get(self.url + path, timeout=5, trust_env=False, verify=False).status_code
+            headers = bearer(self.command.key)
+            answer = httpx.get(self.url + path, timeout=5, trust_env=False, verify=False, headers=headers)
+            return answer.status_code
         except httpx.HTTPError:
             return None
 

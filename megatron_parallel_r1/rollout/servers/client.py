@@ -14,6 +14,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
 from megatron_parallel_r1.rollout.joined_blocks import JoinedBlock
 from megatron_parallel_r1.thought.layout import Mode
+from megatron_parallel_r1.utils.api_key import bearer, refusal
 
 INITIAL_VERSION = -1
 """Version of the weights that a server was started with, before any update. Not 0: that is the first version
@@ -170,9 +171,10 @@ class AsyncHttpClient:
     running loop and closed when it ends: `asyncio.run` closes an unfinished async generator before the loop.
     """
 
-    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
+    def __init__(self, url: str, timeouts: Timeouts | None = None, key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.timeouts = timeouts or Timeouts()
+        self._key = key
         self._seeded: bool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -236,14 +238,17 @@ class AsyncHttpClient:
         message = f"{self.url}{path} answered {response.status}: {text}"
         if response.status >= 500 or response.status in RETRYABLE_STATUSES:
             raise Unreachable(message)
-        raise UserError(f"{message}; change the recipe, or how the server was started")
+        advice = refusal(response.status, self._key) or "change the recipe, or how the server was started"
+        raise UserError(f"{message}; {advice}")
 
     async def _open(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
         if self._session is None or self._loop is not loop:
             self._loop = loop
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
-            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            self._session = aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), headers=bearer(self._key)
+            )
             self._closer = _closed_at_exit(self._session)
             await self._closer.__anext__()
         return self._session

@@ -23,7 +23,7 @@ from megatron_parallel_r1.thought.layout import Mode
 from megatron_parallel_r1.utils.rank import is_rank_zero
 
 LOG = logging.getLogger(__name__)
-CLIENTS: Mapping[str, Callable[[str, Timeouts], Server]] = MappingProxyType(
+CLIENTS: Mapping[str, Callable[[str, Timeouts, str | None], Server]] = MappingProxyType(
     {"sglang": SglangClient, "vllm": VllmClient}
 )
 Publish = Callable[[Iterable[tuple[str, torch.Tensor]], int], None]
@@ -151,16 +151,18 @@ def connect_pool(
     settings: PoolSettings,
     urls_file: Path | None = None,
     share: tuple[int, int] = (0, 1),
+    key: str | None = None,
 ) -> ServerPool:
     """A pool of the servers at these addresses, ready to use; warns of servers that ignore seeds.
 
     Args:
         share: rank and number of the processes that use the same servers; see `ServerPool.share`.
+        key: the servers' API key.
 
     Raises:
         UserError: none answers within `settings.patience_s`, or their log-probs are not as required.
     """
-    pool = ServerPool(lambda url: CLIENTS[engine](url, timeouts), urls, settings, urls_file)
+    pool = ServerPool(lambda url: CLIENTS[engine](url, timeouts, key), urls, settings, urls_file)
     pool.share(*share)
     pool.wait_ready()
     unseeded = [url for url, info in pool.infos.items() if not info.seeded]

@@ -43,8 +43,8 @@ NO_LOGPROB = -9999.0
 class VllmClient(AsyncHttpClient):
     """Implements `Server`."""
 
-    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
-        super().__init__(url, timeouts)
+    def __init__(self, url: str, timeouts: Timeouts | None = None, key: str | None = None) -> None:
+        super().__init__(url, timeouts, key)
         self._in_flight: set[str] = set()
 
     async def info(self) -> ServerInfo:

@@ -19,6 +19,8 @@ def test_servers_start_from_the_previous_stage(tmp_path: Path) -> None:
     model.mkdir(parents=True)
     (model / "config.json").touch()
     assert server_arguments(spec, "sglang") == ["--checkpoint", str(model), "--isolated"]
+    keyed = JobSpec.read("rl", [str(RECIPE), f"out={tmp_path}", "rollout.key_variable=KEY"])
+    assert server_arguments(keyed, "sglang")[2:] == ["--isolated", "--key-variable=KEY"]
     by_disk = ("rollout.sync.transport=disk", f"rollout.sync.folder={tmp_path}")
     on_disk = JobSpec.read("rl", [str(RECIPE), f"out={tmp_path}", "--stage", "rl", *by_disk])
     assert server_arguments(on_disk, "vllm") == ["--checkpoint", str(model)]

@@ -40,15 +40,21 @@ Script = Callable[[str, Any], Answer]
 
 
 @contextmanager
-def scripted_server(script: Script) -> Iterator[str]:
-    """Serves on a free port; gives the address, as `http://host:port`."""
+def scripted_server(script: Script, key: str | None = None) -> Iterator[str]:
+    """Serves on a free port; gives the address, as `http://host:port`.
+
+    Args:
+        key: the API key without which every request is answered 401.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             length = int(self.headers.get("content-length", 0))
-            answer = script(self.path, json.loads(self.rfile.read(length)) if length else None)
+            body = json.loads(self.rfile.read(length)) if length else None
+            known = key is None or self.headers.get("authorization") == f"Bearer {key}"
+            answer = script(self.path, body) if known else as_json({"error": "Unauthorized"}, 401)
             if answer.fault == "silent":
                 over.wait(60)
             if answer.fault in ("silent", "reset"):

@@ -102,7 +102,7 @@ def test_servers_that_ignore_seeds_are_told_and_counted(
 ) -> None:
     a, b = two()
     known = {a.url: a, b.url: b}
-    monkeypatch.setattr(engine, "CLIENTS", {"sglang": lambda url, timeouts: known[url]})
+    monkeypatch.setattr(engine, "CLIENTS", {"sglang": lambda url, timeouts, key: known[url]})
 
     def met() -> ServerPool:
         return engine.connect_pool("sglang", list(known), Timeouts(), QUICK)

@@ -10,7 +10,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
 from megatron_parallel_r1.rollout.launcher.run import serve_rollout
 
-PATHS = ("checkpoint", "python", "log_dir", "urls_file")
+PATHS = ("checkpoint", "python", "log_dir", "urls_file", "key_file")
 
 if __name__ == "__main__":
     values = json.loads(sys.argv[1])
