@@ -31,6 +31,9 @@ class Rollout(Settings):
     urls_file: Path | None = None
     """File with one base URL a line, as `parallel-r1 serve-rollout --urls-file` writes it; it is read again
     during the run, so that servers may join and leave."""
+    router: Url | None = None
+    """Address of a router before the servers of `urls` or `urls_file`, such as sglang-router: requests go to
+    it, weights and health checks to the servers."""
     servers: CountOrZero = 0
     """Number of servers that the run starts: on GPUs of the first node that no rank has, or `colocated` on
     each node."""
@@ -63,6 +66,7 @@ class Rollout(Settings):
     def _check_servers(self) -> Rollout:
         ways = [name for name in ("urls", "urls_file", "servers") if getattr(self, name)]
         if self.engine == "native":
+            ways += ["router"] if self.router else []
             if ways:
                 raise ValueError(
                     f"{ways[0]}: the native engine needs no servers; set engine to sglang or vllm"
@@ -74,6 +78,8 @@ class Rollout(Settings):
             raise ValueError(
                 f"engine {self.engine} needs servers: give urls, urls_file, or servers (how many to start)"
             )
+        if self.router and (self.servers or self.engine != "sglang"):
+            raise ValueError("router: only before running SGLang servers (`urls` or `urls_file`)")
         if self.colocated and not self.servers:
             raise ValueError("colocated: only for servers that the run starts beside itself (`servers`)")
         if self.engine == "vllm" and self.sync.transport != "disk":

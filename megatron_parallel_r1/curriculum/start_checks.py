@@ -129,7 +129,9 @@ def _check_servers(run: RunContext, stages: Sequence[SftStage | RlStage]) -> Non
     settings = PoolSettings(patience_s=min(PATIENCE_S, rollout.patience_s))
     try:
         key, file = rollout.api_key, rollout.urls_file
-        pool = connect_pool(rollout.engine, rollout.urls, Timeouts(), settings, file, key=key)
+        pool = connect_pool(
+            rollout.engine, rollout.urls, Timeouts(), settings, file, key=key, router=rollout.router
+        )
     except ServersLost as error:
         reason = str(error).partition("; restart")[0]
         print(f"warning: {reason}; stage {stages[0].name} will need one", file=sys.stderr)

@@ -272,8 +272,8 @@ def _shared_pool(rollout: Rollout, urls: Sequence[str], thinking: Thinking) -> S
     settings = PoolSettings(concurrent=rollout.max_concurrent_requests, patience_s=rollout.patience_s)
     timeouts = Timeouts(answer_s=rollout.request_timeout_s)
     share = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    key = rollout.api_key
-    pool = connect_pool(rollout.engine, urls, timeouts, settings, rollout.urls_file, share, key)
+    key, router = rollout.api_key, rollout.router
+    pool = connect_pool(rollout.engine, urls, timeouts, settings, rollout.urls_file, share, key, router)
     if thinking.mode not in pool.modes:
         raise UserError(
             f"thinking.mode {thinking.mode}: the servers ({', '.join(pool.infos)}) are exact in "

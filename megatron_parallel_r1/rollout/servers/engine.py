@@ -152,17 +152,23 @@ def connect_pool(
     urls_file: Path | None = None,
     share: tuple[int, int] = (0, 1),
     key: str | None = None,
+    router: str | None = None,
 ) -> ServerPool:
     """A pool of the servers at these addresses, ready to use; warns of servers that ignore seeds.
 
     Args:
         share: rank and number of the processes that use the same servers; see `ServerPool.share`.
         key: the servers' API key.
+        router: as of `ServerPool`.
 
     Raises:
         UserError: none answers within `settings.patience_s`, or their log-probs are not as required.
     """
-    pool = ServerPool(lambda url: CLIENTS[engine](url, timeouts, key), urls, settings, urls_file)
+
+    def connect(url: str) -> Server:
+        return CLIENTS[engine](url, timeouts, key)
+
+    pool = ServerPool(connect, urls, settings, urls_file, router=router)
     pool.share(*share)
     pool.wait_ready()
     unseeded = [url for url, info in pool.infos.items() if not info.seeded]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.errors import ServersLost, UserError
 from megatron_parallel_r1.rollout.engine import Interrupted
 from megatron_parallel_r1.rollout.servers.client import (
     STOCK_MODES,
@@ -26,10 +27,12 @@ from megatron_parallel_r1.rollout.servers.client import (
     Unreachable,
     describe_version,
 )
+from megatron_parallel_r1.rollout.servers.front import check_router, passes_blocks
 from megatron_parallel_r1.rollout.servers.registry import ServerRegistry, ServerState
 from megatron_parallel_r1.rollout.servers.router import CacheAwareRouter, Ticket
 from megatron_parallel_r1.thought.layout import Mode
 
+LOG = logging.getLogger(__name__)
 MAX_BACKOFF_S = 10.0
 
 
@@ -79,6 +82,7 @@ class ServerPool:
         urls_file: a file of addresses, one a line, that is read again while the pool is used: a server added
             to it joins, one removed from it leaves.
         version: of the weights that the servers must hold; None: that of the first one that answers.
+        router: address to which requests go while a server is usable, instead of to the servers themselves.
     """
 
     def __init__(
@@ -88,9 +92,11 @@ class ServerPool:
         settings: PoolSettings = PoolSettings(),
         urls_file: Path | None = None,
         version: int | None = None,
+        router: str | None = None,
     ) -> None:
         self._settings = settings
         self._registry = ServerRegistry(connect, urls_file, version)
+        self._front = None if router is None else ServerState(connect(router))
         self._router = CacheAwareRouter(settings.concurrent)
         self._state: _LoopState | None = None
         self._interrupted = False
@@ -131,7 +137,10 @@ class ServerPool:
         only then, and by rank 0, are they checked at all. Call this before `wait_ready`.
         """
         processes = self._registry.share(rank, size)
-        self._router = CacheAwareRouter(max(1, self._settings.concurrent // processes))
+        each = self._settings.concurrent // processes
+        if self._front is not None:
+            each = self._settings.concurrent * len(self._registry) // size
+        self._router = CacheAwareRouter(max(1, each))
 
     def add(self, url: str) -> None:
         """Adds a server; it gets requests once it has reported."""
@@ -179,7 +188,7 @@ class ServerPool:
         return {
             "servers": float(len(servers)),
             "servers_up": float(sum(server.status == "up" for server in servers)),
-            "requests_running": float(sum(len(server.in_flight) for server in servers)),
+            "requests_running": float(len(state.in_flight) if state else 0),
             "requests_waiting": float(len(state.waiting) if state else 0),
         }
 
@@ -204,6 +213,8 @@ class ServerPool:
             finally:
                 self._router.release(server.url)
             if failures == self._settings.attempts:
+                if server is self._front:
+                    raise ServersLost(f"{failures} failures by way of rollout.router: {server.problem}")
                 raise UserError(
                     f"a continuation of {len(request.tokens)} tokens failed {failures} times, the last time "
                     f"with: {server.problem}; see the log of {server.url}"
@@ -222,6 +233,17 @@ class ServerPool:
             state.checked.clear()
             await state.checked.wait()
         self._registry.fix_modes()
+        if self._front is not None:
+            await self._check_front(self._front.client)
+
+    async def _check_front(self, router: Server) -> None:
+        try:
+            await check_router(router, all(info.seeded for info in self.infos.values()))
+            if "isolated" in self.modes and not await passes_blocks(router):
+                LOG.warning("warning: %s drops custom_params: no mode isolated through it", router.url)
+                self._registry.modes = self.modes - {"isolated"}
+        except Unreachable as error:
+            raise ServersLost(f"rollout.router: {error}; start it, or leave it out") from None
 
     async def _acquire(self, request: GenerateRequest) -> ServerState:
         """A usable server, with one of its request slots taken."""
@@ -235,7 +257,8 @@ class ServerPool:
             if future.done():
                 self._router.release(url)
             else:
-                future.set_result(self._registry[url])
+                at_front = self._front is not None and url == self._front.url
+                future.set_result(self._front if at_front else self._registry[url])
 
         ticket = Ticket(request.trace, hash(request.tokens), granted)
         state.waiting.add(future)
@@ -251,11 +274,13 @@ class ServerPool:
             state.waiting.discard(future)
 
     async def _send(self, server: ServerState, request: GenerateRequest) -> GenerateResult:
-        info, version, state = server.info, self.version, self._entered()
+        version, state = self.version, self._entered()
         max_length = len(request.tokens) + request.limit
-        if info is not None and max_length > info.max_tokens:
+        infos = self.infos.values() if server is self._front else filter(None, [server.info])
+        max_tokens = min((info.max_tokens for info in infos), default=max_length)
+        if max_length > max_tokens:
             raise UserError(
-                f"{server.url} takes {info.max_tokens} tokens, prompt and continuation together; "
+                f"{server.url} takes {max_tokens} tokens, prompt and continuation together; "
                 f"{len(request.tokens)} and up to {request.limit} do not fit: start it with a longer "
                 "context, or lower max_response_tokens"
             )
@@ -287,16 +312,21 @@ class ServerPool:
         """The running loop's state; its first use starts the watch, which lasts as long as the loop."""
         if self._state is None or self._state.loop is not asyncio.get_running_loop():
             state = self._state = _LoopState()
-            self._router.set_usable(self._registry.usable())
+            self._router.set_usable(self._destinations())
             every_s = min(self._settings.check_s, self._settings.patience_s)
             state.watch = state.loop.create_task(self._registry.watch(every_s, state.wake, self._update))
         return self._state
+
+    def _destinations(self) -> tuple[str, ...]:
+        """Where requests may go now."""
+        usable = self._registry.usable()
+        return (self._front.url,) if self._front is not None and usable else usable
 
     def _update(self) -> None:
         """Gives the router the usable servers; fails waiting requests if there is no hope of one."""
         state = self._state
         assert state is not None
-        self._router.set_usable(self._registry.usable())
+        self._router.set_usable(self._destinations())
         failure = self._registry.failure(self._settings.patience_s)
         for waiting in list(state.waiting) if failure else ():
             if failure and not waiting.done():
