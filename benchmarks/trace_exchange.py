@@ -4,8 +4,8 @@
 
 Each rank is a process (gloo) and a replica of its own. It packs the traces that it drew, gathers those of all
 ranks, computes the step's metrics, and lays out and packs the rows that it trains; nothing is sampled or
-trained. Beside it, in the same process, what traces exchanged as Python objects cost a rank of any number of
-ranks: to unpickle and lay out all of them.
+trained. Then the same processes do what they would if traces were exchanged as Python objects: gather all of
+them, lay out all rows, and pack those that they train.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
 import random
 import subprocess
 import sys
@@ -26,7 +25,12 @@ from benchmarks.page import Table, add_write_option, publish
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.distributed import process
-from megatron_parallel_r1.distributed.collectives import gather_from_replicas, gather_objects, replica_slice
+from megatron_parallel_r1.distributed.collectives import (
+    all_gather_objects,
+    gather_from_replicas,
+    gather_objects,
+    replica_slice,
+)
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.format_check import Format
@@ -37,12 +41,14 @@ from megatron_parallel_r1.thought.layout import lay_out
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Adam, Trainer
 from megatron_parallel_r1.utils.rank import is_rank_zero
 
 ROOT = Path(__file__).resolve().parents[1]
 TAGS, VOCABULARY, SAMPLES = Tags(0, 1, 2, 3, 4, 5, 6), 1000, 8
-PHASES = ("pack", "exchange", "metrics", "lay out", "all as objects")
+PHASES = ("pack", "exchange", "metrics", "lay out")
+OBJECTS = ("exchange of objects", "lay out all")
 
 
 def trace_of(seed: int, tokens: int) -> Trace:
@@ -65,7 +71,7 @@ def trace_of(seed: int, tokens: int) -> Trace:
 
 
 def measure(count: int, tokens: int) -> list[float]:
-    """CPU seconds of this rank for each of PHASES."""
+    """CPU seconds of this rank for each of PHASES and OBJECTS."""
     shape = ModelConfig(16, 1, 2, 1, 8, 16, vocab=VOCABULARY, max_positions=2 * tokens)
     trainer = Trainer(build_model(shape), Adam(lr=1.0))
     batch = BatchConfig(SAMPLES, 1, 1, micro_tokens=4 * tokens, max_response_tokens=tokens)
@@ -85,12 +91,15 @@ def measure(count: int, tokens: int) -> list[float]:
     times.append(time.process_time())
     learner.prepare(traces)
     times.append(time.process_time())
-    sample = [pickle.dumps(trace) for trace in own[:32]]
-    began = time.process_time()
-    for trace in map(pickle.loads, sample):
-        lay_out(trace.prompt, trace.tokens, trace.sampled, trace.tree, "isolated")
-    alone = (time.process_time() - began) / len(sample) * count
-    return [*(after - before for before, after in pairwise(times)), alone]
+    parts = all_gather_objects([(trace, verdict) for trace in own])
+    everything = [trace for part in parts for trace, _ in part]
+    times.append(time.process_time())
+    rows = [lay_out(t.prompt, t.tokens, t.sampled, t.tree, "isolated") for t in everything]
+    engine, suppressed = {"engine": [t.logprobs for t in everything]}, [t.suppressed for t in everything]
+    for row in partition_rows(rows, batch.micro_tokens, trainer.partition):
+        MicroBatch.of(row, trainer.device, engine, suppressed, TAGS.parallel)
+    times.append(time.process_time())
+    return [after - before for before, after in pairwise(times)]
 
 
 def row_of(ranks: int, count: int, tokens: int) -> list[str]:
@@ -106,9 +115,11 @@ def row_of(ranks: int, count: int, tokens: int) -> list[str]:
         stdout=subprocess.PIPE,
     )
     seconds = json.loads(done.stdout.splitlines()[-1])
-    *parts, alone = (max(of_phase) for of_phase in zip(*seconds, strict=True))
-    total = max(sum(of_rank[:-1]) for of_rank in seconds)
-    return [str(ranks), *(f"{part:.2f}" for part in parts), f"{total:.2f}", f"{alone:.2f}"]
+    parts = [max(of_phase) for of_phase in zip(*seconds, strict=True)]
+    ours = max(sum(of_rank[: len(PHASES)]) for of_rank in seconds)
+    objects = max(sum(of_rank[len(PHASES) :]) for of_rank in seconds)
+    cells = [*parts[: len(PHASES)], ours, *parts[len(PHASES) :], objects, objects / ours]
+    return [str(ranks), *(f"{cell:.2f}" for cell in cells)]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -131,7 +142,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "copies the bytes of all traces and unpickles their outlines and verdicts."
     )
     title = f"{args.traces} traces of {args.tokens} tokens"
-    columns = ("ranks", *PHASES[:-1], "in all", PHASES[-1])
+    columns = ("ranks", *PHASES, "in all", *OBJECTS, "in all", "ratio")
     publish("trace exchange", [Table(title, columns, rows, note)], f"{os.cpu_count()} CPU cores", args.write)
 
 

@@ -217,7 +217,7 @@ class Learner:
     def _pack(self, traces: Sequence[PackedTrace]) -> list[MiniBatch]:
         """Packs the mini-batches. Groups stay whole, so that the advantages of each mini-batch sum to 0.
 
-        A rank unpacks and lays out the traces alone that it trains.
+        A rank lays out the traces alone that it trains.
         """
         lengths = [row_length(t.outline.prompt_length, t.outline.tree, self.mode) for t in traces]
         groups = np.arange(len(traces)).reshape(-1, self.batch.samples)
@@ -227,10 +227,13 @@ class Learner:
         for part in np.array_split(groups, count):
             indices = part.ravel()
             share = partition(lengths, self.batch.micro_tokens, place, indices.tolist())
-            own = {i: traces[i].unpack() for chosen in share for i in chosen}
-            rows = {i: lay_out(t.prompt, t.tokens, t.sampled, t.tree, self.mode) for i, t in own.items()}
-            engine = {"engine": {i: t.logprobs for i, t in own.items()}}
-            suppressed = {i: t.suppressed for i, t in own.items()}
+            own = {i: traces[i] for chosen in share for i in chosen}
+            rows = {
+                i: lay_out(t.prompt, t.column("tokens"), t.column("sampled"), t.outline.tree, self.mode)
+                for i, t in own.items()
+            }
+            engine = {"engine": {i: t.column("logprobs") for i, t in own.items()}}
+            suppressed = {i: t.column("suppressed") for i, t in own.items()}
             micro_batches = [
                 MicroBatch.of(row, device, engine, suppressed, self.tags.parallel)
                 for row in pack_share(rows, share, place)

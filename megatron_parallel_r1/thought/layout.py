@@ -34,6 +34,8 @@ from megatron_parallel_r1.thought.tree import Block, Path, Tree
 
 Mode = Literal["isolated", "replay", "causal", "sequential"]
 Int32 = NDArray[np.int32]
+Tokens = Sequence[int] | Int32
+Flags = Sequence[bool] | NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,9 +66,9 @@ class Row:
 
 
 def lay_out(
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    sampled: Sequence[bool],
+    prompt: Tokens,
+    tokens: Tokens,
+    sampled: Flags,
     tree: Tree,
     mode: Mode,
 ) -> Row:
@@ -81,7 +83,7 @@ def lay_out(
     Raises:
         ValueError: a trace with blocks in `sequential` mode, an empty prompt, or different lengths.
     """
-    if not prompt or not len(tokens) == len(sampled) == tree.length:
+    if not len(prompt) or not len(tokens) == len(sampled) == tree.length:
         raise ValueError(
             f"a row needs a prompt and equal lengths, got a prompt of {len(prompt)}, {len(tokens)} tokens, "
             f"{len(sampled)} flags and a tree of {tree.length}"
@@ -136,7 +138,7 @@ def _assign_positions(positions: Int32, start: int, stop: int, blocks: tuple[Blo
     return first + stop - start
 
 
-def _isolated(prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bool], tree: Tree) -> Row:
+def _isolated(prompt: Tokens, tokens: Tokens, sampled: Flags, tree: Tree) -> Row:
     row = _flat(prompt, tokens, sampled)
     offset = len(prompt)
     row.positions_L[offset:] = offset + isolated_positions(tree)
@@ -149,8 +151,8 @@ def _isolated(prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bo
     return Row(row.tokens_L, row.positions_L, hide_lo_DL, hide_hi_DL, row.source_L)
 
 
-def _flat(prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bool]) -> Row:
-    tokens_L = np.asarray([*prompt, *tokens], np.int32)
+def _flat(prompt: Tokens, tokens: Tokens, sampled: Flags) -> Row:
+    tokens_L = np.concatenate([np.asarray(prompt, np.int32), np.asarray(tokens, np.int32)])
     source_L = np.full(len(tokens_L), -1, np.int32)
     source_L[len(prompt) :] = np.where(sampled, np.arange(len(tokens)), -1)
     nothing_DL = np.zeros((0, len(tokens_L)), np.int32)
@@ -168,7 +170,7 @@ class _Branch:
     hides: tuple[tuple[int, int], ...]
 
 
-def _replay(prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[bool], tree: Tree) -> Row:
+def _replay(prompt: Tokens, tokens: Tokens, sampled: Flags, tree: Tree) -> Row:
     flat = _flat(prompt, tokens, sampled)
     branches: list[_Branch] = []
     end = len(flat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from typing import Literal
 
 from megatron_parallel_r1.thought.tree import Tree
@@ -77,7 +78,4 @@ class Trace:
     @property
     def version(self) -> int:
         """The oldest version that sampled any token; 0 if none was sampled."""
-        sampled_versions = (
-            version for version, sampled in zip(self.versions, self.sampled, strict=False) if sampled
-        )
-        return min(sampled_versions, default=0)
+        return min(compress(self.versions, self.sampled), default=0)
