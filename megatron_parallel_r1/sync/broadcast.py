@@ -36,6 +36,9 @@ LOG = logging.getLogger(__name__)
 class BroadcastTransport:
     """See `Transport`. The group, of `backend` nccl or gloo, lasts as long as its servers do.
 
+    The bytes of a bucket's tensors, one after another, are one broadcast (SGLang's `flattened_bucket`): a
+    model of many experts has thousands of tensors. The sender holds them twice meanwhile.
+
     A restarted server is recognized by its version, which is not that of the last broadcast. If a server dies
     during a pass, the group is broken for all; the next pass creates another one without it.
     """
@@ -67,9 +70,12 @@ class BroadcastTransport:
         group = self._group
         if self._broken or group is None:
             return
-        names = [name for name, _tensor in bucket.tensors]
-        dtypes = [str(tensor.dtype).removeprefix("torch.") for _name, tensor in bucket.tensors]
-        shapes = [list(tensor.shape) for _name, tensor in bucket.tensors]
+        # The widest dtypes first, so that each tensor starts at a multiple of its own.
+        tensors = sorted(bucket.tensors, key=lambda named: -named[1].itemsize)
+        names = [name for name, _tensor in tensors]
+        dtypes = [str(tensor.dtype).removeprefix("torch.") for _name, tensor in tensors]
+        shapes = [list(tensor.shape) for _name, tensor in tensors]
+        flat_B = torch.cat([tensor.reshape(-1).view(torch.uint8) for _name, tensor in tensors])
         version = self._version if bucket.last else None
         with ThreadPoolExecutor(len(self._servers)) as pool:
             calls = {
@@ -77,9 +83,7 @@ class BroadcastTransport:
                 for server in self._servers
             }
             try:
-                group.broadcast(
-                    [tensor for _name, tensor in bucket.tensors], lambda: bool(failed_urls(calls))
-                )
+                group.broadcast(flat_B, lambda: bool(failed_urls(calls)))
                 suspects = set(calls)
             except GroupBroken as error:
                 LOG.warning("the broadcast of weights broke off: %s", str(error))
@@ -215,8 +219,8 @@ class SenderGroup:
         # torch's stubs lack what both have: a constructor with a timeout, and `broadcast`.
         self._group = cast(Callable[..., _Backend], backend)(store, 0, self.size, self.timeout)
 
-    def broadcast(self, tensors: list[Tensor], given_up: Callable[[], bool]) -> None:
-        """Sends tensors to all other processes, one after another; they may be changed afterwards.
+    def broadcast(self, tensor: Tensor, given_up: Callable[[], bool]) -> None:
+        """Sends a tensor to all other processes; it may be changed afterwards.
 
         Raises:
             GroupBroken: a process died, `given_up` returns true, or the time limit is over.
@@ -231,7 +235,7 @@ class SenderGroup:
 
         def post() -> None:
             with torch.cuda.stream(stream):
-                posted.extend([group.broadcast([tensor], options) for tensor in tensors])
+                posted.append(group.broadcast([tensor], options))
 
         try:
             # The first one over nccl creates the communicator and returns only once all others take part.

@@ -105,7 +105,7 @@ class LiveServerControl(ServerControl, Protocol):
     def receive_broadcast(
         self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, version: int | None
     ) -> None:
-        """Receives tensors that the sender broadcasts one by one.
+        """Receives tensors whose bytes the sender broadcasts in one piece, one after another.
 
         Args:
             version: of all weights after this bucket, which flushes the cache; None: more buckets follow.

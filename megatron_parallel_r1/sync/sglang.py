@@ -99,6 +99,7 @@ class SglangControl(HttpClient):
         self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, version: int | None
     ) -> None:
         body = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group}
+        body |= {"load_format": "flattened_bucket"}
         self.post("/update_weights_from_distributed", body | _version_fields(version))
 
     def receive_shared(self, payloads: Sequence[str], version: int | None) -> None:

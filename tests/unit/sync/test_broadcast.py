@@ -16,7 +16,7 @@ from megatron_parallel_r1.rollout.servers.client import Unreachable
 from megatron_parallel_r1.sync.broadcast import BroadcastTransport
 from megatron_parallel_r1.sync.buckets import Bucket
 from megatron_parallel_r1.sync.control import Rendezvous, WeightsInfo
-from megatron_parallel_r1.sync.sender import Sender
+from megatron_parallel_r1.sync.sender import PassResult, Sender
 from megatron_parallel_r1.sync.settings import Sync
 
 A, B = "http://127.0.0.1:1", "http://127.0.0.1:2"
@@ -78,13 +78,19 @@ class InThread:
             self.fails[1]()
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-            try:
-                self._groups[group].broadcast([tensor], options).wait()
-            except RuntimeError as error:
-                raise UserError(f"{self.url}: failed to receive weights: {error}") from error
-            self.held[name] = tensor
+        wanted = [
+            torch.empty(shape, dtype=getattr(torch, d)) for d, shape in zip(dtypes, shapes, strict=True)
+        ]
+        flat_B = torch.empty(sum(tensor.nbytes for tensor in wanted), dtype=torch.uint8)
+        try:
+            self._groups[group].broadcast([flat_B], options).wait()
+        except RuntimeError as error:
+            raise UserError(f"{self.url}: failed to receive weights: {error}") from error
+        parts = flat_B.split([tensor.nbytes for tensor in wanted])
+        for name, tensor, part_B in zip(names, wanted, parts, strict=True):
+            # As SGLang views them: not every offset would do.
+            assert part_B.storage_offset() % tensor.itemsize == 0
+            self.held[name] = part_B.view(tensor.dtype).view(tensor.shape)
         self.version = self.version if version is None else version
 
     def end_update(self) -> None:
@@ -135,6 +141,25 @@ def holds(server: InThread, version: int) -> bool:
     return (
         server.version == version and {name: tensor.mean() for name, tensor in server.held.items()} == wanted
     )
+
+
+def test_a_bucket_of_several_dtypes_arrives_bit_for_bit(transport: BroadcastTransport) -> None:
+    """In an order in which no tensor starts between two of its numbers; scalars and odd lengths too."""
+    server = InThread(A)
+    tensors = [
+        ("scale", torch.tensor([1.5], dtype=torch.float8_e4m3fn)),
+        ("weight", torch.randn(3, 7).bfloat16()),
+        ("router", torch.randn(5, 3)),
+        ("step", torch.tensor(2.0**53, dtype=torch.float64)),
+        ("transposed", torch.randn(4, 3).bfloat16().T),
+    ]
+    transport.open([server], {A: WeightsInfo(None, 1, "bfloat16")}, 1)
+    transport.send(Bucket(tensors, last=True))
+    assert transport.close() == PassResult({})
+    assert server.held.keys() == dict(tensors).keys()
+    for name, tensor in tensors:
+        assert server.held[name].dtype == tensor.dtype
+        assert server.held[name].float().equal(tensor.float())
 
 
 def test_one_group_lasts_while_its_servers_do(transport: BroadcastTransport) -> None:

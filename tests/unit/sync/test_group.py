@@ -33,14 +33,15 @@ def test_all_get_what_is_sent_until_one_is_gone() -> None:
     staying, leaving = peer(group, 1, times=99), peer(group, 2, times=2)
     try:
         group.connect(never)
-        group.broadcast([torch.ones(1000), torch.full((1000,), 2.0)], never)
+        group.broadcast(torch.ones(1000), never)
+        group.broadcast(torch.full((1000,), 2.0), never)
         assert leaving.wait(300) == 0 and leaving.stdout.read().split() == ["1000.0", "2000.0"]
         with pytest.raises(GroupBroken):
             for _ in range(9):
-                group.broadcast([torch.ones(1000)], never)
+                group.broadcast(torch.ones(1000), never)
         group.close()
         with pytest.raises(GroupBroken, match=r"the group is closed"):
-            group.broadcast([torch.ones(1000)], never)
+            group.broadcast(torch.ones(1000), never)
         # It waited for the next one, and is told that none comes.
         assert staying.wait(300) != 0
     finally:
@@ -82,7 +83,7 @@ def test_a_broadcast_that_blocks_does_not_block_the_sender(way: str, monkeypatch
     group._group = blocking = BlocksInBroadcast()
     answers = repeat(False) if way.startswith("no") else chain([False, False], repeat(True))
     with pytest.raises(GroupBroken, match=way):
-        group.broadcast([torch.ones(3)], lambda: next(answers))
+        group.broadcast(torch.ones(3), lambda: next(answers))
     assert not blocking.released.is_set()
     group.close()
     assert blocking.released.is_set()
