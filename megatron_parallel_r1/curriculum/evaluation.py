@@ -110,7 +110,7 @@ def evaluate_stage(
     problems = evaluation_problems(settings.data, settings.problems)
     seed = run.seed_of("evaluation")
     thinking = recipe.thinking_of(stage)
-    with backends.open(model, thinking) as backend:
+    with backends.open(model, thinking, step) as backend:
         backend.engine.load_weights(hf_tensors(model), version=step)
         thinker = Thinker(backend.engine, run.tags, thinking)
         result = evaluate_held_out(

@@ -40,7 +40,7 @@ def train_rl(
             tensor_group,
             world,
         ),
-        backends.open(trainer.model, run.recipe.thinking_of(stage), tensor_group) as backend,
+        backends.open(trainer.model, run.recipe.thinking_of(stage), loop.done, tensor_group) as backend,
     ):
         loop.restore("stream", problems)
         worker = RolloutWorker.of(run, stage, backend.engine, problems, verifier, timers, world)

@@ -83,12 +83,20 @@ class ServerBackend:
 
     Args:
         own: the servers that the run started; they are not restarted while they sleep.
+        published: the weights that the servers have; to publish that version again sends nothing.
     """
 
-    def __init__(self, pool: ServerPool, publisher: Publisher, rollout: Rollout, own: OwnServers) -> None:
+    def __init__(
+        self,
+        pool: ServerPool,
+        publisher: Publisher,
+        rollout: Rollout,
+        own: OwnServers,
+        published: PublishResult | None = None,
+    ) -> None:
         self.engine = ServerEngine(pool, self._publish)
         self._pool, self._publisher, self._rollout, self._own = pool, publisher, rollout, own
-        self._published: PublishResult | None = None
+        self._published = self._ahead = published
         self._known = set(pool.infos)
         self._asleep = False
 
@@ -132,8 +140,9 @@ class ServerBackend:
         for url in urls - self._known:
             self._publisher.add(_control(self._rollout, url))
         self._known = urls
-        self._published = self._publisher.publish(version)
-        self._asleep = False
+        if self._ahead is None or self._ahead.version != version:
+            self._published = self._publisher.publish(version)
+        self._ahead, self._asleep = None, False
         self._pool.set_version(version, self._published.up_to_date)
 
 
@@ -158,11 +167,16 @@ class Backends:
 
     @contextmanager
     def open(
-        self, model: Model, thinking: Thinking, tensor_group: dist.ProcessGroup | None = None
+        self,
+        model: Model,
+        thinking: Thinking,
+        version: int,
+        tensor_group: dist.ProcessGroup | None = None,
     ) -> Iterator[Backend]:
-        """Opens a backend, which has no weights of the model yet.
+        """Opens a backend, which the model's weights must be loaded into.
 
         Args:
+            version: of these weights when they are loaded first; sleeping servers take them here.
             tensor_group: another group of the tensor-parallel ranks, for an engine in a second thread.
 
         Raises:
@@ -188,12 +202,14 @@ class Backends:
         probe, scorer = probe_texts(self._run.shape.vocab), _TrainerLogprobs(model, self._run)
         asleep = self._slept is not None
         publisher = Publisher(controls, model, rollout.sync, probe, scorer, rollout.colocated, asleep)
+        published: PublishResult | None = None
         try:
             if self._slept is not None:
                 self._own.wake(rollout.patience_s)
-                publisher.publish(self._slept + 1)
+                # Two publications in a row have different versions.
+                published = publisher.publish(self._slept + 1 if version == self._slept else version)
             pool = pool or _shared_pool(rollout, urls, thinking)
-            backend = ServerBackend(pool, publisher, rollout, self._own)
+            backend = ServerBackend(pool, publisher, rollout, self._own, published)
             yield backend
         except BaseException as error:
             # Other ranks may be gone: avoid collectives.

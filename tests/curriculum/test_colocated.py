@@ -73,6 +73,8 @@ def test_servers_sleep_from_one_stage_to_the_next(tmp_path: Path) -> None:
     assert len((folder / "eval.jsonl").read_text().splitlines()) == 2
     # Evaluation, the RL stage's only step, evaluation: each begins with sleeping servers but the first.
     assert fakes.calls.count("release") == 3 and fakes.calls.count("weights") == 2
+    # Each takes the weights once.
+    assert fakes.calls.count("begin") == 3
     # Also that of SFT, whose model keeps its gradients otherwise.
     assert fakes.calls[0] == "offload"
 
