@@ -47,6 +47,12 @@ CpusOption = Annotated[int | None, typer.Option(min=1, help="CPUs per process.")
 TimeOption = Annotated[str | None, typer.Option(help="Time limit: minutes, HH:MM:SS or D-HH.")]
 PartitionOption = Annotated[str | None, typer.Option(help="SLURM partition.")]
 AccountOption = Annotated[str | None, typer.Option(help="SLURM account.")]
+EvaluateOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Evaluate the release in a further job, with options of `evaluate`: '--benchmarks aime25'."
+    ),
+]
 LocalOption = Annotated[bool, typer.Option("--local", help="Run on this machine even if it has SLURM.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the exact job without submitting it.")]
 JobsArgument = Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="Job ids. Default: all.")]
@@ -74,6 +80,7 @@ def submit(
         bool,
         typer.Option("--chain", help="A job per stage, as the command `curriculum`."),
     ] = False,
+    evaluate: EvaluateOption = None,
     nodes: NodesOption = None,
     ranks: RanksOption = None,
     gpus: GpusOption = None,
@@ -91,6 +98,8 @@ def submit(
     if kind not in KINDS:
         raise UserError(f"unknown kind of job {kind}; choose from {', '.join(KINDS)}")
     request = ResourceRequest(nodes, ranks, gpus, cpus, time, partition, account)
+    if evaluate and not chain:
+        raise UserError("--evaluate is for a whole curriculum; add --chain")
     if kind not in RECIPE_KINDS:
         if chain or stage or sweep:
             raise UserError(f"{kind} has no stages to chain or sweep; drop --chain, --stage and --sweep")
@@ -104,13 +113,14 @@ def submit(
     elif kind != "curriculum" or stage or sweep:
         raise UserError("--chain submits a whole curriculum; drop --stage and --sweep")
     else:
-        _submit_chain(recipe, overrides or (), request, local, dry_run)
+        _submit_chain(recipe, overrides or (), evaluate, request, local, dry_run)
 
 
 @app.command()
 def curriculum(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
+    evaluate: EvaluateOption = None,
     nodes: NodesOption = None,
     ranks: RanksOption = None,
     gpus: GpusOption = None,
@@ -125,7 +135,7 @@ def curriculum(
     from megatron_parallel_r1.cluster.submission import ResourceRequest
 
     request = ResourceRequest(nodes, ranks, gpus, cpus, time, partition, account)
-    _submit_chain(recipe, overrides or (), request, local, dry_run)
+    _submit_chain(recipe, overrides or (), evaluate, request, local, dry_run)
 
 
 @app.command()
@@ -227,7 +237,12 @@ def _submit_specs(
 
 
 def _submit_chain(
-    recipe: str, overrides: Sequence[str], request: ResourceRequest, local: bool, dry_run: bool
+    recipe: str,
+    overrides: Sequence[str],
+    evaluate: str | None,
+    request: ResourceRequest,
+    local: bool,
+    dry_run: bool,
 ) -> None:
     from megatron_parallel_r1.cluster.job_registry import RegisteredJob
     from megatron_parallel_r1.cluster.job_spec import JobSpec
@@ -247,28 +262,36 @@ def _submit_chain(
             words.append(f"rollout.sync.folder={whole.rollout.sync.folder / stage.name}")
         specs.append(JobSpec.read(stage.kind, words))
     specs.append(JobSpec.read("curriculum", arguments))
+    names = [f"{whole.name}-{spec.stage or 'release'}" for spec in specs]
+    ends = [stage for stage in starts if stage not in starts.values()]
+    before: list[list[str | None]] = [*([start] if start else [] for start in starts.values()), [*ends]]
+    what = f"curriculum {shlex.join(arguments)}"
+    if evaluate is not None:
+        if whole.seeds is not None:
+            raise UserError("--evaluate: the recipe has a release for each of its seeds; set seed, not seeds")
+        release = whole.out / whole.name / "release"
+        specs.append(JobSpec.read("eval", ["--checkpoint", str(release), *shlex.split(evaluate)]))
+        names, before = [*names, f"{whole.name}-evaluation"], [*before, [None]]
+        what += f" && eval {shlex.join(specs[-1].arguments)}"
     is_local = local or not has_slurm()
     launcher = JobLauncher(REPOSITORY, request, is_local)
-    names = [f"{whole.name}-{spec.stage or 'release'}" for spec in specs]
     for spec, name in zip(specs, names, strict=True):
         _print_notes(launcher.check([spec], name))
-    ends = [stage for stage in starts if stage not in starts.values()]
-    before = [*([start] if start else [] for start in starts.values()), ends]
     if dry_run:
         for spec, name, stages in zip(specs, names, before, strict=True):
-            typer.echo(launcher.describe([spec], name, [f"JOB OF {whole.name}-{stage}" for stage in stages]))
+            after = [f"JOB OF {whole.name}-{stage or 'release'}" for stage in stages]
+            typer.echo(launcher.describe([spec], name, after))
         return
     if is_local:
         (id,) = launcher.submit(specs, whole.name)
-        job = RegisteredJob(id, whole.name, f"curriculum {shlex.join(arguments)}", (), True)
-        _register(launcher.logs, [job])
+        _register(launcher.logs, [RegisteredJob(id, whole.name, what, (), True)])
         return
     ids: dict[str | None, str] = {}
     for spec, name, stages in zip(specs, names, before, strict=True):
-        after = tuple(ids[stage] for stage in stages)
-        (id,) = launcher.submit([spec], name, after)
+        ids_before = tuple(ids[stage] for stage in stages)
+        (id,) = launcher.submit([spec], name, ids_before)
         command = f"{spec.kind} {shlex.join(spec.arguments)}"
-        _register(launcher.logs, [RegisteredJob(id, name, command, after, False)])
+        _register(launcher.logs, [RegisteredJob(id, name, command, ids_before, False)])
         ids[spec.stage] = id
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.report.evaluation_table import accuracy_text, evaluation_table, seed_table
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rl.loop import train_rl
-from megatron_parallel_r1.run.backends import Backends
+from megatron_parallel_r1.run.backends import Backends, server_folder
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.datasets import (
     check_sources,
@@ -43,7 +44,7 @@ from megatron_parallel_r1.run.folder import (
     open_run_folder,
     past_evaluations,
 )
-from megatron_parallel_r1.run.lock import LOCK, lock_folder, stage_lock
+from megatron_parallel_r1.run.lock import LOCK, lock_folder, opening, others_at_work, stage_lock
 from megatron_parallel_r1.run.save import save_model
 from megatron_parallel_r1.run.stage_loop import checkpoint_folder
 from megatron_parallel_r1.run.wandb_log import check_wandb
@@ -131,8 +132,9 @@ def _run_seed(
     def open_folder() -> None:
         if is_resumable(recipe, folder, fresh, adapt, only) != resume:
             raise UserError(f"{folder}: another command has just used it; start this one again")
-        open_run_folder(recipe, folder, resume, fresh, data)
-        if not resume:
+        beside = others_at_work(folder, locks)
+        open_run_folder(recipe, folder, resume, fresh, data, beside)
+        if not resume and not beside:
             keep_tokenizer(run.tokenizer, folder)
         if contamination := contamination_report(recipe):
             (folder / "contamination.md").write_text(contamination)
@@ -144,14 +146,14 @@ def _run_seed(
     with process.running(recipe.seed, recipe.parallel, recipe.collective_timeout_s) as watchdog:
         check_engine(run, names)
         locks = [*map(stage_lock, sorted(names)), *([LOCK] if only is None else [])]
-        with (
-            lock_folder(folder, locks),
-            Verifier(workers=_workers()) as verifier,
-            Backends(run) as backends,
-            run.exporter,
-        ):
-            run_on_rank_zero(partial(run.exporter.serve, recipe.metrics_port))
-            run_on_rank_zero(open_folder)
+        with ExitStack() as stack:
+            with opening(folder):
+                stack.enter_context(lock_folder(folder, locks))
+                verifier = stack.enter_context(Verifier(workers=_workers()))
+                backends = stack.enter_context(Backends(run, server_folder(folder, only)))
+                stack.enter_context(run.exporter)
+                run_on_rank_zero(partial(run.exporter.serve, recipe.metrics_port))
+                run_on_rank_zero(open_folder)
             last: Model | None = None
             for stage in recipe.stages:
                 if stage.name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -146,14 +146,26 @@ class ServerBackend:
         self._pool.set_version(version, self._published.up_to_date)
 
 
-class Backends:
-    """Opens the backend of a recipe, and owns the servers that the run starts itself."""
+def server_folder(run: Path, only: Collection[str] | None) -> Path:
+    """Where a command keeps what its own servers need; commands for other stages may run beside it.
 
-    def __init__(self, run: RunContext) -> None:
-        self._run = run
-        logs = run.folder / "servers"
+    Args:
+        only: the stages that it trains; None: all.
+    """
+    return run / "servers" if only is None else run / "servers" / "-".join(sorted(only))
+
+
+class Backends:
+    """Opens the backend of a recipe, and owns the servers that the run starts itself.
+
+    Args:
+        folder: for the model that these start from, and for their logs.
+    """
+
+    def __init__(self, run: RunContext, folder: Path) -> None:
+        self._run, self._folder = run, folder
         report = partial(print, flush=True)
-        self._own = OwnServers(run.recipe.rollout, logs, report, local_world_size())
+        self._own = OwnServers(run.recipe.rollout, folder, report, local_world_size())
         # Version of the weights with which colocated servers went to sleep.
         self._slept: int | None = None
 
@@ -228,7 +240,7 @@ class Backends:
 
     def _start_servers(self, model: Model, thinking: Thinking) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Starts servers with the current weights; returns the URLs of all, and of those beside this rank."""
-        folder = self._run.folder / "servers" / "model"
+        folder = self._folder / "model"
         if not folder.is_dir():
             save_model(self._run, model, folder)
         recipe = self._run.recipe

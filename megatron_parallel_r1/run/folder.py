@@ -159,6 +159,7 @@ def open_run_folder(
     resume: bool,
     fresh: bool = False,
     data: Mapping[str, DataDigest] = MappingProxyType({}),
+    beside: bool = False,
 ) -> None:
     """Creates the run folder and writes the recipe, the stage names, all seeds and the state to it.
 
@@ -167,10 +168,20 @@ def open_run_folder(
             off its own files.
         fresh: delete what it holds.
         data: digests of the recipe's data sets; a resumed run keeps the former ones of what is finished.
+        beside: other commands train stages of the run now; what they have written stays.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or other commands train stages of another recipe in it.
     """
+    if beside and not resume:
+        then = with_new_keys(yaml.safe_load((folder / "config.yaml").read_text()), str(folder))
+        difference = _difference(then, yaml.safe_load(recipe.yaml()))
+        if fresh or difference:
+            why = "--fresh would delete it" if fresh else f"with another recipe ({difference})"
+            raise UserError(
+                f"{folder} is in use by another stage, {why}; wait for it, or choose another name"
+            )
+        return
     state = RunState(secrets.token_hex(8))
     if resume:
         state, done = RunState.read(folder), _done(recipe, folder)

@@ -5,6 +5,9 @@ one run may be trained side by side. A command for the whole run takes all. A lo
 NFS and Lustre too, and deleted at the end. A killed process leaves it; the next command takes it over where
 it can tell that the process is gone: on the same machine, in a requeued SLURM job, or if SLURM no longer runs
 the job.
+
+Commands for stages share the run's other files. One at a time opens the folder (`opening`), so that a command
+sees the locks of those alone that have opened it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +31,8 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.rank import is_rank_zero
 
 LOCK = "run.lock"
+OPENING = f"{LOCK}.opening"
+OPENING_S = 300.0
 # Clocks that were set meanwhile make a process look younger or older.
 CLOCK_TOLERANCE_S = 60.0
 SQUEUE_TIMEOUT_S = 30.0
@@ -116,12 +121,54 @@ def lock_folder(folder: Path, names: Sequence[str] = (LOCK,)) -> Iterator[None]:
         yield
     finally:
         for name, own in held.items():
-            with suppress(OSError, UserError):
-                if _read(folder / name) == own:  # nobody deleted it, as a refusal advises
-                    (folder / name).unlink()
-        if is_rank_zero():
-            with suppress(OSError):  # nothing was written
-                folder.rmdir()
+            _release(folder, name, own)
+
+
+def _release(folder: Path, name: str, own: Holder) -> None:
+    """Deletes a lock, and the folder if nothing else is in it."""
+    if not is_rank_zero():
+        return
+    with suppress(OSError, UserError):
+        if _read(folder / name) == own:  # nobody deleted it, as a refusal advises
+            (folder / name).unlink()
+    with suppress(OSError):  # nothing was written
+        folder.rmdir()
+
+
+@contextmanager
+def opening(folder: Path) -> Iterator[None]:
+    """Keeps other commands from opening a run folder, for the block; waits for one that does.
+
+    Raises:
+        UserError: another one does for longer than OPENING_S.
+    """
+    end = time.monotonic() + OPENING_S
+
+    def acquire() -> Holder:
+        while True:
+            try:
+                return _acquire(folder, OPENING)
+            except UserError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.2)
+
+    held = run_on_rank_zero(acquire)
+    try:
+        yield
+    finally:
+        _release(folder, OPENING, held)
+
+
+def others_at_work(folder: Path, own: Collection[str]) -> bool:
+    """Whether other commands use a run folder now.
+
+    Args:
+        own: names of this command's locks.
+    """
+    now = Holder.this_process()
+    others = [file for file in folder.glob(f"{LOCK}*") if file.name not in (*own, OPENING)]
+    return any(found is not None and not found.is_gone(now) for found in map(_read, others))
 
 
 def check_lock(folder: Path, name: str = LOCK) -> None:

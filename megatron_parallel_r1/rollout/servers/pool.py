@@ -257,8 +257,8 @@ class ServerPool:
             if future.done():
                 self._router.release(url)
             else:
-                at_front = self._front is not None and url == self._front.url
-                future.set_result(self._front if at_front else self._registry[url])
+                front = self._front
+                future.set_result(front if front is not None and url == front.url else self._registry[url])
 
         ticket = Ticket(request.trace, hash(request.tokens), granted)
         state.waiting.add(future)

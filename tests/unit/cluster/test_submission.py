@@ -106,6 +106,27 @@ def test_a_stage_waits_for_the_one_that_it_starts_from(
     ]
 
 
+def test_a_chain_may_end_with_an_evaluation_of_its_release(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, words = str(branched_recipe(repository)), ("--evaluate", "--benchmarks embedded_hard --samples 2")
+    for kind in (("curriculum", recipe), ("submit", "curriculum", recipe, "--chain")):
+        output = dry_run(repository, monkeypatch, *kind, *words)
+        names = re.findall(r"^#SBATCH --job-name=(.*)$", output, re.M)
+        assert names[-2:] == ["mini-release", "mini-evaluation"]
+        after = re.findall(r"^#SBATCH --dependency='(.*)'$", output, re.M)
+        assert after[-1] == "afterok:JOB OF mini-release"
+        options = r"--checkpoint \S+/mini/release --benchmarks embedded_hard --samples 2"
+        assert re.search(f"# runs: bash slurm/eval.sh {options}", output)
+    for wrong, message in (
+        (("curriculum", recipe, *words, "seeds=[1,2]"), "a release for each of its seeds"),
+        (("submit", "curriculum", recipe, *words), "add --chain"),
+        (("curriculum", recipe, "--evaluate", "--samples 2"), "an evaluation needs --checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dry_run(repository, monkeypatch, *wrong)
+
+
 def test_evaluations_and_the_doctor_are_jobs_too(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--checkpoint", "runs/mini/rl", "--benchmarks", "embedded_hard")
     output = dry_run(repository, monkeypatch, "submit", "eval", "--", *words)

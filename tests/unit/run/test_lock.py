@@ -13,10 +13,24 @@ from pathlib import Path
 
 import pytest
 
+from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run import lock
-from megatron_parallel_r1.run.lock import LOCK, Holder, check_lock, is_lock, lock_folder, stage_lock
+from megatron_parallel_r1.run.backends import server_folder
+from megatron_parallel_r1.run.folder import open_run_folder
+from megatron_parallel_r1.run.lock import (
+    LOCK,
+    OPENING,
+    Holder,
+    check_lock,
+    is_lock,
+    lock_folder,
+    opening,
+    others_at_work,
+    stage_lock,
+)
+from tests.curriculum.test_run import RECIPE
 
 OTHER = Holder("another-host", pid=1, since=0.0)
 
@@ -72,6 +86,52 @@ def test_stages_have_locks_of_their_own_which_the_whole_run_takes(tmp_path: Path
         assert sorted(file.name for file in tmp_path.iterdir()) == [first, second]
     with lock_folder(tmp_path, [first, second, LOCK]):
         assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_stages_side_by_side_keep_what_the_other_has_written(tmp_path: Path) -> None:
+    """Both begin in a new folder, as stages that start from another run's do."""
+    folder, (first, second) = tmp_path / "run", map(stage_lock, ("rl", "rl_again"))
+    recipe = read_recipe(RECIPE)
+    with opening(folder), lock_folder(folder, [first]):
+        assert not others_at_work(folder, [first])
+        open_run_folder(recipe, folder, resume=False)
+        kept = [folder / "tokenizer", server_folder(folder, ["rl"]), folder / "state.json"]
+        for path in kept[:2]:
+            path.mkdir(parents=True)
+        state = kept[2].read_text()
+        with lock_folder(folder, [second]):
+            assert others_at_work(folder, [second])
+            open_run_folder(recipe, folder, resume=False, beside=True)
+            assert all(path.exists() for path in kept) and kept[2].read_text() == state
+            for other, fresh in ((read_recipe(RECIPE, ["seed=9"]), False), (recipe, True)):
+                with pytest.raises(UserError, match=r"is in use by another stage, (with another|--fresh)"):
+                    open_run_folder(other, folder, resume=False, fresh=fresh, beside=True)
+    assert not others_at_work(folder, [])
+    # The next command starts over, as nothing was trained.
+    open_run_folder(recipe, folder, resume=False)
+    assert not kept[0].exists() and kept[2].read_text() != state
+    places = {server_folder(folder, only) for only in (None, ("rl",), ("rl_again",))}
+    assert len(places) == 3
+
+
+def test_one_command_at_a_time_opens_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / OPENING).write_text(json.dumps(asdict(OTHER)))
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            (tmp_path / OPENING).unlink()
+
+    monkeypatch.setattr(lock.time, "sleep", pause)
+    with opening(tmp_path):
+        assert len(pauses) == 3 and json.loads((tmp_path / OPENING).read_text())["pid"] == os.getpid()
+    assert not tmp_path.exists()
+    tmp_path.mkdir()
+    (tmp_path / OPENING).write_text(json.dumps(asdict(OTHER)))
+    monkeypatch.setattr(lock, "OPENING_S", 0.0)
+    with pytest.raises(UserError, match="is in use by process 1 on another-host"), opening(tmp_path):
+        pass
 
 
 def test_a_process_that_was_taken_over_writes_no_more(tmp_path: Path) -> None:
