@@ -91,7 +91,8 @@ def transformer_config(
         # A softmax over the selected experts alone equals that over all, scaled to sum to 1.
         moe_router_pre_softmax=experts is not None and not experts.renormalized,
         moe_router_load_balancing_type="none",
-        moe_router_dtype=None,  # the logits' own, as in transformers; the softmax is in float32
+        # transformers' logits have the model's dtype; near ties among many experts, bfloat16 cannot tell.
+        moe_router_dtype="fp32" if experts else None,
         transformer_impl=layers.kind,
         **layers.megatron_fields(),
     )

@@ -152,8 +152,8 @@ def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: 
     query Q b and key K b; the output Q b and its sums. With context parallelism key and value are copies of
     the whole row. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b. Experts: the same for each
     selected expert (k of n), the product scaled by the router's weight, and a copy of the token and of that
-    weight, (6 F + E + 1) b; the router's choice and its inverse as int64 and their softmax in float32 (of all
-    n where the weights are not renormalized), 20 k, and the weights and a mask of all experts, (b + 1) n.
+    float32 weight, (6 F + E) b + 4; the router's choice and its inverse as int64 and their softmax in float32
+    (of all n where the weights are not renormalized), 20 k, and the weights and a mask of all experts, 5 n.
     Under expert parallelism a rank gets as many tokens as it sends, if they are evenly routed.
     """
     tokens, narrow = _tokens(parallel, row)
@@ -168,9 +168,9 @@ def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: 
     if shape.experts is None:
         return attention, normed, tokens * number * 5 * (shape.ffn // size)
     chosen = shape.experts
-    inside = number * (6 * (chosen.ffn // parallel.expert_split) + shape.hidden + 1)
+    inside = number * (6 * (chosen.ffn // parallel.expert_split) + shape.hidden) + FLOAT32
     scored = chosen.per_token if chosen.renormalized else chosen.count
-    routed = 2 * INDEX * chosen.per_token + FLOAT32 * scored + (number + 1) * chosen.count
+    routed = 2 * INDEX * chosen.per_token + FLOAT32 * scored + (FLOAT32 + 1) * chosen.count
     # Ranks that split each expert all get the tokens of the tensor group.
     arriving = narrow if parallel.expert > 1 else tokens
     return attention, normed, arriving * chosen.per_token * inside + narrow * routed

@@ -113,7 +113,7 @@ class ExpertMlp:
     """The router's top `per_token` experts of each token, weighted; no token is dropped.
 
     As in transformers' Qwen3MoeTopKRouter: a float32 softmax over all experts; the chosen ones' weights are
-    scaled to sum to 1 if `renormalized`.
+    scaled to sum to 1 if `renormalized`. As in the trainer, logits and weights are float32 too.
     """
 
     router_XE: torch.Tensor
@@ -122,14 +122,14 @@ class ExpertMlp:
     renormalized: bool
 
     def __call__(self, hidden_NE: torch.Tensor) -> torch.Tensor:
-        weights_NX = F.linear(hidden_NE, self.router_XE).float().softmax(-1)
+        weights_NX = F.linear(hidden_NE.float(), self.router_XE.float()).softmax(-1)
         weights_NC, chosen_NC = weights_NX.topk(self.per_token, -1)
         if self.renormalized:
             weights_NC = weights_NC / weights_NC.sum(-1, keepdim=True)
-        weights_NC = weights_NC.to(hidden_NE.dtype)
         out_NE = torch.zeros_like(hidden_NE)
         for expert in chosen_NC.unique().tolist():
             rows_M, places_M = (chosen_NC == expert).nonzero(as_tuple=True)
             output_ME = self.experts[expert](hidden_NE[rows_M])
-            out_NE.index_add_(0, rows_M, output_ME * weights_NC[rows_M, places_M, None])
+            weighted_ME = (output_ME * weights_NC[rows_M, places_M, None]).to(out_NE.dtype)
+            out_NE.index_add_(0, rows_M, weighted_ME)
         return out_NE
