@@ -95,6 +95,9 @@ class Objective(Settings):
     penalty."""
     overlong_penalty: FiniteOrZero = 1.0
     """Penalty of a trace at the limit."""
+    replay_experts: bool = True
+    """In a mixture of experts, each token goes through the experts that the native engine chose for it (R3,
+    arXiv 2510.11370); in mode `replay` and with servers the router chooses again."""
     path_credit: bool = False
     """A path's tokens take their advantage from that path's own answer, against its siblings."""
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import padded_vocab
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
+from megatron_parallel_r1.model.experts import take_choices
 from megatron_parallel_r1.model.layers import Layers, check_fp8, check_layers
 from megatron_parallel_r1.model.spec import block_spec
 from megatron_parallel_r1.model.transformer import PositionRotary, transformer_config
@@ -75,11 +76,15 @@ class PathGPT(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """Overrides a hook of GPTModel; the second result is the rotary angles, for every pipeline stage."""
-        hidden, _none, *others = super()._preprocess(
-            input_ids, position_ids, decoder_input, inference_context, packed_seq_params, padding_mask
+        """Overrides a hook of GPTModel; the second result is the rotary angles, for every pipeline stage, and
+        the last the experts of this rank's tokens (experts.py), which come as `padding_mask`."""
+        hidden, _none, *others, _no_mask = super()._preprocess(
+            input_ids, position_ids, decoder_input, inference_context, packed_seq_params
         )
-        return hidden, self.rotary(position_ids), *others
+        if padding_mask is not None and self.config.sequence_parallel:
+            size = self.config.tensor_model_parallel_size
+            padding_mask = padding_mask.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+        return hidden, self.rotary(position_ids), *others, padding_mask
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Overrides GPTModel's hook, which would compute the logits of all tokens."""
@@ -153,6 +158,7 @@ def build_model(
             for stage in stages
         ],
     )
+    take_choices(model)
     if torch.cuda.is_available():
         _move_to_device(model, torch.device("cuda", torch.cuda.current_device()))
     return model

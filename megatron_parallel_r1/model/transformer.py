@@ -93,6 +93,7 @@ def transformer_config(
         moe_router_load_balancing_type="none",
         # transformers' logits have the model's dtype; near ties among many experts, bfloat16 cannot tell.
         moe_router_dtype="fp32" if experts else None,
+        moe_enable_routing_replay=experts is not None,
         transformer_impl=layers.kind,
         **layers.megatron_fields(),
     )

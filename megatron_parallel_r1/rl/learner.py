@@ -14,8 +14,8 @@ Shapes: R traces of a step; N targets of a micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TypeVar
 
@@ -45,9 +45,11 @@ from megatron_parallel_r1.rl.reference import Reference, make_reference
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.thought.layout import Mode, lay_out, row_length
 from megatron_parallel_r1.thought.tags import Tags
-from megatron_parallel_r1.thought.trace import Outline
+from megatron_parallel_r1.thought.trace import Outline, Trace
 from megatron_parallel_r1.train.micro_batch import MicroBatch, pack_share, partition
+from megatron_parallel_r1.train.routing import recorded_experts, row_experts
 from megatron_parallel_r1.train.trainer import Trainer, Update
+from megatron_parallel_r1.utils.devices import to_device
 from megatron_parallel_r1.utils.rounding import RoundingLimits, rounding_limits
 from megatron_parallel_r1.utils.timers import Timers
 
@@ -238,8 +240,23 @@ class Learner:
                 MicroBatch.of(row, device, engine, suppressed, self.tags.parallel)
                 for row in pack_share(rows, share, place)
             ]
+            if self.objective.replay_experts:
+                micro_batches = self._with_experts(micro_batches, own)
             mini_batches.append(MiniBatch(indices, list(own), micro_batches))
         return mini_batches
+
+    def _with_experts(
+        self, micro_batches: Sequence[MicroBatch], own: Mapping[int, Trace]
+    ) -> list[MicroBatch]:
+        """Adds the experts that the engine chose, where it recorded them for all traces of the row."""
+        model, device, place = self.trainer.model.architecture, self.trainer.device, self.trainer.partition
+        recorded = {index: recorded_experts(t, model) for index, t in own.items() if t.experts}
+        return [
+            replace(batch, experts_LXC=to_device(row_experts(batch.row, recorded, place), device))
+            if batch.row.segment_ids and recorded.keys() >= set(batch.row.segment_ids)
+            else batch
+            for batch in micro_batches
+        ]
 
     def _compute_logprobs(self, mini_batches: Sequence[MiniBatch]) -> None:
         """Adds the log-probs of the old and the reference policy to micro-batches, where needed."""

@@ -24,16 +24,18 @@ class PackedTrace:
 
     Attributes:
         columns: the prompt's token ids, then each of COLUMNS; `versions` may be missing.
+        experts: as of `Trace`.
     """
 
     outline: Outline
     columns: bytes
+    experts: bytes = b""
 
     @classmethod
     def of(cls, trace: Trace) -> PackedTrace:
         values = [np.asarray(getattr(trace, name), kind) for name, kind in COLUMNS.items()]
         columns = [np.asarray(trace.prompt, PROMPT), *values]
-        return cls(trace.outline, b"".join(column.tobytes() for column in columns))
+        return cls(trace.outline, b"".join(column.tobytes() for column in columns), trace.experts)
 
     @property
     def prompt(self) -> NDArray[np.int32]:
@@ -51,6 +53,17 @@ class PackedTrace:
 
     def unpack(self) -> Trace:
         """Returns the trace, equal to the packed one."""
-        values = {name: tuple(self.column(name).tolist()) for name in COLUMNS}
-        outline = self.outline
-        return Trace(tuple(self.prompt.tolist()), finish=outline.finish, tree=outline.tree, **values)
+        tokens, sampled, suppressed, logprobs, versions = (
+            tuple(self.column(name).tolist()) for name in COLUMNS
+        )
+        return Trace(
+            prompt=tuple(self.prompt.tolist()),
+            tokens=tokens,
+            sampled=sampled,
+            suppressed=suppressed,
+            logprobs=logprobs,
+            finish=self.outline.finish,
+            tree=self.outline.tree,
+            versions=versions,
+            experts=self.experts,
+        )

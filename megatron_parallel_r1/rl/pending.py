@@ -71,6 +71,7 @@ def _traces_to_json(traces: Sequence[PackedTrace]) -> dict[str, Any]:
         "finishes": [outline.finish for outline in outlines],
         "trees": TREES.dump_python([outline.tree for outline in outlines], mode="json"),
         **{name: _compressed([trace.column(name) for trace in traces]) for name in COLUMNS},
+        "experts": [b64encode(zlib.compress(trace.experts)).decode() for trace in traces],
     }
 
 
@@ -83,11 +84,14 @@ def _traces_from_json(written: dict[str, Any]) -> list[PackedTrace]:
     trees = TREES.validate_python(written["trees"])
     finishes = FINISHES.validate_python(written["finishes"])
     traces = []
-    for prompt, finish, tree, (start, stop) in zip(written["prompts"], finishes, trees, spans, strict=True):
+    experts = written.get("experts", [""] * len(stops))  # not written before 0.2
+    parts = zip(written["prompts"], finishes, trees, spans, experts, strict=True)
+    for prompt, finish, tree, (start, stop), text in parts:
         tokens, sampled, suppressed, logprobs, versions = (
             tuple(columns[name][start:stop]) for name in COLUMNS
         )
-        trace = Trace(tuple(prompt), tokens, sampled, suppressed, logprobs, finish, tree, versions)
+        chosen = zlib.decompress(b64decode(text)) if text else b""
+        trace = Trace(tuple(prompt), tokens, sampled, suppressed, logprobs, finish, tree, versions, chosen)
         traces.append(PackedTrace.of(trace))
     return traces
 

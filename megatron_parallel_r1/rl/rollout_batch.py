@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -75,7 +76,12 @@ class RolloutBatch:
         """Everything needed to repeat the step's updates, JSON-ready."""
         traces = [trace.unpack() for trace in self.trained.traces]
         pairs = zip(traces, self.trained.rewards, strict=True)
-        return [{name: getattr(trace, name) for name in KEPT} | {"reward": reward} for trace, reward in pairs]
+        return [
+            {name: getattr(trace, name) for name in KEPT}
+            | {"reward": reward}
+            | ({"experts": b64encode(trace.experts).decode()} if trace.experts else {})
+            for trace, reward in pairs
+        ]
 
 
 def staleness(outline: Outline, step: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -50,6 +50,17 @@ class Completion:
 
 class Interrupted(Exception):
     """The engine was interrupted (`Engine.interrupt`)."""
+
+
+@runtime_checkable
+class RecordsExperts(Protocol):
+    """An engine that remembers which experts it chose."""
+
+    def experts_of(self, context: Any) -> bytes:
+        """The experts of each token of a context that is in the cache: int16, by token, layer and choice.
+
+        Empty for a model without experts.
+        """
 
 
 class Engine(Protocol, Generic[Context]):

@@ -27,7 +27,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-from megatron_parallel_r1.rollout.engine import Completion, Context, Engine, Sampling
+from megatron_parallel_r1.rollout.engine import Completion, Context, Engine, RecordsExperts, Sampling
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.tags import Tags
@@ -138,7 +138,10 @@ class Thinker(Generic[Context]):
         )
         writing = _Writing(self.engine, self.tags, settings, seed, observe)
         try:
-            draft, end, _ = await writing.chain(writing.fork(opened), Draft(), budget, depth=0)
+            draft, end, context = await writing.chain(writing.fork(opened), Draft(), budget, depth=0)
+            # The branches of a `replay` row are in contexts of their own.
+            engine = self.engine if settings.mode != "replay" else None
+            experts = engine.experts_of(context) if isinstance(engine, RecordsExperts) else b""
         finally:
             writing.close_all()
         return Trace(
@@ -150,6 +153,7 @@ class Thinker(Generic[Context]):
             versions=tuple(draft.versions),
             finish="eos" if end == "eos" else "length",
             tree=parse(draft.tokens, self.tags),
+            experts=experts,
         )
 
 

@@ -50,6 +50,8 @@ class Trace:
         tree: the parse of `tokens`.
         versions: the weight version that sampled each token; for a forced token, the engine's version then.
             Empty: 0 throughout.
+        experts: the experts that the engine chose for each token of the prompt and of the response, but
+            perhaps the last one: int16, by token, layer and choice. Empty: not recorded.
     """
 
     prompt: tuple[int, ...]
@@ -60,6 +62,7 @@ class Trace:
     finish: Finish
     tree: Tree
     versions: tuple[int, ...] = ()
+    experts: bytes = b""
 
     def __post_init__(self) -> None:
         assert self.prompt, "a trace needs a prompt"

@@ -31,7 +31,12 @@ class LogprobRunner:
     Args:
         temperature: divisor of the logits; the rollout's.
         head_VE: this rank's rows of an output matrix to use instead of the model's.
+
+    Attributes:
+        replays_experts: whether tokens go through the experts that the engine chose; the policy's do.
     """
+
+    replays_experts = False
 
     def __init__(self, model: Model, temperature: float = 1.0, head_VE: torch.Tensor | None = None) -> None:
         self.model = model
@@ -58,7 +63,8 @@ class LogprobRunner:
 
         def forward(batches: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
-            hidden_T1E = stage(batch.tokens_1L, batch.positions_1L, batch.layout_KL)
+            experts_LXC = batch.experts_LXC if self.replays_experts else None
+            hidden_T1E = stage(batch.tokens_1L, batch.positions_1L, batch.layout_KL, padding_mask=experts_LXC)
             return hidden_T1E, partial(head, batch)
 
         # Each interleaved stage goes through the micro-batches at its own pace.

@@ -160,6 +160,7 @@ class MicroBatch:
         segments: the trace that each target belongs to, as an index into `row.segment_ids`.
         values: named float32 vectors over the targets, such as advantages.
         row: the packed row that the tensors were built from.
+        experts_LXC: the C experts that a token goes through in each of X layers, int16; None: the router's.
     """
 
     tokens_1L: torch.Tensor
@@ -171,6 +172,7 @@ class MicroBatch:
     segments: Segments
     values: dict[str, torch.Tensor]
     row: PackedRow
+    experts_LXC: torch.Tensor | None = None
 
     @classmethod
     def of(

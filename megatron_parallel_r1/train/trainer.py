@@ -184,6 +184,8 @@ class Trainer(LogprobRunner):
         memory: takes gradients and optimizer off the device; log-probs need neither.
     """
 
+    replays_experts = True
+
     def __init__(self, model: Model, adam: Adam, temperature: float = 1.0) -> None:
         super().__init__(model, temperature)
         self.passes = PassTimer(self.device)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
@@ -48,6 +49,15 @@ LESSONS = {
     # only from what its paths were credited with, and from the KL term.
     "path credit": Lesson(Objective(kl="k3", kl_coefficient=0.2, path_credit=True), [3], 1),
 }
+
+
+def with_experts(trace: Trace, seed: int, shape: ModelConfig) -> Trace:
+    """The trace as if an engine had chosen experts for all but its last token, in a mixture of experts."""
+    if shape.experts is None:
+        return trace
+    size = (len(trace.prompt) + len(trace.tokens) - 1, shape.layers, shape.experts.count)
+    order_TXE = np.random.default_rng(seed).random(size).argsort(-1).astype(np.int16)
+    return replace(trace, experts=order_TXE[..., : shape.experts.per_token].tobytes())
 
 
 def trace_of(seed: int) -> Trace:
@@ -113,7 +123,7 @@ def three_lessons(shape: ModelConfig, parallel: ParallelConfig, lesson: Lesson) 
     trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1))
     batch = BatchConfig(lesson.samples, 1, mini_batches=2, micro_tokens=MICRO_TOKENS, max_response_tokens=160)
     learner = Learner(trainer, lesson.objective, batch, "isolated", TAGS, Reference(other, 1.0))
-    traces = [trace_of(seed) for seed in lesson.seeds]
+    traces = [with_experts(trace_of(seed), seed, shape) for seed in lesson.seeds]
     rewards = [random.Random(seed).choice([1.0, -1.0]) for seed in lesson.seeds]
     with Verifier() as verifier:
         verdicts = verdicts_of(traces, verifier)

@@ -118,8 +118,11 @@ def variants(shape: ModelConfig, parallel: ParallelConfig, processes: int) -> di
         for recompute in ("none", "selective")[: 2 if processes < 4 else 1]:
             changed = parallel.replace(recompute=recompute)
             found[f"grpo, recompute {recompute}"] = three_steps(shape, changed, torch.float32, "grpo")
+        # With experts chosen from outside, which must be the same when a layer is computed anew.
         lesson = "path credit"
-        found[f"{lesson}, recompute none"] = three_lessons(shape, parallel, LESSONS[lesson])
+        for recompute in {1: ("none",), 2: ("selective", "full")}.get(processes, ("selective",)):
+            changed = parallel.replace(recompute=recompute)
+            found[f"{lesson}, recompute {recompute}"] = three_lessons(shape, changed, LESSONS[lesson])
         sharded = parallel.replace(sharded_optimizer=True)
         found["grpo, sharded optimizer"] = three_steps(shape, sharded, torch.float32, "grpo")
         return found

@@ -127,6 +127,14 @@ class NativeEngine:
         row = self._table.join(trunk.row, [path.row for path in paths])
         return NativeContext(row, max(path.position for path in paths))
 
+    def experts_of(self, context: NativeContext) -> bytes:
+        slots = self._table.slots_CT[context.row, : self._table.lengths_C[context.row]]
+        if self._model is None or not self._model.chosen_LSC or not len(slots):
+            return b""
+        slots_T = to_device(slots, self._model.device)
+        chosen_TLC = torch.stack([chosen_SC[slots_T] for chosen_SC in self._model.chosen_LSC], 1)
+        return chosen_TLC.cpu().numpy().tobytes()
+
     def close(self, context: NativeContext) -> None:
         self._table.close(context.row)
         if not self._table.used:
@@ -288,10 +296,11 @@ class NativeEngine:
         with self._offers_lock:
             tensors = self._offers[version]
             self._offers = {other: kept for other, kept in self._offers.items() if other > version}
-        cache_LSX = self._model.cache_LSX if self._model else None
+        cached = (self._model.cache_LSX, self._model.chosen_LSC) if self._model else None
         self._drop_model()
         model = self._new_model(tensors, 0)
-        model.cache_LSX = cache_LSX or model.cache_LSX
+        if cached is not None:
+            model.cache_LSX, model.chosen_LSC = cached
         self._model = model
         self.version = version
 

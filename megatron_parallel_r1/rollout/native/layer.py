@@ -45,7 +45,16 @@ def attention_inputs(
 
 
 def feed_forward(layer: LayerWeights, hidden_NE: torch.Tensor, norm_eps: float) -> torch.Tensor:
-    """What the MLP half adds to each row; in a tensor-parallel group, this rank's share of it."""
+    """What a dense MLP half adds to each row; in a tensor-parallel group, this rank's share of it."""
+    assert isinstance(layer.mlp, DenseMlp)
+    return layer.mlp(rms_norm(hidden_NE, layer.mlp_norm_E, norm_eps))
+
+
+def mix_experts(
+    layer: LayerWeights, hidden_NE: torch.Tensor, norm_eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a layer of experts, and the experts of each row [N, C]."""
+    assert isinstance(layer.mlp, ExpertMlp)
     return layer.mlp(rms_norm(hidden_NE, layer.mlp_norm_E, norm_eps))
 
 
@@ -121,7 +130,7 @@ class ExpertMlp:
     per_token: int
     renormalized: bool
 
-    def __call__(self, hidden_NE: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights_NX = F.linear(hidden_NE.float(), self.router_XE.float()).softmax(-1)
         weights_NC, chosen_NC = weights_NX.topk(self.per_token, -1)
         if self.renormalized:
@@ -132,4 +141,4 @@ class ExpertMlp:
             output_ME = self.experts[expert](hidden_NE[rows_M])
             weighted_ME = (output_ME * weights_NC[rows_M, places_M, None]).to(out_NE.dtype)
             out_NE.index_add_(0, rows_M, weighted_ME)
-        return out_NE
+        return out_NE, chosen_NC

@@ -21,7 +21,13 @@ import torch.nn.functional as F
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.distributed.parallel_config import check_native_heads
-from megatron_parallel_r1.rollout.native.layer import attention_inputs, feed_forward, fuse_layer, rms_norm
+from megatron_parallel_r1.rollout.native.layer import (
+    attention_inputs,
+    feed_forward,
+    fuse_layer,
+    mix_experts,
+    rms_norm,
+)
 from megatron_parallel_r1.rollout.native.page_table import ForwardBatch, Group, Numbers
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup, local_shard
 from megatron_parallel_r1.utils.devices import to_device
@@ -55,6 +61,10 @@ class DecodeModel:
         tensors: whole, under their Hugging Face names; no two need to exist at once.
         compiled: layers go through torch.compile, except attention and experts, whose choice makes shapes
             depend on values.
+
+    Attributes:
+        cache_LSX: keys and values.
+        chosen_LSC: the experts of the tokens in the cache, int16; empty without experts.
     """
 
     def __init__(
@@ -68,9 +78,7 @@ class DecodeModel:
         self.config = local_config(config, group.size)
         self.group = group
         self._inputs = _compiled(attention_inputs) if compiled else attention_inputs
-        self._feed_forward = feed_forward
-        if compiled and not config.experts:
-            self._feed_forward = _compiled(feed_forward)
+        self._feed_forward = _compiled(feed_forward) if compiled else feed_forward
         by_name: dict[str, torch.Tensor] = {}
         for name, tensor in tensors:
             if name == EMBEDDING:
@@ -87,6 +95,7 @@ class DecodeModel:
         self.frequencies = config.rope_frequencies().to(self.embedding_VE.device)
         self.rope_factor = config.rope_attention_factor
         self.cache_LSX = [self._empty_cache(slots) for _ in self.layers]
+        self.chosen_LSC = [self._none_chosen(slots) for _ in self.layers if config.experts]
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +113,9 @@ class DecodeModel:
             RuntimeError: out of memory. The cache keeps its old size.
         """
         held, layers = len(self.cache_LSX[0]), range(len(self.cache_LSX))
+        self.chosen_LSC = [
+            torch.cat([chosen_SC, self._none_chosen(slots - len(chosen_SC))]) for chosen_SC in self.chosen_LSC
+        ]
         try:
             # One layer at a time: all new ones beside all old ones would take half as much memory again.
             for index in layers:
@@ -151,14 +163,19 @@ class DecodeModel:
             for start, stop, length in groups
         ]
         gathered_CX = self.cache_LSX[0].new_empty(max(len(group.slots) for group in seen), self._width)
-        for layer, cache_SX in zip(self.layers, self.cache_LSX, strict=True):
+        for number, (layer, cache_SX) in enumerate(zip(self.layers, self.cache_LSX, strict=True)):
             query_NHD, key_value_NX = self._inputs(
                 layer, hidden_NE, cos_N1D, sin_N1D, config.heads, config.rms_eps
             )
             cache_SX.index_copy_(0, slots_N, key_value_NX)
             attended_NX = self._attend(query_NHD, cache_SX, seen, gathered_CX)
             hidden_NE = hidden_NE + self.group.sum(F.linear(attended_NX, layer.output_EA))
-            hidden_NE = hidden_NE + self.group.sum(self._feed_forward(layer, hidden_NE, config.rms_eps))
+            if self.chosen_LSC:
+                added_NE, chosen_NC = mix_experts(layer, hidden_NE, config.rms_eps)
+                self.chosen_LSC[number].index_copy_(0, slots_N, chosen_NC.short())
+            else:
+                added_NE = self._feed_forward(layer, hidden_NE, config.rms_eps)
+            hidden_NE = hidden_NE + self.group.sum(added_NE)
         last_NE = rms_norm(hidden_NE[wanted], self.norm_E, config.rms_eps)
         logits_NV = self.group.gather_columns(F.linear(last_NE, self.head_VE))
         return logits_NV[:, : self.vocabulary].float()
@@ -201,6 +218,11 @@ class DecodeModel:
 
     def _tensor(self, numbers: Numbers) -> torch.Tensor:
         return to_device(numbers, self.device)
+
+    def _none_chosen(self, slots: int) -> torch.Tensor:
+        assert self.config.experts is not None
+        size = (max(0, slots), self.config.experts.per_token)
+        return torch.zeros(size, dtype=torch.int16, device=self.device)
 
     def _empty_cache(self, slots: int) -> torch.Tensor:
         return self.embedding_VE.new_zeros(slots, self._width)
