@@ -45,7 +45,7 @@ from megatron_parallel_r1.rl.reference import Reference, make_reference
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.thought.layout import Mode, lay_out, row_length
 from megatron_parallel_r1.thought.tags import Tags
-from megatron_parallel_r1.thought.trace import Outline, Trace
+from megatron_parallel_r1.thought.trace import Outline
 from megatron_parallel_r1.train.micro_batch import MicroBatch, pack_share, partition
 from megatron_parallel_r1.train.routing import recorded_experts, row_experts
 from megatron_parallel_r1.train.trainer import Trainer, Update
@@ -246,11 +246,15 @@ class Learner:
         return mini_batches
 
     def _with_experts(
-        self, micro_batches: Sequence[MicroBatch], own: Mapping[int, Trace]
+        self, micro_batches: Sequence[MicroBatch], own: Mapping[int, PackedTrace]
     ) -> list[MicroBatch]:
         """Adds the experts that the engine chose, where it recorded them for all traces of the row."""
         model, device, place = self.trainer.model.architecture, self.trainer.device, self.trainer.partition
-        recorded = {index: recorded_experts(t, model) for index, t in own.items() if t.experts}
+        recorded = {
+            index: recorded_experts(t.experts, t.outline.prompt_length + t.outline.length, model)
+            for index, t in own.items()
+            if t.experts
+        }
         return [
             replace(batch, experts_LXC=to_device(row_experts(batch.row, recorded, place), device))
             if batch.row.segment_ids and recorded.keys() >= set(batch.row.segment_ids)

@@ -16,19 +16,21 @@ from numpy.typing import NDArray
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.thought.packing import PackedRow, context_indices
-from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.micro_batch import BatchPartition
 
 
-def recorded_experts(trace: Trace, model: ModelConfig) -> NDArray[np.int16]:
+def recorded_experts(recorded: bytes, tokens: int, model: ModelConfig) -> NDArray[np.int16]:
     """Returns the experts [T, X, C] that the engine chose, for every token of prompt and response.
 
-    The last token may be missing in the record: nothing follows it, and its experts do not matter.
+    Args:
+        recorded: `Trace.experts`. The last token may be missing: nothing follows it, and its experts do not
+            matter.
+        tokens: of prompt and response.
     """
     assert model.experts is not None
     size = (model.layers, model.experts.per_token)
-    recorded_TXC = np.frombuffer(trace.experts, np.int16).reshape(-1, *size)
-    missing = len(trace.prompt) + len(trace.tokens) - len(recorded_TXC)
+    recorded_TXC = np.frombuffer(recorded, np.int16).reshape(-1, *size)
+    missing = tokens - len(recorded_TXC)
     assert missing in (0, 1), f"{missing} tokens have no recorded experts"
     return np.concatenate([recorded_TXC, _any_experts(missing, *size)])
 
