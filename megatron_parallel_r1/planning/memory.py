@@ -25,6 +25,7 @@ from megatron_parallel_r1.rollout.native.page_table import PageTable
 from megatron_parallel_r1.train.target_logprobs import CHUNKS_ALIVE, chunk_targets
 
 FLOAT32, INDEX = 4, 8
+RECORDED = 2  # bytes of the number of an expert that the engine chose
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +204,15 @@ def logit_bytes(shape: ModelConfig, parallel: ParallelConfig, work: Workload, nu
 
 
 def cache_bytes(shape: ModelConfig, parallel: ParallelConfig, slots: int, number: int) -> int:
-    """Returns the bytes of the native engine's KV cache, whose number of slots grows by doubling."""
+    """Returns the bytes of the native engine's KV cache, whose number of slots grows by doubling.
+
+    Beside keys and values it has the experts of each token (train/routing.py).
+    """
     room = PageTable().slot_count
     while room < slots:
         room *= 2
-    return room * shape.layers * 2 * (shape.kv_heads // parallel.tensor) * shape.head_dim * number
+    chosen = RECORDED * shape.experts.per_token if shape.experts else 0
+    return room * shape.layers * (2 * (shape.kv_heads // parallel.tensor) * shape.head_dim * number + chosen)
 
 
 def _norm(width: int, number: int) -> int:

@@ -1,14 +1,14 @@
-"""What autograd keeps of a forward pass, beside what the plan says; run by torchrun for a split model.
+"""What autograd keeps of a forward pass, beside what the plan says; run by torchrun for split models.
 
-torchrun --nproc-per-node 2 -m tests.planning.kept_by_autograd OUT.json --tensor 2
+torchrun --nproc-per-node 2 -m tests.planning.kept_by_autograd OUT.json "tensor=2 sequence" "context=2"
 
 Shapes: L tokens of a row, T of them on this process.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
 from megatron_parallel_r1.distributed import process
+from megatron_parallel_r1.distributed.collectives import all_gather_objects
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
@@ -26,6 +27,7 @@ from megatron_parallel_r1.thought.packing import context_indices
 from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 from megatron_parallel_r1.train.trainer import Adam, wrap_for_training
 from megatron_parallel_r1.utils.rank import is_rank_zero
+from tests.parallel.launch import settings_of
 
 SHAPE = ModelConfig(hidden=256, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=640, vocab=300)
 EXPERTS = ExpertsConfig(count=8, per_token=2, ffn=320)
@@ -65,6 +67,7 @@ def compare(shape: ModelConfig, dtype: torch.dtype, parallel: ParallelConfig) ->
         )
     number = dtype.itemsize
     (part, *_) = pipeline_parts(shape, parallel)
+    assert part.elements == sum(parameter.numel() for parameter in model.parameters())
     planned = activation_bytes(shape, parallel, part, Workload(LENGTH, 1), number)
     # Of what is computed anew, nothing is there yet before backward.
     attention, norm, mlp = layer_bytes(shape, parallel, LENGTH, number)
@@ -89,21 +92,28 @@ def compare_all(parallel: ParallelConfig) -> list[tuple[int, int]]:
 
 def shapes(parallel: ParallelConfig) -> tuple[ModelConfig, ...]:
     """Those that can be split so: Megatron splits experts over a tensor group only with sequence."""
+    if parallel.expert > 1:
+        return SHAPES[1:]
     return SHAPES if parallel.tensor == 1 or parallel.sequence else SHAPES[:1]
 
 
+def of_all_ranks(parallel: ParallelConfig) -> list[tuple[float, int]]:
+    """What the first rank keeps; with experts elsewhere the mean, for only that is evenly distributed."""
+    found = all_gather_objects(compare_all(parallel))
+    if parallel.expert == 1:
+        return [*found[0]]
+    return [(sum(kept for kept, _ in ranks) / len(ranks), ranks[0][1]) for ranks in zip(*found, strict=True)]
+
+
 def main() -> None:
-    words = argparse.ArgumentParser()
-    words.add_argument("out", type=Path)
-    words.add_argument("--tensor", type=int, default=1)
-    words.add_argument("--context", type=int, default=1)
-    words.add_argument("--sequence", action="store_true")
-    arguments = words.parse_args()
-    parallel = ParallelConfig(tensor=arguments.tensor, context=arguments.context, sequence=arguments.sequence)
-    with process.running(seed=1, parallel=parallel):
-        found = compare_all(parallel)
+    out, *layouts = sys.argv[1:]
+    found = {}
+    for layout in layouts:
+        parallel = ParallelConfig(**settings_of(layout))
+        with process.running(seed=1, parallel=parallel):
+            found[layout] = of_all_ranks(parallel)
     if is_rank_zero():
-        arguments.out.write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

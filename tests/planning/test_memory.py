@@ -36,6 +36,7 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train import target_logprobs as target_logprobs_module
 from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 from megatron_parallel_r1.train.trainer import Adam, wrap_for_training
+from tests.parallel.launch import ENVIRONMENT, settings_of
 from tests.planning.kept_by_autograd import DTYPES, LENGTH, RECOMPUTE, SHAPE, compare_all, shapes
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
@@ -99,33 +100,27 @@ def test_activations_are_what_autograd_keeps() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "--tensor 2 --sequence",
-        "--context 2",
-        "--tensor 2",
-    ],
-)
-def test_activations_of_a_split_model(tmp_path: Path, layout: str) -> None:
+def test_activations_of_split_models(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    found = tmp_path / "found.json"
+    out = tmp_path / "found.json"
+    layouts = ("tensor=2 sequence", "context=2", "tensor=2", "expert=2", "expert=2 tensor=2 sequence")
     done = subprocess.run(
-        [*torchrun, "-m", "tests.planning.kept_by_autograd", str(found), *layout.split()],
+        [*torchrun, "-m", "tests.planning.kept_by_autograd", str(out), *layouts],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads(found.read_text())
-    split = ParallelConfig(tensor=2 if "tensor" in layout else 1, sequence="sequence" in layout)
-    assert len(figures) == len(shapes(split)) * len(DTYPES) * len(RECOMPUTE)
-    # A context group also keeps the order of the row, 8 bytes a token, for the keys and values of a layer.
-    left_out = INDEX_BYTES * LENGTH + (16 * LENGTH * SHAPE.layers if "context" in layout else 0)
-    for kept, planned in figures:
-        assert 0 <= kept - planned <= left_out
+    found = json.loads(out.read_text())
+    for layout in layouts:
+        split = ParallelConfig(**settings_of(layout))
+        assert len(found[layout]) == len(shapes(split)) * len(DTYPES) * len(RECOMPUTE)
+        # A context group also keeps the order of the row, 8 bytes a token, for a layer's keys and values.
+        left_out = INDEX_BYTES * LENGTH + (16 * LENGTH * SHAPE.layers if split.context > 1 else 0)
+        for kept, planned in found[layout]:
+            assert 0 <= kept - planned <= left_out, (layout, kept, planned)
 
 
 class Alive(TorchDispatchMode):
