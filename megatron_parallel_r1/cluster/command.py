@@ -264,7 +264,8 @@ def _submit_chain(
     specs.append(JobSpec.read("curriculum", arguments))
     names = [f"{whole.name}-{spec.stage or 'release'}" for spec in specs]
     ends = [stage for stage in starts if stage not in starts.values()]
-    before: list[list[str | None]] = [*([start] if start else [] for start in starts.values()), [*ends]]
+    before: list[list[str | None]] = [[start] if start else [] for start in starts.values()]
+    before.append([*ends])
     what = f"curriculum {shlex.join(arguments)}"
     if evaluate is not None:
         if whole.seeds is not None:

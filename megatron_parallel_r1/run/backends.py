@@ -140,7 +140,7 @@ class ServerBackend:
         for url in urls - self._known:
             self._publisher.add(_control(self._rollout, url))
         self._known = urls
-        if self._ahead is None or self._ahead.version != version:
+        if self._published is None or self._ahead is None or self._ahead.version != version:
             self._published = self._publisher.publish(version)
         self._ahead, self._asleep = None, False
         self._pool.set_version(version, self._published.up_to_date)
