@@ -34,8 +34,8 @@ from megatron_parallel_r1.thought.tree import Block, Path, Tree
 
 Mode = Literal["isolated", "replay", "causal", "sequential"]
 Int32 = NDArray[np.int32]
-Tokens = Sequence[int] | Int32
-Flags = Sequence[bool] | NDArray[np.bool_]
+TokenIds = Sequence[int] | Int32
+TokenFlags = Sequence[bool] | NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -66,9 +66,9 @@ class Row:
 
 
 def lay_out(
-    prompt: Tokens,
-    tokens: Tokens,
-    sampled: Flags,
+    prompt: TokenIds,
+    tokens: TokenIds,
+    sampled: TokenFlags,
     tree: Tree,
     mode: Mode,
 ) -> Row:
@@ -138,7 +138,7 @@ def _assign_positions(positions: Int32, start: int, stop: int, blocks: tuple[Blo
     return first + stop - start
 
 
-def _isolated(prompt: Tokens, tokens: Tokens, sampled: Flags, tree: Tree) -> Row:
+def _isolated(prompt: TokenIds, tokens: TokenIds, sampled: TokenFlags, tree: Tree) -> Row:
     row = _flat(prompt, tokens, sampled)
     offset = len(prompt)
     row.positions_L[offset:] = offset + isolated_positions(tree)
@@ -151,7 +151,7 @@ def _isolated(prompt: Tokens, tokens: Tokens, sampled: Flags, tree: Tree) -> Row
     return Row(row.tokens_L, row.positions_L, hide_lo_DL, hide_hi_DL, row.source_L)
 
 
-def _flat(prompt: Tokens, tokens: Tokens, sampled: Flags) -> Row:
+def _flat(prompt: TokenIds, tokens: TokenIds, sampled: TokenFlags) -> Row:
     tokens_L = np.concatenate([np.asarray(prompt, np.int32), np.asarray(tokens, np.int32)])
     source_L = np.full(len(tokens_L), -1, np.int32)
     source_L[len(prompt) :] = np.where(sampled, np.arange(len(tokens)), -1)
@@ -170,7 +170,7 @@ class _Branch:
     hides: tuple[tuple[int, int], ...]
 
 
-def _replay(prompt: Tokens, tokens: Tokens, sampled: Flags, tree: Tree) -> Row:
+def _replay(prompt: TokenIds, tokens: TokenIds, sampled: TokenFlags, tree: Tree) -> Row:
     flat = _flat(prompt, tokens, sampled)
     branches: list[_Branch] = []
     end = len(flat)

@@ -96,7 +96,7 @@ class Link:
         self._connection.close()
 
 
-class Rendezvous:
+class PartsRendezvous:
     """The first machine's connections to the supervisors of the others: a context manager.
 
     Attributes:
@@ -121,7 +121,7 @@ class Rendezvous:
             raise UserError(f"--rendezvous={settings.rendezvous}: {error}") from None
         self._listener.setblocking(False)
 
-    def __enter__(self) -> Rendezvous:
+    def __enter__(self) -> PartsRendezvous:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,7 +183,7 @@ class Rendezvous:
 class FirstPart(ServerProcess):
     """The first machine's part of a server, which stands for the whole server."""
 
-    def __init__(self, part: ServerProcess, rendezvous: Rendezvous) -> None:
+    def __init__(self, part: ServerProcess, rendezvous: PartsRendezvous) -> None:
         super().__init__(part.command, part.url, part.log)
         self._whole, self._rendezvous = part.command, rendezvous
         self._running = False

@@ -17,7 +17,7 @@ from types import FrameType
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import Device, LaunchSettings, build_command
 from megatron_parallel_r1.rollout.launcher.guard import SUPPORTED
-from megatron_parallel_r1.rollout.launcher.nodes import FirstPart, Rendezvous, check_nodes, serve_part
+from megatron_parallel_r1.rollout.launcher.nodes import FirstPart, PartsRendezvous, check_nodes, serve_part
 from megatron_parallel_r1.rollout.launcher.ports import pick_ports
 from megatron_parallel_r1.rollout.launcher.supervisor import ServerProcess, Supervisor
 from megatron_parallel_r1.utils.api_key import read_key
@@ -48,7 +48,7 @@ def serve_rollout(settings: LaunchSettings, tell: Callable[[str], None]) -> None
     with _until_signal() as stopped, ExitStack() as stack:
         try:
             if settings.nodes > 1:
-                rendezvous = stack.enter_context(Rendezvous(settings))
+                rendezvous = stack.enter_context(PartsRendezvous(settings))
                 children = [FirstPart(child, rendezvous) for child in children]
             with Supervisor(children, settings, tell, alone=True) as supervisor:
                 while not stopped():

@@ -18,7 +18,7 @@ import pytest
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.launcher.command import LaunchSettings, build_command
 from megatron_parallel_r1.rollout.launcher.guard import SUPPORTED
-from megatron_parallel_r1.rollout.launcher.nodes import Link, Rendezvous
+from megatron_parallel_r1.rollout.launcher.nodes import Link, PartsRendezvous
 from megatron_parallel_r1.rollout.launcher.ports import bind_free
 from megatron_parallel_r1.rollout.launcher.run import check_launch
 from tests.unit.rollout.serving.launched import GONE_SECONDS, Launched, assert_gone, launched
@@ -133,9 +133,9 @@ def test_who_joins_and_who_is_lost() -> None:
         until(lambda: rendezvous.losses() == expected)
 
     served = "join 1 model, tp 16 on 2 nodes"
-    with Rendezvous(replace(TWO, rendezvous=address)) as rendezvous:
+    with PartsRendezvous(replace(TWO, rendezvous=address)) as rendezvous:
         with pytest.raises(UserError, match=f"--rendezvous={address}: port {port} .*in use"):
-            Rendezvous(replace(TWO, rendezvous=address))
+            PartsRendezvous(replace(TWO, rendezvous=address))
         other, stranger = join("join 1 model, tp 8 on 2 nodes"), join("GET / HTTP/1.1")
         until(lambda: rendezvous.losses() == [] and other.lines() == [_REFUSED])
         until(lambda: stranger.lines() == [] and not stranger.open)
