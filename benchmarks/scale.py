@@ -7,8 +7,11 @@ The code measured is the product's; what it talks to is light. CPU seconds are t
   the connections of all other ranks and does for each what its watchdog does in a second.
 - pool: of a process that connects to all servers (`wait_ready`), and of a round of health checks. The servers
   are one process that answers as SGLang does, without a model.
-- controls: of the sender, a message to every server, as for each bucket of a publication.
+- controls: of the sender, a client for every server, and a message to every server, as for each bucket of a
+  publication.
 - addresses: of reading a file of addresses and comparing it with the known ones, as each check round does.
+- jobs: of `status` over so many running jobs, each with a record of 200 steps, without SLURM's own command.
+- nodes: of a look at the files by which a job's server nodes say that they are ready (slurm/common.sh).
 
 A column's last row over its first, divided by the sizes' ratio, is 1 where the cost is linear.
 """
@@ -21,6 +24,7 @@ import json
 import multiprocessing
 import os
 import resource
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +33,13 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
+from megatron_parallel_r1.cluster import job_registry
+from megatron_parallel_r1.cluster.attempts import SPEC_FILE, JobAttempt, write_attempts
+from megatron_parallel_r1.cluster.job_registry import RegisteredJob, job_statuses
 from megatron_parallel_r1.distributed.heartbeat import Heartbeat
 from megatron_parallel_r1.distributed.watchdog import HEARTBEAT_S, Watchdog
 from megatron_parallel_r1.rollout.engine import Sampling
@@ -190,7 +198,8 @@ def servers(count: int) -> Row:
         pool = ServerPool(lambda url: SglangClient(url, timeouts), urls, settings)
         connected = cpu_seconds(pool.wait_ready)
         checked = cpu_seconds(lambda: asyncio.run(idle(pool))) / ROUNDS
-        controls = [SglangControl(url) for url in urls]
+        controls: list[SglangControl] = []
+        created = cpu_seconds(lambda: controls.extend(map(SglangControl, urls)))
         bucket = [f"layers.{i}.mlp.weight" for i in range(8)], ["bfloat16"] * 8, [[9728, 2560]] * 8
 
         def send() -> None:
@@ -212,9 +221,41 @@ def servers(count: int) -> Row:
     return {
         "pool connects, CPU s": connected,
         "pool checks, CPU s a round": checked,
+        "controls, CPU s of their clients": created,
         "controls, CPU s a message to all": posted,
         "addresses, CPU s": read,
     }
+
+
+# Files.
+
+STEPS_A_JOB = 200
+LOOK = "find . -name 'urls.[0-9]*' -type f | wc -l"  # as start_servers in slurm/common.sh
+
+
+def files(count: int) -> Row:
+    jobs = [RegisteredJob(str(index), "run", "rl recipe.yaml", (), False) for index in range(count)]
+    states = {job.id: ("RUNNING", "None") for job in jobs}
+    record = {"stage": "rl", "steps": STEPS_A_JOB, "time_rollout_s": 9.0, "sampled_tokens": 400_000}
+    lines = "".join(json.dumps(record | {"step": step + 1}) + "\n" for step in range(STEPS_A_JOB))
+    with tempfile.TemporaryDirectory() as place:
+        logs = Path(place)
+        for job in jobs:
+            folder, records = logs / f"run-{job.id}", logs / "runs" / job.id
+            folder.mkdir()
+            records.mkdir(parents=True)
+            (records / "metrics.jsonl").write_text(lines)
+            (folder / SPEC_FILE).write_text(json.dumps({"folders": [str(records)]}))
+            write_attempts(folder, [JobAttempt("running")])
+            (logs / f"urls.{job.id}").write_text(f"http://n{job.id}:30000\n")
+        with mock.patch.object(job_registry, "slurm_states", lambda ids: states):
+            read = cpu_seconds(lambda: job_statuses(logs, jobs))
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found = subprocess.run(["bash", "-c", LOOK], cwd=logs, capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert int(found.stdout) == count, found
+    looked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"status of all jobs, CPU s": read, "a look at the nodes' files, CPU s": looked}
 
 
 # The table.
@@ -243,12 +284,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="*", default=[64, 256, 1024])
-    parser.add_argument("--servers", type=int, nargs="+", default=[32, 128, 512])
+    parser.add_argument("--servers", type=int, nargs="*", default=[32, 128, 512])
+    parser.add_argument("--files", type=int, nargs="*", default=[32, 128, 512], help="jobs, and nodes")
     arguments = parser.parse_args()
     raise_file_limit()
     if arguments.ranks:
         print(table("ranks", arguments.ranks, [heartbeats(ranks) for ranks in arguments.ranks]), flush=True)
-    print(table("servers", arguments.servers, [servers(count) for count in arguments.servers]), flush=True)
+    if arguments.servers:
+        print(
+            table("servers", arguments.servers, [servers(count) for count in arguments.servers]), flush=True
+        )
+    if arguments.files:
+        print(table("jobs, or nodes", arguments.files, [files(count) for count in arguments.files]))
 
 
 if __name__ == "__main__":

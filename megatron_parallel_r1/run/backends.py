@@ -143,6 +143,7 @@ class ServerBackend:
         if self._published is None or self._ahead is None or self._ahead.version != version:
             self._published = self._publisher.publish(version)
         self._ahead, self._asleep = None, False
+        assert self._published is not None
         self._pool.set_version(version, self._published.up_to_date)
 
 

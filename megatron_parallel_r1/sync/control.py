@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import select
+import ssl
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any, Literal, Protocol
-
-import httpx
+from urllib.parse import urlsplit
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import KEEPALIVE_S, Unreachable
@@ -131,6 +136,10 @@ QUICK_S = 20.0
 class HttpClient:
     """JSON to and from one server, the base of each engine's control; several threads may use it.
 
+    A publication sends each bucket's message to every server, so a message must cost little: the standard
+    library's client costs a quarter of httpx's (docs/cluster.md). It knows no proxies of the environment,
+    which are for the outside world, and follows no redirects.
+
     `timeout_s` is that of an answer, except to `quick` requests, which need no work.
     """
 
@@ -138,9 +147,9 @@ class HttpClient:
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
         self._key = key
-        # Proxies of the environment are for the outside world, not for servers of the cluster.
-        limits = httpx.Limits(keepalive_expiry=KEEPALIVE_S)
-        self._client = httpx.Client(base_url=self.url, limits=limits, trust_env=False, headers=bearer(key))
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json", **bearer(key)}
+        # Connections, and when each was last used.
+        self._idle: list[tuple[HTTPConnection, float]] = []
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, quick: bool = False) -> Any:
         """The answer's JSON, or its text if it is not JSON."""
@@ -150,32 +159,71 @@ class HttpClient:
         return self._request("GET", path, None, quick)
 
     def close(self) -> None:
-        self._client.close()
+        while self._idle:
+            self._idle.pop()[0].close()
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None, quick: bool) -> Any:
-        timeout = httpx.Timeout(QUICK_S if quick else self.timeout_s + GRACE_S, connect=QUICK_S)
+        content = None if body is None else json.dumps(body).encode()
         try:
-            response = self._client.request(method, path, json=body, timeout=timeout)
-        except httpx.HTTPError as error:
+            connection = self._connection()
+            try:
+                assert connection.sock is not None
+                connection.sock.settimeout(QUICK_S if quick else self.timeout_s + GRACE_S)
+                connection.request(method, path, content, self._headers)
+                response = connection.getresponse()
+                text = response.read().decode(errors="replace")
+            except BaseException:
+                connection.close()
+                raise
+        except (OSError, HTTPException) as error:
             raise Unreachable(f"{self.url}{path}: {error or type(error).__name__}") from error
-        if response.status_code >= 500:
+        if connection.sock is not None:  # else the server closes it after each answer
+            self._idle.append((connection, time.monotonic()))
+        if response.status >= 500:
             # It may work on another server, or after a restart.
-            raise Unreachable(f"{self.url}{path}: {response.status_code} {_error_text(response)}")
-        if response.status_code >= 400:
-            advice = refusal(response.status_code, self._key)
-            raise UserError(f"{self.url}{path} refused: {_error_text(response)}" + (advice and f"; {advice}"))
+            raise Unreachable(f"{self.url}{path}: {response.status} {_error_text(text)}")
+        if response.status >= 300:
+            advice = refusal(response.status, self._key)
+            raise UserError(f"{self.url}{path} refused: {_error_text(text)}" + (advice and f"; {advice}"))
         try:
-            return response.json()
+            return json.loads(text)
         except json.JSONDecodeError:
-            return response.text
+            return text
+
+    def _connection(self) -> HTTPConnection:
+        """A connection that is open, and that the server will not close at this moment."""
+        while self._idle:
+            connection, used_at = self._idle.pop()
+            poll = select.poll()
+            poll.register(connection.sock, select.POLLIN)
+            # A server that has closed it has sent the end of the stream.
+            if time.monotonic() - used_at < KEEPALIVE_S and not poll.poll(0):
+                return connection
+            connection.close()
+        parts = urlsplit(self.url)
+        try:
+            host, port = parts.hostname or "", parts.port
+        except ValueError as error:
+            raise UserError(f"{self.url}: {error}; give servers as http://host:port") from None
+        if parts.scheme == "https":
+            connection = HTTPSConnection(host, port, timeout=QUICK_S, context=_tls())
+        else:
+            connection = HTTPConnection(host, port, timeout=QUICK_S)
+        connection.connect()
+        return connection
 
 
-def _error_text(response: httpx.Response) -> str:
+@cache
+def _tls() -> ssl.SSLContext:
+    """Loading the certificates takes fifty times as long as a request."""
+    return ssl.create_default_context()
+
+
+def _error_text(text: str) -> str:
     """An error's text in one line."""
-    try:
-        error = response.json()
-    except json.JSONDecodeError:
-        error = response.text
+    error: Any = text
+    with suppress(json.JSONDecodeError):
+        error = json.loads(text)
     if isinstance(error, dict):
         error = error.get("message") or error.get("error") or error.get("detail") or error
     if isinstance(error, dict):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import Unreachable
+from megatron_parallel_r1.sync import control
 from megatron_parallel_r1.sync.control import HttpClient
 from megatron_parallel_r1.sync.sglang import SglangControl
 from megatron_parallel_r1.sync.vllm import VllmControl
+from tests.unit.rollout.scripted_server import as_json, scripted_server
 
 SGLANG = {
     "weight_version": "of the command line",
@@ -65,6 +70,35 @@ def test_answers(url: str) -> None:
     with pytest.raises(Unreachable, match=r"/broken: 500 Internal"):
         wire.get("/broken")
     wire.close()
+
+
+def test_a_connection_is_kept_while_the_server_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise AssertionError("certificates are loaded, which takes longer than a request")
+
+    monkeypatch.setattr(control.ssl, "create_default_context", fail)
+    with scripted_server(lambda *_: as_json({})) as url:
+        wire = HttpClient(url)
+        wire.get("/a")
+        ((kept, used_at),) = wire._idle
+        wire.post("/b", {"a": [1]})
+        assert wire._idle[0][0] is kept and wire._idle[0][1] >= used_at
+        # The server's end of this one is closed.
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        closed = HTTPConnection("127.0.0.1")
+        closed.sock = ours
+        wire._idle = [(closed, time.monotonic())]
+        wire.get("/c")
+        assert closed.sock is None and wire._idle[0][0] is not closed
+        monkeypatch.setattr(control, "KEEPALIVE_S", 0.0)
+        ((old, _),) = wire._idle
+        wire.get("/d")
+        assert wire._idle[0][0] is not old
+        wire.close()
+        assert not wire._idle
+    with pytest.raises(UserError, match=r"give servers as http://host:port"):
+        HttpClient("http://n1:x").get("/")
 
 
 def test_nobody_there() -> None:
