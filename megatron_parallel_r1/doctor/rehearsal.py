@@ -23,7 +23,7 @@ def rehearse(folder: Path, engine: str) -> list[Finding]:
     """Runs the packaged recipe `tiny/doctor`; its run folder is removed if it ends well.
 
     Every rank calls it, with no process group open. On GPUs the model is in bfloat16, and a server shares the
-    GPU of rank 0.
+    GPU of rank 0. SGLang is handed its weights as on one node of a flagship recipe: colocated, as tensors.
 
     Raises:
         UserError: what a run would end with.
@@ -33,10 +33,11 @@ def rehearse(folder: Path, engine: str) -> list[Finding]:
         overrides += [f"rollout.engine={engine}", "rollout.servers=1"]
     if torch.cuda.is_available():
         overrides.append("model.dtype=bfloat16")
-    if engine == "vllm" or (engine != "native" and torch.cuda.is_available()):
-        overrides.append(f"rollout.sync={{transport: disk, folder: {folder / f'doctor_{engine}_sync'}}}")
-    if engine != "native" and torch.cuda.is_available():
-        overrides.append("rollout.colocated=true")
+    if engine == "sglang":
+        overrides += ["rollout.colocated=true", "rollout.sync={transport: tensor}"]
+    elif engine == "vllm":
+        overrides.append(f"rollout.sync={{transport: disk, folder: {folder / 'doctor_vllm_sync'}}}")
+        overrides += ["rollout.colocated=true"] if torch.cuda.is_available() else []
     recipe = read_recipe(RECIPE, overrides)
     started = time.monotonic()
     done = run(recipe, fresh=True, console=Console(file=io.StringIO()))[0]

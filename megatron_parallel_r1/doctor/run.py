@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -45,23 +46,26 @@ def examine_all(out: Path, engine: EngineChoice, console: Console) -> bool:
             console.print(f"checking {step} ...", style="dim", highlight=False)
 
     findings: list[Finding] = []
-    with process.running(1, timeout_s=COLLECTIVE_S):
+    with process.running(1, timeout_s=COLLECTIVE_S), ThreadPoolExecutor(1) as beside:
         out.mkdir(parents=True, exist_ok=True)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         show("the node")
         findings += examine("software", node.software)
         findings += examine("GPU", node.gpus)
         findings += examine("node", node.memory)
+        servers: Future[list[Finding]] | None = None
         if is_rank_zero():
             findings += examine("disk", partial(node.disk, out))
-            if chosen != "native":
-                findings += examine("servers", partial(node.engine, chosen))
+            if chosen != "native":  # their interpreter imports torch, which takes a while
+                servers = beside.submit(examine, "servers", partial(node.engine, chosen))
         show("clocks, the shared folder and the network")
         findings += examine("clocks", ranks.clocks)
         findings += examine("shared folder", partial(ranks.shared_folder, out))
         findings += examine("all-reduce", ranks.all_reduce)
         show("the attention kernels")
         findings += examine("attention", partial(kernels.attention, device))
+        if servers is not None:
+            findings += servers.result()
         by_rank = all_gather_objects(findings)
     show(f"a whole run with {chosen}")
     trial = examine(f"run with {chosen}", partial(rehearse, out.resolve(), chosen))

@@ -147,6 +147,8 @@ def test_a_killed_supervisor_leaves_nothing_and_a_pool_says_that_all_are_gone(
     families = [server.supervisor.family() for server in two]
     # The guard, the server, its scheduler and its detokenizer at least.
     assert min(map(len, families)) >= 4
+    # Forks, which import nothing anew; a spawned one has a tracker of resources beside it.
+    assert not [p for family in families for p in family if "multiprocessing" in " ".join(p.cmdline())]
     for server in two:
         server.supervisor.process.kill()
     for family in families:
