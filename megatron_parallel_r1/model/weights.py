@@ -107,7 +107,8 @@ def hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
             shard = plain(own[weight.name])
         else:
             like = next(model.parameters())
-            shard = like.new_empty(weight.shard_shape(group.size()))
+            size = weight.shard_shape(group.size())
+            shard = torch.empty(size, dtype=like.dtype, device=like.device)
         if in_stage and holder is not None and experts.size() > 1:
             dist.broadcast(shard, dist.get_global_rank(experts, holder), group=experts)
         if pipeline.size() > 1:

@@ -182,7 +182,7 @@ def _broadcast(
     if group.size() == 1:
         return
     if owner != group.rank():
-        tensors += [(name, like.new_empty(shape)) for name, shape in parts]
+        tensors += [(name, _empty(shape, like)) for name, shape in parts]
     for _name, tensor in tensors:
         dist.broadcast(tensor, dist.get_global_rank(group, owner), group=group)
 
@@ -202,6 +202,11 @@ def _send_to_first(
             dist.send(tensor, dist.get_global_rank(group, 0), group)
     if group.rank() == 0:
         for name, shape in parts:
-            tensor = like.new_empty(shape)
+            tensor = _empty(shape, like)
             dist.recv(tensor, dist.get_global_rank(group, owner), group)
             tensors.append((name, tensor))
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A plain tensor, also where `like` is in FP8 and its own `new_empty` is not."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
