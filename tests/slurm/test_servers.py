@@ -37,16 +37,25 @@ def _engine() -> None:
         pytest.skip(str(error))
 
 
-def test_each_node_serves_what_it_trains(site: Site) -> None:
+def test_each_node_serves_what_it_trains_also_after_a_requeue_in_the_hand_over(site: Site) -> None:
     words = (str(RECIPE), *COLOCATED, f"out={site.folder}/runs")
-    site.finish(site.submit("curriculum.sh", *words, TORCHDYNAMO_DISABLE="0"))  # SGLang needs it
+    job = site.submit("curriculum.sh", *words, TORCHDYNAMO_DISABLE="0")  # SGLang needs it
     run = site.folder / "runs/mini"
+    log = run / "servers/n1/server-0.log"
+    site.wait(job, lambda: log.is_file() and "POST /release_memory_occupation" in log.read_text())
+    # The server sleeps, and the trainer takes its memory back.
+    site.slurm.client("scontrol", "requeue", job)
+    site.finish(job)
+    attempts = json.loads((site.logs(job) / "attempts.json").read_text())
+    assert len(attempts) == 2 and attempts[-1]["outcome"] == "done", attempts
     steps = [json.loads(line) for line in (run / "rl/metrics.jsonl").read_text().splitlines()]
     for step in steps:
         assert step["mismatch_max"] <= 2e-5 and step["sync_difference"] <= 2e-5 and step["servers_up"] == 2
     for node in ("n1", "n2"):
         log = (run / f"servers/{node}/server-0.log").read_text()
-        assert log.count('"POST /update_weights_from_tensor HTTP/1.1" 200') == len(steps) == 2, node
+        taken = log.count('"POST /update_weights_from_tensor HTTP/1.1" 200')
+        # Once a step; a step that was cut off is repeated.
+        assert len(steps) == 2 <= taken <= 3, (node, taken)
         assert log.count('"POST /generate HTTP/1.1" 200') > 12, node  # more than probes and handshakes
         assert '"POST /release_memory_occupation HTTP/1.1" 200' in log, node
     site.assert_no_process_left()
