@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,13 @@ def test_a_curriculum_is_a_chain_of_jobs_that_survive_preemption(undisturbed: Pa
     site.wait_for_steps(jobs[1], [1, 2])
     # The controller is away when the job asks to be requeued: srun waits for it, too, so the grace ends.
     site.slurm.stop_controller()
+    back = time.monotonic() + 60
     site.batch_shell(jobs[1]).send_signal(signal.SIGUSR2)
     log = site.folder / f"logs/submitit/{jobs[1]}/{jobs[1]}_0_log.out"
     site.slurm.wait_for(lambda: "the controller does not answer" in log.read_text(), "a requeue", PATIENCE_S)
     saved = run / "rl/checkpoints/step_000003"
     site.slurm.wait_for(saved.is_dir, "the step under way", PATIENCE_S)
+    time.sleep(max(0, back - time.monotonic()))  # a minute: the job asks again until then
     site.slurm.start_controller()
     site.wait(jobs[2])
     output = launch(site, "status")
