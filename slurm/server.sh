@@ -3,7 +3,7 @@
 # their URLs to a file of the node.
 set -euo pipefail
 part=()
-if ((SPAN > 1)); then
+if ((${SPAN:-1} > 1)); then
     read -ra nodes <<<"$SERVER_NODES"
     rank=$((SLURM_PROCID % SPAN))
     part=(--nodes "$SPAN" --node-rank "$rank" --rendezvous "${nodes[SLURM_PROCID - rank]}:$MASTER_PORT")

@@ -195,7 +195,7 @@ class Fakes:
         patch.setattr(OwnServers, "urls", urls)
         patch.setattr(OwnServers, "wake", wake)
         patch.setattr(backends, "_control", lambda rollout, url: self.servers[url])
-        clients = {"sglang": lambda url, timeouts: FakeClient(self.servers[url])}
+        clients = {"sglang": lambda url, timeouts, key: FakeClient(self.servers[url])}
         patch.setattr(server_engine, "CLIENTS", clients)
         patch.setattr(start_checks, "check_launch", lambda settings: None)
 

@@ -33,8 +33,8 @@ SHAPE = ModelConfig(hidden=256, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=
 EXPERTS = ExpertsConfig(count=8, per_token=2, ffn=320)
 SHAPES = (
     SHAPE,
-    replace(SHAPE, experts=EXPERTS),
-    replace(SHAPE, experts=replace(EXPERTS, renormalized=False)),
+    replace(SHAPE, family="qwen3_moe", experts=EXPERTS),
+    replace(SHAPE, family="qwen3_moe", experts=replace(EXPERTS, renormalized=False)),
 )
 LENGTH = 128
 DTYPES = (torch.float32, torch.bfloat16)
