@@ -177,6 +177,8 @@ def _sglang(settings: LaunchSettings, device: Device) -> ServerCommand:
         # Otherwise it polls for requests, and takes a core from a trainer beside it.
         arguments += ["--sleep-on-idle"]
         environment["SGLANG_USE_CPU_ENGINE"] = "0"
+        # With several ranks SGLang would use the NCCL that a CUDA build of torch brings.
+        environment["SGLANG_NCCL_SO_PATH"] = "none"
         plugins += [SEEDS] if settings.deterministic else []
     else:
         if settings.memory_share is not None:
