@@ -10,7 +10,7 @@ The code measured is the product's; what it talks to is light. CPU seconds are t
 - controls: of the sender, a client for every server, and a message to every server, as for each bucket of a
   publication.
 - addresses: of reading a file of addresses and comparing it with the known ones, as each check round does.
-- jobs: of `status` over so many running jobs, each with a record of 200 steps, without SLURM's own command.
+- jobs: of `status` over that number of running jobs with records of 200 steps, without SLURM's own command.
 - nodes: of a look at the files by which a job's server nodes say that they are ready (slurm/common.sh).
 
 A column's last row over its first, divided by the sizes' ratio, is 1 where the cost is linear.

@@ -219,7 +219,7 @@ class Learner:
     def _pack(self, traces: Sequence[PackedTrace]) -> list[MiniBatch]:
         """Packs the mini-batches. Groups stay whole, so that the advantages of each mini-batch sum to 0.
 
-        A rank lays out the traces alone that it trains.
+        A rank lays out only the traces that it trains.
         """
         lengths = [row_length(t.outline.prompt_length, t.outline.tree, self.mode) for t in traces]
         groups = np.arange(len(traces)).reshape(-1, self.batch.samples)

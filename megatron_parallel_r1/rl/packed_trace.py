@@ -1,7 +1,7 @@
-"""Traces as columns of bytes: what ranks exchange, and unpack only where a trace is trained or judged.
+"""Traces as columns of bytes, which ranks exchange; a rank unpacks only the traces that it judges or writes.
 
-A token takes 18 bytes here. As Python objects it takes some 100, and a rank that unpickled and laid out the
-traces of all others would spend more time on them than on its own the more ranks there are.
+A token takes 18 bytes here, and some 100 as Python objects. A rank that unpickled and laid out the traces of
+all others would gain nothing from more ranks (`python -m benchmarks.trace_exchange`).
 """
 
 from __future__ import annotations

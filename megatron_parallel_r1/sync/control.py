@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
+import httpx
+
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.servers.client import KEEPALIVE_S, Unreachable
 from megatron_parallel_r1.sync.settings import InFlightPolicy, TransportKind
@@ -215,8 +217,9 @@ class HttpClient:
 
 @cache
 def _tls() -> ssl.SSLContext:
-    """Loading the certificates takes fifty times as long as a request."""
-    return ssl.create_default_context()
+    """Certifi's authorities, for some Pythons find none of the system. Loading them takes fifty times as long
+    as a request."""
+    return httpx.create_ssl_context()
 
 
 def _error_text(text: str) -> str:

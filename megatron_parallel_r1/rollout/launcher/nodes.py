@@ -27,7 +27,8 @@ CONNECT_SECONDS = 10.0
 
 
 def check_nodes(settings: LaunchSettings) -> None:
-    """
+    """Checks the machines that one server is to extend over.
+
     Raises:
         UserError: a server cannot extend over the machines that the settings say.
     """

@@ -18,7 +18,8 @@ LIMIT = 4
 
 
 async def check_router(router: Server, seeded: bool) -> None:
-    """
+    """Checks that seeds, stop tokens and suppressed tokens reach the servers.
+
     Args:
         seeded: the servers behind it draw by seed.
 
