@@ -1,4 +1,5 @@
 # make demo: the whole curriculum on this CPU.  make test: the quick tests.  Each makes .venv first if absent.
+# make real: a real pretrained model through every part; make real-short: a few steps of it.
 # make engines, make test-engines: real SGLang and vLLM servers, in environments of their own.
 # make bench: speed, side by side.
 SHELL := /bin/bash
@@ -19,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SHORT := name=tiny_short stages.arithmetic.steps=30 stages.cold_start.steps=20 stages.rl_easy.steps=2 \
 	stages.rl_hard.steps=3 evaluation.problems=64
 
-.PHONY: demo demo-short test test-all test-most test-slurm test-pythons engines engines-sglang engines-vllm test-engines \
+.PHONY: demo demo-short real real-short test test-all test-most test-slurm test-pythons engines engines-sglang engines-vllm test-engines \
 	bench lint clean
 
 demo: $(VENV)/ready
@@ -27,6 +28,15 @@ demo: $(VENV)/ready
 
 demo-short: $(VENV)/ready
 	$(BIN)/parallel-r1 curriculum recipes/tiny/demo.yaml --fresh $(SHORT)
+
+# A real pretrained model, SmolLM2-135M-Instruct, through every part (docs/real_model.md); the short form takes minutes.
+real real-short: export OMP_NUM_THREADS = $(THREADS)
+THREADS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+real: $(VENV)/ready
+	$(BIN)/python -m recipes.smollm2.run
+
+real-short: $(VENV)/ready
+	$(BIN)/python -m recipes.smollm2.run --short
 
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow and not engines and not slurm"

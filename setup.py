@@ -12,7 +12,8 @@ class BuildWithRecipes(build_py):
         super().run()
         if not getattr(self, "editable_mode", False):
             folder = Path(self.build_lib) / "megatron_parallel_r1" / "recipes"
-            shutil.copytree("recipes", folder, dirs_exist_ok=True)
+            scripts = shutil.ignore_patterns("*.py", "__pycache__")
+            shutil.copytree("recipes", folder, ignore=scripts, dirs_exist_ok=True)
 
 
 setup(cmdclass={"build_py": BuildWithRecipes})

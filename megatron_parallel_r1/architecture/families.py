@@ -39,14 +39,17 @@ class Family:
     Attributes:
         architecture: the class in transformers.
         layer: the parameters of a layer.
-        fixed: fields of config.json that change the computation, with the values that are supported.
+        fixed: fields of config.json that change the computation, with the values that are supported; the
+            first is written.
         defaults: transformers' values of the fields that a config.json may lack.
+        expert_fields: the fields with the number of experts and with their feed-forward size.
     """
 
     architecture: str
     layer: tuple[WeightTemplate, ...]
     fixed: Mapping[str, tuple[Any, ...]]
     defaults: Mapping[str, Any]
+    expert_fields: tuple[str, str] = ("num_experts", "moe_intermediate_size")
 
     @property
     def qkv_bias(self) -> bool:
@@ -58,7 +61,12 @@ class Family:
 
     @property
     def has_experts(self) -> bool:
-        return ROUTER in self.layer
+        return any(template.megatron == ROUTER.megatron for template in self.layer)
+
+    def hf_names(self, megatron: str) -> tuple[str, ...]:
+        """Names of the Hugging Face tensors of a layer's parameter, both without the prefix of the layer."""
+        (names,) = (each.hf for each in self.layer if each.megatron == MEGATRON + megatron)
+        return tuple(name.removeprefix(HF) for name, _ in names)
 
 
 def _single(megatron: str, hf: str, sizes: str, split_dim: int | None = None) -> WeightTemplate:
@@ -122,6 +130,19 @@ EXPERT_GATE_UP = WeightTemplate(
 EXPERT_DOWN = _single(
     _EXPERT + "linear_fc2.weight", _HF_EXPERT + "down_proj.weight", "hidden expert_ffn", split_dim=1
 )
+_MIXTRAL = HF + "block_sparse_moe."
+MIXTRAL_ROUTER = _single(ROUTER.megatron, _MIXTRAL + "gate.weight", "experts hidden")
+MIXTRAL_GATE_UP = WeightTemplate(
+    EXPERT_GATE_UP.megatron,
+    (
+        (_MIXTRAL + "experts.{expert}.w1.weight", "expert_ffn hidden"),
+        (_MIXTRAL + "experts.{expert}.w3.weight", "expert_ffn hidden"),
+    ),
+    split_dim=0,
+)
+MIXTRAL_DOWN = _single(
+    EXPERT_DOWN.megatron, _MIXTRAL + "experts.{expert}.w2.weight", "hidden expert_ffn", split_dim=1
+)
 
 _COMMON_FIXED = {"hidden_act": ("silu",), "attention_dropout": (0, None), "quantization_config": (None,)}
 _QWEN_FIXED = _COMMON_FIXED | {"use_sliding_window": (False, None)}
@@ -173,6 +194,50 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             | {"attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": (1, None)},
             # None: as many as attention heads.
             _DEFAULTS | {"max_position_embeddings": 2048, "num_key_value_heads": None},
+        ),
+        # Without a window: the first 7B had one.
+        "mistral": Family(
+            "MistralForCausalLM",
+            (INPUT_NORM, QKV, OUTPUT, MLP_NORM, GATE_UP, DOWN),
+            _COMMON_FIXED | {"sliding_window": (None,)},
+            _DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        ),
+        "mixtral": Family(
+            "MixtralForCausalLM",
+            (INPUT_NORM, QKV, OUTPUT, MLP_NORM, MIXTRAL_ROUTER, MIXTRAL_GATE_UP, MIXTRAL_DOWN),
+            _COMMON_FIXED | {"sliding_window": (None,), "router_jitter_noise": (0.0, None)},
+            _DEFAULTS
+            | {
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+                "norm_topk_prob": True,
+            },
+            ("num_local_experts", "intermediate_size"),
+        ),
+        # Its config names the dropout of its pretraining; nothing here drops anything.
+        "seed_oss": Family(
+            "SeedOssForCausalLM",
+            (INPUT_NORM, QKV, QKV_BIAS, OUTPUT, MLP_NORM, GATE_UP, DOWN),
+            _COMMON_FIXED
+            | {
+                "attention_bias": (True,),
+                "attention_out_bias": (False, None),
+                "mlp_bias": (False, None),
+                "attention_dropout": (0.0, None, 0.1),
+                "residual_dropout": (0.0, None, 0.1),
+                "pretraining_tp": (1, None),
+            },
+            _DEFAULTS
+            | {
+                "max_position_embeddings": 524288,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "attention_bias": True,
+            },
         ),
     }
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_parallel_r1.architecture.families import FAMILIES
+from megatron_parallel_r1.architecture.families import FAMILIES, Family
 from megatron_parallel_r1.architecture.rope import RopeScaling, rope_attention_factor, rope_frequencies
 from megatron_parallel_r1.errors import UserError
 
@@ -133,7 +133,7 @@ class ModelConfig:
                 max_positions=_count(hf, "max_position_embeddings"),
                 family=kind,
                 rope_scaling=scalings.pop() if scalings else None,
-                experts=_experts(hf) if family.has_experts else None,
+                experts=_experts(hf, family) if family.has_experts else None,
             )
         except KeyError as missing:
             raise UserError(f"config.json: {missing} is missing; copy the complete file") from None
@@ -165,13 +165,14 @@ class ModelConfig:
             "torch_dtype": str(dtype or "float32").removeprefix("torch."),
         }
         for field, (value, *_) in FAMILIES[self.family].fixed.items():
-            if value is not None and field not in hf:
+            if field not in hf and (value is not None or field in FAMILIES[self.family].defaults):
                 hf[field] = value
         if self.experts:
+            count, ffn = FAMILIES[self.family].expert_fields
             hf |= {
-                "num_experts": self.experts.count,
+                count: self.experts.count,
                 "num_experts_per_tok": self.experts.per_token,
-                "moe_intermediate_size": self.experts.ffn,
+                ffn: self.experts.ffn,
                 "norm_topk_prob": self.experts.renormalized,
             }
         return hf
@@ -206,11 +207,13 @@ def _flag(hf: Mapping[str, Any], field: str) -> bool:
     return hf[field]
 
 
-def _experts(hf: Mapping[str, Any]) -> ExpertsConfig:
+def _experts(hf: Mapping[str, Any], family: Family) -> ExpertsConfig:
+    count, ffn = family.expert_fields
     experts = ExpertsConfig(
-        count=_count(hf, "num_local_experts", "num_experts"),
+        # transformers 5 has one name for all families.
+        count=_count(hf, "num_local_experts", count),
         per_token=_count(hf, "num_experts_per_tok"),
-        ffn=_count(hf, "moe_intermediate_size"),
+        ffn=_count(hf, ffn),
         renormalized=_flag(hf, "norm_topk_prob"),
     )
     if experts.per_token > experts.count:

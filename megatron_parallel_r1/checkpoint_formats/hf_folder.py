@@ -33,6 +33,7 @@ from megatron_parallel_r1.checkpoint_formats.torch_dist import (
 )
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.thought.tokenizer import GENERATION, save_tokenizer
+from megatron_parallel_r1.utils.hub import missing_folder
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -72,9 +73,7 @@ def read_config(path: Path | str) -> ModelConfig:
             raise UserError("config.json is not a JSON object; copy it again")
         return ModelConfig.from_hf(fields)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder}: no config.json; give the folder of a Hugging Face model on this machine"
-        ) from None
+        raise UserError(f"{folder}: no config.json; {missing_folder(folder)}") from None
     except OSError as error:
         raise UserError(f"{folder}/config.json: {error.strerror}; make it readable") from None
     except ValueError as error:  # also for invalid UTF-8

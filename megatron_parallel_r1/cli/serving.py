@@ -40,6 +40,7 @@ def serve(
     """Serve a released checkpoint with OpenAI's API and a page that shows the paths side by side."""
     from megatron_parallel_r1.serve.admission import Limits
     from megatron_parallel_r1.serve.run import serve as run_server
+    from megatron_parallel_r1.utils.hub import local_folder
 
     limits = Limits(
         running=running,
@@ -49,11 +50,13 @@ def serve(
         max_tokens=max_tokens,
         prompt_tokens=prompt_tokens,
     )
-    run_server(checkpoint, host, port, api_key, name, device, limits)
+    run_server(local_folder(checkpoint), host, port, api_key, name, device, limits)
 
 
 def serve_rollout(
-    checkpoint: Annotated[Path, typer.Option(help="A Hugging Face folder.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="A Hugging Face folder, or the Hub's name of a downloaded model.")
+    ],
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- OPTION]...", help="Options for the engine's own command line."),
@@ -123,9 +126,10 @@ def serve_rollout(
     """Start rollout servers of a checkpoint, restart those that crash, and stop all on exit."""
     from megatron_parallel_r1.rollout.launcher.command import LaunchSettings
     from megatron_parallel_r1.rollout.launcher.run import serve_rollout as run_servers
+    from megatron_parallel_r1.utils.hub import local_folder
 
     serving = LaunchSettings(
-        checkpoint=checkpoint,
+        checkpoint=local_folder(checkpoint),
         engine=engine,
         servers=servers,
         tensor=tp,

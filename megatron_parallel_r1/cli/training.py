@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.utils.exit import block_stop_signals
 
 RecipePath = Annotated[
@@ -29,7 +30,7 @@ Adapt = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    for command in (curriculum, sft, rl, plan, report, coldstart):
+    for command in (curriculum, sft, rl, init, plan, report, traces, coldstart, download):
         app.command(rich_help_panel="Training")(command)
     app.command("eval", rich_help_panel="Training")(evaluate)
     app.command(rich_help_panel="Jobs")(doctor)
@@ -82,7 +83,7 @@ def evaluate(
     """Evaluate a released checkpoint with the recipe's evaluation and thinking settings."""
     from megatron_parallel_r1.config.reader import read_recipe
 
-    settings = read_recipe(recipe, overrides or ())
+    settings = read_recipe(recipe, overrides or (), trains=False)
     from megatron_parallel_r1.curriculum.evaluation import evaluate_checkpoint
     from megatron_parallel_r1.curriculum.run import open_console
     from megatron_parallel_r1.report.evaluation_table import evaluation_table
@@ -125,6 +126,48 @@ def coldstart(
     typer.echo(f"report   {out / 'report.md'}")
 
 
+def download(
+    model: Annotated[str, typer.Argument(help="owner/name on the Hub, or owner/name@revision.")],
+) -> None:
+    """Download a model from the Hugging Face Hub. Recipes and commands then take its name for a folder."""
+    from megatron_parallel_r1.utils.hub import download as fetch
+
+    typer.echo(fetch(model))
+
+
+def init(
+    model: Annotated[str, typer.Option(help="A Hugging Face folder, or owner/name on the Hub.")],
+    data: Annotated[str, typer.Option(help="Problems for RL: a file, a known data set, or NAME=FILE.")],
+    cold_start: Annotated[
+        str | None,
+        typer.Option(help="Worked examples with the tags, likewise. Default: Parallel-R1/Parallel-GSM8K."),
+    ] = None,
+    evaluation: Annotated[
+        str | None, typer.Option(help="Held-out problems, likewise. Default: no evaluation.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns of the data: prompt=NAME,answer=NAME. Default: found by name.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs, 8 to a node; 0: this CPU.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="Memory of one GPU, in GiB.")] = 80,
+    out: Annotated[Path, typer.Option(help="Recipe to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe for a model, data and GPUs, and try its data and its plan."""
+    from megatron_parallel_r1.planning.plan import GIB
+    from megatron_parallel_r1.planning.starter import InitOptions, next_steps, read_columns, starter
+    from megatron_parallel_r1.utils.files import write_atomically
+
+    if out.exists():
+        raise UserError(f"{out}: exists; give another file with --out, or delete it")
+    memory = round(gpu_memory * GIB)
+    options = InitOptions(model, data, cold_start, evaluation, read_columns(columns), gpus, memory)
+    written = starter(options, out.stem)
+    write_atomically(out, written.text)
+    typer.echo(f"{out}: {written.summary}; next:")
+    for command in next_steps(options, out):
+        typer.echo(f"  {command}")
+
+
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -165,6 +208,27 @@ def report(
     from megatron_parallel_r1.report.html import build_report
 
     typer.echo(build_report(folder, out))
+
+
+def traces(
+    folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/tiny.")],
+    stage: Annotated[str | None, typer.Option(help="Only of this stage.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Only of this step.")] = None,
+    kind: Annotated[
+        Literal["all", "right", "wrong", "malformed"], typer.Option(help="Which traces.")
+    ] = "all",
+    longest: Annotated[bool, typer.Option("--longest", help="The longest instead of the last.")] = False,
+    count: Annotated[int, typer.Option(min=1, help="Most traces to show.")] = 4,
+) -> None:
+    """Show recorded traces of a run as trees, also during the run."""
+    from rich.console import Console
+
+    from megatron_parallel_r1.report.trace_tree import chosen_traces, trace_tree
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    for name, record in chosen_traces(folder, stage, step, kind, longest, count):
+        console.print(trace_tree(name, record))
 
 
 def _run_stage(kind: str, recipe: Path, overrides: list[str] | None, stage: str | None, adapt: bool) -> None:

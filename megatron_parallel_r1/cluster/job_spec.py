@@ -97,7 +97,7 @@ def server_arguments(spec: JobSpec, engine: str) -> list[str]:
     (stage,) = (stage for stage in spec.recipe.stages if stage.name == spec.stage)
     recipe, previous = spec.recipe, spec.recipe.start_of(stage)
     run = recipe.out / recipe.name
-    folder = recipe.model.path if previous is None else recipe.start_folder(run, previous) / "model"
+    folder = recipe.model.folder if previous is None else recipe.start_folder(run, previous) / "model"
     if folder is None:
         raise UserError(f"stage {stage.name} starts from a fresh model, which servers cannot load")
     if not (Path(folder) / "config.json").is_file():

@@ -17,6 +17,8 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.run.context import native_engine
+from megatron_parallel_r1.thought.formats import PARALLEL_R1
+from megatron_parallel_r1.utils.hub import local_folder
 from megatron_parallel_r1.utils.rank import world_size
 
 if TYPE_CHECKING:
@@ -36,13 +38,19 @@ def open_engine(settings: OwnEngine, template: str, seed: int) -> Iterator[Engin
     """
     if world_size() > 1:
         raise UserError("coldstart: a teacher of kind engine is one process; start it without a launcher")
-    _check_template(settings.path, template)
-    shape, tensors = load_hf_folder(settings.path)
-    tokenizer, tags = open_thinking_tokenizer(settings.path)
+    folder = local_folder(settings.path)
+    _check_template(folder, template)
+    shape, tensors = load_hf_folder(folder)
+    tokenizer, tags = open_thinking_tokenizer(folder)
+    if tags.format != PARALLEL_R1:
+        raise UserError(
+            f"{folder}: the model thinks in the format {tags.format.name}, and a cold start is "
+            "written in parallel_r1; give a model of that format"
+        )
     with process.running(seed):
         engine = native_engine(shape)
         engine.load_weights(tensors, version=0)
-        name = json.dumps([weights_of(settings.path), settings.thinking.model_dump()], sort_keys=True)
+        name = json.dumps([weights_of(folder), settings.thinking.model_dump()], sort_keys=True)
         yield EngineTeacher(Thinker(engine, tags, settings.thinking), tokenizer, name)
 
 

@@ -75,7 +75,7 @@ class OwnEngine(Settings):
     kind: Literal["engine"]
     """Teacher: the native engine."""
     path: Path
-    """Hugging Face folder of the teacher."""
+    """Hugging Face folder of the teacher, or the Hub's name of a downloaded one."""
     thinking: Thinking = Thinking()
     """How the teacher decodes."""
 

@@ -12,6 +12,7 @@ from megatron_parallel_r1.data.embedded.traces import TraceStyle
 from megatron_parallel_r1.data.readers import ReadOptions
 from megatron_parallel_r1.data.schemas import CUSTOM, Columns, schema_of
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.hub import local_folder
 from megatron_parallel_r1.utils.settings import Count, Settings, Share, Unit
 
 
@@ -172,7 +173,12 @@ class FolderTokenizer(Settings):
     kind: Literal["folder"]
     """Tokenizer: that of a folder."""
     path: Path | None = None
-    """Hugging Face folder; null: `model.path`."""
+    """Hugging Face folder, or the Hub's name of a downloaded model; null: `model.path`."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of `path` on this machine."""
+        return None if self.path is None else local_folder(self.path)
 
 
 Tokenizer = Annotated[EmbeddedTokenizer | BpeTokenizer | FolderTokenizer, Field(discriminator="kind")]

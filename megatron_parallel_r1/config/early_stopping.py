@@ -12,14 +12,23 @@ from megatron_parallel_r1.utils.settings import Settings, Steps, StepsOrZero
 
 # Metrics that early stopping and `keep_best` can watch, by kind of stage; in RL also `reward_<component>`.
 WATCHABLE = {
-    "sft": ("loss", "entropy", "grad_norm"),
+    "sft": ("loss", "tag_loss", "held_out_loss", "held_out_tag_loss", "entropy", "grad_norm"),
     "rl": (
         *("reward", "accuracy", "group_pass", "group_solved", "parallel_ratio", "length", "critical_length"),
         *("truncated", "entropy", "loss", "grad_norm"),
     ),
 }
 # Metrics of which less is better.
-FALLING = {"loss", "grad_norm", "length", "critical_length", "truncated"}
+FALLING = {
+    "loss",
+    "tag_loss",
+    "held_out_loss",
+    "held_out_tag_loss",
+    "grad_norm",
+    "length",
+    "critical_length",
+    "truncated",
+}
 
 
 class EarlyStopping(Settings):

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.hub import local_folder
 from megatron_parallel_r1.utils.settings import Count, Settings, Tokens
 
 if TYPE_CHECKING:
@@ -54,12 +55,13 @@ class ModelShape(Settings):
 
 
 class ModelSource(Settings):
-    """Either `shape`, trained from scratch, or `path`, a Hugging Face folder of a supported model."""
+    """Either `shape`, trained from scratch, or `path`, a supported model of Hugging Face's format."""
 
     shape: ModelShape | None = None
     """Sizes of a new model."""
     path: Path | None = None
-    """Hugging Face folder of the model to start from."""
+    """Model to start from: a Hugging Face folder; or `owner/name` or `owner/name@revision` on the Hub, of a
+    model that `parallel-r1 download` has fetched."""
     new_rows: Literal["subwords", "mean"] = "subwords"
     """Start of the embedding rows of tags that the model of `path` lacks: the mean of the rows of the tag's
     own subwords, or of all rows; plus noise of 0.1 standard deviations. A resumed run keeps its way."""
@@ -78,6 +80,17 @@ class ModelSource(Settings):
     """Number of first layers whose products stay in bfloat16; needs `fp8: current` or `blockwise`."""
     bf16_last_layers: Annotated[int, Field(ge=0)] = 0
     """Number of last layers whose products stay in bfloat16; needs `fp8: current` or `blockwise`."""
+    fused_swiglu: bool = False
+    """Megatron's fused SwiGLU: backward computes the gate anew, so of an MLP less than two thirds are stored,
+    and on GPUs torch.compile makes one kernel of it. Rounds otherwise in the last place."""
+    balance_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Coefficient of a loss that balances the load of the experts of each layer, by trace (arXiv 2412.19437,
+    section 2.1.2); 0: none."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of `path` on this machine."""
+        return None if self.path is None else local_folder(self.path)
 
     @property
     def made_of(self) -> Layers:
@@ -91,6 +104,8 @@ class ModelSource(Settings):
             self.fp8_params,
             self.bf16_first_layers,
             self.bf16_last_layers,
+            self.balance_loss,
+            self.fused_swiglu,
         )
 
     @model_validator(mode="after")
@@ -106,5 +121,5 @@ class ModelSource(Settings):
     @model_validator(mode="after")
     def _check_either(self) -> ModelSource:
         if (self.shape is None) == (self.path is None):
-            raise ValueError("give either shape (a new model) or path (a Hugging Face folder)")
+            raise ValueError("give either shape (a new model) or path (a Hugging Face model)")
         return self

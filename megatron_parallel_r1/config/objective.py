@@ -28,11 +28,11 @@ def _named_or_own(value: Any, names: tuple[str, ...], what: str, parameters: str
     return value
 
 
-ADVANTAGES = ("grpo", "dr_grpo", "rloo")
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "papo")
 SURROGATES = ("ppo", "cispo")
 OwnFunction = Annotated[str, Field(pattern=":")]
 Advantage = Annotated[
-    Literal["grpo", "dr_grpo", "rloo"] | OwnFunction,
+    Literal["grpo", "dr_grpo", "rloo", "papo"] | OwnFunction,
     BeforeValidator(lambda value: _named_or_own(value, ADVANTAGES, "advantage", "rewards_PG")),
 ]
 Aggregation = Literal["token", "sequence", "constant"]
@@ -96,8 +96,8 @@ class Objective(Settings):
     overlong_penalty: FiniteOrZero = 1.0
     """Penalty of a trace at the limit."""
     replay_experts: bool = True
-    """In a mixture of experts, each token goes through the experts that the native engine chose for it (R3,
-    arXiv 2510.11370); in mode `replay` and with servers the router chooses again."""
+    """In a mixture of experts, each token goes through the experts that the engine chose for it (R3, arXiv
+    2510.11370): the native engine, or SGLang servers that return them. false: the router chooses again."""
     path_credit: bool = False
     """A path's tokens take their advantage from that path's own answer, against its siblings."""
 

@@ -22,13 +22,16 @@ _PACKAGED = Path(__file__).resolve().parents[1] / "recipes"
 _CHECKOUT = Path(__file__).resolve().parents[2] / "recipes"
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] = (), trains: bool = True) -> Recipe:
     """Reads a recipe, from a file or a packaged one by name (`tiny/demo`); arguments as `read_tree`.
+
+    Args:
+        trains: whether its stages will be trained; if not, decoding settings that only evaluate are valid.
 
     Raises:
         UserError: as `read_tree`, or a key is unknown, missing or ill-typed.
     """
-    return Recipe.read(read_tree(path, overrides, RENAMED), str(path))
+    return Recipe.read(read_tree(path, overrides, RENAMED), str(path), {"trains": trains})
 
 
 def read_run_recipe(file: Path) -> Recipe:

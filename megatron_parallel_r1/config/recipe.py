@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from megatron_parallel_r1.config.data import Decontamination, ProblemSource, Tokenizer
 from megatron_parallel_r1.config.model import ModelSource
@@ -119,10 +119,15 @@ class Recipe(Settings):
             template_text(self.prompt_template)
         except UserError as error:
             raise ValueError(str(error)) from None
+        if self.thinking.format != "parallel_r1" and self.prompt_template in ("parallel", "adaptive"):
+            raise ValueError(
+                f"prompt_template {self.prompt_template} describes the tags of parallel_r1, and "
+                "thinking.format is another; write a text of your own with {problem} in it, or use plain"
+            )
         return self
 
     @model_validator(mode="after")
-    def _check_stages(self) -> Recipe:
+    def _check_stages(self, info: ValidationInfo) -> Recipe:
         names: list[str] = []
         for stage in self.stages:
             if stage.name in names:
@@ -145,8 +150,14 @@ class Recipe(Settings):
                     "servers sleep then; set it to 0 or rollout.colocated to false"
                 )
             thinking = self.thinking_of(stage)
+            if thinking.format != self.thinking.format:
+                raise ValueError(
+                    f"stage {stage.name}: thinking.format is one for the whole run, whose tokenizer has its "
+                    "tags; set it in the recipe's thinking"
+                )
             try:
-                stage.check_thinking(thinking)
+                if info.context is None or info.context.get("trains", True):
+                    stage.check_thinking(thinking)
             except ValueError as error:
                 raise ValueError(f"stage {stage.name}: {error}") from None
             names.append(stage.name)

@@ -122,6 +122,11 @@ class SftStage(Stage):
     """Worked examples."""
     examples_per_step: Count
     """Worked examples of a training step (the global batch size)."""
+    held_out_examples: CountOrZero = 0
+    """Worked examples that are not trained on; their mean loss is the metric `held_out_loss`, that of their
+    tags `held_out_tag_loss`. Of generated data they are drawn with another seed, and one may be met again."""
+    held_out_every: Steps = 16
+    """Steps after which these are measured; also after the last one."""
 
 
 def _number(value: Any) -> Any:

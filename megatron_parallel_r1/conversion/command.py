@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.hub import local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class ConversionBar:
 def hf_to_megatron_command(words: Sequence[str] | None = None) -> int:
     """`hf_to_megatron.py`."""
     parser = _parser("Convert a Hugging Face folder to a distributed checkpoint of Megatron, in one process.")
-    parser.add_argument("source", type=Path, help="a folder with config.json and *.safetensors")
+    parser.add_argument("source", type=local_folder, help="a folder of Hugging Face's format, or a Hub name")
     _out(parser)
     for name, what in (("tensor", "each matrix"), ("pipeline", "the layers"), ("expert", "the experts")):
         parser.add_argument(f"--{name}", type=int, default=1, help=f"ranks that split {what}")
@@ -96,8 +97,8 @@ def megatron_to_hf_command(words: Sequence[str] | None = None) -> int:
 def verify_command(words: Sequence[str] | None = None) -> int:
     """`verify.py`."""
     parser = _parser("Compare two checkpoints of either format; exit code 1 if the models differ.")
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
+    parser.add_argument("first", type=local_folder)
+    parser.add_argument("second", type=local_folder)
     _like(parser)
     parser.add_argument("--no-logits", action="store_true", help="compare tensors only: less memory")
     args = parser.parse_args(words)
@@ -131,7 +132,7 @@ def verify_command(words: Sequence[str] | None = None) -> int:
 def inspect_command(words: Sequence[str] | None = None) -> int:
     """`inspect_checkpoint.py`."""
     parser = _parser("Show the contents of a checkpoint; with --check exit code 1 if a file is damaged.")
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", type=local_folder)
     _like(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--check", action="store_true", help="read all files and verify their digests")

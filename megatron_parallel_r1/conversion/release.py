@@ -33,6 +33,8 @@ from megatron_parallel_r1.data.tokenizers import check_tokenizer, open_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import stored_decoding
 from megatron_parallel_r1.run.folder import past_evaluations
+from megatron_parallel_r1.thought.format_settings import format_of, stored_format
+from megatron_parallel_r1.thought.formats import ThinkingFormat
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.tokenizer import GENERATION, eos_ids, save_tokenizer
 
@@ -86,21 +88,25 @@ def write_release(
                 raise UserError(f"{run}: {at.stage.name} is not finished; give a checkpoint and --run {run}")
     like = inputs.like
     opened = open_source(source, like)
-    extra = _tokenizer_files(opened, run)
+    settings = inputs.thinking or opened.like / "thinking.json"
+    by_run = trained is not None and inputs.thinking is None
+    format = (
+        format_of(trained[0].thinking.format) if trained is not None and by_run else stored_format(settings)
+    )
+    extra = _tokenizer_files(opened, run, format)
     more = "\n\n".join(_text(file) for file in inputs.evaluations)
     if trained is not None and inputs.thinking is None:
         extra["thinking.json"] = thinking_json(*trained).encode()
     else:
-        file = inputs.thinking or opened.like / "thinking.json"
-        if not file.is_file():
-            raise UserError(f"{file} is missing; give --thinking, or --run")
-        extra["thinking.json"] = file.read_bytes()
+        if not settings.is_file():
+            raise UserError(f"{settings} is missing; give --thinking, or --run")
+        extra["thinking.json"] = settings.read_bytes()
     if trained is not None:
         recipe, run, at = trained
         text = run_card(recipe, run, opened.config, _evaluations(recipe, run, at), at)
         text += f"\n{more}\n" if more else ""
     else:
-        decoding = stored_decoding(inputs.thinking or opened.like / "thinking.json").thinking
+        decoding = stored_decoding(settings).thinking
         unknown = "It was released without the folder of the run that trained it."
         figures = more or "None was given."
         text = card(out.name, opened.config, decoding, licence(opened.like), unknown, unknown, figures)
@@ -155,7 +161,7 @@ def _evaluations(recipe: Recipe, run: Path, at: ReleasePoint) -> list[dict[str, 
     return [record for record in records if record["step"] <= last_step.get(record["stage"], -1)]
 
 
-def _tokenizer_files(opened: CheckpointSource, run: Path | None) -> dict[str, bytes]:
+def _tokenizer_files(opened: CheckpointSource, run: Path | None, format: ThinkingFormat) -> dict[str, bytes]:
     """Returns the tokenizer's files with a chat template, and a generation config that ends at EOS.
 
     Raises:
@@ -164,7 +170,7 @@ def _tokenizer_files(opened: CheckpointSource, run: Path | None) -> dict[str, by
     folder = run / "tokenizer" if run is not None and (run / "tokenizer").is_dir() else opened.like
     tokenizer = open_tokenizer(folder)
     try:
-        Tags.of(tokenizer, eos_ids(opened.like))
+        Tags.of(tokenizer, eos_ids(opened.like), format)
     except ValueError as error:
         raise UserError(
             f"{folder}: {error}; give --like, or --run, with the tokenizer of the training"

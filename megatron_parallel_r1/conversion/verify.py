@@ -110,7 +110,9 @@ def _own_logits(source: CheckpointSource, tokens_1L: Tensor) -> Tensor:
 @torch.no_grad()
 def _transformers_logits(source: CheckpointSource, tokens_1L: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=torch.float32, attn_implementation="eager", local_files_only=True

@@ -28,8 +28,8 @@ from megatron_parallel_r1.rl.rollout_worker import sample_and_verify
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.run.backends import Backends, engine_of_checkpoint
 from megatron_parallel_r1.run.context import RunContext
-from megatron_parallel_r1.run.datasets import evaluation_problems
 from megatron_parallel_r1.run.folder import steps_done
+from megatron_parallel_r1.run.sources import evaluation_problems
 from megatron_parallel_r1.utils.jsonl import JsonlWriter
 from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
 from megatron_parallel_r1.utils.seeding import derive_seed, seed_series
@@ -81,7 +81,7 @@ def evaluate_held_out(
     record = {
         "kind": "eval",
         "mode": thinker.settings.mode,
-        "paths": thinker.settings.paths,
+        "paths": thinker.settings.most_paths,
         "problems": len(problems),
         "samples": samples,
         **metrics,
@@ -146,10 +146,10 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None = None) -> dict[
     if recipe.evaluation is None:
         raise UserError("the recipe has no `evaluation`; add one to say on which problems")
     shape, _ = load_hf_folder(folder)
-    tokenizer, tags = open_thinking_tokenizer(folder)
+    thinking = recipe.thinking_of(recipe.stages[-1])
+    tokenizer, tags = open_thinking_tokenizer(folder, thinking.mode)
     parallel, settings = recipe.parallel, recipe.evaluation
     check_parallel(shape, parallel, world_size())
-    thinking = recipe.thinking_of(recipe.stages[-1])
     with (
         process.running(recipe.seed, parallel),
         Verifier() as verifier,

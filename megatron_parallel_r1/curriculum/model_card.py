@@ -21,16 +21,14 @@ from megatron_parallel_r1.data.prompts import TEMPLATES, template_text
 from megatron_parallel_r1.report.evaluation_table import evaluation_table
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.run.folder import steps_done
+from megatron_parallel_r1.thought.format_settings import format_of
+from megatron_parallel_r1.utils.hub import is_hub_name
 from megatron_parallel_r1.utils.tables import markdown_table
 
-_BLOCKS = (
-    "that thinks in parallel: it opens `<Parallel>` blocks, reads their `<Path>`s in a `<Summary>`, goes on;"
-)
 _HABIT = {
-    "isolated": f"{_BLOCKS} paths do not see one another",
-    "replay": f"{_BLOCKS} paths do not see one another, a summary reads them as one text",
-    "causal": f"{_BLOCKS} each path sees the ones before it",
-    "sequential": "that thinks in one chain, the baseline of parallel thinking",
+    "isolated": "paths do not see one another",
+    "replay": "paths do not see one another, a summary reads them as one text",
+    "causal": "each path sees the ones before it",
 }
 
 
@@ -62,6 +60,22 @@ def thinking_json(recipe: Recipe, folder: Path, at: ReleasePoint) -> str:
     return json.dumps(settings, indent=2) + "\n"
 
 
+def _habit(thinking: Thinking) -> str:
+    """What the model does, in a relative clause."""
+    if thinking.mode == "sequential":
+        return "that thinks in one chain, the baseline of parallel thinking"
+    format = format_of(thinking.format)
+    plan = f", plans their paths up to `{format.fork}`" if format.plan else ""
+    read = f", reads their `{format.path}`s in a `{format.summary}`" if format.summary else ""
+    blocks = f"it opens `{format.open}` blocks{plan}{read}, goes on"
+    return f"that thinks in parallel: {blocks}; {_HABIT[thinking.mode]}"
+
+
+def _paths(thinking: Thinking) -> str:
+    planned = format_of(thinking.format).plan is not None
+    return f"1 to {thinking.most_paths} planned paths" if planned else f"{thinking.paths} paths"
+
+
 def run_card(
     recipe: Recipe,
     folder: Path,
@@ -87,7 +101,7 @@ def run_card(
     figures = evaluation_table(evaluations).markdown() if evaluations else "This run was not evaluated."
     training = f"""{stages}
 
-Seed {recipe.seed}; the last stage in mode `{thinking.mode}` with {thinking.paths} paths a block.
+Seed {recipe.seed}; the last stage in mode `{thinking.mode}` with {_paths(thinking)} a block.
 {_start(recipe)}
 
 <details><summary>The whole recipe</summary>
@@ -98,9 +112,12 @@ Seed {recipe.seed}; the last stage in mode `{thinking.mode}` with {thinking.path
 
 </details>"""
     evaluation = f"Plain accuracy on held-out problems, with its 95 % interval.\n\n{figures}"
-    base = recipe.model.path
-    facts = {"license": "apache-2.0"} if base is None else {**licence(base), "base_model": base.name}
-    return card(recipe.name, shape, thinking, facts, training, _provenance(recipe, past), evaluation)
+    base, files = recipe.model.path, recipe.model.folder
+    facts = {"license": "apache-2.0"}
+    if base is not None and files is not None:
+        facts = {**licence(files), "base_model": _name(base)}
+    methods = tuple(dict.fromkeys(tag for stage in past for tag in _methods(stage)))
+    return card(recipe.name, shape, thinking, facts, training, _provenance(recipe, past), evaluation, methods)
 
 
 def card(
@@ -111,24 +128,26 @@ def card(
     training: str,
     data: str,
     evaluation: str,
+    methods: Sequence[str] = (),
 ) -> str:
     """A model card.
 
     Args:
         facts: metadata for the YAML header, such as the licence.
         training, data, evaluation: sections in Markdown.
+        methods: of the training, as tags of the Hub.
     """
     head = yaml.safe_dump({"library_name": "transformers", **facts}, sort_keys=False).strip()
     parameters = sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts)
     kind = FAMILIES[shape.family].architecture.removesuffix("ForCausalLM")
     return f"""---
 {head}
-tags: [parallel-thinking, reinforcement-learning, grpo]
+tags: [{", ".join(("parallel-thinking", *methods))}]
 ---
 
 # {name}
 
-A {kind} of {parameters / 1e6:.2f} M parameters {_HABIT[thinking.mode]}.
+A {kind} of {parameters / 1e6:.2f} M parameters {_habit(thinking)}.
 Trained with megatron_parallel_r1 after Parallel-R1 (arXiv 2509.07980).
 
 `AutoModelForCausalLM` loads it, and so do SGLang and vLLM. To decode as trained, use the settings in
@@ -174,10 +193,30 @@ def _steps(recipe: Recipe, folder: Path, at: ReleasePoint) -> dict[str, int]:
     return steps if at.step is None else steps | {at.stage.name: at.step}
 
 
+def _methods(stage: SftStage | RlStage) -> tuple[str, ...]:
+    """The tags of a stage's method; an advantage of the user's own has none."""
+    if isinstance(stage, SftStage):
+        return ("sft",)
+    advantage = stage.objective.advantage
+    return ("reinforcement-learning", *([] if ":" in advantage else [advantage.replace("_", "-")]))
+
+
+def _name(model: Path) -> str:
+    """The name of a model on the Hub, or by its folder: of a run's release `run`, of a stage `run-stage`."""
+    if is_hub_name(model):
+        return str(model).partition("@")[0]
+    real = model.resolve()
+    if real.name == "release":
+        return real.parent.name
+    if real.name == "model" and (real.parents[1] / "config.yaml").is_file():
+        return f"{real.parents[1].name}-{real.parent.name}"
+    return model.name
+
+
 def _start(recipe: Recipe) -> str:
     if recipe.model.path is None:
         return "It was trained from random weights."
-    return f"It began as the weights of `{recipe.model.path.name}`, whose licence holds for it, too."
+    return f"It began as the weights of `{_name(recipe.model.path)}`, whose licence holds for it, too."
 
 
 def _provenance(recipe: Recipe, past: Sequence[SftStage | RlStage]) -> str:

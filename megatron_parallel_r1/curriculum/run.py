@@ -122,6 +122,8 @@ def _run_seed(
     check_sources(recipe)
     check_wandb(recipe)
     run = RunContext.set_up(recipe, folder, resume)
+    if run.new_ids and recipe.model.path is not None and not resume:
+        console.print(_fresh_tags(run), highlight=False, markup=False, soft_wrap=True)
     run.check_starts(names)
     run.check_split(names, process.world_size())
     check_stage_data(run, names)
@@ -238,6 +240,19 @@ def _write_release(run: RunContext, model: Model, evaluations: Sequence[dict[str
         extra["chat_template.jinja"] = chat_template_for(run.tokenizer)
     save_model(run, model, release, extra)
     return release
+
+
+def _fresh_tags(run: RunContext) -> str:
+    """The remark that tags have rows that were never trained."""
+    starts = {"subwords": "their own subwords", "mean": "the mean of all rows"}
+    if isinstance(run.recipe.stages[0], SftStage):
+        advice = "tag_loss in the metrics of SFT shows how well they are learned"
+    else:
+        advice = "a model hardly ever writes them before SFT has taught them"
+    return (
+        f"{run.recipe.model.path}: {len(run.new_ids)} of its 6 tags are new, with rows that begin as "
+        f"{starts[run.recipe.model.new_rows]}; {advice}"
+    )
 
 
 def _in_words(record: dict[str, Any]) -> str:

@@ -22,8 +22,9 @@ from megatron_parallel_r1.rollout.servers.client import STOCK_MODES, ServerInfo,
 from megatron_parallel_r1.rollout.servers.engine import connect_pool
 from megatron_parallel_r1.rollout.servers.pool import PoolSettings
 from megatron_parallel_r1.run.context import RunContext
-from megatron_parallel_r1.run.datasets import evaluation_problems, problem_stream, stage_items
+from megatron_parallel_r1.run.datasets import problem_stream
 from megatron_parallel_r1.run.own_servers import launch_settings
+from megatron_parallel_r1.run.sources import evaluation_problems, stage_items
 from megatron_parallel_r1.run.transport import usable_sync
 from megatron_parallel_r1.sft.loop import example_stream
 from megatron_parallel_r1.sync.settings import Sync
@@ -122,6 +123,7 @@ def _check_servers(run: RunContext, stages: Sequence[SftStage | RlStage]) -> Non
     if rollout.servers:
         modes = STOCK_MODES | ({"isolated"} if rollout.engine == "sglang" else set())
         _check_modes(run, stages, f"{rollout.engine} servers", modes)
+        _check_experts(run, stages, f"{rollout.engine} servers", rollout.engine == "sglang")
         isolated = any(run.recipe.thinking_of(stage).mode == "isolated" for stage in stages)
         check_launch(launch_settings(rollout, run.folder, isolated, run.folder, local_world_size()))
         _check_transport(rollout, {})
@@ -141,6 +143,7 @@ def _check_servers(run: RunContext, stages: Sequence[SftStage | RlStage]) -> Non
     for url, info in pool.infos.items():
         check_transport(url, info.copies, info.nodes, sync.transport)
         _check_model(run, url, info)
+        _check_experts(run, stages, url, info.experts)
         for stage in stages:
             response = run.recipe.thinking_of(stage).max_response_tokens
             if response >= info.max_tokens:
@@ -168,6 +171,21 @@ def _check_modes(
             raise UserError(
                 f"stage {stage.name}: thinking.mode {mode}: {servers} are exact in "
                 f"{', '.join(sorted(modes))}; start SGLang by serve-rollout --isolated, or set mode replay"
+            )
+
+
+def _check_experts(
+    run: RunContext, stages: Sequence[SftStage | RlStage], servers: str, returned: bool
+) -> None:
+    """Checks that the experts of a mixture, which a stage replays, are returned."""
+    if returned or run.shape.experts is None:
+        return
+    for stage in stages:
+        if isinstance(stage, RlStage) and stage.objective.replay_experts:
+            raise UserError(
+                f"stage {stage.name}: objective.replay_experts: {servers} return no experts; start SGLang "
+                "with --enable-return-routed-experts, which serve-rollout adds for a mixture of experts, or "
+                "set it to false"
             )
 
 

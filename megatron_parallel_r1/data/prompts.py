@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from megatron_parallel_r1.data.cells import BadCell, as_value, at_path
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.tokenizers import BOS, PAD, UNK
+from megatron_parallel_r1.data.trace_text import split_forced
 from megatron_parallel_r1.errors import UserError, one_line
-from megatron_parallel_r1.thought.tags import TAG_TEXTS
+from megatron_parallel_r1.thought.formats import FORMATS, PARALLEL_R1, ThinkingFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -156,9 +158,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, problem: Pr
     return tokenizer.encode(chat, add_special_tokens=False)
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """Returns the token ids of a whole response, including eos."""
-    return [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, response: str, format: ThinkingFormat = PARALLEL_R1
+) -> list[int]:
+    """Returns the token ids of a whole response, including eos.
+
+    Text that an engine forces is encoded by itself, as an engine writes it.
+    """
+    forces_text = any(format.plain_pieces())
+    pieces = split_forced(response, format) if forces_text else [response]
+    encoded = (tokenizer.encode(piece, add_special_tokens=False) for piece in pieces)
+    return [*chain.from_iterable(encoded), tokenizer.eos_token_id]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
@@ -180,7 +190,8 @@ def is_control(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int | None]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    shown = (*TAG_TEXTS, PAD, BOS, UNK)
+    tags = (tag for format in FORMATS.values() for tag in format.tags)
+    shown = (*tags, PAD, BOS, UNK)
     special = (token for token, entry in added.items() if entry.special and str(entry) not in shown)
     unknown = tokenizer.unk_token_id if added else None
     return frozenset({tokenizer.eos_token_id, *(token for token in special if token != unknown)})

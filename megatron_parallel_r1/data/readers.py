@@ -21,6 +21,7 @@ from megatron_parallel_r1.data.sampler import ShuffledEpochs
 from megatron_parallel_r1.data.schemas import CUSTOM, Columns, Schema, schema_of
 from megatron_parallel_r1.data.source import BadRows, RowSource, StreamedDataset, problem_of
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.thought.formats import PARALLEL_R1, ThinkingFormat
 
 T = TypeVar("T", Problem, Example)
 
@@ -80,6 +81,7 @@ class ReadOptions(TypedDict, total=False):
             None: as the schema says. Kept ones are counted.
         limit: the maximum number of rows to read.
         bad_rows: stop at a bad row, or skip and count it.
+        format: of the worked responses.
     """
 
     columns: Columns | None
@@ -90,6 +92,7 @@ class ReadOptions(TypedDict, total=False):
     drop_repeats: bool | None
     limit: int | None
     bad_rows: BadRows
+    format: ThinkingFormat
 
 
 def read_problems(
@@ -142,7 +145,8 @@ def _examples(name: str, path: Path | None, options: ReadOptions) -> RowSource[E
         raise UserError(f"data set {name}: has no worked responses to fine-tune on")
 
     def example(row: Cells, id: str) -> Example:
-        return Example(_problem(schema, options, row, id), response(row))
+        format = options.get("format", PARALLEL_R1)
+        return Example(_problem(schema, options, row, id), response(row, format))
 
     return _open(schema, example, path, options)
 

@@ -25,7 +25,9 @@ from megatron_parallel_r1.data import prompts
 from megatron_parallel_r1.data.problems import Example
 from megatron_parallel_r1.data.prompts import messages_of
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.thought.formats import PARALLEL_R1
 from megatron_parallel_r1.thought.layout import Mode, Row
+from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.tokenizer import save_tokenizer
 from megatron_parallel_r1.utils.files import write_atomically
 
@@ -44,12 +46,14 @@ class RowCache:
         folder: created with the first file; other caches and processes may share it.
         tokenizer: the hash of the tokenizer's files (`tokenizer_hash`).
         template: the prompt template; the rendered prompt enters the hash.
+        tags: with the format of the traces; None: Parallel-R1's.
     """
 
     folder: Path
     tokenizer: str
     template: str
     mode: Mode
+    tags: Tags | None = None
 
     def rows(self, examples: Sequence[Example], to_row: Callable[[Example], Row]) -> list[Row]:
         """Returns the row of each example, from disk or by `to_row`.
@@ -71,7 +75,9 @@ class RowCache:
 
     def _key(self, group: Sequence[Example], code: str) -> str:
         texts = [(messages_of(self.template, example.problem), example.response) for example in group]
-        return hashlib.sha256(json.dumps([code, self.tokenizer, self.mode, texts]).encode()).hexdigest()
+        format = [repr(self.tags.format)] if self.tags and self.tags.format != PARALLEL_R1 else []
+        key = [code, self.tokenizer, self.mode, texts, *format]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

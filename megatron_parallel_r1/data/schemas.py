@@ -29,6 +29,7 @@ from megatron_parallel_r1.data.cells import (
 from megatron_parallel_r1.data.problems import ChatTurn
 from megatron_parallel_r1.data.trace_text import canonical, describe_fault
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.thought.formats import ThinkingFormat
 from megatron_parallel_r1.utils.settings import Settings
 
 CUSTOM = "custom"
@@ -44,7 +45,7 @@ class Schema:
         split: the default split.
         prompt: reader of the question; raises `BadCell`, as all readers do.
         answers: reader of the right answers.
-        response: reader of the worked response, in data sets that have one.
+        response: reader of the worked response in a thinking format, in data sets that have one.
         context: reader of the messages before the question.
         source: reader of the row's own source; None: all rows are of `name`.
         repeats: rows may repeat a problem; drops repeats, and every copy of a problem whose copies disagree
@@ -57,7 +58,7 @@ class Schema:
     split: str
     prompt: CellReader
     answers: Callable[[Cells], tuple[str, ...]]
-    response: CellReader | None = None
+    response: Callable[[Cells, ThinkingFormat], str] | None = None
     context: Callable[[Cells], tuple[ChatTurn, ...]] = lambda row: ()
     source: CellReader | None = None
     repeats: bool = False
@@ -159,12 +160,12 @@ def _only(read: CellReader) -> Callable[[Cells], tuple[str, ...]]:
     return lambda row: (read(row),)
 
 
-def _trace(read: CellReader, column: str) -> CellReader:
+def _trace(read: CellReader, column: str) -> Callable[[Cells, ThinkingFormat], str]:
     """Reads a response into canonical text; raises `BadCell` where the parser does not accept it."""
 
-    def checked(row: Cells) -> str:
-        response = canonical(read(row))
-        if fault := describe_fault(response):
+    def checked(row: Cells, format: ThinkingFormat) -> str:
+        response = canonical(read(row), format)
+        if fault := describe_fault(response, format):
             what, mark, where = fault.partition(", after ")
             raise BadCell(column, what, mark + where)
         return response

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_parallel_r1.errors import UserError, one_line
+from megatron_parallel_r1.thought.format_settings import stored_format
+from megatron_parallel_r1.thought.formats import PARALLEL_R1, ThinkingFormat
 from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
 from megatron_parallel_r1.thought.tokenizer import eos_ids
+from megatron_parallel_r1.utils.hub import is_hub_name, missing_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+    from megatron_parallel_r1.thought.layout import Mode
+
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
-_TAG = re.compile("|".join(map(re.escape, TAG_TEXTS)))
 _BYTES = 256
 # Whitespace is not compared: some tokenizers add or tidy it.
 _SAMPLE = "Step 1: 3 + 4 = 7, so x^2 = 49.\nFinal Answer: \\boxed{49}"
 _CONFIG = "tokenizer_config.json"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, format: ThinkingFormat = PARALLEL_R1
+) -> PreTrainedTokenizerFast:
     """Trains a tokenizer that encodes any text and decodes it exactly.
 
     Args:
@@ -50,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for text in texts for piece in _TAG.split(text)), trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in format.split_out(text)), trainer)
     return as_hf(tokenizer)
 
 
@@ -79,7 +84,8 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not (folder / _CONFIG).is_file():
-        raise UserError(f"{folder}: no tokenizer here ({_CONFIG} is missing); give its folder")
+        hint = missing_folder(folder) if is_hub_name(folder) else "give its folder"
+        raise UserError(f"{folder}: no tokenizer here ({_CONFIG} is missing); {hint}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # of transformers, tokenizers (a bare Exception), sentencepiece, json
@@ -95,17 +101,26 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def open_thinking_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, Tags]:
+def open_thinking_tokenizer(folder: Path, mode: Mode | None = None) -> tuple[PreTrainedTokenizerBase, Tags]:
     """Loads the tokenizer of a model that was trained to think in parallel, and its tags.
+
+    Args:
+        mode: that it will decode in; in `sequential` a model may have no tags.
 
     Raises:
         UserError: as `open_tokenizer`; or a tag or EOS is missing.
     """
-    tokenizer = open_tokenizer(folder)
+    tokenizer, format = open_tokenizer(folder), stored_format(folder / "thinking.json")
+    if mode == "sequential" and tokenizer.eos_token_id is not None:
+        vocabulary = tokenizer.get_vocab()
+        if not any(text in vocabulary for text in format.tags):
+            return tokenizer, Tags.absent(tokenizer.eos_token_id, eos_ids(folder))
     try:
-        return tokenizer, Tags.of(tokenizer, eos_ids(folder))
+        return tokenizer, Tags.of(tokenizer, eos_ids(folder), format)
     except ValueError as error:
-        raise UserError(f"{folder}: {error}; give a model that was trained to think in parallel") from None
+        raise UserError(
+            f"{folder}: {error}; give a model that was trained to think in parallel, or mode sequential"
+        ) from None
 
 
 def check_companion_tokenizer(folder: Path) -> None:

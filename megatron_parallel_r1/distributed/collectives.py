@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron_parallel_r1.errors import UserError
 
 T = TypeVar("T")
+Items = TypeVar("Items", bound=Sequence)
 
 
 def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -54,6 +55,19 @@ def gather_bytes(payload: bytes, group: dist.ProcessGroup | None = None) -> list
             dist.broadcast(buffer_B, source, group=group)
         found.append(buffer_B.cpu().numpy().data)
     return found
+
+
+def exchange_bytes(payload: bytes, sent: Sequence[int], received: Sequence[int]) -> memoryview:
+    """Sends each rank its part of `payload`; returns the parts that all ranks sent to this one, concatenated.
+
+    Args:
+        sent, received: bytes to and from each rank, in rank order.
+    """
+    device = torch.device("cpu" if dist.get_backend() == "gloo" else "cuda")
+    parts_B = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)].to(device)
+    found_B = torch.empty(sum(received), dtype=torch.uint8, device=device)
+    dist.all_to_all_single(found_B, parts_B, list(received), list(sent))
+    return found_B.cpu().numpy().data
 
 
 def gather_objects(value: T) -> list[T]:
@@ -139,12 +153,12 @@ def largest_each(values: Sequence[float], device: torch.device) -> list[float]:
     return reduced.tolist()
 
 
-def all_reduce_max(value: float, device: torch.device) -> float:
-    """Returns the largest `value` of all ranks."""
-    reduced = torch.tensor(value, dtype=torch.float64, device=device)
+def all_reduce_max(values: Sequence[float], device: torch.device) -> list[float]:
+    """Returns the largest of all ranks, for each of `values`."""
+    reduced = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.get_world_size() > 1:
         dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
-    return reduced.item()
+    return reduced.tolist()
 
 
 def barrier() -> None:
@@ -187,10 +201,10 @@ def is_replica_leader() -> bool:
     return not any(ranks)
 
 
-def replica_slice(items: Sequence[T]) -> Sequence[T]:
+def replica_slice(items: Items) -> Items:
     """Returns this replica's part of `items`: consecutive ones, in nearly equal parts."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return items[len(items) * rank // size : len(items) * (rank + 1) // size]
+    return cast(Items, items[len(items) * rank // size : len(items) * (rank + 1) // size])
 
 
 def gather_from_replicas(work: Callable[[], Sequence[T]], group: dist.ProcessGroup | None = None) -> list[T]:

@@ -19,11 +19,18 @@ class ParallelConfig(Settings):
     """Tensor-parallel size."""
     pipeline: Ranks = 1
     """Pipeline-parallel size."""
+    first_stage_layers: Count | None = None
+    """Layers of the first pipeline rank, which also embeds; null: as many as the others."""
+    last_stage_layers: Count | None = None
+    """Layers of the last pipeline rank, which also computes the logits; null: as many as the others."""
     virtual: Count = 1
     """Stages of each pipeline rank; 2 or more are interleaved (arXiv 2104.04473), which shortens the
     pipeline's idle time."""
     context: Ranks = 1
     """Context-parallel size; the group splits each row."""
+    gather_again: bool = False
+    """With `context`, backward gathers the keys and values of a row again instead of storing all of them on
+    every rank; the attention kernel `tiled` stores copies all the same."""
     expert: Ranks = 1
     """Expert-parallel size: the experts of each layer are distributed, whole, over as many ranks, across the
     tensor-, context- and data-parallel groups. With 1, `tensor` splits each expert."""
@@ -36,6 +43,8 @@ class ParallelConfig(Settings):
     sharded_optimizer: bool = False
     """Shard Adam's state over the data-parallel ranks (Megatron's distributed optimizer) instead of
     replicating it."""
+    overlap_gradients: bool | None = None
+    """Sum gradients over the data-parallel ranks in buckets while backward still runs; null: on GPUs."""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> ParallelConfig:
@@ -44,9 +53,31 @@ class ParallelConfig(Settings):
                 f"virtual {self.virtual} interleaves the stages of a pipeline, and pipeline is 1; "
                 "set pipeline to 2 or more, or virtual to 1"
             )
+        if self.uneven and (self.pipeline == 1 or self.virtual > 1):
+            raise ValueError(
+                "first_stage_layers, last_stage_layers: they need a pipeline of 2 or more, and virtual 1"
+            )
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence needs a tensor size of 2 or more")
         return self
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the first or last pipeline rank has a number of layers of its own."""
+        return self.first_stage_layers is not None or self.last_stage_layers is not None
+
+    def stage_layers(self, layers: int) -> list[int]:
+        """Returns the number of layers of each pipeline rank, of a model with `layers` layers.
+
+        Raises:
+            ValueError: they cannot be distributed so.
+        """
+        ends = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
+        fixed = {rank: count for rank, count in ends.items() if count is not None}
+        left, ranks = layers - sum(fixed.values()), self.pipeline - len(fixed)
+        if left < 0 or (left > 0) != (ranks > 0) or (ranks and left % (ranks * self.virtual)):
+            raise ValueError(f"{left} layers for {ranks} ranks")
+        return [fixed.get(rank, left // max(1, ranks)) for rank in range(self.pipeline)]
 
     @property
     def expert_split(self) -> int:
@@ -98,7 +129,8 @@ def check_parallel(
         raise UserError(
             f"parallel: with tensor {tensor} Megatron trains experts only with sequence; set sequence: true"
         )
-    if model.layers % stages:
+    _check_stages(model, parallel)
+    if model.layers % stages and not parallel.uneven:
         raise UserError(
             f"parallel: {model.layers} layers cannot be cut into pipeline {parallel.pipeline} x virtual "
             f"{parallel.virtual} = {stages} equal stages; set pipeline to {_divisor(stages, model.layers)}"
@@ -113,6 +145,19 @@ def check_parallel(
             f"{parallel.context}{f' and sequence over tensor {tensor}' if parallel.sequence else ''} need to "
             f"split a row; set it to {more}"
         )
+
+
+def _check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
+    if not parallel.uneven:
+        return
+    try:
+        parallel.stage_layers(model.layers)
+    except ValueError as error:
+        raise UserError(
+            f"parallel: with first_stage_layers {parallel.first_stage_layers} and last_stage_layers "
+            f"{parallel.last_stage_layers}, {model.layers} layers leave {error} of pipeline "
+            f"{parallel.pipeline}, which must get equally many"
+        ) from None
 
 
 def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:

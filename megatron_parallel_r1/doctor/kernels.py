@@ -50,7 +50,7 @@ def attention(device: torch.device) -> list[Finding]:
 def _row(mode: Mode, blocks: int = 2, paths: int = 3, words: int = 50) -> PackedRow:
     """Two packed traces with blocks of sibling paths."""
     path = [TAGS.path, *[7] * words, TAGS.path_end]
-    block = [TAGS.parallel, *path * paths, TAGS.parallel_end, TAGS.summary, 8, 8, TAGS.summary_end]
+    block = [TAGS.parallel, *path * paths, *TAGS.joined, 8, 8, TAGS.ids[-1]]
     tokens = [9, 9, *block * blocks, 9, TAGS.eos]
     tree = parse(tokens, TAGS)
     row = lay_out([7] * 10, tokens, [True] * len(tokens), tree, mode)

@@ -17,6 +17,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import EMBEDDED, EMBEDDED_PROBLEMS, PUBLISHED, read_benchmarks
 from megatron_parallel_r1.evaluation.engines import ENGINES
 from megatron_parallel_r1.evaluation.output import DEFAULT_OUT, check_out
+from megatron_parallel_r1.utils.hub import local_folder
 from megatron_parallel_r1.utils.rank import is_rank_zero, world_size
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def evaluate_command(words: Sequence[str] | None = None) -> None:
     """
     parser = _parser("Evaluate one checkpoint in one mode.")
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a released folder, or a run's or a stage's"
+        "--checkpoint", type=local_folder, required=True, help="a released folder, or a run's or a stage's"
     )
     parser.add_argument("--mode", default="parallel", help="parallel (as stored), sequential or majority@k")
     args = _parse(parser, words)
@@ -59,7 +60,7 @@ def compare_command(words: Sequence[str] | None = None) -> None:
     parser = _parser("Compare checkpoints, or the stages of a run, on the same problems.")
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=local_folder,
         action="append",
         default=[],
         help="repeatable; the first is the baseline",

@@ -111,7 +111,7 @@ def evaluate(
         console.print(f"{label}  {total - len(missing)} of {total} responses are cached", highlight=False)
     with Verifier() as verifier:
         if missing:
-            tokenizer, tags = open_thinking_tokenizer(checkpoint.folder)
+            tokenizer, tags = open_thinking_tokenizer(checkpoint.folder, decoding.thinking.mode)
             key = plan.key_variable, plan.key_file
             spec = EngineSpec(checkpoint.folder, plan.seed, plan.tensor, plan.servers, *key)
             with opener(spec) as opened:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from megatron_parallel_r1.data.prompts import TEMPLATES
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.thought.tags import TAG_TEXTS
+from megatron_parallel_r1.thought.format_settings import format_of
 from megatron_parallel_r1.utils.settings import first_problem
 
 
@@ -79,7 +79,7 @@ def decoding_of(
     thinking, template = stored.thinking, stored.template
     if mode.kind != "parallel":
         thinking = thinking.replace(mode="sequential")
-        if any(tag in template for tag in TAG_TEXTS):
+        if any(tag in template for tag in format_of(thinking.format).tags):
             template = TEMPLATES["sequential"]
     thinking = _with(thinking, settings)
     if mode.kind == "parallel" and thinking.mode == "sequential":
@@ -96,8 +96,12 @@ def _with(thinking: Thinking, settings: Sequence[str]) -> Thinking:
     merged: dict[str, Any] = thinking.model_dump()
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or key not in merged:
+        if not equals or key not in merged or key == "format":
             raise UserError(f"--set {setting!r}: write key=value, with a key of {', '.join(merged)}")
+        if key == "paths" and format_of(thinking.format).plan is not None:
+            raise UserError(
+                f"--set {setting!r}: this model reads the number of paths from its plans; leave it out"
+            )
         try:
             merged[key] = yaml.safe_load(text)
         except yaml.YAMLError:

@@ -27,7 +27,7 @@ from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import padded_vocab
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig, check_parallel
 from megatron_parallel_r1.model.experts import take_choices
-from megatron_parallel_r1.model.layers import Layers, check_fp8, check_layers
+from megatron_parallel_r1.model.layers import Layers, check_balance, check_fp8, check_layers
 from megatron_parallel_r1.model.spec import block_spec
 from megatron_parallel_r1.model.transformer import PositionRotary, transformer_config
 
@@ -140,6 +140,7 @@ def build_model(
     parallel, layers = parallel or ParallelConfig(), layers or Layers()
     check_parallel(architecture, parallel, dist.get_world_size())
     check_layers(layers, architecture.head_dim, dtype)
+    check_balance(layers, architecture)
     check_fp8(layers, architecture, parallel.tensor, parallel.pipeline)
     # One object: what wrap_for_training() sets on it must hold for every stage.
     config = transformer_config(architecture, dtype, parallel, layers)

@@ -28,8 +28,8 @@ FP8_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """A recipe's `model.layers`, `attention`, `fp8`, `fp8_params`, `bf16_first_layers` and `bf16_last_layers`
-    (config/model.py)."""
+    """A recipe's `model.layers`, `attention`, `fp8`, `fp8_params`, `bf16_first_layers`, `bf16_last_layers`,
+    `balance_loss` and `fused_swiglu` (config/model.py)."""
 
     kind: LayerKind = "local"
     attention: Kernel = "auto"
@@ -37,6 +37,8 @@ class Layers:
     fp8_params: bool = False
     bf16_first: int = 0
     bf16_last: int = 0
+    balance_loss: float = 0.0
+    fused_swiglu: bool = False
 
     def __post_init__(self) -> None:
         if self.fp8 != "none" and self.kind != "transformer_engine":
@@ -149,6 +151,16 @@ def check_layers(layers: Layers, dim: int, dtype: torch.dtype, support: LayerSup
         raise UserError("model.fp8: FP8 layers need bfloat16 parameters; set dtype to bfloat16")
     if support.fp8_refusal:
         raise UserError(f"model.fp8: {layers.fp8}: {support.fp8_refusal.rstrip('.')}; set it to none")
+
+
+def check_balance(layers: Layers, model: ModelConfig) -> None:
+    """Checks that a model whose experts are to be balanced has some.
+
+    Raises:
+        UserError: it has none.
+    """
+    if layers.balance_loss and model.experts is None:
+        raise UserError("model.balance_loss: the model has no experts; set it to 0")
 
 
 def check_fp8(layers: Layers, model: ModelConfig, tensor: int, pipeline: int) -> None:

@@ -9,6 +9,9 @@ the layout.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -126,6 +129,40 @@ def _gather_row(part_QGD: Tensor) -> Tensor:
     return restore_order(gather_from_sequence_parallel_region(part_QGD, group=group), group.size())
 
 
+@contextmanager
+def _stored_as_parts(whole: Sequence[Tensor], parts: Sequence[Tensor]) -> Iterator[None]:
+    """Of gathered tensors, autograd stores this rank's part; backward gathers the whole again."""
+    rows = {
+        gathered.untyped_storage().data_ptr(): _GatheredAgain(part.detach())
+        for gathered, part in zip(whole, parts, strict=True)
+    }
+
+    def pack(tensor: Tensor) -> Tensor | tuple[_GatheredAgain, tuple[Any, ...]]:
+        row = rows.get(tensor.untyped_storage().data_ptr())
+        view = tensor.size(), tensor.stride(), tensor.storage_offset()
+        return tensor if row is None else (row, view)
+
+    def unpack(stored: Tensor | tuple[_GatheredAgain, tuple[Any, ...]]) -> Tensor:
+        return stored if isinstance(stored, Tensor) else stored[0].row().as_strided(*stored[1])
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+@dataclass(slots=True, eq=False)
+class _GatheredAgain:
+    """Keys or values of a row, of which this rank's part is stored."""
+
+    part_QGD: Tensor
+    gathered_LGD: Tensor | None = None
+
+    @torch.no_grad()
+    def row(self) -> Tensor:
+        if self.gathered_LGD is None:
+            self.gathered_LGD = _gather_row(self.part_QGD)
+        return self.gathered_LGD
+
+
 def restore_order(gathered_LGD: Tensor, size: int) -> Tensor:
     """Restores the row's order from the concatenated parts of `size` ranks (packing.context_indices).
 
@@ -166,6 +203,9 @@ class PathAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Returns [Q, B, H * D]; Megatron's `attn_mask_type` is ignored."""
-        key_LGD, value_LGD = _gather_row(key_LBGD[:, 0]), _gather_row(value_LBGD[:, 0])
-        out_QHD = path_attention(query_QBHD[:, 0], key_LGD, value_LGD, layout_KQ, self.scale, self.kernel)
+        parts = key_LBGD[:, 0], value_LBGD[:, 0]
+        key_LGD, value_LGD = whole = tuple(map(_gather_row, parts))
+        again = self.config.gather_again and parallel_state.get_context_parallel_world_size() > 1
+        with _stored_as_parts(whole, parts) if again else nullcontext():
+            out_QHD = path_attention(query_QBHD[:, 0], key_LGD, value_LGD, layout_KQ, self.scale, self.kernel)
         return out_QHD.flatten(1).unsqueeze(1)

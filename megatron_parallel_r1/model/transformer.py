@@ -22,7 +22,8 @@ def transformer_config(
     parallel: ParallelConfig | None = None,
     layers: Layers | None = None,
 ) -> TransformerConfig:
-    """Returns Megatron's configuration of a model: no dropout, no fused kernels, deterministic.
+    """Returns Megatron's configuration of a model: no dropout, no other fused kernel than asked for,
+    deterministic.
 
     Arguments as in `gpt.build_model`, already checked.
     """
@@ -67,6 +68,8 @@ def transformer_config(
         deterministic_mode=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
@@ -78,7 +81,7 @@ def transformer_config(
         # "mlp" is that of dense layers alone; "moe" is router, dispatch and experts.
         recompute_modules=["mlp", "moe"] if parallel.recompute == "selective" else None,
         persist_layer_norm=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=layers.fused_swiglu,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -91,6 +94,7 @@ def transformer_config(
         # A softmax over the selected experts alone equals that over all, scaled to sum to 1.
         moe_router_pre_softmax=experts is not None and not experts.renormalized,
         moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=layers.balance_loss,  # experts.py's, not one of Megatron's
         # transformers' logits have the model's dtype; near ties among many experts, bfloat16 cannot tell.
         moe_router_dtype="fp32" if experts else None,
         moe_enable_routing_replay=experts is not None,
@@ -100,6 +104,8 @@ def transformer_config(
     # Megatron's attention computes YaRN's factor of cosines and sines from it; the config has no such field.
     if architecture.rope_attention_factor != 1.0 and architecture.rope_scaling is not None:
         config.yarn_rotary_scaling_factor = architecture.rope_scaling.factor
+    # Not one of Megatron's: spec.PathAttention reads it.
+    config.gather_again = parallel.gather_again
     return config
 
 

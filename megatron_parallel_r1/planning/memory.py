@@ -3,7 +3,7 @@
 Activations are counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
 Models" (arXiv 2205.05198, section 4): what autograd stores of a layer for backward, tensor by tensor. Here
 attention stores no scores and no mask (model/attention/), there is no dropout, RMSNorm stores its input and a
-scale, the MLP is SwiGLU with Megatron's unfused gate, and logits exist a chunk at a time
+scale, the MLP is SwiGLU, with Megatron's unfused gate or the fused one, and logits exist a chunk at a time
 (train/target_logprobs.py).
 
 Not counted: the float32 copies of bfloat16 in attention on a CPU (model/attention/sdpa.py), temporaries of
@@ -67,6 +67,7 @@ class Workload:
         slots: that the engine's cache must hold; None: no engine decodes in process.
         reference: whether a KL term needs a second model.
         staleness: updates that rollouts may be behind.
+        fused: whether the MLP is `model.fused_swiglu`.
     """
 
     row: int
@@ -74,6 +75,7 @@ class Workload:
     slots: int | None = None
     reference: bool = False
     staleness: int = 0
+    fused: bool = False
 
 
 def memory_use(
@@ -126,7 +128,7 @@ def activation_bytes(
     With `full` recompute each layer stores its input, and one layer at a time is complete; with `selective`
     one MLP at a time is.
     """
-    attention, norm, mlp = layer_bytes(shape, parallel, work.row, number)
+    attention, norm, mlp = layer_bytes(shape, parallel, work.row, number, work.fused)
     tokens, narrow = _tokens(parallel, work.row)
     kept, again = {
         "none": (attention + norm + mlp, 0),
@@ -144,18 +146,22 @@ def activation_bytes(
     return total
 
 
-def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: int) -> tuple[int, int, int]:
+def layer_bytes(
+    shape: ModelConfig, parallel: ParallelConfig, row: int, number: int, fused: bool = False
+) -> tuple[int, int, int]:
     """Returns what one layer stores of a row: for attention, the norm before the MLP, and the MLP.
 
     Attention: its norm and the norm's output E b, which the projection stores; the projection's output,
     (Q + 2 K) b, of which the norm of keys and attention's values are views, and a copy Q b of the queries if
     there are several groups; a scale of each head's norm; cosines and sines for both, 4 D b; the rotated
     query Q b and key K b; the output Q b and its sums. With context parallelism key and value are copies of
-    the whole row. MLP: gate and up, silu(gate), up + 0, and their product, 5 F b. Experts: the same for each
-    selected expert (k of n), the product scaled by the router's weight, and a copy of the token and of that
-    float32 weight, (6 F + E) b + 4; the router's choice and its inverse as int64 and their softmax in float32
-    (of all n where the weights are not renormalized), 20 k, and the weights and a mask of all experts, 5 n.
-    Under expert parallelism a rank gets as many tokens as it sends, if they are evenly routed.
+    the whole row, or with `gather_again` of this rank's part. MLP: gate and up, silu(gate), up + 0, and their
+    product, 5 F b. Experts: the same for each selected expert (k of n), the product scaled by the router's
+    weight, and a copy of the token and of that float32 weight, (6 F + E) b + 4; the router's choice and its
+    inverse as int64 and their softmax in float32 (of all n where the weights are not renormalized), 20 k, and
+    the weights and a mask of all experts, 5 n.
+    Under expert parallelism a rank gets as many tokens as it sends, if they are evenly routed. A fused SwiGLU
+    stores gate, up and the product, 3 F b, with experts scaled already.
     """
     tokens, narrow = _tokens(parallel, row)
     size = parallel.tensor
@@ -165,11 +171,13 @@ def layer_bytes(shape: ModelConfig, parallel: ParallelConfig, row: int, number: 
     projected = query + 2 * key + (query if groups > 1 else 0)
     per_token = number * (projected + 4 * dim + 2 * query) + FLOAT32 * (2 * heads + groups)
     seen = key if parallel.context == 1 else 2 * key
-    attention = normed + tokens * per_token + row * number * seen
+    held = tokens if parallel.gather_again else row
+    attention = normed + tokens * per_token + held * number * seen
     if shape.experts is None:
-        return attention, normed, tokens * number * 5 * (shape.ffn // size)
+        return attention, normed, tokens * number * (3 if fused else 5) * (shape.ffn // size)
     chosen = shape.experts
-    inside = number * (6 * (chosen.ffn // parallel.expert_split) + shape.hidden) + FLOAT32
+    stored = (3 if fused else 6) * (chosen.ffn // parallel.expert_split)
+    inside = number * (stored + shape.hidden) + FLOAT32
     scored = chosen.per_token if chosen.renormalized else chosen.count
     routed = 2 * INDEX * chosen.per_token + FLOAT32 * scored + (FLOAT32 + 1) * chosen.count
     # Ranks that split each expert all get the tokens of the tensor group.
@@ -266,7 +274,8 @@ def pipeline_parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[Pipeli
     Interleaved stages are assigned in turn (arXiv 2104.04473): rank p has stages p, p + pipeline, and so on.
     The last stage of a tied model has a copy of the embedding for its logits, unless it also embeds.
     """
-    each = shape.layers // (parallel.pipeline * parallel.virtual)
+    counts = parallel.stage_layers(shape.layers)
+    each = counts[0] // parallel.virtual
     experts = shape.experts.count // parallel.expert if shape.experts else 0
     sizes = {
         weight.name: weight.shard_shape(parallel.tensor if weight.expert is None else parallel.expert_split)
@@ -275,7 +284,10 @@ def pipeline_parts(shape: ModelConfig, parallel: ParallelConfig) -> tuple[Pipeli
     }
     parts = []
     for rank in range(parallel.pipeline):
-        starts = [(rank + turn * parallel.pipeline) * each for turn in range(parallel.virtual)]
+        if parallel.virtual == 1:
+            starts, each = [sum(counts[:rank])], counts[rank]
+        else:
+            starts = [(rank + turn * parallel.pipeline) * each for turn in range(parallel.virtual)]
         chunks = tuple(range(start, start + each) for start in starts)
         last = rank == parallel.pipeline - 1
         names = [EMBEDDING] if rank == 0 else []

@@ -30,9 +30,10 @@ from megatron_parallel_r1.planning.rollouts import LengthLimits, longest_respons
 from megatron_parallel_r1.planning.step_time import StepTime, Timing
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.run.datasets import load_tokenizer
+from megatron_parallel_r1.thought.format_settings import format_of
 from megatron_parallel_r1.thought.layout import Mode
-from megatron_parallel_r1.thought.tags import TAG_TEXTS
 from megatron_parallel_r1.thought.tokenizer import add_tags
+from megatron_parallel_r1.utils.hub import local_folder
 
 GIB = 2**30
 # A CUDA context with its libraries, which a sleeping process keeps; an estimate.
@@ -85,6 +86,7 @@ class Plan:
     Attributes:
         data: data-parallel replicas.
         gpu: bytes of memory of each rank.
+        fits: whether every stage and evaluation fits its GPUs, with servers that are colocated.
         notes: assumptions, and what will not work, a line each.
     """
 
@@ -97,6 +99,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     gpu: int
     machine: Machine
+    fits: bool
     notes: tuple[str, ...]
 
 
@@ -132,6 +135,9 @@ def plan(
             notes.append(f"a run would end with: {error}")
     planner = _Planner(recipe, shape, parts, data, longest, in_process, machine)
     stages = tuple(planner.stage(stage) for stage in recipe.stages)
+    needs = [stage.memories[stage.fullest] for stage in stages]
+    needs += [stage.evaluation for stage in stages if stage.evaluation is not None]
+    fits = all(need.total <= gpu for need in needs)
     notes += [
         *assumed,
         *(note for stage in stages for note in _warnings(stage, recipe, shape, data, gpu)),
@@ -140,8 +146,10 @@ def plan(
         servers, tensor = planner.timing.engines, recipe.rollout.tensor
         notes.append(f"times are for {servers} servers of {_gpus(tensor)} each")
         notes += _own_servers(recipe.rollout, world, machine.per_node)
-        notes += [planner.turns(stage, gpu) for stage in stages if isinstance(stage.stage, RlStage)]
-    return Plan(recipe, shape, parallel, world, data, parts, stages, gpu, machine, tuple(notes))
+        turns = [planner.turns(stage, gpu) for stage in stages if isinstance(stage.stage, RlStage)]
+        notes += [note for _, note in turns]
+        fits &= not recipe.rollout.colocated or all(together for together, _ in turns)
+    return Plan(recipe, shape, parallel, world, data, parts, stages, gpu, machine, fits, tuple(notes))
 
 
 def _own_servers(rollout: Rollout, world: int, per_node: int) -> Iterator[str]:
@@ -170,17 +178,17 @@ def _gpus(count: int) -> str:
 
 def _shape(recipe: Recipe) -> tuple[ModelConfig, list[str]]:
     """Returns the model's config, and the assumptions made about it."""
-    source = recipe.model
+    source, format = recipe.model, format_of(recipe.thinking.format)
     if source.path is not None:
-        shape, read = published_config(source.path)
-        note = f"{source.path} does not exist: using the sizes of the published {source.path.name}"
+        shape, read = published_config(local_folder(source.path))
+        note = f"{source.path} is not on this machine: using the sizes of the published {source.path.name}"
         return shape, [] if read else [note]
     assert source.shape is not None  # the recipe has a path or a shape
     if isinstance(recipe.tokenizer, BpeTokenizer):
-        vocab = recipe.tokenizer.vocab_size + len(TAG_TEXTS)
+        vocab = recipe.tokenizer.vocab_size + len(format.tags)
         return source.shape.config(vocab), ["few texts may give the tokenizer a smaller vocabulary"]
     tokenizer = load_tokenizer(recipe)
-    add_tags(tokenizer)
+    add_tags(tokenizer, format=format)
     return source.shape.config(len(tokenizer)), []
 
 
@@ -221,7 +229,8 @@ class _Planner:
             rounds, problems = 0, 0
         staleness = stage.max_off_policy_steps if isinstance(stage, RlStage) else 0
         micro_batches = self._micro_batches(together, longest)
-        work = Workload(self._packed(longest), micro_batches, slots, reference, staleness)
+        fused = self.recipe.model.fused_swiglu
+        work = Workload(self._packed(longest), micro_batches, slots, reference, staleness, fused)
         return StagePlan(
             stage=stage,
             mode=thinking.mode,
@@ -251,8 +260,8 @@ class _Planner:
         number = getattr(torch, self.recipe.model.dtype).itemsize
         return memory_use(self.shape, self.recipe.parallel, part, self.data, number, work)
 
-    def turns(self, planned: StagePlan, gpu: int) -> str:
-        """Says whether servers may share the GPUs of an RL stage: what the two phases of a step need."""
+    def turns(self, planned: StagePlan, gpu: int) -> tuple[bool, str]:
+        """Whether servers may share the GPUs of an RL stage, and what the two phases of a step need."""
         recipe, shape, trainer = self.recipe, self.shape, planned.memories[planned.fullest]
         number, size = getattr(torch, recipe.model.dtype).itemsize, recipe.rollout.tensor
         server = number * sum(prod(s) for weight in weight_table(shape) for _, s in weight.parts) // size
@@ -263,7 +272,7 @@ class _Planner:
         thinking = recipe.thinking_of(planned.stage)
         traces = tokens // longest_row(thinking, self._prompt(thinking))
         fits = learning <= gpu and traces > 0
-        return (
+        return fits, (
             f"stage {planned.stage.name}: {'colocated servers fit' if fits else 'wants servers apart'}; of "
             f"{gpu / GIB:.0f} GiB a GPU needs {learning / GIB:.0f} while the trainer learns, and "
             f"{drawing / GIB:.0f} while servers draw, beside their cache: room for {tokens:,} tokens, or "

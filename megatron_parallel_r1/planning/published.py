@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.hub import missing_folder
 
 _QWEN3 = {
     "Qwen3-0.6B": ModelConfig(1024, 28, 16, 8, 128, 3072, vocab=151936, tied=True, max_positions=40960),
@@ -40,10 +41,20 @@ _WITHOUT_BASE = {
         experts=ExpertsConfig(count=128, per_token=8, ffn=1536),
     ),
 }
+_SMOLLM2 = ModelConfig(
+    *(576, 30, 9, 3, 64, 1536),
+    vocab=49152,
+    rope_theta=1e5,
+    rms_eps=1e-5,
+    tied=True,
+    max_positions=8192,
+    family="llama",
+)
 PUBLISHED: Mapping[str, ModelConfig] = MappingProxyType(
     {f"{name}-Base": replace(shape, max_positions=32768) for name, shape in _QWEN3.items()}
     | _QWEN3
     | _WITHOUT_BASE
+    | {"SmolLM2-135M": _SMOLLM2, "SmolLM2-135M-Instruct": _SMOLLM2}
 )
 """By the last part of the name on the Hub, usually also the folder's name."""
 
@@ -60,7 +71,7 @@ def published_config(folder: Path) -> tuple[ModelConfig, bool]:
     if not file.is_file():
         if folder.name not in PUBLISHED:
             raise UserError(
-                f"{folder}: no config.json; give the folder of a Hugging Face model, or to plan without one "
+                f"{folder}: no config.json; {missing_folder(folder)}, or to plan without one "
                 f"name it after a published model: {', '.join(PUBLISHED)}"
             )
         return PUBLISHED[folder.name], False

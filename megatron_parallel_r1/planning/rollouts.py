@@ -31,19 +31,19 @@ class LengthLimits:
 
 def longest_response(thinking: Thinking) -> int:
     """Returns the most tokens of a flat response; all paths of a block may fill one critical path."""
-    together = 1 if thinking.mode == "sequential" else thinking.paths**thinking.max_depth
+    together = 1 if thinking.mode == "sequential" else thinking.most_paths**thinking.max_depth
     critical = thinking.max_critical_tokens or thinking.max_response_tokens
     return min(thinking.max_response_tokens, critical * together)
 
 
 def longest_branches(thinking: Thinking) -> int:
     """Returns the most tokens that `replay` repeats: paths 2..N of each block, once per nesting level."""
-    if thinking.mode != "replay" or thinking.paths == 1 or thinking.max_blocks == 0:
+    if thinking.mode != "replay" or thinking.most_paths == 1 or thinking.max_blocks == 0:
         return 0
     response = longest_response(thinking)
     if thinking.max_depth > 1:
         return thinking.max_depth * response
-    repeated = thinking.max_blocks * (thinking.paths - 1) * (thinking.max_path_tokens + PATH_TAGS)
+    repeated = thinking.max_blocks * (thinking.most_paths - 1) * (thinking.max_path_tokens + PATH_TAGS)
     return min(response, repeated)
 
 
@@ -71,8 +71,8 @@ def width(thinking: Thinking) -> float:
     if thinking.mode == "sequential" or thinking.max_blocks == 0:
         return 1.0
     response = longest_response(thinking)
-    inside = min(response, thinking.max_blocks * thinking.paths * (thinking.max_path_tokens + PATH_TAGS))
-    return response / (response - inside + inside / thinking.paths)
+    inside = min(response, thinking.max_blocks * thinking.most_paths * (thinking.max_path_tokens + PATH_TAGS))
+    return response / (response - inside + inside / thinking.most_paths)
 
 
 def rollout_cost(split: Split, thinking: Thinking, load: RolloutLoad) -> Cost:

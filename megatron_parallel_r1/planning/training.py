@@ -36,7 +36,9 @@ class Split:
 
     @property
     def layers(self) -> float:
-        """Layers of a rank, on average over the pipeline."""
+        """Layers of a rank, on average over the pipeline; if it is uneven by choice, of its fullest one."""
+        if self.parallel.uneven:
+            return max(self.parallel.stage_layers(self.shape.layers))
         return self.shape.layers / self.parallel.pipeline
 
 

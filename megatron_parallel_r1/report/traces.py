@@ -50,7 +50,8 @@ def trace_parts(
         `{"kind": "text", "text"}` or `{"kind": "block", "paths", "summary", "summary_closed",
         "well_formed", "stray"}`; a path is `{"text", "closed", "forced", "answer", "correct"}`, and a
         path with blocks of its own also has its "parts". `stray` is text of a malformed block
-        outside its paths. A block that the engine closed somewhere is not well formed.
+        outside its paths; in a format with plans a block also has its "plan". A block that the engine
+        closed somewhere is not well formed.
     """
     return list(_PartsBuilder(tokens, tokenizer, judge, sampled).parts(0, tree.length, tree.blocks))
 
@@ -66,7 +67,7 @@ class _PartsBuilder:
         for block in blocks:
             yield from self._text_part(start, block.start)
             yield self._block(block)
-            start = _stop(block, len(self.tokens))
+            start = block.stop(len(self.tokens))
         yield from self._text_part(start, stop)
 
     def _text_part(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
@@ -76,23 +77,25 @@ class _PartsBuilder:
 
     def _block(self, block: Block) -> dict[str, Any]:
         segments = block.segments(len(self.tokens))
-        gaps = [(block.start + 1, block.paths[0].start)]
+        before = (block.start + 1, block.paths[0].start)
+        gaps = [before] if block.planned is None else []
         gaps += [(path.stop, stop) for path, (_, stop) in zip(block.paths, segments, strict=True)]
         stray = " ".join(self._text(start, stop).strip() for start, stop in gaps).strip()
         summary = block.summary
-        ends = [*(path.stop for path in block.paths), *([summary.stop] if summary else [])]
-        own = self.sampled is None or all(self.sampled[end - 1] for end in ends)
+        own = self.sampled is None or all(self.sampled[end - 1] for end in block.own_ends)
+        plan = {} if block.planned is None else {"plan": self._text(*before)}
         return {
             "kind": "block",
+            **plan,
             "paths": [self._path(path) for path in block.paths],
-            "summary": summary and self._text(summary.start + 1, summary.stop - summary.closed),
-            "summary_closed": bool(summary and summary.closed),
+            "summary": summary and self._text(*summary.inside),
+            "summary_closed": bool(summary and summary.closed) or not block.summarised,
             "well_formed": block.well_formed and own,
             "stray": stray or None,
         }
 
     def _path(self, path: Path) -> dict[str, Any]:
-        start, stop = path.start + 1, path.stop - path.closed
+        start, stop = path.inside
         text = self._text(start, stop)
         answer, correct = self.judge(text)
         forced = path.closed and self.sampled is not None and not self.sampled[path.stop - 1]
@@ -108,13 +111,6 @@ class _PartsBuilder:
 
     def _text(self, start: int, stop: int) -> str:
         return decode(self.tokenizer, [int(token) for token in self.tokens[start:stop]])
-
-
-def _stop(block: Block, length: int) -> int:
-    """Index of the first token after a block."""
-    if block.summary is not None:
-        return block.summary.stop
-    return length if block.end is None else block.end + 1
 
 
 def trace_record(

@@ -18,7 +18,8 @@ class Format:
 
     Attributes:
         blocks: parallel blocks at any depth.
-        well_formed_blocks: blocks with at least two closed paths and a closed summary.
+        well_formed_blocks: blocks with at least two closed paths, as many as a plan asks for, and a closed
+            summary where the format has one.
         paths: paths of all blocks.
         problems: problems of the lenient parse: misplaced tags, text where a tag is required.
     """
@@ -62,9 +63,7 @@ class Format:
 def _well_formed(block: Block, sampled: Sequence[bool] | None) -> bool:
     if not block.well_formed or sampled is None:
         return block.well_formed
-    assert block.summary is not None, "a well-formed block has a summary"
-    stops = [*(path.stop for path in block.paths), block.summary.stop]
-    return all(sampled[stop - 1] for stop in stops)
+    return all(sampled[end - 1] for end in block.own_ends)
 
 
 def well_formed_parallel(tree: Tree) -> bool:

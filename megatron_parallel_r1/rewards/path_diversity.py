@@ -46,7 +46,7 @@ def trace_difference(tokens: Sequence[int], tree: Tree) -> float | None:
 
 def content_span(path: Path) -> tuple[int, int]:
     """Returns (start, stop) of the tokens between a path's tags."""
-    return path.start + 1, path.stop - path.closed
+    return path.inside
 
 
 def _bigrams(tokens: Sequence[int]) -> Counter[tuple[int, int]]:

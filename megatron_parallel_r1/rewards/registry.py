@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
-from math import isfinite
+from math import inf, isfinite
 from types import MappingProxyType
 from typing import Literal, TypeVar, get_args
 
@@ -92,6 +92,29 @@ class Length:
         return -min(max((tokens - self.free) / (self.limit - self.free), 0.0), 1.0)
 
 
+@dataclass(frozen=True, slots=True)
+class PGrpo:
+    """1 for a right answer plus `factor` x min(acceleration, `cap`), else 0: ThreadWeaver (arXiv 2512.07843).
+
+    The acceleration is the share of tokens off the critical path, 1 - critical / total. Defaults are those of
+    the published configuration. P-GRPO pairs it with `objective.advantage: dr_grpo`, since a division by the
+    standard deviation would let the acceleration decide wherever all answers of a group are right.
+    """
+
+    factor: float = 0.5
+    cap: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.factor < inf or not 0 <= self.cap <= 1:
+            raise ValueError(f"factor {self.factor} and cap {self.cap}; set factor >= 0 and 0 <= cap <= 1")
+
+    def __call__(self, judged: Judged, step: int) -> float:
+        if not judged.correct:
+            return 0.0
+        acceleration = 1.0 - judged.critical_length / judged.length if judged.length else 0.0
+        return 1.0 + self.factor * min(acceleration, self.cap)
+
+
 def score_accuracy(judged: Judged) -> float:
     """1 for a right final answer, else 0: the score of every evaluation, whatever the training reward."""
     return float(judged.correct)
@@ -104,6 +127,7 @@ TERMS: Mapping[str, Callable[..., Term]] = MappingProxyType(
         "accuracy_x_parallel": AccuracyTimesParallel,
         "diversity": Diversity,
         "length": Length,
+        "p_grpo": PGrpo,
     }
 )
 """Name to frozen dataclass; its fields are the settings of the term."""

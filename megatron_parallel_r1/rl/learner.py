@@ -23,10 +23,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from numpy.typing import NDArray
 
 from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.distributed.collectives import all_reduce_max, run_on_rank_zero, sum_metrics
+from megatron_parallel_r1.rl.expert_exchange import fetch_experts
 from megatron_parallel_r1.rl.objective.advantage import (
     ADVANTAGES,
     Float64,
@@ -224,11 +226,13 @@ class Learner:
         lengths = [row_length(t.outline.prompt_length, t.outline.tree, self.mode) for t in traces]
         groups = np.arange(len(traces)).reshape(-1, self.batch.samples)
         count = min(self.batch.mini_batches, len(groups))
-        device, place = self.trainer.device, self.trainer.partition
+        device, place, model = self.trainer.device, self.trainer.partition, self.trainer.model.architecture
+        parts = [part.ravel() for part in np.array_split(groups, count)]
+        shares = [partition(lengths, self.batch.micro_tokens, place, part.tolist()) for part in parts]
+        wanted = {index for share in shares for chosen in share for index in chosen}
+        experts = fetch_experts(traces, wanted) if self.objective.replay_experts else {}
         mini_batches = []
-        for part in np.array_split(groups, count):
-            indices = part.ravel()
-            share = partition(lengths, self.batch.micro_tokens, place, indices.tolist())
+        for indices, share in zip(parts, shares, strict=True):
             own = {i: traces[i] for chosen in share for i in chosen}
             rows = {
                 i: lay_out(t.prompt, t.column("tokens"), t.column("sampled"), t.outline.tree, self.mode)
@@ -240,27 +244,18 @@ class Learner:
                 MicroBatch.of(row, device, engine, suppressed, self.tags.parallel)
                 for row in pack_share(rows, share, place)
             ]
-            if self.objective.replay_experts:
-                micro_batches = self._with_experts(micro_batches, own)
+            if experts:
+                chosen = {i: recorded_experts(experts[i], lengths[i], model) for i in own if i in experts}
+                micro_batches = [self._with_experts(batch, chosen) for batch in micro_batches]
             mini_batches.append(MiniBatch(indices, list(own), micro_batches))
         return mini_batches
 
-    def _with_experts(
-        self, micro_batches: Sequence[MicroBatch], own: Mapping[int, PackedTrace]
-    ) -> list[MicroBatch]:
+    def _with_experts(self, batch: MicroBatch, recorded: Mapping[int, NDArray[np.int16]]) -> MicroBatch:
         """Adds the experts that the engine chose, where it recorded them for all traces of the row."""
-        model, device, place = self.trainer.model.architecture, self.trainer.device, self.trainer.partition
-        recorded = {
-            index: recorded_experts(t.experts, t.outline.prompt_length + t.outline.length, model)
-            for index, t in own.items()
-            if t.experts
-        }
-        return [
-            replace(batch, experts_LXC=to_device(row_experts(batch.row, recorded, place), device))
-            if batch.row.segment_ids and recorded.keys() >= set(batch.row.segment_ids)
-            else batch
-            for batch in micro_batches
-        ]
+        if not batch.row.segment_ids or not recorded.keys() >= set(batch.row.segment_ids):
+            return batch
+        experts_LXC = row_experts(batch.row, recorded, self.trainer.partition)
+        return replace(batch, experts_LXC=to_device(experts_LXC, self.trainer.device))
 
     def _compute_logprobs(self, mini_batches: Sequence[MiniBatch]) -> None:
         """Adds the log-probs of the old and the reference policy to micro-batches, where needed."""
@@ -388,20 +383,19 @@ class Learner:
         old = [m.values["old"] for m in micro_batches if "old" in m.values] or updates[0].logprobs
         pairs = [(old_N, m.values["engine"]) for old_N, m in zip(old, micro_batches, strict=False)]
         device = self.trainer.device
-        largest = all_reduce_max(largest_apart(pairs), device)
+        largest, scale = all_reduce_max(largest_apart(pairs), device)
         apart = Mismatch.of(sum_metrics([mismatch_sums(*pair) for pair in pairs], device), largest)
         return {
             "mismatch_max": apart.max,
             "mismatch_mean": apart.mean,
             "mismatch_k3": apart.k3,
             "mismatch_effective": apart.effective,
-            "mismatch_rounding": self._rounding.largest,
+            "mismatch_rounding": self._rounding(scale).largest,
         }
 
-    @property
-    def _rounding(self) -> RoundingLimits:
-        """The mismatch that rounding explains at the log-probs of a uniform choice."""
+    def _rounding(self, scale: float) -> RoundingLimits:
+        """The mismatch that rounding explains at log-probs to `scale`, at least those of a uniform choice."""
         model = self.trainer.model
         dtype = "float8_e4m3fn" if model.config.fp8 else str(model.config.params_dtype).removeprefix("torch.")
         nats = math.log(model.architecture.vocab) / self.trainer.temperature
-        return rounding_limits([dtype], model.architecture.layers, nats)
+        return rounding_limits([dtype], model.architecture.layers, max(scale, nats))

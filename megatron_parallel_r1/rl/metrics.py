@@ -75,7 +75,18 @@ def trace_metrics(outlines: Sequence[Outline], judged: Sequence[Judged]) -> dict
         "length": fmean(outline.length for outline in outlines),
         "critical_length": fmean(j.critical_length for j in judged),
         "truncated": fmean(outline.finish == "length" for outline in outlines),
+        **_plan_metrics(outlines, judged),
     }
+
+
+def _plan_metrics(outlines: Sequence[Outline], judged: Sequence[Judged]) -> dict[str, float]:
+    """Mean tokens of a block's plan, and mean share of tokens off the critical path; {} without plans."""
+    blocks = [block for outline in outlines for _, block in outline.tree.all_blocks()]
+    plans = [block.fork - block.start - 1 for block in blocks if block.planned is not None]
+    if not plans:
+        return {}
+    off_path = (1 - j.critical_length / j.length for j in judged if j.length)
+    return {"plan_length": fmean(plans), "acceleration": fmean(off_path)}
 
 
 def source_metrics(rollouts: Rollouts) -> dict[str, float]:

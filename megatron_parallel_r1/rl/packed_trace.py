@@ -6,7 +6,7 @@ all others would gain nothing from more ranks (`python -m benchmarks.trace_excha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,18 +24,26 @@ class PackedTrace:
 
     Attributes:
         columns: the prompt's token ids, then each of COLUMNS; `versions` may be missing.
-        experts: as of `Trace`.
+        recorded: whether the trace has experts.
+        experts: as of `Trace`; empty on ranks that do not hold them (expert_exchange.py).
     """
 
     outline: Outline
     columns: bytes
+    recorded: bool = False
     experts: bytes = b""
 
     @classmethod
     def of(cls, trace: Trace) -> PackedTrace:
         values = [np.asarray(getattr(trace, name), kind) for name, kind in COLUMNS.items()]
         columns = [np.asarray(trace.prompt, PROMPT), *values]
-        return cls(trace.outline, b"".join(column.tobytes() for column in columns), trace.experts)
+        whole = b"".join(column.tobytes() for column in columns)
+        return cls(trace.outline, whole, bool(trace.experts), trace.experts)
+
+    @property
+    def without_experts(self) -> PackedTrace:
+        """As ranks that do not hold its experts have it."""
+        return replace(self, experts=b"")
 
     @property
     def prompt(self) -> NDArray[np.int32]:

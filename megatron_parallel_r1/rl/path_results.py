@@ -101,7 +101,7 @@ def _summary_support(
     def read(start: int, stop: int) -> str | None:
         return read_result(decode(tokenizer, trace.tokens[start:stop]))
 
-    summary = read(block.summary.start + 1, block.summary.stop - block.summary.closed)
+    summary = read(*block.summary.inside)
     results = [value for value in (read(*content_span(path)) for path in block.paths) if value is not None]
     if summary is None or not results:
         return None

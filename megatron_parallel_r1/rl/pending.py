@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -19,10 +19,12 @@ from pydantic import TypeAdapter
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged, Score
+from megatron_parallel_r1.rl.expert_exchange import fetch_experts
 from megatron_parallel_r1.rl.packed_trace import COLUMNS, PackedTrace
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch, Rollouts
 from megatron_parallel_r1.thought.trace import Finish, Trace
 from megatron_parallel_r1.thought.tree import Tree
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 PROBLEMS, TREES = TypeAdapter(list[Problem]), TypeAdapter(list[Tree])
 JUDGED, SCORES = TypeAdapter(list[Judged]), TypeAdapter(list[Score])
@@ -30,8 +32,11 @@ FINISHES = TypeAdapter(list[Finish])
 
 
 def to_json(batch: RolloutBatch) -> dict[str, Any]:
-    """Serializes the batch of a step; `from_json` restores an equal one."""
+    """Serializes the batch of a step on rank zero; `from_json` restores an equal one. Every rank calls it."""
     rollouts = batch.all
+    experts = fetch_experts(rollouts.traces, range(len(rollouts)) if is_rank_zero() else ())
+    if not is_rank_zero():
+        return {}
     problems = list(dict.fromkeys(rollouts.problems))
     numbers = {problem: number for number, problem in enumerate(problems)}
     # The trained traces are objects of `batch.all`.
@@ -40,7 +45,7 @@ def to_json(batch: RolloutBatch) -> dict[str, Any]:
         # Their rows served the rewards, which are computed.
         "problems": PROBLEMS.dump_python([replace(p, columns={}) for p in problems], mode="json"),
         "problem": [numbers[problem] for problem in rollouts.problems],
-        "traces": _traces_to_json(rollouts.traces),
+        "traces": _traces_to_json(rollouts.traces, experts),
         "judged": JUDGED.dump_python(rollouts.judged, mode="json"),
         "scores": SCORES.dump_python(rollouts.scores, mode="json"),
         "kept": [places[id(trace)] for trace in batch.trained.traces],
@@ -63,7 +68,7 @@ def from_json(written: dict[str, Any]) -> RolloutBatch:
     return RolloutBatch(rollouts, trained, written["rounds"], times)
 
 
-def _traces_to_json(traces: Sequence[PackedTrace]) -> dict[str, Any]:
+def _traces_to_json(traces: Sequence[PackedTrace], experts: Mapping[int, bytes]) -> dict[str, Any]:
     outlines = [trace.outline for trace in traces]
     return {
         "lengths": [outline.length for outline in outlines],
@@ -71,7 +76,7 @@ def _traces_to_json(traces: Sequence[PackedTrace]) -> dict[str, Any]:
         "finishes": [outline.finish for outline in outlines],
         "trees": TREES.dump_python([outline.tree for outline in outlines], mode="json"),
         **{name: _compressed([trace.column(name) for trace in traces]) for name in COLUMNS},
-        "experts": [b64encode(zlib.compress(trace.experts)).decode() for trace in traces],
+        "experts": [b64encode(zlib.compress(experts.get(i, b""))).decode() for i in range(len(traces))],
     }
 
 

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.rewards.base import Judged, Score
+from megatron_parallel_r1.rl.expert_exchange import fetch_experts
 from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.thought.trace import Outline
+from megatron_parallel_r1.utils.rank import is_rank_zero
 
 T = TypeVar("T")
 # Fields of a trace that the record of a skipped step keeps, enough to repeat its updates.
@@ -73,14 +75,15 @@ class RolloutBatch:
     times: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def records(self) -> list[dict[str, Any]]:
-        """Everything needed to repeat the step's updates, JSON-ready."""
-        traces = [trace.unpack() for trace in self.trained.traces]
-        pairs = zip(traces, self.trained.rewards, strict=True)
+        """Everything needed to repeat the step's updates, JSON-ready; every rank calls it."""
+        packed = self.trained.traces
+        experts = fetch_experts(packed, range(len(packed)) if is_rank_zero() else ())
+        pairs = zip((trace.unpack() for trace in packed), self.trained.rewards, strict=True)
         return [
             {name: getattr(trace, name) for name in KEPT}
             | {"reward": reward}
-            | ({"experts": b64encode(trace.experts).decode()} if trace.experts else {})
-            for trace, reward in pairs
+            | ({"experts": b64encode(experts[index]).decode()} if index in experts else {})
+            for index, (trace, reward) in enumerate(pairs)
         ]
 
 

@@ -216,7 +216,8 @@ class AsyncRollouts:
     def state(self) -> list[dict[str, Any]]:
         with self._changed:
             batches = self._pending()
-        return [to_json(batch) for batch in batches] if is_rank_zero() else []
+        written = [to_json(batch) for batch in batches]
+        return written if is_rank_zero() else []
 
     def state_after(self, step: int) -> list[dict[str, Any]]:
         return []

@@ -31,6 +31,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards.base import Judged, Reward, reward_metrics
 from megatron_parallel_r1.rewards.verification import extract_answer
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.expert_exchange import with_own
 from megatron_parallel_r1.rl.metrics import (
     group_metrics,
     judge_traces,
@@ -98,10 +99,11 @@ class RolloutWorker:
         world: dist.ProcessGroup | None,
     ) -> RolloutWorker:
         """Builds the rollout worker of a stage."""
+        replays_experts = run.shape.experts is not None and stage.objective.replay_experts
         return cls(
             stage,
             problems,
-            Thinker(engine, run.tags, run.recipe.thinking_of(stage)),
+            Thinker(engine, run.tags, run.recipe.thinking_of(stage), replays_experts),
             run.tokenizer,
             verifier,
             seed=run.seed_of(stage.name, "rollout"),
@@ -258,10 +260,12 @@ def sample_and_verify(
             return []
         with timers.of("verify"):
             judged = judge_traces(traces, own_problems, tokenizer, verifier)
-        return list(zip(map(PackedTrace.of, traces), judged, strict=True))
+        own.extend(map(PackedTrace.of, traces))
+        return [(trace.without_experts, verdict) for trace, verdict in zip(own, judged, strict=True)]
 
+    own: list[PackedTrace] = []
     pairs = gather_from_replicas(work, world)
-    return [trace for trace, _ in pairs], [judgement for _, judgement in pairs]
+    return with_own([trace for trace, _ in pairs], own), [judgement for _, judgement in pairs]
 
 
 def _embedded_result(text: str) -> str | None:

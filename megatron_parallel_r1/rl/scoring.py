@@ -81,7 +81,7 @@ def judged_trace(
     for _, block in trace.tree.all_blocks():
         spans = [content_span(path) for path in block.paths]
         closing = block.summary
-        summary = (closing.start + 1, closing.stop - closing.closed) if closing is not None else None
+        summary = closing.inside if closing is not None else None
         blocks.append(
             BlockText(
                 paths=tuple(text(*span) for span in spans),

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_parallel_r1.thought.layout import Mode
 
@@ -54,13 +56,13 @@ class Interrupted(Exception):
 
 @runtime_checkable
 class RecordsExperts(Protocol):
-    """An engine that remembers which experts it chose."""
+    """An engine that remembers which experts it chose.
 
-    def experts_of(self, context: Any) -> bytes:
-        """The experts of each token of a context that is in the cache: int16, by token, layer and choice.
+    Shapes: T tokens, Z choices of a token: those of its first layer, then those of the next one.
+    """
 
-        Empty for a model without experts.
-        """
+    async def experts_of(self, context: Any, count: int) -> NDArray[np.int16]:
+        """The experts [T, Z] of the last `count` tokens of a context; the very last one may be missing."""
 
 
 class Engine(Protocol, Generic[Context]):

@@ -1,8 +1,11 @@
 """The parallel-thinking loop: writes one trace with any engine.
 
     chain:  sample until <Parallel>, eos, the chain's own end, or a limit; at <Parallel> write a block, repeat
-    block:  N forks each write <Path> and a chain of their own; force </Path> where one was cut;
+    block:  where the format has a plan, sample it and count its items: N, or no fork at all;
+            N forks each write <Path> and a chain of their own; force </Path> where one was cut;
             join, force </Parallel> <Summary>, sample the summary
+
+The tags here are Parallel-R1's; what is forced where is data (`thought/formats.py`).
 
 Modes differ only in what the paths and the summary see:
 - `isolated`: paths are forks, and the join sees their caches.
@@ -24,12 +27,15 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_parallel_r1.rollout.draft import Draft, TokenBudget
 from megatron_parallel_r1.rollout.engine import Completion, Context, Engine, RecordsExperts, Sampling
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.thought.parser import parse
+from megatron_parallel_r1.thought.parser import parse, planned_paths
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.utils.seeding import hash_seed
@@ -43,69 +49,19 @@ NOTHING: frozenset[int] = frozenset()
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBudget:
-    """Tokens left for a chain: in the flat text, and on the critical path."""
-
-    flat: int
-    critical: int
-
-    @property
-    def smallest(self) -> int:
-        return min(self.flat, self.critical)
-
-    def minus(self, flat: int, critical: int) -> TokenBudget:
-        return TokenBudget(self.flat - flat, self.critical - critical)
-
-
-@dataclass(slots=True)
-class Draft:
-    """A chain's flat tokens and their columns; `critical` counts the tokens on its critical path."""
-
-    tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
-    suppressed: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    critical: int = 0
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def add_forced(self, tokens: Sequence[int], version: int) -> None:
-        self.tokens += tokens
-        self.sampled += [False] * len(tokens)
-        self.suppressed += [False] * len(tokens)
-        self.logprobs += [0.0] * len(tokens)
-        self.versions += [version] * len(tokens)
-        self.critical += len(tokens)
-
-    def add_sampled(self, completion: Completion, suppressed: bool) -> None:
-        self.tokens += completion.tokens
-        self.sampled += [True] * len(completion.tokens)
-        self.suppressed += [suppressed] * len(completion.tokens)
-        self.logprobs += completion.logprobs
-        self.versions += completion.versions
-        self.critical += len(completion.tokens)
-
-    def add_siblings(self, paths: Sequence[Draft]) -> None:
-        for path in paths:
-            self.tokens += path.tokens
-            self.sampled += path.sampled
-            self.suppressed += path.suppressed
-            self.logprobs += path.logprobs
-            self.versions += path.versions
-        self.critical += max(path.critical for path in paths)
-
-
 class Thinker(Generic[Context]):
     """Writes traces with one engine and one set of settings.
+
+    Args:
+        records_experts: traces have `experts`; the model is a mixture of experts.
 
     Raises:
         ValueError: the engine is not exact in `settings.mode`.
     """
 
-    def __init__(self, engine: Engine[Context], tags: Tags, settings: Thinking) -> None:
+    def __init__(
+        self, engine: Engine[Context], tags: Tags, settings: Thinking, records_experts: bool = False
+    ) -> None:
         if settings.mode not in engine.modes:
             raise ValueError(
                 f"mode {settings.mode} is not one of the engine's modes: {', '.join(sorted(engine.modes))}"
@@ -113,6 +69,10 @@ class Thinker(Generic[Context]):
         self.engine = engine
         self.tags = tags
         self.settings = settings
+        self._recorder: RecordsExperts | None = None
+        if records_experts:
+            assert isinstance(engine, RecordsExperts), "this engine records no experts"
+            self._recorder = engine
 
     async def trace(
         self,
@@ -128,7 +88,7 @@ class Thinker(Generic[Context]):
             prompt: token ids, already written in `opened`.
             opened: a context of the caller; a fork of it is used.
             seed: fixes every draw of this trace.
-            paths: sibling paths of its blocks, 1..8; None: as in the settings.
+            paths: sibling paths of its blocks, 1..8; None: as in the settings. A plan overrides both.
             observe: called with each token of the trace, forced ones included, in order within a branch. The
                 engine then draws one token a call. Draws depend on seed and position: the trace is the same.
         """
@@ -136,12 +96,10 @@ class Thinker(Generic[Context]):
         budget = TokenBudget(
             settings.max_response_tokens, settings.max_critical_tokens or settings.max_response_tokens
         )
-        writing = _Writing(self.engine, self.tags, settings, seed, observe)
+        writing = _Writing(self.engine, self.tags, settings, seed, observe, self._recorder)
         try:
             draft, end, context = await writing.chain(writing.fork(opened), Draft(), budget, depth=0)
-            # The branches of a `replay` row are in contexts of their own.
-            engine = self.engine if settings.mode != "replay" else None
-            experts = engine.experts_of(context) if isinstance(engine, RecordsExperts) else b""
+            experts = await writing.experts(context, len(prompt), draft)
         finally:
             writing.close_all()
         return Trace(
@@ -167,12 +125,14 @@ class _Writing(Generic[Context]):
         settings: Thinking,
         seed: int,
         observe: Observer | None,
+        recorder: RecordsExperts | None,
     ) -> None:
         self.engine = engine
         self.tags = tags
         self.settings = settings
         self.seed = seed
         self._observe = observe
+        self._recorder = recorder
         self._open: dict[int, Context] = {}
 
     def fork(self, context: Context) -> Context:
@@ -183,6 +143,16 @@ class _Writing(Generic[Context]):
         for context in tuple(self._open.values()):
             self._close(context)
 
+    async def experts(self, context: Context, prompt_length: int, draft: Draft) -> bytes:
+        """The trace's `experts`; `context` is its last."""
+        if self._recorder is None:
+            return b""
+        count = prompt_length + len(draft)
+        flat_TZ = await self._recorder.experts_of(context, count)
+        if self.settings.mode != "replay":
+            return flat_TZ.tobytes()
+        return np.concatenate([_whole(flat_TZ, count), *draft.branches]).tobytes()
+
     async def chain(
         self, context: Context, draft: Draft, budget: TokenBudget, depth: int, branch: Branch = ()
     ) -> tuple[Draft, End, Context]:
@@ -190,27 +160,27 @@ class _Writing(Generic[Context]):
 
         Args:
             context: holds the whole prefix; this call owns it.
-            draft: of this chain; a path's begins with `<Path>`.
+            draft: of this chain; a path's begins with its forced tokens.
             budget: for all of `draft`.
             branch: block and path numbers down to this chain; part of the seed of its draws.
         """
-        tags, blocks = self.tags, 0
+        tags, opened, blocks = self.tags, 0, 0
         ends = tags.ends | {tags.path_end} if depth else tags.ends
         while True:
             left = budget.minus(len(draft), draft.critical)
             if left.smallest < 1:
                 return draft, "length", context
             # Stop where a block no longer fits: once drawn, `<Parallel>` always has room for one.
-            before_block = left.minus(*self._smallest_block(depth)).smallest
+            before_block = left.minus(*self._smallest_block(depth, self._most_paths)).smallest
             may_open = (
                 self.settings.mode != "sequential"
-                and blocks < self.settings.max_blocks
+                and opened < self.settings.max_blocks
                 and depth < self.settings.max_depth
                 and before_block >= 1
             )
             limit = before_block if may_open else left.smallest
             stop = ends | {tags.parallel} if may_open else ends
-            suppress = NOTHING if may_open else frozenset({tags.parallel})
+            suppress = NOTHING if may_open or not tags.known else frozenset({tags.parallel})
             drawn = await self._sample(context, limit, stop, suppress, branch)
             draft.add_sampled(drawn, suppressed=not may_open)
             if not drawn.stopped:
@@ -219,59 +189,90 @@ class _Writing(Generic[Context]):
                 return draft, "eos", context
             if drawn.tokens[-1] == tags.path_end:
                 return draft, "closed", context
+            opened += 1
+            paths: int | End | None = self.settings.paths
+            if tags.plan_end is not None:
+                paths = await self._plan(context, draft, budget, depth, branch)
+            if paths is None and tags.format.bad_plan == "continue":
+                continue
+            if not isinstance(paths, int):
+                return draft, paths or "length", context
             blocks += 1
-            end, context = await self._block(context, draft, budget, depth, (*branch, blocks))
+            end, context = await self._block(context, draft, budget, depth, (*branch, blocks), paths)
             if end != "closed":
                 return draft, end, context
 
+    async def _plan(
+        self, context: Context, draft: Draft, budget: TokenBudget, depth: int, branch: Branch
+    ) -> int | End | None:
+        """Writes the plan of a block whose opening tag was just drawn, as a part of its chain.
+
+        Returns:
+            The number of paths that it asks for; None if it asks for none or too many; the end of the chain
+            where that ended in mid-plan.
+        """
+        tags, begin = self.tags, len(draft) - 1
+        assert tags.plan_end is not None, "a format without plans"
+        ends = tags.ends | {tags.path_end} if depth else tags.ends
+        left = budget.minus(len(draft), draft.critical)
+        limit = left.minus(*self._smallest_block(depth, self._most_paths)).smallest + 1
+        drawn = await self._sample(context, limit, ends | {tags.plan_end}, frozenset({tags.parallel}), branch)
+        draft.add_sampled(drawn, suppressed=True)
+        if not drawn.stopped:
+            return "length"
+        if drawn.tokens[-1] in ends:
+            return "eos" if drawn.tokens[-1] in tags.ends else "closed"
+        return planned_paths(draft.tokens[begin:], tags)
+
     async def _block(
-        self, trunk: Context, draft: Draft, budget: TokenBudget, depth: int, branch: Branch
+        self, trunk: Context, draft: Draft, budget: TokenBudget, depth: int, branch: Branch, count: int
     ) -> tuple[End, Context]:
-        """Writes the rest of a block whose `<Parallel>` was just drawn, and its summary."""
+        """Writes the `count` paths of a block that forks here, and its summary."""
         engine, tags = self.engine, self.tags
         await engine.write(trunk, ())
-        path_budget = self._path_budget(budget.minus(len(draft), draft.critical), depth)
+        limit = self._path_limit(budget.minus(len(draft), draft.critical), depth, count)
         if self.settings.mode == "causal":
             paths = []
-            for index in range(self.settings.paths):
-                written = await self._path(trunk, path_budget, depth + 1, (*branch, index))
+            for index in range(count):
+                written = await self._path(trunk, limit, depth + 1, (*branch, index))
                 paths.append(written)
                 trunk = written[1]
             context = trunk
         else:
             paths = await _gather(
-                [
-                    self._path(self.fork(trunk), path_budget, depth + 1, (*branch, index))
-                    for index in range(self.settings.paths)
-                ]
+                [self._path(self.fork(trunk), limit, depth + 1, (*branch, index)) for index in range(count)]
             )
             context = await self._joined(trunk, paths)
         draft.add_siblings([path for path, _ in paths])
-        await engine.write(context, (tags.parallel_end, tags.summary))
-        draft.add_forced((tags.parallel_end, tags.summary), engine.version)
-        self._show(branch, (tags.parallel_end, tags.summary))
+        await self._force(context, draft, tags.joined, branch)
+        if tags.summary_end is None:
+            return "closed", context
         end = await self._summary(context, draft, budget, depth, branch)
-        if end != "closed" and depth:
+        if end == "closed":
+            await self._force(context, draft, tags.behind, branch)
+        elif depth:
             # The enclosing path continues to its own forced end; the text must mark where the summary ended.
-            draft.add_forced((tags.summary_end,), engine.version)
-            await engine.write(context, (tags.summary_end,))
-            self._show(branch, (tags.summary_end,))
+            await self._force(context, draft, (tags.summary_end, *tags.behind), branch)
         return end, context
 
-    async def _path(
-        self, context: Context, budget: TokenBudget, depth: int, branch: Branch
-    ) -> tuple[Draft, Context]:
-        """Writes one `<Path> … </Path>` to `context`, and returns the context written."""
-        draft = Draft()
-        draft.add_forced((self.tags.path,), self.engine.version)
-        await self.engine.write(context, (self.tags.path,))
-        self._show(branch, (self.tags.path,))
+    async def _path(self, context: Context, limit: int, depth: int, branch: Branch) -> tuple[Draft, Context]:
+        """Writes one `<Path> … </Path>` to `context`, drawing at most `limit` tokens; returns the context."""
+        begin = self.tags.path_begin(branch[-1] + 1)
+        draft, budget = Draft(), TokenBudget(len(begin) + limit, len(begin) + limit)
+        await self._force(context, draft, begin, branch)
         draft, end, context = await self.chain(context, draft, budget, depth, branch)
         closing = () if end == "closed" else (self.tags.path_end,)
         draft.add_forced(closing, self.engine.version)
         await self.engine.write(context, closing)
         self._show(branch, closing)
         return draft, context
+
+    async def _force(self, context: Context, draft: Draft, tokens: Sequence[int], branch: Branch) -> None:
+        """Writes forced tokens, if any."""
+        if tokens:
+            draft.add_forced(tokens, self.engine.version)
+            await self.engine.write(context, tokens)
+            self._show(branch, tokens)
 
     async def _joined(self, trunk: Context, paths: Sequence[tuple[Draft, Context]]) -> Context:
         contexts = [context for _, context in paths]
@@ -280,6 +281,10 @@ class _Writing(Generic[Context]):
         else:
             joined = self.fork(contexts[0])
             others = [token for draft, _ in paths[1:] for token in draft.tokens]
+            if self._recorder is not None:
+                for draft, path in paths[1:]:
+                    chosen_TZ = await self._recorder.experts_of(path, len(draft))
+                    draft.branches.insert(0, _whole(chosen_TZ, len(draft)))
             await self.engine.write(joined, others)
         for context in (trunk, *contexts):
             self._close(context)
@@ -288,9 +293,10 @@ class _Writing(Generic[Context]):
     async def _summary(
         self, context: Context, draft: Draft, budget: TokenBudget, depth: int, branch: Branch
     ) -> End:
-        limit = budget.minus(len(draft), draft.critical).smallest - (depth > 0)
+        limit = budget.minus(len(draft), draft.critical).smallest - (depth > 0) - len(self.tags.behind)
         if limit < 1:
             return "length"
+        assert self.tags.summary_end is not None, "a format without summaries"
         stop = self.tags.ends | {self.tags.summary_end}
         drawn = await self._sample(context, limit, stop, frozenset({self.tags.parallel}), branch)
         draft.add_sampled(drawn, suppressed=True)
@@ -298,21 +304,29 @@ class _Writing(Generic[Context]):
             return "length"
         return "eos" if drawn.tokens[-1] in self.tags.ends else "closed"
 
-    def _smallest_block(self, depth: int) -> tuple[int, int]:
-        """Flat and critical tokens after `<Parallel>` of a block whose paths draw one token each.
+    @property
+    def _most_paths(self) -> int:
+        """The most paths that a block can have."""
+        return self.settings.paths if self.tags.format.plan is None else self.tags.format.max_paths
 
-        A path has `<Path>`, its drawn tokens, and maybe a forced `</Path>`; the block ends with two tags, a
-        nested one maybe with a forced `</Summary>` too.
+    def _smallest_block(self, depth: int, paths: int) -> tuple[int, int]:
+        """Flat and critical tokens after `<Parallel>` of a block whose plan and paths draw one token each.
+
+        A path has its forced begin, its drawn tokens, and maybe a forced `</Path>`; the block ends with
+        forced tokens, a nested one maybe with a forced `</Summary>` too.
         """
-        ending = 2 + (depth > 0) + self.settings.reserve_tokens
-        return 3 * self.settings.paths + ending, 3 + ending
+        tags = self.tags
+        path = max(len(tags.path_begin(number + 1)) for number in range(paths)) + 2
+        ending = len(tags.joined) + len(tags.behind) + self.settings.reserve_tokens
+        ending += (depth > 0 and tags.summary is not None) + (tags.plan_end is not None)
+        return path * paths + ending, path + ending
 
-    def _path_budget(self, left: TokenBudget, depth: int) -> TokenBudget:
-        """The budget of each path of a block that begins now: `<Path>` and what the path may draw."""
-        flat, critical = self._smallest_block(depth)
-        spare = left.minus(flat, critical)
-        drawn = min(1 + spare.flat // self.settings.paths, 1 + spare.critical, self.settings.max_path_tokens)
-        return TokenBudget(1 + drawn, 1 + drawn)
+    def _path_limit(self, left: TokenBudget, depth: int, paths: int) -> int:
+        """The tokens that each path of a block may draw, once the block forks."""
+        flat, critical = self._smallest_block(depth, paths)
+        planned = self.tags.plan_end is not None
+        spare = left.minus(flat - planned, critical - planned)
+        return min(1 + spare.flat // paths, 1 + spare.critical, self.settings.max_path_tokens)
 
     async def _sample(
         self, context: Context, limit: int, stop: frozenset[int], suppress: frozenset[int], branch: Branch
@@ -346,6 +360,11 @@ class _Writing(Generic[Context]):
     def _close(self, context: Context) -> None:
         del self._open[id(context)]
         self.engine.close(context)
+
+
+def _whole(experts_TZ: NDArray[np.int16], count: int) -> NDArray[np.int16]:
+    """Fills in the experts of a last token that has none yet: no other token sees it."""
+    return np.concatenate([experts_TZ, experts_TZ[-1:]])[:count]
 
 
 async def _gather(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

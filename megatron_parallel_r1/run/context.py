@@ -23,14 +23,15 @@ from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.distributed.parallel_config import check_native_split, check_parallel
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.model.gpt import Model, build_model
-from megatron_parallel_r1.model.layers import check_fp8, check_layers
+from megatron_parallel_r1.model.layers import check_balance, check_fp8, check_layers
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
 from megatron_parallel_r1.run.datasets import load_tokenizer
 from megatron_parallel_r1.run.exporter import Exporter
 from megatron_parallel_r1.run.folder import has_checkpoint
-from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
+from megatron_parallel_r1.thought.format_settings import format_of
+from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags, eos_ids, spread_new_embeddings, tag_subwords
 from megatron_parallel_r1.train.trainer import Adam, Trainer
 from megatron_parallel_r1.utils.seeding import derive_seed
@@ -72,25 +73,27 @@ class RunContext:
         Raises:
             UserError: the model or the tokenizer cannot be read, or they do not match.
         """
+        format = format_of(recipe.thinking.format)
         saved = open_tokenizer(folder / "tokenizer") if resume else None
         untagged = load_tokenizer(recipe) if recipe.model.path or saved is None else saved
         known = _known_tokens(recipe, untagged) if untagged is not saved else {}
         tokenizer = saved or untagged
         try:
             ends = eos_ids(base) if (base := _base(recipe)) else []
-            tags = Tags.of(tokenizer, ends) if resume else add_tags(tokenizer, ends)
+            find_tags = Tags.of if resume else add_tags
+            tags = find_tags(tokenizer, ends, format)
         except ValueError as error:
             raise UserError(f"tokenizer: {error}; use another tokenizer") from None
         vocabulary = tokenizer.get_vocab()
-        new_ids = tuple(vocabulary[text] for text in TAG_TEXTS if known.get(text) != vocabulary[text])
+        new_ids = tuple(vocabulary[text] for text in format.tags if known.get(text) != vocabulary[text])
         rows = max(vocabulary.values()) + 1
         if beyond := [token for token in ends if token >= rows]:
             raise UserError(f"{base}: eos_token_id {beyond[0]} is beyond the tokenizer's {rows} tokens")
         if recipe.model.shape is not None:
             shape = recipe.model.shape.config(rows)
         else:
-            assert recipe.model.path is not None, "a recipe has a shape or a path"
-            shape, _ = load_hf_folder(recipe.model.path)
+            assert recipe.model.folder is not None, "a recipe has a shape or a path"
+            shape, _ = load_hf_folder(recipe.model.folder)
             shape = replace(shape, vocab=max(shape.vocab, rows))
         return cls(recipe, folder, tokenizer, tags, shape, new_ids, resume, Exporter.of(recipe))
 
@@ -131,6 +134,7 @@ class RunContext:
         check_parallel(self.shape, parallel, world, self.recipe.max_tokens_per_micro_batch)
         layers = self.recipe.model.made_of
         check_layers(layers, self.shape.head_dim, self.dtype)
+        check_balance(layers, self.shape)
         check_fp8(layers, self.shape, parallel.tensor, parallel.pipeline)
         if self.recipe.max_tokens_per_micro_batch % (multiple := parallel.row_multiple * layers.row_multiple):
             raise UserError(f"max_tokens_per_micro_batch: FP8 rows need a multiple of {multiple} here")
@@ -181,6 +185,7 @@ class RunContext:
             optimizer.weight_decay,
             optimizer.clip_grad_norm,
             self.recipe.parallel.sharded_optimizer,
+            self.recipe.parallel.overlap_gradients,
         )
         return Trainer(self.model(stage), adam, self.recipe.thinking_of(stage).temperature or 1.0)
 
@@ -208,8 +213,8 @@ class RunContext:
             return load_hf_folder(self.start_folder(before) / "model")[1]
         if self.recipe.model.shape is not None:
             return random_hf_tensors(self.shape, self.recipe.seed, self.recipe.model.shape.init_std)
-        assert self.recipe.model.path is not None, "a recipe has a shape or a path"
-        released = load_hf_folder(self.recipe.model.path)[1]
+        assert self.recipe.model.folder is not None, "a recipe has a shape or a path"
+        released = load_hf_folder(self.recipe.model.folder)[1]
         return ((name, self._with_tags(name, tensor)) for name, tensor in released)
 
     def _with_tags(self, name: str, tensor: Tensor) -> Tensor:
@@ -225,7 +230,8 @@ class RunContext:
         if len(trained.unique(dim=0)) < len(trained):
             fresh.update(self.tags.ids)
         grown_VE = torch.cat([tensor, tensor.new_zeros(self.shape.vocab - rows, tensor.shape[1])])
-        subwords = tag_subwords(self.tokenizer) if self.recipe.model.new_rows == "subwords" else None
+        own = self.recipe.model.new_rows == "subwords"
+        subwords = tag_subwords(self.tokenizer, self.tags.format) if own else None
         spread_new_embeddings(grown_VE, sorted(fresh), self.recipe.seed, subwords)
         return grown_VE
 
@@ -236,8 +242,8 @@ def _known_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
     They are those of the tokenizer in the model's folder, if there is one and the recipe names another: a
     release keeps its trained tags under any tokenizer that gives them the same ids.
     """
-    path, settings = recipe.model.path, recipe.tokenizer
-    if path is None or (isinstance(settings, FolderTokenizer) and settings.path in (None, path)):
+    path, settings = recipe.model.folder, recipe.tokenizer
+    if path is None or (isinstance(settings, FolderTokenizer) and settings.folder in (None, path)):
         return tokenizer.get_vocab()
     try:
         return open_tokenizer(path).get_vocab()
@@ -246,7 +252,7 @@ def _known_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
 
 def _base(recipe: Recipe) -> Path | None:
-    return recipe.model.path if isinstance(recipe.tokenizer, FolderTokenizer) else None
+    return recipe.model.folder if isinstance(recipe.tokenizer, FolderTokenizer) else None
 
 
 def native_engine(

@@ -1,34 +1,30 @@
-"""Loads the tokenizer and the data sets that a recipe names."""
+"""The tokenizer of a recipe, the streams that its stages train on, and reports of its data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from megatron_parallel_r1.config.data import (
     BpeTokenizer,
     DataSet,
-    Decontamination,
     EmbeddedArithmetic,
     EmbeddedColdStart,
     EmbeddedProblems,
     EmbeddedTokenizer,
     FolderTokenizer,
     Mixture,
-    ProblemSource,
     data_sets,
 )
-from megatron_parallel_r1.config.recipe import Evaluation, Recipe
+from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.data import readers, tokenizers
-from megatron_parallel_r1.data.account import RowAccount, account_table
-from megatron_parallel_r1.data.decontaminate import Contamination, contamination_table, find_contamination
+from megatron_parallel_r1.data import tokenizers
+from megatron_parallel_r1.data.account import account_table
+from megatron_parallel_r1.data.decontaminate import contamination_table
 from megatron_parallel_r1.data.embedded import generate
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer as build_embedded_tokenizer
 from megatron_parallel_r1.data.problems import Example, Problem
@@ -39,9 +35,19 @@ from megatron_parallel_r1.data.sampler import MixedOrder, ProblemStream, Shuffle
 from megatron_parallel_r1.data.schemas import schema_of
 from megatron_parallel_r1.data.source import StreamedDataset, problem_of
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.run.sources import (
+    contamination,
+    drop_long,
+    evaluation_problems,
+    read_examples,
+    read_problems,
+    stage_examples,
+    stage_items,
+    stage_problems,
+)
+from megatron_parallel_r1.thought.format_settings import format_of
 from megatron_parallel_r1.thought.layout import Row
-from megatron_parallel_r1.utils.rank import is_rank_zero
-from megatron_parallel_r1.utils.seeding import derive_seed
+from megatron_parallel_r1.utils.seeding import derive_seed, hash_seed
 from megatron_parallel_r1.utils.settings import Settings
 
 if TYPE_CHECKING:
@@ -78,7 +84,8 @@ def check_sources(recipe: Recipe) -> None:
                 )
             trained_on[stage.name] |= prompts
         if isinstance(stage, RlStage) and (terms := stage.reward.make().user_terms):
-            for problems in [_problems(recipe, d).in_order() for d in data_sets(stage.data)] or [iter(())]:
+            sets = data_sets(stage.data)
+            for problems in [stage_problems(recipe, data).in_order() for data in sets] or [iter(())]:
                 columns = dict.fromkeys(name for problem in problems for name in problem.columns)
                 for term in terms:
                     term.check_columns(columns)
@@ -93,7 +100,7 @@ def check_sources(recipe: Recipe) -> None:
                 )
     if isinstance(recipe.tokenizer, BpeTokenizer):
         for data in recipe.tokenizer.texts:
-            _texts(data, recipe.prompt_template)
+            _texts(data, recipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +156,15 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     match recipe.tokenizer:
         case EmbeddedTokenizer():
-            return build_embedded_tokenizer()
+            return build_embedded_tokenizer(format_of(recipe.thinking.format))
         case BpeTokenizer(vocab_size=vocab, texts=sets):
             return tokenizers.train_tokenizer(
-                [text for data in sets for text in _texts(data, recipe.prompt_template)], vocab_size=vocab
+                [text for data in sets for text in _texts(data, recipe)],
+                vocab_size=vocab,
+                format=format_of(recipe.thinking.format),
             )
-        case FolderTokenizer(path=path):
-            folder = path or recipe.model.path
+        case FolderTokenizer() as settings:
+            folder = settings.folder or recipe.model.folder
             if folder is None:
                 raise UserError("tokenizer: give path, since model.path is not set either")
             return tokenizers.open_tokenizer(folder)
@@ -166,7 +175,7 @@ def contamination_report(recipe: Recipe) -> str:
     if recipe.decontamination is None:
         return ""
     parts = [
-        f"## {stage.name}\n\n{contamination_table(_contamination(recipe, data, stage.kind == 'sft'))}"
+        f"## {stage.name}\n\n{contamination_table(contamination(recipe, data, stage.kind == 'sft'))}"
         for stage in recipe.stages
         for data in data_sets(stage.data)
     ]
@@ -203,13 +212,59 @@ def example_rows(
         case EmbeddedArithmetic(easy=easy):
             return ProblemStream(lambda i: to_row(generate.arithmetic_example(easy, seed, i)), seed)
         case EmbeddedColdStart(easy=easy, style=style):
-            return ProblemStream(lambda i: to_row(generate.cold_start_example(style, easy, seed, i)), seed)
+            format = format_of(recipe.thinking.format)
+            return ProblemStream(
+                lambda i: to_row(generate.cold_start_example(style, easy, seed, i, format)), seed
+            )
         case DataSet() | Mixture():
             orders = [
                 _row_order(recipe, stage, data, own_seed, to_row, cache)
                 for data, own_seed in _seeded(stage.data, seed)
             ]
             return ProblemStream(_mixed(stage.data, orders, seed), seed)
+
+
+def held_out_examples(recipe: Recipe, stage: SftStage, seed: int) -> list[Example]:
+    """The worked examples that `example_rows` of the same arguments leaves out."""
+    own, numbers = derive_seed(seed, "held out"), range(stage.held_out_examples)
+    match stage.data:
+        case EmbeddedArithmetic(easy=easy):
+            return [generate.arithmetic_example(easy, own, number) for number in numbers]
+        case EmbeddedColdStart(easy=easy, style=style):
+            format = format_of(recipe.thinking.format)
+            return [generate.cold_start_example(style, easy, own, number, format) for number in numbers]
+    found = []
+    for data, own_seed in _seeded(stage.data, seed):
+        examples = stage_examples(recipe, data)
+        ids = _held_out_ids(stage, data, examples, own_seed)
+        found += [example for example in examples.in_order() if example.problem.id in ids]
+    return found
+
+
+def _held_out_ids(
+    stage: SftStage, data: DataSet, examples: LoadedDataset[Example] | StreamedDataset[Example], seed: int
+) -> set[str]:
+    """The ids of the examples of one data set that are not trained on, in a mixture by weight.
+
+    Raises:
+        UserError: no others would be left.
+    """
+    count = stage.held_out_examples
+    if not count:
+        return set()
+    if isinstance(stage.data, Mixture):
+        total = sum(other.weight for other in stage.data.sets)
+        count = max(1, round(count * getattr(data, "weight", 1.0) / total))
+    ids = sorted(
+        (example.problem.id for example in examples.in_order()),
+        key=lambda id: hash_seed(f"held out/{seed}/{id}"),
+    )
+    if len(ids) <= count:
+        raise UserError(
+            f"stage {stage.name}: held_out_examples takes {count} of the {len(ids)} examples of "
+            f"{data.path or data.name}; lower it"
+        )
+    return set(ids[:count])
 
 
 def _row_order(
@@ -221,7 +276,9 @@ def _row_order(
     cache: RowCache,
 ) -> Callable[[int], Row]:
     """The endless order of one data set's laid-out examples."""
-    most, examples = recipe.max_example_tokens, _examples(recipe, data)
+    most, examples = recipe.max_example_tokens, stage_examples(recipe, data)
+    if held_out := _held_out_ids(stage, data, examples, seed):
+        examples = examples.without(held_out)
     if isinstance(examples, LoadedDataset):
         rows = cache.rows(examples.items, to_row)
         if most is not None:
@@ -267,171 +324,18 @@ def problem_stream(
         case DataSet() | Mixture():
             orders = []
             for data, own_seed in _seeded(stage.data, seed):
-                problems = _problems(recipe, data)
+                problems = stage_problems(recipe, data)
                 if (most := recipe.max_prompt_tokens) is not None:
                     problems = drop_long(problems, prompt_tokens, most, stage.name, "max_prompt_tokens")
                 orders.append(problems.shuffled(own_seed))
             return ProblemStream(_mixed(stage.data, orders, seed), seed)
 
 
-def evaluation_problems(
-    source: ProblemSource, count: int, fields: tuple[str, ...] = ()
-) -> tuple[Problem, ...]:
-    """Evaluation problems: held-out ones of the embedded curriculum, or the first `count` of a data set.
-
-    Args:
-        fields: columns that the rows must have, for the prompt template.
-    """
-    match source:
-        case EmbeddedProblems(kind=kind):
-            return generate.evaluation_problems(kind, count)
-        case DataSet():
-            return tuple(islice(_read_problems(source, fields).in_order(), count))
-        case Mixture():
-            return _first_of_each(source, count, fields)
-
-
-def _first_of_each(mixture: Mixture, count: int, fields: tuple[str, ...]) -> tuple[Problem, ...]:
-    """The first problems of each set, in proportion to the weights while all last; ids name the source."""
-    sets = [list(islice(_read_problems(data, fields).in_order(), count)) for data in mixture.sets]
-    weights, taken = [data.weight for data in mixture.sets], [0] * len(sets)
-    problems: list[Problem] = []
-    while len(problems) < min(count, sum(map(len, sets))):
-        left = [k for k, items in enumerate(sets) if taken[k] < len(items)]
-        behind = min(left, key=lambda k: (taken[k] + 1) / weights[k])
-        problem = sets[behind][taken[behind]]
-        problems.append(replace(problem, id=f"{problem.source}:{problem.id}"))
-        taken[behind] += 1
-    return tuple(problems)
-
-
-def stage_items(
-    recipe: Recipe, stage: SftStage | RlStage, data: DataSet
-) -> LoadedDataset[Any] | StreamedDataset[Any]:
-    """The problems, or in SFT the worked examples, of one of a stage's data sets, after decontamination."""
-    return _examples(recipe, data) if isinstance(stage, SftStage) else _problems(recipe, data)
-
-
-def _problems(recipe: Recipe, data: DataSet) -> LoadedDataset[Problem] | StreamedDataset[Problem]:
-    problems = _read_problems(data, template_columns(recipe.prompt_template))
-    return _decontaminated(problems, recipe, data, is_sft=False)
-
-
-def _examples(recipe: Recipe, data: DataSet) -> LoadedDataset[Example] | StreamedDataset[Example]:
-    examples = _read_examples(data, template_columns(recipe.prompt_template))
-    return _decontaminated(examples, recipe, data, is_sft=True)
-
-
-def _decontaminated(
-    items: LoadedDataset[T] | StreamedDataset[T], recipe: Recipe, data: DataSet, is_sft: bool
-) -> LoadedDataset[T] | StreamedDataset[T]:
-    if recipe.decontamination is None:
-        return items
-    return items.without(_contamination(recipe, data, is_sft).rows())
-
-
-def _contamination(recipe: Recipe, data: DataSet, is_sft: bool) -> Contamination:
-    assert recipe.decontamination is not None
-    fields = template_columns(recipe.prompt_template)
-    return _overlap(data, is_sft, recipe.decontamination, recipe.evaluation, fields)
-
-
-@lru_cache(maxsize=16)
-def _overlap(
-    source: DataSet,
-    is_sft: bool,
-    settings: Decontamination,
-    evaluation: Evaluation | None,
-    fields: tuple[str, ...],
-) -> Contamination:
-    held_out = [problem for data in settings.against for problem in _read_problems(data, ()).in_order()]
-    if evaluation is not None and data_sets(evaluation.data):
-        held_out += evaluation_problems(evaluation.data, evaluation.problems, fields)
-    trained = (
-        (example.problem for example in _read_examples(source, fields).in_order())
-        if is_sft
-        else _read_problems(source, fields).in_order()
-    )
-    overlap = find_contamination(
-        trained, held_out, settings.ngram_size, settings.max_problems_per_ngram, settings.min_overlap
-    )
-    if overlap.overlaps:
-        dropped = (
-            f"{len(overlap.rows())} of {overlap.training_count} problems overlap with evaluation problems"
-        )
-        print(f"{source.path or source.name}: {dropped}, left out", file=sys.stderr)
-    return overlap
-
-
-@lru_cache(maxsize=16)
-def _read_problems(
-    source: DataSet, fields: tuple[str, ...]
-) -> LoadedDataset[Problem] | StreamedDataset[Problem]:
-    options = source.read_options(fields)
-    problems: LoadedDataset[Problem] | StreamedDataset[Problem]
-    if source.buffer is None:
-        problems = readers.read_problems(source.name, source.path, **options)
-    else:
-        problems = readers.stream_problems(source.name, source.path, buffer=source.buffer, **options)
-    _report(problems.account)
-    return problems
-
-
-@lru_cache(maxsize=16)
-def _read_examples(
-    source: DataSet, fields: tuple[str, ...]
-) -> LoadedDataset[Example] | StreamedDataset[Example]:
-    options = source.read_options(fields)
-    examples: LoadedDataset[Example] | StreamedDataset[Example]
-    if source.buffer is None:
-        examples = readers.read_examples(source.name, source.path, **options)
-    else:
-        examples = readers.stream_examples(source.name, source.path, buffer=source.buffer, **options)
-    _report(examples.account)
-    return examples
-
-
-def _texts(source: DataSet, template: str) -> list[str]:
+def _texts(source: DataSet, recipe: Recipe) -> list[str]:
     """The prompts and responses of a data set, to train a tokenizer on."""
+    template = recipe.prompt_template
     fields = template_columns(template)
     if schema_of(source.name, source.columns).response is None:
-        return [render(template, problem) for problem in _read_problems(source, fields).in_order()]
-    examples = _read_examples(source, fields).in_order()
+        return [render(template, problem) for problem in read_problems(source, fields).in_order()]
+    examples = read_examples(source, fields, format_of(recipe.thinking.format)).in_order()
     return [f"{render(template, example.problem)}\n{example.response}" for example in examples]
-
-
-def _report(account: RowAccount) -> None:
-    """Prints to standard error which rows were skipped and why, repeats and contradictions, if any."""
-    if is_rank_zero():
-        if account.bad:
-            print(account_table([account]), end="", file=sys.stderr)
-        for note in account.notes():
-            print(note, file=sys.stderr)
-
-
-def drop_long(
-    items: LoadedDataset[T] | StreamedDataset[T],
-    tokens: Callable[[T], int],
-    most: int,
-    stage: str,
-    setting: str,
-) -> LoadedDataset[T] | StreamedDataset[T]:
-    """Drops items of more than `most` tokens and reports their number; reads all items once.
-
-    Args:
-        stage, setting: the stage, and the recipe key of `most`, for messages.
-
-    Raises:
-        UserError: no item is left.
-    """
-    count, long = 0, set()
-    for item in items.in_order():
-        count += 1
-        if tokens(item) > most:
-            long.add(problem_of(item).id)
-    if len(long) == count:
-        raise UserError(f"stage {stage}: nothing of its data has at most {most:,} tokens; raise {setting}")
-    if long and is_rank_zero():
-        dropped = f"{len(long)} of {count} have more than {most:,} tokens ({setting}), left out"
-        print(f"stage {stage}: {dropped}", file=sys.stderr)
-    return items.without(long)

@@ -1,4 +1,4 @@
-"""Serves a run's metrics to Prometheus from a thread of rank zero, in its text format 0.0.4.
+"""Serves a run's metrics to Prometheus from a thread of rank zero.
 
 A scrape reads the record of the last finished step, and asks the rollouts and servers for their state at that
 moment. Training only leaves a reference here: no scrape can delay a step.
@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.utils.prometheus import CONTENT_TYPE, metric_lines
 from megatron_parallel_r1.utils.timers import throughput
 
 PREFIX = "parallel_r1_"
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Live(Protocol):
@@ -85,16 +85,14 @@ class Exporter:
         for part in self._live:
             values |= part.gauges()
         labels = self._labels | {"stage": str(record.get("stage", "")), "kind": str(record.get("kind", ""))}
-        lines: dict[str, list[str]] = {}
+        samples: dict[str, list[tuple[dict[str, str], float]]] = {}
         for key, value in values.items():
             if isinstance(value, int | float):
                 name, _, source = key.partition("/")
                 name = PREFIX + re.sub(r"\W", "_", name, flags=re.ASCII)
                 own = labels | ({"source": source} if source else {})
-                lines.setdefault(name, [f"# TYPE {name} gauge"]).append(
-                    f"{name}{{{_label_text(own)}}} {float(value)}"
-                )
-        return "".join(f"{line}\n" for group in lines.values() for line in group)
+                samples.setdefault(name, []).append((own, value))
+        return "".join(line for name, same in samples.items() for line in metric_lines(name, "gauge", same))
 
     def __enter__(self) -> Exporter:
         return self
@@ -134,8 +132,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Logs nothing: a scrape every few seconds would fill the run's log."""
-
-
-def _label_text(labels: Mapping[str, str]) -> str:
-    escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    return ",".join(f'{name}="{value.translate(escaped)}"' for name, value in labels.items())

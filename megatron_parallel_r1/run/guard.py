@@ -96,9 +96,10 @@ class Guard:
     def _skip(self, step: int, error: NotFinite, batch: Batch) -> None:
         self.bad_in_a_row += 1
         most = self._stage.max_bad_steps
+        records = list(batch.records())
         if is_rank_zero():
             with JsonlWriter(self._path) as lines:
-                lines.write({"step": step, "error": str(error), "batch": list(batch.records())})
+                lines.write({"step": step, "error": str(error), "batch": records})
         if self.bad_in_a_row >= most:
             raise UserError(
                 f"stage {self._stage.name}, step {step}: {error}, {most} times in a row; the batches are in "

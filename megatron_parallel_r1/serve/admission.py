@@ -66,13 +66,7 @@ class Admission:
         Raises:
             ApiError: 503; the queue is full.
         """
-        if self.waiting >= self._limits.waiting:
-            raise ApiError(
-                503,
-                f"the queue is full ({self.waiting} requests are waiting); try again in a few seconds",
-                code="queue_full",
-                headers={"Retry-After": RETRY_AFTER},
-            )
+        self.check_room()
         self.waiting += 1
         try:
             # The head of the queue holds the lock, so that no small request overtakes a large one.
@@ -90,6 +84,20 @@ class Admission:
             self.running -= 1
             self._cache_tokens -= cache_tokens
             self._freed.set()
+
+    def check_room(self) -> None:
+        """Checks that the queue has room for a request.
+
+        Raises:
+            ApiError: 503; it is full.
+        """
+        if self.waiting >= self._limits.waiting:
+            raise ApiError(
+                503,
+                f"the queue is full ({self.waiting} requests are waiting); try again in a few seconds",
+                code="queue_full",
+                headers={"Retry-After": RETRY_AFTER},
+            )
 
     def _fits(self, cache_tokens: int) -> bool:
         limit = self._limits.cache_tokens

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import html
 import json
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,10 +23,13 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.serve.access import check_host, check_key, read_body
 from megatron_parallel_r1.serve.admission import Admission, Limits
 from megatron_parallel_r1.serve.engine_request import engine_request
+from megatron_parallel_r1.serve.metrics import ServerMetrics
 from megatron_parallel_r1.serve.response_body import Endpoint, ResponseBody
 from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, read_request
 from megatron_parallel_r1.serve.served_model import ServedModel
 from megatron_parallel_r1.serve.session import EngineThread, Session
+from megatron_parallel_r1.thought.format_settings import format_of
+from megatron_parallel_r1.utils.prometheus import CONTENT_TYPE
 
 TEMPLATES = Path(__file__).parent / "templates"
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
@@ -40,6 +44,8 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
     """
     thread = EngineThread()
     admission = Admission(limits)
+    metrics = ServerMetrics()
+    model = {"id": served.name, "object": "model", "created": 0, "owned_by": "megatron_parallel_r1"}
     page, policy = build_page(served.name, served.thinking, needs_key=api_key is not None)
 
     @asynccontextmanager
@@ -57,6 +63,15 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
             check_key(request, api_key)
 
     async def complete(http: HttpRequest, endpoint: Endpoint) -> Response:
+        try:
+            response = await respond(http, endpoint)
+        except Exception as error:
+            metrics.count_request(error.status if isinstance(error, ApiError) else 500)
+            raise
+        metrics.count_request(response.status_code)
+        return response
+
+    async def respond(http: HttpRequest, endpoint: Endpoint) -> Response:
         check_client(http)
         content = await read_body(http, limits)
         request: ChatRequest | CompletionRequest
@@ -67,6 +82,10 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
         wanted = engine_request(served, limits, request)
         body = ResponseBody(endpoint, served.name, wanted)
         session = Session(served, thread, admission, limits, wanted)
+        begin = time.monotonic()
+        session.on_end(
+            lambda: metrics.count_responses(wanted.prompt_tokens, session.responses, time.monotonic() - begin)
+        )
         watcher = asyncio.create_task(_cancel_on_disconnect(http, session))
         try:
             await session.wait_admitted()
@@ -95,11 +114,34 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
             "cache_tokens": served.engine.cached_tokens,
         }
 
+    @app.get("/metrics")
+    async def get_metrics() -> Response:
+        gauges = {
+            "running": admission.running,
+            "waiting": admission.waiting,
+            "cache_tokens": served.engine.cached_tokens,
+        }
+        return Response(metrics.text(gauges), media_type=CONTENT_TYPE, headers=HEADERS)
+
+    @app.get("/ready")
+    async def get_ready() -> dict[str, str]:
+        """Whether a request would be taken now, for load balancers; 503 while the queue is full."""
+        admission.check_room()
+        return {"status": "ready"}
+
     @app.get("/v1/models")
     async def list_models(request: HttpRequest) -> dict[str, Any]:
         check_client(request)
-        model = {"id": served.name, "object": "model", "created": 0, "owned_by": "megatron_parallel_r1"}
         return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(request: HttpRequest, name: str) -> dict[str, Any]:
+        check_client(request)
+        if name != served.name:
+            raise ApiError(
+                404, f"model {name!r} is not served here; use {served.name}", code="model_not_found"
+            )
+        return model
 
     @app.post("/v1/chat/completions")
     async def complete_chat(request: HttpRequest) -> Response:
@@ -173,8 +215,11 @@ def build_page(name: str, thinking: Thinking, needs_key: bool) -> tuple[str, str
         f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+    planned = format_of(thinking.format).plan is not None
     values = {
         "@paths@": str(thinking.paths),
+        "@hidden@": " hidden" if planned else "",
+        "@disabled@": " disabled" if planned else "",
         "@key@": "" if needs_key else " hidden",
         "@style@": style,
         "@script@": script,

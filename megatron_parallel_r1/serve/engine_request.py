@@ -149,6 +149,9 @@ def text_prompts(
 def _thinking(served: ServedModel, limits: Limits, request: ChatRequest | CompletionRequest) -> Thinking:
     """The model's settings with the request's changes; a `max_tokens` above the limit means the limit."""
     stored = served.thinking
+    if request.parallel and request.parallel.paths is not None and served.tags.plan_end is not None:
+        what = f"the model's format {served.tags.format.name} reads the number of paths from its plans"
+        raise ApiError(400, f"{what}; leave paths out", "parallel.paths")
     limit = limits.max_tokens or stored.max_response_tokens
     wanted = [count for count in (request.max_tokens, request.max_completion_tokens) if count is not None]
     tokens = min(limit, *wanted or [stored.max_response_tokens])

@@ -6,12 +6,13 @@ later path's follows as soon as those before it have ended.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.rollout.thinking import Branch
 from megatron_parallel_r1.serve.text import Detokenizer, StopCutter
+from megatron_parallel_r1.thought.parser import Parser
 from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Finish
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAIN: Branch = ()
+_Read = tuple[Branch, int, bool]
+"""Branch and token, and whether a block forks behind it."""
 
 
 @dataclass(slots=True)
@@ -32,6 +35,15 @@ class _BranchText:
     tokens: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=lambda: [""])
     closed: bool = False
+    parser: Parser | None = None
+
+    def forks(self, token: int, tags: Tags) -> bool:
+        """Whether a block forks behind the next token of this path."""
+        self.parser = self.parser or Parser(tags)
+        self.parser.feed(token)
+        if forks := self.parser.forks:
+            self.parser = None
+        return forks
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +129,10 @@ class ResponseAssembler:
     def _advance(self) -> None:
         """Extends the flat text by all tokens whose predecessors are known."""
         while not self.stopped and (read := next(self._reader, None)) is not None:
-            branch, token = read
+            branch, token, forks = read
             self.tokens.append(token)
             piece = self._flat.add(token)
-            if branch == MAIN and token != self._tags.parallel:
+            if branch == MAIN and not forks:
                 self._add_main(self._cutter.add(piece))
                 continue
             self._add_main(self._cutter.finish())
@@ -137,14 +149,16 @@ class ResponseAssembler:
     def _add_inner(self, branch: Branch, text: _BranchText, token: int) -> None:
         """Adds a token to the text of its path or summary, without waiting for the flat text."""
         tags = self._tags
-        new = self._new(branch)
         in_path = len(branch) % 2 == 0
-        opening = 1 if in_path else 2  # <Path>, or </Parallel> <Summary>
-        if len(text.tokens) <= opening:
+        if not in_path and tags.summary_end is None:
+            return
+        new = self._new(branch)
+        forced = tags.path_begin(branch[-1] + 1) if in_path else tags.joined
+        if len(text.tokens) <= len(forced) or text.closed:
             return
         if token == (tags.path_end if in_path else tags.summary_end):
             piece, text.closed, new["closed"] = text.detokenizer.finish(), True, True
-        elif in_path and token == tags.parallel:
+        elif in_path and text.forks(token, tags):
             text.texts[-1] += (piece := text.detokenizer.finish())
             new["text"] += piece
             text.texts.append("")
@@ -158,16 +172,19 @@ class ResponseAssembler:
         part = "main" if branch == MAIN else "summary" if len(branch) % 2 else "path"
         return self._new_text.setdefault(branch, {"at": list(branch), "part": part, "text": ""})
 
-    def _read_chain(self, branch: Branch) -> Iterator[tuple[Branch, int] | None]:
-        """(branch, token) in flat order of the main text or a path, blocks included; None: not known yet."""
-        blocks = 0
+    def _read_chain(self, branch: Branch) -> Iterator[_Read | None]:
+        """Yields tokens in flat order of the main text or a path, blocks included; None: not known yet."""
+        blocks, parser = 0, Parser(self._tags)
         for read in self._read(branch):
-            yield read
-            if read is not None and read[1] == self._tags.parallel:
-                blocks += 1
+            if read is not None:
+                parser.feed(read[1])
+            forks = parser.forks
+            yield read and (branch, read[1], forks)
+            if forks:
+                blocks, parser = blocks + 1, Parser(self._tags)
                 yield from self._read_block((*branch, blocks))
 
-    def _read_block(self, block: Branch) -> Iterator[tuple[Branch, int] | None]:
+    def _read_block(self, block: Branch) -> Iterator[_Read | None]:
         index = 0
         while block not in self._branches or (*block, index) in self._branches:
             if (*block, index) in self._branches:
@@ -179,21 +196,29 @@ class ResponseAssembler:
                 yield None
         yield from self._read(block)
 
-    def _read(self, branch: Branch) -> Iterator[tuple[Branch, int] | None]:
+    def _read(self, branch: Branch) -> Iterator[_Read | None]:
         """The tokens of one branch up to its last."""
-        tags, index = self._tags, 0
-        tokens = self._branches[branch].tokens
-        last = None if branch == MAIN else tags.summary_end if len(branch) % 2 else tags.path_end
+        index, tokens = 0, self._branches[branch].tokens
         while True:
             if index < len(tokens):
-                yield branch, tokens[index]
+                yield branch, tokens[index], False
                 index += 1
-                if tokens[index - 1] == last:
+                if self._is_complete(branch, tokens[:index]):
                     return
             elif self.finish is not None:
                 return
             else:
                 yield None
+
+    def _is_complete(self, branch: Branch, tokens: Sequence[int]) -> bool:
+        """Whether these first tokens of a branch are all that it can have."""
+        tags = self._tags
+        if len(branch) % 2 == 0:
+            return branch != MAIN and tokens[-1] == tags.path_end
+        if tags.summary_end is None:
+            return len(tokens) == len(tags.joined)
+        last = len(tokens) - 1 - len(tags.behind)
+        return last >= 0 and tokens[last] == tags.summary_end
 
     def _paths(self, block: Branch) -> Iterator[Branch]:
         index = 0
@@ -225,7 +250,7 @@ class ResponseAssembler:
         }
 
     def _summary(self, block: Branch) -> dict[str, Any] | None:
-        if block not in self._branches:
+        if block not in self._branches or self._tags.summary_end is None:
             return None
         text = self._branches[block]
         return {"text": text.texts[0], "tokens": len(text.tokens), "closed": text.closed}

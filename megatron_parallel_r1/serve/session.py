@@ -50,6 +50,15 @@ class EngineThread:
             raise
         return done.result().result()
 
+    def wait_for(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Like `run`, for a thread without an event loop, or one that may block. Ctrl-C cancels the work."""
+        future = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
@@ -111,6 +120,10 @@ class Session:
             deltas = [response.take_delta() for response in self.responses]
             if any(deltas):
                 yield deltas
+
+    def on_end(self, call: Callable[[], None]) -> None:
+        """Calls `call` once nothing of the request runs any more."""
+        self._task.add_done_callback(lambda _: call())
 
     def cancel(self) -> None:
         """Ends the work soon and frees what it holds."""

@@ -7,7 +7,7 @@ loss; tags that an engine forces do not.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,11 @@ from megatron_parallel_r1.data.problems import Example
 from megatron_parallel_r1.data.prompts import encode_prompt, encode_response
 from megatron_parallel_r1.data.row_cache import RowCache, tokenizer_hash
 from megatron_parallel_r1.data.sampler import ProblemStream
+from megatron_parallel_r1.distributed.collectives import sum_metrics
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run.context import RunContext
-from megatron_parallel_r1.run.datasets import example_rows
+from megatron_parallel_r1.run.datasets import example_rows, held_out_examples
 from megatron_parallel_r1.run.guard import SKIPPED
 from megatron_parallel_r1.run.stage_loop import StageLoop
 from megatron_parallel_r1.thought.layout import Mode, Row, lay_out
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 def train_sft(run: RunContext, stage: SftStage, watchdog: Watchdog) -> Trainer:
     """Trains a supervised stage and returns its trainer."""
-    trainer, examples = run.trainer(stage), example_stream(run, stage)
+    trainer, examples, held_out = run.trainer(stage), example_stream(run, stage), held_out_rows(run, stage)
+    micro_tokens, tag_ids = run.recipe.max_tokens_per_micro_batch, run.tags.ids
     with StageLoop(run, stage, trainer, watchdog) as loop:
         loop.restore("stream", examples)
         for step, lr in loop.steps({"stream": examples}):
@@ -46,23 +48,38 @@ def train_sft(run: RunContext, stage: SftStage, watchdog: Watchdog) -> Trainer:
             batch = SftBatch(examples.next_batch(stage.examples_per_step))
             metrics = SKIPPED
             with loop.guard.skip_if_not_finite(step, batch):
-                update = sft_step(trainer, batch.rows, run.recipe.max_tokens_per_micro_batch, lr)
-                metrics = {"loss": update.loss, "grad_norm": update.grad_norm, "entropy": update.entropy}
+                update = sft_step(trainer, batch.rows, micro_tokens, lr, tag_ids)
+                metrics = {
+                    "loss": update.loss,
+                    "tag_loss": tag_loss(update.means),
+                    "grad_norm": update.grad_norm,
+                    "entropy": update.entropy,
+                }
             seconds = time.monotonic() - start
+            if held_out and (step % stage.held_out_every == 0 or step == stage.steps):
+                metrics = metrics | held_out_metrics(trainer, held_out, micro_tokens, tag_ids)
             loop.end(step, metrics | {"lr": lr, "tokens": batch.tokens, "time_s": seconds})
     return trainer
 
 
 def example_stream(run: RunContext, stage: SftStage) -> ProblemStream[Row]:
     """The laid-out examples of a stage, in its order; raises as `example_rows`."""
+    mode = run.recipe.thinking_of(stage).mode
+    hashed, template = tokenizer_hash(run.tokenizer), run.recipe.prompt_template
+    cache = RowCache(run.recipe.out / ".rows", hashed, template, mode, run.tags)
+    return example_rows(run.recipe, stage, run.seed_of(stage.name, "data"), _to_row(run, stage), cache)
+
+
+def held_out_rows(run: RunContext, stage: SftStage) -> list[Row]:
+    """The laid-out examples that the stage does not train on."""
+    examples = held_out_examples(run.recipe, stage, run.seed_of(stage.name, "data"))
+    most = run.recipe.max_example_tokens
+    return [row for row in map(_to_row(run, stage), examples) if most is None or len(row) <= most]
+
+
+def _to_row(run: RunContext, stage: SftStage) -> Callable[[Example], Row]:
     template, mode = run.recipe.prompt_template, run.recipe.thinking_of(stage).mode
-    return example_rows(
-        run.recipe,
-        stage,
-        run.seed_of(stage.name, "data"),
-        to_row=partial(example_row, tokenizer=run.tokenizer, tags=run.tags, template=template, mode=mode),
-        cache=RowCache(run.recipe.out / ".rows", tokenizer_hash(run.tokenizer), template, mode),
-    )
+    return partial(example_row, tokenizer=run.tokenizer, tags=run.tags, template=template, mode=mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +106,7 @@ def example_row(
         UserError: its response is not a well-formed trace.
     """
     problem = example.problem
-    tokens = encode_response(tokenizer, example.response)
+    tokens = encode_response(tokenizer, example.response, tags.format)
     try:
         tree = parse(tokens, tags, strict=True)
     except ParseError as error:
@@ -106,12 +123,52 @@ def sft_loss(logprobs_N: torch.Tensor) -> torch.Tensor:
     return -logprobs_N.sum()
 
 
-def sft_step(trainer: Trainer, rows: Sequence[Row], micro_tokens: int, lr: float) -> Update:
+def tag_sums(logprobs_N: torch.Tensor, batch: MicroBatch, tag_ids: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The negative log-likelihood of the targets that are tags, summed, and their number."""
+    is_tag_N = torch.zeros_like(batch.labels_N, dtype=torch.bool)
+    for tag in tag_ids:  # neither sent to the device nor a mask that selects: the host would wait
+        is_tag_N |= batch.labels_N == tag
+    loss = -logprobs_N.detach().where(is_tag_N, 0.0).sum()
+    return {"tag_loss": loss, "tags": is_tag_N.sum().to(logprobs_N.dtype)}
+
+
+def tag_loss(means: Mapping[str, float]) -> float | None:
+    """The mean loss of the tags, from their sums or the means of these; None without any."""
+    return means["tag_loss"] / means["tags"] if means.get("tags") else None
+
+
+@torch.no_grad()
+def held_out_metrics(
+    trainer: Trainer, rows: Sequence[Row], micro_tokens: int, tag_ids: Sequence[int]
+) -> dict[str, float | None]:
+    """The mean loss of held-out rows, and of their tags; every rank calls it."""
+    packed = partition_rows(rows, micro_tokens, trainer.partition)
+    batches = [MicroBatch.of(row, trainer.device) for row in packed]
+    reports = [
+        {
+            "loss": sft_loss(logprobs_N),
+            "targets": torch.full((), len(logprobs_N), device=trainer.device),
+            **tag_sums(logprobs_N, batch, tag_ids),
+        }
+        # Only the last pipeline stage has log-probs.
+        for batch, logprobs_N in zip(batches, trainer.logprobs(batches), strict=False)
+    ]
+    sums = sum_metrics(reports, trainer.device)
+    return {
+        "held_out_loss": sums["loss"] / max(1.0, sums["targets"]),
+        "held_out_tag_loss": tag_loss(sums),
+    }
+
+
+def sft_step(
+    trainer: Trainer, rows: Sequence[Row], micro_tokens: int, lr: float, tag_ids: Sequence[int] = ()
+) -> Update:
     """Makes one optimizer step on the mean negative log-likelihood of the rows' targets.
 
     Args:
         rows: rows of the whole batch, the same on every rank.
         micro_tokens: largest number of tokens of a packed row.
+        tag_ids: tokens whose share of the loss is reported (`tag_loss`).
     """
     packed = partition_rows(rows, micro_tokens, trainer.partition)
     micro_batches = [MicroBatch.of(row, trainer.device) for row in packed]
@@ -119,6 +176,6 @@ def sft_step(trainer: Trainer, rows: Sequence[Row], micro_tokens: int, lr: float
     def loss(
         logprobs_N: torch.Tensor, entropies_N: torch.Tensor, batch: MicroBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return sft_loss(logprobs_N), {}
+        return sft_loss(logprobs_N), tag_sums(logprobs_N, batch, tag_ids)
 
     return trainer.update(micro_batches, loss, lr)

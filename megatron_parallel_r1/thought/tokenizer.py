@@ -1,4 +1,4 @@
-"""Adds the six tags to a tokenizer and an embedding, and reads which tokens end a response.
+"""Adds a format's tags to a tokenizer and an embedding, and reads which tokens end a response.
 
 Unused rows of a released base model can be identical; trained from there, a model hardly ever writes a
 well-formed block. So each new row starts at the mean of the rows of the tag text's own subwords, or of all
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.thought.tags import TAG_TEXTS, Tags
+from megatron_parallel_r1.thought.formats import PARALLEL_R1, ThinkingFormat
+from megatron_parallel_r1.thought.tags import Tags
 
 if TYPE_CHECKING:
     import torch
@@ -25,18 +26,22 @@ if TYPE_CHECKING:
 GENERATION = "generation_config.json"
 
 
-def add_tags(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int] = ()) -> Tags:
-    """Adds the tags as single, non-special tokens, which `decode` shows, and returns their ids."""
+def add_tags(
+    tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int] = (), format: ThinkingFormat = PARALLEL_R1
+) -> Tags:
+    """Adds a format's tags as single, non-special tokens, which `decode` shows; returns their ids."""
     from transformers import AddedToken
 
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in TAG_TEXTS])
-    return Tags.of(tokenizer, eos_ids)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in format.tags])
+    return Tags.of(tokenizer, eos_ids, format)
 
 
-def tag_subwords(tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+def tag_subwords(
+    tokenizer: PreTrainedTokenizerBase, format: ThinkingFormat = PARALLEL_R1
+) -> dict[int, list[int]]:
     """Returns the tokens of each tag's text, such as `</`, `Path`, `>`, by the tag's id; [] if unknown."""
     subwords = {}
-    for text in TAG_TEXTS:
+    for text in format.tags:
         parts = re.findall(r"\w+|\W+", text)
         tokens = [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]
         subwords[tokenizer.get_vocab()[text]] = [t for t in tokens if t != tokenizer.unk_token_id]

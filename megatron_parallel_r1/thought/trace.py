@@ -51,7 +51,8 @@ class Trace:
         versions: the weight version that sampled each token; for a forced token, the engine's version then.
             Empty: 0 throughout.
         experts: the experts that the engine chose for each token of the prompt and of the response, but
-            perhaps the last one: int16, by token, layer and choice. Empty: not recorded.
+            perhaps the last one: int16, by token, layer and choice; in mode `replay` for each token of its
+            row, which has branches (layout.py). Empty: not recorded.
     """
 
     prompt: tuple[int, ...]

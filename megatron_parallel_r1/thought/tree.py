@@ -1,4 +1,4 @@
-"""The tree of a flat trace: blocks, their paths and summaries.
+"""The tree of a flat trace in any format: blocks, paths, summaries. The tags below are Parallel-R1's.
 
 All indices refer to the flat token list that was parsed; `stop` is exclusive.
 """
@@ -11,52 +11,97 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """`<Path> … </Path>`; `start` is the index of `<Path>`. Not closed if the trace ended inside it."""
+    """`<Path> … </Path>`, from its first forced token. Not closed if the trace ended inside it.
+
+    `begin` counts the tokens that the engine forces at its begin, at least the tag.
+    """
 
     start: int
     stop: int
     closed: bool
     blocks: tuple[Block, ...] = ()
+    begin: int = 1
 
     def __post_init__(self) -> None:
         assert self.start < self.stop, f"empty path {self.start}..{self.stop}"
 
+    @property
+    def inside(self) -> tuple[int, int]:
+        """The span between its forced begin and its end tag."""
+        return self.start + self.begin, self.stop - self.closed
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """`<Summary> … </Summary>`; `start` is the index of `<Summary>`."""
+    """`<Summary> … </Summary>`; `start` is the index of `<Summary>`, `begin` as of a path."""
 
     start: int
     stop: int
     closed: bool
+    begin: int = 1
 
     def __post_init__(self) -> None:
         assert self.start < self.stop, f"empty summary {self.start}..{self.stop}"
+
+    @property
+    def inside(self) -> tuple[int, int]:
+        """The span between its forced begin and its end tag."""
+        return self.start + self.begin, self.stop - self.closed
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
     """`<Parallel>` path+ `</Parallel> <Summary> … </Summary>`; `start` is the index of `<Parallel>`.
 
-    `end` is the index of `</Parallel>`, None if the trace ended before it.
+    Attributes:
+        end: index of the first token forced behind the paths, such as `</Parallel>`; None if the trace ended
+            before it.
+        planned: the paths that its plan asks for; None in a format without plans.
+        joined: forced tokens from `end` on, up to the summary's own tag.
+        behind: forced tokens behind the summary.
+        summarised: whether the format has summaries.
     """
 
     start: int
     paths: tuple[Path, ...]
     end: int | None
     summary: Summary | None
+    planned: int | None = None
+    joined: int = 1
+    behind: int = 0
+    summarised: bool = True
 
     def __post_init__(self) -> None:
         assert self.paths, f"the block at {self.start} has no path"
         edges = [self.start, *(edge for path in self.paths for edge in (path.start, path.stop))]
         assert edges[1:] == sorted(edges[1:]) and edges[0] < edges[1], f"paths overlap: {edges}"
-        assert self.summary is None or (self.end is not None and self.end < self.summary.start)
+        assert self.summary is None or (self.end is not None and self.end <= self.summary.start)
 
     @property
     def well_formed(self) -> bool:
-        """Whether there are at least two paths, all closed, and a closed summary."""
-        paths_closed = len(self.paths) >= 2 and all(path.closed for path in self.paths)
+        """Whether there are two paths or more, as planned, all closed, and any summary is closed."""
+        planned = self.planned is None or len(self.paths) == self.planned
+        paths_closed = len(self.paths) >= 2 and planned and all(path.closed for path in self.paths)
+        if not self.summarised:
+            return paths_closed and self.end is not None
         return paths_closed and self.summary is not None and self.summary.closed
+
+    @property
+    def fork(self) -> int:
+        """The index after the last token that all paths see."""
+        return self.paths[0].start
+
+    @property
+    def own_ends(self) -> tuple[int, ...]:
+        """The index after each path and after the summary: the end tags that a policy should write."""
+        closing = (self.summary.stop,) if self.summary is not None else ()
+        return (*(path.stop for path in self.paths), *closing)
+
+    def stop(self, length: int) -> int:
+        """Returns the index of the first token after the block, of a trace of `length` tokens."""
+        if self.summary is not None:
+            return self.summary.stop + self.behind
+        return length if self.end is None else self.end + self.joined
 
     def segments(self, length: int) -> tuple[tuple[int, int], ...]:
         """Returns the span of each path up to the next path, `</Parallel>` or the end of the trace.
@@ -89,17 +134,19 @@ class Tree:
         yield from _walk(self.blocks, 0)
 
     def forced(self) -> frozenset[int]:
-        """Returns the indices of the tags that an engine inserts: `<Path>`, `</Parallel>` and `<Summary>`.
+        """Returns the indices of what an engine inserts: `<Path>`, `</Parallel>`, `<Summary>` and the like.
 
         A rollout also forces the `</Path>` of a truncated path; only a trace records that, not its text.
         """
         indices: set[int] = set()
         for _, block in self.all_blocks():
-            indices.update(path.start for path in block.paths)
+            for path in block.paths:
+                indices.update(range(path.start, path.inside[0]))
             if block.end is not None:
-                indices.add(block.end)
+                indices.update(range(block.end, block.end + block.joined))
             if block.summary is not None:
-                indices.add(block.summary.start)
+                indices.update(range(block.summary.start, block.summary.inside[0]))
+                indices.update(range(block.summary.stop, block.summary.stop + block.behind))
         return frozenset(indices)
 
     def main_spans(self) -> Iterator[tuple[int, int]]:
@@ -107,10 +154,7 @@ class Tree:
         start = 0
         for block in self.blocks:
             yield start, block.start
-            if block.summary is not None:
-                start = block.summary.stop
-            else:
-                start = self.length if block.end is None else block.end + 1
+            start = block.stop(self.length)
         yield start, self.length
 
     @property

@@ -31,12 +31,7 @@ class LogprobRunner:
     Args:
         temperature: divisor of the logits; the rollout's.
         head_VE: this rank's rows of an output matrix to use instead of the model's.
-
-    Attributes:
-        replays_experts: whether tokens go through the experts that the engine chose; the policy's do.
     """
-
-    replays_experts = False
 
     def __init__(self, model: Model, temperature: float = 1.0, head_VE: torch.Tensor | None = None) -> None:
         self.model = model
@@ -58,13 +53,17 @@ class LogprobRunner:
         with torch.no_grad():
             return [logprobs_N for logprobs_N, _ in self._run(batches, self._scores, forward_only=True)]
 
+    def _routing(self, batch: MicroBatch) -> torch.Tensor | None:
+        """What layers of experts take of a row (model/experts.py); None: the router chooses."""
+        return None
+
     def _run(self, batches: Sequence[MicroBatch], head: Callable[..., Any], forward_only: bool) -> list[Any]:
         """Runs Megatron's schedule; returns the outputs of `head` per micro-batch, on the last stage."""
 
         def forward(batches: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
-            experts_LXC = batch.experts_LXC if self.replays_experts else None
-            hidden_T1E = stage(batch.tokens_1L, batch.positions_1L, batch.layout_KL, padding_mask=experts_LXC)
+            routing = self._routing(batch)
+            hidden_T1E = stage(batch.tokens_1L, batch.positions_1L, batch.layout_KL, padding_mask=routing)
             return hidden_T1E, partial(head, batch)
 
         # Each interleaved stage goes through the micro-batches at its own pace.

@@ -20,12 +20,12 @@ from megatron_parallel_r1.train.micro_batch import BatchPartition
 
 
 def recorded_experts(recorded: bytes, tokens: int, model: ModelConfig) -> NDArray[np.int16]:
-    """Returns the experts [T, X, C] that the engine chose, for every token of prompt and response.
+    """Returns the experts [T, X, C] that the engine chose, for every token of a trace's row.
 
     Args:
         recorded: `Trace.experts`. The last token may be missing: nothing follows it, and its experts do not
             matter.
-        tokens: of prompt and response.
+        tokens: of the row.
     """
     assert model.experts is not None
     size = (model.layers, model.experts.per_token)
@@ -38,7 +38,7 @@ def recorded_experts(recorded: bytes, tokens: int, model: ModelConfig) -> NDArra
 def row_experts(
     row: PackedRow, recorded: Mapping[int, NDArray[np.int16]], place: BatchPartition
 ) -> NDArray[np.int16]:
-    """Returns the experts [L, X, C] of this rank's part of a packed row, whose rows are flat traces.
+    """Returns the experts [L, X, C] of this rank's part of a packed row.
 
     Args:
         recorded: of each trace, by its index in `row.segment_ids`; one at least.

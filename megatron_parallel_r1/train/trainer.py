@@ -26,14 +26,20 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_parallel_r1.distributed.collectives import sum_metrics
 from megatron_parallel_r1.distributed.stragglers import PassTimer
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.experts import with_traces
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.train.logprob_runner import LogprobRunner
 from megatron_parallel_r1.train.micro_batch import MicroBatch
 from megatron_parallel_r1.train.offload import TrainerMemory
+from megatron_parallel_r1.utils.devices import to_device
 
 # Takes log-probs and entropies of the targets and their micro-batch; returns the loss summed over targets,
 # and sums to report.
 Loss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+# Gradients of a bucket, in numbers; None: Megatron's choice, 40 million or more.
+BUCKET_ELEMENTS: int | None = None
 
 
 class NotFinite(ArithmeticError):
@@ -81,7 +87,8 @@ class LrSchedule:
 class Adam:
     """AdamW (arXiv 1711.05101). Norms have no weight decay; `clip` bounds the gradient norm, 0 is off.
 
-    `sharded` splits its state over the data-parallel ranks (Megatron's distributed optimizer).
+    `sharded` splits its state over the data-parallel ranks (Megatron's distributed optimizer). With `overlap`
+    gradients are summed over them in buckets while backward still runs; None: on GPUs.
     """
 
     lr: float
@@ -90,6 +97,7 @@ class Adam:
     weight_decay: float = 0.0
     clip: float = 1.0
     sharded: bool = False
+    overlap: bool | None = None
 
 
 def wrap_for_training(
@@ -115,6 +123,8 @@ def wrap_for_training(
     reduction = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=adam.sharded,
+        overlap_grad_reduce=torch.cuda.is_available() if adam.overlap is None else adam.overlap,
+        bucket_size=BUCKET_ELEMENTS,
         fp8_param_gather=config.fp8_param,
     )
     wrapped = [DistributedDataParallel(config, reduction, stage) for stage in model]
@@ -184,8 +194,6 @@ class Trainer(LogprobRunner):
         memory: takes gradients and optimizer off the device; log-probs need neither.
     """
 
-    replays_experts = True
-
     def __init__(self, model: Model, adam: Adam, temperature: float = 1.0) -> None:
         super().__init__(model, temperature)
         self.passes = PassTimer(self.device)
@@ -227,6 +235,14 @@ class Trainer(LogprobRunner):
             means=means,
             logprobs=[logprobs_N for _, logprobs_N in reports],
         )
+
+    def _routing(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Overrides LogprobRunner's: the policy's tokens go through the experts that the engine chose."""
+        config = self.model.config
+        if not config.moe_aux_loss_coeff:
+            return batch.experts_LXC
+        segment_L = to_device(batch.row.segment_L, self.device)
+        return with_traces(batch.experts_LXC, segment_L, config.moe_router_topk)
 
     def _with_loss(
         self, loss: Loss, batch: MicroBatch, hidden_T1E: torch.Tensor

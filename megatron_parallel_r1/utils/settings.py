@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -21,14 +21,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @classmethod
-    def read(cls, values: Any, where: str) -> Self:
-        """Validates the values of a file; `where` names it in an error.
+    def read(cls, values: Any, where: str, context: Mapping[str, Any] | None = None) -> Self:
+        """Validates the values of a file; `where` names it in an error, `context` is for validators.
 
         Raises:
             UserError: a key is unknown, missing or ill-typed, or a value is impossible.
         """
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(values, context=context)
         except ValidationError as error:
             raise UserError(f"{where}: {first_problem(error, cls, values)}") from None
 

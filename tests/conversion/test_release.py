@@ -171,6 +171,23 @@ def test_the_licence_is_that_of_the_base(head: str, licence: str, run: Path, tmp
     assert code_of(folder, tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{licence}\nbase_model: Base-1B\n" in card and "apache" not in card.split("---")[1]
+    assert "tags: [parallel-thinking, sft, reinforcement-learning, grpo]" in card
+
+
+def test_a_card_names_the_run_that_a_model_is_of_and_no_method_that_was_not_used(
+    run: Path, tmp_path: Path
+) -> None:
+    before, folder = tmp_path / "before", tmp_path / "after"
+    (before / "sft" / "model").mkdir(parents=True)
+    (before / "config.yaml").touch()
+    shutil.copytree(run, folder)
+    shape = RECIPE.splitlines()[2]
+    (folder / "config.yaml").write_text(RECIPE.replace(shape, f"model: {{path: {before / 'sft' / 'model'}}}"))
+    words = ("--run", folder, "--stage", "cold_start")
+    assert code_of(folder / "rl" / "model", tmp_path / "out", *words) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: before-sft\n" in card and "tags: [parallel-thinking, sft]" in card
+    assert "`before-sft`, whose licence" in card
 
 
 def test_its_chat_template_makes_the_prompt_of_the_training(run: Path, tmp_path: Path) -> None:

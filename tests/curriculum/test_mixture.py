@@ -12,7 +12,8 @@ import pytest
 
 from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.config.recipe import Recipe
-from megatron_parallel_r1.data.problems import Problem
+from megatron_parallel_r1.config.stages import SftStage
+from megatron_parallel_r1.data.problems import Example, Problem
 from megatron_parallel_r1.data.row_cache import RowCache
 from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.errors import UserError
@@ -21,11 +22,14 @@ from megatron_parallel_r1.run.datasets import (
     data_report,
     evaluation_problems,
     example_rows,
+    held_out_examples,
     load_tokenizer,
     problem_stream,
 )
 from megatron_parallel_r1.sft.loop import example_row
+from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.tokenizer import add_tags
+from megatron_parallel_r1.thought.tree import Tree
 from tests.curriculum.test_run import RECIPE, run
 
 COLUMNS = {"prompt": "q", "answer": "a", "response": "r"}
@@ -80,6 +84,32 @@ def test_examples_are_mixed_too(tmp_path: Path) -> None:
     later = stream()
     later.restore({"position": 13})
     assert [row.tokens_L.tolist() for row in later.next_batch(7)] == whole[13:]
+
+
+def test_held_out_examples_are_of_each_set_and_never_trained_on(tmp_path: Path) -> None:
+    data = sets(tmp_path, a=2, b=1)
+    recipe = read_recipe(
+        RECIPE, [f"stages.cold_start.data={json.dumps(data)}", "stages.cold_start.held_out_examples=3"]
+    )
+    stage = recipe.stages[0]
+    assert isinstance(stage, SftStage)
+    held_out = held_out_examples(recipe, stage, 1)
+    assert sorted(example.problem.source for example in held_out) == ["a", "a", "b"]
+    assert held_out == held_out_examples(recipe, stage, 1)
+    trained: set[str] = set()
+
+    def to_row(example: Example) -> Row:
+        trained.add(f"{example.problem.source}:{example.problem.id}")
+        return lay_out([0], [1], [True], Tree(1, ()), "isolated")
+
+    cache = RowCache(tmp_path / "rows", "made here", "plain", "isolated")
+    example_rows(recipe, stage, 1, to_row, cache).next_batch(60)
+    kept_out = {f"{example.problem.source}:{example.problem.id}" for example in held_out}
+    assert trained.isdisjoint(kept_out) and len(trained) + len(kept_out) == 10
+    with pytest.raises(UserError, match=r"held_out_examples takes 20 of the 5 examples of .*; lower it"):
+        example_rows(recipe, stage.model_copy(update={"held_out_examples": 30}), 1, to_row, cache).next_batch(
+            1
+        )
 
 
 def test_an_evaluation_takes_of_each_set_while_it_lasts(tmp_path: Path) -> None:

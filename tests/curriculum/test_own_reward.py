@@ -77,7 +77,7 @@ def test_a_failing_reward_ends_the_run_and_keeps_the_traces(
     [
         ("reward={name: 'no_such:f'}", "stages.rl.reward: reward no_such:f: cannot import no_such"),
         ("reward={name: 'json:dumps', call_timeout_s: 0}", "call_timeout_s: Input should be greater than 0"),
-        ("objective={advantage: mine}", "objective.advantage: use one of grpo, dr_grpo, rloo, or module:f"),
+        ("objective={advantage: mine}", "objective.advantage: use one of grpo, dr_grpo, rloo, papo, or modu"),
         ("objective={advantage: 'json:loader'}", "objective.advantage json:loader: json has nothing"),
         ("objective={advantage: 'math:pow'}", "math:pow: it cannot be called as pow(rewards_PG)"),
         ("objective={surrogate: 'json:loads'}", "cannot be called as loads(logprobs_N, ratio_N, values)"),

@@ -77,6 +77,8 @@ def test_every_metric_is_documented_and_every_documented_one_is_logged(whole: Pa
         for name in ("eval.jsonl", "cold_start/metrics.jsonl")
     )
     assert set(first_sft) == always | documented("`sft`")
+    *_, last_sft = (whole / "cold_start/metrics.jsonl").read_text().splitlines()
+    assert set(json.loads(last_sft)) == set(first_sft) | documented("`sft`, every few steps")
     assert set(first_eval) - {"stage", "kind", "step"} == documented("`eval`")
     rows = ("`rl`, traces", "`rl`, learning", "`rl`, timers")
     expected = always.union(*map(documented, rows)) - {"reward_<component>"}

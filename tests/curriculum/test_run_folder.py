@@ -18,8 +18,8 @@ from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.curriculum.run import run
 from megatron_parallel_r1.errors import ServersLost, Stopped, UserError
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
-from megatron_parallel_r1.run import datasets, lock, stage_loop
 from megatron_parallel_r1.run import folder as run_folder
+from megatron_parallel_r1.run import lock, sources, stage_loop
 from megatron_parallel_r1.run.stage_loop import checkpoint_folder
 from megatron_parallel_r1.sft import loop
 
@@ -182,7 +182,7 @@ def test_data_that_changed_are_noticed(tmp_path: Path, monkeypatch) -> None:
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped):
         run(recipe_with(tmp_path, data), only={"cold_start"})
-    datasets._read_examples.cache_clear()  # as in another process
+    sources.read_examples.cache_clear()  # as in another process
     with file.open("a") as lines:
         lines.write('{"q": "What is 9 plus 1?", "r": "9 1", "a": "1"}\n')
     with pytest.raises(
@@ -193,7 +193,7 @@ def test_data_that_changed_are_noticed(tmp_path: Path, monkeypatch) -> None:
     # What is done is done.
     trained_on = run_folder.RunState.read(tmp_path / "mini").data["cold_start"]
     assert trained_on.items == 8
-    datasets._read_examples.cache_clear()
+    sources.read_examples.cache_clear()
     file.write_text(file.read_text() + '{"q": "What is 3 plus 3?", "r": "3 3", "a": "6"}\n')
     run(recipe_with(tmp_path, data), only={"cold_start"})
     assert run_folder.RunState.read(tmp_path / "mini").data["cold_start"] == trained_on

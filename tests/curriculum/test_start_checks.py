@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_parallel_r1.architecture.model_config import ExpertsConfig, ModelConfig
+from megatron_parallel_r1.checkpoint_formats.hf_folder import save_hf_folder
 from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.curriculum.run import run
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.weights import random_hf_tensors
 from megatron_parallel_r1.rollout.launcher import run as launcher
 from megatron_parallel_r1.run import transport
 from tests.curriculum.test_bad_input import RECIPE, fail
+from tests.serve.release import tokenizer
 from tests.unit.rollout.scripted_server import scripted_server
 from tests.unit.rollout.test_sglang import FakeSGLang
 
@@ -80,6 +84,21 @@ def test_servers_that_cannot_serve(capsys, monkeypatch, tmp_path: Path, info: di
     words = [f"out={tmp_path}/out", "thinking.mode=replay", "rollout.engine=sglang"]
     with scripted_server(server) as url:
         assert named in fail(capsys, monkeypatch, "curriculum", RECIPE, *words, f"rollout.urls=[{url}]")
+    assert not (tmp_path / "out").exists()
+
+
+def test_servers_that_return_no_experts(capsys, monkeypatch, tmp_path: Path) -> None:
+    shape = ModelConfig(
+        *(32, 2, 4, 2, 8, 64, 128), family="qwen3_moe", experts=ExpertsConfig(4, 2, 16), tied=False
+    )
+    save_hf_folder(tmp_path / "model", shape, random_hf_tensors(shape, 0), tokenizer())
+    server = FakeSGLang()
+    server.server_info["context_length"] = server.server_info["max_req_input_len"] = 90
+    words = [f"out={tmp_path}/out", f"model={{path: {tmp_path}/model}}", "thinking.mode=replay"]
+    with scripted_server(server) as url:
+        words += ["rollout.engine=sglang", f"rollout.urls=[{url}]"]
+        shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)
+        assert f"stage rl: objective.replay_experts: {url} return no experts" in shown
     assert not (tmp_path / "out").exists()
 
 
@@ -152,6 +171,7 @@ def test_every_set_of_a_mixture_is_seen_whole(capsys, monkeypatch, tmp_path: Pat
         f"{{name: custom, label: a{weight}, path: {file}, {COLUMNS}, weight: {weight}}}"
         for file, weight in ((short, 1), (long, 0.001))
     )
-    words = (f"stages.cold_start.data={{source: mixture, sets: [{sets}]}}", "model.shape.max_positions=150")
+    data = f"stages.cold_start.data={{source: mixture, sets: [{sets}]}}"
+    words = (data, "stages.cold_start.held_out_examples=0", "model.shape.max_positions=150")
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, f"out={tmp_path}/out", *words)
     assert "stage cold_start: its longest example has 20" in shown, shown

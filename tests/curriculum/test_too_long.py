@@ -43,7 +43,8 @@ def test_long_examples_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     data = f"{{source: dataset, name: custom, path: {tmp_path / 'train.jsonl'}, {columns}{buffer}}}"
 
     def lengths(*more: str) -> set[int]:
-        recipe = read_recipe(RECIPE, [f"stages.cold_start.data={data}", *more])
+        words = [f"stages.cold_start.data={data}", "stages.cold_start.held_out_examples=0"]
+        recipe = read_recipe(RECIPE, [*words, *more])
         tokenizer = load_tokenizer(recipe)
         tags = add_tags(tokenizer)
         to_row = partial(example_row, tokenizer=tokenizer, tags=tags, template="plain", mode="isolated")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def untied_model(seed: int = 0) -> Qwen3ForCausalLM:
     return model
 
 
-def tied_model(seed: int = 0) -> Qwen3ForCausalLM:
+def tied_model(seed: int = 0, eager: Mapping[int, float] = EAGER) -> Qwen3ForCausalLM:
     """It opens blocks often; vLLM's attention on a CPU asks for heads of 32."""
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -53,7 +54,7 @@ def tied_model(seed: int = 0) -> Qwen3ForCausalLM:
         # A feature that every hidden state has carries the tags' bias, through tied weights as well.
         model.model.embed_tokens.weight[:, 0] = 8.0
         feature = model.model(torch.arange(VOCABULARY)[None]).last_hidden_state[0, :, 0].mean()
-        for token, nats in EAGER.items():
+        for token, nats in eager.items():
             model.lm_head.weight[token, 0] = 8.0 + nats / feature
     return model
 

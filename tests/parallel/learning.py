@@ -19,6 +19,7 @@ from megatron_parallel_r1.model.gpt import build_model
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rewards.path_diversity import content_span
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.rl.expert_exchange import fetch_experts
 from megatron_parallel_r1.rl.learner import BatchConfig, Learner
 from megatron_parallel_r1.rl.packed_trace import PackedTrace
 from megatron_parallel_r1.rl.path_results import PathVerdicts, judge_paths
@@ -27,8 +28,9 @@ from megatron_parallel_r1.thought.parser import parse
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.logprob_runner import causal_logprobs
 from megatron_parallel_r1.train.trainer import Adam, Trainer
+from megatron_parallel_r1.utils.rank import is_rank_zero
 from tests.reference.traces import TAGS, random_trace
-from tests.unit.rl.steps import learn
+from tests.unit.rl.steps import gathered, learn
 
 # Not below the longest row, and a multiple of 8, the most parts that a layout here cuts a row into.
 MICRO_TOKENS = 240
@@ -124,6 +126,10 @@ def three_lessons(shape: ModelConfig, parallel: ParallelConfig, lesson: Lesson) 
     batch = BatchConfig(lesson.samples, 1, mini_batches=2, micro_tokens=MICRO_TOKENS, max_response_tokens=160)
     learner = Learner(trainer, lesson.objective, batch, "isolated", TAGS, Reference(other, 1.0))
     traces = [with_experts(trace_of(seed), seed, shape) for seed in lesson.seeds]
+    # Rank zero writes all of them into a checkpoint.
+    written = fetch_experts(gathered(traces), range(len(traces)) if is_rank_zero() else ())
+    chosen = {i: trace.experts for i, trace in enumerate(traces) if trace.experts}
+    assert written == (chosen if is_rank_zero() else {})
     rewards = [random.Random(seed).choice([1.0, -1.0]) for seed in lesson.seeds]
     with Verifier() as verifier:
         verdicts = verdicts_of(traces, verifier)

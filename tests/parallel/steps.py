@@ -23,11 +23,13 @@ from megatron_parallel_r1.config.objective import Objective
 from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.model.layers import Layers
 from megatron_parallel_r1.model.weights import hf_tensors, load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.rl.objective.loss import policy_loss
 from megatron_parallel_r1.sft.loop import sft_loss
 from megatron_parallel_r1.thought.layout import Row, lay_out
 from megatron_parallel_r1.thought.parser import parse
+from megatron_parallel_r1.train import trainer as trainer_module
 from megatron_parallel_r1.train.micro_batch import MicroBatch, partition_rows
 from megatron_parallel_r1.train.trainer import Adam, Trainer
 from megatron_parallel_r1.utils.rank import is_rank_zero
@@ -71,14 +73,19 @@ def capacity(rows: list[Row], parallel: ParallelConfig) -> int:
 
 
 def three_steps(
-    shape: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, loss_name: str
+    shape: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    loss_name: str,
+    balance: float = 0.0,
 ) -> dict[str, Any]:
     """Figures of three optimizer steps, and the weights that they end in."""
-    model = build_model(shape, dtype, parallel)
+    model = build_model(shape, dtype, parallel, Layers(balance_loss=balance))
     load_hf_tensors(model, random_hf_tensors(shape, seed=7, std=0.2))
     # eps above the rounding noise of gradients that are 0 in exact arithmetic (rows of unused tokens): Adam
     # would blow that noise up to full steps, in a direction that depends on the order of sums.
-    trainer = Trainer(model, Adam(lr=1e-3, eps=1e-6, weight_decay=0.1, sharded=parallel.sharded_optimizer))
+    sharded, overlap = parallel.sharded_optimizer, parallel.overlap_gradients
+    trainer = Trainer(model, Adam(1e-3, eps=1e-6, weight_decay=0.1, sharded=sharded, overlap=overlap))
     rows, values = batch_of_rows()
     own = partition_rows(rows, capacity(rows, parallel), trainer.partition)
     if loss_name == "on-policy":
@@ -114,6 +121,15 @@ def variants(shape: ModelConfig, parallel: ParallelConfig, processes: int) -> di
     by the dense one, and bfloat16 changes the choice of experts.
     """
     found = {}
+    if processes > parallel.replica_size:
+        overlapped = parallel.replace(sharded_optimizer=True, overlap_gradients=True)
+        found["grpo, overlapped"] = three_steps(shape, overlapped, torch.float32, "grpo")
+    if parallel.context > 1:
+        again = parallel.replace(gather_again=True)
+        found["grpo, gathered again"] = three_steps(shape, again, torch.float32, "grpo")
+    if processes == parallel.pipeline == 2 and parallel.virtual == 1:
+        uneven = parallel.replace(first_stage_layers=1)
+        found["grpo, uneven"] = three_steps(shape, uneven, torch.float32, "grpo")
     if shape.experts:
         for recompute in ("none", "selective")[: 2 if processes < 4 else 1]:
             changed = parallel.replace(recompute=recompute)
@@ -125,6 +141,7 @@ def variants(shape: ModelConfig, parallel: ParallelConfig, processes: int) -> di
             found[f"{lesson}, recompute {recompute}"] = three_lessons(shape, changed, LESSONS[lesson])
         sharded = parallel.replace(sharded_optimizer=True)
         found["grpo, sharded optimizer"] = three_steps(shape, sharded, torch.float32, "grpo")
+        found["balanced, recompute none"] = three_steps(shape, parallel, torch.float32, "grpo", balance=0.1)
         return found
     for recompute, losses in {
         "none": ("grpo", "sft"),
@@ -148,6 +165,8 @@ def main() -> None:
     out, *layouts = sys.argv[1:]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    # Several buckets, where gradients are summed while backward runs.
+    trainer_module.BUCKET_ELEMENTS = 5000
     found = {}
     for layout in layouts:
         parallel, shape = parallel_of(layout)

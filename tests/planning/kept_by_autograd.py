@@ -21,6 +21,7 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.collectives import all_gather_objects
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.model.gpt import build_model
+from megatron_parallel_r1.model.layers import Layers
 from megatron_parallel_r1.model.weights import load_hf_tensors, random_hf_tensors
 from megatron_parallel_r1.planning.memory import Workload, activation_bytes, layer_bytes, pipeline_parts
 from megatron_parallel_r1.thought.packing import context_indices
@@ -41,9 +42,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 RECOMPUTE = ("none", "selective", "full")
 
 
-def compare(shape: ModelConfig, dtype: torch.dtype, parallel: ParallelConfig) -> tuple[int, int]:
+def compare(
+    shape: ModelConfig, dtype: torch.dtype, parallel: ParallelConfig, fused: bool = False
+) -> tuple[int, int]:
     """Bytes kept of one row whose every token is a target, and bytes planned for it."""
-    model = build_model(shape, dtype, parallel)
+    model = build_model(shape, dtype, parallel, Layers(fused_swiglu=fused))
     load_hf_tensors(model, random_hf_tensors(shape, seed=0))
     (wrapped,), _optimizer = wrap_for_training(model, Adam(lr=1e-3))
     held = torch.distributed.get_rank() if parallel.context > 1 else 0
@@ -68,9 +71,9 @@ def compare(shape: ModelConfig, dtype: torch.dtype, parallel: ParallelConfig) ->
     number = dtype.itemsize
     (part, *_) = pipeline_parts(shape, parallel)
     assert part.elements == sum(parameter.numel() for parameter in model.parameters())
-    planned = activation_bytes(shape, parallel, part, Workload(LENGTH, 1), number)
+    planned = activation_bytes(shape, parallel, part, Workload(LENGTH, 1, fused=fused), number)
     # Of what is computed anew, nothing is there yet before backward.
-    attention, norm, mlp = layer_bytes(shape, parallel, LENGTH, number)
+    attention, norm, mlp = layer_bytes(shape, parallel, LENGTH, number, fused)
     planned -= {"none": 0, "selective": mlp, "full": attention + norm + mlp}[parallel.recompute]
     if dtype == torch.bfloat16 and parallel.recompute != "full":
         planned += shape.layers * widened(parallel, len(tokens_T))

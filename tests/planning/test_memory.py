@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,23 @@ from megatron_parallel_r1.planning.memory import (
     memory_use,
     pipeline_parts,
 )
+from megatron_parallel_r1.planning.published import PUBLISHED
 from megatron_parallel_r1.planning.rollouts import longest_row
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.train import target_logprobs as target_logprobs_module
 from megatron_parallel_r1.train.target_logprobs import LogprobQuery, target_logprobs
 from megatron_parallel_r1.train.trainer import Adam, wrap_for_training
 from tests.parallel.launch import ENVIRONMENT, settings_of
-from tests.planning.kept_by_autograd import DTYPES, LENGTH, RECOMPUTE, SHAPE, compare_all, shapes
+from tests.planning.kept_by_autograd import (
+    DTYPES,
+    LENGTH,
+    RECOMPUTE,
+    SHAPE,
+    SHAPES,
+    compare,
+    compare_all,
+    shapes,
+)
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +99,32 @@ def test_weights_gradients_and_optimizer_to_the_byte(dtype: torch.dtype, sharded
     assert all(tensor.dtype == torch.float32 for tensor in moments + masters)
 
 
+def reported_by_megatron(shape: ModelConfig, parallel: ParallelConfig, data: int) -> float:
+    """Bytes of weights, gradients and optimizer of the fullest rank, as Megatron-LM's own report estimates
+    them (`theoretical_memory_usage`): 6 a weight, and 12 shared by the data-parallel ranks, of a pipeline
+    rank's layers and embeddings, both split over the tensor group. It knows no expert parallelism.
+    """
+    ratio = shape.heads * shape.head_dim / shape.hidden
+    attention = 2 * shape.hidden**2 * (1 + shape.kv_heads / shape.heads) * ratio
+    mlp = 3 * shape.hidden * shape.ffn
+    if shape.experts:
+        mlp = 3 * shape.hidden * shape.experts.ffn * shape.experts.count
+    layers = shape.layers * (attention + mlp + 2 * shape.hidden) + shape.hidden
+    embeddings = shape.hidden * shape.vocab * (2 if not shape.tied and parallel.pipeline == 1 else 1)
+    return (layers / parallel.pipeline + embeddings) / parallel.tensor * (6 + 12 / data)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-30B-A3B", "Qwen3-235B-A22B"])
+@pytest.mark.parametrize("settings", [{}, {"tensor": 4, "sequence": True}, {"tensor": 2, "pipeline": 2}])
+def test_weights_and_optimizer_are_what_megatron_reports(name: str, settings: dict[str, int]) -> None:
+    shape, parallel = PUBLISHED[name], ParallelConfig(**settings, sharded_optimizer=True)
+    uses = [
+        memory_use(shape, parallel, part, 8, 2, Workload(64, 1)) for part in pipeline_parts(shape, parallel)
+    ]
+    planned = max(use.weights + use.gradients + use.optimizer for use in uses)
+    assert abs(planned / reported_by_megatron(shape, parallel, 8) - 1) < 0.005
+
+
 # What a plan leaves out of a token: its id, two rows of the layout, the index of its target, and two sums of
 # the loss, 32 bytes; and one that says whether its id is of this rank's vocabulary.
 INDEX_BYTES = 33
@@ -97,6 +134,15 @@ INDEX_BYTES = 33
 def test_activations_are_what_autograd_keeps() -> None:
     for kept, planned in compare_all(ParallelConfig()):
         assert 0 <= kept - planned <= INDEX_BYTES * LENGTH
+
+
+@pytest.mark.usefixtures("world")
+def test_activations_of_a_fused_swiglu_are_what_autograd_keeps() -> None:
+    with torch.compiler.set_stance("force_eager"):
+        for shape, dtype in product(SHAPES, DTYPES):
+            kept, planned = compare(shape, dtype, ParallelConfig(), fused=True)
+            assert 0 <= kept - planned <= INDEX_BYTES * LENGTH
+            assert planned < compare(shape, dtype, ParallelConfig())[1]
 
 
 @pytest.mark.slow

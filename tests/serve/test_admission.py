@@ -50,6 +50,8 @@ def test_those_at_once_share_the_cache_in_the_order_of_their_arrival() -> None:
         with pytest.raises(ApiError, match="2 requests are waiting") as refused:
             async with admission.slot(1):
                 pass
+        with pytest.raises(ApiError, match="2 requests are waiting"):
+            admission.check_room()
         assert refused.value.status == 503 and refused.value.headers["Retry-After"]
         leave_second()
         await settled()

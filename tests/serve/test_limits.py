@@ -28,6 +28,13 @@ def post(client: httpx.Client, body: dict) -> httpx.Response:
     return client.post("/v1/chat/completions", json=body)
 
 
+def counters(client: httpx.Client) -> dict[str, float]:
+    """What `/metrics` says."""
+    lines = [line for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
+    values = (line.removeprefix("parallel_r1_serve_").rpartition(" ")[::2] for line in lines)
+    return {name: float(value) for name, value in values}
+
+
 def test_a_full_queue_sends_away_and_the_time_limit_ends_the_rest(narrow: httpx.Client) -> None:
     with ThreadPoolExecutor(6) as pool:
         begin = time.monotonic()
@@ -43,7 +50,18 @@ def test_a_full_queue_sends_away_and_the_time_limit_ends_the_rest(narrow: httpx.
         else:
             assert error["code"] == "timeout"
     assert wait_until_idle(narrow) == IDLE
-    assert post(narrow, chat(seed=1, max_tokens=5)).status_code == 200
+    before = counters(narrow)
+    assert (before['requests_total{status="503"}'], before['requests_total{status="504"}']) == (3, 3)
+    assert narrow.get("/ready").status_code == 200
+    usage = post(narrow, chat(seed=1, max_tokens=5)).json()["usage"]
+    after = counters(narrow)
+    assert after['requests_total{status="200"}'] - before.get('requests_total{status="200"}', 0) == 1
+    for name, field in (
+        ("prompt_tokens_total", "prompt_tokens"),
+        ("response_tokens_total", "completion_tokens"),
+    ):
+        assert after[name] - before[name] == usage[field]
+    assert after["request_seconds_total"] > before["request_seconds_total"]
 
 
 @pytest.mark.slow
@@ -115,7 +133,10 @@ def test_without_the_key_nothing_is_answered(narrow: httpx.Client) -> None:
             for answer in (post(stranger, chat()), stranger.get("/v1/models")):
                 assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
             assert stranger.get("/health").status_code == stranger.get("/").status_code == 200
-    assert narrow.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    (model,) = narrow.get("/v1/models").json()["data"]
+    assert model["id"] == "tiny" and narrow.get("/v1/models/tiny").json() == model
+    unknown = narrow.get("/v1/models/someone/else")
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
 
 
 def test_it_listens_at_the_loopback_alone_and_only_under_its_name(client: httpx.Client) -> None:

@@ -12,9 +12,10 @@ from megatron_parallel_r1.rollout.thinking import Branch, Thinker
 from megatron_parallel_r1.serve.response_assembler import ResponseAssembler
 from megatron_parallel_r1.thought.layout import Mode, critical_length
 from megatron_parallel_r1.thought.trace import Trace
+from tests.reference.formats import ALL, tags_of
 from tests.reference.traces import TAGS
 from tests.serve.release import THINKING, tokenizer
-from tests.unit.rollout.tiny import native_engine, tiny_qwen3
+from tests.unit.rollout.tiny import eager_of, native_engine, tiny_qwen3
 
 ENGINE = native_engine(tiny_qwen3())
 TOKENIZER = tokenizer()
@@ -58,6 +59,33 @@ def test_an_assembled_response_is_its_trace(mode: Mode, depth: int) -> None:
     assert (blocks > 10) == (mode != "sequential")
     assert (nested > 0) == (mode != "sequential" and depth > 1)
     assert mode == "sequential" or depth == 1 or cut > 0
+
+
+@pytest.mark.parametrize("name", sorted(ALL.keys() - {"parallel_r1"}))
+def test_a_response_of_any_format_is_assembled(name: str) -> None:
+    tags, blocks = tags_of(ALL[name]), 0
+    engine = native_engine(tiny_qwen3(eager=eager_of(tags)))
+    thinking = THINKING.replace(paths=2, max_depth=2, max_path_tokens=60, max_response_tokens=180)
+
+    async def observed_one(seed: int, response: ResponseAssembler) -> Trace:
+        opened = engine.open()
+        await engine.write(opened, PROMPT)
+        return await Thinker(engine, tags, thinking).trace(PROMPT, opened, seed, observe=response.add)
+
+    for seed in range(3):
+        response = ResponseAssembler(TOKENIZER, tags)
+        trace = asyncio.run(observed_one(seed, response))
+        assert response.tokens == list(trace.tokens)[: len(response.tokens)], (
+            "the flat text waits for nothing"
+        )
+        response.end(trace.finish)
+        assert tuple(response.tokens) == trace.tokens
+        assert response.critical_tokens == critical_length(trace.tree)
+        shown = response.parallel()["blocks"]
+        assert [len(block["paths"]) for block in shown] == [len(b.paths) for b in trace.tree.blocks]
+        assert all((block["summary"] is None) == (tags.summary is None) for block in shown)
+        blocks += len(shown)
+    assert blocks >= 1
 
 
 def test_paths_are_observed_side_by_side() -> None:

@@ -168,12 +168,14 @@ class Daemons:
     def hang_node(self, name: str) -> None:
         """Halts all processes of a node, which is then reported as down."""
         for process in self._tree(name):
-            process.suspend()
+            with suppress(psutil.NoSuchProcess):  # some end meanwhile
+                process.suspend()
         self.client("scontrol", "update", f"nodename={name}", "state=down", "reason=hangs")
 
     def wake_node(self, name: str) -> None:
         for process in self._tree(name):
-            process.resume()
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
         self._return_node(name)
 
     def _tree(self, name: str) -> list[psutil.Process]:

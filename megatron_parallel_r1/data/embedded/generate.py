@@ -17,10 +17,11 @@ from megatron_parallel_r1.data.embedded.congruence import (
     reduced_forms,
     vocabulary,
 )
-from megatron_parallel_r1.data.embedded.traces import TraceStyle, write_drill, write_trace
+from megatron_parallel_r1.data.embedded.traces import TraceStyle, in_format, write_drill, write_trace
 from megatron_parallel_r1.data.problems import Example, Problem
 from megatron_parallel_r1.data.tokenizers import BOS, EOS, PAD, UNK, as_hf
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.thought.formats import MAX_PATHS, PARALLEL_R1, ThinkingFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,11 +44,13 @@ def training_problem(kind: Difficulty, seed: int, index: int) -> Problem:
     return as_problem(_draw(kind, random.Random(f"problem/{seed}/{index}")))
 
 
-def cold_start_example(style: TraceStyle, easy: float, seed: int, index: int) -> Example:
+def cold_start_example(
+    style: TraceStyle, easy: float, seed: int, index: int, format: ThinkingFormat = PARALLEL_R1
+) -> Example:
     """Returns worked example `index` of an endless stream; a share `easy` of its problems is easy."""
     rng = random.Random(f"cold start/{seed}/{index}")
     congruence = _draw("easy" if rng.random() < easy else "hard", rng)
-    return Example(as_problem(congruence), write_trace(congruence, style, rng))
+    return Example(as_problem(congruence), in_format(write_trace(congruence, style, rng), format))
 
 
 def arithmetic_example(easy: float, seed: int, index: int) -> Example:
@@ -87,8 +90,8 @@ def _with_constant(form: Congruence, d: int) -> Congruence:
     return replace(form, d=d, c=(form.need + d) % MODULUS)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds a tokenizer that splits only at white space, without the tags.
+def build_tokenizer(format: ThinkingFormat = PARALLEL_R1) -> PreTrainedTokenizerFast:
+    """Builds a tokenizer that splits only at white space, without the tags of the format.
 
     `thought.tokenizer.add_tags` adds the tags. Decoding joins words with spaces; `trace_text.canonical` then
     restores the text of a trace.
@@ -98,6 +101,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
     words = [PAD, BOS, EOS, UNK, *vocabulary()]
+    if format != PARALLEL_R1:
+        forced = [word for piece in format.plain_pieces() for word in piece.split()]
+        numbers = [f"{number + 1}:" for number in range(MAX_PATHS)] if format.plan else []
+        words = list(dict.fromkeys([*words, *forced, *numbers]))
     tokenizer = Tokenizer(WordLevel({word: id for id, word in enumerate(words)}, unk_token=UNK))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return as_hf(tokenizer)

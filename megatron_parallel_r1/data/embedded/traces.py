@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pydantic import model_validator
 
 from megatron_parallel_r1.data.embedded.congruence import MODULUS, Congruence
-from megatron_parallel_r1.data.trace_text import canonical
+from megatron_parallel_r1.data.trace_text import WrittenTrace, canonical
+from megatron_parallel_r1.thought.formats import PARALLEL_R1, ThinkingFormat
 from megatron_parallel_r1.utils.settings import Count, Settings, Share
 
 
@@ -81,6 +82,29 @@ def write_trace(congruence: Congruence, style: TraceStyle, rng: random.Random) -
         if taken:
             break
     return _close(words, taken, tried, style, rng)
+
+
+def in_format(response: str, format: ThinkingFormat) -> str:
+    """Rewrites a trace into another format; a plan's item is the first word of its path, with its number.
+
+    In a format without summaries the text of the summary follows the block.
+    """
+    if format == PARALLEL_R1:
+        return response
+    written, parts, start = WrittenTrace.of(response), list[str](), 0
+    for block in written.tree.blocks:
+        paths = [written.inside(path) for path in block.paths]
+        parts += [written.text(start, block.start), format.open]
+        if format.plan is not None:
+            items = [f"{number}: {path.split()[0]}" for number, path in enumerate(paths, start=1)]
+            parts += [format.plan.begin or ""]
+            parts += [f"{format.plan.item}{item}{format.plan.item_end}" for item in items]
+            parts += [format.plan.end]
+        parts += [f"{format.begin_of(n)}{path}{format.path_end}" for n, path in enumerate(paths, start=1)]
+        summary = written.inside(block.summary) if block.summary is not None else ""
+        parts += [format.joined, summary, format.summary_end or "", format.behind]
+        start = block.stop(written.tree.length)
+    return canonical("".join([*parts, written.text(start, written.tree.length)]), format)
 
 
 def stated_result(text: str) -> str | None:

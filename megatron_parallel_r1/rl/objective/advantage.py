@@ -16,9 +16,11 @@ from megatron_parallel_r1.thought.tree import Tree
 from megatron_parallel_r1.utils.user_function import in_one_line, load_function
 
 Float64 = NDArray[np.float64]
+# Added to a standard deviation, as in the reference implementations.
+EPS = 1e-6
 
 
-def group_advantages(rewards_PG: Float64, eps: float = 1e-6) -> Float64:
+def group_advantages(rewards_PG: Float64, eps: float = EPS) -> Float64:
     """Each reward against its group: (r - mean) / (std + eps), GRPO (arXiv 2402.03300, section 4.1.2).
 
     The standard deviation is the sample's (divided by G - 1), as in the reference implementations. A group of
@@ -52,6 +54,20 @@ def rloo_advantages(rewards_PG: Float64) -> Float64:
     return rewards_PG - others_PG
 
 
+def papo_advantages(rewards_PG: Float64, eps: float = EPS) -> Float64:
+    """(r - mean of the group) / (std of the batch + eps), PAPO of NPR (arXiv 2512.07461).
+
+    One scale for the whole batch gives no more weight to problems that are nearly always or nearly never
+    solved. The standard deviation is the sample's, of all rewards of the step.
+    """
+    return dr_grpo_advantages(rewards_PG) / (_batch_deviation(rewards_PG) + eps)
+
+
+def _batch_deviation(rewards: Float64) -> float:
+    """Sample standard deviation of all rewards of a step; 0 of fewer than two."""
+    return float(rewards.std(ddof=1)) if rewards.size > 1 else 0.0
+
+
 def informative(rewards_PG: Float64) -> NDArray[np.bool_]:
     """Returns for each prompt whether its rewards differ; DAPO (arXiv 2503.14476, eq. 11) keeps only these.
 
@@ -70,6 +86,7 @@ ADVANTAGES: dict[str, Callable[[Float64], Float64]] = {
     "grpo": group_advantages,
     "dr_grpo": dr_grpo_advantages,
     "rloo": rloo_advantages,
+    "papo": papo_advantages,
 }
 
 
@@ -102,9 +119,12 @@ def scored_advantages(
     name: str, rewards_PG: Float64, unscored_PG: NDArray[np.bool_]
 ) -> Float64 | np.ma.MaskedArray:
     """Advantages [P, G] in which traces without a reward are masked and count in no mean of their group."""
-    estimate = estimator(name)
     if not unscored_PG.any():
-        return estimate(rewards_PG)
+        return estimator(name)(rewards_PG)
+    if name == "papo":  # its scale is of all groups together, not of each
+        centred_PG = scored_advantages("dr_grpo", rewards_PG, unscored_PG)
+        return centred_PG / (_batch_deviation(rewards_PG[~unscored_PG]) + EPS)
+    estimate = estimator(name)
     advantages_PG = np.ma.array(np.zeros(rewards_PG.shape), mask=unscored_PG)
     is_whole_P = ~unscored_PG.any(1)
     if is_whole_P.any():

@@ -62,16 +62,23 @@ def mismatch_sums(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, 
     return {name: column_N.sum() for name, column_N in columns.items()}
 
 
-def largest_apart(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """The largest |trainer - engine| of all pairs, 0 without any; reduced over ranks by `all_reduce_max`."""
-    largest = [_apart(*pair).abs().max() for pair in pairs if len(pair[0])]
-    return torch.stack(largest).max().item() if largest else 0.0
+def largest_apart(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """The largest |trainer - engine| and the largest |trainer| of all pairs, 0 without any.
+
+    Reduced over ranks by `all_reduce_max`.
+    """
+    largest = [
+        torch.stack([_apart(*pair).abs().max(), pair[0].detach().double().abs().max()])
+        for pair in pairs
+        if len(pair[0])
+    ]
+    return torch.stack(largest).amax(0).tolist() if largest else [0.0, 0.0]
 
 
 def mismatch(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> Mismatch:
     """Compares log-probs of the same tokens under the same weights, all on this rank."""
     sums = {name: value.item() for name, value in mismatch_sums(trainer_N, engine_N).items()}
-    return Mismatch.of(sums, largest_apart([(trainer_N, engine_N)]))
+    return Mismatch.of(sums, largest_apart([(trainer_N, engine_N)])[0])
 
 
 def _apart(trainer_N: torch.Tensor, engine_N: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,13 @@ processed_logprobs` (which takes them after top-k and top-p: the client sends ne
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from megatron_parallel_r1.rollout.sglang_cpu import NAME as ON_CPU
 from megatron_parallel_r1.rollout.sglang_plugin import NAME as JOINS
-from megatron_parallel_r1.rollout.sglang_seeds import NAME as SEEDS
 
 EngineName = Literal["sglang", "vllm"]
 Device = Literal["cpu", "cuda"]
@@ -164,6 +165,8 @@ def _sglang(settings: LaunchSettings, device: Device) -> ServerCommand:
     arguments += ["--dtype", settings.dtype or ("float32" if device == "cpu" else "auto")]
     if settings.context_tokens is not None:
         arguments += ["--context-length", str(settings.context_tokens)]
+    if _has_experts(settings.checkpoint):
+        arguments += ["--enable-return-routed-experts"]
     plugins = [JOINS] if settings.isolated else []
     environment: dict[str, str] = {}
     if device == "cpu":
@@ -179,7 +182,7 @@ def _sglang(settings: LaunchSettings, device: Device) -> ServerCommand:
         environment["SGLANG_USE_CPU_ENGINE"] = "0"
         # With several ranks SGLang would use the NCCL that a CUDA build of torch brings.
         environment["SGLANG_NCCL_SO_PATH"] = "none"
-        plugins += [SEEDS] if settings.deterministic else []
+        plugins += [ON_CPU] if settings.deterministic else []
     else:
         if settings.memory_share is not None:
             arguments += ["--mem-fraction-static", str(settings.memory_share)]
@@ -187,6 +190,16 @@ def _sglang(settings: LaunchSettings, device: Device) -> ServerCommand:
         arguments += ["--enable-memory-saver"] if settings.colocated else []
     environment["SGLANG_PLUGINS"] = ",".join(plugins) or NO_PLUGIN
     return ServerCommand(tuple(arguments), environment, probe="/server_info")
+
+
+def _has_experts(checkpoint: Path) -> bool:
+    """Whether a folder's config.json is of a mixture of experts. The engine reports one that is damaged."""
+    try:
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    return isinstance(config, dict) and any(config.get(name) for name in counts)
 
 
 def _vllm(settings: LaunchSettings, device: Device) -> ServerCommand:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.rollout.engine import Completion, Interrupted, Sampling
@@ -127,13 +128,13 @@ class NativeEngine:
         row = self._table.join(trunk.row, [path.row for path in paths])
         return NativeContext(row, max(path.position for path in paths))
 
-    def experts_of(self, context: NativeContext) -> bytes:
-        slots = self._table.slots_CT[context.row, : self._table.lengths_C[context.row]]
-        if self._model is None or not self._model.chosen_LSC or not len(slots):
-            return b""
-        slots_T = to_device(slots, self._model.device)
+    async def experts_of(self, context: NativeContext, count: int) -> NDArray[np.int16]:
+        assert self._model is not None and self._model.chosen_LSC, "no experts were chosen"
+        written = self._table.lengths_C[context.row]
+        first = written + len(context.pending) - count
+        slots_T = to_device(self._table.slots_CT[context.row, first:written], self._model.device)
         chosen_TLC = torch.stack([chosen_SC[slots_T] for chosen_SC in self._model.chosen_LSC], 1)
-        return chosen_TLC.cpu().numpy().tobytes()
+        return chosen_TLC.flatten(1).cpu().numpy()
 
     def close(self, context: NativeContext) -> None:
         self._table.close(context.row)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megatron_parallel_r1.architecture.families import FAMILIES
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 
 
@@ -64,9 +65,14 @@ def fuse_layer(by_name: dict[str, torch.Tensor], prefix: str, config: ModelConfi
     def weight(name: str) -> torch.Tensor:
         return by_name.pop(f"{prefix}{name}.weight")
 
-    def mlp(name: str) -> DenseMlp:
-        gate_up_FE = torch.cat([weight(f"{name}.gate_proj"), weight(f"{name}.up_proj")])
-        return DenseMlp(gate_up_FE, weight(f"{name}.down_proj"))
+    def pop(parameter: str, expert: int | None = None) -> list[torch.Tensor]:
+        return [by_name.pop(prefix + name.format(expert=expert)) for name in family.hf_names(parameter)]
+
+    def mlp(parameters: str, expert: int | None = None) -> DenseMlp:
+        (down_EF,) = pop(f"{parameters}.linear_fc2.weight", expert)
+        return DenseMlp(torch.cat(pop(f"{parameters}.linear_fc1.weight", expert)), down_EF)
+
+    family = FAMILIES[config.family]
 
     norms = []
     if f"{prefix}self_attn.q_norm.weight" in by_name:
@@ -79,8 +85,8 @@ def fuse_layer(by_name: dict[str, torch.Tensor], prefix: str, config: ModelConfi
     biases = [by_name.pop(f"{prefix}self_attn.{part}_proj.bias") for part in "qkv"] if has_bias else []
     feed_forward: DenseMlp | ExpertMlp
     if config.experts:
-        router_XE = weight("mlp.gate")
-        experts = [mlp(f"mlp.experts.{index}") for index in range(len(router_XE))]
+        (router_XE,) = pop("mlp.router.weight")
+        experts = [mlp("mlp.experts.local_experts.{expert}", index) for index in range(len(router_XE))]
         feed_forward = ExpertMlp(router_XE, experts, config.experts.per_token, config.experts.renormalized)
     else:
         feed_forward = mlp("mlp")

@@ -29,16 +29,18 @@ def sample_tokens(
     temperature_N = np.where(is_greedy_N, 1.0, temperature_N)
     if (temperature_N != 1.0).any():
         logits_NV = logits_NV / _like(logits_NV, temperature_N)[:, None].to(logits_NV.dtype)
-    logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
-    weights_NV = _top(logprobs_NV.exp(), top_k_N, top_p_N)
-    cumulative_NV = weights_NV.cumsum(-1, dtype=torch.float64)
+    # Not torch.log_softmax, whose sum on a CPU loses digits with the vocabulary, always to one side.
+    below_NV = logits_NV - logits_NV.amax(-1, keepdim=True)
+    weights_NV = below_NV.exp()
+    logsum_N = weights_NV.sum(-1).log()
+    cumulative_NV = _top(weights_NV, top_k_N, top_p_N).cumsum(-1, dtype=torch.float64)
     target_N1 = (_like(logits_NV, uniform_N) * cumulative_NV[:, -1])[:, None]
     tokens_N1 = torch.searchsorted(cumulative_NV, target_N1, right=True).clamp(max=logits_NV.shape[1] - 1)
     if is_greedy_N.any():
         tokens_N1 = torch.where(
-            _like(logits_NV, is_greedy_N)[:, None], logprobs_NV.argmax(-1, keepdim=True), tokens_N1
+            _like(logits_NV, is_greedy_N)[:, None], logits_NV.argmax(-1, keepdim=True), tokens_N1
         )
-    logprobs_N = logprobs_NV.gather(1, tokens_N1)[:, 0]
+    logprobs_N = below_NV.gather(1, tokens_N1)[:, 0] - logsum_N
     # One copy, for which the host waits; float64 holds every token exactly.
     tokens_N, logprobs_N = torch.stack([tokens_N1[:, 0].double(), logprobs_N.double()]).cpu().numpy()
     return tokens_N.astype(np.int64), logprobs_N

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from megatron_parallel_r1.architecture.families import EMBEDDING, FAMILIES, HEAD
+
 
 @dataclass(frozen=True, slots=True)
 class TensorParallelGroup:
@@ -88,10 +90,19 @@ class TensorParallelGroup:
         return torch.device("cuda" if "nccl" in dist.get_backend(self.group) else "cpu")
 
 
-# The dimension that is split: rows where a weight produces heads, features or logits; columns where it reads
-# them.
-_ROWS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-SHARD_DIM = {**dict.fromkeys(_ROWS, 0), "o_proj": 1, "down_proj": 1}
+def _module(name: str) -> str:
+    """The last module of a tensor's name: `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
+    return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+
+
+# The dimension that is split, as in Megatron: rows where a weight produces heads, features or logits; columns
+# where it reads them.
+SHARD_DIM = {
+    _module(name): template.split_dim
+    for template in (EMBEDDING, HEAD, *(each for family in FAMILIES.values() for each in family.layer))
+    for name, _ in template.hf
+    if template.split_dim is not None
+}
 
 
 def local_shard(name: str, tensor: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
@@ -100,7 +111,7 @@ def local_shard(name: str, tensor: torch.Tensor, group: TensorParallelGroup) -> 
     Shards have equal sizes. Where they do not divide the tensor's, zeros fill the last: features that are
     always 0, and logits that `gather_columns`' caller drops. Heads must divide.
     """
-    dim = SHARD_DIM.get(name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2])
+    dim = SHARD_DIM.get(_module(name))
     if dim is None or group.size == 1:
         return tensor.detach().clone()
     whole = tensor.shape[dim]

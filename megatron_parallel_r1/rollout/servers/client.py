@@ -51,6 +51,7 @@ class GenerateRequest:
         trace: a name that all requests of one trace share; they go to one server while it is up.
         joined: the closed isolated blocks in `tokens`, nested ones included, in order of their forks; only
             for servers with mode `isolated`.
+        experts_from: index of the first token whose experts are returned; None: none are.
     """
 
     tokens: tuple[int, ...]
@@ -60,6 +61,7 @@ class GenerateRequest:
     suppress: frozenset[int]
     trace: str
     joined: tuple[JoinedBlock, ...] = ()
+    experts_from: int | None = None
 
     def logit_bias(self) -> dict[str, dict[str, float]]:
         """The field of a request's parameters that suppresses tokens, if there are any."""
@@ -69,10 +71,17 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """A completion, and how many of the request's tokens were in the server's cache; 0 if not reported."""
+    """The result of a `GenerateRequest`.
+
+    Attributes:
+        cached_tokens: how many of the request's tokens were in the server's cache; 0 if not reported.
+        experts: of all tokens from `experts_from` on but the last one drawn: int16, by token, layer and
+            choice.
+    """
 
     completion: Completion
     cached_tokens: int
+    experts: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,7 @@ class ServerInfo:
         seeded: whether the seed fixes a draw: the same request, sent twice, drew the same tokens.
         copies, nodes: of an SGLang server, data-parallel copies of the model, and machines that it is on.
         nccl: version of its NCCL; None: not reported.
+        experts: whether it can return the experts that it chose.
     """
 
     model: str
@@ -99,6 +109,7 @@ class ServerInfo:
     copies: int = 1
     nodes: int = 1
     nccl: tuple[int, ...] | None = None
+    experts: bool = False
 
 
 class Server(Protocol):

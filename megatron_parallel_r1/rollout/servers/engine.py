@@ -10,7 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from uuid import uuid4
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion, Sampling
@@ -135,6 +137,21 @@ class ServerEngine:
             ends.append(len(tokens))
         joined = (*trunk.joined, JoinedBlock(fork, tuple(ends)), *nested)
         return ServerContext(tokens, trunk.trace, joined)
+
+    async def experts_of(self, context: ServerContext, count: int) -> NDArray[np.int16]:
+        """See `RecordsExperts`: a request of its own, whose draw is thrown away.
+
+        Each token's experts are sent once. With each continuation's, those of a block's paths would come
+        twice: to the paths, and to the chain that has joined them.
+        """
+        assert context.trace is not None, "no trace has begun"
+        known, first = tuple(context.tokens[:-1]), len(context.tokens) - count
+        nothing: frozenset[int] = frozenset()
+        request = GenerateRequest(
+            known, Sampling(), 1, nothing, nothing, context.trace, context.joined, experts_from=first
+        )
+        experts = (await self.pool.generate(request)).experts
+        return np.frombuffer(experts, np.int16).reshape(count - 1, -1)
 
     def close(self, context: ServerContext) -> None:
         """Does nothing: servers evict what was used least recently by themselves."""

@@ -8,13 +8,19 @@ How a server must be started, and why:
   ignores seeds. `ServerInfo.seeded` says which.
 - A temperature of 0 is its top-k of 1 at temperature 1.
 - It also stops at its model's own end tokens. The client then continues the request from there.
+- Experts: with `--enable-return-routed-experts` it keeps those of each cache slot, and so returns those of
+  joined paths too.
 """
 
 from __future__ import annotations
 
 import math
+from base64 import b64decode
 from typing import Any
 
+import numpy as np
+
+from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.engine import Completion
 from megatron_parallel_r1.rollout.joined_blocks import FIELD, encode_blocks, supports_joined_blocks
 from megatron_parallel_r1.rollout.servers.client import (
@@ -57,6 +63,7 @@ class SglangClient(AsyncHttpClient):
                 copies=server.get("dp_size", 1),
                 nodes=server.get("nnodes", 1),
                 nccl=_nccl(server),
+                experts=bool(server.get("enable_return_routed_experts")),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise Unreachable(f"{self.url}/server_info: no SGLang server answers so: {error!r}") from error
@@ -78,7 +85,22 @@ class SglangClient(AsyncHttpClient):
             stopped = tokens[-1] in request.stop
             if stopped or len(tokens) == request.limit:
                 completion = Completion(tuple(tokens), tuple(logprobs), tuple(versions), stopped)
-                return GenerateResult(completion, cached)
+                return GenerateResult(completion, cached, self._experts(request, len(tokens), meta))
+
+    def _experts(self, request: GenerateRequest, drawn: int, meta: dict[str, Any]) -> bytes:
+        """`GenerateResult.experts`, from int32 in base64."""
+        if request.experts_from is None:
+            return b""
+        if meta.get("routed_experts") is None:
+            raise UserError(
+                f"{self.url} returns no experts; start SGLang with --enable-return-routed-experts, which "
+                "serve-rollout adds for a mixture of experts, or set objective.replay_experts to false"
+            )
+        chosen = np.frombuffer(b64decode(meta["routed_experts"]), "<i4")
+        expected = len(request.tokens) + drawn - 1 - request.experts_from
+        if not len(chosen) or len(chosen) % expected:
+            raise Unreachable(f"{self.url}/generate: {len(chosen)} experts of {expected} tokens")
+        return chosen.astype(np.int16).tobytes()
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         sampling = {"max_new_tokens": 0, "temperature": 1.0}
@@ -140,7 +162,10 @@ def _body(request: GenerateRequest, tokens: tuple[int, ...], left: int) -> dict[
     }
     if request.joined:
         params["custom_params"] = {FIELD: encode_blocks(request.joined)}
-    return {"input_ids": tokens, "sampling_params": params, "return_logprob": True}
+    body = {"input_ids": tokens, "sampling_params": params, "return_logprob": True}
+    if request.experts_from is not None:
+        body |= {"return_routed_experts": True, "routed_experts_start_len": request.experts_from}
+    return body
 
 
 def _min_of(server: dict[str, Any], *names: str) -> int:

@@ -95,7 +95,7 @@ function request() {
     messages: [{ role: "user", content: form.problem.value.trim() }],
     stream: true,
     stream_options: { include_usage: true },
-    parallel: { paths: form.paths.valueAsNumber },
+    parallel: form.paths.disabled ? {} : { paths: form.paths.valueAsNumber },
   };
   if (form.seed.value) body.seed = form.seed.valueAsNumber;
   const headers = { "Content-Type": "application/json" };

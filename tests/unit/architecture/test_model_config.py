@@ -1,5 +1,6 @@
 """What a config.json may ask for."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +70,7 @@ def test_fields_that_are_no_size_may_be_missing(kind: str) -> None:
         "num_attention_heads": 32,
         "intermediate_size": 96,
         "vocab_size": 97,
+        **({"sliding_window": None} if kind == "mistral" else {}),
     }
     theirs = AutoConfig.for_model(kind, **sizes).to_dict()
     assert ModelConfig.from_hf({"model_type": kind, **sizes}) == ModelConfig.from_hf(theirs)
@@ -79,3 +81,20 @@ def test_a_missing_field_is_named() -> None:
     del broken["hidden_size"]
     with pytest.raises(UserError, match="'hidden_size' is missing"):
         ModelConfig.from_hf(broken)
+
+
+def test_a_mistral_with_a_window_is_refused() -> None:
+    """transformers gives it one of 4,096 tokens where config.json says nothing."""
+    whole = replace(QWEN3, family="mistral").to_hf()
+    assert whole["sliding_window"] is None and ModelConfig.from_hf(whole).family == "mistral"
+    for windowed in (
+        whole | {"sliding_window": 4096},
+        {k: v for k, v in whole.items() if k != "sliding_window"},
+    ):
+        with pytest.raises(UserError, match="sliding_window = 4096 is not supported"):
+            ModelConfig.from_hf(windowed)
+
+
+def test_dropout_of_a_released_seed_oss_is_not_applied() -> None:
+    released = replace(QWEN3, family="seed_oss").to_hf() | {"attention_dropout": 0.1, "residual_dropout": 0.1}
+    assert ModelConfig.from_hf(released).to_hf()["residual_dropout"] == 0

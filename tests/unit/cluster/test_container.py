@@ -70,5 +70,5 @@ def test_an_engine_finds_the_plugins_and_takes_their_code_from_the_mount(tmp_pat
     code = repository / "megatron_parallel_r1/rollout"
     assert plugins == [
         *("parallel_r1", f"{code}/sglang_plugin/__init__.py"),
-        *("parallel_r1_seeds", f"{code}/sglang_seeds.py"),
+        *("parallel_r1_cpu", f"{code}/sglang_cpu.py"),
     ]

@@ -54,4 +54,4 @@ def test_the_methods_of_the_documentation_are_accepted() -> None:
     table = page.partition("| method |")[2].partition("\n\n")[0]
     found = [yaml.safe_load(text.replace("…", "3000")) for text in re.findall(r"`(\{.+?\})`", table)]
     objectives = [Objective.model_validate(settings) for settings in found]
-    assert len(objectives) == 10 and len(set(objectives)) == 10 and Objective() not in objectives
+    assert len(objectives) == 12 and len(set(objectives)) == 12 and Objective() not in objectives

@@ -77,7 +77,7 @@ def test_weights_that_do_not_fit(
         ("qwen3_moe", {"mlp_only_layers": [1]}, (), "mlp_only_layers = [1] is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, (), "rope_type = 'longrope'"),
         ("llama", {"mlp_bias": True}, (), "mlp_bias = True is not supported"),
-        ("llama", {"model_type": "mistral"}, (), "model_type is 'mistral'"),
+        ("llama", {"model_type": "gemma"}, (), "model_type is 'gemma'"),
         (
             "llama",
             {},

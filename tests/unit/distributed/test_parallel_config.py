@@ -22,6 +22,12 @@ EXPERTS = replace(SHAPE, family="qwen3_moe", experts=ExpertsConfig(count=6, per_
         (ParallelConfig(tensor=2), 2, "tensor 2 does not divide the model's kv_heads 3; set tensor to 1"),
         (ParallelConfig(pipeline=4), 4, "6 layers cannot be cut into pipeline 4 .* set pipeline to 3"),
         (ParallelConfig(pipeline=2, virtual=2), 2, "= 4 equal stages; set pipeline to 3 and virtual to 1"),
+        (ParallelConfig(pipeline=3, first_stage_layers=1), 3, "6 layers leave 5 layers for 2 ranks of pipel"),
+        (
+            ParallelConfig(pipeline=2, first_stage_layers=1, last_stage_layers=4),
+            2,
+            "leave 1 layers for 0 ranks",
+        ),
         (
             ParallelConfig(tensor=3, pipeline=2),
             8,
@@ -80,6 +86,7 @@ def test_the_group_of_experts_spans_the_others() -> None:
     [
         ({"tensor": 0}, r"tensor\n.*greater than or equal to 1"),
         ({"sequence": True}, "sequence needs a tensor size of 2 or more"),
+        ({"first_stage_layers": 2}, "they need a pipeline of 2 or more, and virtual 1"),
         ({"virtual": 2}, "virtual 2 interleaves the stages of a pipeline, and pipeline is 1"),
     ],
 )
@@ -91,3 +98,6 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, int], messag
 def test_what_divides_passes() -> None:
     check_parallel(SHAPE, ParallelConfig(tensor=3, pipeline=2, virtual=3, context=2, sequence=True), 24, 1200)
     check_parallel(SHAPE, ParallelConfig(), 5)
+    uneven = ParallelConfig(pipeline=3, first_stage_layers=1, last_stage_layers=3)
+    check_parallel(SHAPE, uneven, 3)
+    assert uneven.stage_layers(6) == [1, 2, 3] and ParallelConfig(pipeline=3).stage_layers(6) == [2, 2, 2]

@@ -37,6 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2 linear": {"model_type": "qwen2", "rope_parameters": LINEAR},
     "llama": {"model_type": "llama", "rope_parameters": LLAMA3},
+    "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 3},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 16},
     "llama tied": {"model_type": "llama", "tie_word_embeddings": True},
 }
 

@@ -19,7 +19,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.model.layers import Layers, LayerSupport, check_fp8, check_layers
+from megatron_parallel_r1.model.layers import (
+    Layers,
+    LayerSupport,
+    check_balance,
+    check_fp8,
+    check_layers,
+)
 from megatron_parallel_r1.model.spec import block_spec
 from megatron_parallel_r1.model.weights import FUSED, local_name, set_weight
 from megatron_parallel_r1.train.checkpoints.sharded import TRUST
@@ -79,6 +85,9 @@ def test_fp8_needs_sizes_that_its_products_take() -> None:
     layers = Layers("transformer_engine", fp8="current", bf16_first=2)
     check_fp8(layers, model, tensor=2, pipeline=2)
     check_fp8(Layers(), replace(model, hidden=40), tensor=1, pipeline=1)
+    check_balance(Layers(), model)
+    with pytest.raises(UserError, match=r"model.balance_loss: the model has no experts; set it to 0"):
+        check_balance(Layers(balance_loss=0.1), model)
     for changed, tensor, pipeline, message in (
         (model, 4, 1, r"ffn is 24 on each rank, and FP8 needs multiples of 16"),
         (replace(model, hidden=40), 1, 1, "hidden is 40"),

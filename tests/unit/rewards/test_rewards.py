@@ -31,6 +31,19 @@ def judged(correct: bool, facts: Format = SEQUENTIAL, **other: int | float) -> J
     return Judged(correct, facts, "42", "text", **other)
 
 
+def test_p_grpo_by_hand() -> None:
+    # 1 - 90 / 100 = 0.1 off the critical path: 1 + 0.5 * 0.1; above the cap: 1 + 0.5 * 0.2; wrong: nothing.
+    reward = make_reward("p_grpo")
+    assert reward(judged(True, length=100, critical_length=90), 0) == pytest.approx(1.05)
+    assert reward(judged(True, length=100, critical_length=50), 0) == pytest.approx(1.1)
+    assert reward(judged(True, length=100, critical_length=100), 0) == 1.0
+    assert reward(judged(False, length=100, critical_length=50), 0) == 0.0
+    steep = make_reward("p_grpo", {"factor": 2.0, "cap": 0.4})
+    assert steep(judged(True, length=100, critical_length=50), 0) == pytest.approx(1.8)
+    with pytest.raises(UserError, match="set factor >= 0 and 0 <= cap <= 1"):
+        make_reward("p_grpo", {"cap": 1.5})
+
+
 @pytest.mark.parametrize(
     ("name", "right_parallel", "right_malformed", "right_sequential", "wrong_parallel", "wrong"),
     [

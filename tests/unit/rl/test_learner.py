@@ -270,5 +270,7 @@ def test_training_in_fp8_may_be_as_far_from_rollouts_as_fp8_rounds(trainer_of) -
     trainer = trainer_of()
     shape, trainer.model.config.fp8 = trainer.model.architecture, "hybrid"
     # 8 u sqrt(2 L + 2) s, with the roundoff 2^-4 of e4m3.
-    right = 8 * 2**-4 * math.sqrt(2 * shape.layers + 2) * math.log(shape.vocab) / trainer.temperature
-    assert learner(trainer, Objective())._rounding.largest == pytest.approx(right)
+    unit, uniform = 2**-4 * math.sqrt(2 * shape.layers + 2), math.log(shape.vocab) / trainer.temperature
+    rounding = learner(trainer, Objective())._rounding
+    assert rounding(0.0).largest == pytest.approx(8 * unit * uniform)
+    assert rounding(2 * uniform).largest == pytest.approx(8 * unit * 2 * uniform)

@@ -6,8 +6,11 @@ import asyncio
 import gc
 import socket
 import warnings
+from base64 import b64encode
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_parallel_r1.errors import UserError
@@ -175,6 +178,8 @@ def test_about() -> None:
     server.server_info["internal_states"] = [{"parallel_r1": plugin}]
     about = server.do(SglangClient.info)
     assert about.version == 31 and about.modes == STOCK_MODES | {"isolated"} and about.nccl == (2, 30, 7)
+    server.server_info["enable_return_routed_experts"] = True
+    assert server.do(SglangClient.info).experts and not about.experts
     server.server_info = {"model": "of another engine"}
     with pytest.raises(Unreachable, match="no SGLang server answers so"):
         server.do(SglangClient.info)
@@ -197,6 +202,25 @@ def test_the_handshake_is_made_once() -> None:
         assert len(server.bodies) == requests
 
     server.do(twice)
+
+
+EXPERTS = replace(REQUEST, limit=1, experts_from=1)
+
+
+def test_experts_come_in_half_the_bytes() -> None:
+    """SGLang has one row of choices for each token that has another after it: here two, of two layers."""
+    chosen = np.arange(8, dtype=np.int32)
+    server = FakeSGLang(answer_of([11], routed_experts=b64encode(chosen.tobytes()).decode()))
+    assert server.ask(EXPERTS).experts == chosen.astype(np.int16).tobytes()
+    sent = server.bodies[0]
+    assert sent["return_routed_experts"] is True and sent["routed_experts_start_len"] == 1
+
+
+def test_a_server_that_returns_no_experts_is_told_apart_from_one_that_breaks_off() -> None:
+    with pytest.raises(UserError, match="returns no experts; start SGLang with --enable-return-routed"):
+        FakeSGLang(answer_of([11])).ask(EXPERTS)
+    with pytest.raises(Unreachable, match="5 experts of 2 tokens"):
+        FakeSGLang(answer_of([11], routed_experts=b64encode(bytes(20)).decode())).ask(EXPERTS)
 
 
 def test_score() -> None:

@@ -201,7 +201,7 @@ def test_it_is_off_unless_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("switched on")
 
     monkeypatch.setattr(sglang_plugin, "require_tested", never)
-    for plugins in (None, "", "other", "parallel_r1_seeds"):
+    for plugins in (None, "", "other", "parallel_r1_cpu"):
         monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
         if plugins is not None:
             monkeypatch.setenv("SGLANG_PLUGINS", plugins)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Mapping
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -14,6 +15,7 @@ from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGr
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.packing import PackedRow
+from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.trace import Trace
 from tests.reference.dense import row_sees
 from tests.reference.traces import TAGS
@@ -24,7 +26,12 @@ EAGER = {TAGS.parallel: 1.6, TAGS.path_end: 1.9, TAGS.summary_end: 1.9, TAGS.eos
 
 
 def tiny_qwen3(
-    seed: int = 0, tied: bool = False, vocabulary: int = VOCABULARY, ffn: int = 48, kv_heads: int = 2
+    seed: int = 0,
+    tied: bool = False,
+    vocabulary: int = VOCABULARY,
+    ffn: int = 48,
+    kv_heads: int = 2,
+    eager: Mapping[int, float] = EAGER,
 ) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -47,9 +54,19 @@ def tiny_qwen3(
             # A unit feature that every hidden state has carries the tags' bias.
             model.model.embed_tokens.weight[:, 0] = 8.0
             model.lm_head.weight[:, 0] = 0.0
-            for token, nats in EAGER.items():
+            for token, nats in eager.items():
                 model.lm_head.weight[token, 0] = nats / 4.15
     return model
+
+
+def eager_of(tags: Tags) -> dict[int, float]:
+    """How much likelier the tags of a format are: plans of a few items, blocks that close soon."""
+    nats = {
+        **{"parallel": 1.8, "plan_begin": 3.4, "item": 2.2, "item_end": 3.2, "plan_end": 1.6},
+        **{"path_end": 1.9, "summary_end": 1.9},
+    }
+    roles = dict(zip(tags.format.roles, tags.ids, strict=True))
+    return {roles[role]: nats[role] for role in nats if role in roles} | {tags.eos: 0.6}
 
 
 def native_engine(
@@ -72,8 +89,10 @@ def traces_of(
     seeds: list[int] | None = None,
     paths: list[int] | None = None,
     concurrent: int = 256,
+    records_experts: bool = False,
+    tags: Tags = TAGS,
 ) -> list[Trace]:
-    thinker = Thinker(engine, TAGS, thinking)
+    thinker = Thinker(engine, tags, thinking, records_experts)
     seeds = list(range(len(prompts))) if seeds is None else seeds
     return asyncio.run(roll_out(thinker, prompts, seeds, concurrent, paths))
 

@@ -18,8 +18,9 @@ from megatron_parallel_r1.thought.packing import pack
 from megatron_parallel_r1.thought.trace import Trace
 from megatron_parallel_r1.train.micro_batch import MicroBatch
 from megatron_parallel_r1.train.trainer import Trainer
+from tests.reference.formats import ALL, tags_of
 from tests.reference.traces import TAGS
-from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
+from tests.unit.rollout.tiny import eager_of, native_engine, random_prompts, tiny_qwen3, traces_of
 
 TOLERANCE = 2e-5  # float32, logits of some units: a few hundred roundings of 6e-8
 
@@ -59,6 +60,22 @@ def test_trainer_equals_engine(trainer_of, mode: Mode, depth: int, temperature: 
     worst = largest_difference(trainer, batches)
     print(f"{mode}, depth {depth}, temperature {temperature}: max |trainer - engine| = {worst:.2e}")
     assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize("mode", ["isolated", "replay"])
+@pytest.mark.parametrize("name", sorted(ALL.keys() - {"parallel_r1"}))
+def test_trainer_equals_engine_in_every_format(trainer_of, name: str, mode: Mode) -> None:
+    tags = tags_of(ALL[name])
+    trainer = trainer_of(eager=eager_of(tags))
+    engine = native_engine(tiny_qwen3(eager=eager_of(tags)))
+    thinking = Thinking(
+        mode=mode, paths=4, max_blocks=3, max_depth=2, max_path_tokens=130, max_response_tokens=900
+    )
+    traces = traces_of(engine, thinking, random_prompts(12), tags=tags)
+    counts = {len(block.paths) for trace in traces for _, block in trace.tree.all_blocks()}
+    assert counts == {4} if tags.plan_end is None else len(counts) >= 3
+    assert max(trace.tree.depth for trace in traces) == 2
+    assert largest_difference(trainer, micro_batches(trainer, traces, mode, capacity=800)) <= TOLERANCE
 
 
 def test_they_still_agree_after_updates(trainer_of) -> None:

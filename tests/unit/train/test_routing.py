@@ -51,8 +51,8 @@ def trainer_of(dtype: torch.dtype) -> Trainer:
 def traces_under(trainer: Trainer, mode: Mode) -> list[Trace]:
     engine = NativeEngine(SHAPE)
     engine.load_weights(hf_tensors(trainer.model), version=1)
-    thinking = Thinking(mode=mode, paths=3, max_depth=2, max_path_tokens=12, max_response_tokens=110)
-    return traces_of(engine, thinking, random_prompts(24))
+    thinking = Thinking(mode=mode, paths=3, max_depth=2, max_path_tokens=40, max_response_tokens=200)
+    return traces_of(engine, thinking, random_prompts(24), records_experts=True)
 
 
 def difference(trainer: Trainer, traces: Sequence[Trace], mode: Mode, replays: bool) -> float:
@@ -65,19 +65,20 @@ def difference(trainer: Trainer, traces: Sequence[Trace], mode: Mode, replays: b
     return float((torch.cat(trainer.logprobs(batches)) - engine).abs().max())
 
 
-@pytest.mark.parametrize("mode", ["isolated", "causal"])
+def other_experts(trace: Trace) -> Trace:
+    chosen = 15 - np.frombuffer(trace.experts, np.int16)
+    return replace(trace, experts=chosen.tobytes())
+
+
+@pytest.mark.parametrize("mode", ["isolated", "causal", "replay"])
 def test_the_trainer_takes_the_recorded_experts(mode: Mode) -> None:
     trainer = trainer_of(torch.float32)
     traces = traces_under(trainer, mode)
     assert sum(len(trace.tree.blocks) for trace in traces) > 8
     assert difference(trainer, traces, mode, replays=True) <= TOLERANCE
     assert difference(trainer, traces, mode, replays=False) <= TOLERANCE
-
-    def others(trace: Trace) -> Trace:
-        chosen = 15 - np.frombuffer(trace.experts, np.int16)
-        return replace(trace, experts=chosen.tobytes())
-
-    assert difference(trainer, [others(trace) for trace in traces], mode, replays=True) > 100 * TOLERANCE
+    others = [other_experts(trace) for trace in traces]
+    assert difference(trainer, others, mode, replays=True) > 100 * TOLERANCE
 
 
 def test_bfloat16_moves_no_single_log_prob() -> None:
@@ -87,10 +88,3 @@ def test_bfloat16_moves_no_single_log_prob() -> None:
     print(f"bfloat16: max |trainer - engine| = {again:.3f} where the router chooses, {replayed:.3f} replayed")
     assert replayed <= TOLERANCE_BFLOAT16
     assert replayed <= again
-
-
-def test_modes_whose_rows_have_branches_record_nothing() -> None:
-    trainer = trainer_of(torch.float32)
-    traces = traces_under(trainer, "replay")
-    assert not any(trace.experts for trace in traces)
-    assert difference(trainer, traces, "replay", replays=False) <= TOLERANCE

@@ -12,8 +12,10 @@ from megatron_parallel_r1.rl.objective.advantage import (
     dr_grpo_advantages,
     group_advantages,
     informative,
+    papo_advantages,
     path_advantages,
     rloo_advantages,
+    scored_advantages,
 )
 from megatron_parallel_r1.rl.objective.overlong import complete, overlong_penalties
 from megatron_parallel_r1.thought.parser import parse
@@ -43,10 +45,24 @@ def test_rloo_by_hand() -> None:
     assert rloo_advantages(np.array([[3.0]])).tolist() == [[0.0]]
 
 
+def test_papo_by_hand() -> None:
+    # Means 0.5 and 1. Of all eight the sum is 6 and that of the squares 8: 8 - 36 / 8 = 3.5, over 7.
+    rewards_PG = np.array([[1.0, 0.0, 1.0, 0.0], [2.0, 0.0, 1.0, 1.0]])
+    std = math.sqrt(0.5)
+    expected = np.array([[0.5, -0.5, 0.5, -0.5], [1.0, -1.0, 0.0, 0.0]]) / std
+    assert np.allclose(papo_advantages(rewards_PG), expected, atol=1e-5)
+    assert (papo_advantages(np.ones((2, 3))) == 0).all() and (papo_advantages(np.ones((1, 1))) == 0).all()
+    # A trace without a reward counts nowhere: of the seven others 8 - 36 / 7 = 20 / 7, over 6.
+    rewards_PG[0, 3] = np.nan
+    found_PG = scored_advantages("papo", rewards_PG, np.isnan(rewards_PG))
+    assert np.allclose(found_PG[1], np.array([1.0, -1.0, 0.0, 0.0]) / math.sqrt(20 / 42), atol=1e-5)
+    assert np.ma.getmaskarray(found_PG)[0].tolist() == [False, False, False, True]
+
+
 def test_estimators_by_name() -> None:
     rewards_PG = np.array([[1.0, -1.0]])
     # std of (1, -1) is sqrt 2.
-    expected = {"grpo": 1 / math.sqrt(2), "dr_grpo": 1.0, "rloo": 2.0}
+    expected = {"grpo": 1 / math.sqrt(2), "dr_grpo": 1.0, "rloo": 2.0, "papo": 1 / math.sqrt(2)}
     found = {name: estimator(rewards_PG)[0, 0] for name, estimator in ADVANTAGES.items()}
     assert found == pytest.approx(expected, rel=1e-5)
 

@@ -66,9 +66,9 @@ def test_mismatch_of_parts_is_that_of_the_whole() -> None:
     for part in parts:
         for name, value in mismatch_sums(TRAINER[part], ENGINE[part]).items():
             sums[name] = sums.get(name, 0.0) + value.item()
-    largest = largest_apart([(TRAINER[part], ENGINE[part]) for part in parts])
+    largest, scale = largest_apart([(TRAINER[part], ENGINE[part]) for part in parts])
     found, whole = Mismatch.of(sums, largest), mismatch(TRAINER, ENGINE)
-    assert largest == whole.max == 1.0
+    assert largest == whole.max == 1.0 and scale == TRAINER.abs().max()
     # Sums of three float64 numbers in another order.
     assert (found.mean, found.k3, found.effective) == pytest.approx(
         (whole.mean, whole.k3, whole.effective), rel=1e-14

@@ -34,13 +34,20 @@ def test_sglang_on_a_cpu_draws_by_seed_through_the_plugin() -> None:
     assert value(command.arguments, "--port") == "30001"
     assert value(command.arguments, "--dtype") == "float32"
     assert value(command.arguments, "--sampling-backend") == "pytorch"
-    assert command.environment["SGLANG_PLUGINS"] == "parallel_r1_seeds"
+    assert command.environment["SGLANG_PLUGINS"] == "parallel_r1_cpu"
     assert command.environment["OMP_NUM_THREADS"] == "1"
     assert command.environment["TORCH_COMPILE_DISABLE"] == "1"
     assert "--sleep-on-idle" in command.arguments
     # As the cache is bounded by tokens, the share is no more than what others must leave.
     assert value(command.arguments, "--max-total-tokens") == "20000"
     assert value(command.arguments, "--mem-fraction-static") == "0.9"
+
+
+def test_sglang_returns_the_experts_of_a_mixture(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_experts": 128}')
+    option = "--enable-return-routed-experts"
+    assert option in build_command(replace(SERVING, checkpoint=tmp_path), PYTHON, "cuda", 1).arguments
+    assert option not in build_command(SERVING, PYTHON, "cuda", 1).arguments
 
 
 def test_sglang_on_gpus() -> None:
@@ -57,7 +64,7 @@ def test_sglang_on_gpus() -> None:
 @pytest.mark.parametrize(
     ("isolated", "deterministic", "plugins"),
     [
-        (True, True, "parallel_r1,parallel_r1_seeds"),
+        (True, True, "parallel_r1,parallel_r1_cpu"),
         (True, False, "parallel_r1"),
         # Without a name SGLang would load every plugin that is installed.
         (False, False, "none"),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from megatron_parallel_r1.rollout.native.sampler import uniform_draws
-from megatron_parallel_r1.rollout.sglang_seeds import draw
+from megatron_parallel_r1.rollout.sglang_cpu import draw
 
 
 def test_a_draw_is_the_native_engines() -> None:

@@ -1,10 +1,13 @@
-"""Seeded draws in an SGLang server on a CPU, and a faster start: a plugin of its group `sglang.srt.plugins`.
+"""Makes an SGLang server on a CPU exact, and quick to start: a plugin of its group `sglang.srt.plugins`.
 
-SGLang uses a request's seed only with `--enable-deterministic-inference`, whose kernels need a GPU; there,
-use that. The plugin passes the seeds to the sampler without it, and draws by seed and position as the native
-engine does. It also lets SGLang fork its scheduler and its detokenizer, which no CUDA context forbids here:
-spawned, each would import torch and SGLang anew, more than half of the CPU time of a start. Importing this
-module loads neither torch nor SGLang.
+- Seeded draws. SGLang uses a request's seed only with `--enable-deterministic-inference`, whose kernels need
+  a GPU; there, use that. The plugin passes the seeds to the sampler without it, and draws by seed and
+  position as the native engine does.
+- A fork. Scheduler and detokenizer are forked, which no CUDA context forbids here: spawned, each would import
+  torch and SGLang anew, more than half of the CPU time of a start.
+- Recorded experts stay in memory that is not pinned, for pinning it calls CUDA.
+
+Importing this module loads neither torch nor SGLang.
 
 Shapes: B requests of a batch, V vocabulary.
 """
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-NAME = "parallel_r1_seeds"
+NAME = "parallel_r1_cpu"
 # SGLang's own default under that flag.
 NO_SEED = 42
 
@@ -36,6 +39,13 @@ def register() -> None:
     )
     HookRegistry.register("sglang.srt.layers.sampler.multinomial_with_seed", draw, HookType.REPLACE)
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", fork, HookType.AFTER)
+    HookRegistry.register(
+        "sglang.srt.mem_cache.pool_host.common._cuda_host_register", leave_unpinned, HookType.REPLACE
+    )
+
+
+def leave_unpinned(*args: object) -> None:
+    """REPLACES `_cuda_host_register`, which pins the memory of recorded experts and calls CUDA for it."""
 
 
 def fork(*args: object) -> None:
