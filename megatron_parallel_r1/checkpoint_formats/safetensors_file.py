@@ -141,16 +141,16 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     return stored
 
 
-def equal_tensors(one: StoredTensor, two: StoredTensor) -> bool:
+def equal_tensors(left: StoredTensor, right: StoredTensor) -> bool:
     """Whether two stored matrices of any dtypes have equal values; some rows are in memory at a time."""
-    if one.shape != two.shape:
+    if left.shape != right.shape:
         return False
-    rows = max(1, BLOCK // max(one.nbytes // max(one.shape[0], 1), 1))
-    for first in range(0, one.shape[0], rows):
+    rows = max(1, BLOCK // max(left.nbytes // max(left.shape[0], 1), 1))
+    for first in range(0, left.shape[0], rows):
         blocks = []
-        for stored in (one, two):
+        for stored in (left, right):
             blocks.append(
-                torch.empty((1, min(rows, one.shape[0] - first), *one.shape[1:]), dtype=stored.dtype)
+                torch.empty((1, min(rows, left.shape[0] - first), *left.shape[1:]), dtype=stored.dtype)
             )
             stored.read_into(blocks[-1], first)
         if not bool((blocks[0] == blocks[1]).all()):

@@ -159,10 +159,10 @@ def _check_dtypes(shards: Sequence[Shard], stored: Mapping[str, StoredTensor]) -
     first: dict[str, StoredTensor] = {}
     for shard in shards:
         for part in shard.sources:
-            one, two = first.setdefault(shard.key, stored[part.name]), stored[part.name]
-            if one.dtype != two.dtype:
+            left, right = first.setdefault(shard.key, stored[part.name]), stored[part.name]
+            if left.dtype != right.dtype:
                 raise UserError(
-                    f"{one.name} is {NAMES[one.dtype]} and {two.name} is {NAMES[two.dtype]}, which Megatron "
+                    f"{left.name} is {NAMES[left.dtype]} and {right.name} is {NAMES[right.dtype]}, which Megatron "
                     "keeps as one tensor; give --dtype float32, or another"
                 )
 

@@ -76,14 +76,14 @@ def _same_relation(left: Relational, right: Relational) -> bool:
     strict = {"<": "<", ">": "<", "<=": "<=", ">=": "<="}
     if strict.get(left.rel_op, left.rel_op) != strict.get(right.rel_op, right.rel_op):
         return False
-    one, other = (_LESS.get(side.rel_op, 1) * (side.lhs - side.rhs) for side in (left, right))
-    if not one.free_symbols or not other.free_symbols:
+    this, other = (_LESS.get(side.rel_op, 1) * (side.lhs - side.rhs) for side in (left, right))
+    if not this.free_symbols or not other.free_symbols:
         return False
-    first, *_ = points = _points(one, other)
-    ratio = _at(other, first) / _at(one, first)
+    first, *_ = points = _points(this, other)
+    ratio = _at(other, first) / _at(this, first)
     if ratio.is_zero is not False or not ratio.is_finite or (left.rel_op in _LESS and not ratio.is_positive):
         return False
-    return all(_same_value(ratio * _at(one, point), _at(other, point), Fraction(0)) for point in points[1:])
+    return all(_same_value(ratio * _at(this, point), _at(other, point), Fraction(0)) for point in points[1:])
 
 
 def _points(left: Expr, right: Expr) -> list[dict[str, Rational]]:
@@ -113,9 +113,9 @@ def _same_value(left: Expr, right: Expr, off: Fraction) -> bool:
         return False
     if left.is_Rational and right.is_Rational:
         return bool(abs(left - right) <= Rational(off.numerator, off.denominator))
-    one, other = left.evalf(DIGITS), right.evalf(DIGITS)
-    largest = max(abs(one), abs(other))
+    this, other = left.evalf(DIGITS), right.evalf(DIGITS)
+    largest = max(abs(this), abs(other))
     return bool(
-        abs(one - other)
+        abs(this - other)
         <= max(Rational(off.numerator, off.denominator), largest * Rational(1, 10 ** (DIGITS - 50)))
     )

@@ -122,8 +122,8 @@ def _decide(answer: str, reference: str, algebra: Algebra | None, depth: int) ->
 
 def _decide_formulas(left: Canonical, right: Canonical, algebra: Algebra | None) -> Verdict | None:
     are_equations = _is_equation(left) and _is_equation(right)
-    one, other = _value(left), _value(right)
-    if not are_equations and one is not None and other is not None and differ(one, other):
+    this, other = _value(left), _value(right)
+    if not are_equations and this is not None and other is not None and differ(this, other):
         return Verdict(False, "value")
     if not (_is_formula(left) and _is_formula(right)):
         return Verdict(False, "normalised")
@@ -184,11 +184,11 @@ def _as_words(answer: Canonical, reference: Canonical) -> bool | None:
 
 def _as_options(left: Canonical, right: Canonical, same: Same) -> tuple[bool, bool | None]:
     """Compares `B`, `(B)12` and `B:12` by their letters, and by their texts where both have one."""
-    one, other = _option(left.body), _option(right.body)
-    if not one or not other:
+    this, other = _option(left.body), _option(right.body)
+    if not this or not other:
         return False, None
-    texts = one[1] and other[1]
-    return True, one[0] == other[0] and (not texts or same(one[1], other[1]))
+    texts = this[1] and other[1]
+    return True, this[0] == other[0] and (not texts or same(this[1], other[1]))
 
 
 def _option(body: str) -> tuple[str, str] | None:
@@ -201,16 +201,16 @@ def _option(body: str) -> tuple[str, str] | None:
 
 def _in_parts(left: Canonical, right: Canonical, same: Same) -> tuple[bool, bool | None]:
     """Compares lists, tuples, sets, intervals and matrices by their parts; algebra merges unions."""
-    one, other = (None if side.number else read_parts(side.body) for side in (left, right))
-    if one and other:
-        correct = same_parts(one, other, same)
-        return correct is not None or "union" not in (one.kind, other.kind), correct
-    if not (parts := one or other):
+    this, other = (None if side.number else read_parts(side.body) for side in (left, right))
+    if this and other:
+        correct = same_parts(this, other, same)
+        return correct is not None or "union" not in (this.kind, other.kind), correct
+    if not (parts := this or other):
         return False, None
-    if parts is one and parts.kind == "list" and OR.search(left.body):  # spellings of one answer
+    if parts is this and parts.kind == "list" and OR.search(left.body):  # spellings of one answer
         return True, every(same(item, right.body) for item in parts.items)
     if len(parts.items) == 1:  # a set
-        return True, same(parts.items[0], right.body) if one else same(left.body, parts.items[0])
+        return True, same(parts.items[0], right.body) if this else same(left.body, parts.items[0])
     return True, False
 
 

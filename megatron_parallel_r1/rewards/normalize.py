@@ -292,7 +292,7 @@ def _character(character: str) -> str:
     if unicodedata.name(character, "").startswith("GREEK SMALL LETTER ") and len(plain) == 1:
         name = unicodedata.name(character).split()[3].lower().replace("lamda", "lambda")
         return rf"\{name} "
-    return "".join(_UNICODE.get(one, one) for one in plain)
+    return "".join(_UNICODE.get(each, each) for each in plain)
 
 
 def _money(found: re.Match[str]) -> str:

@@ -85,22 +85,22 @@ def read_parts(body: str) -> Parts | None:
 
 def same_parts(answer: Parts, reference: Parts, same: Callable[[str, str], bool | None]) -> bool | None:
     """Compares two answers of several parts by a function for two parts; None means undecided."""
-    one, other, kinds = answer.items, reference.items, {answer.kind, reference.kind}
+    this, other, kinds = answer.items, reference.items, {answer.kind, reference.kind}
     if _clash(answer, reference) or _clash(reference, answer):
         return False
     if answer.names and reference.names:
-        return every(map(same, one, other))
+        return every(map(same, this, other))
     if r"\{\}" in kinds and kinds <= {r"\{\}", "list"}:  # a set holds no value twice
-        if len(one) * len(other) > MAX_PARTS**2:
-            return every(map(same, one, other)) if len(one) == len(other) else False
-        covered = [_some(same(item, right) for right in other) for item in one]
-        return every([*covered, *(_some(same(left, item) for left in one) for item in other)])
-    if kinds not in ({answer.kind}, {"list", "()"}) or len(one) != len(other):
+        if len(this) * len(other) > MAX_PARTS**2:
+            return every(map(same, this, other)) if len(this) == len(other) else False
+        covered = [_some(same(item, right) for right in other) for item in this]
+        return every([*covered, *(_some(same(left, item) for left in this) for item in other)])
+    if kinds not in ({answer.kind}, {"list", "()"}) or len(this) != len(other):
         return None if "union" in kinds else False
-    if len(kinds) > 1 or answer.kind not in ("list", "union") or len(one) > MAX_PARTS:
-        return every(map(same, one, other))
+    if len(kinds) > 1 or answer.kind not in ("list", "union") or len(this) > MAX_PARTS:
+        return every(map(same, this, other))
     left, undecided = list(other), False
-    for item in one:  # each needs a partner of its own
+    for item in this:  # each needs a partner of its own
         verdicts = [same(item, right) for right in left]
         if True in verdicts:
             del left[verdicts.index(True)]
@@ -111,12 +111,12 @@ def same_parts(answer: Parts, reference: Parts, same: Callable[[str, str], bool 
     return None if undecided else True
 
 
-def _clash(one: Parts, other: Parts) -> bool:
+def _clash(this: Parts, other: Parts) -> bool:
     """Whether the names or variables contradict each other: an interval is no point and no list."""
-    if one.variable and (other.names or other.kind == "list"):
+    if this.variable and (other.names or other.kind == "list"):
         return True
-    names_differ = one.names and other.names and one.names != other.names
-    return bool(names_differ or (one.variable and other.variable and one.variable != other.variable))
+    names_differ = this.names and other.names and this.names != other.names
+    return bool(names_differ or (this.variable and other.variable and this.variable != other.variable))
 
 
 def every(verdicts: Iterable[bool | None]) -> bool | None:

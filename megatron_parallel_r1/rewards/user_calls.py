@@ -105,7 +105,7 @@ class UserCalls:
     async def _all(self, calls: Sequence[Callable[[], Any]], concurrent_calls: int) -> list[Any]:
         slots, has_failed = asyncio.Semaphore(concurrent_calls), False
 
-        async def one(call: Callable[[], Any]) -> Any:
+        async def outcome_of(call: Callable[[], Any]) -> Any:
             nonlocal has_failed
             async with slots:
                 if has_failed:
@@ -120,7 +120,7 @@ class UserCalls:
                 has_failed |= isinstance(outcome, Failed)
                 return outcome
 
-        return list(await asyncio.gather(*map(one, calls)))
+        return list(await asyncio.gather(*map(outcome_of, calls)))
 
 
 def _outcome(call: Callable[[], Any]) -> Any:

@@ -49,13 +49,13 @@ def fetch_experts(traces: Sequence[PackedTrace], wanted: Collection[int]) -> dic
         for index, size in there.items():
             sizes.setdefault(index, (rank, size))
     me = dist.get_rank()
-    outgoing = [[index for index in asked if sizes[index][0] == me] for _, asked in ranks]
+    outgoing = [[index for index in needed if sizes[index][0] == me] for _, needed in ranks]
     incoming = [[index for index in missing if sizes[index][0] == rank] for rank in range(len(ranks))]
 
     def lengths(parcels: Sequence[Sequence[int]]) -> list[int]:
         return [sum(sizes[index][1] for index in parcel) for parcel in parcels]
 
-    if not any(asked for _, asked in ranks):
+    if not any(needed for _, needed in ranks):
         return found
     payload = b"".join(traces[index].experts for parcel in outgoing for index in parcel)
     received = exchange_bytes(payload, lengths(outgoing), lengths(incoming))

@@ -256,7 +256,7 @@ def _read(file: Path) -> Holder | None:
 def _may_run(job: str) -> bool:
     """Returns whether SLURM may still run a job; True also where it cannot be asked."""
     try:
-        asked = subprocess.run(
+        answer = subprocess.run(
             ("squeue", "--noheader", "--jobs", job, "--format", "%T"),
             capture_output=True,
             text=True,
@@ -264,5 +264,5 @@ def _may_run(job: str) -> bool:
         )
     except (OSError, subprocess.TimeoutExpired):
         return True
-    is_unknown = "Invalid job id" in asked.stderr
-    return bool(asked.stdout.strip()) or (asked.returncode != 0 and not is_unknown)
+    is_unknown = "Invalid job id" in answer.stderr
+    return bool(answer.stdout.strip()) or (answer.returncode != 0 and not is_unknown)
