@@ -153,8 +153,9 @@ def init(
     out: Annotated[Path, typer.Option(help="Recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe for a model, data and GPUs, and try its data and its plan."""
+    from megatron_parallel_r1.data.columns import read_columns
     from megatron_parallel_r1.planning.plan import GIB
-    from megatron_parallel_r1.planning.starter import InitOptions, next_steps, read_columns, starter
+    from megatron_parallel_r1.planning.starter import InitOptions, next_steps, starter
     from megatron_parallel_r1.utils.files import write_atomically
 
     if out.exists():

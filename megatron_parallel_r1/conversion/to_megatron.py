@@ -162,8 +162,8 @@ def _check_dtypes(shards: Sequence[Shard], stored: Mapping[str, StoredTensor]) -
             left, right = first.setdefault(shard.key, stored[part.name]), stored[part.name]
             if left.dtype != right.dtype:
                 raise UserError(
-                    f"{left.name} is {NAMES[left.dtype]} and {right.name} is {NAMES[right.dtype]}, which Megatron "
-                    "keeps as one tensor; give --dtype float32, or another"
+                    f"{left.name} is {NAMES[left.dtype]} and {right.name} is {NAMES[right.dtype]}, which "
+                    "Megatron keeps as one tensor; give --dtype float32, or another"
                 )
 
 

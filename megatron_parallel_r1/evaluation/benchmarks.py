@@ -1,4 +1,4 @@
-"""Benchmarks by name: from the Hub, from a folder of local copies, or generated in process.
+"""Benchmarks by name: from the Hub, from local copies, from a file of one's own, or generated in process.
 
 A new one in a schema of `data/schemas.py` needs one line in `PUBLISHED`.
 """
@@ -47,22 +47,26 @@ class Benchmark:
 
 
 def read_benchmarks(
-    names: Sequence[str], data: Path | None = None, limit: int | None = None
+    names: Sequence[str],
+    data: Path | None = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Benchmark, ...]:
     """Reads benchmarks; a bad row is an error, because a score over fewer problems is another score.
 
     Args:
-        names: each `aime24`, or `aime24=FILE` for a copy of its own.
+        names: each `aime24`, `aime24=FILE` for a copy of its own, or `NAME=FILE` for rows of the user's own.
         data: a folder of copies, named after the benchmark or the data set on the Hub: `aime24.parquet`.
             A missing copy is an error, not a download.
         limit: read only the first `limit` problems of each.
+        columns: `prompt` and `answer` of the user's own rows; None or empty: found by their usual names.
 
     Raises:
         UserError: a name is unknown or given twice, or a file is missing or unusable.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: give 1 or more")
-    benchmarks = tuple(_read(name, data, limit) for name in names)
+    benchmarks = tuple(_read(name, data, limit, columns or {}) for name in names)
     if not benchmarks:
         raise UserError(f"no benchmark given; name one or more of {', '.join((*PUBLISHED, *EMBEDDED))}")
     read = [benchmark.name for benchmark in benchmarks]
@@ -71,7 +75,7 @@ def read_benchmarks(
     return benchmarks
 
 
-def _read(word: str, data: Path | None, limit: int | None) -> Benchmark:
+def _read(word: str, data: Path | None, limit: int | None, columns: Mapping[str, str]) -> Benchmark:
     # Imported here, so that `--help`, which lists the names, is fast.
     from megatron_parallel_r1.data.embedded.generate import evaluation_problems
     from megatron_parallel_r1.data.readers import read_problems
@@ -81,13 +85,30 @@ def _read(word: str, data: Path | None, limit: int | None) -> Benchmark:
         problems = evaluation_problems(EMBEDDED[name], limit or EMBEDDED_PROBLEMS)
         return Benchmark(name, problems, "generated in process")
     if name not in PUBLISHED:
-        raise UserError(f"benchmark {word!r}: unknown, use one of {', '.join((*PUBLISHED, *EMBEDDED))}")
+        if not own or not name or name in EMBEDDED:
+            known = ", ".join((*PUBLISHED, *EMBEDDED))
+            raise UserError(
+                f"benchmark {word!r}: unknown, use one of {known}, or NAME=FILE for rows of yours"
+            )
+        return _own(name, Path(file), limit, columns)
     published = PUBLISHED[name]
     path = Path(file) if own else _copy(name, published, data)
     # A file of one's own is the benchmark, whatever its name says.
     split = None if path is not None and path.is_file() else published.split
     reading = read_problems(published.name, path, split=split, limit=limit)
     return Benchmark(name, reading.items, str(path or f"{published.name} on the Hub"))
+
+
+def _own(name: str, path: Path, limit: int | None, columns: Mapping[str, str]) -> Benchmark:
+    """Reads rows of the user's own, of a folder its split `test`."""
+    from megatron_parallel_r1.data.columns import find_columns
+    from megatron_parallel_r1.data.readers import read_problems
+    from megatron_parallel_r1.data.schemas import CUSTOM, Columns
+
+    split = "test" if path.is_dir() else None
+    found = Columns(**(columns or find_columns(path, examples=False, split=split)))
+    reading = read_problems(CUSTOM, path, split=split, limit=limit, columns=found, label=name)
+    return Benchmark(name, reading.items, str(path))
 
 
 def _copy(name: str, published: HubBenchmark, data: Path | None) -> Path | None:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.evaluation.benchmarks import EMBEDDED, EMBEDDED_PROBLEMS, PUBLISHED, read_benchmarks
+from megatron_parallel_r1.evaluation.benchmarks import (
+    EMBEDDED,
+    EMBEDDED_PROBLEMS,
+    PUBLISHED,
+    Benchmark,
+    read_benchmarks,
+)
 from megatron_parallel_r1.evaluation.engines import ENGINES
 from megatron_parallel_r1.evaluation.output import DEFAULT_OUT, check_out
 from megatron_parallel_r1.utils.hub import local_folder
@@ -37,18 +43,28 @@ def evaluate_command(words: Sequence[str] | None = None) -> None:
         "--checkpoint", type=local_folder, required=True, help="a released folder, or a run's or a stage's"
     )
     parser.add_argument("--mode", default="parallel", help="parallel (as stored), sequential or majority@k")
+    parser.add_argument(
+        "--card",
+        help="model card that gets the figures: a model's folder, or its name on the Hugging Face Hub",
+    )
     args = _parse(parser, words)
+    from megatron_parallel_r1.evaluation.card import add_to_card, check_card
     from megatron_parallel_r1.evaluation.checkpoints import open_checkpoint
     from megatron_parallel_r1.evaluation.evaluator import evaluate
     from megatron_parallel_r1.evaluation.modes import EvaluationMode
     from megatron_parallel_r1.evaluation.presentation import write_pages
 
+    if args.card is not None:
+        check_card(args.card)
     mode, console, plan = EvaluationMode.of(args.mode), _console(), _plan(args)
     checkpoint = open_checkpoint(args.checkpoint)
-    benchmarks = read_benchmarks(_words(args.benchmarks), args.data, args.limit)
+    benchmarks = _benchmarks(args)
     results = evaluate(checkpoint, benchmarks, mode, plan, console)
     if is_rank_zero():
         write_pages(results, (), args.out / f"{checkpoint.name}_{mode}", console)
+        if args.card is not None:
+            add_to_card([result.summary for result in results], args.card)
+            console.print(f"card     {args.card}", soft_wrap=True, highlight=False)
 
 
 def compare_command(words: Sequence[str] | None = None) -> None:
@@ -84,7 +100,7 @@ def compare_command(words: Sequence[str] | None = None) -> None:
     modes, console, plan = [EvaluationMode.of(word) for word in _words(args.modes)], _console(), _plan(args)
     stages = None if args.stages is None else _words(args.stages)
     checkpoints = choose_checkpoints(args.run, stages, args.checkpoint)
-    benchmarks = read_benchmarks(_words(args.benchmarks), args.data, args.limit)
+    benchmarks = _benchmarks(args)
     for mode in modes:
         plan.samples_in(mode)
     results = [
@@ -100,7 +116,14 @@ def compare_command(words: Sequence[str] | None = None) -> None:
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     known = ", ".join((*PUBLISHED, *EMBEDDED))
-    parser.add_argument("--benchmarks", required=True, help=f"comma-separated, of {known}; name=FILE: a copy")
+    parser.add_argument(
+        "--benchmarks",
+        required=True,
+        help=f"comma-separated, of {known}; NAME=FILE: a copy of it, or rows of your own",
+    )
+    parser.add_argument(
+        "--columns", help="of rows of your own: prompt=NAME,answer=NAME; default: found by their usual names"
+    )
     parser.add_argument("--data", type=Path, help="folder of local copies; default: the Hugging Face Hub")
     parser.add_argument(
         "--limit", type=int, help=f"number of problems, the first ones (embedded: {EMBEDDED_PROBLEMS})"
@@ -154,6 +177,12 @@ def _plan(args: argparse.Namespace) -> EvaluationPlan:
         key_file=args.key_file,
         concurrent=args.concurrent,
     )
+
+
+def _benchmarks(args: argparse.Namespace) -> tuple[Benchmark, ...]:
+    from megatron_parallel_r1.data.columns import read_columns
+
+    return read_benchmarks(_words(args.benchmarks), args.data, args.limit, read_columns(args.columns))
 
 
 def _words(text: str) -> list[str]:

@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import weight_table
 from megatron_parallel_r1.config.recipe import Recipe
-from megatron_parallel_r1.data.cells import Cells, UnusableRow
-from megatron_parallel_r1.data.opening import open_local
+from megatron_parallel_r1.data.columns import find_columns
 from megatron_parallel_r1.data.readers import read_examples, read_problems
 from megatron_parallel_r1.data.schemas import CUSTOM, Columns, schema_of
 from megatron_parallel_r1.errors import UserError
@@ -30,12 +28,6 @@ from megatron_parallel_r1.planning.published import published_config
 from megatron_parallel_r1.utils.hub import local_folder
 
 COLD_START = "Parallel-R1/Parallel-GSM8K"
-PROMPTS = ("question", "problem", "prompt", "instruction", "query", "input", "messages")
-ANSWERS = (
-    *("answer", "reward_model.ground_truth", "ground_truth", "final_answer", "expected_answer"),
-    *("solution", "target", "label", "output"),
-)
-RESPONSES = ("response", "trace", "completion", "messages", "output")
 ROWS = 200
 PER_NODE = 8
 
@@ -124,20 +116,6 @@ def starter(options: InitOptions, name: str) -> Starter:
     )
 
 
-def read_columns(words: str | None) -> dict[str, str]:
-    """Reads `prompt=NAME,answer=NAME`.
-
-    Raises:
-        UserError: a role is unknown or missing.
-    """
-    if words is None:
-        return {}
-    columns = dict(word.partition("=")[::2] for word in words.split(","))
-    if set(columns) != {"prompt", "answer"} or not all(columns.values()):
-        raise UserError(f"--columns {words}: give prompt=NAME,answer=NAME")
-    return columns
-
-
 def _splits(shape: ModelConfig, gpus: int) -> Iterator[tuple[int, int]]:
     """Yields tensor- and pipeline-parallel sizes, those that communicate least first."""
     for size in (1, 2, 4, 8, 16, 32, 64):
@@ -158,38 +136,13 @@ def _data_set(wanted: str, columns: dict[str, str], examples: bool) -> dict[str,
         return {"source": "dataset", "name": wanted, "bad_rows": "skip"}
     settings: dict[str, Any] = {"source": "dataset", "name": name or CUSTOM, "path": str(path)}
     if not name:
-        settings["columns"] = columns or _find_columns(path, examples)
+        settings["columns"] = columns or find_columns(path, examples)
     read = read_examples if examples else read_problems
     chosen = Columns(**settings["columns"]) if "columns" in settings else None
     account = read(settings["name"], path, columns=chosen, limit=ROWS, bad_rows="skip").account
     if account.bad:
         settings["bad_rows"] = "skip"
     return settings
-
-
-def _find_columns(path: Path, examples: bool) -> dict[str, str]:
-    """Returns the columns of a file by their usual names."""
-    _, tables = open_local(path, None, usual_split="train", usual_config=None)
-    rows = [cells for _, cells in islice(tables[0].rows(), ROWS) if not isinstance(cells, UnusableRow)]
-    if not rows:
-        raise UserError(f"{path}: no row can be read")
-    roles = [("prompt", PROMPTS), ("answer", ANSWERS), *([("response", RESPONSES)] if examples else [])]
-    found: dict[str, str] = {}
-    for role, names in roles:
-        match = next((each for each in names if _has(rows[0], each) and each not in found.values()), None)
-        if match is None:
-            raise UserError(
-                f"{path}: no column looks like the {role} ({', '.join(rows[0])}); name them, "
-                f"such as --columns {','.join(f'{each}=COLUMN' for each, _ in roles)}"
-            )
-        found[role] = match
-    return found
-
-
-def _has(row: Cells, path: str) -> bool:
-    first, _, rest = path.partition(".")
-    inside = row.get(first)
-    return inside is not None and (not rest or (isinstance(inside, dict) and _has(inside, rest)))
 
 
 def _recipe_text(

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from megatron_parallel_r1.cli import app
 from megatron_parallel_r1.config.reader import read_recipe
+from megatron_parallel_r1.data.columns import read_columns
 from megatron_parallel_r1.data.readers import read_examples
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.planning.plan import GIB
-from megatron_parallel_r1.planning.starter import InitOptions, read_columns, starter
+from megatron_parallel_r1.planning.starter import InitOptions, starter
 from megatron_parallel_r1.rewards.verification import extract_answer
 from tests.engines.twins import write_model, write_rows
 

@@ -50,6 +50,8 @@ def test_a_folder_of_copies(tmp_path: Path) -> None:
         ([], None, "no benchmark given"),
         (["aime23"], None, "'aime23': unknown, use one of aime24"),
         (["embedded_hard=x"], None, "unknown"),
+        (["=x.jsonl"], None, "unknown"),
+        (["mine=/nowhere/x.jsonl"], None, "/nowhere/x.jsonl: no such data file"),
         (["embedded_hard", "embedded_hard"], 2, "given twice"),
         (["embedded_easy"], 0, "--limit 0"),
         (["embedded_easy"], 508, "507 are held out"),
@@ -59,6 +61,25 @@ def test_a_folder_of_copies(tmp_path: Path) -> None:
 def test_bad_benchmarks(names: list[str], limit: int | None, what: str) -> None:
     with pytest.raises(UserError, match=what):
         read_benchmarks(names, limit=limit)
+
+
+def test_rows_of_ones_own(tmp_path: Path) -> None:
+    rows = [{"instruction": f"{i} + 1", "target": str(i + 1), "note": ""} for i in range(4)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in ("own.jsonl", "split/train.jsonl", "split/test.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(lines if "train" not in name else lines * 2)
+    own, split = read_benchmarks([f"own={tmp_path / 'own.jsonl'}", f"split={tmp_path / 'split'}"])
+    assert [(problem.prompt, problem.answers) for problem in own.problems] == [
+        (f"{i} + 1", (str(i + 1),)) for i in range(4)
+    ]
+    assert (own.name, own.problems[0].source, len(split.problems)) == ("own", "own", 4)
+    (tmp_path / "other.jsonl").write_text('{"aufgabe": "2 + 3", "ergebnis": 5}\n')
+    other = f"other={tmp_path / 'other.jsonl'}"
+    with pytest.raises(UserError, match=r"no column looks like the prompt \(aufgabe, ergebnis\)"):
+        read_benchmarks([other])
+    (read,) = read_benchmarks([other], columns={"prompt": "aufgabe", "answer": "ergebnis"})
+    assert read.problems[0].answers == ("5",)
 
 
 @pytest.mark.parametrize(("name", "count"), [("aime24", 30), ("aime25", 30), ("amc23", 40)])
