@@ -221,7 +221,7 @@ end_servers() {
 launch() {  # KIND ARGUMENTS...
     trap ended_by_slurm TERM
     trap stop_early USR1 USR2
-    [[ $1 == rl ]] || ROLLOUT_NODES=0  # other jobs use no servers
+    [[ $1 == rl || $1 == distill ]] || ROLLOUT_NODES=0  # other jobs use no servers
     enter_container
     split_nodes
     ((ROLLOUT_NODES == 0)) || span_nodes

@@ -30,7 +30,7 @@ Adapt = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    for command in (curriculum, sft, rl, init, plan, report, traces, coldstart, download):
+    for command in (curriculum, sft, rl, distill, init, plan, report, traces, coldstart, download):
         app.command(rich_help_panel="Training")(command)
     app.command("eval", rich_help_panel="Training")(evaluate)
     app.command(rich_help_panel="Jobs")(doctor)
@@ -71,6 +71,13 @@ def rl(
 ) -> None:
     """Run one reinforcement-learning stage of a recipe; the stage that it starts from must be done."""
     _run_stage("rl", recipe, overrides, stage, adapt)
+
+
+def distill(
+    recipe: RecipePath, overrides: Overrides = None, stage: StageName = None, adapt: Adapt = False
+) -> None:
+    """Run one stage that samples the model's own traces and keeps the right ones as data for SFT."""
+    _run_stage("distill", recipe, overrides, stage, adapt)
 
 
 def evaluate(

@@ -63,7 +63,7 @@ ActiveJobsArgument = Annotated[
 
 @app.command()
 def submit(
-    kind: Annotated[str, typer.Argument(help="sft, rl, curriculum (all stages), eval or doctor.")],
+    kind: Annotated[str, typer.Argument(help="sft, rl, distill, curriculum (all stages), eval or doctor.")],
     recipe: Annotated[
         str | None,
         typer.Argument(metavar="RECIPE", help="As elsewhere; for eval and doctor: -- OPTIONS."),
@@ -263,8 +263,9 @@ def _submit_chain(
         specs.append(JobSpec.read(stage.kind, words))
     specs.append(JobSpec.read("curriculum", arguments))
     names = [f"{whole.name}-{spec.stage or 'release'}" for spec in specs]
-    ends = [stage for stage in starts if stage not in starts.values()]
-    before: list[list[str | None]] = [[start] if start else [] for start in starts.values()]
+    needs = {stage.name: whole.needs_of(stage) for stage in whole.stages}
+    ends = [stage for stage in needs if not any(stage in needed for needed in needs.values())]
+    before: list[list[str | None]] = [[*needed] for needed in needs.values()]
     before.append([*ends])
     what = f"curriculum {shlex.join(arguments)}"
     if evaluate is not None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_parallel_r1.config.reader import read_recipe, refuse_single_stage, stage_to_run
-from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.config.recipe import Recipe, is_finished
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.output import DEFAULT_OUT, records_under
 
 # Kinds that take a recipe, and all.
-RECIPE_KINDS = ("sft", "rl", "curriculum")
+RECIPE_KINDS = ("sft", "rl", "distill", "curriculum")
+# Of jobs that may start rollout servers on nodes of their own.
+SAMPLING_KINDS = ("rl", "distill")
 KINDS = (*RECIPE_KINDS, "eval", "doctor")
 
 
@@ -93,7 +95,7 @@ def server_arguments(spec: JobSpec, engine: str) -> list[str]:
         UserError: as `check_servers_fit`, or there is no checkpoint to start the servers from.
     """
     check_servers_fit(spec, engine)
-    assert spec.kind == "rl" and spec.recipe, "only RL jobs have servers"
+    assert spec.kind in SAMPLING_KINDS and spec.recipe, "other jobs have no servers"
     (stage,) = (stage for stage in spec.recipe.stages if stage.name == spec.stage)
     recipe, previous = spec.recipe, spec.recipe.start_of(stage)
     run = recipe.out / recipe.name
@@ -162,16 +164,15 @@ def shared_start(spec: JobSpec) -> list[str]:
     if spec.recipe is None or spec.stage is None or spec.recipe.start_run is not None:
         return []
     (stage,) = (stage for stage in spec.recipe.stages if stage.name == spec.stage)
-    if (before := spec.recipe.start_of(stage)) is None:
-        return []
     run = spec.recipe.out / spec.recipe.name
-    start = spec.recipe.start_folder(run, before)
-    if not (start / "model").is_dir():
-        raise UserError(
-            f"--sweep: stage {stage.name} starts from {start}, which is not finished; run that stage first, "
-            "once for all members"
-        )
-    return [f"start_run={run}"]
+    starts = [spec.recipe.start_folder(run, before) for before in spec.recipe.needs_of(stage)]
+    for start in starts:
+        if not is_finished(start):
+            raise UserError(
+                f"--sweep: stage {stage.name} starts from {start}, which is not finished; run that stage "
+                "first, once for all members"
+            )
+    return [f"start_run={run}"] if starts else []
 
 
 def check_sweep(specs: Sequence[JobSpec]) -> None:

@@ -71,5 +71,6 @@ def _planned_steps(spec: JobSpec, recipe: Recipe, ranks: int) -> tuple[float, st
 
     with suppress(UserError):  # the model's folder may be missing on this machine
         stages = plan(recipe, ranks).stages
-        return max(each.time.total for each in stages if spec.stage in (None, each.stage.name)), "`plan`"
+        seconds = [each.time.total for each in stages if spec.stage in (None, each.stage.name)]
+        return (max(seconds), "`plan`") if seconds else None  # `plan` knows no time of a stage that distils
     return None

@@ -17,6 +17,7 @@ from megatron_parallel_r1.rollout.launcher.command import EngineName
 SCRIPTS = {
     "sft": "sft_stage.sh",
     "rl": "rl_stage.sh",
+    "distill": "distill_stage.sh",
     "curriculum": "curriculum.sh",
     "eval": "eval.sh",
     "doctor": "doctor.sh",

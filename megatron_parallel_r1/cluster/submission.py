@@ -17,7 +17,7 @@ from typing import Any
 from submitit import LocalExecutor, SlurmExecutor
 
 from megatron_parallel_r1.cluster.job import LocalJob, ScriptJob
-from megatron_parallel_r1.cluster.job_spec import JobSpec, check_servers_fit
+from megatron_parallel_r1.cluster.job_spec import SAMPLING_KINDS, JobSpec, check_servers_fit
 from megatron_parallel_r1.cluster.limits import check_limit, slow_step_note
 from megatron_parallel_r1.cluster.site import (
     SCRIPTS,
@@ -99,7 +99,7 @@ class JobLauncher:
                     spec.recipe.rollout.check_gpus(ranks, len(gpus))
             return []
         kind = specs[0].kind
-        site = self._site if kind == "rl" else self._site | {"ROLLOUT_NODES": "0"}
+        site = self._site if kind in SAMPLING_KINDS else self._site | {"ROLLOUT_NODES": "0"}
         header = self._header(kind)
         check_site(site, header)
         check_limit(60 * header.minutes, header.signal_s)

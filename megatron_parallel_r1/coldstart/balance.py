@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_parallel_r1.coldstart.checks import TraceShape
-from megatron_parallel_r1.coldstart.settings import Balance
+from megatron_parallel_r1.config.selection import Balance
 
 ShapeCell = tuple[int, int]
 

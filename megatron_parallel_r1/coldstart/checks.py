@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from megatron_parallel_r1.coldstart.settings import Check
 from megatron_parallel_r1.coldstart.teacher import TeacherAnswer
+from megatron_parallel_r1.config.selection import Check
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.trace_text import WrittenTrace, canonical
+from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.verification import ResponseToJudge, judge
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.thought.formats import PARALLEL_R1, ThinkingFormat
 from megatron_parallel_r1.thought.parser import ParseError
 
 RejectionReason = Literal[
@@ -87,16 +89,39 @@ class Checked:
 
 def check(answer: TeacherAnswer, problem: Problem, settings: Check, verifier: Verifier) -> Checked:
     """Checks one answer, except for `repeated`, which needs the other answers."""
-    text = canonical(answer.text.strip())
+    checked, written = check_form(answer, settings)
+    if written is None:
+        return checked
+    (judged,) = judge([ResponseToJudge(written.main, written.tree, problem.answers)], verifier)
+    return check_answer(checked, judged, written, problem)
+
+
+def check_form(
+    answer: TeacherAnswer, settings: Check, format: ThinkingFormat = PARALLEL_R1
+) -> tuple[Checked, WrittenTrace | None]:
+    """Checks everything but the final answer; returns the parsed trace too if it passes so far."""
+    text = canonical(answer.text.strip(), format)
     if rejection := _reject_unparsed(answer, text, settings):
-        return Checked(text, rejection)
+        return Checked(text, rejection), None
     try:
-        written = WrittenTrace.of(text)
+        written = WrittenTrace.of(text, format=format)
     except ParseError as error:
-        return Checked(text, Rejection("malformed", error.what, _where(text, error)))
+        return Checked(text, Rejection("malformed", error.what, _where(text, error, format))), None
     shape = TraceShape(tuple(len(block.paths) for _, block in written.tree.all_blocks()))
-    rejection = _reject_form(written, shape, settings) or _reject_answer(written, problem, verifier)
-    return Checked(text, rejection, shape)
+    rejection = _reject_form(written, shape, settings, format)
+    return Checked(text, rejection, shape), None if rejection else written
+
+
+def check_answer(checked: Checked, judged: Judged, written: WrittenTrace, problem: Problem) -> Checked:
+    """Adds the rejection of a wrong or missing answer to a trace that passes in form."""
+    if judged.correct:
+        return checked
+    if judged.extracted is None:
+        return replace(
+            checked, rejection=Rejection("no answer", detail=f"ends with {written.main[-_EXCERPT_CHARS:]!r}")
+        )
+    detail = f"{judged.extracted[:_EXCERPT_CHARS]!r} instead of {problem.answer!r} ({judged.reason})"
+    return replace(checked, rejection=Rejection("wrong answer", detail=detail))
 
 
 def _reject_unparsed(answer: TeacherAnswer, text: str, settings: Check) -> Rejection | None:
@@ -111,35 +136,25 @@ def _reject_unparsed(answer: TeacherAnswer, text: str, settings: Check) -> Rejec
     return None
 
 
-def _reject_form(written: WrittenTrace, shape: TraceShape, settings: Check) -> Rejection | None:
+def _reject_form(
+    written: WrittenTrace, shape: TraceShape, settings: Check, format: ThinkingFormat
+) -> Rejection | None:
     if settings.parallel and not shape.blocks:
         return Rejection("no block")
-    if 1 in shape.paths:
+    if format.plan is None and 1 in shape.paths:  # a plan may well ask for one
         return Rejection("lonely path", detail=f"block {shape.paths.index(1) + 1} has one path")
     for number, (_, block) in enumerate(written.tree.all_blocks(), 1):
         paths = [written.inside(path) for path in block.paths]
-        assert block.summary is not None, "a strict parse leaves no block without a summary"
-        if not all(part.strip() for part in (*paths, written.inside(block.summary))):
+        summary = [written.inside(block.summary)] if block.summary is not None else []
+        if not all(part.strip() for part in (*paths, *summary)):
             return Rejection("blank part", detail=f"a path or the summary of block {number} is blank")
         if settings.independent and (mention := sibling_mention(paths)):
             return Rejection("names a sibling", detail=f"block {number}: {mention!r}")
     return None
 
 
-def _reject_answer(written: WrittenTrace, problem: Problem, verifier: Verifier) -> Rejection | None:
-    (judged,) = judge([ResponseToJudge(written.main, written.tree, problem.answers)], verifier)
-    if judged.correct:
-        return None
-    if judged.extracted is None:
-        return Rejection("no answer", detail=f"ends with {written.main[-_EXCERPT_CHARS:]!r}")
-    return Rejection(
-        "wrong answer",
-        detail=f"{judged.extracted[:_EXCERPT_CHARS]!r} instead of {problem.answer!r} ({judged.reason})",
-    )
-
-
-def _where(text: str, error: ParseError) -> str:
-    before, after = WrittenTrace.around(text, error.index)
+def _where(text: str, error: ParseError, format: ThinkingFormat) -> str:
+    before, after = WrittenTrace.around(text, error.index, format)
     return f"after {before[-_EXCERPT_CHARS:]!r}" + (f", at {after[:_EXCERPT_CHARS]!r}" if after else "")
 
 

@@ -59,7 +59,7 @@ class ColdStartReport:
             *tally_lines(self.tally),
             "## Blocks and paths",
             "",
-            *_shapes(self.passed, self.written),
+            *shape_lines(self.passed, self.written),
         ]
         return "\n".join(lines).rstrip() + "\n"
 
@@ -77,7 +77,8 @@ def tally_lines(tally: Tally) -> list[str]:
     return lines
 
 
-def _shapes(before: ShapeCounts, after: ShapeCounts) -> list[str]:
+def shape_lines(before: ShapeCounts, after: ShapeCounts) -> list[str]:
+    """Formats Markdown: traces by their blocks and paths, before and after balancing."""
     left = {(blocks, widest): count for blocks, widest, count in after.cells}
     cells = [(blocks, widest, count, left.get((blocks, widest), 0)) for blocks, widest, count in before.cells]
     kept = dict(after.paths)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -109,7 +109,8 @@ def _write(settings: ColdStart, results: Sequence[ProblemResult]) -> ColdStartRe
         write_atomically(settings.out / "report.json", report.json())
         if chosen:
             shown = template_columns(settings.template)
-            _write_traces(settings.out / "traces.parquet", results, chosen, shown)
+            rows = [_row(results[each.problem], each.sample, shown) for each in chosen]
+            write_traces(settings.out / "traces.parquet", rows, shown)
     except OSError as error:
         raise UserError(f"{settings.out}: {error.strerror or error}; make room and start again") from None
     if not chosen:
@@ -129,18 +130,21 @@ def _tally(settings: ColdStart, results: Sequence[ProblemResult]) -> Tally:
     return Tally.of(samples, settings.shown, settings.seed)
 
 
-def _write_traces(
-    path: Path, results: Sequence[ProblemResult], chosen: Sequence[Candidate], shown: Sequence[str]
-) -> None:
-    """Writes the file atomically, with the columns `shown`; equal traces give equal bytes."""
+def _row(result: ProblemResult, sample: int, shown: Sequence[str]) -> dict[str, str]:
+    checked = result.samples[sample].checked
+    assert checked is not None and checked.kept, "only traces that pass are candidates"
+    columns = {name: at_path(name, as_value)(result.problem.columns) for name in shown}
+    problem = result.problem
+    return {"question": problem.prompt, "response": checked.text, "answer": problem.answer, **columns}
+
+
+def write_traces(path: Path, rows: Sequence[Mapping[str, str]], shown: Sequence[str]) -> None:
+    """Writes a data set of traces atomically; equal rows give equal bytes.
+
+    Args:
+        rows: with the columns of `SCHEMA`, and those that the prompt template shows.
+        shown: the names of the latter.
+    """
     schema = pa.schema([*SCHEMA, *((name, pa.large_string()) for name in shown)])
-    rows = []
-    for candidate in chosen:
-        result = results[candidate.problem]
-        checked = result.samples[candidate.sample].checked
-        assert checked is not None and checked.kept, "only traces that pass are candidates"
-        texts = [result.problem.prompt, checked.text, result.problem.answer]
-        texts += [at_path(name, as_value)(result.problem.columns) for name in shown]
-        rows.append(dict(zip(schema.names, texts, strict=True)))
     with atomic_path(path) as temporary:
-        parquet.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+        parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), temporary)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_parallel_r1.config.data import DataSetFiles
+from megatron_parallel_r1.config.selection import Balance, Check
 from megatron_parallel_r1.data.prompts import template_text
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.settings import Thinking
@@ -17,7 +18,6 @@ from megatron_parallel_r1.utils.settings import (
     Seconds,
     Settings,
     Tokens,
-    Unit,
 )
 
 Api = Literal["chat", "completions"]
@@ -78,27 +78,6 @@ class OwnEngine(Settings):
     """Hugging Face folder of the teacher, or the Hub's name of a downloaded one."""
     thinking: Thinking = Thinking()
     """How the teacher decodes."""
-
-
-class Check(Settings):
-    """Conditions under which a well-formed trace with a right answer is kept."""
-
-    parallel: bool = True
-    """Require a block; false for sequential traces, and for adaptive ones, which may do without."""
-    independent: bool = True
-    """Refuse paths that mention a sibling (`checks.py`)."""
-    max_chars: Annotated[int, Field(ge=1), Unit("characters")] = 20_000
-    """Longest trace."""
-
-
-class Balance(Settings):
-    """Balancing of the kept traces (`balance.py`)."""
-
-    per_problem: Count = 1
-    """Most traces of one problem."""
-    ratio: Annotated[float, Field(ge=1)] | None = None
-    """Most traces of one shape (blocks of a trace, paths of its widest block), as a multiple of the mean over
-    the shapes that occur; 1 makes all equal, null keeps all."""
 
 
 class ColdStart(Settings):

@@ -129,9 +129,19 @@ class EmbeddedColdStart(Settings):
     """How the solver searches."""
 
 
+class DistilledTraces(Settings):
+    """The traces that a `distill` stage of the recipe has kept."""
+
+    source: Literal["distilled"]
+    """Source: traces of an earlier stage."""
+    stage: str
+    """Name of that stage."""
+
+
 ProblemSource = Annotated[EmbeddedProblems | DataSet | Mixture, Field(discriminator="source")]
 ExampleSource = Annotated[
-    EmbeddedArithmetic | EmbeddedColdStart | DataSet | Mixture, Field(discriminator="source")
+    EmbeddedArithmetic | EmbeddedColdStart | DistilledTraces | DataSet | Mixture,
+    Field(discriminator="source"),
 ]
 
 

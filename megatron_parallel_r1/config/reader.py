@@ -98,7 +98,9 @@ def refuse_single_stage(path: Path) -> None:
     tree = _mapping(path)
     if "stage" in tree:
         whole = _base(path, tree)
-        raise UserError(f"{path} is the stage {tree['stage']} alone; run sft or rl with it, or take {whole}")
+        raise UserError(
+            f"{path} is the stage {tree['stage']} alone; run sft, rl or distill with it, or take {whole}"
+        )
 
 
 def find_recipe(path: Path) -> Path:

@@ -11,10 +11,18 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
-from megatron_parallel_r1.config.data import Decontamination, ProblemSource, Tokenizer
+from megatron_parallel_r1.config.data import Decontamination, DistilledTraces, ProblemSource, Tokenizer
 from megatron_parallel_r1.config.model import ModelSource
 from megatron_parallel_r1.config.rollout import Rollout
-from megatron_parallel_r1.config.stages import Name, RlStage, SftStage, Stage
+from megatron_parallel_r1.config.stages import (
+    AnyStage,
+    DistillStage,
+    Name,
+    RlStage,
+    SftStage,
+    Stage,
+    TrainingStage,
+)
 from megatron_parallel_r1.data.prompts import template_text
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
@@ -59,7 +67,14 @@ RESERVED = (
     "eval.jsonl",
     "report.html",
 )
+# What a finished stage leaves in its folder: one that trains a model, one that distils traces.
+MODEL, TRACES = "model", "traces.parquet"
 Seed = Annotated[int, Field(ge=0)]
+
+
+def is_finished(stage_folder: Path) -> bool:
+    """Returns whether the folder has what its stage leaves at its end: a model, or traces."""
+    return (stage_folder / MODEL).is_dir() or (stage_folder / TRACES).is_file()
 
 
 class Recipe(Settings):
@@ -99,9 +114,10 @@ class Recipe(Settings):
     collective_timeout_s: Annotated[int, Field(ge=1), Unit("seconds")] = 1800
     """Longest wait of one process for another before the run ends."""
     stages: Annotated[
-        tuple[Annotated[SftStage | RlStage, Field(discriminator="kind")], ...], Field(min_length=1)
+        tuple[Annotated[AnyStage, Field(discriminator="kind")], ...],
+        Field(min_length=1),
     ]
-    """Training stages, in order."""
+    """Stages, in order."""
     evaluation: Evaluation | None = None
     """Evaluation of stages that ask for it, and of the release; null: none."""
     decontamination: Decontamination | None = None
@@ -128,65 +144,84 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check_stages(self, info: ValidationInfo) -> Recipe:
-        names: list[str] = []
-        for stage in self.stages:
-            if stage.name in names:
-                raise ValueError(f"two stages are called {stage.name}")
-            if stage.name in RESERVED:
-                raise ValueError(f"a stage cannot be called {stage.name}, the run folder uses that name")
-            if stage.start_from is not None and stage.start_from not in names:
-                raise ValueError(
-                    f"stage {stage.name} starts from {stage.start_from}, which is no stage before it"
-                )
-            if stage.evaluate and self.evaluation is None:
-                raise ValueError(
-                    f"stage {stage.name} wants an evaluation, but the recipe has no `evaluation`"
-                )
-            if stage.carry_optimizer and not names:
-                raise ValueError(f"stage {stage.name} is the first: there is no optimizer to carry over")
-            if self.rollout.colocated and isinstance(stage, RlStage) and stage.max_off_policy_steps:
-                raise ValueError(
-                    f"stage {stage.name}: max_off_policy_steps draws while the trainer learns, but colocated "
-                    "servers sleep then; set it to 0 or rollout.colocated to false"
-                )
-            thinking = self.thinking_of(stage)
-            if thinking.format != self.thinking.format:
-                raise ValueError(
-                    f"stage {stage.name}: thinking.format is one for the whole run, whose tokenizer has its "
-                    "tags; set it in the recipe's thinking"
-                )
+        trains = info.context is None or info.context.get("trains", True)
+        for place, stage in enumerate(self.stages):
             try:
-                if info.context is None or info.context.get("trains", True):
-                    stage.check_thinking(thinking)
+                self._check_stage(stage, self.stages[:place], trains)
             except ValueError as error:
                 raise ValueError(f"stage {stage.name}: {error}") from None
-            names.append(stage.name)
+        if not self.trained_stages:
+            raise ValueError("no stage trains; add one of kind sft or rl")
         return self
+
+    def _check_stage(self, stage: AnyStage, before: tuple[Stage, ...], trains: bool) -> None:
+        """Checks a stage against the recipe and the stages before it; raises ValueError."""
+        kinds = {other.name: other.kind for other in before}
+        if stage.name in kinds:
+            raise ValueError("another stage has that name")
+        if stage.name in RESERVED:
+            raise ValueError("the run folder uses that name itself; choose another")
+        if stage.start_from is not None and kinds.get(stage.start_from, "distill") == "distill":
+            raise ValueError(f"starts from {stage.start_from}, which is no stage before it that trains")
+        if isinstance(stage.data, DistilledTraces) and kinds.get(stage.data.stage) != "distill":
+            raise ValueError(f"data: {stage.data.stage} is no distill stage before it")
+        if isinstance(stage, TrainingStage):
+            if stage.evaluate and self.evaluation is None:
+                raise ValueError("wants an evaluation, but the recipe has no `evaluation`")
+            if stage.carry_optimizer and self.start_of(stage) is None:
+                raise ValueError("it is the first: there is no optimizer to carry over")
+        if self.rollout.colocated and isinstance(stage, RlStage) and stage.max_off_policy_steps:
+            raise ValueError(
+                "max_off_policy_steps draws while the trainer learns, but colocated servers sleep then; set "
+                "it to 0 or rollout.colocated to false"
+            )
+        thinking = self.thinking_of(stage)
+        if thinking.format != self.thinking.format:
+            raise ValueError(
+                "thinking.format is one for the whole run, whose tokenizer has its tags; set it in the "
+                "recipe's thinking"
+            )
+        if trains:
+            stage.check_thinking(thinking)
+
+    @property
+    def trained_stages(self) -> tuple[SftStage | RlStage, ...]:
+        """The stages that train weights, in order; the last one's are released."""
+        return tuple(stage for stage in self.stages if not isinstance(stage, DistillStage))
 
     def thinking_of(self, stage: Stage) -> Thinking:
         """The recipe's settings with the stage's on top."""
         try:
             return self.thinking.replace(**stage.thinking)
         except ValidationError as error:
-            raise ValueError(
-                f"stage {stage.name}: {first_problem(error, Thinking, inside='thinking')}"
-            ) from None
+            raise ValueError(first_problem(error, Thinking, inside="thinking")) from None
 
-    def keeps_checkpoints(self, stage: Stage) -> bool:
+    def keeps_checkpoints(self, stage: TrainingStage) -> bool:
         """Whether its checkpoints are kept when the stage is done."""
-        carried = any(other.carry_optimizer and self.start_of(other) == stage.name for other in self.stages)
+        carried = any(
+            other.carry_optimizer and self.start_of(other) == stage.name for other in self.trained_stages
+        )
         return bool(stage.keep_best) or carried
 
     def start_of(self, stage: Stage) -> str | None:
         """The stage whose weights `stage` begins with; None: the model itself."""
+        if stage.start_from is not None:
+            return stage.start_from
         names = [other.name for other in self.stages]
-        place = names.index(stage.name)
-        return stage.start_from or (names[place - 1] if place else None)
+        before = self.stages[: names.index(stage.name)]
+        trained = [other.name for other in before if isinstance(other, TrainingStage)]
+        return trained[-1] if trained else None
+
+    def needs_of(self, stage: AnyStage) -> tuple[str, ...]:
+        """The stages that must be finished before `stage`: for its weights, and for its data."""
+        start = self.start_of(stage)
+        data = stage.data.stage if isinstance(stage.data, DistilledTraces) else None
+        return tuple(name for name in (start, data) if name is not None)
 
     def start_folder(self, run: Path, stage: str) -> Path:
-        """The folder of a finished stage that another one starts from: that of the run, or of `start_run`."""
+        """The folder of a finished stage that another one needs: that of the run, or of `start_run`."""
         own = run / stage
-        return own if self.start_run is None or (own / "model").is_dir() else self.start_run / stage
+        return own if self.start_run is None or is_finished(own) else self.start_run / stage
 
     def yaml(self) -> str:
         """The whole recipe, defaults included."""

@@ -1,4 +1,4 @@
-"""The stages of a recipe, supervised and reinforcement learning, with their optimizer and reward."""
+"""The stages of a recipe: supervised fine-tuning, reinforcement learning, and distillation of own traces."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from megatron_parallel_r1.config.data import ExampleSource, ProblemSource
 from megatron_parallel_r1.config.early_stopping import WATCHABLE, EarlyStopping
 from megatron_parallel_r1.config.objective import DynamicSampling, Objective
+from megatron_parallel_r1.config.selection import Balance, Check
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rewards import base as rewards
 from megatron_parallel_r1.rewards.registry import make_component, make_reward
@@ -60,11 +61,28 @@ class Stage(Settings):
     start_from: Name | None = None
     """Earlier stage whose weights this one starts from; null: the stage before it, or the model."""
     steps: Steps
-    """Training steps."""
-    optimizer: Optimizer
-    """Optimizer and learning rate."""
+    """Steps of the stage."""
     thinking: dict[str, Any] = Field(default_factory=dict)
     """Keys of `thinking` with other values in this stage."""
+
+    @property
+    def samples_traces(self) -> bool:
+        """Whether the stage needs a rollout engine."""
+        return False
+
+    def check_thinking(self, thinking: Thinking) -> None:
+        """Checks the stage against its decoding settings, the recipe's and its own together.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+
+
+class TrainingStage(Stage):
+    """Settings of the stages that train weights."""
+
+    optimizer: Optimizer
+    """Optimizer and learning rate."""
     carry_optimizer: bool = False
     """Start with the optimizer state of the stage before instead of a fresh one."""
     early_stopping: EarlyStopping | None = None
@@ -84,7 +102,7 @@ class Stage(Settings):
     """Consecutive steps with a loss or gradient that is not finite that end the run; each is skipped."""
 
     @model_validator(mode="after")
-    def _check_metrics(self) -> Stage:
+    def _check_metrics(self) -> TrainingStage:
         watched = {"keep_best": self.keep_best} if isinstance(self.keep_best, str) else {}
         if self.early_stopping:
             watched["early_stopping.metric"] = self.early_stopping.metric
@@ -105,15 +123,12 @@ class Stage(Settings):
             return self.keep_best
         return {"rl": "accuracy"}.get(self.kind, "loss")
 
-    def check_thinking(self, thinking: Thinking) -> None:
-        """Checks the stage against its decoding settings, the recipe's and its own together.
-
-        Raises:
-            ValueError: they do not fit.
-        """
+    @property
+    def samples_traces(self) -> bool:
+        return self.kind == "rl" or self.evaluate
 
 
-class SftStage(Stage):
+class SftStage(TrainingStage):
     """Supervised fine-tuning on worked examples, with the layout of the thinking mode."""
 
     kind: Literal["sft"]
@@ -195,7 +210,7 @@ class RewardSource(Settings):
         return rewards.Reward(tuple(parts))
 
 
-class RlStage(Stage):
+class RlStage(TrainingStage):
     """GRPO and its family on problems with a right answer."""
 
     kind: Literal["rl"]
@@ -260,3 +275,40 @@ class RlStage(Stage):
                 f"thinking.{name} {getattr(thinking, name):g} cuts the distribution that tokens are drawn "
                 f"from, and RL trains the whole one; set {name} to {all_tokens} in this stage's thinking"
             )
+
+
+class DistillStage(Stage):
+    """Samples traces and keeps right, well-formed ones for an SFT stage (`data: {source: distilled}`).
+
+    Rejection sampling as in NPR (arXiv 2512.07461) and in ThreadWeaver's self-training (arXiv 2512.07843). It
+    trains nothing: the next stage starts from the weights that this one sampled with, or from an earlier
+    stage's (`start_from`).
+    """
+
+    kind: Literal["distill"]
+    """Stage: distillation of own traces."""
+    data: ProblemSource
+    """Problems to solve."""
+    prompts_per_step: Count
+    """Problems of a step."""
+    samples_per_prompt: Count = 8
+    """Traces sampled for each problem."""
+    max_concurrent_rollouts: Count = 512
+    """Most traces in flight."""
+    check: Check = Check()
+    """Conditions under which a trace is kept."""
+    balance: Balance = Balance()
+    """Balancing of the kept traces."""
+    shown: CountOrZero = 3
+    """Examples of each reason for rejection in the report."""
+
+    @property
+    def samples_traces(self) -> bool:
+        return True
+
+    def check_thinking(self, thinking: Thinking) -> None:
+        if thinking.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError("at temperature 0 all traces of a problem are the same")
+
+
+AnyStage = SftStage | RlStage | DistillStage

@@ -128,8 +128,8 @@ def _point(recipe: Recipe, run: Path, inputs: ReleaseInputs) -> ReleasePoint:
     Raises:
         UserError: the stage is ambiguous, or the run has no such stage.
     """
-    stages = {stage.name: stage for stage in recipe.stages}
-    last = recipe.stages[-1]
+    stages = {stage.name: stage for stage in recipe.trained_stages}
+    last = recipe.trained_stages[-1]
     source, folder = inputs.source.resolve(), run.resolve()
     inside = source.relative_to(folder).parts if source.is_relative_to(folder) else ()
     name: str | None
@@ -153,7 +153,7 @@ def _point(recipe: Recipe, run: Path, inputs: ReleaseInputs) -> ReleasePoint:
 def _evaluations(recipe: Recipe, run: Path, at: ReleasePoint) -> list[dict[str, Any]]:
     """Returns the evaluations of the stages and steps that trained the weights; all for a whole run."""
     records = past_evaluations(run)
-    if at == ReleasePoint(recipe.stages[-1]):
+    if at == ReleasePoint(recipe.trained_stages[-1]):
         return records
     last_step = {stage.name: math.inf for stage in lineage(recipe, at.stage)}
     if at.step is not None:

@@ -146,7 +146,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None = None) -> dict[
     if recipe.evaluation is None:
         raise UserError("the recipe has no `evaluation`; add one to say on which problems")
     shape, _ = load_hf_folder(folder)
-    thinking = recipe.thinking_of(recipe.stages[-1])
+    thinking = recipe.thinking_of(recipe.trained_stages[-1])
     tokenizer, tags = open_thinking_tokenizer(folder, thinking.mode)
     parallel, settings = recipe.parallel, recipe.evaluation
     check_parallel(shape, parallel, world_size())

@@ -14,9 +14,9 @@ import yaml
 from megatron_parallel_r1.architecture.families import FAMILIES
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.architecture.weight_table import weight_table
-from megatron_parallel_r1.config.data import DataSet, data_sets
+from megatron_parallel_r1.config.data import DataSet, DistilledTraces, data_sets
 from megatron_parallel_r1.config.recipe import Recipe
-from megatron_parallel_r1.config.stages import RlStage, SftStage
+from megatron_parallel_r1.config.stages import DistillStage, RlStage, SftStage
 from megatron_parallel_r1.data.prompts import TEMPLATES, template_text
 from megatron_parallel_r1.report.evaluation_table import evaluation_table
 from megatron_parallel_r1.rollout.settings import Thinking
@@ -180,7 +180,7 @@ def licence(folder: Path) -> dict[str, str]:
 
 def lineage(recipe: Recipe, last: SftStage | RlStage) -> list[SftStage | RlStage]:
     """The stages that trained the weights of `last`, in order."""
-    by_name = {stage.name: stage for stage in recipe.stages}
+    by_name = {stage.name: stage for stage in recipe.trained_stages}
     chain = [last]
     while (before := recipe.start_of(chain[0])) is not None:
         chain.insert(0, by_name[before])
@@ -221,13 +221,18 @@ def _start(recipe: Recipe) -> str:
 
 def _provenance(recipe: Recipe, past: Sequence[SftStage | RlStage]) -> str:
     """The origin of each data set, and what was excluded from it."""
-    lines: Mapping[str, None] = dict.fromkeys(
-        f"- {_origin(data)}" for stage in past for data in data_sets(stage.data) or (stage.data,)
-    )
+    sampled = {stage.name: stage.data for stage in recipe.stages if isinstance(stage, DistillStage)}
+    lines: dict[str, None] = {}
+    for stage in past:
+        source, what = stage.data, ""
+        if isinstance(source, DistilledTraces):
+            what = f"right, well-formed traces that stage `{source.stage}` sampled from the model itself, of "
+            source = sampled[source.stage]
+        lines |= dict.fromkeys(f"- {what}{_origin(data)}" for data in data_sets(source) or (source,))
     if recipe.evaluation is not None:
         held_out = recipe.evaluation.data
         origins = "; ".join(_origin(data) for data in data_sets(held_out) or (held_out,))
-        lines = {**lines, f"- held out, for evaluation: {origins}": None}
+        lines[f"- held out, for evaluation: {origins}"] = None
     kept_out = "No problem of the evaluation is among those of the training."
     if recipe.decontamination is not None:
         kept_out += (
@@ -250,5 +255,7 @@ def _data(stage: SftStage | RlStage) -> str:
     data = stage.data
     if sets := data_sets(data):
         return " + ".join(data.name for data in sets)
+    if isinstance(data, DistilledTraces):
+        return f"traces of {data.stage}"
     kind = getattr(data, "kind", None)
     return f"{data.source} ({kind})" if kind else data.source

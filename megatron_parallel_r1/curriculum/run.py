@@ -14,8 +14,9 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_parallel_r1.config.recipe import Recipe
-from megatron_parallel_r1.config.stages import RlStage, SftStage
+from megatron_parallel_r1.coldstart.distill import distill
+from megatron_parallel_r1.config.recipe import Recipe, is_finished
+from megatron_parallel_r1.config.stages import AnyStage, DistillStage, SftStage
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
 from megatron_parallel_r1.curriculum.model_card import ReleasePoint, run_card, thinking_json
 from megatron_parallel_r1.curriculum.start_checks import check_engine, check_stage_data
@@ -166,7 +167,9 @@ def _run_seed(
             evaluations = past_evaluations(folder)
             release = None
             if only is None:
-                release = _write_release(run, last or run.finished_model(recipe.stages[-1]), evaluations)
+                release = _write_release(
+                    run, last or run.finished_model(recipe.trained_stages[-1]), evaluations
+                )
             if evaluations:
                 console.print(evaluation_table(evaluations).terminal())
             report = folder / "report.html"
@@ -179,7 +182,7 @@ def _run_seed(
 
 def _run_stage(
     run: RunContext,
-    stage: SftStage | RlStage,
+    stage: AnyStage,
     verifier: Verifier,
     backends: Backends,
     console: Console,
@@ -188,10 +191,16 @@ def _run_stage(
     """Trains a stage, saves its model and evaluates it; skips what is already done."""
     folder = run.stage_folder(stage.name)
     model: Model | None = None
-    if not (folder / "model").is_dir():
-        folder.mkdir(exist_ok=True)
+    if is_finished(folder):
+        console.print(f"{stage.name}  already done", highlight=False)
+    folder.mkdir(exist_ok=True)
+    if isinstance(stage, DistillStage):
+        if not is_finished(folder):
+            distill(run, stage, verifier, backends, watchdog)
+        return None
+    if not is_finished(folder):
         if isinstance(stage, SftStage):
-            trainer = train_sft(run, stage, watchdog)
+            trainer = train_sft(run, run.with_traces(stage), watchdog)
         else:
             trainer = train_rl(run, stage, verifier, backends, watchdog)
         model = trainer.model
@@ -203,8 +212,6 @@ def _run_stage(
         if run.recipe.rollout.colocated:
             trainer.memory.offload()  # the model keeps its gradients otherwise, and servers want their memory
         del trainer  # its optimizer and gradients
-    else:
-        console.print(f"{stage.name}  already done", highlight=False)
     if is_rank_zero() and not run.recipe.keeps_checkpoints(stage):
         shutil.rmtree(checkpoint_folder(folder), ignore_errors=True)
     if is_rank_zero():
@@ -231,7 +238,7 @@ def _write_release(run: RunContext, model: Model, evaluations: Sequence[dict[str
     with this run's results. `parallel-r1 release` does the same for any checkpoint of a run.
     """
     release = run.folder / "release"
-    end = ReleasePoint(run.recipe.stages[-1])
+    end = ReleasePoint(run.recipe.trained_stages[-1])
     extra = {
         "thinking.json": thinking_json(run.recipe, run.folder, end),
         "README.md": run_card(run.recipe, run.folder, run.shape, evaluations, end),
@@ -245,7 +252,7 @@ def _write_release(run: RunContext, model: Model, evaluations: Sequence[dict[str
 def _fresh_tags(run: RunContext) -> str:
     """The remark that tags have rows that were never trained."""
     starts = {"subwords": "their own subwords", "mean": "the mean of all rows"}
-    if isinstance(run.recipe.stages[0], SftStage):
+    if isinstance(run.recipe.trained_stages[0], SftStage):
         advice = "tag_loss in the metrics of SFT shows how well they are learned"
     else:
         advice = "a model hardly ever writes them before SFT has taught them"

@@ -10,9 +10,10 @@ from io import StringIO
 from pathlib import Path
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
-from megatron_parallel_r1.config.data import data_sets
+from megatron_parallel_r1.config.data import DistilledTraces, data_sets
+from megatron_parallel_r1.config.recipe import TRACES
 from megatron_parallel_r1.config.rollout import Rollout
-from megatron_parallel_r1.config.stages import RlStage, SftStage
+from megatron_parallel_r1.config.stages import AnyStage, DistillStage, RlStage, SftStage, TrainingStage
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import template_columns
 from megatron_parallel_r1.distributed.collectives import run_on_rank_zero
@@ -49,6 +50,8 @@ def check_stage_data(run: RunContext, names: Collection[str]) -> None:
     """
     recipe = run.recipe
     for stage in _unfinished(run, names):
+        if isinstance(stage.data, DistilledTraces):  # as long as an earlier stage may sample them
+            continue
         counts: list[tuple[Settings, int]] = [
             (data, sum(1 for _ in stage_items(recipe, stage, data).in_order()))
             for data in data_sets(stage.data)
@@ -57,17 +60,23 @@ def check_stage_data(run: RunContext, names: Collection[str]) -> None:
         for data, count in counts or [(stage.data, EMBEDDED_ITEMS)]:
             with redirect_stderr(StringIO()):  # the stage itself says what it leaves out
                 _check_items(run, stage.model_copy(update={"data": data}), count)
-        if stage.evaluate and recipe.evaluation is not None:
+        if isinstance(stage, TrainingStage) and stage.evaluate and recipe.evaluation is not None:
             fields = template_columns(recipe.prompt_template)
             held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems, fields)
             _check_prompts(run, stage, held_out)
 
 
-def _check_items(run: RunContext, stage: SftStage | RlStage, count: int) -> None:
+def _check_items(run: RunContext, stage: AnyStage, count: int) -> None:
     """Draws `count` items of a stage and checks their lengths."""
-    if isinstance(stage, RlStage):
-        problems = problem_stream(run.recipe, stage, 0, run.prompt_tokens)
-        _check_prompts(run, stage, (problems.next_batch(1)[0] for _ in range(count)))
+    if not isinstance(stage, SftStage):
+        stream = problem_stream(run.recipe, stage, 0, run.prompt_tokens)
+        problems = [stream.next_batch(1)[0] for _ in range(count)]
+        _check_prompts(run, stage, problems)
+        if isinstance(stage, DistillStage) and any(problem.context for problem in problems):
+            raise UserError(
+                f"stage {stage.name}: its problems have messages before the question, which {TRACES} cannot "
+                "hold; leave them out, or name the question alone, such as columns.prompt: messages.user"
+            )
         return
     rows = example_stream(run, stage)
     longest = max(int(rows.next_batch(1)[0].positions_L.max()) + 1 for _ in range(count))
@@ -89,16 +98,16 @@ def check_engine(run: RunContext, names: Collection[str]) -> None:
     """
     if run.recipe.rollout.engine == "native":
         return
-    stages = [stage for stage in _unfinished(run, names) if isinstance(stage, RlStage) or stage.evaluate]
+    stages = [stage for stage in _unfinished(run, names) if stage.samples_traces]
     if stages:
         run_on_rank_zero(lambda: _check_servers(run, stages))
 
 
-def _unfinished(run: RunContext, names: Collection[str]) -> list[SftStage | RlStage]:
+def _unfinished(run: RunContext, names: Collection[str]) -> list[AnyStage]:
     return [s for s in run.recipe.stages if s.name in names and not run.was_finished(s.name)]
 
 
-def _check_prompts(run: RunContext, stage: SftStage | RlStage, problems: Iterable[Problem]) -> None:
+def _check_prompts(run: RunContext, stage: AnyStage, problems: Iterable[Problem]) -> None:
     """Checks that a response to the longest prompt needs no more positions than the model has."""
     thinking = run.recipe.thinking_of(stage)
     response = thinking.max_response_tokens
@@ -118,7 +127,7 @@ def _check_prompts(run: RunContext, stage: SftStage | RlStage, problems: Iterabl
         )
 
 
-def _check_servers(run: RunContext, stages: Sequence[SftStage | RlStage]) -> None:
+def _check_servers(run: RunContext, stages: Sequence[AnyStage]) -> None:
     rollout = run.recipe.rollout
     if rollout.servers:
         modes = STOCK_MODES | ({"isolated"} if rollout.engine == "sglang" else set())
@@ -162,9 +171,7 @@ def _check_transport(rollout: Rollout, infos: Mapping[str, ServerInfo]) -> Sync:
     return sync
 
 
-def _check_modes(
-    run: RunContext, stages: Sequence[SftStage | RlStage], servers: str, modes: Collection[str]
-) -> None:
+def _check_modes(run: RunContext, stages: Sequence[AnyStage], servers: str, modes: Collection[str]) -> None:
     for stage in stages:
         mode = run.recipe.thinking_of(stage).mode
         if mode not in modes:
@@ -174,9 +181,7 @@ def _check_modes(
             )
 
 
-def _check_experts(
-    run: RunContext, stages: Sequence[SftStage | RlStage], servers: str, returned: bool
-) -> None:
+def _check_experts(run: RunContext, stages: Sequence[AnyStage], servers: str, returned: bool) -> None:
     """Checks that the experts of a mixture, which a stage replays, are returned."""
     if returned or run.shape.experts is None:
         return

@@ -82,7 +82,7 @@ def stages_of(run: Path) -> list[Checkpoint]:
     last_steps = read_run(run).last_steps
     total: dict[str, int] = {}
     checkpoints = []
-    for stage in recipe.stages:
+    for stage in recipe.trained_stages:
         before = recipe.start_of(stage)
         total[stage.name] = (total[before] if before else 0) + last_steps.get(stage.name, stage.steps)
         folder = run / stage.name / "model"

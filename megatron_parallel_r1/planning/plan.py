@@ -127,14 +127,14 @@ def plan(
     parts = pipeline_parts(shape, parallel)
     data = world // parallel.replica_size
     in_process = recipe.rollout.engine == "native"
-    if in_process and any(isinstance(stage, RlStage) or stage.evaluate for stage in recipe.stages):
+    if in_process and any(stage.samples_traces for stage in recipe.stages):
         try:
             check_native_split(parallel.pipeline, parallel.context)
         except UserError as error:
             in_process = False
             notes.append(f"a run would end with: {error}")
     planner = _Planner(recipe, shape, parts, data, longest, in_process, machine)
-    stages = tuple(planner.stage(stage) for stage in recipe.stages)
+    stages = tuple(planner.stage(stage) for stage in recipe.trained_stages)
     needs = [stage.memories[stage.fullest] for stage in stages]
     needs += [stage.evaluation for stage in stages if stage.evaluation is not None]
     fits = all(need.total <= gpu for need in needs)
@@ -330,7 +330,7 @@ def _rollout_rounds(stage: RlStage) -> tuple[int, int]:
 def _bounded(longest: LengthLimits, recipe: Recipe) -> tuple[LengthLimits, list[str]]:
     """Returns the tighter of the bounds and the recipe's, and a note where the recipe allows more."""
     prompt, example = recipe.max_prompt_tokens, recipe.max_example_tokens
-    kinds = {stage.kind for stage in recipe.stages}
+    kinds = {stage.kind for stage in recipe.trained_stages}
     known = (("rl", "prompts", longest.prompt, prompt), ("sft", "SFT rows", longest.example, example))
     assumed = [
         f"{what} of up to {most:,} tokens"

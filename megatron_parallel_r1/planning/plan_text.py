@@ -9,7 +9,7 @@ from math import prod
 
 from megatron_parallel_r1.architecture.weight_table import padded_vocab, weight_table
 from megatron_parallel_r1.config.objective import Objective
-from megatron_parallel_r1.config.stages import Optimizer, RlStage, Stage
+from megatron_parallel_r1.config.stages import Optimizer, RlStage, TrainingStage
 from megatron_parallel_r1.planning.memory import MemoryUse, PipelinePart
 from megatron_parallel_r1.planning.plan import GIB, Plan, StagePlan
 from megatron_parallel_r1.rewards.base import Component
@@ -101,7 +101,7 @@ def _stage(each: StagePlan, data: int) -> list[str]:
     ]
 
 
-def _end(stage: Stage) -> str:
+def _end(stage: TrainingStage) -> str:
     return (
         ""
         if stage.early_stopping is None

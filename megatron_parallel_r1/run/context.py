@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
-from megatron_parallel_r1.config.data import FolderTokenizer
-from megatron_parallel_r1.config.recipe import Recipe
-from megatron_parallel_r1.config.stages import RlStage, Stage
+from megatron_parallel_r1.config.data import DataSet, DistilledTraces, FolderTokenizer
+from megatron_parallel_r1.config.recipe import TRACES, Recipe, is_finished
+from megatron_parallel_r1.config.stages import RlStage, SftStage, Stage, TrainingStage
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import encode_prompt
+from megatron_parallel_r1.data.schemas import CUSTOM, Columns
 from megatron_parallel_r1.data.tokenizers import open_tokenizer
 from megatron_parallel_r1.distributed.parallel_config import check_native_split, check_parallel
 from megatron_parallel_r1.errors import UserError
@@ -98,31 +99,37 @@ class RunContext:
         return cls(recipe, folder, tokenizer, tags, shape, new_ids, resume, Exporter.of(recipe))
 
     def was_finished(self, stage: str) -> bool:
-        """Returns whether the run that this one resumes has saved the stage's model."""
-        return self.resumes and (self.stage_folder(stage) / "model").is_dir()
+        """Returns whether the run that this one resumes has finished the stage."""
+        return self.resumes and is_finished(self.stage_folder(stage))
 
     def check_starts(self, names: Collection[str]) -> None:
-        """Checks that the stage before each stage in `names` is finished or in `names` too.
+        """Checks that the stages that each stage in `names` needs are finished or in `names` too.
 
         Raises:
-            UserError: it is neither, or its optimizer is to be carried over and was deleted.
+            UserError: one is neither, or its optimizer is to be carried over and was deleted.
         """
         for stage in self.recipe.stages:
-            before = self.recipe.start_of(stage)
-            if stage.name not in names or before is None:
+            if stage.name not in names:
                 continue
-            start = self.start_folder(before)
-            is_elsewhere = start != self.stage_folder(before) and (start / "model").is_dir()
-            is_done = is_elsewhere or self.was_finished(before)
-            if not is_done and before not in names:
-                raise UserError(f"stage {stage.name} starts from {before}, which is not done; run that first")
-            begun = self.was_finished(stage.name) or has_checkpoint(self.folder, stage.name)
-            kept = has_checkpoint(start.parent, before)
-            if stage.carry_optimizer and is_done and not (begun or kept):
-                raise UserError(
-                    f"stage {stage.name}: carry_optimizer, but the checkpoints of {before} were deleted at "
-                    "its end; start with a fresh optimizer, or choose another name to train both"
-                )
+            for before in self.recipe.needs_of(stage):
+                if before not in names and not self._is_done(before):
+                    needs = "starts from" if before == self.recipe.start_of(stage) else "trains on traces of"
+                    raise UserError(f"stage {stage.name} {needs} {before}, which is not done; run that first")
+            if isinstance(stage, TrainingStage) and stage.carry_optimizer:
+                self._check_optimizer(stage, self.recipe.start_of(stage) or "")
+
+    def _is_done(self, stage: str) -> bool:
+        start = self.start_folder(stage)
+        return self.was_finished(stage) or (start != self.stage_folder(stage) and is_finished(start))
+
+    def _check_optimizer(self, stage: TrainingStage, before: str) -> None:
+        begun = self.was_finished(stage.name) or has_checkpoint(self.folder, stage.name)
+        kept = has_checkpoint(self.start_folder(before).parent, before)
+        if self._is_done(before) and not (begun or kept):
+            raise UserError(
+                f"stage {stage.name}: carry_optimizer, but the checkpoints of {before} were deleted at "
+                "its end; start with a fresh optimizer, or choose another name to train both"
+            )
 
     def check_split(self, names: Collection[str], world: int) -> None:
         """Checks that `world` ranks can run the stages under the recipe's parallel layout.
@@ -140,11 +147,7 @@ class RunContext:
             raise UserError(f"max_tokens_per_micro_batch: FP8 rows need a multiple of {multiple} here")
         if self.recipe.rollout.engine != "native":
             return
-        if any(
-            isinstance(stage, RlStage) or stage.evaluate
-            for stage in self.recipe.stages
-            if stage.name in names
-        ):
+        if any(stage.samples_traces for stage in self.recipe.stages if stage.name in names):
             check_native_split(parallel.pipeline, parallel.context)
         ahead = [s.name for s in self.recipe.stages if isinstance(s, RlStage) and s.max_off_policy_steps]
         if ahead and parallel.tensor > 1 and torch.cuda.is_available():
@@ -175,7 +178,16 @@ class RunContext:
         """Derives the run's seed for one purpose, such as `(stage, "rollout")`."""
         return derive_seed(self.recipe.seed, *words)
 
-    def trainer(self, stage: Stage) -> Trainer:
+    def with_traces(self, stage: SftStage) -> SftStage:
+        """Returns the stage with the file that a `distill` stage wrote in place of that stage's name."""
+        if not isinstance(stage.data, DistilledTraces):
+            return stage
+        file = self.start_folder(stage.data.stage) / TRACES
+        columns = Columns(prompt="question", answer="answer", response="response")
+        data = DataSet(source="dataset", name=CUSTOM, path=file, columns=columns)
+        return stage.model_copy(update={"data": data})
+
+    def trainer(self, stage: TrainingStage) -> Trainer:
         """Builds a trainer with the stage's starting weights and a fresh optimizer."""
         optimizer = stage.optimizer
         adam = Adam(

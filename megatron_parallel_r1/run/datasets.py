@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from megatron_parallel_r1.config.data import (
     BpeTokenizer,
     DataSet,
+    DistilledTraces,
     EmbeddedArithmetic,
     EmbeddedColdStart,
     EmbeddedProblems,
@@ -21,7 +22,7 @@ from megatron_parallel_r1.config.data import (
     data_sets,
 )
 from megatron_parallel_r1.config.recipe import Recipe
-from megatron_parallel_r1.config.stages import RlStage, SftStage
+from megatron_parallel_r1.config.stages import DistillStage, RlStage, SftStage
 from megatron_parallel_r1.data import tokenizers
 from megatron_parallel_r1.data.account import account_table
 from megatron_parallel_r1.data.decontaminate import contamination_table
@@ -71,7 +72,8 @@ def check_sources(recipe: Recipe) -> None:
     sources: list[Settings] = [stage.data for stage in recipe.stages]
     if recipe.evaluation is not None:
         sources.append(recipe.evaluation.data)
-    if fields and not all(map(data_sets, sources)):
+    generated = [source for source in sources if not isinstance(source, DistilledTraces)]
+    if fields and not all(map(data_sets, generated)):
         raise UserError(f"prompt_template: shows {', '.join(fields)}, but embedded problems have no columns")
     trained_on: dict[str, set[str]] = {stage.name: set() for stage in recipe.stages}
     for stage in recipe.stages:
@@ -204,10 +206,14 @@ def example_rows(
 ) -> ProblemStream[Row]:
     """An endless stream of laid-out worked examples; rows of an in-memory data set come from `cache`.
 
+    Args:
+        stage: its data are no `distilled` ones (`RunContext.with_traces`).
+
     Raises:
         UserError: a row is unusable (a malformed response, for one) and may not be skipped, or all examples
             exceed `max_example_tokens`.
     """
+    assert not isinstance(stage.data, DistilledTraces)
     match stage.data:
         case EmbeddedArithmetic(easy=easy):
             return ProblemStream(lambda i: to_row(generate.arithmetic_example(easy, seed, i)), seed)
@@ -226,6 +232,7 @@ def example_rows(
 
 def held_out_examples(recipe: Recipe, stage: SftStage, seed: int) -> list[Example]:
     """The worked examples that `example_rows` of the same arguments leaves out."""
+    assert not isinstance(stage.data, DistilledTraces)
     own, numbers = derive_seed(seed, "held out"), range(stage.held_out_examples)
     match stage.data:
         case EmbeddedArithmetic(easy=easy):
@@ -308,7 +315,7 @@ def _mixed(source: DataSet | Mixture, orders: Sequence[Callable[[int], A]], seed
 
 
 def problem_stream(
-    recipe: Recipe, stage: RlStage, seed: int, prompt_tokens: Callable[[Problem], int]
+    recipe: Recipe, stage: RlStage | DistillStage, seed: int, prompt_tokens: Callable[[Problem], int]
 ) -> ProblemStream[Problem]:
     """An endless stream of training problems.
 

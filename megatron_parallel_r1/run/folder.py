@@ -5,7 +5,8 @@
              state.json    the run's id, digests of data     run.lock*     while commands use it
              tokenizer/    with the tags
              <stage>/      metrics.jsonl, tensorboard/, traces.jsonl, eval_traces.jsonl,
-                           checkpoints/ while it runs, model/ once it is finished
+                           checkpoints/ while it runs, model/ once it is finished; of kind distill
+                           sampled.jsonl, and at its end traces.parquet, report.md, report.json
              release/      the released checkpoint           report.html
 """
 
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_parallel_r1.config.deprecated import with_new_keys
-from megatron_parallel_r1.config.recipe import Recipe
+from megatron_parallel_r1.config.recipe import Recipe, is_finished
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run.datasets import EVALUATION, DataDigest
@@ -95,14 +96,15 @@ def is_resumable(
     if not folder.is_dir() or not (written.is_file() and (folder / "stages.json").is_file()):
         raise UserError(f"{folder} exists but is not a run folder; choose another name or out")
     steps = sum(1 for file in folder.glob("*/metrics.jsonl") for _ in file.open("rb"))
-    saved = any(folder.glob("*/model")) or has_checkpoint(folder, "*")
+    saved = any(map(is_finished, folder.iterdir())) or has_checkpoint(folder, "*")
+    saved = saved or any(folder.glob(f"*/{SAMPLED}"))
     if fresh or not (saved or steps):
         return False
     then = with_new_keys(yaml.safe_load(written.read_text()), str(written))
     now = yaml.safe_load(recipe.yaml())
     if adapt:
         for index, (old, new) in enumerate(zip(then["stages"], now["stages"], strict=False)):
-            if old["name"] == new["name"] and not (folder / new["name"] / "model").is_dir():
+            if old["name"] == new["name"] and not is_finished(folder / new["name"]):
                 then["stages"][index] = new
     difference = _difference(then, now)
     if difference:
@@ -145,10 +147,10 @@ def check_data(recipe: Recipe, folder: Path, data: Mapping[str, DataDigest], ada
 
 
 def _done(recipe: Recipe, folder: Path) -> set[str]:
-    """The stages whose model is saved, and `EVALUATION` if all evaluations are done."""
-    done = {stage.name for stage in recipe.stages if (folder / stage.name / "model").is_dir()}
+    """The finished stages, and `EVALUATION` if all evaluations are done."""
+    done = {stage.name for stage in recipe.stages if is_finished(folder / stage.name)}
     evaluated = {record["stage"] for record in past_evaluations(folder)}
-    if {stage.name for stage in recipe.stages if stage.evaluate} <= evaluated:
+    if {stage.name for stage in recipe.trained_stages if stage.evaluate} <= evaluated:
         done.add(EVALUATION)
     return done
 
@@ -229,6 +231,8 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 STATE = "state.json"
+# In the folder of a stage that distils: its sampled traces so far, from which it resumes.
+SAMPLED = "sampled.jsonl"
 
 
 def steps_done(folder: Path, stage: Stage) -> int:

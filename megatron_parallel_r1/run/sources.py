@@ -18,7 +18,7 @@ from megatron_parallel_r1.config.data import (
     data_sets,
 )
 from megatron_parallel_r1.config.recipe import Evaluation, Recipe
-from megatron_parallel_r1.config.stages import RlStage, SftStage
+from megatron_parallel_r1.config.stages import AnyStage, SftStage
 from megatron_parallel_r1.data import readers
 from megatron_parallel_r1.data.account import RowAccount, account_table
 from megatron_parallel_r1.data.decontaminate import Contamination, find_contamination
@@ -66,9 +66,7 @@ def _first_of_each(mixture: Mixture, count: int, fields: tuple[str, ...]) -> tup
     return tuple(problems)
 
 
-def stage_items(
-    recipe: Recipe, stage: SftStage | RlStage, data: DataSet
-) -> LoadedDataset[Any] | StreamedDataset[Any]:
+def stage_items(recipe: Recipe, stage: AnyStage, data: DataSet) -> LoadedDataset[Any] | StreamedDataset[Any]:
     """The problems, or in SFT the worked examples, of one of a stage's data sets, after decontamination."""
     return stage_examples(recipe, data) if isinstance(stage, SftStage) else stage_problems(recipe, data)
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_parallel_r1.config.recipe import Recipe
-from megatron_parallel_r1.config.stages import RlStage, SftStage
+from megatron_parallel_r1.config.stages import AnyStage
 from megatron_parallel_r1.report.progress import StageProgress
 from megatron_parallel_r1.run.exporter import Exporter
 from megatron_parallel_r1.run.wandb_log import open_wandb
@@ -67,9 +67,7 @@ class StageLog:
         exporter: shows the last record.
     """
 
-    def __init__(
-        self, recipe: Recipe, stage: SftStage | RlStage, folder: Path, done: int, exporter: Exporter
-    ) -> None:
+    def __init__(self, recipe: Recipe, stage: AnyStage, folder: Path, done: int, exporter: Exporter) -> None:
         self._heading = {"stage": stage.name, "kind": stage.kind}
         self._steps = stage.steps
         self._open = ExitStack()

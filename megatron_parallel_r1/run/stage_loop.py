@@ -166,7 +166,7 @@ class StageLoop:
 
     def _carry_over(self, run: RunContext, before: str) -> None:
         """Loads weights and optimizer state from the end of the previous stage."""
-        stage = next(other for other in run.recipe.stages if other.name == before)
+        stage = next(other for other in run.recipe.trained_stages if other.name == before)
         start = run.start_folder(before)
         folder = checkpoint_folder(start)
         end = steps_done(start.parent, stage)

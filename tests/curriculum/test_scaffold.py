@@ -84,7 +84,7 @@ def test_weights_and_biases_offline(tmp_path: Path) -> None:
 
 
 def test_the_first_stage_has_no_optimizer_to_carry_on(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="stage cold_start is the first: there is no optimizer to carry over"):
+    with pytest.raises(UserError, match="stage cold_start: it is the first: there is no optimizer"):
         read_recipe(RECIPE, ["stages.cold_start.carry_optimizer=true", f"out={tmp_path}"])
 
 

@@ -106,6 +106,19 @@ def test_a_stage_waits_for_the_one_that_it_starts_from(
     ]
 
 
+def test_a_stage_waits_for_the_one_that_samples_its_data(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Path(__file__).parents[2] / "curriculum/distill.yaml"
+    output = dry_run(repository, monkeypatch, "curriculum", str(recipe))
+    assert re.findall(r"^#SBATCH --dependency='(.*)'$", output, re.M) == [
+        "afterok:JOB OF distill-cold_start",
+        "afterok:JOB OF distill-cold_start:JOB OF distill-own_traces",
+        "afterok:JOB OF distill-distilled",
+    ]
+    assert "parallel-r1 distill" in output or "launch distill" in output or "distill_stage.sh" in output
+
+
 def test_a_chain_may_end_with_an_evaluation_of_its_release(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

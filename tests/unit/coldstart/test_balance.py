@@ -10,7 +10,7 @@ import pytest
 
 from megatron_parallel_r1.coldstart.balance import Candidate, balance, largest_cap
 from megatron_parallel_r1.coldstart.checks import TraceShape
-from megatron_parallel_r1.coldstart.settings import Balance
+from megatron_parallel_r1.config.selection import Balance
 
 SHAPES = (TraceShape((2,)), TraceShape((2, 2)), TraceShape((3,)), TraceShape((2, 3)))
 

@@ -10,8 +10,8 @@ from pyarrow import parquet
 
 from megatron_parallel_r1.coldstart.checks import TraceShape, check, sibling_mention
 from megatron_parallel_r1.coldstart.report import CheckedSample, Tally
-from megatron_parallel_r1.coldstart.settings import Check
 from megatron_parallel_r1.coldstart.teacher import TeacherAnswer
+from megatron_parallel_r1.config.selection import Check
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.trace_text import WrittenTrace, canonical, describe_fault
 from megatron_parallel_r1.rewards.verifier import Verifier
