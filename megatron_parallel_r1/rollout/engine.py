@@ -23,13 +23,23 @@ Context = TypeVar("Context")
 class Sampling:
     """Sampling parameters. Temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
 
-    `seed` fixes the draw at each position, whatever else is in the batch.
+    `seed` fixes the draw at each position, whatever else is in the batch. `alternatives`: how many of the
+    most likely tokens each `TokenScore` lists; above 0 only for an engine that `ScoresTokens`.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    alternatives: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """The natural log-prob of a token, and the most likely tokens in its place with theirs, best first."""
+
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +52,19 @@ class Completion:
             except suppressed ones, before top-k and top-p (temperature 0 counts as 1).
         versions: of the weights that drew each token.
         stopped: the last token is a stop token; otherwise the limit was reached.
+        alternatives: of each token, if any were requested; see `TokenScore`.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     versions: tuple[int, ...]
     stopped: bool
+    alternatives: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+    @property
+    def scores(self) -> tuple[TokenScore, ...]:
+        alternatives = self.alternatives or ((),) * len(self.tokens)
+        return tuple(map(TokenScore, self.logprobs, alternatives))
 
 
 class Interrupted(Exception):
@@ -63,6 +80,14 @@ class RecordsExperts(Protocol):
 
     async def experts_of(self, context: Any, count: int) -> NDArray[np.int16]:
         """The experts [T, Z] of the last `count` tokens of a context; the very last one may be missing."""
+
+
+@runtime_checkable
+class ScoresTokens(Protocol):
+    """An engine that scores given tokens, and lists alternatives to those that it draws."""
+
+    async def score(self, context: Any, tokens: Sequence[int], alternatives: int) -> list[TokenScore]:
+        """Writes tokens to an empty context; scores of `tokens[1:]` at temperature 1."""
 
 
 class Engine(Protocol, Generic[Context]):

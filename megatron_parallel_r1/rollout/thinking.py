@@ -33,7 +33,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_parallel_r1.rollout.draft import Draft, TokenBudget
-from megatron_parallel_r1.rollout.engine import Completion, Context, Engine, RecordsExperts, Sampling
+from megatron_parallel_r1.rollout.engine import (
+    Completion,
+    Context,
+    Engine,
+    RecordsExperts,
+    Sampling,
+    TokenScore,
+)
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.parser import parse, planned_paths
 from megatron_parallel_r1.thought.tags import Tags
@@ -44,8 +51,9 @@ End = Literal["eos", "length", "closed"]
 # Where a token stands: () the main text, (2,) the closing tags and summary of its second block, (2, 0) that
 # block's first path, (2, 0, 1) the first block inside that path, and so on.
 Branch = tuple[int, ...]
-Observer = Callable[[Branch, int], None]
+Observer = Callable[[Branch, int, TokenScore], None]
 NOTHING: frozenset[int] = frozenset()
+FORCED = TokenScore(0.0)
 T = TypeVar("T")
 
 
@@ -81,6 +89,7 @@ class Thinker(Generic[Context]):
         seed: int,
         paths: int | None = None,
         observe: Observer | None = None,
+        alternatives: int = 0,
     ) -> Trace:
         """Writes one response after a prompt; closes every context it opened, also when it is cancelled.
 
@@ -89,14 +98,16 @@ class Thinker(Generic[Context]):
             opened: a context of the caller; a fork of it is used.
             seed: fixes every draw of this trace.
             paths: sibling paths of its blocks, 1..8; None: as in the settings. A plan overrides both.
-            observe: called with each token of the trace, forced ones included, in order within a branch. The
-                engine then draws one token a call. Draws depend on seed and position: the trace is the same.
+            observe: called with each token of the trace and its score (`FORCED` for forced ones), in order
+                within a branch. The engine then draws one token a call. Draws depend on seed and
+                position: the trace is the same.
+            alternatives: to each drawn token, in the scores that `observe` gets.
         """
         settings = self.settings if paths is None else self.settings.replace(paths=paths)
         budget = TokenBudget(
             settings.max_response_tokens, settings.max_critical_tokens or settings.max_response_tokens
         )
-        writing = _Writing(self.engine, self.tags, settings, seed, observe, self._recorder)
+        writing = _Writing(self.engine, self.tags, settings, seed, observe, self._recorder, alternatives)
         try:
             draft, end, context = await writing.chain(writing.fork(opened), Draft(), budget, depth=0)
             experts = await writing.experts(context, len(prompt), draft)
@@ -126,6 +137,7 @@ class _Writing(Generic[Context]):
         seed: int,
         observe: Observer | None,
         recorder: RecordsExperts | None,
+        alternatives: int,
     ) -> None:
         self.engine = engine
         self.tags = tags
@@ -133,6 +145,7 @@ class _Writing(Generic[Context]):
         self.seed = seed
         self._observe = observe
         self._recorder = recorder
+        self._alternatives = alternatives
         self._open: dict[int, Context] = {}
 
     def fork(self, context: Context) -> Context:
@@ -264,7 +277,7 @@ class _Writing(Generic[Context]):
         closing = () if end == "closed" else (self.tags.path_end,)
         draft.add_forced(closing, self.engine.version)
         await self.engine.write(context, closing)
-        self._show(branch, closing)
+        self._show_forced(branch, closing)
         return draft, context
 
     async def _force(self, context: Context, draft: Draft, tokens: Sequence[int], branch: Branch) -> None:
@@ -272,7 +285,7 @@ class _Writing(Generic[Context]):
         if tokens:
             draft.add_forced(tokens, self.engine.version)
             await self.engine.write(context, tokens)
-            self._show(branch, tokens)
+            self._show_forced(branch, tokens)
 
     async def _joined(self, trunk: Context, paths: Sequence[tuple[Draft, Context]]) -> Context:
         contexts = [context for _, context in paths]
@@ -333,7 +346,7 @@ class _Writing(Generic[Context]):
     ) -> Completion:
         settings = self.settings
         seed = hash_seed(repr((self.seed, branch)))
-        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, seed)
+        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, seed, self._alternatives)
         if self._observe is None:
             return await self.engine.sample(context, sampling, limit, stop, suppress)
         tokens: list[int] = []
@@ -344,14 +357,15 @@ class _Writing(Generic[Context]):
             tokens += drawn.tokens
             logprobs += drawn.logprobs
             versions += drawn.versions
-            self._show(branch, drawn.tokens)
+            for token, score in zip(drawn.tokens, drawn.scores, strict=True):
+                self._observe(branch, token, score)
             if drawn.stopped or len(tokens) == limit:
                 return Completion(tuple(tokens), tuple(logprobs), tuple(versions), drawn.stopped)
 
-    def _show(self, branch: Branch, tokens: Sequence[int]) -> None:
+    def _show_forced(self, branch: Branch, tokens: Sequence[int]) -> None:
         if self._observe is not None:
             for token in tokens:
-                self._observe(branch, token)
+                self._observe(branch, token, FORCED)
 
     def _keep(self, context: Context) -> Context:
         self._open[id(context)] = context

@@ -23,7 +23,9 @@ from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.serve.access import check_host, check_key, read_body
 from megatron_parallel_r1.serve.admission import Admission, Limits
 from megatron_parallel_r1.serve.engine_request import engine_request
+from megatron_parallel_r1.serve.logprobs import LogprobWriter
 from megatron_parallel_r1.serve.metrics import ServerMetrics
+from megatron_parallel_r1.serve.openapi import describe, documentation_page
 from megatron_parallel_r1.serve.response_body import Endpoint, ResponseBody
 from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, read_request
 from megatron_parallel_r1.serve.served_model import ServedModel
@@ -53,7 +55,9 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
         yield
         thread.stop()
 
-    # FastAPI's own documentation pages load scripts from a CDN.
+    # FastAPI's own documentation pages load scripts from a CDN, and requests are read by `read_request`.
+    described = describe(needs_key=api_key is not None)
+    reference = documentation_page(described)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
     def check_client(request: HttpRequest) -> None:
@@ -80,7 +84,9 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
         else:
             request = read_request(content, CompletionRequest)
         wanted = engine_request(served, limits, request)
-        body = ResponseBody(endpoint, served.name, wanted)
+        body = ResponseBody(
+            endpoint, served.name, wanted, [LogprobWriter(served.tokenizer) for _ in wanted.seeds]
+        )
         session = Session(served, thread, admission, limits, wanted)
         begin = time.monotonic()
         session.on_end(
@@ -91,10 +97,9 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
             await session.wait_admitted()
             if request.stream:
                 return _EventStream(session, _events(session, body, request.wants_usage))
-            texts = [""] * len(session.responses)
-            async for deltas in session.deltas():
-                texts = [text + delta.content for text, delta in zip(texts, deltas, strict=True)]
-            return JSONResponse(body.whole(session.responses, texts), headers=HEADERS)
+            deltas = [deltas async for deltas in session.deltas()]
+            by_response = list(zip(*deltas, strict=True)) or [()] * len(session.responses)
+            return JSONResponse(body.whole(session.responses, by_response), headers=HEADERS)
         finally:
             watcher.cancel()
 
@@ -103,6 +108,18 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
         if local:
             check_host(request)
         return HTMLResponse(page, headers=HEADERS | {"Content-Security-Policy": policy})
+
+    @app.get("/openapi.json")
+    async def get_description(request: HttpRequest) -> Response:
+        if local:
+            check_host(request)
+        return JSONResponse(described, headers=HEADERS)
+
+    @app.get("/docs")
+    async def get_reference(request: HttpRequest) -> HTMLResponse:
+        if local:
+            check_host(request)
+        return HTMLResponse(reference, headers=HEADERS | {"Content-Security-Policy": "default-src 'none'"})
 
     @app.get("/health")
     async def get_health() -> dict[str, Any]:

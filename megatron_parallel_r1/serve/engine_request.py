@@ -11,23 +11,37 @@ from megatron_parallel_r1.data.prompts import encode_text, render
 from megatron_parallel_r1.errors import one_line
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.serve.admission import Limits
-from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, Message
+from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, Message, Prompts
 from megatron_parallel_r1.serve.served_model import ServedModel
 from megatron_parallel_r1.utils.seeding import hash_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Unknown words that a warning names.
+SHOWN_WORDS = 10
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """A request in token ids. Response i continues `prompts[i // n]` and is drawn with `seeds[i]`."""
+    """A request in token ids. Response i continues `prompts[i // n]` and is drawn with `seeds[i]`.
+
+    Attributes:
+        alternatives: to each token, listed with its log-prob; None: no log-probs are returned.
+        echo: whether a response begins with its prompt.
+        draws: whether anything is drawn, or prompts are only read.
+        warnings: what the client should know of its request.
+    """
 
     prompts: list[list[int]]
     n: int
     seeds: list[int]
     thinking: Thinking
-    stops: tuple[str, ...]
+    stops: tuple[str, ...] = ()
+    alternatives: int | None = None
+    echo: bool = False
+    draws: bool = True
+    warnings: tuple[str, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:
@@ -62,8 +76,13 @@ def engine_request(
     thinking = _thinking(served, limits, request)
     if isinstance(request, ChatRequest):
         prompts = [chat_prompt(served.tokenizer, served.template, request.messages)]
+        texts = [message.text for message in request.messages]
+        alternatives = request.top_logprobs or 0 if request.logprobs else None
     else:
         prompts = text_prompts(served.tokenizer, served.vocabulary, request.prompt)
+        written = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        texts = [text for text in written if isinstance(text, str)]
+        alternatives = None if request.logprobs is False else request.logprobs
     longest = max(map(len, prompts))
     if longest > limits.prompt_tokens:
         raise ApiError(
@@ -86,7 +105,17 @@ def engine_request(
     seed = secrets.randbits(63) if request.seed is None else request.seed
     # Hashed, so that the small seeds of clients do not give neighbouring draws.
     seeds = [hash_seed(f"{seed} {index}") for index in range(count)]
-    built = EngineRequest(prompts, request.n, seeds, thinking, request.stops)
+    built = EngineRequest(
+        prompts,
+        request.n,
+        seeds,
+        thinking,
+        request.stops,
+        alternatives,
+        echo=isinstance(request, CompletionRequest) and request.echo,
+        draws=request.max_tokens != 0,
+        warnings=unknown_words(served.tokenizer, texts),
+    )
     if limits.cache_tokens is not None and built.cache_tokens > limits.cache_tokens:
         raise ApiError(
             400,
@@ -125,9 +154,24 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, template: str, messages: Seq
     return tokenizer.encode(chat, add_special_tokens=False)
 
 
-def text_prompts(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: int, prompt: str | list[int] | list[str]
-) -> list[list[int]]:
+def unknown_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[str, ...]:
+    """A warning that names the words which the model reads as its unknown token; none if there are none."""
+    unknown, words = tokenizer.unk_token_id, dict[str, None]()
+    if unknown is None or not tokenizer.is_fast:
+        return ()
+    for text in texts:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        words |= dict.fromkeys(text[begin:end] for token, (begin, end) in pairs if token == unknown)
+    words.pop(str(tokenizer.unk_token), None)
+    if not words:
+        return ()
+    shown = ", ".join(repr(word[:40]) for word in list(words)[:SHOWN_WORDS])
+    more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
+    return (f"the model does not know {shown}{more}; it reads {tokenizer.unk_token} instead",)
+
+
+def text_prompts(tokenizer: PreTrainedTokenizerBase, vocabulary: int, prompt: Prompts) -> list[list[int]]:
     """The prompts of a text completion, without any template; BOS first where the tokenizer adds it.
 
     Raises:
@@ -135,6 +179,8 @@ def text_prompts(
     """
     if isinstance(prompt, str):
         prompts = [encode_text(tokenizer, prompt)] if prompt else []
+    elif any(isinstance(item, list) for item in prompt):
+        prompts = [item for item in prompt if isinstance(item, list)]
     elif any(isinstance(item, int) for item in prompt):
         prompts = [[item for item in prompt if isinstance(item, int)]]
     else:
@@ -154,11 +200,11 @@ def _thinking(served: ServedModel, limits: Limits, request: ChatRequest | Comple
         raise ApiError(400, f"{what}; leave paths out", "parallel.paths")
     limit = limits.max_tokens or stored.max_response_tokens
     wanted = [count for count in (request.max_tokens, request.max_completion_tokens) if count is not None]
-    tokens = min(limit, *wanted or [stored.max_response_tokens])
+    tokens = max(1, min(limit, *wanted or [stored.max_response_tokens]))
     changes = {
         "temperature": request.temperature,
         "top_p": request.top_p,
-        "top_k": request.top_k,
+        "top_k": request.top_k and max(0, request.top_k),
         "paths": request.parallel and request.parallel.paths,
         "max_blocks": request.parallel and request.parallel.max_blocks,
         "mode": request.parallel and request.parallel.mode,

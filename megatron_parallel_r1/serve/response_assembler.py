@@ -6,11 +6,13 @@ later path's follows as soon as those before it have ended.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_parallel_r1.rollout.thinking import Branch
+from megatron_parallel_r1.rollout.engine import TokenScore
+from megatron_parallel_r1.rollout.thinking import FORCED, Branch
 from megatron_parallel_r1.serve.text import Detokenizer, StopCutter
 from megatron_parallel_r1.thought.parser import Parser
 from megatron_parallel_r1.thought.tags import Tags
@@ -29,10 +31,12 @@ class _BranchText:
     """Tokens and text of one branch: the main text, a path, or a block's closing tags with its summary.
 
     `texts` has one text more than the branch has opened blocks; each block stands between two of them.
+    `scores` waits for the flat text.
     """
 
     detokenizer: Detokenizer
     tokens: list[int] = field(default_factory=list)
+    scores: deque[TokenScore] = field(default_factory=deque)
     texts: list[str] = field(default_factory=lambda: [""])
     closed: bool = False
     parser: Parser | None = None
@@ -48,13 +52,18 @@ class _BranchText:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text since the last delta: of the flat text, and of each branch (format in docs/serving.md)."""
+    """New text since the last delta: of the flat text, and of each branch (format in docs/serving.md).
+
+    `scored` are the new tokens of the flat text with their scores, where they are kept; None: the first token
+    of an echoed prompt.
+    """
 
     content: str
     branches: list[dict[str, Any]]
+    scored: list[tuple[int, TokenScore | None]]
 
     def __bool__(self) -> bool:
-        return bool(self.content or self.branches)
+        return bool(self.content or self.branches or self.scored)
 
 
 class ResponseAssembler:
@@ -62,13 +71,22 @@ class ResponseAssembler:
 
     Args:
         stops: texts that end the response where they occur in the main text.
+        scored: keep the scores of tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Tags, stops: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tags: Tags,
+        stops: tuple[str, ...] = (),
+        scored: bool = False,
+    ) -> None:
         self.tokens: list[int] = []
         self.finish: Finish | None = None
         self._tokenizer = tokenizer
         self._tags = tags
+        self._scored = scored
+        self._new_scored: list[tuple[int, TokenScore | None]] = []
         self._branches: dict[Branch, _BranchText] = {}
         self._flat = Detokenizer(tokenizer)
         self._cutter = StopCutter(stops)
@@ -91,12 +109,20 @@ class ResponseAssembler:
         """Tokens on the critical path, with only the longest path of each block."""
         return self._critical(MAIN)
 
-    def add(self, branch: Branch, token: int) -> None:
+    def echo(self, prompt: Sequence[int], scores: Sequence[TokenScore]) -> None:
+        """Begins the flat text with the prompt; `scores` are of all its tokens but the first."""
+        self._new_content += map(self._flat.add, prompt)
+        if self._scored:
+            self._new_scored += zip(prompt, [None, *scores], strict=True)
+
+    def add(self, branch: Branch, token: int, score: TokenScore = FORCED) -> None:
         """Appends the next token of a branch."""
         if self.stopped:
             return
         text = self._branch(branch)
         text.tokens.append(token)
+        if self._scored:
+            text.scores.append(score)
         self._advance()
         if branch != MAIN:
             self._add_inner(branch, text, token)
@@ -113,8 +139,8 @@ class ResponseAssembler:
 
     def take_delta(self) -> Delta:
         """Returns and clears what is new since the last call."""
-        delta = Delta("".join(self._new_content), list(self._new_text.values()))
-        self._new_content, self._new_text = [], {}
+        delta = Delta("".join(self._new_content), list(self._new_text.values()), self._new_scored)
+        self._new_content, self._new_text, self._new_scored = [], {}, []
         return delta
 
     def parallel(self) -> dict[str, Any]:
@@ -131,6 +157,8 @@ class ResponseAssembler:
         while not self.stopped and (read := next(self._reader, None)) is not None:
             branch, token, forks = read
             self.tokens.append(token)
+            if self._scored:
+                self._new_scored.append((token, self._branches[branch].scores.popleft()))
             piece = self._flat.add(token)
             if branch == MAIN and not forks:
                 self._add_main(self._cutter.add(piece))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_parallel_r1.serve.engine_request import EngineRequest
+from megatron_parallel_r1.serve.logprobs import LogprobWriter, Scored
 from megatron_parallel_r1.serve.response_assembler import Delta, ResponseAssembler
 
 Endpoint = Literal["chat", "text"]
@@ -16,35 +17,46 @@ Endpoint = Literal["chat", "text"]
 
 @dataclass(frozen=True, slots=True)
 class ResponseBody:
-    """Writes the response to one request, whole or in chunks."""
+    """Writes the response to one request, whole or in chunks.
+
+    Attributes:
+        writers: of each choice's log-probs.
+    """
 
     endpoint: Endpoint
     model: str
     request: EngineRequest
+    writers: list[LogprobWriter]
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, responses: Sequence[ResponseAssembler], texts: Sequence[str]) -> dict[str, Any]:
-        """The body of a response that is not streamed."""
+    def whole(
+        self, responses: Sequence[ResponseAssembler], deltas: Sequence[Sequence[Delta]]
+    ) -> dict[str, Any]:
+        """The body of a response that is not streamed, of all deltas of each choice."""
         choices = []
-        for index, (response, text) in enumerate(zip(responses, texts, strict=True)):
+        for index, (response, own) in enumerate(zip(responses, deltas, strict=True)):
+            text = "".join(delta.content for delta in own)
             chat = {"message": {"role": "assistant", "content": text}}
             choices.append(
                 {
                     "index": index,
                     **(chat if self.endpoint == "chat" else {"text": text}),
-                    "logprobs": None,
+                    "logprobs": self._logprobs(index, [pair for delta in own for pair in delta.scored]),
                     "finish_reason": response.finish_reason,
                     "parallel": response.parallel(),
                 }
             )
-        return self._body(choices, streamed=False) | {"usage": self.usage(responses)}
+        return self._body(choices, streamed=False) | {"usage": self.usage(responses)} | self._warnings
 
     def first_chunks(self) -> Iterator[dict[str, Any]]:
-        """The role of each choice of a chat."""
+        """The role of each choice of a chat; warnings, if there are any."""
         if self.endpoint == "chat":
             for index in range(len(self.request.seeds)):
-                yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
+                chunk = self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
+                yield chunk if index else chunk | self._warnings
+        elif self.request.warnings:
+            yield self._chunk(0, {"text": ""}) | self._warnings
 
     def chunks(self, deltas: Sequence[Delta]) -> Iterator[dict[str, Any]]:
         """A chunk for each response that has grown."""
@@ -53,7 +65,8 @@ class ResponseBody:
                 continue
             chat = {"delta": {"content": delta.content} if delta.content else {}}
             content = chat if self.endpoint == "chat" else {"text": delta.content}
-            yield self._chunk(index, content, parallel={"deltas": delta.branches})
+            logprobs = self._logprobs(index, delta.scored)
+            yield self._chunk(index, content, parallel={"deltas": delta.branches}, logprobs=logprobs)
 
     def last_chunks(self, responses: Sequence[ResponseAssembler], usage: bool) -> Iterator[dict[str, Any]]:
         """The finish reason of each response and, if `usage` is set, the token counts."""
@@ -75,14 +88,25 @@ class ResponseBody:
             },
         }
 
+    @property
+    def _warnings(self) -> dict[str, list[str]]:
+        return {"warnings": list(self.request.warnings)} if self.request.warnings else {}
+
+    def _logprobs(self, index: int, scored: Scored) -> dict[str, Any] | None:
+        if self.request.alternatives is None:
+            return None
+        writer = self.writers[index]
+        return writer.chat(scored) if self.endpoint == "chat" else writer.text(scored)
+
     def _chunk(
         self,
         index: int,
         content: dict[str, Any],
         finish_reason: str | None = None,
         parallel: dict[str, Any] | None = None,
+        logprobs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
         return self._body([choice | ({"parallel": parallel} if parallel else {})], streamed=True)
 
     def _body(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:

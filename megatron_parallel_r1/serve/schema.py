@@ -3,24 +3,55 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from megatron_parallel_r1.thought.layout import Mode
 
-# OpenAI fields that have no effect on the response.
+# Fields of OpenAI and of other engines that have no effect on the response: they name, route or cache a
+# request, or hint at an effort that a trained model does not read.
 IGNORED = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
+    {
+        *(
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+            "stream_options",
+        ),
+        *("prompt_cache_retention", "reasoning_effort", "verbosity", "request_id", "priority", "cache_salt"),
+    }
 )
-# OpenAI fields that are not supported, and the values at which they have no effect.
+# Fields of OpenAI, vLLM, SGLang and llama.cpp that are not supported, and the values at which they have no
+# effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "min_p": (0, None),
+    "typical_p": (1, None),
+    "repetition_penalty": (1, None),
+    "repeat_penalty": (1, None),
+    "length_penalty": (1, None),
+    "min_tokens": (0, None),
+    "ignore_eos": (False, None),
+    "use_beam_search": (False, None),
+    "stop_token_ids": ([], None),
+    "bad_words": ([], None),
+    "skip_special_tokens": (True, None),
+    "include_stop_str_in_output": (False, None),
+    "add_generation_prompt": (True, None),
+    "continue_final_message": (False, None),
+    "chat_template_kwargs": ({}, None),
+    "prompt_logprobs": (None,),
+    "return_tokens_as_token_ids": (False, None),
+    "prediction": (None,),
+    "audio": (None,),
+    "web_search_options": (None,),
     "frequency_penalty": (0, None),
     "presence_penalty": (0, None),
     "logit_bias": ({}, None),
-    "logprobs": (False, None),
-    "top_logprobs": (None,),
-    "echo": (False, None),
     "best_of": (1, None),
     "suffix": ("", None),
     "tools": ([], None),
@@ -32,6 +63,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"], None),
 }
 
+Prompts = str | list[int] | list[str] | list[list[int]]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -111,18 +143,29 @@ class ParallelOptions(BaseModel):
 class CompletionFields(BaseModel):
     """Fields that both kinds of completion share; None: as the model was trained."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]]
+
     model: str | None = None
+    """Name of the model, as `/v1/models` lists it."""
     stream: bool = False
+    """Send the response as server-sent events while it is drawn."""
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1)
+    """Responses to each prompt."""
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    """0 is greedy."""
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=0, le=2**31)
-    max_tokens: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31)
+    """0 and -1: all tokens."""
+    max_tokens: int | None = Field(None, ge=0)
+    """Tokens of the response, those of every path and forced tags included; 0 with `echo` alone."""
     max_completion_tokens: int | None = Field(None, ge=1)
+    """The same."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    """The same seed gives the same response; null: another one each time."""
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    """Texts before which the main text ends."""
     parallel: ParallelOptions | None = None
 
     @property
@@ -137,13 +180,45 @@ class CompletionFields(BaseModel):
 class ChatRequest(CompletionFields):
     """Body of `/v1/chat/completions`."""
 
+    neutral = {"echo": (False, None)}
+
     messages: list[Message] = Field(min_length=1)
+    """The conversation; the last message is the user's."""
+    logprobs: bool | None = None
+    """Return the log-prob of each token."""
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    """Most likely tokens that are listed in each token's place; needs `logprobs`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise field_error("top_logprobs", "needs `logprobs: true`")
+        if self.max_tokens == 0:
+            raise field_error("max_tokens", "must be at least 1")
+        return self
 
 
 class CompletionRequest(CompletionFields):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[int] | list[str]
+    neutral = {"top_logprobs": (None,)}
+
+    prompt: Prompts
+    """A text, several texts, token ids, or several lists of them."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | Literal[False] | None = None
+    """Return the log-prob of each token, and of so many of the most likely tokens in its place."""
+    echo: bool = False
+    """Begin the text, and the log-probs, with the prompt."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise field_error("max_tokens", "must be at least 1, or 0 with `echo`")
+        return self
+
+
+def field_error(field: str, what: str) -> ApiError:
+    return ApiError(400, f"{field} is wrong: {what}", field)
 
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
@@ -158,7 +233,7 @@ def read_request(body: bytes, kind: type[R]) -> R:
     values = _read_json(body)
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object")
-    for name, neutral in NEUTRAL.items():
+    for name, neutral in (NEUTRAL | kind.neutral).items():
         if name in values and values.pop(name) not in neutral:
             raise ApiError(400, f"{name} is not supported here; leave it out", name, "unsupported_parameter")
     fields = {name: value for name, value in values.items() if name not in IGNORED - set(kind.model_fields)}

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
-from megatron_parallel_r1.rollout.native.page_table import NativeContext
+from megatron_parallel_r1.rollout.engine import TokenScore
 from megatron_parallel_r1.rollout.thinking import Branch, Thinker
 from megatron_parallel_r1.serve.admission import Admission, Limits
 from megatron_parallel_r1.serve.engine_request import EngineRequest
@@ -80,14 +80,18 @@ class Session:
         request: EngineRequest,
     ) -> None:
         self.responses = [
-            ResponseAssembler(served.tokenizer, served.tags, request.stops) for _ in request.seeds
+            ResponseAssembler(
+                served.tokenizer, served.tags, request.stops, scored=request.alternatives is not None
+            )
+            for _ in request.seeds
         ]
         self._request = request
         self._served = served
         self._thread = thread
         self._admission = admission
         self._limits = limits
-        self._prompts: list[NativeContext] = []
+        self._prompts: list[Any] = []
+        self._scores: list[list[TokenScore]] = []
         self._error: ApiError | None = None
         self._changed = asyncio.Event()
         self._admitted = asyncio.Event()
@@ -145,11 +149,20 @@ class Session:
             self._admitted.set()
 
     async def _respond_all(self) -> None:
-        async with self._admission.slot(self._request.cache_tokens):
+        request = self._request
+        async with self._admission.slot(request.cache_tokens):
             self._admitted.set()
             tasks: list[asyncio.Task[None]] = []
             try:
                 await self._thread.run(self._write_prompts)
+                if request.echo:
+                    for index, response in enumerate(self.responses):
+                        prompt = index // request.n
+                        response.echo(request.prompts[prompt], self._scores[prompt])
+                if not request.draws:
+                    for response in self.responses:
+                        response.end("length")
+                    return
                 tasks = [asyncio.create_task(self._respond(index)) for index in range(len(self.responses))]
                 await asyncio.gather(*tasks)
             finally:
@@ -179,16 +192,26 @@ class Session:
     # The methods below run in the engine's thread.
 
     async def _write_prompts(self) -> None:
-        for tokens in self._request.prompts:
-            context = self._served.engine.open()
+        engine, request = self._served.engine, self._request
+        for tokens in request.prompts:
+            context = engine.open()
             self._prompts.append(context)
-            await self._served.engine.write(context, tokens)
+            scores: list[TokenScore] = []
+            if request.echo and request.alternatives is not None:
+                scores = await engine.score(context, tokens, request.alternatives)
+            else:
+                await engine.write(context, tokens)
+            self._scores.append(scores)
 
     async def _decode(self, index: int, queue: _TokenQueue) -> Trace:
         request, prompt = self._request, index // self._request.n
         thinker = Thinker(self._served.engine, self._served.tags, request.thinking)
         return await thinker.trace(
-            request.prompts[prompt], self._prompts[prompt], request.seeds[index], observe=queue.put
+            request.prompts[prompt],
+            self._prompts[prompt],
+            request.seeds[index],
+            observe=queue.put,
+            alternatives=request.alternatives or 0,
         )
 
     async def _close_prompts(self) -> None:
@@ -208,12 +231,12 @@ class _TokenQueue:
         self._response = response
         self._changed = changed
         self._loop = asyncio.get_running_loop()
-        self._tokens: deque[tuple[Branch, int]] = deque()
+        self._tokens: deque[tuple[Branch, int, TokenScore]] = deque()
         self._scheduled = False
 
-    def put(self, branch: Branch, token: int) -> None:
+    def put(self, branch: Branch, token: int, score: TokenScore) -> None:
         """Adds a token; called in the engine's thread."""
-        self._tokens.append((branch, token))
+        self._tokens.append((branch, token, score))
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon_threadsafe(self._deliver)

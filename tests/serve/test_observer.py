@@ -7,8 +7,9 @@ import asyncio
 import pytest
 
 from megatron_parallel_r1.data.prompts import decode
+from megatron_parallel_r1.rollout.engine import TokenScore
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.rollout.thinking import Branch, Thinker
+from megatron_parallel_r1.rollout.thinking import FORCED, Branch, Thinker
 from megatron_parallel_r1.serve.response_assembler import ResponseAssembler
 from megatron_parallel_r1.thought.layout import Mode, critical_length
 from megatron_parallel_r1.thought.trace import Trace
@@ -93,9 +94,9 @@ def test_paths_are_observed_side_by_side() -> None:
     seen: list[Branch] = []
 
     class Recording(ResponseAssembler):
-        def add(self, branch: Branch, token: int) -> None:
+        def add(self, branch: Branch, token: int, score: TokenScore = FORCED) -> None:
             seen.append(branch)
-            super().add(branch, token)
+            super().add(branch, token, score)
 
     trace = asyncio.run(observed(THINKING, 0, Recording(TOKENIZER, TAGS)))
     lengths = [path.stop - path.start for path in trace.tree.blocks[0].paths]

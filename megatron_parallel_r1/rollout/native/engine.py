@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.rollout.engine import Completion, Interrupted, Sampling
+from megatron_parallel_r1.rollout.engine import Completion, Interrupted, Sampling, TokenScore
 from megatron_parallel_r1.rollout.native.graphs import GraphRunner
 from megatron_parallel_r1.rollout.native.model import DecodeModel, local_config
 from megatron_parallel_r1.rollout.native.page_table import ForwardBatch, NativeContext, Numbers, PageTable
+from megatron_parallel_r1.rollout.native.prompt_scores import PromptScores, most_likely
 from megatron_parallel_r1.rollout.native.running_batch import RunningBatch, SampleCall
 from megatron_parallel_r1.rollout.native.sampler import sample_tokens, uniform_draws
 from megatron_parallel_r1.rollout.native.tensor_parallel import TensorParallelGroup
@@ -28,6 +29,8 @@ from megatron_parallel_r1.thought.layout import Mode
 from megatron_parallel_r1.utils.devices import to_device
 
 T = TypeVar("T")
+# Logits of scored prompts that one pass holds at once.
+SCORED_LOGITS = 2**24
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -36,6 +39,7 @@ class _Write:
 
     context: NativeContext
     done: asyncio.Future[None]
+    scores: PromptScores | None = None
 
 
 class NativeEngine:
@@ -149,6 +153,19 @@ class NativeEngine:
             self._writes.append(write)
             await self._result(write.done)
 
+    async def score(
+        self, context: NativeContext, tokens: Sequence[int], alternatives: int
+    ) -> list[TokenScore]:
+        """See `ScoresTokens`; not in a tensor-parallel group."""
+        assert self._group.size == 1, "only one rank of a group has the logits"
+        assert tokens and not context.position and not context.pending, "score an empty context"
+        context.pending += tokens
+        scores = PromptScores(list(tokens), alternatives)
+        write = _Write(context, asyncio.get_running_loop().create_future(), scores)
+        self._writes.append(write)
+        await self._result(write.done)
+        return scores.scores
+
     async def sample(
         self,
         context: NativeContext,
@@ -160,6 +177,7 @@ class NativeEngine:
         assert limit >= 1, "a completion has at least one token"
         assert context.pending or context.logits_V is not None, "nothing to continue: write something first"
         assert len(context.pending) <= 1, "a write was cancelled: write again first"
+        assert not sampling.alternatives or self._group.size == 1, "only one rank of a group has the logits"
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._new_calls.append(SampleCall(context, done, sampling, limit, stop, suppress))
         return await self._result(done)
@@ -229,7 +247,8 @@ class NativeEngine:
         """How many of each write's tokens go through the next pass, at most `left` in total."""
         counts = []
         for write in self._writes:
-            counts.append(min(len(write.context.pending), left))
+            most = left if write.scores is None else min(left, max(1, SCORED_LOGITS // self._config.vocab))
+            counts.append(min(len(write.context.pending), most))
             left -= counts[-1]
         return counts
 
@@ -251,8 +270,12 @@ class NativeEngine:
     def _end_writes(self, counts: list[int], logits_NV: torch.Tensor) -> None:
         """Advances the written contexts and answers the writes that are complete."""
         passed = [(write, count) for write, count in zip(self._writes, counts, strict=True) if count]
-        for (write, count), logits_V in zip(passed, logits_NV[: len(passed)], strict=True):
-            context = write.context
+        begin = 0
+        for write, count in passed:
+            end = begin + (1 if write.scores is None else count)
+            if write.scores is not None:
+                write.scores.add(logits_NV[begin:end])
+            context, logits_V, begin = write.context, logits_NV[end - 1], end
             del context.pending[:count]
             context.position += count
             if not context.pending:
@@ -277,6 +300,16 @@ class NativeEngine:
                 columns_N["top_k"],
                 columns_N["top_p"],
             )
+            listing = np.flatnonzero(columns_N["alternatives"])
+            if len(listing):
+                temperature = torch.from_numpy(columns_N["temperature"][listing]).to(logits_NV)
+                logits = (
+                    logits_NV[to_device(listing, logits_NV.device)]
+                    / torch.where(temperature == 0, 1.0, temperature)[:, None]
+                )
+                lists = most_likely(logits, columns_N["alternatives"][listing].tolist())
+                for index, alternatives in zip(listing, lists, strict=True):
+                    self._running.call(chosen[index]).alternatives.append(alternatives)
         if self._group.size > 1:
             packed = np.stack([tokens.astype(np.float64), logprobs])
             drawn, logprobs = self._group.broadcast(packed, (2, len(chosen)))
@@ -309,7 +342,8 @@ class NativeEngine:
         """One forward pass over `counts` tokens of the writes and the last token of the `decoding` calls.
 
         Returns:
-            Logits [C, V] after each write that had any token in the pass, then after each call.
+            Logits [C, V] after each write that had any token in the pass (after each token of one that is
+            scored), then after each call.
         """
         if self._model is None:
             raise RuntimeError("the engine has no weights yet: call load_weights first")
@@ -337,4 +371,13 @@ class NativeEngine:
         if self._recurring and len(rows_N) == len(rows_C):
             self._graphs = self._graphs or GraphRunner(self._model)
             return self._graphs.logits(batch)
-        return self._model.logits(batch, ends_C - 1)
+        scored_C = [
+            write.scores is not None for write, count in zip(self._writes, counts, strict=True) if count
+        ]
+        wanted = ends_C - 1
+        if any(scored_C):
+            ranges = zip(ends_C - counts_C, ends_C, [*scored_C, *[False] * len(decoding)], strict=True)
+            wanted = np.concatenate(
+                [np.arange(begin if all_ else end - 1, end) for begin, end, all_ in ranges]
+            )
+        return self._model.logits(batch, wanted)

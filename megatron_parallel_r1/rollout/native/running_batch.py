@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from megatron_parallel_r1.rollout.native.page_table import NativeContext, Number
 COLUMNS = np.dtype(
     [
         *((name, np.int64) for name in ("slot", "row", "position", "token", "count", "limit")),
-        *((name, np.int64) for name in ("stop", "suppress", "top_k")),
+        *((name, np.int64) for name in ("stop", "suppress", "top_k", "alternatives")),
         *((name, np.float64) for name in ("temperature", "top_p")),
         ("seed", np.uint64),
     ]
@@ -39,6 +39,7 @@ class SampleCall:
     limit: int
     stop: frozenset[int]
     suppress: frozenset[int]
+    alternatives: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
 
 class TokenSets:
@@ -85,7 +86,8 @@ class RunningBatch:
             self._calls[slot] = call
             state = (slot, call.context.row, call.context.position, token, 0, call.limit)
             sets = (self._sets.number(call.stop), self._sets.number(call.suppress))
-            rows.append((*state, *sets, sampling.top_k, sampling.temperature, sampling.top_p, sampling.seed))
+            counts = (sampling.top_k, sampling.alternatives)
+            rows.append((*state, *sets, *counts, sampling.temperature, sampling.top_p, sampling.seed))
         self.columns_N = np.concatenate([self.columns_N, np.array(rows, COLUMNS)])
 
     def waiting(self) -> Numbers:
@@ -101,6 +103,9 @@ class RunningBatch:
         ids_MW = self._sets.ids_UW[self.columns_N["suppress"][chosen_M]]
         calls, places = np.nonzero(ids_MW != NO_TOKEN)
         return calls, ids_MW[calls, places]
+
+    def call(self, index: int) -> SampleCall:
+        return self._calls[int(self.columns_N["slot"][index])]
 
     def advance(self, chosen_M: Numbers) -> None:
         """Marks the chosen calls' last tokens as cached."""
@@ -124,7 +129,7 @@ class RunningBatch:
         if not complete_M.any():
             return []
         completions = [
-            (self._release(column), self._completion(column, bool(stopped)))
+            (call := self._release(column), self._completion(column, bool(stopped), call))
             for column, stopped in zip(columns_M[complete_M], stopped_M[complete_M], strict=True)
         ]
         self._remove(chosen_M[complete_M])
@@ -150,13 +155,14 @@ class RunningBatch:
         call.context.pending = [] if column["token"] == NO_TOKEN else [int(column["token"])]
         return call
 
-    def _completion(self, column: np.void, stopped: bool) -> Completion:
+    def _completion(self, column: np.void, stopped: bool, call: SampleCall) -> Completion:
         slot, count = column["slot"], column["count"]
         return Completion(
             tuple(self._tokens_SB[slot, :count].tolist()),
             tuple(self._logprobs_SB[slot, :count].tolist()),
             tuple(self._versions_SB[slot, :count].tolist()),
             stopped,
+            tuple(call.alternatives),
         )
 
     def _new_slot(self) -> int:
