@@ -207,15 +207,32 @@ def plan(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/tiny.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="A run folder, such as runs/tiny; several are compared.", metavar="RUN..."),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="File to write. Default: report.html in the run folder.")
+        Path | None,
+        typer.Option(
+            help="File to write. Default: report.html in the run folder; comparison.html for several."
+        ),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page on this machine; it follows the run.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --watch; 0 picks a free one.")] = 0,
 ) -> None:
-    """Build report.html from a run folder, also during the run."""
+    """Build report.html from a run folder, also during the run, or a page that compares several runs."""
+    if watch:
+        from megatron_parallel_r1.report.watch import serve_report
+
+        if out is not None:
+            raise UserError("report: --watch serves the page and writes no file; leave --out away")
+        serve_report(folders, port)
+        return
     from megatron_parallel_r1.report.html import build_report
 
-    typer.echo(build_report(folder, out))
+    typer.echo(build_report(*folders, out=out))
 
 
 def traces(

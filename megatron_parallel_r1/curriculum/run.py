@@ -174,7 +174,7 @@ def _run_seed(
                 console.print(evaluation_table(evaluations).terminal())
             report = folder / "report.html"
             if is_rank_zero():
-                from megatron_parallel_r1.report.html import build_report  # imports matplotlib
+                from megatron_parallel_r1.report.html import build_report
 
                 build_report(folder)
     return RunResult(folder, report, release, evaluations)

@@ -1,4 +1,4 @@
-"""Reads a run folder: stages in order, their metrics and traces, evaluations and the recipe."""
+"""Reads a run folder: stages in order, their metrics, traces and evaluations, and the recipe."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.report.evaluation_table import latest_evals
 from megatron_parallel_r1.utils.jsonl import JsonRecord, read_jsonl
 
+STAGE_FILES = ("*/traces.jsonl", "*/eval_traces.jsonl", "*/metrics.jsonl", "*/evaluations.jsonl")
+
 
 @dataclass(frozen=True, slots=True)
 class StageFiles:
-    """One stage's files; `metrics` by ascending step."""
+    """One stage's files; `metrics` by ascending step, `evaluations` are those inside the stage."""
 
     name: str
     metrics: tuple[JsonRecord, ...]
     traces: tuple[JsonRecord, ...]
+    evaluations: tuple[JsonRecord, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -42,6 +45,9 @@ class RunFiles:
     evals: tuple[JsonRecord, ...]
     config: str
     data: str = ""
+
+    def stage(self, name: str) -> StageFiles:
+        return next(stage for stage in self.stages if stage.name == name)
 
     @property
     def last_steps(self) -> dict[str, int]:
@@ -75,7 +81,9 @@ def _read_stage(folder: Path) -> StageFiles:
         for trace in _read_if_there(folder / name, "step", "text_parts")
     ]
     by_step = {row["step"]: row for row in metrics}
-    return StageFiles(folder.name, tuple(by_step[step] for step in sorted(by_step)), tuple(traces))
+    evaluations = _read_if_there(folder / "evaluations.jsonl", "step")
+    ordered = tuple(by_step[step] for step in sorted(by_step))
+    return StageFiles(folder.name, ordered, tuple(traces), tuple(evaluations))
 
 
 def _read_if_there(path: Path, *keys: str) -> Sequence[JsonRecord]:
@@ -88,7 +96,7 @@ def _read_if_there(path: Path, *keys: str) -> Sequence[JsonRecord]:
 
 
 def _stage_names(folder: Path) -> list[str]:
-    """Stages with metrics or traces: in the order of `stages.json`, then others by age of their files."""
+    """Stages with any of `STAGE_FILES`: in the order of `stages.json`, then others by age of their files."""
     listed = folder / "stages.json"
     names: list[str] = []
     if listed.is_file():
@@ -99,9 +107,7 @@ def _stage_names(folder: Path) -> list[str]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{listed}: expected a list of stage names")
     ages = {
-        file.parent.name: file.stat().st_mtime
-        for pattern in ("*/traces.jsonl", "*/eval_traces.jsonl", "*/metrics.jsonl")
-        for file in folder.glob(pattern)
+        file.parent.name: file.stat().st_mtime for pattern in STAGE_FILES for file in folder.glob(pattern)
     }
     unlisted = sorted(ages.keys() - set(names), key=lambda name: (ages[name], name))
     return [name for name in names if name in ages] + unlisted

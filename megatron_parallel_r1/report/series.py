@@ -1,124 +1,22 @@
-"""The panels of the report, and the data of their curves: stages on one axis, thinned for a small chart.
-
-A colour is a role, not a value: the page gives each role a light and a dark colour (Okabe and Ito's
-colour-blind-safe palette), and the SVG only names it.
+"""The data of a report's curves: stages on one axis, thinned for a small chart.
 
 Shapes: N points of one stage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from megatron_parallel_r1.report.evaluation_table import accuracy_interval
+from megatron_parallel_r1.report.panels import Kind, Line
 from megatron_parallel_r1.report.run_folder import RunFiles
+from megatron_parallel_r1.utils.jsonl import JsonRecord
 
-Role = Literal["first", "second"]
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A metric as a curve; steps within one pixel are reduced to their mean or maximum."""
-
-    key: str
-    label: str
-    role: Role = "first"
-    reduce: Literal["mean", "max"] = "mean"
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One small chart.
-
-    Attributes:
-        title: one or two words.
-        hint: meaning of the number.
-        kind: of its stages, "sft" or "rl".
-        unit: label of the y axis.
-        scale: "share" is fixed to 0..100 %.
-        eval_key: metric of the evaluation records to draw beside the curve.
-    """
-
-    title: str
-    hint: str
-    kind: Literal["sft", "rl"]
-    lines: tuple[Line, ...]
-    unit: str
-    scale: Literal["share", "linear", "log"] = "linear"
-    eval_key: str | None = None
-
-
-PANELS = (
-    Panel(
-        "Loss of SFT",
-        "cross-entropy on the tokens that carry loss",
-        "sft",
-        (Line("loss", "loss"),),
-        "nats per token",
-    ),
-    Panel("Reward", "mean over the sampled traces", "rl", (Line("reward", "reward"),), "reward"),
-    Panel(
-        "Accuracy",
-        "right final answers among the traces sampled for training",
-        "rl",
-        (Line("accuracy", "training"),),
-        "share right",
-        "share",
-        "accuracy",
-    ),
-    Panel(
-        "Parallel ratio",
-        "traces with at least one parallel block",
-        "rl",
-        (Line("parallel_ratio", "training"),),
-        "share of traces",
-        "share",
-        "parallel_ratio",
-    ),
-    Panel(
-        "Well-formed",
-        "blocks with two closed paths or more and a closed summary",
-        "rl",
-        (Line("well_formed", "training"),),
-        "share of blocks",
-        "share",
-        "well_formed_blocks",
-    ),
-    Panel(
-        "Place of the first block",
-        "where in the trace parallel thinking starts: 0 is its beginning, 1 its end",
-        "rl",
-        (Line("first_block", "first block"),),
-        "relative place",
-    ),
-    Panel(
-        "Mismatch",
-        "difference between a token's log-probability at rollout and as the trainer recomputes it",
-        "rl",
-        (
-            Line("mismatch_max", "largest", "first", "max"),
-            Line("mismatch_mean", "mean", "second"),
-        ),
-        "|Δ log p|",
-        "log",
-    ),
-    Panel("Entropy", "of the policy, mean over its tokens", "rl", (Line("entropy", "entropy"),), "nats"),
-    Panel(
-        "Length",
-        "all tokens of a response, and those on its critical path",
-        "rl",
-        (
-            Line("length", "response"),
-            Line("critical_length", "critical path", "second"),
-        ),
-        "tokens",
-    ),
-)
-
-MOST_POINTS = 240
+MOST_POINTS = 300
 SMOOTH_FROM = 24
 
 
@@ -133,11 +31,15 @@ class StageSpan:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One metric over one stage; `x_N` is on the joined axis, NaN stands for null."""
+    """One metric over one stage; `x_N` is on the joined axis, NaN stands for null.
+
+    `smooth_N` is its moving average, `bounds_N2` its interval; None: without.
+    """
 
     x_N: np.ndarray
     y_N: np.ndarray
-    smooth_N: np.ndarray | None
+    smooth_N: np.ndarray | None = None
+    bounds_N2: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,52 +53,76 @@ class EvalPoint:
     label: str
 
 
-def spans(run: RunFiles, panel: Panel) -> tuple[StageSpan, ...]:
-    """The stages of a panel, end to end: those of its kind that logged one of its metrics."""
+def spans(run: RunFiles, kind: Kind) -> tuple[StageSpan, ...]:
+    """The stages of a kind, or those with evaluations of their own, end to end."""
     joined: list[StageSpan] = []
     start = 0
     for stage in run.stages:
-        keys = {line.key for line in panel.lines}
-        if stage.kind == panel.kind and any(keys & row.keys() for row in stage.metrics):
-            joined.append(StageSpan(stage.name, start, start + stage.last_step))
-            start += stage.last_step
+        if stage.evaluations if kind == "evaluation" else stage.kind == kind:
+            last = max([stage.last_step, *(record["step"] for record in stage.evaluations)])
+            joined.append(StageSpan(stage.name, start, start + last))
+            start += last
     return tuple(joined)
 
 
 def series(run: RunFiles, span: StageSpan, line: Line) -> Series | None:
     """A stage's curve; None if all of it is null."""
-    stage = next(stage for stage in run.stages if stage.name == span.stage)
-    rows = [row for row in stage.metrics if line.key in row]
+    rows = [row for row in run.stage(span.stage).metrics if line.key in row]
     x_N = np.array([span.start + row["step"] for row in rows], dtype=float)
-    y_N = np.array([_value(row[line.key]) for row in rows], dtype=float)
+    y_N = np.array([_value(row, line) for row in rows], dtype=float)
     if not np.isfinite(y_N).any():
         return None
     x_N, y_N = _thin(x_N, y_N, line.reduce)
-    smooth_N = _smooth(y_N) if len(y_N) >= SMOOTH_FROM and line.reduce == "mean" else None
-    return Series(x_N, y_N, smooth_N)
+    smooths = line.smooth and line.reduce == "mean" and len(y_N) >= SMOOTH_FROM
+    return Series(x_N, y_N, _smooth(y_N) if smooths else None)
 
 
-def eval_points(run: RunFiles, panel: Panel, stages: tuple[StageSpan, ...]) -> tuple[EvalPoint, ...]:
-    """Evaluations on a panel's axis, in the mode of the run's last evaluation.
+def evaluation_sets(run: RunFiles) -> tuple[tuple[str, str], ...]:
+    """Set and mode of the evaluations inside stages, in the order of the first ones."""
+    records = [record for stage in run.stages for record in stage.evaluations]
+    return tuple(dict.fromkeys((str(r.get("set", "")), str(r.get("mode", ""))) for r in records))
+
+
+def evaluation_series(run: RunFiles, span: StageSpan, key: str, chosen: tuple[str, str]) -> Series | None:
+    """A metric of one set and mode over a stage, with its interval where the records have one."""
+    rows = {
+        record["step"]: record
+        for record in run.stage(span.stage).evaluations
+        if (str(record.get("set", "")), str(record.get("mode", ""))) == chosen and record.get(key) is not None
+    }
+    if not rows:
+        return None
+    ordered = [rows[step] for step in sorted(rows)]
+    bounds = [(row.get(f"{key}_low"), row.get(f"{key}_high")) for row in ordered]
+    known = all(low is not None and high is not None for low, high in bounds)
+    return Series(
+        np.array([span.start + row["step"] for row in ordered], dtype=float),
+        np.array([row[key] for row in ordered], dtype=float),
+        bounds_N2=np.array(bounds, dtype=float) if known else None,
+    )
+
+
+def eval_points(run: RunFiles, key: str | None, stages: Sequence[StageSpan]) -> tuple[EvalPoint, ...]:
+    """Evaluations of whole stages on a panel's axis, in the mode of the run's last one.
 
     An evaluation after an earlier stage (after SFT, on a panel of RL) is drawn where the panel's next stage
     begins; the last of several at one place counts.
     """
-    if panel.eval_key is None or not run.evals:
+    if key is None or not run.evals:
         return ()
     mode = run.evals[-1].get("mode")
     points: dict[int, EvalPoint] = {}
     for record in run.evals:
         x = _place(run, stages, record["stage"], record["step"])
-        y = record.get(panel.eval_key)
+        y = record.get(key)
         if x is not None and y is not None and record.get("mode") == mode:
-            bounds = accuracy_interval(record) if panel.eval_key == "accuracy" else None
+            bounds = accuracy_interval(record) if key == "accuracy" else None
             low, high = bounds or (y, y)
             points[x] = EvalPoint(x, y, low, high, f"{record['stage']}, step {record['step']}")
     return tuple(points[x] for x in sorted(points))
 
 
-def _place(run: RunFiles, stages: tuple[StageSpan, ...], stage: str, step: int) -> int | None:
+def _place(run: RunFiles, stages: Sequence[StageSpan], stage: str, step: int) -> int | None:
     order = list(run.last_steps)
     if stage not in order:
         return None
@@ -208,8 +134,14 @@ def _place(run: RunFiles, stages: tuple[StageSpan, ...], stage: str, step: int) 
     return None
 
 
-def _value(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+def _value(row: JsonRecord, line: Line) -> float:
+    value = row[line.key]
+    if value is None or isinstance(value, str):
+        return float("nan")
+    if line.per is None:
+        return float(value)
+    whole = row.get(line.per)
+    return float(value) / whole if whole else float("nan")
 
 
 def _thin(x_N: np.ndarray, y_N: np.ndarray, reduce: Literal["mean", "max"]) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,7 @@ def chosen_traces(
     if not found:
         raise UserError(f"{run}: no recorded trace matches; ask for another stage, step or kind")
     if longest:
-        found.sort(key=lambda pair: len(json.dumps(pair[1]["text_parts"])))
+        found.sort(key=lambda pair: text_length(pair[1]))
     return found[-count:]
 
 
@@ -58,6 +58,16 @@ def trace_tree(stage: str, record: JsonRecord) -> RichTree:
     _add_parts(tree, record["text_parts"])
     tree.add(Text.assemble(("answer  ", "bold"), answer))
     return tree
+
+
+def is_malformed(record: JsonRecord) -> bool:
+    """Whether a block of the trace is not well-formed."""
+    return any(not block["well_formed"] for block in _blocks(record["text_parts"]))
+
+
+def text_length(record: JsonRecord) -> int:
+    """Characters of a trace's texts, tags counted roughly; to sort by."""
+    return len(json.dumps(record["text_parts"]))
 
 
 def _add_parts(tree: RichTree, parts: list[Mapping[str, Any]]) -> None:
@@ -97,7 +107,7 @@ def _is(record: JsonRecord, kind: Kind) -> bool:
         case "right" | "wrong":
             return record.get("correct") is (kind == "right")
         case "malformed":
-            return any(not block["well_formed"] for block in _blocks(record["text_parts"]))
+            return is_malformed(record)
         case _:
             return True
 

@@ -129,7 +129,7 @@ def test_a_report_that_cannot_be_written(capsys, monkeypatch, tmp_path: Path) ->
     assert "name another file with --out" in fail(capsys, monkeypatch, *words, str(tmp_path / "no/x.html"))
     from megatron_parallel_r1.report.html import build_report
 
-    assert build_report(tmp_path / "run", tmp_path / "x.html").is_file()
+    assert build_report(tmp_path / "run", out=tmp_path / "x.html").is_file()
     assert not (tmp_path / "run/report.html").exists()
 
 

@@ -46,8 +46,15 @@ class Page:
         for domain in ("Page", "Runtime", "Log"):
             self._ask(f"{domain}.enable")
 
-    def open(self, url: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Loads a page and waits until it has given its first field the focus."""
+    def open(
+        self,
+        url: str,
+        width: int = 1280,
+        height: int = 900,
+        dark: bool = False,
+        ready: str = "document.activeElement != document.body",
+    ) -> None:
+        """Loads a page and waits until `ready`, by default that it has given its first field the focus."""
         phone = width < 600
         self._ask(
             "Emulation.setDeviceMetricsOverride",
@@ -59,12 +66,17 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
         self._visits += 1
-        place = f"{url.rstrip('/')}/?{self._visits}"
+        address, _, fragment = url.partition("#")
+        address = address if address.endswith(".html") else f"{address.rstrip('/')}/"
+        place = f"{address}?{self._visits}{'#' * bool(fragment)}{fragment}"
         self._ask("Page.navigate", url=place)
-        ready = f"location.href == '{place}' && document.readyState == 'complete'"
-        end = time.monotonic() + 15
-        while not self.run(f"{ready} && document.activeElement != document.body"):
-            assert time.monotonic() < end, "the page did not load, or gave nothing the focus"
+        self.wait(f"location.href == {json.dumps(place)} && document.readyState == 'complete' && ({ready})")
+
+    def wait(self, condition: str, seconds: float = 15) -> None:
+        """Waits until an expression is true."""
+        end = time.monotonic() + seconds
+        while not self.run(f"Boolean({condition})"):
+            assert time.monotonic() < end, f"never true: {condition}"
             time.sleep(0.01)
 
     def run(self, script: str) -> Any:
@@ -81,6 +93,13 @@ class Page:
         code = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
         self._ask("Input.dispatchKeyEvent", type="keyDown", text="\r" if key == "Enter" else "", **code)
         self._ask("Input.dispatchKeyEvent", type="keyUp", **code)
+
+    def mouse(self, kind: str, x: float, y: float, clicks: int = 1) -> None:
+        """A `mousePressed`, `mouseMoved` or `mouseReleased` of the left button at a place of the view."""
+        self._ask(
+            "Input.dispatchMouseEvent",
+            **{"type": kind, "x": x, "y": y, "button": "left", "buttons": 1, "clickCount": clicks},
+        )
 
     def shoot(self, file: Path) -> None:
         """A picture of the whole page."""

@@ -7,15 +7,15 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_parallel_r1.errors import UserError
-from megatron_parallel_r1.report.curves import draw_curves
+from megatron_parallel_r1.report.charts import page_charts
 from megatron_parallel_r1.report.html import build_report
 from megatron_parallel_r1.report.run_folder import read_run
-from megatron_parallel_r1.report.series import PANELS
-from megatron_parallel_r1.report.traces import MAX_BYTES, choose_traces
+from megatron_parallel_r1.report.showcase import MAX_BYTES, choose_traces
 from tests.unit.report.synthetic import CONFIG, HOSTILE, STAGES, write_lines, write_run
 
 LOADS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background")
@@ -51,39 +51,78 @@ def page(report: str) -> Page:
     return Page(report)
 
 
-def test_all_curves_are_there_in_words_and_points(page: Page) -> None:
+def data_of(report: str) -> dict[str, Any]:
+    """What the page's script draws."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', report)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_all_charts_are_there_in_words_and_numbers(report: str, page: Page) -> None:
     panels = page.all("figure", "panel")
     titles = [(panel["aria-label"] or "").split(":")[0] for panel in panels]
-    assert titles == [panel.title for panel in PANELS]
-    for panel in panels:
-        points = json.loads(panel["data-points"] or "")
-        assert len(points) > 100 and all(0 <= x <= 336 and 0 <= y <= 204 for x, y, _ in points)
-    assert "Accuracy: training from" in (panels[2]["aria-label"] or "")
+    data = data_of(report)
+    assert titles == [chart["title"] for chart in data["charts"]]
+    for title in (
+        *("Loss of SFT", "Reward", "Accuracy", "Parallel ratio", "Length", "Loss of RL", "Gradient norm"),
+        *("Learning rate", "Clip share", "Entropy", "Mismatch", "Tokens per second", "Unfinished"),
+    ):
+        assert title in titles
+    for chart in data["charts"]:
+        for line in chart["lines"]:
+            steps = data["xs"][line["x"]]
+            assert len(steps) == len(line["y"]) >= 40 and steps == sorted(steps)
+    accuracy = titles.index("Accuracy")
+    assert "Accuracy: training from" in (panels[accuracy]["aria-label"] or "")
+    assert len(data["charts"][accuracy]["evals"]) == 3
 
 
-def test_drawings_use_the_pages_colours_only(report: str) -> None:
-    drawings = "".join(re.findall(r"<svg.*?</svg>", report, re.DOTALL))
-    assert "var(--first)" in drawings and "var(--second)" in drawings and "var(--eval)" in drawings
-    assert not re.search(r"#[0-9a-f]{6}\b", drawings)
+def test_metrics_of_a_runs_own_have_lines(tmp_path: Path) -> None:
+    rows = [
+        {"kind": "rl", "step": step, "reward": 1.0, "reward_accuracy": 0.5, "reward_term": "accuracy"}
+        | {"reward_length": 0.5, "tokens": 90, "time_rollout_s": 0.5 * step, "time_draw_s": 0.25}
+        for step in (1, 2, 0)
+    ]
+    rows[-1] |= {"step": 3, "time_rollout_s": 0}
+    write_lines(tmp_path / "rl/metrics.jsonl", rows)
+    charts = {chart.panel.title: chart.data for chart in page_charts([read_run(tmp_path)]).all}
+    assert charts["Reward components"]["labels"] == ["accuracy", "length"]
+    assert charts["Seconds by phase"]["labels"] == ["sampling"]
+    (speed,) = charts["Tokens per second"]["lines"]
+    assert speed["y"] == [180, 90, None]
 
 
-def test_ids_are_unique_and_every_reference_has_one(report: str, page: Page) -> None:
+def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "a" / "tiny"), write_run(tmp_path / "b" / "tiny", seed=1)]
+    (folders[1] / "config.yaml").write_text(CONFIG.replace("paths: 4", "paths: 8"))
+    report = build_report(*folders, out=tmp_path / "both.html").read_text()
+    page = Page(report)
+    data = data_of(report)
+    assert data["runs"] == ["a/tiny", "b/tiny"]
+    assert {line["run"] for chart in data["charts"] for line in chart["lines"]} == {0, 1}
+    assert len(page.all("tr")) == (1 + 2) + (1 + 8) + (1 + 1)
+    text = " ".join("".join(page.words).split())
+    assert "rollout.paths48" in text.replace(" ", "") and "rollout.max_path_tokens" not in text
+    assert {trace["data-stage"] for trace in page.all("article", "trace")} == {
+        f"{run}/tiny / {stage}" for run in "ab" for stage in ("rl_easy", "rl_hard")
+    }
+
+
+def test_ids_are_unique(page: Page) -> None:
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    references = re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', report)
-    assert references and set(references) <= set(ids)
 
 
 def test_it_loads_nothing(report: str, page: Page) -> None:
     outside = re.sub(r"<p class=\"text\">.*?</p>|<dd.*?</dd>", "", report, flags=re.DOTALL)
     assert not re.search(r"https?://|@import|fetch\(|XMLHttp|import\(", outside)
     links = [attributes[name] for _, attributes in page.tags for name in LOADS if name in attributes]
-    assert all((link or "").startswith("#") for link in links)
-    assert not {"link", "iframe", "object", "embed", "img", "base"} & {tag for tag, _ in page.tags}
+    assert links == ["data:,"]
+    assert not {"iframe", "object", "embed", "img", "base"} & {tag for tag, _ in page.tags}
 
 
 def test_what_a_model_or_user_wrote_stays_text(report: str, page: Page) -> None:
-    assert len(page.all("script")) == 1
+    assert [script.get("type") for script in page.all("script")] == ["application/json", None]
     assert "<script>document" not in report and "<img" not in report and "<b>" not in report
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     text = "".join(page.words)
@@ -129,7 +168,7 @@ def test_long_traces_stay_within_the_budget(tmp_path: Path) -> None:
     record = {"step": 1, "problem": "p", "correct": True}
     long = record | {"text_parts": [{"kind": "text", "text": "<b>&é" * (MAX_BYTES // 90)}]}
     write_lines(folder / "rl_hard" / "traces.jsonl", [long | {"step": step} for step in range(12)])
-    chosen = choose_traces(read_run(folder))
+    chosen = choose_traces([read_run(folder)])
     assert 0 < sum(trace.stage == "rl_hard" for trace in chosen.shown) < 8
     assert build_report(folder).stat().st_size < 5e6
 
@@ -177,10 +216,8 @@ def test_the_mismatch_is_marked_where_rounding_ends(tmp_path: Path) -> None:
     """By dtype and depth of the run, as its steps say: not at 2e-5 in bfloat16."""
     (tmp_path / "rl").mkdir()
     record = {"kind": "rl", "step": 1, "steps": 1, "mismatch_max": 0.14, "mismatch_mean": 0.005}
-    texts = []
     for limit in (2e-5, 0.4):
         line = json.dumps(record | {"mismatch_rounding": limit}) + "\n"
         (tmp_path / "rl/metrics.jsonl").write_text(line)
-        (curve,) = draw_curves(read_run(tmp_path))
-        texts.append(curve.points)
-    assert texts[0] != texts[1]
+        (chart,) = page_charts([read_run(tmp_path)]).all
+        assert chart.data["rounding"] == limit

@@ -6,19 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from megatron_parallel_r1.report.panels import GROUPS, Line
 from megatron_parallel_r1.report.run_folder import RunFiles, StageFiles
 from megatron_parallel_r1.report.series import (
     MOST_POINTS,
-    PANELS,
-    Line,
-    Panel,
     StageSpan,
     eval_points,
     series,
     spans,
 )
 
-ACCURACY = next(panel for panel in PANELS if panel.title == "Accuracy")
+ACCURACY = Line("accuracy", "training")
 
 
 def _stage(name: str, kind: str, values: list[float | None], key: str = "accuracy") -> StageFiles:
@@ -34,15 +32,15 @@ def test_stages_of_a_kind_lie_end_to_end() -> None:
     run = _run(
         _stage("a", "sft", [1.0] * 9, "loss"), _stage("b", "rl", [0.1] * 4), _stage("c", "rl", [0.2] * 3)
     )
-    shown = spans(run, ACCURACY)
+    shown = spans(run, "rl")
     assert shown == (StageSpan("b", 0, 4), StageSpan("c", 4, 7))
-    data = series(run, shown[1], ACCURACY.lines[0])
+    data = series(run, shown[1], ACCURACY)
     assert data is not None and data.x_N.tolist() == [5, 6, 7]
 
 
 def test_a_null_is_a_gap_and_nulls_alone_are_no_curve() -> None:
     run = _run(_stage("b", "rl", [0.1, None, 0.3]), _stage("c", "rl", [None]))
-    first, second = (series(run, span, ACCURACY.lines[0]) for span in spans(run, ACCURACY))
+    first, second = (series(run, span, ACCURACY) for span in spans(run, "rl"))
     assert first is not None and np.isnan(first.y_N).tolist() == [False, True, False]
     assert second is None
 
@@ -51,7 +49,7 @@ def test_many_steps_are_thinned_to_their_mean_or_largest() -> None:
     values: list[float | None] = [0.0] * (10 * MOST_POINTS)
     values[77] = 1.0
     run = _run(_stage("b", "rl", values))
-    (span,) = spans(run, ACCURACY)
+    (span,) = spans(run, "rl")
     mean = series(run, span, Line("accuracy", "x"))
     largest = series(run, span, Line("accuracy", "x", reduce="max"))
     assert mean is not None and len(mean.y_N) == MOST_POINTS and np.isclose(mean.y_N.max(), 0.1)
@@ -62,7 +60,7 @@ def test_the_moving_average_follows_a_line_and_calms_noise_at_the_end() -> None:
     values: list[float | None] = [float(i) for i in range(96)]
     values[-1] = 900.0
     run = _run(_stage("b", "rl", values))
-    data = series(run, spans(run, ACCURACY)[0], ACCURACY.lines[0])
+    data = series(run, spans(run, "rl")[0], ACCURACY)
     assert data is not None and data.smooth_N is not None
     assert np.allclose(data.smooth_N[4:-5], data.y_N[4:-5])
     assert data.smooth_N[0] == 1 and data.smooth_N[-1] < 400
@@ -89,10 +87,11 @@ def test_an_evaluation_stands_at_its_step_or_where_the_next_shown_stage_begins()
             record("d", 6, 0.6),
         ),
     )
-    points = eval_points(run, ACCURACY, spans(run, ACCURACY))
+    points = eval_points(run, "accuracy", spans(run, "rl"))
     assert [(point.x, point.y) for point in points] == [(0, 0.2), (4, 0.4), (9, 0.5), (10, 0.6)]
 
 
-def test_every_panel_has_lines_and_a_title_of_its_own() -> None:
-    assert len({panel.title for panel in PANELS}) == len(PANELS)
-    assert all(isinstance(panel, Panel) and panel.lines for panel in PANELS)
+def test_every_panel_has_a_title_of_its_own_and_something_to_draw() -> None:
+    panels = [panel for group in GROUPS for panel in group.panels]
+    assert len({panel.title for panel in panels}) == len(panels)
+    assert all(panel.lines or panel.prefix for panel in panels)
