@@ -47,17 +47,17 @@ def make_server(folders: Sequence[Path], port: int) -> ThreadingHTTPServer:
     """
     page = _WatchedPage(tuple(folders))
 
-    class Handler(_Handler):
+    class WatchedHandler(_ReportHandler):
         watched = page
 
     try:
-        return _Server((HOST, port), Handler)
+        return _ReportServer((HOST, port), WatchedHandler)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"report: cannot listen at port {port} ({reason}); choose another --port") from None
 
 
-class _Server(ThreadingHTTPServer):
+class _ReportServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -92,7 +92,7 @@ class _WatchedPage:
             return self._built
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _ReportHandler(BaseHTTPRequestHandler):
     watched: _WatchedPage
 
     def do_GET(self) -> None:
