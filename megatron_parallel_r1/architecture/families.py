@@ -218,6 +218,20 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             },
             ("num_local_experts", "intermediate_size"),
         ),
+        # Each fourth layer has no rotary positions (`no_rope_layers`).
+        "smollm3": Family(
+            "SmolLM3ForCausalLM",
+            (INPUT_NORM, QKV, OUTPUT, MLP_NORM, GATE_UP, DOWN),
+            _QWEN_FIXED
+            | {"attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": (1, 2, None)},
+            _DEFAULTS
+            | {
+                "num_key_value_heads": 4,
+                "rope_theta": 2e6,
+                "tie_word_embeddings": True,
+                "no_rope_layer_interval": 4,
+            },
+        ),
         # Its config names the dropout of its pretraining; nothing here drops anything.
         "seed_oss": Family(
             "SeedOssForCausalLM",

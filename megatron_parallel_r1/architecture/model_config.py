@@ -36,7 +36,8 @@ class ExpertsConfig:
 class ModelConfig:
     """A decoder's architecture. Sizes are counts; `max_positions` bounds the rotary positions of a row.
 
-    `family` is the `model_type` of a config.json, a key of `families.FAMILIES`; `ffn` is unused with experts.
+    `family` is the `model_type` of a config.json, a key of `families.FAMILIES`; `ffn` is unused with experts;
+    `unrotated_layers` are the indices, from 0, of layers without rotary positions.
     """
 
     hidden: int
@@ -53,6 +54,7 @@ class ModelConfig:
     family: str = "qwen3"
     rope_scaling: RopeScaling | None = None
     experts: ExpertsConfig | None = None
+    unrotated_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -134,6 +136,7 @@ class ModelConfig:
                 family=kind,
                 rope_scaling=scalings.pop() if scalings else None,
                 experts=_experts(hf, family) if family.has_experts else None,
+                unrotated_layers=_unrotated_layers(hf, _count(hf, "num_hidden_layers")),
             )
         except KeyError as missing:
             raise UserError(f"config.json: {missing} is missing; copy the complete file") from None
@@ -167,6 +170,9 @@ class ModelConfig:
         for field, (value, *_) in FAMILIES[self.family].fixed.items():
             if field not in hf and (value is not None or field in FAMILIES[self.family].defaults):
                 hf[field] = value
+        if "no_rope_layer_interval" in FAMILIES[self.family].defaults:
+            hf["no_rope_layers"] = [int(layer not in self.unrotated_layers) for layer in range(self.layers)]
+            hf["pad_token_id"] = None  # SmolLM3's own is a token that smaller vocabularies lack
         if self.experts:
             count, ffn = FAMILIES[self.family].expert_fields
             hf |= {
@@ -205,6 +211,19 @@ def _flag(hf: Mapping[str, Any], field: str) -> bool:
             f"config.json: {field} = {hf[field]!r} is neither true nor false; copy the file again"
         )
     return hf[field]
+
+
+def _unrotated_layers(hf: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Reads `no_rope_layers`, where 0 stands for a layer without, or else `no_rope_layer_interval`."""
+    rotates = hf.get("no_rope_layers")
+    if rotates is None:
+        every = hf.get("no_rope_layer_interval") or layers + 1
+        return tuple(range(every - 1, layers, every))
+    if not isinstance(rotates, list) or len(rotates) < layers or not set(rotates) <= {0, 1}:
+        raise UserError(
+            f"config.json: no_rope_layers is no list of {layers} times 0 or 1; copy the file again"
+        )
+    return tuple(layer for layer in range(layers) if not rotates[layer])
 
 
 def _experts(hf: Mapping[str, Any], family: Family) -> ExpertsConfig:

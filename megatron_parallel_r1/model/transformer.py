@@ -30,7 +30,7 @@ def transformer_config(
     layers = layers or Layers()
     parallel = parallel or ParallelConfig()
     full = parallel.recompute == "full"
-    experts = architecture.experts
+    experts, unrotated = architecture.experts, architecture.unrotated_layers
     # A matrix stored in FP8 counts in delayed scaling's history from its first value on.
     initialize = torch.nn.init.zeros_ if layers.fp8_params else _leave_unset
     config = TransformerConfig(
@@ -85,6 +85,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        no_rope_freq=[int(layer in unrotated) for layer in range(architecture.layers)] if unrotated else None,
         gradient_accumulation_fusion=False,
         cross_entropy_loss_fusion=False,
         cuda_graph_scope=[],  # the default warns that it is deprecated

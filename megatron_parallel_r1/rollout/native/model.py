@@ -163,10 +163,10 @@ class DecodeModel:
             for start, stop, length in groups
         ]
         gathered_CX = self.cache_LSX[0].new_empty(max(len(group.slots) for group in seen), self._width)
+        still = torch.ones_like(cos_N1D), torch.zeros_like(sin_N1D)  # the rotation by 0
         for number, (layer, cache_SX) in enumerate(zip(self.layers, self.cache_LSX, strict=True)):
-            query_NHD, key_value_NX = self._inputs(
-                layer, hidden_NE, cos_N1D, sin_N1D, config.heads, config.rms_eps
-            )
+            rotation = still if number in config.unrotated_layers else (cos_N1D, sin_N1D)
+            query_NHD, key_value_NX = self._inputs(layer, hidden_NE, *rotation, config.heads, config.rms_eps)
             cache_SX.index_copy_(0, slots_N, key_value_NX)
             attended_NX = self._attend(query_NHD, cache_SX, seen, gathered_CX)
             hidden_NE = hidden_NE + self.group.sum(F.linear(attended_NX, layer.output_EA))

@@ -95,6 +95,17 @@ def test_a_mistral_with_a_window_is_refused() -> None:
             ModelConfig.from_hf(windowed)
 
 
+def test_layers_of_smollm3_without_rotary_positions() -> None:
+    by_interval = replace(QWEN3, family="smollm3", layers=6).to_hf()
+    assert by_interval.pop("no_rope_layers") == [1] * 6
+    assert ModelConfig.from_hf(by_interval).unrotated_layers == (3,)
+    listed = by_interval | {"no_rope_layers": [0, 1, 1, 1, 1, 0]}
+    assert ModelConfig.from_hf(listed).unrotated_layers == (0, 5)
+    for wrong in ([1, 1], [1, 1, 1, 1, 1, 2], "1"):
+        with pytest.raises(UserError, match="no_rope_layers is no list of 6 times 0 or 1"):
+            ModelConfig.from_hf(by_interval | {"no_rope_layers": wrong})
+
+
 def test_dropout_of_a_released_seed_oss_is_not_applied() -> None:
     released = replace(QWEN3, family="seed_oss").to_hf() | {"attention_dropout": 0.1, "residual_dropout": 0.1}
     assert ModelConfig.from_hf(released).to_hf()["residual_dropout"] == 0

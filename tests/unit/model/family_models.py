@@ -40,6 +40,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 3},
     "seed_oss": {"model_type": "seed_oss", "head_dim": 16},
+    "smollm3": {
+        "model_type": "smollm3",
+        "tie_word_embeddings": True,
+        "no_rope_layer_interval": 2,
+        "pad_token_id": 0,
+    },
     "llama tied": {"model_type": "llama", "tie_word_embeddings": True},
 }
 

@@ -70,7 +70,9 @@ def test_a_config_comes_back(variant: str, folders: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["qwen3_moe", "llama", "qwen2", "mistral", "mixtral", "seed_oss"])
+@pytest.mark.parametrize(
+    "variant", ["qwen3_moe", "llama", "qwen2", "mistral", "mixtral", "seed_oss", "smollm3"]
+)
 def test_what_we_save_is_what_transformers_saved(variant: str, folders: Path, tmp_path: Path) -> None:
     model = ours_of(folders / variant)
     save_hf_folder(tmp_path / "out", model.architecture, weights.hf_tensors(model))
