@@ -107,6 +107,11 @@ class _PartsBuilder:
         return decode(self.tokenizer, [int(token) for token in self.tokens[start:stop]])
 
 
+def stated_answer(text: str) -> str | None:
+    """The answer that a path states, if only as a result on the way; None without one."""
+    return extract_answer(text) or stated_result(text)
+
+
 def trace_record(
     trace: Trace,
     problem: Problem,
@@ -117,7 +122,7 @@ def trace_record(
     """A record of `traces.jsonl`, without stage and step."""
 
     def judge_path(text: str) -> tuple[str | None, bool | None]:
-        stated = extract_answer(text) or stated_result(text)
+        stated = stated_answer(text)
         if stated is None:
             return None, None
         return stated, any(equivalent(stated, answer) for answer in problem.answers)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import html
 import json
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,21 +15,19 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.serve.access import check_host, check_key, read_body
 from megatron_parallel_r1.serve.admission import Admission, Limits
 from megatron_parallel_r1.serve.engine_request import engine_request
 from megatron_parallel_r1.serve.logprobs import LogprobWriter
 from megatron_parallel_r1.serve.metrics import ServerMetrics
 from megatron_parallel_r1.serve.openapi import describe, documentation_page
+from megatron_parallel_r1.serve.page import build_page
 from megatron_parallel_r1.serve.response_body import Endpoint, ResponseBody
 from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, read_request
 from megatron_parallel_r1.serve.served_model import ServedModel
 from megatron_parallel_r1.serve.session import EngineThread, Session
-from megatron_parallel_r1.thought.format_settings import format_of
 from megatron_parallel_r1.utils.prometheus import CONTENT_TYPE
 
-TEMPLATES = Path(__file__).parent / "templates"
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
@@ -48,7 +42,7 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
     admission = Admission(limits)
     metrics = ServerMetrics()
     model = {"id": served.name, "object": "model", "created": 0, "owned_by": "megatron_parallel_r1"}
-    page, policy = build_page(served.name, served.thinking, needs_key=api_key is not None)
+    page, policy = build_page(served, needs_key=api_key is not None)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -220,38 +214,3 @@ async def _cancel_on_disconnect(request: HttpRequest, session: Session) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
     session.cancel()
-
-
-def build_page(name: str, thinking: Thinking, needs_key: bool) -> tuple[str, str]:
-    """Builds the page and the value of its Content-Security-Policy header, which allows only its own code.
-
-    The script inserts generated text as text nodes; values inserted here are escaped.
-    """
-    style, script = (_template(file) for file in ("page.css", "page.js"))
-    policy = (
-        f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    planned = format_of(thinking.format).plan is not None
-    values = {
-        "@paths@": str(thinking.paths),
-        "@hidden@": " hidden" if planned else "",
-        "@disabled@": " disabled" if planned else "",
-        "@key@": "" if needs_key else " hidden",
-        "@style@": style,
-        "@script@": script,
-        "@name@": html.escape(name),
-    }
-    page = _template("page.html")
-    for placeholder, text in values.items():
-        page = page.replace(placeholder, text)
-    return page, policy
-
-
-def _template(name: str) -> str:
-    return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _digest(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"sha256-{digest}"

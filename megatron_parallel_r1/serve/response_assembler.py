@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from megatron_parallel_r1.report.traces import stated_answer
 from megatron_parallel_r1.rollout.engine import TokenScore
 from megatron_parallel_r1.rollout.thinking import FORCED, Branch
 from megatron_parallel_r1.serve.text import Detokenizer, StopCutter
@@ -186,6 +187,8 @@ class ResponseAssembler:
             return
         if token == (tags.path_end if in_path else tags.summary_end):
             piece, text.closed, new["closed"] = text.detokenizer.finish(), True, True
+            if in_path:
+                new["answer"] = stated_answer(" ".join([*text.texts, piece]))
         elif in_path and text.forks(token, tags):
             text.texts[-1] += (piece := text.detokenizer.finish())
             new["text"] += piece
@@ -271,6 +274,7 @@ class ResponseAssembler:
             "texts": text.texts,
             "tokens": len(text.tokens),
             "closed": text.closed,
+            "answer": stated_answer(" ".join(text.texts)),
             "blocks": [
                 {"paths": [self._chain(path) for path in self._paths(block)], "summary": self._summary(block)}
                 for block in self._blocks(branch)

@@ -43,6 +43,8 @@ class ChainBody(_Body):
     blocks: list[BlockBody]
     tokens: int
     closed: bool
+    answer: str | None
+    """The answer that its own text states, blocks left out."""
 
 
 class BlockBody(_Body):

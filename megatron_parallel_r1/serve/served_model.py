@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
+from megatron_parallel_r1.data.embedded.congruence import vocabulary
+from megatron_parallel_r1.data.embedded.generate import evaluation_problems
 from megatron_parallel_r1.data.prompts import template_columns
 from megatron_parallel_r1.data.tokenizers import open_thinking_tokenizer
 from megatron_parallel_r1.errors import UserError
@@ -20,6 +23,8 @@ from megatron_parallel_r1.thought.tags import Tags
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+EXAMPLES = 4  # most on the page
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -30,6 +35,7 @@ class ServedModel:
         template: prompt template of the training, with `{problem}` in it.
         vocabulary: number of token ids.
         positions: longest sequence, prompt and response together.
+        examples: problems of the kind that it was trained on, for the page.
     """
 
     name: str
@@ -40,6 +46,7 @@ class ServedModel:
     template: str
     vocabulary: int
     positions: int
+    examples: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: Path, name: str | None = None, device: str | None = None) -> ServedModel:
@@ -82,7 +89,24 @@ class ServedModel:
             template=decoding.template,
             vocabulary=config.vocab,
             positions=config.max_positions,
+            examples=_examples(settings, tokenizer),
         )
+
+
+def _examples(settings: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The texts under "examples" in thinking.json, else held-out problems if the words are the embedded ones.
+
+    Raises:
+        UserError: "examples" is no list of texts.
+    """
+    listed = json.loads(settings.read_text(encoding="utf-8")).get("examples")
+    if listed is None:
+        if not tokenizer.get_vocab().keys() >= set(vocabulary()):
+            return ()
+        listed = [problem.prompt for problem in evaluation_problems("hard", EXAMPLES)]
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise UserError(f"{settings}: examples must be a list of problem texts; correct it or leave it out")
+    return tuple(listed[:EXAMPLES])
 
 
 def _device(name: str | None) -> torch.device:

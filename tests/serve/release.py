@@ -21,6 +21,7 @@ from tests.unit.rollout.tiny import VOCABULARY, tiny_qwen3
 THINKING = Thinking(
     mode="isolated", paths=3, max_blocks=4, max_path_tokens=40, max_response_tokens=3000, reserve_tokens=10
 )
+EXAMPLES = ["w8 w9 w10", "w8 <b>unheard</b>"]
 # Words that a page must show and not run.
 ODD = ("<b>bold</b>", "<script>document.title='run'</script>", "&amp;", "<img/src=x/onerror=alert(1)>")
 
@@ -50,7 +51,7 @@ def write_release(folder: Path, thinking: Thinking = THINKING, template: str = "
     then moves a draw to the next token, so that a request among others would not be as if alone.
     """
     model = tiny_qwen3().double()
-    settings = thinking.model_dump() | {"prompt": "plain", "prompt_template": template}
+    settings = thinking.model_dump() | {"prompt": "plain", "prompt_template": template, "examples": EXAMPLES}
     save_hf_folder(
         folder,
         ModelConfig.from_hf(model.config.to_dict()),

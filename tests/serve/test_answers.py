@@ -11,6 +11,9 @@ import httpx
 import pytest
 import yaml
 
+from megatron_parallel_r1.data.embedded.generate import build_tokenizer
+from megatron_parallel_r1.serve.response_assembler import ResponseAssembler
+from megatron_parallel_r1.thought.tokenizer import add_tags
 from tests.serve.release import THINKING, tokenizer
 from tests.serve.server import PROMPT, chat, events, wait_until_idle
 
@@ -177,3 +180,18 @@ def test_many_at_once_are_each_as_if_alone(client: httpx.Client) -> None:
     assert together == alone
     assert max(busy) > 4, "they were not served together"
     assert wait_until_idle(client) == {"status": "ok", "running": 0, "waiting": 0, "cache_tokens": 0}
+
+
+def test_the_delta_that_closes_a_path_has_its_answer() -> None:
+    embedded = build_tokenizer()
+    tags = add_tags(embedded)
+    (found,) = embedded.encode("found=3")
+    response = ResponseAssembler(embedded, tags)
+    response.add((), tags.parallel)
+    for path, words in enumerate(([found], [])):
+        for token in (*tags.path_begin(path + 1), *words, tags.path_end):
+            response.add((1, path), token)
+    closed = [delta["answer"] for delta in response.take_delta().branches if delta.get("closed")]
+    assert closed == ["3", None]
+    (block,) = response.parallel()["blocks"]
+    assert [path["answer"] for path in block["paths"]] == ["3", None]

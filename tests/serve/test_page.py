@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import httpx
 import pytest
 
 from tests.serve.browser import CHROMIUM, Page, browser
-from tests.serve.release import ODD
+from tests.serve.release import EXAMPLES, ODD
 from tests.serve.server import PROMPT, chat, wait_until_idle
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
@@ -27,6 +30,7 @@ new MutationObserver(() => {
   window.seen.push([...paths, length(block?.querySelector(".summary"))]);
 }).observe(document.querySelector("#thought"), { childList: true, subtree: true, characterData: true });
 """
+SAID = "document.querySelector('#status').textContent"
 SHOWN = """(() => {
   const text = (node) => [...node.children].filter((c) => c.className === "text").map((c) => c.textContent);
   return [...document.querySelectorAll(".block")].map((block) => ({
@@ -191,3 +195,77 @@ def test_a_refusal_is_told_and_the_key_is_asked_for(page: Page, narrow: httpx.Cl
     shoot(page, tmp_path, "refused")
     assert all("401" in problem for problem in page.problems)
     page.problems.clear()
+
+
+def done(page: Page) -> str:
+    """What the page shows of the response, and its size."""
+    wait_for_status(page, "Done")
+    return page.run(
+        "document.querySelector('#thought').innerText + document.querySelector('#size dl').innerText"
+    )
+
+
+def test_an_example_is_posed_and_unknown_words_are_named(page: Page, client: httpx.Client) -> None:
+    page.open(str(client.base_url))
+    examples = "[...document.querySelectorAll('.examples button')]"
+    assert page.run(f"{examples}.map((b) => b.textContent)") == EXAMPLES
+    page.run(f"document.querySelector('[name=seed]').value = 2; {examples}[1].click()")
+    wait_for_status(page, "Done")
+    assert page.run("document.querySelector('[name=problem]').value") == EXAMPLES[1]
+    assert "does not know '<b>unheard</b>'" in page.run("document.querySelector('#warnings').innerText")
+    page.run(f"{examples}[0].click()")
+    done(page)
+    assert page.run("document.querySelector('#warnings').hidden")
+    assert page.problems == []
+
+
+def test_a_link_shows_the_same_trace_without_the_server(
+    page: Page, client: httpx.Client, seed: int, tmp_path: Path
+) -> None:
+    ask(page, client, seed)
+    before = done(page)
+    usage = client.post("/v1/chat/completions", json=chat(seed=seed)).json()["usage"]
+    critical = usage["completion_tokens_details"]["critical_path_tokens"]
+    bars = page.run("[...document.querySelectorAll('#size i')].map((b) => b.getBoundingClientRect().width)")
+    assert bars[1] / bars[0] == pytest.approx(critical / usage["completion_tokens"], rel=0.05)
+    page.run("document.querySelector('.link').click()")
+    page.wait("location.hash.startsWith('#trace=')")
+    link = page.run("location.href").split("#")[1]
+    requests = client.get("/metrics").text
+    page.open(f"{client.base_url}#{link}", ready="!document.querySelector('#size').hidden")
+    assert status(page).startswith("From a link: a trace of tiny.")
+    text = "document.querySelector('#thought').innerText + document.querySelector('#size dl').innerText"
+    assert page.run(text) == before
+    assert page.run("[document.forms[0].problem.value, document.forms[0].seed.value]") == [PROMPT, str(seed)]
+    assert client.get("/metrics").text == requests
+    assert page.problems == []
+
+
+@pytest.mark.parametrize("trace", [None, {"problem": 7}, {"problem": "w8", "deltas": [{"at": ["<b>"]}]}])
+def test_a_damaged_link_is_named(page: Page, client: httpx.Client, trace: dict[str, Any] | None) -> None:
+    page.open(f"{client.base_url}#{packed(trace) if trace else 'trace=!'}", ready=SAID)
+    assert status(page).startswith("The link is damaged: ")
+    assert page.run("document.querySelector('#thought').childNodes.length") == 0
+
+
+def test_a_path_has_its_own_answer_and_those_that_agree_are_marked(page: Page, client: httpx.Client) -> None:
+    answers = ["30", "32", "30", None]
+    deltas: list[dict[str, Any]] = [{"at": [], "part": "main", "text": "first "}]
+    for index, answer in enumerate(answers):
+        deltas.append({"at": [1, index], "part": "path", "text": "words", "closed": True, "answer": answer})
+    deltas.append({"at": [1], "part": "summary", "text": "<b>both</b>", "closed": True})
+    trace = {"problem": "w8", "model": "m", "tokens": 9, "critical": 3, "complete": True, "deltas": deltas}
+    page.open(f"{client.base_url}#{packed(trace)}", ready=SAID)
+    shown = page.run("""[...document.querySelectorAll(".path")].map((path) => {
+        const answer = path.querySelector(".answer");
+        return answer && [answer.textContent, answer.classList.contains("agreed")];
+    })""")
+    assert shown == [["30", True], ["32", False], ["30", True], None]
+    assert "<b>both</b>" in page.run("document.querySelector('.summary').textContent")
+
+
+def packed(trace: dict[str, Any]) -> str:
+    """The part of a link behind the #."""
+    deflate = zlib.compressobj(wbits=-15)
+    data = deflate.compress(json.dumps(trace).encode()) + deflate.flush()
+    return f"trace={base64.urlsafe_b64encode(data).decode().rstrip('=')}"

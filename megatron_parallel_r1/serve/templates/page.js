@@ -1,79 +1,11 @@
 // Asks the server as any OpenAI client does, and shows what `parallel` tells of each path as it grows.
-// What the model writes only ever becomes text nodes.
 
 const form = document.querySelector("form");
 const thought = document.querySelector("#thought");
 const status = document.querySelector("#status");
+const size = document.querySelector("#size");
 let asking = null;
-
-function element(kind, name, ...inside) {
-  const made = document.createElement(kind);
-  made.className = name;
-  made.append(...inside);
-  return made;
-}
-
-// One response on the page. `at` is a place as docs/serving.md has it: [] the main text, [1] the summary of its
-// first block, [1, 0] that block's first path, and so on inside paths.
-class View {
-  constructor(root) {
-    this.chains = new Map([["", root]]);
-    this.blocks = new Map();
-    this.summaries = new Map();
-    root.replaceChildren();
-    root.classList.remove("done");
-  }
-
-  hear({ at, part, text, closed }) {
-    const voice = part === "summary" ? this.summary(at) : this.chain(at);
-    this.say(voice, text);
-    if (closed) voice.classList.remove("open");
-  }
-
-  say(voice, text) {
-    let last = voice.lastElementChild;
-    if (!last?.classList.contains("text")) {
-      last = element("p", "text");
-      voice.append(last);
-    }
-    const words = last.firstChild ? text : text.trimStart();
-    if (!words) return;
-    if (last.firstChild) last.firstChild.appendData(words);
-    else last.append(document.createTextNode(words));
-  }
-
-  chain(at) {
-    if (!this.chains.has(at.join())) {
-      const path = element("div", "path open", element("p", "name", `Path ${at.at(-1) + 1}`));
-      this.block(at.slice(0, -1)).querySelector(".paths").append(path);
-      this.chains.set(at.join(), path);
-    }
-    return this.chains.get(at.join());
-  }
-
-  block(at) {
-    if (!this.blocks.has(at.join())) {
-      const block = element("div", "block", element("div", "paths"));
-      this.chain(at.slice(0, -1)).append(block);
-      this.blocks.set(at.join(), block);
-    }
-    return this.blocks.get(at.join());
-  }
-
-  summary(at) {
-    if (!this.summaries.has(at.join())) {
-      const summary = element("div", "summary open", element("p", "name", "Summary"));
-      this.block(at).append(summary);
-      this.summaries.set(at.join(), summary);
-    }
-    return this.summaries.get(at.join());
-  }
-
-  end(complete) {
-    for (const open of thought.querySelectorAll(".open")) open.classList.replace("open", "cut");
-    if (complete) thought.classList.add("done");
-  }
-}
+let shown = null; // the trace that a link would hold
 
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -108,12 +40,71 @@ function tell(text, bad = false) {
   status.classList.toggle("bad", bad);
 }
 
+function warn(texts) {
+  const list = document.querySelector("#warnings");
+  list.append(...texts.map((text) => element("li", "", text)));
+  list.hidden = !list.childNodes.length;
+}
+
+function clear() {
+  document.querySelector("#warnings").replaceChildren();
+  warn([]);
+  size.hidden = true;
+}
+
+// Two bars: all tokens, and those that had to be generated one after another.
+function showSize({ tokens, critical }) {
+  for (const [name, count] of [["total", tokens], ["critical", critical]]) {
+    size.querySelector(`.${name} i`).style.width = `${(100 * count) / Math.max(1, tokens)}%`;
+    size.querySelector(`.${name} b`).textContent = count.toLocaleString("en-US");
+  }
+  const times = (tokens / Math.max(1, critical)).toFixed(1);
+  size.querySelector(".note").textContent = critical < tokens ? `${times} times fewer steps than in one chain` : "";
+  size.querySelector(".link").textContent = "Copy a link to this trace";
+  size.hidden = false;
+}
+
+async function share() {
+  const hash = await packed(shown);
+  history.replaceState(null, "", hash);
+  const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);
+  size.querySelector(".link").textContent = copied ? "Copied" : "The address bar has the link now";
+}
+
+// Shows the trace of the page's own address.
+async function openLink(hash) {
+  if (!hash.startsWith(PREFIX) || asking !== null) return;
+  clear();
+  try {
+    shown = await unpacked(hash);
+    const view = new View(thought);
+    for (const delta of shown.deltas) view.hear(delta);
+    view.end(shown.complete);
+    form.problem.value = shown.problem;
+    if (shown.paths && !form.paths.disabled) form.paths.value = shown.paths;
+    form.seed.value = shown.seed ?? "";
+    tell(`From a link: a trace of ${shown.model}. Think runs it again here.`);
+    showSize(shown);
+  } catch (error) {
+    tell(`The link is damaged: ${error.message}`, true);
+  }
+}
+
 async function think() {
   asking = new AbortController();
   const view = new View(thought);
   const start = performance.now();
   let reason = null;
   let usage = null;
+  const { problem, paths, seed } = form;
+  const posed = {
+    problem: problem.value.trim(),
+    ...(!paths.disabled && { paths: paths.valueAsNumber }),
+    ...(seed.value && { seed: seed.value }),
+  };
+  shown = null;
+  clear();
+  history.replaceState(null, "", location.pathname + location.search);
   tell("Waiting for its turn …");
   try {
     const response = await fetch("v1/chat/completions", request());
@@ -122,6 +113,7 @@ async function think() {
     for await (const chunk of events(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
       usage = chunk.usage ?? usage;
+      warn(chunk.warnings ?? []);
       for (const choice of chunk.choices) {
         for (const delta of choice.parallel?.deltas ?? []) view.hear(delta);
         reason = choice.finish_reason ?? reason;
@@ -129,9 +121,17 @@ async function think() {
     }
     if (!reason) throw new Error("the connection broke off");
     const seconds = ((performance.now() - start) / 1000).toFixed(1);
-    const critical = usage.completion_tokens_details.critical_path_tokens;
-    tell(`${reason === "length" ? "Cut short" : "Done"} · ${usage.completion_tokens} tokens, `
-      + `${critical} of them one behind the other · ${seconds} s`);
+    shown = {
+      ...posed,
+      model: document.querySelector("h1").textContent,
+      tokens: usage.completion_tokens,
+      critical: usage.completion_tokens_details.critical_path_tokens,
+      complete: reason === "stop",
+      deltas: [...view.record.values()],
+    };
+    tell(`${shown.complete ? "Done" : "Cut short"} · ${shown.tokens} tokens, `
+      + `${shown.critical} of them one after another · ${seconds} s`);
+    showSize(shown);
   } catch (error) {
     if (error.name === "AbortError") tell("Stopped.");
     else tell(`It did not work: ${error.message}`, true);
@@ -164,3 +164,12 @@ form.stop.addEventListener("click", () => asking?.abort());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") asking?.abort();
 });
+for (const example of document.querySelectorAll(".examples button")) {
+  example.addEventListener("click", () => {
+    form.problem.value = example.textContent;
+    form.requestSubmit();
+  });
+}
+size.querySelector(".link").addEventListener("click", share);
+window.addEventListener("hashchange", () => openLink(location.hash));
+openLink(location.hash);
