@@ -26,16 +26,19 @@ def serve(
         str | None, typer.Option(help="Name of the model for clients. Default: the folder's.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU, if any.")] = None,
-    running: Annotated[int, typer.Option(min=1, help="Most requests decoded at once.")] = 8,
+    running: Annotated[int, typer.Option(min=1, help="Most requests decoded at once.")] = 32,
     cache_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most KV cache tokens they hold. Default: no limit.")
     ] = None,
-    waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue.")] = 64,
+    waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue.")] = 1024,
     seconds: Annotated[float, typer.Option(min=1, help="Time limit of a request, queueing included.")] = 600,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of a response. Default: as in training.")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 4096,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM.")
+    ] = 20,
 ) -> None:
     """Serve a released checkpoint with OpenAI's API and a page that shows the paths side by side."""
     from megatron_parallel_r1.serve.admission import Limits
@@ -50,7 +53,7 @@ def serve(
         max_tokens=max_tokens,
         prompt_tokens=prompt_tokens,
     )
-    run_server(local_folder(checkpoint), host, port, api_key, name, device, limits)
+    run_server(local_folder(checkpoint), host, port, api_key, name, device, limits, drain)
 
 
 def serve_rollout(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from math import ceil
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.serve.schema import ApiError
 
-RETRY_AFTER = "5"  # seconds
+# Bounds of `Retry-After`, in seconds.
+SOONEST, LATEST = 1, 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +37,9 @@ class Limits:
     prompt_tokens: int = 4096
     max_tokens: int | None = None
     choices: int = 16
-    running: int = 8
+    running: int = 32
     cache_tokens: int | None = None
-    waiting: int = 64
+    waiting: int = 1024
     seconds: float = 600.0
 
     def __post_init__(self) -> None:
@@ -53,6 +56,7 @@ class Admission:
         self.waiting = 0
         self._limits = limits
         self._cache_tokens = 0
+        self._mean_s = 0.0
         self._head = asyncio.Lock()
         self._freed = asyncio.Event()
 
@@ -78,25 +82,29 @@ class Admission:
                 self._cache_tokens += cache_tokens
         finally:
             self.waiting -= 1
+        begin = time.monotonic()
         try:
             yield
         finally:
             self.running -= 1
             self._cache_tokens -= cache_tokens
+            self._mean_s += 0.1 * (time.monotonic() - begin - self._mean_s)
             self._freed.set()
 
     def check_room(self) -> None:
         """Checks that the queue has room for a request.
 
         Raises:
-            ApiError: 503; it is full.
+            ApiError: 503; it is full. `Retry-After` is about the time in which it empties.
         """
         if self.waiting >= self._limits.waiting:
+            empties_s = ceil(self.waiting * self._mean_s / self._limits.running)
+            wait_s = min(max(empties_s, SOONEST), LATEST)
             raise ApiError(
                 503,
-                f"the queue is full ({self.waiting} requests are waiting); try again in a few seconds",
+                f"the queue is full ({self.waiting} requests are waiting); try again in {wait_s} s",
                 code="queue_full",
-                headers={"Retry-After": RETRY_AFTER},
+                headers={"Retry-After": str(wait_s)},
             )
 
     def _fits(self, cache_tokens: int) -> bool:

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from megatron_parallel_r1.serve.access import check_host, check_key, read_body
 from megatron_parallel_r1.serve.admission import Admission, Limits
+from megatron_parallel_r1.serve.drain import Drain
 from megatron_parallel_r1.serve.engine_request import engine_request
 from megatron_parallel_r1.serve.logprobs import LogprobWriter
 from megatron_parallel_r1.serve.metrics import ServerMetrics
@@ -31,14 +32,22 @@ from megatron_parallel_r1.utils.prometheus import CONTENT_TYPE
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
-def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, local: bool = True) -> FastAPI:
+def make_app(
+    served: ServedModel,
+    limits: Limits,
+    api_key: str | None = None,
+    local: bool = True,
+    drain: Drain | None = None,
+) -> FastAPI:
     """Builds the server as an ASGI application.
 
     Args:
         api_key: key that clients must send; None: no key.
         local: reject requests whose Host header names another machine.
+        drain: learns of each request.
     """
     thread = EngineThread()
+    drain = drain or Drain()
     admission = Admission(limits)
     metrics = ServerMetrics()
     model = {"id": served.name, "object": "model", "created": 0, "owned_by": "megatron_parallel_r1"}
@@ -71,7 +80,9 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
 
     async def respond(http: HttpRequest, endpoint: Endpoint) -> Response:
         check_client(http)
+        drain.check()
         content = await read_body(http, limits)
+        drain.check()
         request: ChatRequest | CompletionRequest
         if endpoint == "chat":
             request = read_request(content, ChatRequest)
@@ -82,6 +93,7 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
             endpoint, served.name, wanted, [LogprobWriter(served.tokenizer) for _ in wanted.seeds]
         )
         session = Session(served, thread, admission, limits, wanted)
+        drain.add(session)
         begin = time.monotonic()
         session.on_end(
             lambda: metrics.count_responses(wanted.prompt_tokens, session.responses, time.monotonic() - begin)
@@ -136,7 +148,8 @@ def make_app(served: ServedModel, limits: Limits, api_key: str | None = None, lo
 
     @app.get("/ready")
     async def get_ready() -> dict[str, str]:
-        """Whether a request would be taken now, for load balancers; 503 while the queue is full."""
+        """Whether a request would be taken now, for load balancers; otherwise 503."""
+        drain.check()
         admission.check_room()
         return {"status": "ready"}
 

@@ -11,6 +11,7 @@ from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.serve.admission import Limits
 
 KEY_VARIABLE = "PARALLEL_R1_API_KEY"
+BACKLOG = 2048
 
 
 def serve(
@@ -21,6 +22,7 @@ def serve(
     name: str | None = None,
     device: str | None = None,
     limits: Limits | None = None,
+    drain: float = 20.0,
 ) -> None:
     """Serves until it is interrupted.
 
@@ -30,6 +32,7 @@ def serve(
         name: of the model in the API; default: the folder's.
         device: default: the GPU, if there is one.
         limits: None: the defaults.
+        drain: time for requests under way to end after SIGTERM, in seconds.
 
     Raises:
         UserError: a package is missing, the checkpoint cannot be read, or the port is not available.
@@ -39,6 +42,7 @@ def serve(
 
         from megatron_parallel_r1.serve.access import is_loopback
         from megatron_parallel_r1.serve.app import make_app
+        from megatron_parallel_r1.serve.drain import Drain, DrainingServer
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "starlette"):
             raise
@@ -53,13 +57,14 @@ def serve(
     local = is_loopback(host)
     with _listen(host, port) as listener:
         served = ServedModel.load(checkpoint, name, device)
-        app = make_app(served, limits or Limits(), key and key.strip(), local)
+        draining = Drain()
+        app = make_app(served, limits or Limits(), key and key.strip(), local, draining)
         if not local and not key:
             print(f"warning: {host} is open to other machines, and no API key is set", file=sys.stderr)
         address = f"[{host}]" if ":" in host else host
         print(f"{served.name} thinks at http://{address}:{listener.getsockname()[1]}", flush=True)
-        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
-        uvicorn.Server(config).run(sockets=[listener])
+        config = uvicorn.Config(app, log_level="warning", server_header=False)
+        DrainingServer(config, draining, drain).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -72,7 +77,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen()
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or error

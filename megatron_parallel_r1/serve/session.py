@@ -133,6 +133,11 @@ class Session:
         """Ends the work soon and frees what it holds."""
         self._task.cancel()
 
+    def fail(self, error: ApiError) -> None:
+        """Cancels the work; its client gets `error`."""
+        self._error = self._error or error
+        self.cancel()
+
     async def _run(self) -> None:
         try:
             await asyncio.wait_for(self._respond_all(), self._limits.seconds)

@@ -22,13 +22,20 @@ def chat(text: str = PROMPT, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **fields}
 
 
-@contextmanager
-def running(folder: Path, **settings: Any) -> Iterator[httpx.Client]:
-    """A client of a fresh server, which is stopped afterwards and must then end of itself."""
+def start(folder: Path, stderr: int | None = None, **settings: Any) -> subprocess.Popen[str]:
+    """A fresh server; its first line has its address."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.serve.start", str(folder), json.dumps(settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=root) as server:
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, cwd=root
+    )
+
+
+@contextmanager
+def running(folder: Path, **settings: Any) -> Iterator[httpx.Client]:
+    """A client of a fresh server, which is stopped afterwards and must then end of itself."""
+    with start(folder, **settings) as server:
         try:
             line = server.stdout.readline()
             assert " thinks at http://" in line, line
