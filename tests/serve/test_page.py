@@ -30,6 +30,7 @@ new MutationObserver(() => {
   window.seen.push([...paths, length(block?.querySelector(".summary"))]);
 }).observe(document.querySelector("#thought"), { childList: true, subtree: true, characterData: true });
 """
+RESPONSE = "document.querySelector('#thought').innerText + document.querySelector('#size dl').innerText"
 SAID = "document.querySelector('#status').textContent"
 SHOWN = """(() => {
   const text = (node) => [...node.children].filter((c) => c.className === "text").map((c) => c.textContent);
@@ -200,9 +201,7 @@ def test_a_refusal_is_told_and_the_key_is_asked_for(page: Page, narrow: httpx.Cl
 def done(page: Page) -> str:
     """What the page shows of the response, and its size."""
     wait_for_status(page, "Done")
-    return page.run(
-        "document.querySelector('#thought').innerText + document.querySelector('#size dl').innerText"
-    )
+    return page.run(RESPONSE)
 
 
 def test_an_example_is_posed_and_unknown_words_are_named(page: Page, client: httpx.Client) -> None:
@@ -234,8 +233,7 @@ def test_a_link_shows_the_same_trace_without_the_server(
     requests = client.get("/metrics").text
     page.open(f"{client.base_url}#{link}", ready="!document.querySelector('#size').hidden")
     assert status(page).startswith("From a link: a trace of tiny.")
-    text = "document.querySelector('#thought').innerText + document.querySelector('#size dl').innerText"
-    assert page.run(text) == before
+    assert page.run(RESPONSE) == before
     assert page.run("[document.forms[0].problem.value, document.forms[0].seed.value]") == [PROMPT, str(seed)]
     assert client.get("/metrics").text == requests
     assert page.problems == []
