@@ -3,7 +3,7 @@
     python eval/compare.py --run runs/tiny --benchmarks embedded_hard --modes parallel,sequential,majority@4
     python eval/compare.py --checkpoint A --checkpoint B --benchmarks aime24,aime25 --samples 16
 
-Writes tables with paired tests and a plot over training steps; reads the records of `run.py`.
+Writes tables with paired tests and a plot by checkpoint; reads the records of `run.py`.
 """
 
 from __future__ import annotations

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import combinations
 
 import pytest
 
 from megatron_parallel_r1.evaluation.modes import EvaluationMode
-from megatron_parallel_r1.evaluation.presentation import (
-    draw_plot,
-    evaluation_tables,
-    html_page,
-    markdown_page,
-    places,
-    svg_of,
-)
+from megatron_parallel_r1.evaluation.plot import checkpoints, draw_plot, svg_of
+from megatron_parallel_r1.evaluation.presentation import evaluation_tables, html_page, markdown_page
 from megatron_parallel_r1.evaluation.records import ResponseRecord
 from megatron_parallel_r1.evaluation.summary import (
     BenchmarkResult,
@@ -145,28 +140,44 @@ def summaries() -> list[EvaluationSummary]:
     return [r.summary for r in four_results()]
 
 
-def test_the_plot_stands_at_training_steps() -> None:
-    where, by_steps = places(summaries())
-    assert by_steps and where == {("begin", 10): 10.0, ("end", 30): 30.0}
+def test_the_plot_has_a_row_for_each_checkpoint() -> None:
+    assert checkpoints(summaries(), "made") == [("begin", 10), ("end", 30)]
     (axes,) = draw_plot(summaries()).axes
     lines = {line.get_label(): line for line in axes.get_lines() if not str(line.get_label()).startswith("_")}
-    containers = {c.get_label(): c.lines[0].get_ydata().tolist() for c in axes.containers}
+    containers = {c.get_label(): c.lines[0].get_xdata().tolist() for c in axes.containers}
     assert containers == {"parallel": [0.0, 1.0], "sequential": [0.0, 0.0]}
-    assert lines["parallel: with blocks"].get_ydata().tolist() == [0.25, 1.0]
+    assert lines["parallel: with blocks"].get_xdata().tolist() == [0.25, 1.0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["begin\n10 steps", "end\n30 steps"]
     svg = svg_of(draw_plot(summaries()))
     assert svg == svg_of(draw_plot(summaries())) and re.match(r"<\?xml", svg)
 
 
-def test_checkpoints_with_the_same_steps_do_not_lie_on_each_other() -> None:
-    found = [result(problem("a", 1), checkpoint=name, step=10).summary for name in ("parallel", "chain")]
-    where, by_steps = places(found)
-    assert not by_steps and list(where.values()) == [0.0, 1.0]
-
-
-def test_without_steps_checkpoints_stand_in_their_order() -> None:
+def test_a_name_in_the_plot_is_no_formula() -> None:
     found = [result(problem("a", 1), checkpoint=name, step=None).summary for name in ("x", "w$", "v")]
-    where, by_steps = places(found)
-    assert not by_steps and list(where.values()) == [0.0, 1.0, 2.0]
     (axes,) = draw_plot(found).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["x", r"w\$", "v"]
-    assert ">w$<" in svg_of(draw_plot(found)) or "w$ -->" in svg_of(draw_plot(found))  # a name, no formula
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["x", r"w\$", "v"]
+    assert ">w$<" in svg_of(draw_plot(found)) or "w$ -->" in svg_of(draw_plot(found))
+
+
+def test_names_in_the_plot_do_not_overlap() -> None:
+    """Close steps and long names, many modes and benchmarks; nothing lies over the data."""
+    names = [f"checkpoint of a run with a long name, {number}" for number in range(9)]
+    base = [result(problem("a", 1), checkpoint=name, step=1000 + i) for i, name in enumerate(names)]
+    found = [
+        replace(r.summary, benchmark=benchmark, mode=mode)
+        for benchmark in ("gsm8k", "a benchmark with a long name", "aime")
+        for mode in ("isolated", "replay", "causal", "sequential")
+        for r in base
+    ]
+    figure = draw_plot(found)
+    svg_of(figure)  # lays it out
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    boxes = [label.get_window_extent() for axes in panels for label in axes.get_yticklabels()]
+    boxes += [axes.title.get_window_extent() for axes in panels]
+    boxes += [axes._left_title.get_window_extent() for axes in panels]
+    boxes += [axes.get_window_extent() for axes in panels]
+    boxes += [legend.get_window_extent() for legend in figure.legends]
+    boxes = [box for box in boxes if box.width > 1 and box.height > 1]
+    assert [(a, b) for a, b in combinations(boxes, 2) if a.padded(-1).overlaps(b.padded(-1))] == []
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
