@@ -87,9 +87,15 @@ class Checked:
         return self.rejection is None
 
 
-def check(answer: TeacherAnswer, problem: Problem, settings: Check, verifier: Verifier) -> Checked:
+def check(
+    answer: TeacherAnswer,
+    problem: Problem,
+    settings: Check,
+    verifier: Verifier,
+    format: ThinkingFormat = PARALLEL_R1,
+) -> Checked:
     """Checks one answer, except for `repeated`, which needs the other answers."""
-    checked, written = check_form(answer, settings)
+    checked, written = check_form(answer, settings, format)
     if written is None:
         return checked
     (judged,) = judge([ResponseToJudge(written.main, written.tree, problem.answers)], verifier)

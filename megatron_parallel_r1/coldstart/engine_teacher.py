@@ -17,7 +17,7 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.thinking import Thinker
 from megatron_parallel_r1.run.context import native_engine
-from megatron_parallel_r1.thought.formats import PARALLEL_R1
+from megatron_parallel_r1.thought.format_settings import FormatSetting, format_of
 from megatron_parallel_r1.utils.hub import local_folder
 from megatron_parallel_r1.utils.rank import world_size
 
@@ -26,15 +26,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_engine(settings: OwnEngine, template: str, seed: int) -> Iterator[EngineTeacher]:
+def open_engine(
+    settings: OwnEngine, template: str, format: FormatSetting, seed: int
+) -> Iterator[EngineTeacher]:
     """Opens the teacher with the weights of its folder, in a single process.
 
     Args:
         template: the prompt template of all requests.
+        format: of the traces.
 
     Raises:
         UserError: the folder holds no model, a model without the tags, or one that was trained with another
-            template; or several processes were launched.
+            template or format; or several processes were launched.
     """
     if world_size() > 1:
         raise UserError("coldstart: a teacher of kind engine is one process; start it without a launcher")
@@ -42,16 +45,17 @@ def open_engine(settings: OwnEngine, template: str, seed: int) -> Iterator[Engin
     _check_template(folder, template)
     shape, tensors = load_hf_folder(folder)
     tokenizer, tags = open_thinking_tokenizer(folder)
-    if tags.format != PARALLEL_R1:
+    if tags.format != (wanted := format_of(format)):
         raise UserError(
-            f"{folder}: the model thinks in the format {tags.format.name}, and a cold start is "
-            "written in parallel_r1; give a model of that format"
+            f"{folder}: the model thinks in the format {tags.format.name}, and the traces are to be in "
+            f"{wanted.name}; set format to that of the model"
         )
+    thinking = settings.thinking.replace(format=format)
     with process.running(seed):
         engine = native_engine(shape)
         engine.load_weights(tensors, version=0)
         name = json.dumps([weights_of(folder), settings.thinking.model_dump()], sort_keys=True)
-        yield EngineTeacher(Thinker(engine, tags, settings.thinking), tokenizer, name)
+        yield EngineTeacher(Thinker(engine, tags, thinking), tokenizer, name)
 
 
 def _check_template(folder: Path, template: str) -> None:

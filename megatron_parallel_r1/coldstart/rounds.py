@@ -17,6 +17,7 @@ from megatron_parallel_r1.coldstart.teacher import Journal, NoAnswer, Teacher, T
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import render
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.thought.format_settings import format_of
 
 LOG_EVERY_S = 10.0
 
@@ -73,6 +74,7 @@ class Rounds:
         self._journal = journal
         self._verifier = verifier
         self._log = log
+        self._format = format_of(settings.format)
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._answered = self._passed = self._problems_done = 0
         self._next_log = time.monotonic() + LOG_EVERY_S
@@ -131,7 +133,9 @@ class Rounds:
         return [
             SampleResult(number, None, str(answer))
             if isinstance(answer, NoAnswer)
-            else SampleResult(number, check(answer, problem, self._settings.check, self._verifier))
+            else SampleResult(
+                number, check(answer, problem, self._settings.check, self._verifier, self._format)
+            )
             for number, answer in zip(numbers, answers, strict=True)
         ]
 

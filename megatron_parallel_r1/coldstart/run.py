@@ -80,7 +80,9 @@ async def _open_teacher(settings: ColdStart) -> AsyncIterator[Teacher]:
         # A local import: an endpoint needs neither torch.distributed nor Megatron.
         from megatron_parallel_r1.coldstart.engine_teacher import open_engine
 
-        with open_engine(settings.teacher, settings.template, settings.seed) as engine_teacher:
+        with open_engine(
+            settings.teacher, settings.template, settings.format, settings.seed
+        ) as engine_teacher:
             yield engine_teacher
     else:
         async with open_endpoint(settings.teacher, settings.concurrency) as endpoint_teacher:

@@ -12,6 +12,7 @@ from megatron_parallel_r1.config.selection import Balance, Check
 from megatron_parallel_r1.data.prompts import template_text
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.rollout.settings import Thinking
+from megatron_parallel_r1.thought.format_settings import FormatSetting
 from megatron_parallel_r1.utils.settings import (
     Count,
     CountOrZero,
@@ -91,6 +92,9 @@ class ColdStart(Settings):
     """Model that writes the traces."""
     template: str = "parallel"
     """Prompt template: a name of `data/prompts.py`, or a text with `{problem}` in it."""
+    format: FormatSetting = "parallel_r1"
+    """Format of the traces: `parallel_r1`, `multiverse`, `npr`, `threadweaver`, or a mapping with one of your
+    own."""
     samples: Count = 1
     """Answers requested for each problem in a round."""
     enough: Count = 1
@@ -116,4 +120,9 @@ class ColdStart(Settings):
             raise ValueError(str(error)) from None
         if self.template == "sequential" and self.check.parallel:
             raise ValueError("template sequential asks for no blocks; set check.parallel: false")
+        if self.format != "parallel_r1" and self.template in ("parallel", "adaptive"):
+            raise ValueError(
+                f"template {self.template} describes the tags of parallel_r1, and format is another; write a "
+                "text of your own with {problem} in it, or use plain"
+            )
         return self

@@ -15,6 +15,7 @@ from megatron_parallel_r1.config.selection import Check
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.trace_text import WrittenTrace, canonical, describe_fault
 from megatron_parallel_r1.rewards.verifier import Verifier
+from megatron_parallel_r1.thought.formats import NPR
 from megatron_parallel_r1.thought.parser import ParseError
 from tests.unit.coldstart.written_traces import block, posed, trace
 
@@ -55,6 +56,29 @@ def test_each_reason(text: str, finish: str, reason: str, kind: str, verifier: V
     rejection = check(TeacherAnswer(text, finish), posed(3), Check(), verifier).rejection
     assert rejection is not None
     assert (rejection.reason, rejection.kind) == (reason, kind)
+
+
+NPR_TRACE = (
+    "It splits. <guideline> <plan>1: by twos</plan> <plan>2: by threes</plan> </guideline> "
+    "<step> 1: two threes </step> <step> 2: three twos </step> <takeaway> 6 </takeaway> Final Answer: 6"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (NPR_TRACE, None),
+        (NPR_TRACE.replace("two threes", " "), "blank part"),
+        (NPR_TRACE.replace("three twos", "see path 1"), "names a sibling"),
+        (NPR_TRACE.replace(" <plan>2: by threes</plan>", ""), "malformed"),
+        (trace("6"), "no block"),  # tags of another format are mere text
+    ],
+)
+def test_another_format(text: str, reason: str | None, verifier: Verifier) -> None:
+    checked = check(TeacherAnswer(text, "stop"), posed(3), Check(), verifier, NPR)
+    assert (checked.rejection and checked.rejection.reason) == reason
+    assert reason or checked.shape == TraceShape((2,))
+    assert reason or "</guideline>\n<step>\n1:" in checked.text
 
 
 def test_what_is_not_asked_is_not_checked(verifier: Verifier) -> None:
