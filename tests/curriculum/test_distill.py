@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pyarrow import parquet
 from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.data.trace_text import WrittenTrace
 from megatron_parallel_r1.errors import UserError
+from tests.curriculum.test_many_processes import run as run_processes
 from tests.curriculum.test_run import command, run, steps_of
 
 RECIPE = Path(__file__).parent / "distill.yaml"
@@ -101,3 +103,16 @@ def test_a_stage_alone(whole: Path, tmp_path: Path) -> None:
     assert "stage distilled starts from cold_start, which is not done" in early.stderr
     done = run(whole.parent, "distill", str(RECIPE))
     assert "own_traces  already done" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.tensor=1"])
+def test_two_processes_sample_what_one_does(whole: Path, tmp_path: Path, layout: str) -> None:
+    shutil.copytree(whole, tmp_path / "distill")
+    for name in ("own_traces", "distilled", "release"):
+        shutil.rmtree(tmp_path / "distill" / name)
+    done = run_processes(tmp_path, 2, "distill", str(RECIPE), layout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("sampled.jsonl", "traces.parquet"):
+        ours, theirs = (folder / "own_traces" / name for folder in (tmp_path / "distill", whole))
+        assert ours.read_bytes() == theirs.read_bytes(), name
