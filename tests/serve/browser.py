@@ -101,6 +101,11 @@ class Page:
             **{"type": kind, "x": x, "y": y, "button": "left", "buttons": 1, "clickCount": clicks},
         )
 
+    def tap(self, x: float, y: float) -> None:
+        """A finger at a place of the view."""
+        self._ask("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self._ask("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
     def shoot(self, file: Path) -> None:
         """A picture of the whole page."""
         shot = self._ask("Page.captureScreenshot", captureBeyondViewport=True)

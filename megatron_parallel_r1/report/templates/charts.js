@@ -177,10 +177,12 @@ class Chart {
     for (const [name, start, stop] of this.stages.find((own) => own.length)) {
       const [from, to] = [Math.max(start, first), Math.min(stop, last)];
       if (from >= to) continue;
-      const [x, room] = [this.toX(from), Math.floor((this.toX(to) - this.toX(from)) / 6.6)];
+      const x = this.toX(from);
+      const gap = start > first ? 4 : 0; // behind the rule
+      const room = Math.floor((this.toX(to) - x - gap) / 6.2);
       if (start > first) this.element("path", { d: `M${x} ${SIZE.top}V${SIZE.height - SIZE.bottom}`, class: "stage" }, this.svg);
       const text = name.length <= room ? name : `${name.slice(0, room - 1)}…`;
-      if (room >= 4) this.element("text", { x, y: SIZE.top - 8 }, this.svg, text);
+      if (room >= 4) this.element("text", { x: x + gap, y: SIZE.top - 8 }, this.svg, text);
     }
   }
 
@@ -231,6 +233,7 @@ class Chart {
       if (event.button) return;
       from = place(event);
       this.plot.setPointerCapture(event.pointerId);
+      this.readOff(from); // a tap moves nothing
     });
     this.plot.addEventListener("pointermove", (event) => {
       const at = place(event);
@@ -246,7 +249,9 @@ class Chart {
       if (wide) this.zoom([Math.floor(low), Math.ceil(high)]);
     });
     this.plot.addEventListener("pointercancel", () => (from = null));
-    this.plot.addEventListener("pointerleave", () => this.hideReading());
+    this.plot.addEventListener("pointerleave", (event) => {
+      if (event.pointerType !== "touch") this.hideReading();
+    });
     this.plot.addEventListener("dblclick", () => this.zoom(null));
   }
 

@@ -118,6 +118,14 @@ def test_values_are_read_off_and_zoomed_charts_follow_each_other(page: Page, rep
     assert page.run("panel.querySelector('.reset').hidden") is True
 
 
+def test_a_tap_reads_a_value_off_and_zooms_nothing(page: Page, report: str) -> None:
+    page.open(report, width=390, ready=DRAWN)
+    left, top, width, height = plot_box(page, "Length")
+    page.tap(left + width / 2, top + height / 2)
+    assert re.match(r"rl_hard, step \d+\s+response \d+(\.\d)?\s+critical path \d+", tip(page))
+    assert page.run("panel.querySelector('.reset').hidden") is True
+
+
 def test_a_line_and_a_run_can_be_switched_off(page: Page, runs: tuple[Path, Path], tmp_path: Path) -> None:
     page.open(build_report(*runs, out=tmp_path / "two.html").as_uri(), width=1400, ready=DRAWN)
     left, top, width, _ = plot_box(page, "Length")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from megatron_parallel_r1.report.charts import page_charts
 from megatron_parallel_r1.report.html import build_report
 from megatron_parallel_r1.report.run_folder import read_run
 from megatron_parallel_r1.report.showcase import MAX_BYTES, choose_traces
+from megatron_parallel_r1.report.watch import serve_report
 from tests.unit.report.synthetic import CONFIG, HOSTILE, STAGES, write_lines, write_run
 
 LOADS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background")
@@ -221,3 +226,22 @@ def test_the_mismatch_is_marked_where_rounding_ends(tmp_path: Path) -> None:
         (tmp_path / "rl/metrics.jsonl").write_text(line)
         (chart,) = page_charts([read_run(tmp_path)]).all
         assert chart.data["rounding"] == limit
+
+
+def test_a_watched_run_prints_one_address_and_ends_on_ctrl_c(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_parallel_r1.cli", "report", "--watch"]
+    folder = write_run(tmp_path / "tiny")
+    with subprocess.Popen(
+        [*command, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None and server.stderr is not None
+        line = server.stdout.readline()
+        found = re.fullmatch(r"tiny: (http://127\.0\.0\.1:\d+) follows the run; Ctrl-C ends it\n", line)
+        assert found is not None, line
+        with urllib.request.urlopen(found[1]) as reply:
+            assert b"rl_hard" in reply.read()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0
+        assert server.stderr.read() == ""
+    with pytest.raises(UserError, match="no such run folder"):
+        serve_report([tmp_path / "absent"])
