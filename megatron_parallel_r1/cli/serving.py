@@ -36,12 +36,24 @@ def serve(
         int | None, typer.Option(min=1, help="Most tokens of a response. Default: as in training.")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 4096,
+    engine: Annotated[
+        Literal["native", "sglang", "vllm"], typer.Option(help="In this process, or on rollout servers.")
+    ] = "native",
+    server: Annotated[
+        list[str] | None, typer.Option(help="URL of a rollout server of the checkpoint; repeatable.")
+    ] = None,
+    servers: Annotated[int, typer.Option(min=0, help="Number of rollout servers to start instead.")] = 0,
+    key_variable: Annotated[
+        str | None, typer.Option(help="Environment variable with the rollout servers' API key.")
+    ] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with that key, instead.")] = None,
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM.")
     ] = 20,
 ) -> None:
     """Serve a released checkpoint with OpenAI's API and a page that shows the paths side by side."""
     from megatron_parallel_r1.serve.admission import Limits
+    from megatron_parallel_r1.serve.engines import EngineChoice
     from megatron_parallel_r1.serve.run import serve as run_server
     from megatron_parallel_r1.utils.hub import local_folder
 
@@ -53,7 +65,8 @@ def serve(
         max_tokens=max_tokens,
         prompt_tokens=prompt_tokens,
     )
-    run_server(local_folder(checkpoint), host, port, api_key, name, device, limits, drain)
+    choice = EngineChoice(engine, tuple(server or ()), servers, key_variable, key_file)
+    run_server(local_folder(checkpoint), host, port, api_key, name, device, limits, drain, choice)
 
 
 def serve_rollout(

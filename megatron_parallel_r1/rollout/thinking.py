@@ -90,6 +90,7 @@ class Thinker(Generic[Context]):
         paths: int | None = None,
         observe: Observer | None = None,
         alternatives: int = 0,
+        at_once: int = 1,
     ) -> Trace:
         """Writes one response after a prompt; closes every context it opened, also when it is cancelled.
 
@@ -99,15 +100,18 @@ class Thinker(Generic[Context]):
             seed: fixes every draw of this trace.
             paths: sibling paths of its blocks, 1..8; None: as in the settings. A plan overrides both.
             observe: called with each token of the trace and its score (`FORCED` for forced ones), in order
-                within a branch. The engine then draws one token a call. Draws depend on seed and
-                position: the trace is the same.
+                within a branch. The engine then draws `at_once` tokens a call. Draws of the native engine
+                depend on seed and position: the trace is the same.
             alternatives: to each drawn token, in the scores that `observe` gets.
+            at_once: most tokens between two calls of `observe`.
         """
         settings = self.settings if paths is None else self.settings.replace(paths=paths)
         budget = TokenBudget(
             settings.max_response_tokens, settings.max_critical_tokens or settings.max_response_tokens
         )
-        writing = _Writing(self.engine, self.tags, settings, seed, observe, self._recorder, alternatives)
+        writing = _Writing(
+            self.engine, self.tags, settings, seed, observe, self._recorder, alternatives, at_once
+        )
         try:
             draft, end, context = await writing.chain(writing.fork(opened), Draft(), budget, depth=0)
             experts = await writing.experts(context, len(prompt), draft)
@@ -138,6 +142,7 @@ class _Writing(Generic[Context]):
         observe: Observer | None,
         recorder: RecordsExperts | None,
         alternatives: int,
+        at_once: int,
     ) -> None:
         self.engine = engine
         self.tags = tags
@@ -146,6 +151,7 @@ class _Writing(Generic[Context]):
         self._observe = observe
         self._recorder = recorder
         self._alternatives = alternatives
+        self._at_once = at_once
         self._open: dict[int, Context] = {}
 
     def fork(self, context: Context) -> Context:
@@ -353,7 +359,8 @@ class _Writing(Generic[Context]):
         logprobs: list[float] = []
         versions: list[int] = []
         while True:
-            drawn = await self.engine.sample(context, sampling, 1, stop, suppress)
+            most = min(self._at_once, limit - len(tokens))
+            drawn = await self.engine.sample(context, sampling, most, stop, suppress)
             tokens += drawn.tokens
             logprobs += drawn.logprobs
             versions += drawn.versions

@@ -134,7 +134,7 @@ def make_app(
             "status": "ok",
             "running": admission.running,
             "waiting": admission.waiting,
-            "cache_tokens": served.engine.cached_tokens,
+            **served.gauges,
         }
 
     @app.get("/metrics")
@@ -142,7 +142,7 @@ def make_app(
         gauges = {
             "running": admission.running,
             "waiting": admission.waiting,
-            "cache_tokens": served.engine.cached_tokens,
+            **served.gauges,
         }
         return Response(metrics.text(gauges), media_type=CONTENT_TYPE, headers=HEADERS)
 
@@ -151,6 +151,8 @@ def make_app(
         """Whether a request would be taken now, for load balancers; otherwise 503."""
         drain.check()
         admission.check_room()
+        if served.gauges.get("servers_up") == 0:
+            raise ApiError(503, "no rollout server is up", code="no_server", headers={"Retry-After": "5"})
         return {"status": "ready"}
 
     @app.get("/v1/models")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, cast
 
 from megatron_parallel_r1.data.prompts import encode_text, render
 from megatron_parallel_r1.errors import one_line
+from megatron_parallel_r1.rollout.engine import ScoresTokens
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.serve.admission import Limits
 from megatron_parallel_r1.serve.schema import ApiError, ChatRequest, CompletionRequest, Message, Prompts
-from megatron_parallel_r1.serve.served_model import ServedModel
+from megatron_parallel_r1.serve.served_model import ServedModel, cuts_distribution
 from megatron_parallel_r1.utils.seeding import hash_seed
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def engine_request(
             "model_not_found",
         )
     thinking = _thinking(served, limits, request)
+    _check_engine(served, request, thinking)
     if isinstance(request, ChatRequest):
         prompts = [chat_prompt(served.tokenizer, served.template, request.messages)]
         texts = [message.text for message in request.messages]
@@ -124,6 +126,30 @@ def engine_request(
             "max_tokens",
         )
     return built
+
+
+def _check_engine(served: ServedModel, request: ChatRequest | CompletionRequest, thinking: Thinking) -> None:
+    """Raises:
+    ApiError: 400; the request needs what rollout servers cannot do.
+    """
+    what = None
+    if thinking.mode not in served.engine.modes:
+        what = ("parallel.mode", f"servers are exact in {', '.join(sorted(served.engine.modes))}")
+    elif served.engine_name == "vllm" and cuts_distribution(thinking):
+        what = ("top_p" if thinking.top_p < 1 else "top_k", "vLLM servers draw from all tokens only")
+    elif not isinstance(served.engine, ScoresTokens):
+        scores = "servers give the log-probs of drawn tokens alone"
+        if isinstance(request, ChatRequest):
+            what = ("top_logprobs", scores) if request.top_logprobs else None
+        elif request.logprobs:
+            what = ("logprobs", f"{scores}; give 0")
+        elif request.echo and request.logprobs is not None:
+            what = ("echo", scores)
+    if what is not None:
+        field, reason = what
+        raise ApiError(
+            400, f"{field}: the model is on rollout servers; {reason}", field, "unsupported_parameter"
+        )
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message]) -> list[int]:

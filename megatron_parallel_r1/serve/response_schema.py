@@ -163,6 +163,8 @@ class Health(_Body):
     running: int
     waiting: int
     cache_tokens: int
+    servers: int | None = None
+    servers_up: int | None = None
 
 
 class Readiness(_Body):

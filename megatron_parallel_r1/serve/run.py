@@ -6,9 +6,13 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.serve.admission import Limits
+
+if TYPE_CHECKING:
+    from megatron_parallel_r1.serve.engines import EngineChoice
 
 KEY_VARIABLE = "PARALLEL_R1_API_KEY"
 BACKLOG = 2048
@@ -23,6 +27,7 @@ def serve(
     device: str | None = None,
     limits: Limits | None = None,
     drain: float = 20.0,
+    engine: EngineChoice | None = None,
 ) -> None:
     """Serves until it is interrupted.
 
@@ -33,6 +38,7 @@ def serve(
         device: default: the GPU, if there is one.
         limits: None: the defaults.
         drain: time for requests under way to end after SIGTERM, in seconds.
+        engine: None: the native one.
 
     Raises:
         UserError: a package is missing, the checkpoint cannot be read, or the port is not available.
@@ -49,14 +55,14 @@ def serve(
         raise UserError(
             f"serve: {error.name} is not installed; pip install 'megatron_parallel_r1[serve]'"
         ) from None
-    from megatron_parallel_r1.serve.served_model import ServedModel
+    from megatron_parallel_r1.serve.engines import EngineChoice, opened_model
 
     key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
     if key is not None and not key.strip():
         raise UserError(f"serve: the API key is empty; give one, or unset {KEY_VARIABLE}")
     local = is_loopback(host)
-    with _listen(host, port) as listener:
-        served = ServedModel.load(checkpoint, name, device)
+    choice = engine or EngineChoice()
+    with _listen(host, port) as listener, opened_model(checkpoint, name, device, choice) as served:
         draining = Drain()
         app = make_app(served, limits or Limits(), key and key.strip(), local, draining)
         if not local and not key:

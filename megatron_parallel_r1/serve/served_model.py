@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +17,9 @@ from megatron_parallel_r1.data.prompts import template_columns
 from megatron_parallel_r1.data.tokenizers import open_thinking_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.checkpoints import stored_decoding
+from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.rollout.native.engine import NativeEngine
+from megatron_parallel_r1.rollout.servers.engine import ServerEngine
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.thought.tags import Tags
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXAMPLES = 4  # most on the page
+SERVER_DRAW = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +40,11 @@ class ServedModel:
         vocabulary: number of token ids.
         positions: longest sequence, prompt and response together.
         examples: problems of the kind that it was trained on, for the page.
+        engine_name: `native`, `sglang` or `vllm`.
     """
 
     name: str
-    engine: NativeEngine
+    engine: Engine[Any]
     tokenizer: PreTrainedTokenizerBase
     tags: Tags
     thinking: Thinking
@@ -47,17 +52,39 @@ class ServedModel:
     vocabulary: int
     positions: int
     examples: tuple[str, ...] = ()
+    engine_name: str = "native"
+
+    @property
+    def draws_at_once(self) -> int:
+        """Tokens of one draw: a draw of servers is a request."""
+        return 1 if self.engine_name == "native" else SERVER_DRAW
+
+    @property
+    def gauges(self) -> dict[str, float]:
+        """The engine's load: `cache_tokens`, of servers `servers` and `servers_up`."""
+        if isinstance(self.engine, ServerEngine):
+            pool = self.engine.pool.gauges()
+            return {"cache_tokens": 0} | {name: pool[name] for name in ("servers", "servers_up")}
+        return {"cache_tokens": self.engine.cached_tokens if isinstance(self.engine, NativeEngine) else 0}
 
     @classmethod
-    def load(cls, folder: Path, name: str | None = None, device: str | None = None) -> ServedModel:
+    def load(
+        cls,
+        folder: Path,
+        name: str | None = None,
+        device: str | None = None,
+        engine_name: str = "native",
+        connect: Callable[[Thinking], Engine[Any]] | None = None,
+    ) -> ServedModel:
         """Loads a released folder.
 
         Args:
             name: default: the folder's name, or its parent's where the folder is called `release`.
             device: default: the GPU, if there is one.
+            connect: gives the engine, which holds the folder's weights; None: the native one.
 
         Raises:
-            UserError: a file is missing or does not match the others.
+            UserError: a file is missing or does not match the others, or the engine cannot serve it.
         """
         config, tensors = load_hf_folder(folder)
         settings = folder / "thinking.json"
@@ -76,9 +103,17 @@ class ServedModel:
             raise UserError(
                 f"{folder}: the tokenizer has tokens that the model lacks; take both from one run"
             )
-        engine = NativeEngine(config)
-        where = _device(device)
-        engine.load_weights(((key, tensor.to(where)) for key, tensor in tensors), version=0)
+        positions = config.max_positions
+        engine: Engine[Any]
+        if connect is None:
+            engine = NativeEngine(config)
+            where = _device(device)
+            engine.load_weights(((key, tensor.to(where)) for key, tensor in tensors), version=0)
+        else:
+            engine = connect(decoding.thinking)
+            _check_servers(engine, engine_name, decoding.thinking, settings)
+        if isinstance(engine, ServerEngine):
+            positions = min(positions, *(info.max_tokens for info in engine.pool.infos.values()))
         resolved = folder.resolve()
         return cls(
             name=name or (resolved.parent.name if resolved.name == "release" else resolved.name),
@@ -88,9 +123,27 @@ class ServedModel:
             thinking=decoding.thinking,
             template=decoding.template,
             vocabulary=config.vocab,
-            positions=config.max_positions,
+            positions=positions,
             examples=_examples(settings, tokenizer),
+            engine_name=engine_name,
         )
+
+
+def _check_servers(engine: Engine[Any], name: str, thinking: Thinking, settings: Path) -> None:
+    if thinking.mode not in engine.modes:
+        raise UserError(
+            f"{settings}: mode {thinking.mode}, and the {name} servers are exact in "
+            f"{', '.join(sorted(engine.modes))}; start SGLang by serve-rollout --isolated"
+        )
+    if name == "vllm" and cuts_distribution(thinking):
+        raise UserError(
+            f"{settings}: top_p or top_k, and vLLM servers draw from all tokens only; use --engine sglang"
+        )
+
+
+def cuts_distribution(thinking: Thinking) -> bool:
+    """Whether tokens are drawn from the most likely ones only."""
+    return thinking.temperature > 0 and (thinking.top_k > 0 or thinking.top_p < 1)
 
 
 def _examples(settings: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

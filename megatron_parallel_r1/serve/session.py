@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
-from megatron_parallel_r1.rollout.engine import TokenScore
+from megatron_parallel_r1.errors import ServersLost, UserError
+from megatron_parallel_r1.rollout.engine import ScoresTokens, TokenScore
 from megatron_parallel_r1.rollout.thinking import Branch, Thinker
 from megatron_parallel_r1.serve.admission import Admission, Limits
 from megatron_parallel_r1.serve.engine_request import EngineRequest
@@ -147,6 +148,16 @@ class Session:
             )
         except ApiError as error:
             self._error = error
+        except ServersLost as error:
+            LOG.error("%s", error)
+            self._error = ApiError(
+                503, "no rollout server is up", code="no_server", headers={"Retry-After": "30"}
+            )
+        except UserError as error:
+            LOG.error("%s", error)
+            self._error = ApiError(
+                502, "a rollout server refuses the request; the log says why", code="bad_gateway"
+            )
         except Exception:
             LOG.exception("a request failed")
             self._error = ApiError.internal()
@@ -203,6 +214,7 @@ class Session:
             self._prompts.append(context)
             scores: list[TokenScore] = []
             if request.echo and request.alternatives is not None:
+                assert isinstance(engine, ScoresTokens), "checked by `engine_request`"
                 scores = await engine.score(context, tokens, request.alternatives)
             else:
                 await engine.write(context, tokens)
@@ -217,6 +229,7 @@ class Session:
             request.seeds[index],
             observe=queue.put,
             alternatives=request.alternatives or 0,
+            at_once=self._served.draws_at_once,
         )
 
     async def _close_prompts(self) -> None:
