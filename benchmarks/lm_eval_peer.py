@@ -1,13 +1,14 @@
 """lm-evaluation-harness on a served release, beside the harness on the same folder through transformers.
 
     pip install 'lm_eval[api,hf]'       # into an environment that has this project too
-    python -m benchmarks.lm_eval_peer --checkpoint runs/tiny/release [--documents 40] [--device cpu]
+    python -m benchmarks.lm_eval_peer [--checkpoint runs/tiny/release] [--documents 40] [--device cpu]
 
 Starts `parallel-r1 serve`, and runs two tasks with both of the harness's models: `local-completions`, which
 reads log-probs with `echo` and `logprobs`, and `hf`. The tasks need no network: multiple choice
-(`loglikelihood`) and texts (`loglikelihood_rolling`), of random words that the tokenizer knows. Prints the
-largest difference between the log-likelihoods of a request, how many requests are greedy for one model alone,
-and the tasks' own figures; exits with 1 if a difference exceeds `BOUND`.
+(`loglikelihood`) and texts (`loglikelihood_rolling`), of random words that the tokenizer knows. Without a
+checkpoint the model is the demo's with random weights, in float32. Prints the largest difference between the
+log-likelihoods of a request, how many requests are greedy for one model alone, and the tasks' own figures;
+exits with 1 if a difference exceeds `BOUND`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-# Both sum float32 log-probs of up to 200 tokens, about 2e-7 each.
+from benchmarks.embedded_work import EmbeddedWork
+from benchmarks.serve_load import write_model
+
+# The harness's `hf` sums the log-probs of a text in float32: at 1,000 nats, in steps of 6e-5.
 BOUND = 1e-4
 LENGTH = 512
 TASKS = {
@@ -98,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--documents", type=int, default=40)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -108,9 +112,14 @@ def main() -> None:
     from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    folder = str(arguments.checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with tempfile.TemporaryDirectory() as tasks, serving(arguments.checkpoint, arguments.device) as url:
+    with ExitStack() as stack:
+        tasks = stack.enter_context(tempfile.TemporaryDirectory())
+        checkpoint: Path = arguments.checkpoint or Path(tasks) / "model"
+        if not arguments.checkpoint:
+            write_model(checkpoint, EmbeddedWork())
+        url = stack.enter_context(serving(checkpoint, arguments.device))
+        folder = str(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         write_tasks(Path(tasks), known_words(tokenizer), arguments.documents)
         served = {
             "model": None,
