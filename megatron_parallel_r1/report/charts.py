@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from markupsafe import Markup
@@ -90,13 +91,18 @@ def page_charts(runs: Sequence[RunFiles]) -> PageCharts:
     return PageCharts(tuple(groups), Markup(text.replace("<", "\\u003c")))
 
 
-@dataclass(slots=True)
+@dataclass
 class _Builder:
     """Builds charts; `columns` has each distinct list of steps once, by its place in the page's `xs`."""
 
     runs: Sequence[RunFiles]
     columns: dict[tuple[int, ...], int] = field(default_factory=dict)
     spans: dict[Kind, list[tuple[StageSpan, ...]]] = field(default_factory=dict)
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """Names of all metrics."""
+        return frozenset(k for run in self.runs for stage in run.stages for row in stage.metrics for k in row)
 
     @property
     def stages(self) -> dict[Kind, list[list[tuple[str, int, int]]]]:
@@ -110,10 +116,7 @@ class _Builder:
         if panel.kind not in self.spans:
             self.spans[panel.kind] = [spans(run, panel.kind) for run in self.runs]
         by_run = self.spans[panel.kind]
-        keys = frozenset(
-            key for run in self.runs for stage in run.stages for row in stage.metrics for key in row
-        )
-        panel = panel.with_prefixed(keys) if panel.prefix else panel
+        panel = panel.with_prefixed(self.keys)
         curves = [
             (index, label, data)
             for index, run in enumerate(self.runs)
