@@ -81,7 +81,7 @@ def distill(
     model, thinking = run.model(stage), recipe.thinking_of(stage)
     with (
         backends.open(model, thinking, version=0) as backend,
-        StageLog(recipe, stage, folder, done, run.exporter) as log,
+        StageLog(recipe, stage, folder, done, run.exporter, run.resumes) as log,
         JsonlWriter(folder / SAMPLED, through=done) if is_rank_zero() else nullcontext() as sampled,
         interrupts_recorded(),
     ):

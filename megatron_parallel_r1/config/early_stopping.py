@@ -35,23 +35,25 @@ class EarlyStopping(Settings):
     """Ends a stage when the mean of `metric` over the last `window` steps is no better than before."""
 
     metric: str = "reward"
-    """Metric of the step's record to watch."""
+    """Metric of the step's record to watch, or `evaluation/SET/MODE/accuracy` of `evaluate_during`."""
     mode: Literal["max", "min"] = "max"
     """Whether the metric should rise (`max`) or fall (`min`)."""
     window: Steps = 20
-    """Steps of a mean; it is compared with that of the `window` steps before."""
+    """Steps of a mean, of an evaluation's metric evaluations; it is compared with that of the `window` ones
+    before."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """Smallest improvement that counts."""
     min_steps: StepsOrZero = 0
     """Steps that a stage runs in any case."""
 
-    def reached(self, values: Sequence[float]) -> bool:
+    def reached(self, values: Sequence[float], steps: int) -> bool:
         """Returns whether the stage should end.
 
         Args:
-            values: the metric at each step so far.
+            values: the metric at each step, or of each evaluation, so far.
+            steps: steps that count towards `min_steps`.
         """
-        if len(values) < max(2 * self.window, self.min_steps):
+        if len(values) < 2 * self.window or steps < self.min_steps:
             return False
         before, now = fmean(values[-2 * self.window : -self.window]), fmean(values[-self.window :])
         gain = now - before if self.mode == "max" else before - now

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
-from megatron_parallel_r1.config.data import Decontamination, DistilledTraces, ProblemSource, Tokenizer
+from megatron_parallel_r1.config.data import Decontamination, DistilledTraces, Tokenizer
+from megatron_parallel_r1.config.evaluation import Evaluation, EvaluationSet
 from megatron_parallel_r1.config.model import ModelSource
 from megatron_parallel_r1.config.rollout import Rollout
 from megatron_parallel_r1.config.stages import (
@@ -26,21 +27,9 @@ from megatron_parallel_r1.config.stages import (
 from megatron_parallel_r1.data.prompts import template_text
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.evaluation.modes import Decoding, EvaluationMode, decoding_of
 from megatron_parallel_r1.rollout.settings import Thinking
-from megatron_parallel_r1.utils.settings import Count, Settings, Tokens, Unit, first_problem
-
-
-class Evaluation(Settings):
-    """Accuracy on problems that no stage trains on."""
-
-    data: ProblemSource
-    """Problems to evaluate on."""
-    problems: Count = 512
-    """Number of problems."""
-    samples_per_problem: Count = 1
-    """Traces sampled for each problem."""
-    max_concurrent_rollouts: Count = 512
-    """Most traces in flight."""
+from megatron_parallel_r1.utils.settings import Settings, Tokens, Unit, first_problem
 
 
 class Wandb(Settings):
@@ -170,6 +159,7 @@ class Recipe(Settings):
                 raise ValueError("wants an evaluation, but the recipe has no `evaluation`")
             if stage.carry_optimizer and self.start_of(stage) is None:
                 raise ValueError("it is the first: there is no optimizer to carry over")
+            self._check_evaluation_sets(stage)
         if self.rollout.colocated and isinstance(stage, RlStage) and stage.max_off_policy_steps:
             raise ValueError(
                 "max_off_policy_steps draws while the trainer learns, but colocated servers sleep then; set "
@@ -184,6 +174,14 @@ class Recipe(Settings):
         if trains:
             stage.check_thinking(thinking)
 
+    def _check_evaluation_sets(self, stage: TrainingStage) -> None:
+        for name, settings in stage.evaluation_sets.items():
+            try:
+                for mode in settings.modes:
+                    self.decoding_of(stage, settings, mode)
+            except (UserError, ValueError) as error:
+                raise ValueError(f"evaluate_during.sets.{name}: {error}") from None
+
     @property
     def trained_stages(self) -> tuple[SftStage | RlStage, ...]:
         """The stages that train weights, in order; the last one's are released."""
@@ -195,6 +193,31 @@ class Recipe(Settings):
             return self.thinking.replace(**stage.thinking)
         except ValidationError as error:
             raise ValueError(first_problem(error, Thinking, inside="thinking")) from None
+
+    def decoding_of(self, stage: Stage, settings: EvaluationSet, mode: str) -> Decoding:
+        """How a set of `stage.evaluate_during` is decoded in one of its modes.
+
+        Raises:
+            UserError, ValueError: a setting is invalid or contradicts the mode.
+        """
+        try:
+            thinking = self.thinking_of(stage).replace(**settings.thinking)
+        except ValidationError as error:
+            raise ValueError(first_problem(error, Thinking, inside="thinking")) from None
+        if thinking.mode == "sequential" and mode == "parallel":
+            raise ValueError("modes: the stage decodes sequentially; write `modes: [sequential]`")
+        if thinking.temperature == 0 and settings.samples_per_problem > 1:
+            raise ValueError("at temperature 0 all samples of a problem are the same; draw one")
+        return decoding_of(EvaluationMode.of(mode), Decoding(thinking, template_text(self.prompt_template)))
+
+    def evaluations(self) -> dict[str, Evaluation]:
+        """All evaluations, by the recipe key that they stand under."""
+        own = {"evaluation": self.evaluation} if self.evaluation else {}
+        return own | {
+            f"stage {stage.name}, evaluate_during.sets.{name}": settings
+            for stage in self.trained_stages
+            for name, settings in stage.evaluation_sets.items()
+        }
 
     def keeps_checkpoints(self, stage: TrainingStage) -> bool:
         """Whether its checkpoints are kept when the stage is done."""

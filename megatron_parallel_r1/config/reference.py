@@ -79,7 +79,8 @@ def _type(node: dict[str, Any]) -> str:
     if node.get("type") == "array":
         return f"list of {_type(node['items'])}"
     if node.get("type") == "object":
-        return "mapping"
+        values = node.get("additionalProperties")
+        return f"mapping of names to {_type(values)}" if isinstance(values, dict) and values else "mapping"
     name = "path" if node.get("format") == "path" else node.get("type", "any")
     return name + _bounds(node)
 

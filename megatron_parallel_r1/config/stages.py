@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_parallel_r1.config.data import ExampleSource, ProblemSource
 from megatron_parallel_r1.config.early_stopping import WATCHABLE, EarlyStopping
+from megatron_parallel_r1.config.evaluation import EvaluationSet, Name, StageEvaluation
 from megatron_parallel_r1.config.objective import DynamicSampling, Objective
 from megatron_parallel_r1.config.selection import Balance, Check
 from megatron_parallel_r1.errors import UserError
@@ -28,7 +29,6 @@ from megatron_parallel_r1.utils.settings import (
     Unit,
 )
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -70,6 +70,11 @@ class Stage(Settings):
         """Whether the stage needs a rollout engine."""
         return False
 
+    @property
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+        """The sets that the stage is evaluated on while it trains, by name."""
+        return {}
+
     def check_thinking(self, thinking: Thinking) -> None:
         """Checks the stage against its decoding settings, the recipe's and its own together.
 
@@ -89,6 +94,8 @@ class TrainingStage(Stage):
     """End before `steps` when a metric no longer improves; null: never."""
     evaluate: bool = False
     """Evaluate at the end of the stage."""
+    evaluate_during: StageEvaluation | None = None
+    """Evaluate while the stage trains, on sets of its own; null: do not."""
     save_every: Steps = 50
     """Steps between two checkpoints."""
     save_every_minutes: Annotated[float, Field(ge=0), Unit("minutes")] = 20.0
@@ -97,7 +104,8 @@ class TrainingStage(Stage):
     """Checkpoints that are kept."""
     keep_best: bool | str = False
     """Also keep the checkpoint with the best mean of a metric, beyond the stage's end: true (`accuracy` in
-    RL, `loss` in SFT), or the metric, such as `reward`."""
+    RL, `loss` in SFT), or the metric, such as `reward`; `evaluation/SET/MODE/accuracy` is that of a set of
+    `evaluate_during`, and then the checkpoints of evaluated steps are compared."""
     max_bad_steps: Steps = 3
     """Consecutive steps with a loss or gradient that is not finite that end the run; each is skipped."""
 
@@ -114,7 +122,12 @@ class TrainingStage(Stage):
 
     def watchable(self) -> tuple[str, ...]:
         """The metrics that `keep_best` and `early_stopping` can watch."""
-        return WATCHABLE.get(self.kind, ())
+        during = self.evaluate_during.watchable() if self.evaluate_during else ()
+        return (*WATCHABLE.get(self.kind, ()), *during)
+
+    @property
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+        return self.evaluate_during.sets if self.evaluate_during else {}
 
     @property
     def best_metric(self) -> str:
@@ -125,7 +138,7 @@ class TrainingStage(Stage):
 
     @property
     def samples_traces(self) -> bool:
-        return self.kind == "rl" or self.evaluate
+        return self.kind == "rl" or self.evaluate or self.evaluate_during is not None
 
 
 class SftStage(TrainingStage):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.config.data import has_sources
-from megatron_parallel_r1.config.recipe import Evaluation, Recipe
+from megatron_parallel_r1.config.evaluation import Evaluation
+from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import Stage
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.tokenizers import open_thinking_tokenizer
@@ -18,7 +19,6 @@ from megatron_parallel_r1.distributed.parallel_config import check_parallel
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.statistics import Interval, ProblemScores
 from megatron_parallel_r1.model.gpt import Model
-from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.report.traces import trace_record
 from megatron_parallel_r1.rewards.base import Judged
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -110,9 +110,8 @@ def evaluate_stage(
     problems = evaluation_problems(settings.data, settings.problems)
     seed = run.seed_of("evaluation")
     thinking = recipe.thinking_of(stage)
-    with backends.open(model, thinking, step) as backend:
-        backend.engine.load_weights(hf_tensors(model), version=step)
-        thinker = Thinker(backend.engine, run.tags, thinking)
+    with backends.engine_with(model, thinking, step) as engine:
+        thinker = Thinker(engine, run.tags, thinking)
         result = evaluate_held_out(
             thinker, problems, run.tokenizer, verifier, recipe.prompt_template, settings, seed
         )

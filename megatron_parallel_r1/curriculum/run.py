@@ -25,6 +25,7 @@ from megatron_parallel_r1.distributed import process
 from megatron_parallel_r1.distributed.collectives import any_rank_true, barrier, run_on_rank_zero
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import Stopped, UserError
+from megatron_parallel_r1.evaluation.stage_evaluator import StageEvaluator
 from megatron_parallel_r1.model.gpt import Model
 from megatron_parallel_r1.report.evaluation_table import accuracy_text, evaluation_table, seed_table
 from megatron_parallel_r1.rewards.verifier import Verifier
@@ -199,10 +200,11 @@ def _run_stage(
             distill(run, stage, verifier, backends, watchdog)
         return None
     if not is_finished(folder):
+        evaluator = StageEvaluator(run, stage, verifier)
         if isinstance(stage, SftStage):
-            trainer = train_sft(run, run.with_traces(stage), watchdog)
+            trainer = train_sft(run, run.with_traces(stage), backends, watchdog, evaluator)
         else:
-            trainer = train_rl(run, stage, verifier, backends, watchdog)
+            trainer = train_rl(run, stage, verifier, backends, watchdog, evaluator)
         model = trainer.model
         watchdog.set_location(f"stage {stage.name}, its end")
         settings = thinking_json(run.recipe, run.folder, ReleasePoint(stage))

@@ -8,6 +8,8 @@ from contextlib import redirect_stderr
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from megatron_parallel_r1.checkpoint_formats.hf_folder import load_hf_folder
 from megatron_parallel_r1.config.data import DistilledTraces, data_sets
@@ -50,20 +52,25 @@ def check_stage_data(run: RunContext, names: Collection[str]) -> None:
     """
     recipe = run.recipe
     for stage in _unfinished(run, names):
-        if isinstance(stage.data, DistilledTraces):  # as long as an earlier stage may sample them
-            continue
         counts: list[tuple[Settings, int]] = [
             (data, sum(1 for _ in stage_items(recipe, stage, data).in_order()))
             for data in data_sets(stage.data)
         ]
+        if isinstance(stage.data, DistilledTraces):  # as long as an earlier stage may sample them
+            counts = []
+        elif not counts:
+            counts = [(stage.data, EMBEDDED_ITEMS)]
         # Each set of a mixture by itself: all of it is seen, whatever its weight.
-        for data, count in counts or [(stage.data, EMBEDDED_ITEMS)]:
+        for data, count in counts:
             with redirect_stderr(StringIO()):  # the stage itself says what it leaves out
                 _check_items(run, stage.model_copy(update={"data": data}), count)
+        fields = template_columns(recipe.prompt_template)
         if isinstance(stage, TrainingStage) and stage.evaluate and recipe.evaluation is not None:
-            fields = template_columns(recipe.prompt_template)
             held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems, fields)
             _check_prompts(run, stage, held_out)
+        for settings in stage.evaluation_sets.values():
+            held_out = evaluation_problems(settings.data, settings.problems, fields)
+            _check_prompts(run, stage, held_out, settings.thinking)
 
 
 def _check_items(run: RunContext, stage: AnyStage, count: int) -> None:
@@ -107,9 +114,18 @@ def _unfinished(run: RunContext, names: Collection[str]) -> list[AnyStage]:
     return [s for s in run.recipe.stages if s.name in names and not run.was_finished(s.name)]
 
 
-def _check_prompts(run: RunContext, stage: AnyStage, problems: Iterable[Problem]) -> None:
-    """Checks that a response to the longest prompt needs no more positions than the model has."""
-    thinking = run.recipe.thinking_of(stage)
+def _check_prompts(
+    run: RunContext,
+    stage: AnyStage,
+    problems: Iterable[Problem],
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Checks that a response to the longest prompt needs no more positions than the model has.
+
+    Args:
+        changes: to the stage's `thinking`.
+    """
+    thinking = run.recipe.thinking_of(stage).replace(**changes)
     response = thinking.max_response_tokens
     if thinking.mode == "isolated":  # in which the paths of a block share positions
         response = min(response, thinking.max_critical_tokens or response)

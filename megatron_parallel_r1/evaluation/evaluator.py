@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,11 @@ from megatron_parallel_r1.data.tokenizers import open_thinking_tokenizer
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.evaluation.benchmarks import Benchmark
 from megatron_parallel_r1.evaluation.checkpoints import Checkpoint, fingerprint
-from megatron_parallel_r1.evaluation.engines import EngineSpec, OpenedEngine, engine_opener
+from megatron_parallel_r1.evaluation.engines import EngineSpec, engine_opener
 from megatron_parallel_r1.evaluation.modes import EvaluationMode, decoding_of
 from megatron_parallel_r1.evaluation.records import (
     RecordFolder,
+    ResponseRecord,
     SampleRequest,
     response_record,
     sample_requests,
@@ -29,6 +30,7 @@ from megatron_parallel_r1.report.progress import StageProgress
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
 from megatron_parallel_r1.thought.trace import Trace
+from megatron_parallel_r1.utils.seeding import hash_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,11 +106,12 @@ def evaluate(
     }
     records = cache.read()
     # A problem of two benchmarks is drawn once.
-    missing = {r.key: r for requests in wanted.values() for r in requests if r.key not in records}
-    total = len({r.key for requests in wanted.values() for r in requests})
+    everything = shuffled(request for requests in wanted.values() for request in requests)
+    missing = sum(request.key not in records for request in everything)
     label = f"{checkpoint.name} {mode}"
-    if len(missing) < total:
-        console.print(f"{label}  {total - len(missing)} of {total} responses are cached", highlight=False)
+    if missing < len(everything):
+        cached = len(everything) - missing
+        console.print(f"{label}  {cached} of {len(everything)} responses are cached", highlight=False)
     with Verifier() as verifier:
         if missing:
             tokenizer, tags = open_thinking_tokenizer(checkpoint.folder, decoding.thinking.mode)
@@ -119,8 +122,20 @@ def evaluate(
                     thinker = Thinker(opened.engine, tags, decoding.thinking)
                 except ValueError as error:
                     raise UserError(f"{error}; choose another with --set mode=…") from None
-                drawing = _Drawing(thinker, tokenizer, verifier, decoding.template, plan.concurrent)
-                drawing.draw(list(missing.values()), opened, cache, label, total, console)
+                drawing = Drawing(thinker, tokenizer, verifier, decoding.template, plan.concurrent)
+                first, last = (
+                    len(everything) * copy // opened.copies for copy in (opened.copy, opened.copy + 1)
+                )
+                share = everything[first:last]
+                if opened.is_replica_leader:
+                    done = sum(request.key in records for request in share)
+                    with (
+                        cache.writer(opened.copy) as write,
+                        StageProgress(label, len(share), done=done, console=console) as bar,
+                    ):
+                        drawing.draw(share, records, write, bar)
+                else:
+                    drawing.take_part(share, records)
             records = cache.read()
         results = []
         for name, requests in wanted.items():
@@ -130,8 +145,8 @@ def evaluate(
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawing:
-    """Draws, verifies and records responses, each as soon as it is complete."""
+class Drawing:
+    """Draws and verifies responses, each as soon as it is complete."""
 
     thinker: Thinker[Any]
     tokenizer: PreTrainedTokenizerBase
@@ -141,36 +156,34 @@ class _Drawing:
 
     def draw(
         self,
-        missing: Sequence[SampleRequest],
-        opened: OpenedEngine,
-        cache: RecordFolder,
-        label: str,
-        total: int,
-        console: Console,
+        share: Sequence[SampleRequest],
+        finished: Mapping[str, ResponseRecord],
+        write: Callable[[ResponseRecord], None],
+        bar: StageProgress,
     ) -> None:
-        """Draws this process's share of `missing`: neighbours, so that a copy writes their prompt once."""
-        start, stop = (len(missing) * copy // opened.copies for copy in (opened.copy, opened.copy + 1))
-        share = missing[start:stop]
-        if not opened.is_replica_leader:
-            self._roll_out(share, None)
-            return
-        cached = total - len(missing)
-        drawn = right = parallel = 0
+        """Draws what is missing of one replica's share; its leader calls it.
+
+        Args:
+            share: in the order of `shuffled`.
+            finished: records by key.
+            write: keeps a new record; one call at a time.
+        """
+        running = RunningScore([finished.get(request.key) for request in share])
+        places = [place for place, request in enumerate(share) if request.key not in finished]
+        missing = [share[place] for place in places]
         lock = threading.Lock()
-        bar = StageProgress(label, cached + len(share), done=cached, console=console)
-        with cache.writer(opened.copy) as write, bar:
 
-            def keep(index: int, trace: Trace) -> None:
-                nonlocal drawn, right, parallel
-                record = response_record(share[index], trace, self.tokenizer, self.verifier)
-                with lock:
-                    write(record)
-                    drawn, right, parallel = drawn + 1, right + record.correct, parallel + (record.blocks > 0)
-                    bar.update(
-                        cached + drawn, {"accuracy": right / drawn, "parallel_ratio": parallel / drawn}
-                    )
+        def keep(index: int, trace: Trace) -> None:
+            record = response_record(missing[index], trace, self.tokenizer, self.verifier)
+            with lock:
+                write(record)
+                bar.update(*running.finish(places[index], record))
 
-            self._roll_out(share, keep)
+        self._roll_out(missing, keep)
+
+    def take_part(self, share: Sequence[SampleRequest], finished: Mapping[str, ResponseRecord]) -> None:
+        """Draws the same as the leader of this rank's replica, whose model it shares."""
+        self._roll_out([request for request in share if request.key not in finished], None)
 
     def _roll_out(
         self, share: Sequence[SampleRequest], on_trace: Callable[[int, Trace], None] | None
@@ -178,3 +191,43 @@ class _Drawing:
         prompts = [encode_prompt(self.tokenizer, self.template, r.problem) for r in share]
         seeds = [request.seed for request in share]
         asyncio.run(roll_out(self.thinker, prompts, seeds, self.concurrent, on_trace=on_trace))
+
+
+def shuffled(requests: Iterable[SampleRequest]) -> list[SampleRequest]:
+    """Different requests in an order of problems that says nothing about them; samples of one are neighbours.
+
+    A problem whose key stands twice is drawn once.
+    """
+    different = {request.key: request for request in requests}
+    return sorted(different.values(), key=lambda r: (hash_seed(r.identity), r.identity, r.sample))
+
+
+class RunningScore:
+    """Figures of an evaluation under way, over the finished responses that no unfinished one precedes.
+
+    Those that are finished first are the short ones, and mostly right: their accuracy is too high. The first
+    n of a shuffled order are a random sample, whatever their lengths.
+
+    Args:
+        records: of each response in its shuffled order, None if it is not finished.
+    """
+
+    def __init__(self, records: Sequence[ResponseRecord | None]) -> None:
+        self._records = list(records)
+        self._finished = sum(record is not None for record in records)
+        self._counted = self._right = self._parallel = 0
+
+    def finish(self, place: int, record: ResponseRecord) -> tuple[int, dict[str, float | None]]:
+        """Adds a response; returns the number of finished ones and the figures of the first `counted`."""
+        self._records[place] = record
+        self._finished += 1
+        while self._counted < len(self._records) and (first := self._records[self._counted]) is not None:
+            self._counted += 1
+            self._right += first.correct
+            self._parallel += first.blocks > 0
+        count = self._counted or None
+        return self._finished, {
+            "accuracy": self._right / count if count else None,
+            "parallel_ratio": self._parallel / count if count else None,
+            "counted": self._counted,
+        }

@@ -7,6 +7,8 @@ Shapes: R responses of a step, in groups that answer one prompt each.
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.distributed.collectives import background_groups
 from megatron_parallel_r1.distributed.watchdog import Watchdog
@@ -16,25 +18,30 @@ from megatron_parallel_r1.rl.learner import Learner
 from megatron_parallel_r1.rl.metrics import sample_traces
 from megatron_parallel_r1.rl.reference import update_reference
 from megatron_parallel_r1.rl.rollout_batch import drop_stale
-from megatron_parallel_r1.rl.rollout_queue import open_queue
+from megatron_parallel_r1.rl.rollout_queue import lent_engine, open_queue
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.run.backends import Backends
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.datasets import problem_stream
 from megatron_parallel_r1.run.guard import SKIPPED
-from megatron_parallel_r1.run.stage_loop import StageLoop
+from megatron_parallel_r1.run.stage_loop import Evaluator, StageLoop
 from megatron_parallel_r1.train.trainer import Trainer
 from megatron_parallel_r1.utils.timers import Timers
 
 
 def train_rl(
-    run: RunContext, stage: RlStage, verifier: Verifier, backends: Backends, watchdog: Watchdog
+    run: RunContext,
+    stage: RlStage,
+    verifier: Verifier,
+    backends: Backends,
+    watchdog: Watchdog,
+    evaluator: Evaluator,
 ) -> Trainer:
     """Trains an RL stage and returns its trainer."""
     trainer, timers, colocated = run.trainer(stage), Timers(), run.recipe.rollout.colocated
     problems = problem_stream(run.recipe, stage, run.seed_of(stage.name, "data"), run.prompt_tokens)
     with (
-        StageLoop(run, stage, trainer, watchdog) as loop,
+        StageLoop(run, stage, trainer, watchdog, evaluator) as loop,
         trainer.memory.offloaded_around(colocated),
         background_groups(run.recipe.collective_timeout_s, stage.max_off_policy_steps > 0) as (
             tensor_group,
@@ -49,7 +56,8 @@ def train_rl(
             open_queue(worker, stage, loop.done, loop.restored("in_flight")) as rollouts,
             run.exporter.following(rollouts, backend),
         ):
-            for step, lr in loop.steps({"in_flight": rollouts, "stream": problems}):
+            engine_at = partial(lent_engine, rollouts, backend, trainer.model)  # for evaluations
+            for step, lr in loop.steps({"in_flight": rollouts, "stream": problems}, engine_at):
                 with timers.of("rollout"):
                     # Colocated servers and the trainer take turns with the GPUs' memory, line by line.
                     if colocated:

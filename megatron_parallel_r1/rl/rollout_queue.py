@@ -21,7 +21,8 @@ the batches of the previous weights, then brings the new ones. `partial_rollout`
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -29,10 +30,13 @@ import torch
 
 from megatron_parallel_r1.config.stages import RlStage
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rl.pending import from_json, to_json
 from megatron_parallel_r1.rl.rollout_batch import RolloutBatch
 from megatron_parallel_r1.rl.rollout_worker import RolloutWorker
 from megatron_parallel_r1.rollout.engine import Engine
+from megatron_parallel_r1.run.backends import Backend
 from megatron_parallel_r1.utils.rank import is_rank_zero
 from megatron_parallel_r1.utils.timers import Timers
 
@@ -50,6 +54,10 @@ class RolloutQueue(Protocol):
 
     def next_batch(self, step: int) -> RolloutBatch:
         """Returns the batch of the next step, or raises the error that its rollout raised."""
+        ...
+
+    def wait(self) -> None:
+        """Waits until no rollout is under way, and none will be until the next weights are published."""
         ...
 
     def state(self) -> list[dict[str, Any]]:
@@ -101,6 +109,17 @@ def open_queue(
     )
 
 
+@contextmanager
+def lent_engine(
+    rollouts: RolloutQueue, backend: Backend, model: Model, version: int
+) -> Iterator[Engine[Any]]:
+    """Lends the engine of an RL stage between two steps, with the weights after step `version`."""
+    rollouts.wait()
+    backend.engine.load_weights(hf_tensors(model), version)
+    yield backend.engine
+    backend.sleep()
+
+
 class SyncRollouts:
     """Rolls out each batch when the loop takes it, with the weights just published.
 
@@ -123,6 +142,9 @@ class SyncRollouts:
     def next_batch(self, step: int) -> RolloutBatch:
         with self._timers.of("wait"):
             return self._make_batch(step)
+
+    def wait(self) -> None:
+        return None
 
     def state(self) -> list[dict[str, Any]]:
         return []
@@ -212,6 +234,10 @@ class AsyncRollouts:
             self._wait_for(lambda: step in self._ready)
             self._taken = step
             return self._ready.pop(step)
+
+    def wait(self) -> None:
+        with self._changed:
+            self._pending()
 
     def state(self) -> list[dict[str, Any]]:
         with self._changed:

@@ -25,6 +25,7 @@ from megatron_parallel_r1.distributed.collectives import (
 from megatron_parallel_r1.distributed.parallel_config import check_native_split
 from megatron_parallel_r1.errors import ServersLost, UserError
 from megatron_parallel_r1.model.gpt import Model
+from megatron_parallel_r1.model.weights import hf_tensors
 from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.rollout.servers.client import Timeouts
 from megatron_parallel_r1.rollout.servers.engine import ServerEngine, check_checkpoint, connect_pool
@@ -96,7 +97,9 @@ class ServerBackend:
     ) -> None:
         self.engine = ServerEngine(pool, self._publish)
         self._pool, self._publisher, self._rollout, self._own = pool, publisher, rollout, own
-        self._published = self._ahead = published
+        self._published = published
+        # Version of the weights that all servers have, None if they have none of this trainer.
+        self._current = published.version if published else None
         self._known = set(pool.infos)
         self._asleep = False
 
@@ -104,7 +107,7 @@ class ServerBackend:
         if self._rollout.colocated and not self._asleep:
             self._publisher.release()
             self._own.rest()
-            self._asleep = True
+            self._asleep, self._current = True, None
 
     def end(self) -> None:
         """Leaves colocated servers asleep."""
@@ -130,7 +133,10 @@ class ServerBackend:
         return self._pool.gauges()
 
     def _publish(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Publishes the model's weights, which the publisher reads itself: `tensors` is not iterated."""
+        """Publishes the model's weights, which the publisher reads itself: `tensors` is not iterated.
+
+        Servers that are awake and have them already get nothing: an evaluation may come before the rollout.
+        """
         if self._asleep:
             self._own.wake(self._rollout.patience_s)
         # The run's own servers are known from the start.
@@ -139,11 +145,11 @@ class ServerBackend:
             self._publisher.remove(url)
         for url in urls - self._known:
             self._publisher.add(_control(self._rollout, url))
+            self._current = None
         self._known = urls
-        if self._published is None or self._ahead is None or self._ahead.version != version:
+        if self._published is None or self._current != version:
             self._published = self._publisher.publish(version)
-        self._ahead, self._asleep = None, False
-        assert self._published is not None
+        self._current, self._asleep = version, False
         self._pool.set_version(version, self._published.up_to_date)
 
 
@@ -238,6 +244,13 @@ class Backends:
             raise
         backend.end()
         self._slept = backend.engine.version if rollout.colocated else None
+
+    @contextmanager
+    def engine_with(self, model: Model, thinking: Thinking, version: int) -> Iterator[Engine[Any]]:
+        """Opens a backend whose engine holds the model's weights; raises as `open`."""
+        with self.open(model, thinking, version) as backend:
+            backend.engine.load_weights(hf_tensors(model), version)
+            yield backend.engine
 
     def _start_servers(self, model: Model, thinking: Thinking) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Starts servers with the current weights; returns the URLs of all, and of those beside this rank."""

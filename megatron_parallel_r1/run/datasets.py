@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
 from megatron_parallel_r1.config.data import (
@@ -70,8 +71,7 @@ def check_sources(recipe: Recipe) -> None:
     """
     fields = template_columns(recipe.prompt_template)
     sources: list[Settings] = [stage.data for stage in recipe.stages]
-    if recipe.evaluation is not None:
-        sources.append(recipe.evaluation.data)
+    sources += [settings.data for settings in recipe.evaluations().values()]
     generated = [source for source in sources if not isinstance(source, DistilledTraces)]
     if fields and not all(map(data_sets, generated)):
         raise UserError(f"prompt_template: shows {', '.join(fields)}, but embedded problems have no columns")
@@ -91,13 +91,13 @@ def check_sources(recipe: Recipe) -> None:
                 columns = dict.fromkeys(name for problem in problems for name in problem.columns)
                 for term in terms:
                     term.check_columns(columns)
-    if recipe.evaluation is not None:
-        held_out = evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems, fields)
+    for where, settings in recipe.evaluations().items():
+        held_out = evaluation_problems(settings.data, settings.problems, fields)
         evaluated = {problem.prompt for problem in held_out}
         for name, prompts in trained_on.items():
             if seen := evaluated & prompts:
                 raise UserError(
-                    f"evaluation: stage {name} trains on {len(seen)} of its {len(evaluated)} problems, "
+                    f"{where}: stage {name} trains on {len(seen)} of its {len(evaluated)} problems, "
                     f"such as {min(seen)[:60]!r}; evaluate on others"
                 )
     if isinstance(recipe.tokenizer, BpeTokenizer):
@@ -131,19 +131,25 @@ class DataDigest:
 
 
 def data_digests(recipe: Recipe) -> dict[str, DataDigest]:
-    """The digest of each stage's data sets, and of the evaluation's; embedded data have none."""
+    """The digest of each stage's data sets, and of the evaluation's; embedded data have none.
+
+    Those of a stage include what it is evaluated on while it trains.
+    """
     template = recipe.prompt_template
-    digests = {
-        stage.name: DataDigest.of(
-            (item for data in sets for item in stage_items(recipe, stage, data).in_order()),
-            template,
-            with_columns=isinstance(stage, RlStage) and bool(stage.reward.make().user_terms),
+    fields = template_columns(template)
+    digests = {}
+    for stage in recipe.stages:
+        trained = (stage_items(recipe, stage, data).in_order() for data in data_sets(stage.data))
+        evaluated = (
+            evaluation_problems(settings.data, settings.problems, fields)
+            for settings in stage.evaluation_sets.values()
+            if data_sets(settings.data)
         )
-        for stage in recipe.stages
-        if (sets := data_sets(stage.data))
-    }
+        with_columns = isinstance(stage, RlStage) and bool(stage.reward.make().user_terms)
+        digest = DataDigest.of(chain.from_iterable(chain(trained, evaluated)), template, with_columns)
+        if digest.items:
+            digests[stage.name] = digest
     if recipe.evaluation is not None and data_sets(recipe.evaluation.data):
-        fields = template_columns(template)
         digests[EVALUATION] = DataDigest.of(
             evaluation_problems(recipe.evaluation.data, recipe.evaluation.problems, fields), template
         )

@@ -4,7 +4,7 @@
              seeds.json    all seeds                         eval.jsonl    one record per evaluation
              state.json    the run's id, digests of data     run.lock*     while commands use it
              tokenizer/    with the tags
-             <stage>/      metrics.jsonl, tensorboard/, traces.jsonl, eval_traces.jsonl,
+             <stage>/      metrics.jsonl, evaluations.jsonl, tensorboard/, traces.jsonl, eval_traces.jsonl,
                            checkpoints/ while it runs, model/ once it is finished; of kind distill
                            sampled.jsonl, and at its end traces.parquet, report.md, report.json
              release/      the released checkpoint           report.html
@@ -95,7 +95,8 @@ def is_resumable(
     written = folder / "config.yaml"
     if not folder.is_dir() or not (written.is_file() and (folder / "stages.json").is_file()):
         raise UserError(f"{folder} exists but is not a run folder; choose another name or out")
-    steps = sum(1 for file in folder.glob("*/metrics.jsonl") for _ in file.open("rb"))
+    logs = ("*/metrics.jsonl", f"*/{EVALUATIONS}")
+    steps = sum(1 for log in logs for file in folder.glob(log) for _ in file.open("rb"))
     saved = any(map(is_finished, folder.iterdir())) or has_checkpoint(folder, "*")
     saved = saved or any(folder.glob(f"*/{SAMPLED}"))
     if fresh or not (saved or steps):
@@ -233,6 +234,8 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 STATE = "state.json"
 # In the folder of a stage that distils: its sampled traces so far, from which it resumes.
 SAMPLED = "sampled.jsonl"
+# In a stage's folder, a record for each evaluation while it trains.
+EVALUATIONS = "evaluations.jsonl"
 
 
 def steps_done(folder: Path, stage: Stage) -> int:

@@ -17,7 +17,7 @@ from megatron_parallel_r1.config.data import (
     ProblemSource,
     data_sets,
 )
-from megatron_parallel_r1.config.recipe import Evaluation, Recipe
+from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import AnyStage, SftStage
 from megatron_parallel_r1.data import readers
 from megatron_parallel_r1.data.account import RowAccount, account_table
@@ -94,7 +94,8 @@ def contamination(recipe: Recipe, data: DataSet, is_sft: bool) -> Contamination:
     assert recipe.decontamination is not None
     fields = template_columns(recipe.prompt_template)
     format = format_of(recipe.thinking.format)
-    return _overlap(data, is_sft, recipe.decontamination, recipe.evaluation, fields, format)
+    held_out = tuple((settings.data, settings.problems) for settings in recipe.evaluations().values())
+    return _overlap(data, is_sft, recipe.decontamination, held_out, fields, format)
 
 
 @lru_cache(maxsize=16)
@@ -102,13 +103,14 @@ def _overlap(
     source: DataSet,
     is_sft: bool,
     settings: Decontamination,
-    evaluation: Evaluation | None,
+    evaluations: tuple[tuple[ProblemSource, int], ...],
     fields: tuple[str, ...],
     format: ThinkingFormat,
 ) -> Contamination:
-    held_out = [problem for data in settings.against for problem in read_problems(data, ()).in_order()]
-    if evaluation is not None and data_sets(evaluation.data):
-        held_out += evaluation_problems(evaluation.data, evaluation.problems, fields)
+    held_out = [problem for other in settings.against for problem in read_problems(other, ()).in_order()]
+    for data, count in evaluations:
+        if data_sets(data):
+            held_out += evaluation_problems(data, count, fields)
     trained = (
         (example.problem for example in read_examples(source, fields, format).in_order())
         if is_sft

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
@@ -14,12 +15,19 @@ from typing import Any, Literal, NoReturn, Protocol
 
 from megatron_parallel_r1.config.early_stopping import FALLING
 from megatron_parallel_r1.config.stages import RlStage, SftStage
-from megatron_parallel_r1.distributed.collectives import all_gather_objects, largest_each
+from megatron_parallel_r1.distributed.collectives import (
+    all_gather_objects,
+    any_rank_true,
+    largest_each,
+    run_on_rank_zero,
+)
 from megatron_parallel_r1.distributed.stragglers import StragglerWatch
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import Stopped, UserError
+from megatron_parallel_r1.report.progress import StageProgress
+from megatron_parallel_r1.rollout.engine import Engine
 from megatron_parallel_r1.run.context import RunContext
-from megatron_parallel_r1.run.folder import steps_done
+from megatron_parallel_r1.run.folder import EVALUATIONS, steps_done
 from megatron_parallel_r1.run.guard import Guard
 from megatron_parallel_r1.run.lock import check_lock, stage_lock
 from megatron_parallel_r1.run.stage_log import StageLog
@@ -27,6 +35,7 @@ from megatron_parallel_r1.train.checkpoints.folder import Checkpoints
 from megatron_parallel_r1.train.trainer import LrSchedule, Trainer
 from megatron_parallel_r1.utils.exit import stop_signal_pending
 from megatron_parallel_r1.utils.interrupts import interrupts_recorded
+from megatron_parallel_r1.utils.jsonl import read_jsonl
 from megatron_parallel_r1.utils.rank import is_rank_zero, rank, world_size
 
 
@@ -48,14 +57,35 @@ class Restorable(Protocol):
     def restore(self, state: Any) -> None: ...
 
 
+# Opens an engine that holds the weights after a step.
+EngineAt = Callable[[int], AbstractContextManager[Engine[Any]]]
+
+
+class Evaluator(Protocol):
+    """Evaluates a stage while it trains (`evaluation/stage_evaluator.py`)."""
+
+    def measure(
+        self, step: int, name: str, mode: str, engine: Engine[Any], progress: StageProgress
+    ) -> dict[str, Any]:
+        """Returns the record of a set in a mode; every rank calls it and gets it."""
+        ...
+
+    def forget_all_but(self, step: int | None) -> None:
+        """Deletes what unfinished evaluations of other steps have left."""
+        ...
+
+
 class StageLoop:
     """Restores the trainer from the last checkpoint and continues after it.
 
-        with StageLoop(run, stage, trainer, watchdog) as loop:
+        with StageLoop(run, stage, trainer, watchdog, evaluator) as loop:
             loop.restore("stream", stream)
-            for step, lr in loop.steps({"stream": stream}):
+            for step, lr in loop.steps({"stream": stream}, engine_at):
                 ...
                 loop.end(step, metrics)
+
+    Where the stage has `evaluate_during`, `steps` evaluates before the first step and after those that are
+    due. Their checkpoint is saved first: a run that is stopped or killed meanwhile resumes in the evaluation.
 
     Attributes:
         done: last finished step, 0 if the stage begins.
@@ -63,17 +93,22 @@ class StageLoop:
     """
 
     def __init__(
-        self, run: RunContext, stage: SftStage | RlStage, trainer: Trainer, watchdog: Watchdog
+        self,
+        run: RunContext,
+        stage: SftStage | RlStage,
+        trainer: Trainer,
+        watchdog: Watchdog,
+        evaluator: Evaluator,
     ) -> None:
-        self._stage, self._trainer, self._watchdog = stage, trainer, watchdog
-        self._run_folder = run.folder
+        self._stage, self._trainer, self._watchdog, self._evaluator = stage, trainer, watchdog, evaluator
+        self._run_folder, self._colocated = run.folder, run.recipe.rollout.colocated
         self._schedule = LrSchedule(
             stage.optimizer.lr, stage.optimizer.warmup_steps, stage.optimizer.final_lr_fraction
         )
         folder = run.stage_folder(stage.name)
         self._keeps_last = run.recipe.keeps_checkpoints(stage)
         self._metric = stage.best_metric
-        better: Literal["min", "max"] = "min" if self._metric in FALLING else "max"
+        better: Literal["min", "max"] = "min" if self._metric.rpartition("/")[2] in FALLING else "max"
         self._checkpoints = Checkpoints(
             checkpoint_folder(folder), stage.keep_last, better if stage.keep_best else None
         )
@@ -81,14 +116,18 @@ class StageLoop:
         if not self.done and stage.carry_optimizer:
             self._carry_over(run, run.recipe.start_of(stage) or "")
         self._stateful: Mapping[str, Stateful] = {}
-        self._watched: list[float] = self._restored.get("watched", [])
+        self._evaluations: list[dict[str, Any]] = []
+        self._watched: list[float] = [] if self._watches_evaluations else self._restored.get("watched", [])
         self._since_save: list[float] = self._restored.get("since_save", [])
         self._saved = self._finished = self.done
         self._saved_at = monotonic()
         self._updates = 0
         self.guard = Guard(stage, folder, self.done)
         self.restore("guard", self.guard)
-        self._log = StageLog(run.recipe, stage, folder, self.done, run.exporter)
+        self._log = StageLog(run.recipe, stage, folder, self.done, run.exporter, run.resumes)
+        evaluator.forget_all_but(self.done if run.resumes else None)
+        for record in run_on_rank_zero(partial(read_jsonl, folder / EVALUATIONS, missing_ok=True)):
+            self._take_in(record)
         self._stragglers = StragglerWatch(all_gather_objects(platform.node()))
         self._slowest: dict[str, Any] = {}
         self._ended = self.done >= stage.steps or self._may_end()
@@ -103,16 +142,18 @@ class StageLoop:
         if name in self._restored:
             part.restore(self._restored[name])
 
-    def steps(self, stateful: Mapping[str, Stateful]) -> Iterator[tuple[int, float]]:
-        """Yields each remaining step and its learning rate.
+    def steps(self, stateful: Mapping[str, Stateful], engine_at: EngineAt) -> Iterator[tuple[int, float]]:
+        """Yields each remaining step and its learning rate; evaluates before and after them.
 
         Args:
             stateful: parts whose state each checkpoint saves, read in this order.
+            engine_at: for evaluations.
 
         Raises:
             Stopped: a rank received a stop signal. The last step is saved, unless it was skipped.
         """
         self._stateful = stateful
+        self._evaluate(self.done, engine_at)
         for step in range(self.done + 1, self._stage.steps + 1):
             if self._ended:
                 return
@@ -127,6 +168,7 @@ class StageLoop:
                 self._save_extra(step - 1)
             self._watchdog.set_location(f"stage {self._stage.name}, step {step}")
             yield step, self._schedule.at(step, self._stage.steps)
+            self._evaluate(step, engine_at)
 
     def end(self, step: int, metrics: dict[str, Any], traces: Sequence[dict[str, Any]] = ()) -> None:
         """Logs a step, saves a checkpoint if one is due, and decides whether the stage ends here."""
@@ -149,9 +191,55 @@ class StageLoop:
                 "lower its optimizer.lr and resume from its last checkpoint with --adapt"
             )
         is_due = self._keeps_last if self._ended else step % stage.save_every == 0
+        is_due = is_due or self._is_evaluated(step)
         # While steps are being skipped, the weights themselves may be the cause: save none of them.
         if is_due and not self.guard.bad_in_a_row:
             self._save(step)
+
+    def _is_evaluated(self, step: int) -> bool:
+        settings = self._stage.evaluate_during
+        return settings is not None and settings.is_due(step, self._ended) and not self.guard.bad_in_a_row
+
+    def _evaluate(self, step: int, engine_at: EngineAt) -> None:
+        """Evaluates the weights after `step`, if that is due, on the sets that have no record yet.
+
+        Raises:
+            Stopped: a rank received a stop signal. The step is saved, and so are the records so far.
+        """
+        if not self._is_evaluated(step):
+            return
+        measured = {(each["set"], each["mode"]) for each in self._evaluations if each["step"] == step}
+        wanted = ((name, mode) for name, each in self._stage.evaluation_sets.items() for mode in each.modes)
+        if missing := [pair for pair in wanted if pair not in measured]:
+            self._watchdog.set_location(f"stage {self._stage.name}, evaluation after step {step}")
+            self._checkpoints.settle()
+            if self._colocated:
+                self._trainer.memory.offload()
+            stops = False
+            with engine_at(step) as engine:
+                for name, mode in missing:
+                    self._take_in(self._evaluator.measure(step, name, mode, engine, self._log.progress))
+                    self._log.evaluation(self._evaluations[-1])
+                    (stops,) = any_rank_true([stop_signal_pending()], self._trainer.device)
+                    if stops:
+                        break
+            if self._colocated:
+                self._trainer.memory.onload()
+            if stops:
+                self._stop_after(step)
+            self._checkpoints.prune()
+        self._evaluator.forget_all_but(None)
+        self._ended = self._ended or self._may_end()
+
+    def _take_in(self, record: dict[str, Any]) -> None:
+        """Takes in an evaluation's record, of this start or of an earlier one."""
+        self._evaluations.append(record)
+        prefix = f"evaluation/{record['set']}/{record['mode']}/"
+        rule = self._stage.early_stopping
+        if rule is not None and rule.metric.startswith(prefix):
+            self._watched.append(record[rule.metric.removeprefix(prefix)])
+        if self._metric.startswith(prefix):
+            self._checkpoints.rate(record["step"], record[self._metric.removeprefix(prefix)])
 
     def _meet(self, flags: Sequence[bool]) -> list[bool]:
         """Reduces `flags` with a logical OR over all ranks, and compares the ranks' last steps on the way."""
@@ -177,7 +265,16 @@ class StageLoop:
             )
 
     def _may_end(self) -> bool:
-        return self._stage.early_stopping is not None and self._stage.early_stopping.reached(self._watched)
+        rule = self._stage.early_stopping
+        if rule is None:
+            return False
+        steps = self._finished if self._watches_evaluations else len(self._watched)
+        return rule.reached(self._watched, steps)
+
+    @property
+    def _watches_evaluations(self) -> bool:
+        rule = self._stage.early_stopping
+        return rule is not None and rule.metric.startswith("evaluation/")
 
     def _stop_after(self, step: int) -> NoReturn:
         """Stops the stage after saving the step, unless it was skipped or is saved already."""

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.errors import UserError
 from megatron_parallel_r1.run.folder import RunState
+from megatron_parallel_r1.run.scalars import scalars
 
 
 class WandbLog:
@@ -20,15 +21,9 @@ class WandbLog:
         self._run = run
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Logs the numbers of a step's record as `<kind>/<metric>`."""
-        if self._run is None:
-            return
-        numbers = {
-            f"{record['kind']}/{name}": value
-            for name, value in record.items()
-            if isinstance(value, int | float) and name not in ("step", "steps")
-        }
-        self._run.log(numbers, step=record["step"])
+        """Logs the numbers of a record."""
+        if self._run is not None:
+            self._run.log(scalars(record), step=record["step"])
 
 
 def check_wandb(recipe: Recipe) -> None:

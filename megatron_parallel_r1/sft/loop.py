@@ -22,10 +22,11 @@ from megatron_parallel_r1.data.sampler import ProblemStream
 from megatron_parallel_r1.distributed.collectives import sum_metrics
 from megatron_parallel_r1.distributed.watchdog import Watchdog
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.run.backends import Backends
 from megatron_parallel_r1.run.context import RunContext
 from megatron_parallel_r1.run.datasets import example_rows, held_out_examples
 from megatron_parallel_r1.run.guard import SKIPPED
-from megatron_parallel_r1.run.stage_loop import StageLoop
+from megatron_parallel_r1.run.stage_loop import Evaluator, StageLoop
 from megatron_parallel_r1.thought.layout import Mode, Row, lay_out
 from megatron_parallel_r1.thought.parser import ParseError, parse
 from megatron_parallel_r1.thought.tags import Tags
@@ -36,13 +37,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def train_sft(run: RunContext, stage: SftStage, watchdog: Watchdog) -> Trainer:
+def train_sft(
+    run: RunContext, stage: SftStage, backends: Backends, watchdog: Watchdog, evaluator: Evaluator
+) -> Trainer:
     """Trains a supervised stage and returns its trainer."""
     trainer, examples, held_out = run.trainer(stage), example_stream(run, stage), held_out_rows(run, stage)
     micro_tokens, tag_ids = run.recipe.max_tokens_per_micro_batch, run.tags.ids
-    with StageLoop(run, stage, trainer, watchdog) as loop:
+    engine_at = partial(backends.engine_with, trainer.model, run.recipe.thinking_of(stage))  # for evaluations
+    with StageLoop(run, stage, trainer, watchdog, evaluator) as loop:
         loop.restore("stream", examples)
-        for step, lr in loop.steps({"stream": examples}):
+        for step, lr in loop.steps({"stream": examples}, engine_at):
             start = time.monotonic()
             examples.begin_step(step)
             batch = SftBatch(examples.next_batch(stage.examples_per_step))

@@ -79,6 +79,21 @@ def test_servers_sleep_from_one_stage_to_the_next(tmp_path: Path) -> None:
     assert fakes.calls[0] == "offload"
 
 
+def test_a_stage_is_evaluated_by_its_servers(tmp_path: Path, whole: Path) -> None:
+    data = "{data: {source: embedded, kind: easy}, problems: 6}"
+    words = [f"stages.{stage}.evaluate_during={{sets: {{easy: {data}}}}}" for stage in ("cold_start", "rl")]
+    fakes = Fakes(1)
+    folder = go(recipe_of(tmp_path / "servers", *words), fakes)
+    native = run(recipe_with(tmp_path / "native", *SHORT, *words))[0].folder
+    for stage in ("cold_start", "rl"):
+        ours, theirs = (
+            [json.loads(line) | {"time_s": 0} for line in (each / stage / "evaluations.jsonl").open()]
+            for each in (folder, native)
+        )
+        assert ours == theirs and len(ours) == 2
+    assert_equal(folder, whole)
+
+
 @pytest.mark.parametrize("point", ["kv_cache", "draw", "release"])
 def test_one_of_two_servers_lost_at_any_point_costs_nothing(point: str, tmp_path: Path, whole: Path) -> None:
     fakes = Fakes(2, point, skips=1)

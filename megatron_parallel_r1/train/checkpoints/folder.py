@@ -69,6 +69,7 @@ class Checkpoints:
         self._keep_last = keep_last
         self._keep_best = keep_best
         self._underway: _Underway | None = None
+        self._rated: dict[int, float] = {}
 
     def save(self, trainer: Trainer, step: int, state: dict[str, Any], score: float | None = None) -> None:
         """Starts saving the current weights, optimizer and `state` (JSON), after `step`.
@@ -91,6 +92,14 @@ class Checkpoints:
         self._underway = _Underway(
             CheckpointWriter(work, parts, extra_states(trainer.model), about), work, final, trainer.device
         )
+
+    def rate(self, step: int, score: float) -> None:
+        """Sets the score of a step's checkpoint, which `save` had none for; it is not kept on disk."""
+        self._rated[step] = score
+
+    def prune(self) -> None:
+        """Deletes the checkpoints that are no longer to be kept, as every new one does."""
+        run_on_rank_zero(self._delete_old)
 
     def poll(self) -> None:
         """Completes the pending checkpoint if all ranks have written it; does nothing without one.
@@ -182,6 +191,9 @@ class Checkpoints:
             self._delete(final)
         work.rename(final)
         fsync_path(self._folder)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
         complete = self._complete()
         keep = {*complete[-self._keep_last :], *self._best(complete)}
         for old in complete:
@@ -195,9 +207,17 @@ class Checkpoints:
         scored = [
             (sign * score, place)
             for place, path in enumerate(complete)
-            if (score := _score(path)) is not None
+            if (score := self._score(path)) is not None
         ]
         return [complete[max(scored)[1]]] if scored else []
+
+    def _score(self, folder: Path) -> float | None:
+        try:
+            manifest = read_manifest(folder)
+        except Damaged:
+            return None
+        score = self._rated.get(manifest.step, manifest.score)
+        return score if score is not None and math.isfinite(score) else None
 
     def _delete(self, folder: Path) -> None:
         """Renames before it deletes, so that a run killed here leaves no partial checkpoint."""
@@ -213,14 +233,6 @@ class Checkpoints:
                 f"checkpoint {folder.name} is damaged: {why}; resuming from step {step}, it is now {aside}",
                 file=sys.stderr,
             )
-
-
-def _score(folder: Path) -> float | None:
-    try:
-        score = read_manifest(folder).score
-    except Damaged:
-        return None
-    return score if score is not None and math.isfinite(score) else None
 
 
 def _load(trainer: Trainer, folder: Path, manifest: Manifest) -> None:

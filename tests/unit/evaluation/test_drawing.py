@@ -10,7 +10,8 @@ import pytest
 from megatron_parallel_r1.data.embedded.generate import build_tokenizer
 from megatron_parallel_r1.data.problems import Problem
 from megatron_parallel_r1.data.prompts import encode_prompt
-from megatron_parallel_r1.evaluation.records import SampleRequest, response_record
+from megatron_parallel_r1.evaluation.evaluator import RunningScore, shuffled
+from megatron_parallel_r1.evaluation.records import SampleRequest, response_record, sample_requests
 from megatron_parallel_r1.rewards.verifier import Verifier
 from megatron_parallel_r1.rollout.settings import Thinking
 from megatron_parallel_r1.rollout.thinking import Thinker, roll_out
@@ -19,6 +20,7 @@ from megatron_parallel_r1.thought.tags import Tags
 from megatron_parallel_r1.thought.tokenizer import add_tags
 from megatron_parallel_r1.thought.trace import Trace
 from tests.reference.traces import TAGS
+from tests.unit.evaluation.made import record
 from tests.unit.rollout.tiny import native_engine, random_prompts, tiny_qwen3, traces_of
 
 THINKING = Thinking(mode="isolated", paths=2, max_path_tokens=12, max_response_tokens=60, reserve_tokens=6)
@@ -85,3 +87,33 @@ def test_a_record_of_a_trace_by_hand() -> None:
     assert (record.blocks, record.paths, record.well_formed_blocks) == (1, 2, 1)
     assert (record.first_block_token, record.first_block) == (1, 1 / 20)
     assert record.response == text
+
+
+def test_running_figures_count_only_what_nothing_unfinished_precedes() -> None:
+    """The short and right ones are finished first; the first of the order is long and wrong."""
+    cached = record(problem="2", correct=True, blocks=1)
+    running = RunningScore([None, None, cached, None])
+    assert running.finish(1, record(correct=True)) == (
+        2,
+        {"accuracy": None, "parallel_ratio": None, "counted": 0},
+    )
+    assert running.finish(0, record(correct=False)) == (
+        3,
+        {"accuracy": 2 / 3, "parallel_ratio": 1 / 3, "counted": 3},
+    )
+    assert running.finish(3, record(correct=False, blocks=2)) == (
+        4,
+        {"accuracy": 0.5, "parallel_ratio": 0.5, "counted": 4},
+    )
+
+
+def test_requests_are_shuffled_by_problem_and_drawn_once() -> None:
+    problems = [Problem(str(n), f"{n} + 0 = ?", (str(n),), "made") for n in range(40)]
+    requests = sample_requests("made", problems, 3, 0, ())
+    order = shuffled([*requests, *requests[:6]])
+    assert sorted(r.key for r in order) == sorted(r.key for r in requests)
+    assert [r.sample for r in order] == [0, 1, 2] * 40
+    names = [int(r.problem.id) for r in order[::3]]
+    assert names != sorted(names) and names == [int(r.problem.id) for r in shuffled(requests[::-1])[::3]]
+    # The first half says what the whole does: of 0..39 sorted its mean would be 9.5.
+    assert 14 < sum(names[:20]) / 20 < 25

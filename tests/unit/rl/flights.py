@@ -52,12 +52,14 @@ class Flight:
         events: what happened, in order.
         runs_on_all_ranks: the engine runs in the trainer's processes; else the training thread feeds it.
         taken: the batches that were trained.
+        evaluates: borrow the engine before the first and after each step, as an evaluation does.
     """
 
     max_off_policy_steps: int
     steps: int = 6
     jitter: int | None = None
     done: int = 0
+    evaluates: bool = False
     runs_on_all_ranks: bool = True
     saved: dict[str, Any] = field(default_factory=dict)
     weight: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
@@ -105,13 +107,24 @@ class Flight:
     def run(self, save_after: int | None = None) -> dict[str, Any] | None:
         """Trains from `done` to the end, or to `save_after`, whose state it returns."""
         with self.open() as ahead:
+            self.evaluate(ahead, self.done)
             for step in range(self.done + 1, self.steps + 1):
                 ahead.update_weights([("weight", self.weight)], version=step - 1)
                 self.events.append(("published", step - 1))
                 self.train(step, ahead.next_batch(step))
                 if step == save_after:
                     return self.state(ahead)
+                self.evaluate(ahead, step)
         return None
+
+    def evaluate(self, ahead: RolloutQueue, step: int) -> None:
+        """Uses the engine with the weights after `step`, if this flight `evaluates`; nothing else uses it."""
+        if self.evaluates:
+            ahead.wait()
+            before = len(self.events)
+            self.engine.load_weights([("weight", self.weight)], step)
+            self._pause()
+            assert (self.engine.version, len(self.events)) == (step, before)
 
     def state(self, ahead: RolloutQueue) -> dict[str, Any]:
         """What a checkpoint keeps of it, as `StageLoop` asks for it."""

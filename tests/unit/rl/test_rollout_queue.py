@@ -57,6 +57,18 @@ def test_each_batch_is_rolled_out_by_the_weights_that_k_says(k: int, together: b
     assert not alive()
 
 
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_an_evaluation_borrows_the_engine_and_changes_no_batch(k: int, together: bool) -> None:
+    plain = Flight(k, jitter=k, runs_on_all_ranks=together)
+    evaluated = Flight(k, jitter=k, runs_on_all_ranks=together, evaluates=True)
+    plain.run()
+    evaluated.run()
+    assert evaluated.weight == plain.weight
+    for step, batch in evaluated.taken.items():
+        assert {outline.version for outline in batch.all.outlines} == {max(0, step - 1 - k)}
+
+
 def test_no_staleness_is_the_plain_loop() -> None:
     flight = Flight(0, steps=2)
     assert isinstance(flight.open(), SyncRollouts)

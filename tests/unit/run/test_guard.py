@@ -125,4 +125,4 @@ def test_a_fall_is_more_than_half_of_a_clear_gain_or_clearly_below_the_start(
     ],
 )
 def test_a_plateau_by_hand(settings: dict[str, Any], values: list[float], reached: bool) -> None:
-    assert EarlyStopping(window=2, **settings).reached(values) is reached
+    assert EarlyStopping(window=2, **settings).reached(values, len(values)) is reached
