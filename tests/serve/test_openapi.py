@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import httpx
 import pytest
 from pydantic import BaseModel
+from starlette.testclient import TestClient
 
 from megatron_parallel_r1.serve.admission import Limits
 from megatron_parallel_r1.serve.app import make_app
@@ -25,7 +27,7 @@ from megatron_parallel_r1.serve.served_model import ServedModel
 from tests.serve.server import chat
 
 
-def test_every_address_is_described(release: object, client: httpx.Client) -> None:
+def test_every_address_is_described(release: Path, client: httpx.Client) -> None:
     described = client.get("/openapi.json").json()
     assert described["openapi"].startswith("3.1")
     for reference in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described)):
@@ -74,3 +76,24 @@ def test_the_key_is_described(narrow: httpx.Client) -> None:
     described = narrow.get("/openapi.json").json()
     assert described["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
     assert described["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+
+
+def test_a_failure_of_the_server_has_the_same_shape(
+    release: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before a request is admitted, and while it is decoded: the reason is in the log alone."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    served = ServedModel.load(release)
+    with TestClient(make_app(served, Limits(), local=False), raise_server_exceptions=False) as client:
+        for target in ("app.engine_request", "session.Thinker"):
+            with monkeypatch.context() as patched:
+                patched.setattr(f"megatron_parallel_r1.serve.{target}", fail)
+                answer = client.post("/v1/completions", json={"prompt": "w8"})
+            error = ErrorResponse.model_validate(answer.json()).error
+            assert (answer.status_code, error.type, error.code) == (500, "server_error", "internal_error")
+            assert "secret" not in answer.text
+    assert "secret" in caplog.text
+    assert served.gauges == {"cache_tokens": 0}
