@@ -8,6 +8,7 @@ Imports no Megatron: conversion needs none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -104,6 +105,11 @@ def padded_vocab(vocab: int, tensor: int) -> int:
 def weight_table(config: ModelConfig) -> list[WeightMapping]:
     """Returns every parameter of the model, in the order of a forward pass."""
     return list(_weight_table(config))
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Returns the number of the model's parameters; those of tied embeddings count once."""
+    return sum(math.prod(size) for weight in weight_table(config) for _, size in weight.parts)
 
 
 @lru_cache(maxsize=8)

@@ -41,6 +41,8 @@ class Wandb(Settings):
     """User or team; null: the account's default."""
     mode: Literal["online", "offline"] = "online"
     """`offline` writes files that `wandb sync` uploads later."""
+    id: str | None = None
+    """ID of a run of yours to continue; null: this run has one of its own, for all its stages."""
 
 
 # Names that a run folder uses itself.
@@ -55,6 +57,7 @@ RESERVED = (
     "run.lock",
     "eval.jsonl",
     "report.html",
+    "wandb",
 )
 # What a finished stage leaves in its folder: one that trains a model, one that distils traces.
 MODEL, TRACES = "model", "traces.parquet"
@@ -240,6 +243,23 @@ class Recipe(Settings):
         start = self.start_of(stage)
         data = stage.data.stage if isinstance(stage.data, DistilledTraces) else None
         return tuple(name for name in (start, data) if name is not None)
+
+    def work_after(self, stage: AnyStage) -> float | None:
+        """The steps of all later stages in steps of this one, by their sizes; None if kinds differ."""
+        later = self.stages[[other.name for other in self.stages].index(stage.name) + 1 :]
+        if any(other.kind != stage.kind for other in later):
+            return None
+        return sum(other.steps * other.step_size / stage.step_size for other in later)
+
+    def lineage(self, stage: Stage) -> tuple[SftStage | RlStage, ...]:
+        """The stages whose steps are in the weights that `stage` starts from, in order."""
+        by_name = {other.name: other for other in self.trained_stages}
+        chain: list[SftStage | RlStage] = []
+        before = self.start_of(stage)
+        while before is not None:
+            chain.insert(0, by_name[before])
+            before = self.start_of(by_name[before])
+        return tuple(chain)
 
     def start_folder(self, run: Path, stage: str) -> Path:
         """The folder of a finished stage that another one needs: that of the run, or of `start_run`."""

@@ -66,6 +66,11 @@ class Stage(Settings):
     """Keys of `thinking` with other values in this stage."""
 
     @property
+    def step_size(self) -> int:
+        """Examples or traces of a step."""
+        raise NotImplementedError
+
+    @property
     def samples_traces(self) -> bool:
         """Whether the stage needs a rollout engine."""
         return False
@@ -155,6 +160,10 @@ class SftStage(TrainingStage):
     tags `held_out_tag_loss`. Of generated data they are drawn with another seed, and one may be met again."""
     held_out_every: Steps = 16
     """Steps after which these are measured; also after the last one."""
+
+    @property
+    def step_size(self) -> int:
+        return self.examples_per_step
 
 
 def _number(value: Any) -> Any:
@@ -270,6 +279,10 @@ class RlStage(TrainingStage):
             raise ValueError("partial_rollout needs a max_off_policy_steps of 1 at least")
         return self
 
+    @property
+    def step_size(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
     def watchable(self) -> tuple[str, ...]:
         parts = (f"reward_{component.name}" for component in self.reward.make().components)
         return (*super().watchable(), *parts)
@@ -314,6 +327,10 @@ class DistillStage(Stage):
     """Balancing of the kept traces."""
     shown: CountOrZero = 3
     """Examples of each reason for rejection in the report."""
+
+    @property
+    def step_size(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
 
     @property
     def samples_traces(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 
 from megatron_parallel_r1.architecture.families import FAMILIES
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import weight_table
+from megatron_parallel_r1.architecture.weight_table import parameter_count
 from megatron_parallel_r1.config.data import DataSet, DistilledTraces, data_sets
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.config.stages import DistillStage, RlStage, SftStage
@@ -138,7 +137,6 @@ def card(
         methods: of the training, as tags of the Hub.
     """
     head = yaml.safe_dump({"library_name": "transformers", **facts}, sort_keys=False).strip()
-    parameters = sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts)
     kind = FAMILIES[shape.family].architecture.removesuffix("ForCausalLM")
     return f"""---
 {head}
@@ -147,7 +145,7 @@ tags: [{", ".join(("parallel-thinking", *methods))}]
 
 # {name}
 
-A {kind} of {parameters / 1e6:.2f} M parameters {_habit(thinking)}.
+A {kind} of {parameter_count(shape) / 1e6:.2f} M parameters {_habit(thinking)}.
 Trained with megatron_parallel_r1 after Parallel-R1 (arXiv 2509.07980).
 
 `AutoModelForCausalLM` loads it, and so do SGLang and vLLM. To decode as trained, use the settings in
@@ -180,11 +178,7 @@ def licence(folder: Path) -> dict[str, str]:
 
 def lineage(recipe: Recipe, last: SftStage | RlStage) -> list[SftStage | RlStage]:
     """The stages that trained the weights of `last`, in order."""
-    by_name = {stage.name: stage for stage in recipe.trained_stages}
-    chain = [last]
-    while (before := recipe.start_of(chain[0])) is not None:
-        chain.insert(0, by_name[before])
-    return chain
+    return [*recipe.lineage(last), last]
 
 
 def _steps(recipe: Recipe, folder: Path, at: ReleasePoint) -> dict[str, int]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from megatron_parallel_r1.coldstart.distill import distill
 from megatron_parallel_r1.config.recipe import Recipe, is_finished
 from megatron_parallel_r1.config.stages import AnyStage, DistillStage, SftStage
+from megatron_parallel_r1.curriculum.banner import banner
 from megatron_parallel_r1.curriculum.evaluation import evaluate_stage
 from megatron_parallel_r1.curriculum.model_card import ReleasePoint, run_card, thinking_json
 from megatron_parallel_r1.curriculum.start_checks import check_engine, check_stage_data
@@ -158,6 +159,8 @@ def _run_seed(
                 stack.enter_context(run.exporter)
                 run_on_rank_zero(partial(run.exporter.serve, recipe.metrics_port))
                 run_on_rank_zero(open_folder)
+            text = banner(run, names, process.world_size())
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
             last: Model | None = None
             for stage in recipe.stages:
                 if stage.name in names:

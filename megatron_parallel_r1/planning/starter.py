@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_parallel_r1.architecture.model_config import ModelConfig
-from megatron_parallel_r1.architecture.weight_table import weight_table
+from megatron_parallel_r1.architecture.weight_table import parameter_count
 from megatron_parallel_r1.config.recipe import Recipe
 from megatron_parallel_r1.data.columns import find_columns
 from megatron_parallel_r1.data.readers import read_examples, read_problems
@@ -109,7 +109,7 @@ def starter(options: InitOptions, name: str) -> Starter:
         planned = plan(recipe, max(1, options.gpus), options.gpu if options.gpus else sys.maxsize)
         if planned.fits:
             return Starter(text, planned)
-    billions = sum(prod(size) for weight in weight_table(shape) for _, size in weight.parts) / 1e9
+    billions = parameter_count(shape) / 1e9
     raise UserError(
         f"{options.model}: {billions:.1f}B weights fit no layout of {options.gpus} GPUs with "
         f"{options.gpu / GIB:.0f} GiB; give more GPUs, or write a recipe like recipes/qwen3_235b_a22b"

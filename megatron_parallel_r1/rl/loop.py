@@ -80,5 +80,6 @@ def train_rl(
                     update_reference(run, stage, learner.reference, trainer.model, step)
                 rollout_metrics = worker.metrics(batch, step)
                 metrics = rollout_metrics | metrics | {"lr": lr} | timers.take() | backend.metrics()
-                loop.end(step, metrics, sample_traces(batch.all, stage.keep_traces, run.tokenizer))
+                shown = sample_traces(batch.all, stage.keep_traces, run.tokenizer)
+                loop.end(step, metrics, shown, batch.histograms)
     return trainer

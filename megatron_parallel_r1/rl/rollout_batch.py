@@ -74,6 +74,14 @@ class RolloutBatch:
     rounds: int
     times: Mapping[str, float] = field(default_factory=dict, compare=False)
 
+    @property
+    def histograms(self) -> dict[str, list[float]]:
+        """What logs show as distributions over all responses."""
+        return {
+            "reward": [reward for reward in self.all.rewards if reward is not None],
+            "length": [float(outline.length) for outline in self.all.outlines],
+        }
+
     def records(self) -> list[dict[str, Any]]:
         """Everything needed to repeat the step's updates, JSON-ready; every rank calls it."""
         packed = self.trained.traces

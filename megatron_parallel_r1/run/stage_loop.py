@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, NoReturn, Protocol
 
 from megatron_parallel_r1.config.early_stopping import FALLING
@@ -170,12 +170,21 @@ class StageLoop:
             yield step, self._schedule.at(step, self._stage.steps)
             self._evaluate(step, engine_at)
 
-    def end(self, step: int, metrics: dict[str, Any], traces: Sequence[dict[str, Any]] = ()) -> None:
-        """Logs a step, saves a checkpoint if one is due, and decides whether the stage ends here."""
+    def end(
+        self,
+        step: int,
+        metrics: dict[str, Any],
+        traces: Sequence[dict[str, Any]] = (),
+        histograms: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    ) -> None:
+        """Logs a step, saves a checkpoint if one is due, and decides whether the stage ends here.
+
+        Arguments as of `StageLog.step`.
+        """
         stage = self._stage
         metrics = metrics | {"skipped": int(self.guard.bad_in_a_row > 0)} | self._slowest
         self._check_lock()
-        self._log.step(step, metrics, traces)
+        self._log.step(step, metrics, traces, histograms)
         if not self.guard.bad_in_a_row:
             self._finished, self._updates = step, self._trainer.optimizer_steps
         self.guard.watch(step, metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,13 @@ def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has held at once, in GB: of its GPU, without one of the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def keep_memory_shareable() -> None:
