@@ -97,7 +97,8 @@ class Session:
         self._changed = asyncio.Event()
         self._admitted = asyncio.Event()
         self._task = asyncio.create_task(self._run())
-        self._task.add_done_callback(lambda _: self._changed.set())
+        # Not in the task: if cancelled before its first step, it runs no line of its own.
+        self._task.add_done_callback(lambda _: self._wake())
 
     async def wait_admitted(self) -> None:
         """Waits until the request leaves the queue.
@@ -139,6 +140,10 @@ class Session:
         self._error = self._error or error
         self.cancel()
 
+    def _wake(self) -> None:
+        self._admitted.set()
+        self._changed.set()
+
     async def _run(self) -> None:
         try:
             await asyncio.wait_for(self._respond_all(), self._limits.seconds)
@@ -161,8 +166,6 @@ class Session:
         except Exception:
             LOG.exception("a request failed")
             self._error = ApiError.internal()
-        finally:
-            self._admitted.set()
 
     async def _respond_all(self) -> None:
         request = self._request

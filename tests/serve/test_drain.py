@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -9,9 +10,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
+import pytest
 
+from megatron_parallel_r1.serve.admission import Admission, Limits
+from megatron_parallel_r1.serve.schema import ApiError
+from megatron_parallel_r1.serve.session import Session
 from tests.serve.server import chat, events, start
 
 LONG = chat("w20", temperature=0, n=8)
@@ -72,3 +79,15 @@ def test_a_client_that_does_not_read_delays_nothing(release: Path) -> None:
             next(response.iter_lines())
             server.terminate()
             assert server.wait(timeout=120) == -signal.SIGTERM
+
+
+def test_request_that_fails_before_its_first_step_gets_the_error() -> None:
+    async def fail_at_once() -> None:
+        request: Any = SimpleNamespace(seeds=(), stops=(), alternatives=None)
+        unused: Any = None
+        session = Session(unused, unused, Admission(Limits()), Limits(), request)
+        session.fail(ApiError(503, "ending", code="shutting_down"))
+        with pytest.raises(ApiError, match="ending"):
+            await asyncio.wait_for(session.wait_admitted(), 60)
+
+    asyncio.run(fail_at_once())
