@@ -112,9 +112,9 @@ class _ReportHandler(BaseHTTPRequestHandler):
                 return
             version, page = self.watched.content()
         except (UserError, OSError) as error:  # the run replaces its files
-            text = str(error)
+            text = html.escape(str(error))
             if known is None and "text/html" in self.headers.get("Accept", ""):
-                text = f'<meta http-equiv="refresh" content="3"><p>waiting: {html.escape(text)}</p>'
+                text = f'<meta http-equiv="refresh" content="3"><p>waiting: {text}</p>'
             self._send(HTTPStatus.SERVICE_UNAVAILABLE, text.encode())
         else:
             self._send(HTTPStatus.OK, page, version)

@@ -16,6 +16,9 @@ from megatron_parallel_r1.run.scalars import scalars
 TRACE_COLUMNS = ("step", "problem", "answer", "extracted", "correct", "reward", "response")
 # Rows of a table of traces; wandb uploads each table whole.
 TABLE_ROWS = 64
+# The horizontal axis. wandb's own step may never go back, as it would where two stages start from one, or
+# where a run resumes behind its last record.
+STEP = "curriculum_step"
 
 
 class WandbLog:
@@ -40,24 +43,24 @@ class WandbLog:
             return
         import wandb
 
-        step = self._before + record["step"]
+        step = {STEP: self._before + record["step"]}
         drawn = {
             f"{record['kind']}/{name}_histogram": wandb.Histogram(list(values))
             for name, values in (histograms or {}).items()
         }
-        self._run.log({**scalars(record), **drawn, "stage": self._stage}, step=step)
+        self._run.log({**scalars(record), **drawn, "stage": self._stage, **step})
         self._rows += [_row(record["step"], trace) for trace in traces]
         if len(self._rows) >= TABLE_ROWS:
-            self.flush(step)
+            self.flush()
 
-    def flush(self, step: int | None = None) -> None:
+    def flush(self) -> None:
         """Logs the traces that no table has yet."""
         if self._run is None or not self._rows:
             return
         import wandb
 
         table = wandb.Table(columns=list(TRACE_COLUMNS), data=self._rows)
-        self._run.log({f"traces/{self._stage}": table}, step=step)
+        self._run.log({f"traces/{self._stage}": table})
         self._rows = []
 
 
@@ -109,6 +112,7 @@ def open_wandb(recipe: Recipe, stage: str, folder: Path, before: int) -> Iterato
         )
     except wandb.errors.Error as error:
         raise UserError(f"wandb: {error}; run `wandb login`, or set wandb.mode=offline") from None
+    wandb_run.define_metric("*", step_metric=STEP)
     log = WandbLog(wandb_run, stage, before)
     try:
         yield log

@@ -56,7 +56,7 @@ class Admission:
         self.waiting = 0
         self._limits = limits
         self._cache_tokens = 0
-        self._mean_s = 0.0
+        self._mean_s: float | None = None
         self._head = asyncio.Lock()
         self._freed = asyncio.Event()
 
@@ -88,7 +88,8 @@ class Admission:
         finally:
             self.running -= 1
             self._cache_tokens -= cache_tokens
-            self._mean_s += 0.1 * (time.monotonic() - begin - self._mean_s)
+            took_s = time.monotonic() - begin
+            self._mean_s = took_s if self._mean_s is None else 0.9 * self._mean_s + 0.1 * took_s
             self._freed.set()
 
     def check_room(self) -> None:
@@ -98,7 +99,8 @@ class Admission:
             ApiError: 503; it is full. `Retry-After` is about the time in which it empties.
         """
         if self.waiting >= self._limits.waiting:
-            empties_s = ceil(self.waiting * self._mean_s / self._limits.running)
+            mean_s = SOONEST if self._mean_s is None else self._mean_s
+            empties_s = ceil(self.waiting * mean_s / self._limits.running)
             wait_s = min(max(empties_s, SOONEST), LATEST)
             raise ApiError(
                 503,

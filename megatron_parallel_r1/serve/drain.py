@@ -49,7 +49,8 @@ class Drain:
             await asyncio.sleep(0.05)
         for session in tuple(self._sessions):
             session.fail(_ending())
-        while self._sessions:
+        end = time.monotonic() + LINGER_S  # an engine's call that never returns must not keep the server
+        while self._sessions and time.monotonic() < end:
             await asyncio.sleep(0.01)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_parallel_r1.run.wandb_log import TABLE_ROWS, TRACE_COLUMNS, WandbLog
+from megatron_parallel_r1.run.wandb_log import STEP, TABLE_ROWS, TRACE_COLUMNS, WandbLog
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 TRACE = {
@@ -27,10 +27,10 @@ class RecordedRun:
     """Stands in for wandb's run object and keeps what it is given."""
 
     def __init__(self) -> None:
-        self.logged: list[tuple[dict[str, Any], int | None]] = []
+        self.logged: list[dict[str, Any]] = []
 
-    def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        self.logged.append((values, step))
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
 
 
 def test_steps_are_counted_over_all_stages_and_traces_come_in_tables() -> None:
@@ -40,12 +40,13 @@ def test_steps_are_counted_over_all_stages_and_traces_come_in_tables() -> None:
         record = {"stage": "rl_hard", "kind": "rl", "step": step, "steps": 60, "reward": 0.5, "kl": None}
         log.log(record, [TRACE, TRACE], {"reward": [0.0, 1.0], "length": [40.0, 60.0]})
     log.flush()
-    first, step = run.logged[0]
-    assert step == 461 and first["rl/reward"] == 0.5 and first["stage"] == "rl_hard" and "rl/kl" not in first
+    first = run.logged[0]
+    assert first[STEP] == 461 and first["rl/reward"] == 0.5 and first["stage"] == "rl_hard"
+    assert "rl/kl" not in first
     assert isinstance(first["rl/length_histogram"], wandb.Histogram)
-    tables = [(values["traces/rl_hard"], at) for values, at in run.logged if "traces/rl_hard" in values]
-    assert [(len(table.data), at) for table, at in tables] == [(TABLE_ROWS, 460 + TABLE_ROWS // 2), (2, None)]
-    row = dict(zip(TRACE_COLUMNS, tables[0][0].data[0], strict=True))
+    tables = [values["traces/rl_hard"] for values in run.logged if "traces/rl_hard" in values]
+    assert [len(table.data) for table in tables] == [TABLE_ROWS, 2]
+    row = dict(zip(TRACE_COLUMNS, tables[0].data[0], strict=True))
     assert row["step"] == 1 and row["correct"] is True
     assert row["response"] == "Two ways.\n[path 1] up\n[path 2] down\n[summary] both\nFinal Answer: 5"
 
