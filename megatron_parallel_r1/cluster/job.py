@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from megatron_parallel_r1.cluster.attempts import (
 )
 from megatron_parallel_r1.cluster.job_progress import last_error
 from megatron_parallel_r1.errors import STOPPED_EXIT_CODE
+from megatron_parallel_r1.rollout.launcher.ports import free_port
 from megatron_parallel_r1.utils.exit import unblock_stop_signals
 
 if TYPE_CHECKING:
@@ -137,11 +137,8 @@ class LocalRanks:
         Args:
             arguments: of `parallel-r1`.
         """
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-        world |= {"MASTER_PORT": str(port)}
+        world |= {"MASTER_PORT": str(free_port())}
         self._processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "megatron_parallel_r1.cli", *arguments],

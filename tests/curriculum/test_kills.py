@@ -10,7 +10,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_parallel_r1.errors import LOST_EXIT_CODE
+from megatron_parallel_r1.rollout.launcher.ports import free_port
 from tests.curriculum.test_run import RECIPE, command, steps_of
 
 # A checkpoint after every step, and steps enough for all starts.
@@ -151,9 +151,7 @@ LOST = (
 
 def start_pair(out: Path, *words: str) -> list[subprocess.Popen[bytes]]:
     """Rank 0 and rank 1 of a run; each writes what it says to a file beside `out`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = []
     for rank in range(2):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import socket
 from pathlib import Path
 
 import pytest
 
 from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.launcher.ports import free_port
 from megatron_parallel_r1.run.folder import is_resumable, open_run_folder
 from tests.curriculum.test_bad_input import RECIPE, fail
 from tests.unit.rollout.scripted_server import scripted_server
@@ -57,9 +57,7 @@ def test_settings_that_cannot_work(capsys, monkeypatch, tmp_path: Path, words, n
 
 def test_no_server_answers(capsys, monkeypatch, tmp_path: Path) -> None:
     """The run ends by itself after the patience that is set; what was trained before stays."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     words = [f"out={tmp_path}", "thinking.mode=replay", "stages.cold_start.steps=2"]
     words += ["rollout.engine=sglang", f"rollout.urls=[{url}]", "rollout.patience_s=1"]
     shown = fail(capsys, monkeypatch, "curriculum", RECIPE, *words)

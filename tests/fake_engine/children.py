@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from megatron_parallel_r1.rollout.launcher.ports import free_port
 
 
 def in_children(processes: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -20,9 +21,7 @@ def in_children(processes: int, task: Callable[..., Any], *arguments: Any) -> li
         RuntimeError: a task failed; with its traceback.
     """
     context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = []
     for rank in range(processes):
         ours, theirs = context.Pipe(duplex=False)

@@ -7,7 +7,6 @@ covered: nccl, and a machine whose power fails (its connections stay open, as th
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_parallel_r1.errors import LOST_EXIT_CODE
+from megatron_parallel_r1.rollout.launcher.ports import free_port
 from tests.parallel.launch import ENVIRONMENT, ROOT
 
 RANKS = 3
@@ -33,9 +33,7 @@ class Ended:
 
 def ended(folder: Path, unlucky: int, what: str, *more: str) -> dict[int, Ended]:
     """Runs the ranks until all have ended but the unlucky one, which is killed then if it has not."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     world = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = []
     for rank in range(RANKS):

@@ -46,6 +46,12 @@ def bind_free(listener: socket.socket, host: str) -> int:
     return bind(listener, host, 0)
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port below the ephemeral range that nothing listens on now."""
+    with socket.socket() as listener:
+        return bind_free(listener, host)
+
+
 def bind(listener: socket.socket, host: str, port: int) -> int:
     """Binds a port, and returns it.
 

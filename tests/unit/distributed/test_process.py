@@ -1,7 +1,6 @@
 """A world of one starts and stops, and the CPU backend patches nothing but Megatron."""
 
 import os
-import socket
 import threading
 
 import pytest
@@ -13,6 +12,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron_parallel_r1.distributed import cpu_backend, process
 from megatron_parallel_r1.distributed.parallel_config import ParallelConfig
 from megatron_parallel_r1.errors import PeerLost, UserError
+from megatron_parallel_r1.rollout.launcher.ports import free_port
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA nothing is redirected")
 
@@ -62,9 +62,7 @@ def test_the_launch_is_checked_before_the_processes_connect(monkeypatch: pytest.
 
 
 def test_a_rank_that_waits_in_vain_names_the_missing_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     world = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in world.items():
         monkeypatch.setenv(name, value)

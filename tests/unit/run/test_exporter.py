@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from megatron_parallel_r1.errors import UserError
+from megatron_parallel_r1.rollout.launcher.ports import free_port
 from megatron_parallel_r1.rollout.servers.pool import ServerPool
 from megatron_parallel_r1.run.exporter import Exporter
 from tests.unit.rollout.fake_servers import FakeServer
@@ -21,12 +21,6 @@ SAMPLE = re.compile(r'^(parallel_r1_[a-z0-9_]+)\{((?:[a-z]+="(?:[^"\\\n]|\\.)*",
 def exporter() -> Iterator[Exporter]:
     with Exporter({"run": 'a "run"', "seed": "0"}) as exporter:
         yield exporter
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("", 0))
-        return held.getsockname()[1]
 
 
 def samples(text: str) -> dict[str, float]:
