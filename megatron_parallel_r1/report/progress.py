@@ -22,6 +22,7 @@ METRICS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("accuracy", "accuracy", percent),
     ("counted", "of the first", count),
     ("parallel_ratio", "parallel", percent),
+    ("kl", "KL to the reference", number),
     ("kl_old", "KL", number),
     ("grad_norm", "gradient", number),
     ("rollout_tokens_per_second", "rollout tok/s", number),
