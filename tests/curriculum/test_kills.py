@@ -142,10 +142,10 @@ PAIR = (
     *PAIR_STEPS,
 )
 
-# Killed after the checkpoint of step 2, maybe before the heartbeat that reports step 3.
+# Killed after the checkpoint of step 2; its last heartbeat may be a second older, which is several steps.
 LOST = (
     r"(error: )?rank 0 \(stage rl, step [2-5]\): rank 1 has sent no heartbeat for \d+ s, "
-    r"it was last in stage rl, step [2-5]; this process ends"
+    r"it was last in stage (cold_start|rl), [^;]+; this process ends"
 )
 
 
