@@ -79,7 +79,9 @@ def _listen(host: str, port: int) -> socket.socket:
     A socket that is only bound refuses connections, and Linux lets a second server bind it too.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+    # asyncio sends small packets at once (TCP_NODELAY) only where a socket names its protocol; otherwise the
+    # first event of a stream waits 40 ms for the client's acknowledgement of the headers.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -151,6 +151,7 @@ def test_it_listens_at_the_loopback_alone_and_only_under_its_name(client: httpx.
 def test_the_port_is_held_from_the_start() -> None:
     """Who reads the address may ask at once; a second server is told while the first reads its weights."""
     with _listen("127.0.0.1", 0) as first:
+        assert first.proto == socket.IPPROTO_TCP  # asyncio then sends each event of a stream at once
         port = first.getsockname()[1]
         socket.create_connection(("127.0.0.1", port), timeout=10).close()
         with pytest.raises(UserError, match="cannot listen"):
