@@ -66,11 +66,6 @@ class Stage(Settings):
     """Keys of `thinking` with other values in this stage."""
 
     @property
-    def step_size(self) -> int:
-        """Examples or traces of a step."""
-        raise NotImplementedError
-
-    @property
     def samples_traces(self) -> bool:
         """Whether the stage needs a rollout engine."""
         return False
@@ -163,6 +158,7 @@ class SftStage(TrainingStage):
 
     @property
     def step_size(self) -> int:
+        """Examples of a step."""
         return self.examples_per_step
 
 
@@ -281,6 +277,7 @@ class RlStage(TrainingStage):
 
     @property
     def step_size(self) -> int:
+        """Traces of a step."""
         return self.prompts_per_step * self.samples_per_prompt
 
     def watchable(self) -> tuple[str, ...]:
@@ -330,6 +327,7 @@ class DistillStage(Stage):
 
     @property
     def step_size(self) -> int:
+        """Traces of a step."""
         return self.prompts_per_step * self.samples_per_prompt
 
     @property

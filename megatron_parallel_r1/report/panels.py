@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["sft", "rl", "evaluation"]
+Kind = Literal["sft", "distill", "rl", "evaluation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,26 @@ GROUPS = (
                 "sft",
                 (Line("tokens", "training", per="time_s"),),
                 "tokens/s",
+            ),
+        ),
+    ),
+    Group(
+        "Distillation of own traces",
+        (
+            Panel(
+                "Yield",
+                "traces that pass the checks, and those with a right answer or a block",
+                "distill",
+                (Line("kept", "kept"), Line("accuracy", "right"), Line("parallel_ratio", "with a block")),
+                "share of traces",
+                "share",
+            ),
+            Panel(
+                "Length of own traces",
+                "all tokens of a response, and those on its critical path",
+                "distill",
+                (Line("length", "response"), Line("critical_length", "critical path")),
+                "tokens",
             ),
         ),
     ),

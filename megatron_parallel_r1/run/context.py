@@ -184,7 +184,8 @@ class RunContext:
             return stage
         file = self.start_folder(stage.data.stage) / TRACES
         columns = Columns(prompt="question", answer="answer", response="response")
-        data = DataSet(source="dataset", name=CUSTOM, path=file, columns=columns)
+        # Several traces of one problem are wanted: `balance.per_problem`.
+        data = DataSet(source="dataset", name=CUSTOM, path=file, columns=columns, drop_repeats=False)
         return stage.model_copy(update={"data": data})
 
     def trainer(self, stage: TrainingStage) -> Trainer:

@@ -137,7 +137,7 @@ def read_problems(
         problems = readers.read_problems(source.name, source.path, **options)
     else:
         problems = readers.stream_problems(source.name, source.path, buffer=source.buffer, **options)
-    _report(problems.account)
+    _report(problems.account, source)
     return problems
 
 
@@ -152,16 +152,17 @@ def read_examples(
         examples = readers.read_examples(source.name, source.path, **options)
     else:
         examples = readers.stream_examples(source.name, source.path, buffer=source.buffer, **options)
-    _report(examples.account)
+    _report(examples.account, source)
     return examples
 
 
-def _report(account: RowAccount) -> None:
-    """Prints to standard error which rows were skipped and why, repeats and contradictions, if any."""
+def _report(account: RowAccount, source: DataSet) -> None:
+    """Prints to standard error which rows were skipped and why; repeats and contradictions, if any, unless
+    the recipe says itself whether they are dropped."""
     if is_rank_zero():
         if account.bad:
             print(account_table([account]), end="", file=sys.stderr)
-        for note in account.notes():
+        for note in account.notes() if source.drop_repeats is None else ():
             print(note, file=sys.stderr)
 
 

@@ -206,7 +206,7 @@ class CompletionRequest(CompletionFields):
     prompt: Prompts
     """A text, several texts, token ids, or several lists of them."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | Literal[False] | None = None
-    """Return the log-prob of each token, and of so many of the most likely tokens in its place."""
+    """Return the log-prob of each token, and those of this number of most likely tokens in its place."""
     echo: bool = False
     """Begin the text, and the log-probs, with the prompt."""
 

@@ -16,7 +16,7 @@ from megatron_parallel_r1.config.reader import read_recipe
 from megatron_parallel_r1.data.trace_text import WrittenTrace
 from megatron_parallel_r1.errors import UserError
 from tests.curriculum.test_many_processes import run as run_processes
-from tests.curriculum.test_run import command, run, steps_of
+from tests.curriculum.test_run import command, documented, run, steps_of
 
 RECIPE = Path(__file__).parent / "distill.yaml"
 
@@ -46,6 +46,8 @@ def test_it_keeps_what_is_right_and_well_formed_one_a_problem(whole: Path) -> No
     passed = [row for row in rows if row["rejection"] is None]
     metrics = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     assert sum(record["kept"] for record in metrics) * 64 == pytest.approx(len(passed))
+    assert set(metrics[0]) == {"stage", "kind", "step", "steps"} | documented("`distill`")
+    assert "Yield" in (whole / "report.html").read_text()
     assert "wrong answer" in (stage / "report.md").read_text()
     assert not (stage / "model").exists() and (whole / "distilled/model").is_dir()
     card = (whole / "release/README.md").read_text()

@@ -1,4 +1,4 @@
-"""Every document is linked, every link leads somewhere, and every quoted error message exists."""
+"""Every document is linked; every link, named command and file, and quoted error message exists."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     *sorted(ROOT.glob("docs/*.md")),
 ]
+MODULE = re.compile(r"python -m\s+((?:benchmarks|recipes|megatron_parallel_r1|tests)[\w.]*\w)")
+NAMED = re.compile(r"\b((?:recipes|tests|slurm|benchmarks|examples)/[\w./-]+\.(?:py|yaml|sh))\b")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -21,6 +23,14 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 def test_local_links_exist(document: Path) -> None:
     links = [link for link in LINK.findall(document.read_text()) if "://" not in link]
     assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_and_files_that_are_named_exist(document: Path) -> None:
+    text = document.read_text()
+    places = [ROOT / module.replace(".", "/") for module in MODULE.findall(text)]
+    missing = [str(place) for place in places if not (place.is_dir() or place.with_suffix(".py").is_file())]
+    assert missing + [name for name in NAMED.findall(text) if not (ROOT / name).is_file()] == []
 
 
 def test_index_links_every_document() -> None:

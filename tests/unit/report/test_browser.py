@@ -50,12 +50,11 @@ def plot_box(page: Page, title: str) -> tuple[float, float, float, float]:
     title_of = "(panel) => panel.querySelector('h4').textContent"
     found = f"[...document.querySelectorAll('.panel')].find((p) => ({title_of})(p) === '{title}')"
     page.run(f"window.panel = {found}; panel.scrollIntoView({{ block: 'center' }})")
-    return tuple(  # type: ignore[return-value]
-        page.run(
-            "(() => { const b = panel.querySelector('.plot').getBoundingClientRect();"
-            "return [b.left, b.top, b.width, b.height]; })()"
-        )
+    left, top, width, height = page.run(
+        "(() => { const b = panel.querySelector('.plot').getBoundingClientRect();"
+        "return [b.left, b.top, b.width, b.height]; })()"
     )
+    return left, top, width, height
 
 
 def axis(page: Page) -> list[str]:
