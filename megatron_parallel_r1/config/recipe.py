@@ -251,7 +251,7 @@ class Recipe(Settings):
             return None
         return sum(other.steps * other.step_size / stage.step_size for other in later)
 
-    def lineage(self, stage: Stage) -> tuple[SftStage | RlStage, ...]:
+    def trained_before(self, stage: Stage) -> tuple[SftStage | RlStage, ...]:
         """The stages whose steps are in the weights that `stage` starts from, in order."""
         by_name = {other.name: other for other in self.trained_stages}
         chain: list[SftStage | RlStage] = []

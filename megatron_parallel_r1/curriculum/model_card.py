@@ -178,7 +178,7 @@ def licence(folder: Path) -> dict[str, str]:
 
 def lineage(recipe: Recipe, last: SftStage | RlStage) -> list[SftStage | RlStage]:
     """The stages that trained the weights of `last`, in order."""
-    return [*recipe.lineage(last), last]
+    return [*recipe.trained_before(last), last]
 
 
 def _steps(recipe: Recipe, folder: Path, at: ReleasePoint) -> dict[str, int]:

@@ -109,7 +109,9 @@ class StageLog:
             console=Console(quiet=not self._writes),
             steps_after=recipe.work_after(stage),
         )
-        before = sum(steps_done(folder.parent, other) or other.steps for other in recipe.lineage(stage))
+        before = sum(
+            steps_done(folder.parent, other) or other.steps for other in recipe.trained_before(stage)
+        )
         if self._writes:
             if stage.evaluation_sets:
                 writer = JsonlWriter(folder / EVALUATIONS, through=done if resumes else -1)
