@@ -232,16 +232,24 @@ def test_a_watched_run_prints_one_address_and_ends_on_ctrl_c(tmp_path: Path) -> 
     command = [sys.executable, "-m", "megatron_parallel_r1.cli", "report", "--watch"]
     folder = write_run(tmp_path / "tiny")
     with subprocess.Popen(
-        [*command, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background of a shell ignore SIGINT, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as server:
-        assert server.stdout is not None and server.stderr is not None
-        line = server.stdout.readline()
-        found = re.fullmatch(r"tiny: (http://127\.0\.0\.1:\d+) follows the run; Ctrl-C ends it\n", line)
-        assert found is not None, line
-        with urllib.request.urlopen(found[1]) as reply:
-            assert b"rl_hard" in reply.read()
-        server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=60) == 0
-        assert server.stderr.read() == ""
+        try:
+            assert server.stdout is not None and server.stderr is not None
+            line = server.stdout.readline()
+            found = re.fullmatch(r"tiny: (http://127\.0\.0\.1:\d+) follows the run; Ctrl-C ends it\n", line)
+            assert found is not None, line
+            with urllib.request.urlopen(found[1]) as reply:
+                assert b"rl_hard" in reply.read()
+            server.send_signal(signal.SIGINT)
+            assert server.wait(timeout=60) == 0
+            assert server.stderr.read() == ""
+        finally:
+            server.kill()  # the end of the block waits for it, however long
     with pytest.raises(UserError, match="no such run folder"):
         serve_report([tmp_path / "absent"])
